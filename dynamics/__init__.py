@@ -1,0 +1,21 @@
+"""thetadot: records what a network's parameters, gradients and curvature do while it trains and is pruned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .schema import QUANTITIES, RecordError, open_run
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+__all__ = ["QUANTITIES", "RecordError", "Recorder", "open_run"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the recorder, and with it torch, when it is first asked for: records are read without torch."""
+    if name == "Recorder":
+        from .recorder import Recorder
+
+        return Recorder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

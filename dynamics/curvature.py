@@ -1,0 +1,73 @@
+"""Exact gradients and Hessian products of a loss around fixed parameters: pure functions, no hooks, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LossFunction = Callable[[dict[str, Tensor]], Tensor]
+
+
+class Expansion:
+    """The second-order expansion L(θ+δ) ≈ L + gᵀδ + ½ δᵀHδ of a mean loss around θ.
+
+    ``losses`` are functions θ ↦ scalar loss, one a batch; ``weights`` their shares, which sum to 1. Over several batches
+    nothing is kept between products, so memory stays that of one batch. With one batch the graph of its gradient is
+    kept, and a product costs one backward pass through it.
+
+    Assumes that L is twice differentiable by autograd at θ. A parameter the loss does not use has g = 0 and Hv = 0.
+    The parameters are copied: what happens to the model's own tensors later changes nothing here.
+    """
+
+    def __init__(self, losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> None:
+        self._losses = list(zip(losses, weights, strict=True))
+        self.theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
+        self._leaves = list(self.theta.values())
+        self._graph: tuple[Tensor, ...] | None = None
+        self.loss, self.grad = self._loss_and_grad()
+
+    def _gradient(self, loss_of: LossFunction, *, create_graph: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            loss = loss_of(self.theta)
+            grad = torch.autograd.grad(
+                loss, self._leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        return loss.detach(), grad
+
+    def _loss_and_grad(self) -> tuple[Tensor, list[Tensor]]:
+        keep = len(self._losses) == 1
+        total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
+        for loss_of, weight in self._losses:
+            loss, grad = self._gradient(loss_of, create_graph=keep)
+            total_loss = total_loss + weight * loss
+            torch._foreach_add_(total_grad, [part.detach() for part in grad], alpha=weight)
+            self._graph = grad if keep else None
+        return total_loss, total_grad
+
+    def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """Hv, one tensor a parameter, by a second backward pass: H v = ∂(gᵀv)/∂θ (Pearlmutter 1994)."""
+        total_product = [torch.zeros_like(leaf) for leaf in self._leaves]
+        for loss_of, weight in self._losses:
+            kept = self._graph is not None
+            grad = self._graph if kept else self._gradient(loss_of, create_graph=True)[1]
+            pairs = [(part, v) for part, v in zip(grad, vector, strict=True) if part.requires_grad]
+            if not pairs:  # a loss that is linear in every parameter
+                continue
+            product = torch.autograd.grad(
+                [part for part, _ in pairs],
+                self._leaves,
+                [v for _, v in pairs],
+                retain_graph=kept,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            torch._foreach_add_(total_product, list(product), alpha=weight)
+        return total_product
+
+
+@torch.no_grad()
+def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> Tensor:
+    """Σ_b w_b L_b(θ), a scalar without graph."""
+    return sum(weight * loss_of(theta) for loss_of, weight in zip(losses, weights, strict=True))

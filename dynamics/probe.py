@@ -1,0 +1,153 @@
+"""Evaluate an objective at any parameters without a trace: buffers, random numbers, mode and gradients stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .curvature import Expansion, LossFunction, mean_loss
+from .masks import parameter_masks
+
+Objective = Callable[[nn.Module, Any], Tensor]
+
+
+def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temperature: float = 1.0) -> Tensor:
+    """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar."""
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs) / temperature, labels)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that compilation and data parallelism wrap: second derivatives exist only there."""
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in its tuples, lists and mappings on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def sample_count(batch: Any) -> int:
+    """Length of the first tensor in the batch; 1 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return next((sample_count(value) for value in values if isinstance(value, Tensor | Mapping | tuple | list)), 1)
+
+
+class RandomState:
+    """The state of torch's random number generators, on the CPU and on one device, to be set again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
+
+    def restore(self) -> None:
+        """Set the generators to the kept state."""
+        torch.set_rng_state(self._cpu)
+        if self._device:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+@contextmanager
+def random_numbers_untouched(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators are afterwards as they were."""
+    state = RandomState(device)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextmanager
+def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
+    """Inside, all modules are in ``mode`` ("train" or "eval"; None leaves them); afterwards each is as it was."""
+    if mode not in ("train", "eval", None):
+        raise ValueError(f"mode must be 'train' or 'eval', got {mode!r}")
+    before = {module: module.training for module in model.modules()}
+    try:
+        if mode is not None:
+            model.train(mode == "train")
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+class _Stateless(nn.Module):
+    """The objective as a module, so that functional_call can exchange the model's parameters underneath it."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._objective(self.model, batch)
+
+
+class Probe:
+    """An objective on fixed batches as a function of the parameters.
+
+    Every evaluation runs on copies of the buffers (a BatchNorm in training mode moves no running statistics), restores
+    the random numbers afterwards, starts each batch from ``random_states`` where given (the same dropout mask as the
+    training step's), and multiplies the parameters by the pruning masks found on the model: a pruned parameter is the
+    constant zero, so it has no gradient. Batches count by their number of samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Sequence[Any],
+        *,
+        mode: str | None = None,
+        random_states: Sequence[RandomState] | None = None,
+    ) -> None:
+        self._model = unwrap(model)
+        self._mode = mode
+        self._stateless = _Stateless(self._model, objective)
+        self._device = next(self._model.parameters()).device
+        self._states = list(random_states) if random_states else [RandomState(self._device)] * len(batches)
+        counts = [sample_count(batch) for batch in batches]
+        self._weights = [count / sum(counts) for count in counts]
+        self._masks = parameter_masks(self._model)
+        self._losses = [self._loss_function(batch, state) for batch, state in zip(batches, self._states, strict=True)]
+
+    def _loss_function(self, batch: Any, state: RandomState) -> LossFunction:
+        def loss(theta: dict[str, Tensor]) -> Tensor:
+            masked = {name: t * self._masks[name] if name in self._masks else t for name, t in theta.items()}
+            values = masked | {name: tensor.clone() for name, tensor in self._model.named_buffers()}
+            values = {f"model.{name}": tensor for name, tensor in values.items()}
+            with random_numbers_untouched(self._device), mode_of(self._model, self._mode):
+                state.restore()
+                return torch.func.functional_call(self._stateless, values, (to_device(batch, self._device),))
+
+        return loss
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+
+    def expand(self) -> Expansion:
+        """Loss, gradient and Hessian products around the model's present parameters."""
+        return Expansion(self._losses, self._weights, self._parameters())
+
+    def loss(self) -> Tensor:
+        """Mean loss at the model's present parameters."""
+        return mean_loss(self._losses, self._weights, self._parameters())

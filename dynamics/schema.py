@@ -1,0 +1,194 @@
+"""What a record is: the one table of recorded quantities, and how to open a record.
+
+Every name, symbol, unit and dimension that appears in a record, an axis label, a documentation table or a test
+comes from :data:`QUANTITIES`. Nothing here needs torch, so a record is read where no GPU and no torch is at hand.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import xarray as xr
+
+SCHEMA_VERSION = 1
+
+NODES: dict[str, tuple[str, ...]] = {
+    "steps": ("step", "layer"),
+    "curvature": ("step", "layer"),
+    "pruning": ("event", "stage", "layer"),
+    "units": ("event", "unit"),
+    "epochs": ("epoch",),
+}
+STAGES = ("before", "after")
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _power(base: str, exponent: int) -> str:
+    return base if exponent == 1 else base + str(exponent).translate(_SUPERSCRIPTS)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One row of the table.
+
+    ``unit`` holds the powers (p, q) of the unit θᵖLᵠ: under L(θ) → b L(θ/a) the quantity scales by aᵖbᵠ. Time has the
+    unit θ²/L. ``order`` is the highest derivative of the loss that the quantity needs. ``nodes`` says in which groups
+    of the record it stands, and ``over`` which of the group's dimensions it spans beyond the first.
+    """
+
+    name: str
+    symbol: str
+    unit: tuple[int, int]
+    order: int
+    nodes: tuple[str, ...]
+    over: tuple[str, ...]
+    meaning: str
+
+    def dims(self, node: str) -> tuple[str, ...]:
+        """Dimensions of the quantity in a node, in the record's order."""
+        index, *others = NODES[node]
+        return (index, *(dim for dim in others if dim in self.over))
+
+    @property
+    def units(self) -> str:
+        """The unit in print, e.g. ``L² θ⁻²``; ``1`` for a pure number."""
+        theta, loss = self.unit
+        return " ".join(_power(base, power) for base, power in (("L", loss), ("θ", theta)) if power) or "1"
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Attributes of the variable in the record; xarray labels axes with the first two."""
+        return {"long_name": self.symbol, "units": self.units, "description": self.meaning}
+
+
+_LAYER, _STAGED, _STAGE, _UNIT, _WHOLE = ("layer",), ("stage", "layer"), ("stage",), ("unit",), ()
+
+QUANTITIES: dict[str, Quantity] = {
+    row.name: row
+    for row in (
+        Quantity("param_sqnorm", "‖θ‖²", (2, 0), 0, ("steps", "pruning"), _STAGED,
+                 "squared norm of the parameters"),
+        Quantity("param_sqnorm_rate", "d‖θ‖²/dt", (0, 1), 1, ("steps", "pruning"), _STAGED,
+                 "velocity of ‖θ‖² along the gradient flow of the loss, −2θᵀg"),
+        Quantity("grad_sqnorm", "‖g‖²", (-2, 2), 1, ("steps", "curvature", "pruning"), _STAGED,
+                 "squared norm of the gradient; in steps the gradient applied, in curvature and pruning the loss's own"),
+        Quantity("param_grad", "θᵀg", (0, 1), 1, ("steps", "curvature", "pruning"), _STAGED,
+                 "inner product of parameters and gradient"),
+        Quantity("abs_param_grad", "Σ|θg|", (0, 1), 1, ("steps", "pruning"), _STAGED,
+                 "sum of |θᵢgᵢ|: loss preservation's importance of all parameters"),
+        Quantity("distance_sqnorm", "‖θ−θ₀‖²", (2, 0), 0, ("steps",), _LAYER,
+                 "squared distance from the parameters at which recording began"),
+        Quantity("decay_sqnorm", "λ‖θ‖²", (0, 1), 0, ("steps",), _LAYER,
+                 "squared norm weighted by each parameter's weight decay λ"),
+        Quantity("update_sqnorm", "‖Δθ‖²", (2, 0), 1, ("steps",), _LAYER,
+                 "squared norm of the step that the optimizer took"),
+        Quantity("param_update", "θᵀΔθ", (2, 0), 1, ("steps",), _LAYER,
+                 "inner product of the parameters before the step and the step"),
+        Quantity("grad_update", "gᵀΔθ", (0, 1), 1, ("steps", "curvature"), _LAYER,
+                 "inner product of gradient and step: the first-order change of the loss"),
+        Quantity("grad_hess_grad", "gᵀHg", (-4, 3), 2, ("curvature", "pruning"), _STAGED,
+                 "curvature along the gradient: gₗᵀ(Hg)ₗ, a block of the full product"),
+        Quantity("param_hess_grad", "θᵀHg", (-2, 2), 2, ("curvature", "pruning"), _STAGED,
+                 "θₗᵀ(Hg)ₗ: gradient-norm pruning's importance of all parameters"),
+        Quantity("update_hess_update", "ΔθᵀHΔθ", (0, 1), 2, ("curvature",), _LAYER,
+                 "curvature along the step: twice the second-order change of the loss"),
+        Quantity("loss", "L", (0, 1), 0, ("steps", "pruning"), _STAGE,
+                 "loss: in steps as logged by the training loop, in pruning at the probe"),
+        Quantity("learning_rate", "η", (2, -1), 0, ("steps",), _WHOLE,
+                 "learning rate of the optimizer's first parameter group"),
+        Quantity("flow_step", "Δt", (2, -1), 0, ("steps",), _WHOLE,
+                 "flow time of the step, η(1−dampening)/(1−β) with momentum β"),
+        Quantity("flow_time", "t", (2, -1), 0, ("steps",), _WHOLE,
+                 "flow time elapsed before the step"),
+        Quantity("epoch", "epoch", (0, 0), 0, ("steps",), _WHOLE,
+                 "pass over the watched loader, counted from 0"),
+        Quantity("skipped", "skipped", (0, 0), 0, ("steps",), _WHOLE,
+                 "1 where a gradient scaler made the optimizer skip the step"),
+        Quantity("loss_before", "L(θ)", (0, 1), 0, ("curvature",), _WHOLE,
+                 "loss on the step's batch before the step"),
+        Quantity("loss_after", "L(θ+Δθ)", (0, 1), 0, ("curvature",), _WHOLE,
+                 "loss on the same batch after the step"),
+        Quantity("grad_removal", "gᵀδ", (0, 1), 1, ("pruning",), _LAYER,
+                 "first-order effect of the removal δ on the loss"),
+        Quantity("removal_hess_removal", "δᵀHδ", (0, 1), 2, ("pruning",), _LAYER,
+                 "twice the second-order effect of the removal on the loss: δₗᵀ(Hδ)ₗ"),
+        Quantity("grad_hess_removal", "gᵀHδ", (-2, 2), 2, ("pruning",), _LAYER,
+                 "half the first-order effect of the removal on ‖g‖²: δₗᵀ(Hg)ₗ, what layer l's removal contributes"),
+        Quantity("removed_grad_sqnorm", "‖g_R‖²", (-2, 2), 1, ("pruning",), _LAYER,
+                 "squared gradient norm, before, of the parameters that the event removed"),
+        Quantity("removed_grad_hess_removal", "g_RᵀHδ", (-2, 2), 2, ("pruning",), _LAYER,
+                 "gᵀHδ over the removed coordinates only: g_Rᵀ(Hδ)_R"),
+        Quantity("removed", "|R|", (0, 0), 0, ("pruning",), _LAYER,
+                 "number of parameters that the event removed"),
+        Quantity("remaining", "n", (0, 0), 0, ("pruning",), _STAGED,
+                 "number of parameters that are not pruned"),
+        Quantity("score", "score", (0, 0), 0, ("units",), _UNIT,
+                 "importance of each unit by the event's measure; NaN where it was not scored"),
+        Quantity("alive", "alive", (0, 0), 0, ("units",), _UNIT,
+                 "whether the unit is left after the event"),
+        Quantity("train_loss", "training loss", (0, 1), 0, ("epochs",), _WHOLE, "mean loss over the epoch's steps"),
+        Quantity("train_accuracy", "training accuracy", (0, 0), 0, ("epochs",), _WHOLE,
+                 "share of right answers over the epoch's steps"),
+        Quantity("test_loss", "test loss", (0, 1), 0, ("epochs",), _WHOLE, "mean loss on the test set"),
+        Quantity("test_accuracy", "test accuracy", (0, 0), 0, ("epochs",), _WHOLE, "share of right answers, test set"),
+        Quantity("seconds", "seconds", (0, 0), 0, ("epochs",), _WHOLE, "wall-clock time of the epoch in seconds"),
+    )
+}
+
+
+def quantities(node: str) -> list[Quantity]:
+    """The rows of one node of the record, in the table's order."""
+    return [row for row in QUANTITIES.values() if node in row.nodes]
+
+
+def label(name: str) -> str:
+    """Axis label ``symbol [unit]`` of a quantity; the name itself when the table does not know it."""
+    row = QUANTITIES.get(name)
+    if row is None:
+        return name
+    return row.symbol if row.units == "1" else f"{row.symbol}  [{row.units}]"
+
+
+def markdown_table() -> str:
+    """The table of quantities in Markdown, as the README prints it."""
+    lines = ["| variable | symbol | unit | order | where | meaning |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in QUANTITIES.values():
+        where = ", ".join(f"`/{node}`" for node in row.nodes)
+        symbol = row.symbol.replace("|", "\\|")
+        meaning = row.meaning.replace("|", "\\|")
+        lines.append(f"| `{row.name}` | {symbol} | {row.units} | {row.order} | {where} | {meaning} |")
+    return "\n".join(lines)
+
+
+class RecordError(ValueError):
+    """A path that is not a record this version can read. The message is one line."""
+
+
+def open_run(path: str | os.PathLike) -> xr.DataTree:
+    """Open a record as an :class:`xarray.DataTree`, lazily.
+
+    The same as ``xr.open_datatree(path)`` after two checks: that the path holds a record, and that its schema version
+    is this one's.
+
+    Raises:
+        RecordError: nothing there, not a record, or a record of another schema version.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RecordError(f"no record at {path}: give the path of a run, e.g. one that `python -m dynamics run` wrote")
+    try:
+        run = xr.open_datatree(path, engine="zarr")
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecordError(f"{path} is not a thetadot record (a folder written by Recorder): {reason}") from error
+    version = run.attrs.get("schema_version")
+    if version != SCHEMA_VERSION:
+        found = "none" if version is None else version
+        raise RecordError(
+            f"{path} has schema version {found}, this thetadot reads version {SCHEMA_VERSION}: "
+            "open it with xr.open_datatree, or with the thetadot that wrote it"
+        )
+    return run

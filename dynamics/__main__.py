@@ -1,0 +1,85 @@
+"""``python -m dynamics run | sweep | show``: train, prune and record from the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from .experiment import Experiment, run
+from .schema import open_run
+from .summary import summary
+from .sweep import grid, sweep
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m dynamics",
+        description="Train and prune a network and record the dynamics, in xarray's Zarr format.",
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    one = ArgumentParser(description="Run one experiment: train, prune in rounds, train on.", exit_on_error=False)
+    one.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win over it.")
+    one.add_argument("-o", "--output", required=True, help="where the record goes: a new folder, say out/run.zarr")
+    one.add_class_arguments(Experiment, help="settings of the experiment")
+    commands.add_subcommand("run", one, help="run one experiment and record it")
+    many = ArgumentParser(description="Run the grid of experiments that a YAML file spans with its lists.", exit_on_error=False)
+    many.add_argument("configuration", help="YAML file: settings of `run`, where a list stands for each of its values")
+    many.add_argument("-o", "--output", required=True, help="folder for the records")
+    commands.add_subcommand("sweep", many, help="run many experiments")
+    show = ArgumentParser(description="Say in a few lines what a record holds.", exit_on_error=False)
+    show.add_argument("record", help="a record, e.g. out/run.zarr")
+    commands.add_subcommand("show", show, help="say what a record holds")
+    return parser
+
+
+def _configuration(path: str) -> dict:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no configuration file {path}: give a YAML file, e.g. configs/demo.yaml")
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings like `measure: magnitude`, got {type(settings).__name__}")
+    return settings
+
+
+def _execute(arguments: list[str] | None) -> None:
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    command = parsed.command
+    if command == "run":
+        settings = parsed.run
+        experiment = Experiment(**{name: settings[name] for name in Experiment.__dataclass_fields__})
+        print(f"recorded {run(experiment, settings.output)}; see it with: python -m analysis {settings.output}")
+    elif command == "sweep":
+        folder = Path(parsed.sweep.output)
+        paths = sweep(grid(_configuration(parsed.sweep.configuration)), folder)
+        print(f"recorded {len(paths)} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
+    else:
+        print(summary(open_run(parsed.show.record)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
+    try:
+        _execute(arguments)
+    except (ArgumentError, ValueError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was recorded until now is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,28 @@
-"""Figures."""
+"""Figures: draws what analysis computes, and computes nothing."""
+
+from .panels import (
+    draw_curve,
+    draw_events,
+    draw_filters_left,
+    draw_identity,
+    draw_layers,
+    draw_over_time,
+    draw_predicted_measured,
+)
+from .paper import FIGURES, caption, claim, draw
+from .report import write_report
+
+__all__ = [
+    "FIGURES",
+    "caption",
+    "claim",
+    "draw",
+    "draw_curve",
+    "draw_events",
+    "draw_filters_left",
+    "draw_identity",
+    "draw_layers",
+    "draw_over_time",
+    "draw_predicted_measured",
+    "write_report",
+]

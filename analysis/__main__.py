@@ -1,0 +1,37 @@
+"""``python -m analysis RUN...``: print what the runs came to, and theory against measurement."""
+
+from __future__ import annotations
+
+import sys
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from .record import open_runs
+from .tables import agreement_table, format_table, outcome_table
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m analysis",
+        description="Print what the recorded runs came to, and how well theory predicts what was measured: median "
+        "relative error, slope of measured on predicted, R² and rank correlation, in first and second order.",
+        exit_on_error=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
+    try:
+        runs = open_runs(_parser().parse_args(arguments).runs)
+        print(f"What the runs came to\n\n{format_table(outcome_table(runs))}\n")
+        print(f"Theory against measurement\n\n{format_table(agreement_table(runs))}")
+    except (ArgumentError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""How well a prediction agrees with its measurement, in four numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+from .effect import pruning_effect
+from .loss import loss_decrease
+from .norm import norm_rate
+from .record import MissingQuantityError
+
+ORDERS = ("first_order", "second_order")
+
+
+def residuals(prediction: xr.Dataset) -> xr.Dataset:
+    """Measured − predicted, for each order: variables ``first_order`` and ``second_order`` in the prediction's dims."""
+    return xr.Dataset({order: prediction.measured - prediction[order] for order in ORDERS})
+
+
+def agree(prediction: xr.Dataset) -> xr.Dataset:
+    """Summary of a dataset with ``measured`` and predictions of first and second order, over all its dims.
+
+    Over the new dim ``order``, from the n pairs where both are finite:
+
+    =====================  =======================================================
+    median_relative_error  median of |predicted − measured| / |measured|
+    slope                  least-squares slope of measured on predicted; 1 is right
+    r_squared              1 − Σ(measured − predicted)² / Σ(measured − mean)²; 1 is perfect, below 0 worse than the mean
+    rank_correlation       Spearman's ρ of predicted and measured
+    count                  n
+    =====================  =======================================================
+
+    A figure that n does not allow is NaN.
+    """
+    rows = [_figures(prediction.measured.values, prediction[order].values) for order in ORDERS]
+    names = ("median_relative_error", "slope", "r_squared", "rank_correlation", "count")
+    columns = zip(*rows, strict=True)
+    return xr.Dataset(
+        {name: ("order", np.array(values)) for name, values in zip(names, columns, strict=True)},
+        coords={"order": list(ORDERS)},
+    )
+
+
+def agreement(run: xr.DataTree) -> xr.Dataset:
+    """Theory against measurement in one run: :func:`agree` for every relation that the record allows.
+
+    Dims (relation, order); relations: "loss decrease" of a step; "norm rate" of the whole network, averaged over
+    windows of a twentieth of the run, at least ten steps; "effect of pruning" on the loss and on ‖g‖².
+
+    Raises:
+        MissingQuantityError: the record allows none.
+    """
+    relations = {}
+    for name, predict in _RELATIONS.items():
+        try:
+            relations[name] = agree(predict(run))
+        except MissingQuantityError as error:
+            reason = error
+    if not relations:
+        raise reason
+    return xr.concat(relations.values(), xr.Variable("relation", list(relations)))
+
+
+def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
+    """:func:`analysis.norm_rate` of the whole network over ``step``, averaged over 1/20 of the run, >= 10 steps."""
+    window = max(10, run["steps"].sizes.get("step", 0) // 20)
+    total = norm_rate(run).sum("layer", keep_attrs=True)
+    averaged = total.rolling(step=min(window, max(total.sizes["step"], 1)), center=True).mean(keep_attrs=True)
+    return averaged.assign_attrs(window=window)
+
+
+_RELATIONS = {
+    "loss decrease": loss_decrease,
+    "norm rate": network_norm_rate,
+    "effect of pruning on the loss": lambda run: pruning_effect(run).sel(quantity="loss"),
+    "effect of pruning on ‖g‖²": lambda run: pruning_effect(run).sel(quantity="grad_sqnorm"),
+}
+
+
+def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float, float, float, int]:
+    finite = np.isfinite(measured) & np.isfinite(predicted)
+    measured, predicted = measured[finite].astype(float), predicted[finite].astype(float)
+    count = len(measured)
+    varied = count > 2 and np.ptp(measured) > 0 and np.ptp(predicted) > 0
+    nonzero = measured != 0
+    error = np.abs(predicted - measured)[nonzero] / np.abs(measured[nonzero])
+    return (
+        float(np.median(error)) if error.size else np.nan,
+        float(stats.linregress(predicted, measured).slope) if varied else np.nan,
+        float(1 - np.sum((measured - predicted) ** 2) / np.sum((measured - measured.mean()) ** 2))
+        if varied
+        else np.nan,
+        float(stats.spearmanr(predicted, measured).statistic) if varied else np.nan,
+        count,
+    )

@@ -1,0 +1,162 @@
+"""What was found, in a sentence each, computed from the runs at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import xarray as xr
+
+from .agreement import ORDERS, agree, network_norm_rate
+from .effect import filters_left, pruning_effect
+from .loss import loss_decrease, stability
+from .outcome import outcome
+from .record import MissingQuantityError, node
+
+Runs = Mapping[str, xr.DataTree]
+
+
+def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:
+    """The analysis of every run that recorded what it needs.
+
+    Raises:
+        MissingQuantityError: none of the runs did.
+    """
+    found, missing = {}, MissingQuantityError("no runs given")
+    for label, run in runs.items():
+        try:
+            found[label] = analyse(run)
+        except MissingQuantityError as error:
+            missing = error
+    if not found:
+        raise missing
+    return found
+
+
+def loss_prediction(runs: Runs) -> str:
+    """How well the loss decrease of a step is predicted, over all runs."""
+    pooled = _pool(each(runs, loss_decrease))
+    errors = [np.abs(pooled.measured - pooled[order]) for order in ORDERS]
+    closer = float((errors[1] < errors[0]).mean())
+    return (
+        f"{_errors(pooled)} The second order is the closer one in {closer:.0%} of the steps. Rank correlation "
+        f"{float(agree(pooled).rank_correlation[1]):.2f}."
+    )
+
+
+def loss_over_time(runs: Runs) -> str:
+    """How the error of the prediction changes from the first half of the training to the second."""
+    halves = {"first": [], "second": []}
+    for prediction in each(runs, loss_decrease).values():
+        middle = prediction.sizes["step"] // 2
+        halves["first"].append(prediction.isel(step=slice(middle)))
+        halves["second"].append(prediction.isel(step=slice(middle, None)))
+    errors = {half: agree(_pool(dict(enumerate(parts)))).median_relative_error for half, parts in halves.items()}
+    (early_first, early), (late_first, late) = (map(float, errors[half]) for half in halves)
+    return (
+        f"Median relative error in the first half of the training: {early_first:.1%} in first and {early:.1%} in "
+        f"second order; in the second half, at smaller steps: {late_first:.1%} and {late:.1%}."
+    )
+
+
+def norm_prediction(runs: Runs) -> str:
+    """How well the velocity of the norm is predicted, over all runs."""
+    return _errors(_pool(each(runs, network_norm_rate))) + " Momentum and its reset at a pruning are what is left out."
+
+
+def layer_spread(runs: Runs) -> str:
+    """How far apart the layers are in gradient, and which of them moves the norm."""
+    run = next((run for run in runs.values() if run["pruning"].data_vars), next(iter(runs.values())))
+    steps = node(run, "steps", ["grad_sqnorm", "param_sqnorm_rate"])
+    typical = steps.grad_sqnorm.median("step")
+    factor = float(typical.max() / typical[typical > 0].min())
+    rate = np.abs(steps.param_sqnorm_rate).sum("step")
+    most, share = rate.layer.values[int(rate.argmax())], float(rate.max() / rate.sum())
+    return (
+        f"The layers' median ‖g‖² lie a factor {_rounded(factor)} apart. {share:.1%} of all |d‖θ‖²/dt| is in layer "
+        f"{most}. A layer that normalisation makes scale-invariant has θᵀg = 0, and its rate shows rounding noise."
+    )
+
+
+def final_accuracy(runs: Runs) -> str:
+    """Final accuracies, and how far pruning cost any."""
+    last = {label: float(outcome(run).test_accuracy) for label, run in runs.items()}
+    pruned = {label: accuracy for label, accuracy in last.items() if float(outcome(runs[label]).sparsity) > 0}
+    whole = ", ".join(f"{accuracy:.1%} without pruning" for label, accuracy in last.items() if label not in pruned)
+    if not pruned:
+        return f"Final test accuracy: {whole}."
+    best, worst = max(pruned, key=pruned.get), min(pruned, key=pruned.get)
+    spread = f"{pruned[worst]:.1%} ({_words(worst)}) to {pruned[best]:.1%} ({_words(best)})"
+    return f"Final test accuracy of the pruned networks: {spread}" + (f"; {whole}." if whole else ".") + _seeds(runs)
+
+
+def layer_choice(runs: Runs) -> str:
+    """Where the measures disagree most about which layer to prune."""
+    left = {label: found.share.isel(event=-1) for label, found in each(runs, filters_left).items()}
+    if len(left) < 2:
+        (share,) = left.values()
+        least = share.layer.values[int(share.argmin())]
+        return f"Layer {least} keeps the least, {float(share.min()):.0%}."
+    shares = xr.concat(list(left.values()), xr.Variable("run", list(left)), join="outer")
+    spread = shares.max("run") - shares.min("run")
+    layer = spread.layer.values[int(spread.argmax())]
+    there = shares.sel(layer=layer)
+    low, high = there.run.values[int(there.argmin())], there.run.values[int(there.argmax())]
+    return (
+        f"They differ most in layer {layer}: {_words(low)} leaves {float(there.min()):.0%} of its filters, "
+        f"{_words(high)} {float(there.max()):.0%}."
+    )
+
+
+def effect_prediction(runs: Runs) -> str:
+    """How well the effect of a pruning is predicted, over all runs."""
+    pooled = {name: _pool({label: effect.sel(quantity=name) for label, effect in each(runs, pruning_effect).items()})
+              for name in ("loss", "grad_sqnorm")}  # fmt: skip
+    loss, norm = (agree(values) for values in pooled.values())
+    (first, second), (rank, rank_second) = loss.median_relative_error.values, loss.rank_correlation.values
+    removed = pooled["loss"].removed_share
+    return (
+        f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order, rank correlation {rank:.2f} "
+        f"and {rank_second:.2f}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}, rank correlation "
+        f"{float(norm.rank_correlation[0]):.2f}. n = {removed.size} prunings, each of {float(removed.min()):.0%} to "
+        f"{float(removed.max()):.0%} of the parameters left."
+    )
+
+
+def time_unstable(runs: Runs) -> str:
+    """Share of measured steps beyond the stability limit."""
+    ratios = np.concatenate([found.stability.values for found in each(runs, stability).values()])
+    above = float((ratios > 2).mean())
+    return f"The ratio is above 2 in {above:.0%} of the measured steps; its median is {np.median(ratios):.2g}."
+
+
+def _pool(predictions: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    """All runs' pairs of measured and predicted over one dim."""
+    flat = [
+        found.drop_vars([name for name in found.coords if name != "removed_share"]) for found in predictions.values()
+    ]
+    return xr.concat([found.rename(dict.fromkeys(found.dims, "pair")) for found in flat], "pair").dropna(
+        "pair", subset=["measured"]
+    )
+
+
+def _errors(pooled: xr.Dataset) -> str:
+    first, second = (float(value) for value in agree(pooled).median_relative_error)
+    points = f"Median relative error over {pooled.sizes['pair']} points"
+    return f"{points}: {first:.1%} in first order, {second:.1%} in second order."
+
+
+def _seeds(runs: Runs) -> str:
+    return (
+        " One seed each: no verdict about the measures."
+        if len({run.attrs.get("seed") for run in runs.values()}) == 1
+        else ""
+    )
+
+
+def _rounded(value: float) -> str:
+    return f"{float(f'{value:.1g}'):,.0f}".replace(",", " ")
+
+
+def _words(label: str) -> str:
+    return str(label).replace("_", " ")

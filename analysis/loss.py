@@ -1,0 +1,63 @@
+"""Predicted and measured decrease of the loss in each step."""
+
+from __future__ import annotations
+
+import xarray as xr
+
+from .record import described, node
+
+
+def loss_decrease(run: xr.DataTree) -> xr.Dataset:
+    """Loss decrease over each measured step, on the step's own batch: measured, and predicted from θ before the step.
+
+    ==================  =====================================================
+    measured            L(θ) − L(θ+Δθ)
+    first_order         −gᵀΔθ                       error O(‖Δθ‖²)
+    second_order        −gᵀΔθ − ½ ΔθᵀHΔθ            error O(‖Δθ‖³)
+    first_order_flow    Δt ‖g‖²                     gradient flow over the step's flow time Δt
+    second_order_flow   Δt ‖g‖² − Δt² gᵀHg          (the coefficient is 1: the flow is not the step)
+    ==================  =====================================================
+
+    Dims ``step``; unit of the loss. g and H are those of the loss on that batch (not of a weight decay term). The flow
+    rows assume a step of gradient descent; a momentum's step also carries earlier batches, so they hold on average.
+
+    Raises:
+        MissingQuantityError: no curvature was recorded.
+    """
+    needs = ["loss_before", "loss_after", "grad_update", "update_hess_update", "grad_sqnorm", "grad_hess_grad"]
+    curvature = node(run, "curvature", needs)
+    total = curvature.sum("layer")
+    flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
+    first, first_flow = -total.grad_update, flow_step * total.grad_sqnorm
+    return described(
+        xr.Dataset(
+            {
+                "measured": curvature.loss_before - curvature.loss_after,
+                "first_order": first,
+                "second_order": first - total.update_hess_update / 2,
+                "first_order_flow": first_flow,
+                "second_order_flow": first_flow - flow_step**2 * total.grad_hess_grad,
+            }
+        ),
+        "loss",
+        measured="L(θ) − L(θ+Δθ)",
+        first_order="−gᵀΔθ",
+        second_order="−gᵀΔθ − ½ΔθᵀHΔθ",
+        first_order_flow="Δt‖g‖²",
+        second_order_flow="Δt‖g‖² − Δt²gᵀHg",
+    )
+
+
+def stability(run: xr.DataTree) -> xr.Dataset:
+    """Δt gᵀHg/‖g‖² at each measured step: plain gradient descent lowers the quadratic model iff it is below 2.
+
+    Dims ``step``; a pure number. Δt is the step's flow time, the learning rate without momentum.
+
+    Raises:
+        MissingQuantityError: no curvature was recorded.
+    """
+    curvature = node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"])
+    total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer")
+    flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
+    ratio = flow_step * total.grad_hess_grad / total.grad_sqnorm
+    return xr.Dataset({"stability": ratio.assign_attrs(long_name="Δt gᵀHg/‖g‖²", units="1")})

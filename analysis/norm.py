@@ -1,0 +1,94 @@
+"""Predicted and measured velocity of the parameters' norm, and its exact balance over a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from .record import described, has, node
+
+
+def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
+    """Velocity of ‖θ‖² in flow time, per step and layer: measured, and predicted from θ and g before the step.
+
+    ============  ====================================================
+    measured      (‖θ+Δθ‖² − ‖θ‖²)/Δt = (2θᵀΔθ + ‖Δθ‖²)/Δt
+    first_order   −2θᵀg − 2λ‖θ‖²                    the gradient flow of L + ½λ‖θ‖²
+    second_order  −2θᵀg − 2λ‖θ‖² + Δt ‖g‖²          with what a step of length Δt adds to the flow
+    ============  ====================================================
+
+    Dims (step, layer); unit of the loss. ``window`` averages all three over so many steps. The prediction is for a step
+    of gradient descent, up to terms in λΔt; with momentum, whose steps carry earlier gradients, it holds on average
+    over windows longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant θᵀg = 0: the flow keeps their
+    norm, and all their growth is the last term.
+
+    Raises:
+        MissingQuantityError: /steps lacks a quantity. ValueError: the window is not positive.
+    """
+    if window < 1:
+        raise ValueError(f"window must be a number of steps >= 1, got {window}")
+    needs = ["param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "grad_sqnorm", "flow_step"]
+    steps = node(run, "steps", needs)
+    first = -2 * steps.param_grad - 2 * steps.decay_sqnorm
+    rates = xr.Dataset(
+        {
+            "measured": (2 * steps.param_update + steps.update_sqnorm) / steps.flow_step,
+            "first_order": first,
+            "second_order": first + steps.flow_step * steps.grad_sqnorm,
+        }
+    ).transpose("step", "layer")
+    rates = rates if window == 1 else rates.rolling(step=window, center=True).mean()
+    return described(
+        rates,
+        "param_sqnorm_rate",
+        measured="d‖θ‖²/dt",
+        first_order="−2θᵀg − 2λ‖θ‖²",
+        second_order="−2θᵀg − 2λ‖θ‖² + Δt‖g‖²",
+    )
+
+
+def norm_balance(run: xr.DataTree) -> xr.Dataset:
+    """The exact change of ‖θ‖² over each step, and what makes it up, per step and layer.
+
+    ==============  =============================================================
+    gradient        −2ηθᵀg
+    weight_decay    −2ηλ‖θ‖²
+    momentum        2θᵀΔθ less the two above: what earlier gradients still do
+    discretisation  ‖Δθ‖²
+    total           2θᵀΔθ + ‖Δθ‖², the sum of the four
+    measured        ‖θ‖² of the next step's row less that of this one
+    residual        measured − total: rounding, or something that changed θ between steps
+    ==============  =============================================================
+
+    Dims (step, layer); unit θ². Measured is NaN where the next row is not the next step, or a pruning lies in between.
+    The split assumes one learning rate η; under Adam the "momentum" is all that preconditioning does.
+
+    Raises:
+        MissingQuantityError: /steps lacks a quantity.
+    """
+    needs = ["param_sqnorm", "param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "learning_rate"]
+    steps = node(run, "steps", needs)
+    gradient = -2 * steps.learning_rate * steps.param_grad
+    decay = -2 * steps.learning_rate * steps.decay_sqnorm
+    momentum = 2 * steps.param_update - gradient - decay
+    total = 2 * steps.param_update + steps.update_sqnorm
+    measured = (steps.param_sqnorm.shift(step=-1) - steps.param_sqnorm).where(_undisturbed(run, steps.step))
+    balance = xr.Dataset(
+        {
+            "gradient": gradient,
+            "weight_decay": decay,
+            "momentum": momentum,
+            "discretisation": steps.update_sqnorm,
+            "total": total,
+            "measured": measured,
+            "residual": measured - total,
+        }
+    ).transpose("step", "layer")
+    return described(balance, "param_sqnorm", **{name: name.replace("_", " ") for name in balance})
+
+
+def _undisturbed(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:
+    """True where the next row is the next step and no event lies in between."""
+    following = step.shift(step=-1, fill_value=-1)
+    events = node(run, "pruning", ["step"]).step.values if has(run, "pruning") else []
+    return (following == step + 1) & ~xr.DataArray(np.isin(following, events), coords={"step": step})

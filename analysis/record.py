@@ -1,0 +1,68 @@
+"""Reading a record: its nodes as datasets, with an error that says what is missing and how to record it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import xarray as xr
+
+from dynamics.schema import QUANTITIES, RecordError, open_run
+
+_HOW = {
+    "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",
+    "curvature": "Record with curvature_every > 0, and watch the loader or observe the batches.",
+    "pruning": 'Prune inside `with recorder.event("prune", probe=batches)`.',
+    "units": "Call event.units(alive=..., scores=...) inside the event.",
+    "epochs": "Call recorder.log_epoch(...) after each epoch.",
+}
+
+
+class MissingQuantityError(RecordError):
+    """The record lacks what an analysis needs. The message says what, what there is, and how to record it."""
+
+
+def node(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
+    """A node of the record as a dataset, in memory.
+
+    Raises:
+        MissingQuantityError: the node lacks one of the variables in ``needs``.
+    """
+    found = list(run[name].data_vars) + list(run[name].coords) if name in run.children else []
+    if missing := [quantity for quantity in needs if quantity not in found]:
+        raise MissingQuantityError(f"/{name} needs {missing}; this run recorded {sorted(found)} there. {_HOW[name]}")
+    return run[name].to_dataset().load()
+
+
+def has(run: xr.DataTree, name: str) -> bool:
+    """Whether anything was recorded in a node."""
+    return name in run.children and bool(run[name].data_vars)
+
+
+def experiment(run: xr.DataTree) -> dict:
+    """Configuration of the experiment that wrote the record; empty for a loop that someone instrumented."""
+    return json.loads(run.attrs.get("experiment", "{}"))
+
+
+def open_runs(paths: Iterable[str]) -> dict[str, xr.DataTree]:
+    """Open records under short labels that tell them apart: their measures where these differ, else their file names.
+
+    Raises:
+        RecordError: a path is no record, or two paths are the same.
+    """
+    paths = list(dict.fromkeys(str(Path(path)) for path in paths))
+    runs = {path: open_run(path) for path in paths}
+    measures = [experiment(run).get("measure") for run in runs.values()]
+    stems = [Path(path).name.removesuffix(".zarr") for path in paths]
+    for labels in (measures, stems, paths):
+        if None not in labels and len(set(labels)) == len(labels):
+            return dict(zip(labels, runs.values(), strict=True))
+    raise RecordError(f"the records cannot be told apart: {paths}")
+
+
+def described(dataset: xr.Dataset, like: str, **symbols: str) -> xr.Dataset:
+    """The dataset with a symbol for each named variable, and the unit of the quantity ``like``."""
+    for name, symbol in symbols.items():
+        dataset[name].attrs = {"long_name": symbol, "units": QUANTITIES[like].units}
+    return dataset

@@ -1,0 +1,46 @@
+"""The tables that people read: runs side by side, and theory against measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import xarray as xr
+
+from .agreement import agreement
+from .outcome import outcome
+
+
+def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """One row a run: accuracy, loss and sparsity, in words and per cent."""
+    rows = {}
+    for label, run in runs.items():
+        found = outcome(run)
+        rows[label] = {
+            "test accuracy": _percent(found.test_accuracy),
+            "test loss": f"{float(found.test_loss):.4f}",
+            "filters pruned": _percent(found.sparsity),
+            "parameters pruned": _percent(found.removed_parameters),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """One row a run, relation and order: the summary figures of :func:`analysis.agree`."""
+    frames = [agreement(run).to_dataframe().assign(run=label) for label, run in runs.items()]
+    table = pd.concat(frames).reset_index()
+    table = table[table["count"] > 0]
+    table["order"] = table["order"].str.removesuffix("_order")
+    for key in ("relation", "order"):  # the order of first appearance, not the alphabet's
+        table[key] = pd.Categorical(table[key], table[key].unique(), ordered=True)
+    table = table.sort_values(["relation", "order"], kind="stable").set_index(["relation", "order", "run"])
+    return table.rename(columns=lambda name: name.replace("_", " "))
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """A table as aligned text."""
+    return table.to_string(float_format=lambda value: f"{value:.3g}", na_rep="–")
+
+
+def _percent(value: xr.DataArray) -> str:
+    return f"{float(value):.1%}"

@@ -1,0 +1,48 @@
+"""``python -m figures RUN... -o DIR``: draw every figure that the records allow, and the report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import matplotlib as mpl
+from jsonargparse import ArgumentError, ArgumentParser
+from tqdm.auto import tqdm
+
+from analysis import open_runs
+
+from .paper import FIGURES
+from .report import write_report
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m figures",
+        description="Draw every figure that the records allow, as PNG and PDF, and report.html, which holds them all. "
+        f"The figures: {', '.join(FIGURES)}.",
+        exit_on_error=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the figures and report.html")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
+    try:
+        settings = _parser().parse_args(arguments)
+        runs, folder = open_runs(settings.runs), Path(settings.output)
+        mpl.use("agg")
+        records = [os.path.relpath(path, folder) for path in settings.runs]
+        page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
+        print(f"drew the figures in {folder}; read {page}")
+    except (ArgumentError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

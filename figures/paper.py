@@ -1,0 +1,265 @@
+"""The figures, one function each: runs in, figure out. The first line of each docstring is the claim it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+import analysis
+from analysis import MissingQuantityError
+
+from . import panels
+from .style import FIRST, SECOND, name_of, run_styles, theme
+
+Runs = Mapping[str, xr.DataTree]
+
+
+def loss_decrease_scatter(runs: Runs) -> Figure:
+    """The second-order expansion predicts the loss decrease of a step; the first order alone promises too much.
+
+    Each point is one measured step: measured loss decrease on the step's own batch against −gᵀΔθ (left) and
+    −gᵀΔθ − ½ΔθᵀHΔθ (right). On the grey line a prediction is exact.
+    """
+    predictions = analysis.each(runs, analysis.loss_decrease)
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), sharex=True, sharey=True)
+    for ax, order in zip(axes, ("first_order", "second_order"), strict=True):
+        for label, style in run_styles(predictions).items():
+            panels.draw_predicted_measured(
+                predictions[label], order, ax=ax, label=name_of(label), alpha=0.75, markersize=3.5, **style
+            )  # fmt: skip
+        ax.set_title(order.replace("_", " "))
+    for ax in axes:
+        _symmetric(ax, np.concatenate([_compared(prediction) for prediction in predictions.values()]))
+    axes[0].set(xlabel="predicted loss decrease  [L]", ylabel="measured loss decrease  [L]")
+    axes[1].set(xlabel="predicted loss decrease  [L]", ylabel="")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def loss_decrease_over_time(runs: Runs) -> Figure:
+    """Over training, measured loss decreases follow the second-order prediction step by step.
+
+    Loss decrease of each measured step on its own batch, with the prunings as dotted lines.
+    """
+    predictions = analysis.each(runs, analysis.loss_decrease)
+    figure, axes = _grid(len(predictions))
+    for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
+        panels.draw_over_time(prediction, ax=ax)
+        panels.draw_events(_event_steps(runs[label]), ax=ax)
+        panels.scale_axis(ax.yaxis, _compared(prediction))
+        ax.set_title(name_of(label))
+    _only_outer_labels(figure, axes, ylabel="loss decrease  [L]")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def norm_rate(runs: Runs) -> Figure:
+    """Gradient flow moves the squared norm at −2θᵀg − 2λ‖θ‖²; a step of finite length Δt adds Δt‖g‖².
+
+    d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. Prunings,
+    dotted; each resets the momentum, which then needs about 1/(1−β) steps to carry the flow again.
+    """
+    predictions = analysis.each(runs, analysis.network_norm_rate)
+    figure, axes = _grid(len(predictions))
+    for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
+        panels.draw_over_time(prediction, ax=ax)
+        panels.draw_events(_event_steps(runs[label]), ax=ax)
+        panels.scale_axis(ax.yaxis, _compared(prediction))
+        ax.set_title(name_of(label))
+    _only_outer_labels(figure, axes, ylabel="d‖θ‖²/dt  [L]")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def quantities_per_layer(runs: Runs) -> Figure:
+    """Norm, gradient and curvature differ by orders of magnitude between layers, and a pruning moves them at once.
+
+    The quantities of each layer of the first pruned run over its steps. Prunings, dotted.
+    """
+    label = next((label for label, run in runs.items() if _event_steps(run)), next(iter(runs)))
+    run = runs[label]
+    found = [(node, name) for node, name in _PER_LAYER if node in run.children and name in run[node].data_vars]
+    if not found:
+        raise MissingQuantityError("no quantity per layer in the record: record /steps or /curvature")
+    figure, axes = _grid(len(found), width=3.6, columns=2)
+    for ax, (node, name) in zip(axes, found, strict=True):
+        quantity = run[node][name].load()
+        panels.draw_layers(quantity, ax=ax)
+        panels.draw_events(_event_steps(run), ax=ax)
+        panels.scale_axis(ax.yaxis, quantity.values)
+    layers = axes[0].get_legend_handles_labels()
+    figure.legend(*layers, loc="outside right center", title="layer", fontsize=7, handlelength=1.2)
+    figure.suptitle(name_of(label), x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def training_curves(runs: Runs) -> Figure:
+    """Pruned early, a network trains on to nearly the accuracy of the whole one; the measure decides how fast.
+
+    Training loss and test accuracy after each epoch, before that epoch's pruning if any. Prunings, dotted.
+    """
+    curves = analysis.each(runs, analysis.training_curve)
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4))
+    for label, style in run_styles(curves).items():
+        for ax, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):
+            if name in curves[label]:
+                panels.draw_curve(curves[label][name], ax=ax, label=name_of(label), alpha=0.9, **style)
+    for ax in axes:
+        panels.draw_events({epoch + 2 for label in curves for epoch in _event_epochs(runs[label])}, ax=ax)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    panels.scale_axis(axes[0].yaxis, axes[0].lines[0].get_ydata())
+    axes[1].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def filters_left(runs: Runs) -> Figure:
+    """At the same sparsity the measures take their filters from different layers.
+
+    Share of each layer's filters that is left after the last pruning.
+    """
+    left = {label: found.share.isel(event=-1) for label, found in analysis.each(runs, analysis.filters_left).items()}
+    layers = max(share.sizes["layer"] for share in left.values())
+    figure, ax = plt.subplots(figsize=(max(7.2, 0.2 * layers + 2), 3.8))
+    for label, style in run_styles(left).items():
+        panels.draw_filters_left(left[label], ax=ax, label=name_of(label), alpha=0.9, **style)
+    ax.tick_params(axis="x", labelsize=8 if layers <= 30 else 5)
+    _legend_below(figure, ax)
+    return figure
+
+
+def pruning_effect(runs: Runs) -> Figure:
+    """What a pruning does to loss and gradient norm is predicted as far as it is a small perturbation, and no further.
+
+    Each point is one pruning at its fixed probe: measured against predicted change of the loss (left) and of ‖g‖²
+    (right). Open markers: first order; filled: second order.
+    """
+    effects = analysis.each(runs, analysis.pruning_effect)
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9))
+    for ax, quantity, symbol in zip(axes, ("loss", "grad_sqnorm"), ("ΔL  [L]", "Δ‖g‖²  [L² θ⁻²]"), strict=True):
+        chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}
+        for label, style in run_styles(chosen).items():
+            style = style | {"markersize": 5.5}
+            panels.draw_predicted_measured(chosen[label], "first_order", ax=ax, filled=False, **style)
+            panels.draw_predicted_measured(chosen[label], "second_order", ax=ax, label=name_of(label), **style)
+        _symmetric(ax, np.concatenate([_compared(effect) for effect in chosen.values()]))
+        ax.set(xlabel=f"predicted {symbol}", ylabel=f"measured {symbol}")
+    orders = [Line2D([], [], marker="o", linestyle="none", color="0.3", markerfacecolor=face, label=name)
+              for face, name in (("none", FIRST["label"]), ("0.3", SECOND["label"]))]  # fmt: skip
+    axes[0].legend(handles=orders, loc="upper left")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def stability(runs: Runs) -> Figure:
+    """Where Δt gᵀHg/‖g‖² is above 2 the quadratic model says that a step of that flow time raises the loss.
+
+    The ratio at each measured step; the line marks 2. With momentum a step's flow time is η/(1−β).
+    """
+    found = analysis.each(runs, analysis.stability)
+    figure, ax = plt.subplots(figsize=(7.2, 3.8))
+    for label, style in run_styles(found).items():
+        panels.draw_curve(found[label].stability, ax=ax, label=name_of(label), alpha=0.85, linewidth=0.9, **style)
+    ax.axhline(2, color="0.3", linewidth=1)
+    panels.scale_axis(ax.yaxis, np.concatenate([ratio.stability.values for ratio in found.values()]))
+    ax.set(ylabel="Δt gᵀHg/‖g‖²")
+    _legend_below(figure, ax)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Runs], Figure]] = {
+    figure.__name__: figure
+    for figure in (
+        loss_decrease_scatter,
+        loss_decrease_over_time,
+        norm_rate,
+        quantities_per_layer,
+        training_curves,
+        filters_left,
+        pruning_effect,
+        stability,
+    )
+}
+
+_PER_LAYER = (
+    ("steps", "param_sqnorm"),
+    ("steps", "param_sqnorm_rate"),
+    ("steps", "grad_sqnorm"),
+    ("steps", "distance_sqnorm"),
+    ("curvature", "grad_hess_grad"),
+    ("curvature", "param_hess_grad"),
+)
+
+
+def draw(name: str, runs: Runs) -> Figure:
+    """A figure by its name, in thetadot's style.
+
+    Raises:
+        ValueError: no such figure, or no runs. MissingQuantityError: no run recorded what the figure needs.
+    """
+    if name not in FIGURES:
+        raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
+    if not runs:
+        raise ValueError("no runs to draw: give at least one record")
+    with theme():
+        return FIGURES[name](runs)
+
+
+def claim(name: str) -> str:
+    """The claim that a figure shows: the first line of its docstring."""
+    return FIGURES[name].__doc__.strip().splitlines()[0]
+
+
+def caption(name: str) -> str:
+    """How to read a figure: the rest of its docstring."""
+    return " ".join(FIGURES[name].__doc__.split("\n", 1)[1].split())
+
+
+def _event_steps(run: xr.DataTree) -> list[int]:
+    return run["pruning"]["step"].values.tolist() if "step" in run["pruning"].data_vars else []
+
+
+def _event_epochs(run: xr.DataTree) -> list[int]:
+    return run["pruning"]["epoch"].values.tolist() if "epoch" in run["pruning"].data_vars else []
+
+
+def _compared(prediction: xr.Dataset) -> np.ndarray:
+    return prediction[["measured", "first_order", "second_order"]].to_array().values.ravel()
+
+
+def _symmetric(ax: Axes, values: np.ndarray) -> None:
+    """The same scale on both axes, square, with the line on which a prediction is exact."""
+    for axis in (ax.xaxis, ax.yaxis):
+        panels.scale_axis(axis, values)
+    panels.draw_identity(ax)
+    ax.set_aspect("equal", adjustable="box")
+
+
+def _grid(count: int, width: float = 2.5, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of at most ``columns``."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(max(width * columns, 4.5), 2.1 * rows + 0.5), sharex=True, squeeze=False
+    )
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def _only_outer_labels(figure: Figure, axes: list[Axes], *, ylabel: str) -> None:
+    for ax in axes:
+        ax.set(ylabel="")
+        ax.label_outer()
+    figure.supylabel(ylabel, fontsize=9)
+
+
+def _legend_below(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))

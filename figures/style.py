@@ -1,0 +1,51 @@
+"""What colours, lines and markers mean, in every figure the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+
+_THEME = Path(__file__).with_name("thetadot.mplstyle")
+
+# measured = dots, first order = dashed, second order = solid
+MEASURED = {"linestyle": "none", "marker": "o", "color": "0.25", "markersize": 3, "label": "measured"}
+FIRST = {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order"}
+SECOND = {"linestyle": "-", "color": "#d55e00", "label": "second order"}
+
+_MEASURES = (
+    "none",
+    "magnitude",
+    "loss_preservation",
+    "loss_preservation_times_magnitude",
+    "gradient_norm_increase",
+    "gradient_norm_preservation",
+)
+_MARKERS = "osD^vPX*<>"
+
+
+@contextmanager
+def theme() -> Iterator[None]:
+    """Draw inside in thetadot's style; afterwards the user's own is as it was."""
+    with plt.style.context(_THEME):
+        yield
+
+
+def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
+    """Colour and marker of each run: one a measure, the same in every figure; others take what is left."""
+    labels = list(labels)
+    order = [*_MEASURES, *(label for label in labels if label not in _MEASURES)]
+    colours = ["0.35", *sns.color_palette("colorblind", len(order) - 1)]
+    return {
+        label: {"color": colours[i], "marker": _MARKERS[i % len(_MARKERS)]}
+        for i, label in enumerate(order)
+        if label in labels
+    }
+
+
+def name_of(label: str) -> str:
+    """A run's label in print."""
+    return {"none": "not pruned"}.get(label, label.replace("_times_", " × ").replace("_", " "))

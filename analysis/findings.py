@@ -71,7 +71,7 @@ def layer_spread(runs: Runs) -> str:
     typical = steps.grad_sqnorm.median("step")
     factor = float(typical.max() / typical[typical > 0].min())
     rate = np.abs(steps.param_sqnorm_rate).sum("step")
-    most, share = rate.layer.values[int(rate.argmax())], float(rate.max() / rate.sum())
+    most, share = str(rate.layer.values[np.argmax(rate.values)]), float(rate.max() / rate.sum())
     return (
         f"The layers' median ‖g‖² lie a factor {_rounded(factor)} apart. {share:.1%} of all |d‖θ‖²/dt| is in layer "
         f"{most}. A layer that normalisation makes scale-invariant has θᵀg = 0, and its rate shows rounding noise."
@@ -95,13 +95,13 @@ def layer_choice(runs: Runs) -> str:
     left = {label: found.share.isel(event=-1) for label, found in each(runs, filters_left).items()}
     if len(left) < 2:
         (share,) = left.values()
-        least = share.layer.values[int(share.argmin())]
+        least = share.layer.values[np.argmin(share.values)]
         return f"Layer {least} keeps the least, {float(share.min()):.0%}."
     shares = xr.concat(list(left.values()), xr.Variable("run", list(left)), join="outer")
     spread = shares.max("run") - shares.min("run")
-    layer = spread.layer.values[int(spread.argmax())]
+    layer = spread.layer.values[np.argmax(spread.values)]
     there = shares.sel(layer=layer)
-    low, high = there.run.values[int(there.argmin())], there.run.values[int(there.argmax())]
+    low, high = there.run.values[np.argmin(there.values)], there.run.values[np.argmax(there.values)]
     return (
         f"They differ most in layer {layer}: {_words(low)} leaves {float(there.min()):.0%} of its filters, "
         f"{_words(high)} {float(there.max()):.0%}."
@@ -116,8 +116,8 @@ def effect_prediction(runs: Runs) -> str:
     (first, second), (rank, rank_second) = loss.median_relative_error.values, loss.rank_correlation.values
     removed = pooled["loss"].removed_share
     return (
-        f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order, rank correlation {rank:.2f} "
-        f"and {rank_second:.2f}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}, rank correlation "
+        f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order, rank correlation "
+        f"{rank:.2f} and {rank_second:.2f}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}, rank correlation "
         f"{float(norm.rank_correlation[0]):.2f}. n = {removed.size} prunings, each of {float(removed.min()):.0%} to "
         f"{float(removed.max()):.0%} of the parameters left."
     )

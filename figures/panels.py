@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FixedLocator, LogFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from dynamics.schema import label
 
@@ -87,7 +87,7 @@ def draw_filters_left(share: xr.DataArray, *, ax: Axes | None = None, **style: o
 def scale_axis(axis: Axis, values: np.ndarray) -> None:
     """Logarithmic where no value is negative; else symmetric, linear below the first decile and 10⁻⁵ of the largest.
 
-    At most about six ticks a side, none so close to zero that labels would meet.
+    At most three ticks a side of zero, none so close to it that labels would meet.
     """
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
     set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
@@ -97,13 +97,13 @@ def scale_axis(axis: Axis, values: np.ndarray) -> None:
         set_scale("log")
         if sizes.max() / sizes.min() < 300:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(LogFormatter(minor_thresholds=(np.inf, np.inf)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
         return
     lowest = int(np.floor(np.log10(max(np.quantile(sizes, 0.1), sizes.max() * 1e-5))))
     highest = int(np.floor(np.log10(sizes.max())))
     set_scale("symlog", linthresh=10.0**lowest, linscale=0.6)
-    decades = [10.0**power for power in range(highest, lowest, -max(1, -(-(highest - lowest) // 4)))]
+    decades = [10.0**power for power in range(highest, lowest, -max(1, -(-(highest - lowest) // 3)))]
     axis.set_major_locator(FixedLocator([-decade for decade in decades] + [0.0] + decades[::-1]))
     axis.set_minor_locator(NullLocator())
 

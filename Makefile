@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Both create .venv and install into it first.
+PYTHON ?= python3
+BIN := .venv/bin
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
+	rm -rf out/demo
+	$(BIN)/python -m dynamics sweep configs/demo.yaml -o out/demo
+	$(BIN)/python -m figures out/demo/*.zarr -o out/demo
+	$(BIN)/python -m analysis out/demo/*.zarr
+	@echo
+	@echo "Look at out/demo/report.html next; explore with xarray.open_datatree(\"out/demo/....zarr\") or notebooks/."
+
+test: .venv/installed-test lint  ## tests and linter
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove what the commands made
+	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache
+
+.venv/created:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'thetadot needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed: .venv/created $(INPUTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/created $(INPUTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@ .venv/installed

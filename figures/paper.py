@@ -48,13 +48,12 @@ def loss_decrease_over_time(runs: Runs) -> Figure:
     Loss decrease of each measured step on its own batch, with the prunings as dotted lines.
     """
     predictions = analysis.each(runs, analysis.loss_decrease)
-    figure, axes = _grid(len(predictions))
+    figure, axes = _grid(len(predictions), sharey=True)
     for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
         panels.draw_over_time(prediction, ax=ax)
         panels.draw_events(_event_steps(runs[label]), ax=ax)
-        panels.scale_axis(ax.yaxis, _compared(prediction))
         ax.set_title(name_of(label))
-    _only_outer_labels(figure, axes, ylabel="loss decrease  [L]")
+    _shared_axes(figure, axes, predictions, ylabel="loss decrease  [L]")
     _legend_below(figure, axes[0])
     return figure
 
@@ -66,13 +65,12 @@ def norm_rate(runs: Runs) -> Figure:
     dotted; each resets the momentum, which then needs about 1/(1−β) steps to carry the flow again.
     """
     predictions = analysis.each(runs, analysis.network_norm_rate)
-    figure, axes = _grid(len(predictions))
+    figure, axes = _grid(len(predictions), sharey=True)
     for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
         panels.draw_over_time(prediction, ax=ax)
         panels.draw_events(_event_steps(runs[label]), ax=ax)
-        panels.scale_axis(ax.yaxis, _compared(prediction))
         ax.set_title(name_of(label))
-    _only_outer_labels(figure, axes, ylabel="d‖θ‖²/dt  [L]")
+    _shared_axes(figure, axes, predictions, ylabel="d‖θ‖²/dt  [L]")
     _legend_below(figure, axes[0])
     return figure
 
@@ -150,10 +148,11 @@ def pruning_effect(runs: Runs) -> Figure:
             panels.draw_predicted_measured(chosen[label], "second_order", ax=ax, label=name_of(label), **style)
         _symmetric(ax, np.concatenate([_compared(effect) for effect in chosen.values()]))
         ax.set(xlabel=f"predicted {symbol}", ylabel=f"measured {symbol}")
-    orders = [Line2D([], [], marker="o", linestyle="none", color="0.3", markerfacecolor=face, label=name)
-              for face, name in (("none", FIRST["label"]), ("0.3", SECOND["label"]))]  # fmt: skip
-    axes[0].legend(handles=orders, loc="upper left")
-    _legend_below(figure, axes[0])
+    orders = [
+        Line2D([], [], marker="o", linestyle="none", color="0.3", markerfacecolor=face, label=name)
+        for face, name in (("none", FIRST["label"]), ("0.3", SECOND["label"]))
+    ]
+    _legend_below(figure, axes[0], *orders)
     return figure
 
 
@@ -241,25 +240,27 @@ def _symmetric(ax: Axes, values: np.ndarray) -> None:
     ax.set_aspect("equal", adjustable="box")
 
 
-def _grid(count: int, width: float = 2.5, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, *, width: float = 2.5, columns: int = 3, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """Panels in rows of at most ``columns``."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(max(width * columns, 4.5), 2.1 * rows + 0.5), sharex=True, squeeze=False
-    )
+    size = (max(width * columns, 4.5), 2.1 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=sharey, squeeze=False)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     return figure, list(axes.flat[:count])
 
 
-def _only_outer_labels(figure: Figure, axes: list[Axes], *, ylabel: str) -> None:
+def _shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> None:
+    """One scale for all panels, and labels on the outer ones only."""
+    panels.scale_axis(axes[0].yaxis, np.concatenate([_compared(prediction) for prediction in predictions.values()]))
     for ax in axes:
         ax.set(ylabel="")
         ax.label_outer()
     figure.supylabel(ylabel, fontsize=9)
 
 
-def _legend_below(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+def _legend_below(figure: Figure, ax: Axes, *others: Line2D) -> None:
+    """The legend of one panel, for all, under them; with further entries."""
+    handles = [*ax.get_legend_handles_labels()[0], *others]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))

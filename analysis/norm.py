@@ -19,8 +19,8 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
 
     Dims (step, layer); unit of the loss. ``window`` averages all three over so many steps. The prediction is for a step
     of gradient descent, up to terms in λΔt; with momentum, whose steps carry earlier gradients, it holds on average
-    over windows longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant θᵀg = 0: the flow keeps their
-    norm, and all their growth is the last term.
+    over windows longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant θᵀg = 0: the flow keeps
+    their norm, and all their growth is the last term.
 
     Raises:
         MissingQuantityError: /steps lacks a quantity. ValueError: the window is not positive.

@@ -36,7 +36,8 @@ class Recorder:
                 ...                                   # the loop as it was
 
     Args:
-        path: where the record goes, a new folder. Open it with :func:`dynamics.open_run`, or with xarray alone.
+        path: where the record goes, a new folder. Open it with :func:`dynamics.open_run`, or with xarray alone, which
+            knows it by the name's end in ``.zarr`` (or by ``engine="zarr"``).
         model: any module. Layers are the modules that own parameters, by qualified name.
         optimizer: a torch optimizer over the model's parameters. Its steps are counted from 0.
         objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
@@ -216,7 +217,8 @@ class Recorder:
                     self._row = self._scalars(flow_step) | self._step_values(before, update) | self._logged
                 if before.expansion is not None:
                     self._buffer.add("curvature", {"step": self._step, **self._curvature_values(before, update)})
-        self._row = self._row or {"step": None}  # of a step that is not recorded: takes what is logged, and is dropped
+        # The row of a step that is not recorded takes what is logged, and is dropped.
+        self._row = self._row or {"step": None, **self._logged}
         self._step += 1
         self._flow_time += flow_step
         self._batches, self._logged = [], {}

@@ -1,4 +1,4 @@
-"""Data sets arrive whole, in order and in range; augmentation is the published one; what is missing is said in a line."""
+"""Data sets arrive whole, in order and in range; augmentation is the published one; what lacks is said in a line."""
 
 import gzip
 import hashlib
@@ -117,7 +117,7 @@ def test_enlarged_digit_averages_back_to_the_original_with_its_label() -> None:
     digits, original = load("digits"), load_digits()
     images = torch.cat([digits.train.images, digits.test.images])
     labels = torch.cat([digits.train.labels, digits.test.labels])
-    # The middle 2 × 2 of a pixel's 4 × 4 tile lies 1/8 of a pixel to all sides of its centre: weights 1/16, 14/16, 1/16.
+    # The middle 2 × 2 of a pixel's 4 × 4 tile lies 1/8 of a pixel around its centre: weights 1/16, 14/16, 1/16.
     weights = torch.tensor([1, 14, 1], dtype=torch.float64) / 16
     framed = functional.pad(torch.as_tensor(original.images).unsqueeze(1) * 255 / 16, (1,) * 4, mode="replicate")
     expected = functional.conv2d(framed, torch.outer(weights, weights).view(1, 1, 3, 3))

@@ -1,0 +1,95 @@
+"""Small networks, batches and loops that several tests record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import Tensor, nn
+
+from dynamics import Recorder, open_run
+
+Batch = tuple[Tensor, Tensor]
+
+
+def smooth_network() -> nn.Sequential:
+    """43 parameters, no kinks: every derivative of the loss exists."""
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def convolutional_network(dropout: float = 0.0) -> nn.Sequential:
+    """Convolution, BatchNorm and dropout: state that a careless probe would move."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 3),
+    )
+
+
+def vectors(batches: int, seed: int = 1) -> list[Batch]:
+    """Batches of 16 for :func:`smooth_network`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(16, 4, generator=generator, dtype=torch.float64), torch.randint(3, (16,), generator=generator))
+        for _ in range(batches)
+    ]
+
+
+def images(batches: int, seed: int = 1, size: int = 8) -> list[Batch]:
+    """Batches of 1 × 6 × 6 images for :func:`convolutional_network`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 1, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(3, (size,), generator=generator),
+        )
+        for _ in range(batches)
+    ]
+
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    """One training step; returns the loss."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def recorded(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    step: Callable[[nn.Module, torch.optim.Optimizer, Batch], Tensor] = plain_step,
+    **settings: object,
+) -> xr.DataTree:
+    """The record of a training on the batches."""
+    with Recorder(path, model, optimizer, **settings) as recorder:
+        for batch in recorder.watch(batches):
+            step(model, optimizer, batch)
+    return open_run(path)
+
+
+def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """One vector."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def dense(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """θ, g and the dense Hessian H of the mean cross-entropy, by torch.func on the flattened parameters."""
+    names, shapes = zip(*((name, parameter.shape) for name, parameter in model.named_parameters()), strict=True)
+    theta = flat(list(model.parameters()))
+
+    def loss(vector: Tensor) -> Tensor:
+        parts = vector.split([shape.numel() for shape in shapes])
+        values = {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, values, (batch[0],)), batch[1])
+
+    return theta, torch.func.grad(loss)(theta), torch.func.hessian(loss)(theta)

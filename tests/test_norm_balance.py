@@ -1,0 +1,85 @@
+"""‖θ+Δθ‖² − ‖θ‖² = 2θᵀΔθ + ‖Δθ‖² for every optimizer; under SGD it splits into gradient, decay and the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Batch, plain_step, recorded, smooth_network, vectors
+from torch import Tensor, nn
+
+from analysis import norm_balance, norm_rate
+from dynamics import Recorder, open_run
+
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda theta: torch.optim.SGD(theta, 0.1),
+    "momentum": lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, nesterov=True, foreach=True),
+    "adam": lambda theta: torch.optim.Adam(theta, 0.01),
+    "adamw": lambda theta: torch.optim.AdamW(theta, 0.01, weight_decay=0.1),
+}
+
+
+def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] *= 0.8  # a schedule
+    return loss
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("step", [plain_step, clipped_step])
+def test_norm_balance_closes(tmp_path: Path, make: Make, step: Callable[..., Tensor]) -> None:
+    model = smooth_network()
+    run = recorded(tmp_path / "run", model, make(list(model.parameters())), vectors(6), step, curvature_every=0)
+    balance = norm_balance(run)
+    assert np.isfinite(balance.measured[:-1]).all()
+    np.testing.assert_allclose(balance.residual[:-1], 0, atol=1e-14)
+    parts = balance.gradient + balance.weight_decay + balance.momentum + balance.discretisation
+    np.testing.assert_allclose(parts, balance.total, atol=1e-14)
+
+
+def test_plain_gradient_descent_has_no_momentum_in_its_balance(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.05)
+    balance = norm_balance(recorded(tmp_path / "run", model, optimizer, vectors(6), curvature_every=0))
+    np.testing.assert_allclose(balance.momentum, 0, atol=1e-15)
+    assert float(np.abs(balance.weight_decay).max()) > 1e-4
+
+
+def test_second_order_norm_rate_is_exact_for_plain_gradient_descent(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rate = norm_rate(recorded(tmp_path / "run", model, optimizer, vectors(6), curvature_every=0))
+    np.testing.assert_allclose(rate.second_order, rate.measured, atol=1e-13)
+    assert not np.allclose(rate.first_order, rate.measured, atol=1e-3)
+
+
+def test_a_pruning_between_two_steps_is_not_taken_for_a_step(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            plain_step(model, optimizer, batch)
+            if number == 1:
+                with recorder.event("prune", probe=batches), torch.no_grad():
+                    model[0].weight.zero_()
+    balance = norm_balance(open_run(tmp_path / "run"))
+    assert np.isnan(balance.measured.values).all(axis=1).tolist() == [False, True, False, True]
+
+
+def test_norm_rate_says_what_it_needs(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = recorded(tmp_path / "run", model, optimizer, vectors(2), quantities=["param_sqnorm"])
+    with pytest.raises(ValueError, match=r"/steps needs \['param_update'.*this run recorded \['layer', 'param_sqnorm'"):
+        norm_rate(run)
+    with pytest.raises(ValueError, match="window must be a number of steps >= 1, got 0"):
+        norm_rate(run, window=0)

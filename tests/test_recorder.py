@@ -1,0 +1,193 @@
+"""What the recorder says of a loop is what a plain computation beside the loop says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import convolutional_network, flat, images, plain_step, recorded, smooth_network, vectors
+from torch import Tensor, nn
+
+from dynamics import Recorder, open_run
+from dynamics.curvature import Expansion
+
+
+def test_clipping_is_seen_in_the_steps_and_not_in_the_curvature(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    applied, raw = [], []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(batches):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            raw.append(flat([p.grad for p in model.parameters()]).square().sum())
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            applied.append(flat([p.grad for p in model.parameters()]).square().sum())
+            optimizer.step()
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm.sum("layer"), raw, rtol=1e-12)
+
+
+def test_a_closure_is_measured_at_its_first_return(tmp_path: Path) -> None:
+    model, batches, first = smooth_network(), vectors(3), []
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(batches):
+            grads = []
+
+            def closure(inputs: Tensor = inputs, labels: Tensor = labels, grads: list[Tensor] = grads) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs), labels)
+                loss.backward()
+                grads.append(flat([p.grad for p in model.parameters()]).square().sum())
+                return loss
+
+            optimizer.step(closure)
+            first.append(grads[0])
+            assert len(grads) > 1
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].grad_sqnorm.sum("layer"), first, rtol=1e-12)
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, (inputs, labels) in enumerate(recorder.watch(batches)):
+            loss = F.cross_entropy(model(inputs), labels) / 3
+            loss.backward()
+            losses.append(loss.item())
+            if number % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == [0, 1]
+    np.testing.assert_allclose(run["curvature"].loss_before, np.reshape(losses, (2, 3)).sum(1), rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-12)
+
+
+def test_the_probe_sees_the_steps_own_dropout_mask(tmp_path: Path) -> None:
+    model, batches, losses = convolutional_network(dropout=0.5), images(4), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            losses.append(plain_step(model, optimizer, batch).item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_frozen_unused_and_tied_parameters(tmp_path: Path) -> None:
+    model = smooth_network()
+    model[0].bias.requires_grad_(False)
+    model.unused = nn.Linear(2, 2)
+    model.twin = model[2]  # the same module twice: counted once
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    batches = vectors(2)
+    model.forward = lambda inputs: model[2](model[1](model[0](inputs)))
+    steps = recorded(tmp_path / "run", model, optimizer, batches, curvature_every=1)["steps"]
+    assert steps.layer.values.tolist() == ["0", "2", "unused"]
+    assert steps.grad_sqnorm.sel(layer="unused").values.tolist() == [0, 0]
+    np.testing.assert_allclose(
+        steps.param_sqnorm.sel(layer="unused"), flat(list(model.unused.parameters())).norm() ** 2
+    )
+    weight = model[0].weight.grad
+    np.testing.assert_allclose(steps.grad_sqnorm.sel(layer="0")[-1], (weight**2).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("announce", ["watch", "observe", "nothing"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_logged_scalars_join_their_own_step(tmp_path: Path, every: int, announce: str, when: str) -> None:
+    model, batches = smooth_network(), vectors(7)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, every=every, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(batches) if announce == "watch" else batches):
+            if announce == "observe":
+                recorder.observe(batch)
+            if when == "before":
+                recorder.log(loss=torch.tensor(float(number)), number=number)
+            plain_step(model, optimizer, batch)
+            if when == "after":
+                recorder.log(loss=torch.tensor(float(number)), number=number)
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.step.values.tolist() == list(range(0, 7, every))
+    assert steps.loss.values.tolist() == steps.step.values.tolist()
+    assert steps.number.values.tolist() == steps.step.values.tolist()
+
+
+def test_cadence_epochs_and_flow_time(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.75)
+    with Recorder(tmp_path / "run", model, optimizer, every=2, curvature_every=3) as recorder:
+        watched = recorder.watch(batches)
+        assert len(watched) == 4
+        for _ in range(2):
+            for batch in watched:
+                plain_step(model, optimizer, batch)
+        assert "8 steps, 2 layers" in repr(recorder)
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == [0, 2, 4, 6]
+    assert run["steps"].epoch.values.tolist() == [0, 0, 1, 1]
+    assert run["curvature"].step.values.tolist() == [0, 3, 6]
+    np.testing.assert_allclose(run["steps"].flow_step, 0.4)
+    np.testing.assert_allclose(run["steps"].flow_time, [0, 0.8, 1.6, 2.4])
+
+
+def test_nothing_of_second_order_is_computed_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Expansion, vector: list[Tensor]) -> list[Tensor]:
+        raise AssertionError("a Hessian product that nobody asked for")
+
+    monkeypatch.setattr(Expansion, "hessian_product", refuse)
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wanted = ["grad_sqnorm", "loss_before", "loss_after"]
+    run = recorded(tmp_path / "run", model, optimizer, vectors(2), curvature_every=1, quantities=wanted)
+    assert set(run["steps"].data_vars) == {"grad_sqnorm"}
+    assert set(run["curvature"].data_vars) == set(wanted)
+    with pytest.raises(AssertionError, match="nobody asked"):
+        recorded(tmp_path / "other", model, optimizer, vectors(1), quantities=["grad_hess_grad"])
+
+
+def test_dictionary_batches_and_own_objectives(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = [{"x": inputs, "y": labels} for inputs, labels in vectors(2)]
+
+    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["x"]), batch["y"]) + model[0].weight.square().sum()
+
+    losses = []
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            optimizer.zero_grad()
+            loss = objective(model, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    model, path = smooth_network(), tmp_path / "run"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    other = torch.optim.SGD(smooth_network().parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        Recorder(path, "model", optimizer)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got float"):
+        Recorder(path, model, 0.1)
+    with pytest.raises(TypeError, match="objective must be a function"):
+        Recorder(path, model, optimizer, objective=1)
+    with pytest.raises(ValueError, match="got 0 and 64"):
+        Recorder(path, model, optimizer, every=0)
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        Recorder(path, model, other)
+    with pytest.raises(ValueError, match=r"unknown quantities \['norm'\]: choose from \['abs_param_grad'"):
+        Recorder(path, model, optimizer, quantities=["norm"])
+    assert not list(tmp_path.iterdir())
+    assert not optimizer._optimizer_step_pre_hooks
+    with Recorder(path, model, optimizer) as recorder:
+        with pytest.raises(ValueError, match=r"'loss' has shape \(2,\)"):
+            recorder.log(loss=torch.zeros(2))
+        with pytest.raises(ValueError, match="cannot take 'grad_sqnorm'"):
+            recorder.log(grad_sqnorm=1.0)

@@ -1,0 +1,111 @@
+"""Parameters, buffers, optimizer state, gradients, random numbers: bit-identical with and without the recorder."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Batch, convolutional_network, images
+from torch import Tensor, nn
+
+from dynamics import Recorder, open_run
+
+Loop = Callable[[nn.Module, torch.optim.Optimizer, Batch], None]
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def clipped(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+
+
+def closure(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(model(batch[0]), batch[1])
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+
+
+CASES: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], Loop]] = {
+    "momentum": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, weight_decay=1e-3), plain),
+    "nesterov": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, nesterov=True, foreach=True), plain),
+    "adam": (lambda theta: torch.optim.Adam(theta, 0.01, weight_decay=1e-3), clipped),
+    "adamw fused": (lambda theta: torch.optim.AdamW(theta, 0.01, fused=True), plain),
+    "adamw foreach": (lambda theta: torch.optim.AdamW(theta, 0.01, foreach=True), plain),
+    "closure": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), closure),
+    "lbfgs": (lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=4), closure),
+}
+
+
+def state_after(case: str, path: Path | None) -> tuple[list[Tensor], Tensor]:
+    """All tensors of a training's state after it, and its random state; recorded where a path is given."""
+    make, step = CASES[case]
+    torch.manual_seed(3)
+    model, batches = convolutional_network(dropout=0.3), images(5)
+    optimizer = make(list(model.parameters()))
+    recorder = Recorder(path, model, optimizer, curvature_every=1) if path else None
+    with recorder or nullcontext():
+        for batch in recorder.watch(batches) if recorder else batches:
+            step(model, optimizer, batch)
+            if recorder:
+                with recorder.event("look", probe=batches[:2], mode="train"):
+                    pass
+    if recorder:
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert model.training
+    tensors = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
+    states = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+    return [*tensors, *(value for value in states if isinstance(value, Tensor))], torch.get_rng_state()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recording_is_invisible(tmp_path: Path, case: str) -> None:
+    (without, random_without), (with_it, random_with) = state_after(case, None), state_after(case, tmp_path / "run")
+    assert len(without) == len(with_it)
+    for one, other in zip(without, with_it, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(random_without, random_with)
+    assert open_run(tmp_path / "run")["curvature"].sizes["step"] == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["momentum", "adamw fused"])
+def test_the_hot_path_does_not_wait_for_the_gpu(tmp_path: Path, case: str) -> None:
+    make, step = CASES[case]
+    model = convolutional_network().cuda()
+    optimizer = make(list(model.parameters()))
+    batches = [(inputs.cuda(), labels.cuda()) for inputs, labels in images(8)]
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        step(model, optimizer, batches[0])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in recorder.watch(batches):
+                step(model, optimizer, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_exception_in_the_loop_loses_nothing(tmp_path: Path) -> None:
+    model, batches = convolutional_network(), images(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(KeyboardInterrupt), Recorder(tmp_path / "run", model, optimizer) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            plain(model, optimizer, batch)
+            if number == 2:
+                raise KeyboardInterrupt
+    assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2]
+    assert not optimizer._optimizer_step_pre_hooks

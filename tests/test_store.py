@@ -1,0 +1,156 @@
+"""What is appended and committed comes back equal through plain xarray, whoever reads while it is written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from networks import plain_step, recorded, smooth_network, vectors
+
+from dynamics import QUANTITIES, Recorder, RecordError, open_run, store
+from dynamics.store import Store
+
+ATTRIBUTES = {"schema_version": 1}
+
+
+def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+    index = np.arange(start, stop)
+    return {
+        "step": index,
+        "loss": np.sqrt(index),
+        "grad_sqnorm": index[:, None] + np.array([0.25, 0.5]),
+    }
+
+
+def read(path: Path) -> xr.Dataset:
+    return xr.open_datatree(path)["steps"].to_dataset().load()
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 7, 20])
+def test_many_appends_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setitem(store._CHUNK_ROWS, "steps", 4)
+    written = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    for start in range(0, 20, block):
+        written.append("steps", rows(start, min(start + block, 20)))
+        written.commit()
+        assert read(tmp_path / "run.zarr").sizes["step"] == min(start + block, 20)
+    found = read(tmp_path / "run.zarr")
+    for name, values in rows(0, 20).items():
+        np.testing.assert_array_equal(found[name], values)
+    assert found.grad_sqnorm.dims == ("step", "layer")
+    assert found.grad_sqnorm.attrs == QUANTITIES["grad_sqnorm"].attributes
+
+
+def test_only_what_is_committed_is_seen(tmp_path: Path) -> None:
+    written = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    written.append("steps", rows(0, 3))
+    assert "step" not in read(tmp_path / "run.zarr").sizes
+    written.commit()
+    early = xr.open_datatree(tmp_path / "run.zarr")["steps"]
+    written.append("steps", rows(3, 5))
+    assert read(tmp_path / "run.zarr").step.values.tolist() == [0, 1, 2]
+    written.commit()
+    assert read(tmp_path / "run.zarr").step.values.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(early.loss, np.sqrt([0, 1, 2]))  # opened before, read after
+
+
+def test_a_variable_that_comes_late_is_missing_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(store._CHUNK_ROWS, "steps", 4)
+    written = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    written.append("steps", rows(0, 6))
+    written.append("steps", rows(6, 7) | {"late": np.array([1.5])})
+    written.append("steps", {"step": np.array([7])})
+    written.commit()
+    found = read(tmp_path / "run.zarr")
+    np.testing.assert_array_equal(found.late, [np.nan] * 6 + [1.5, np.nan])
+    np.testing.assert_array_equal(found.loss, [*np.sqrt(np.arange(7)), np.nan])
+
+
+def test_an_existing_path_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "run.zarr").mkdir()
+    (tmp_path / "run.zarr" / "thesis.txt").write_text("mine")
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(FileExistsError, match=r"run\.zarr exists already: choose another path, or remove it first"):
+        Recorder(tmp_path / "run.zarr", model, optimizer)
+    assert [path.name for path in tmp_path.rglob("*")] == ["run.zarr", "thesis.txt"]
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_record_opens_by_plain_xarray_alone(tmp_path: Path) -> None:
+    model = smooth_network()
+    recorded(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1), vectors(3), curvature_every=2)
+    run = xr.open_datatree(tmp_path / "run.zarr")
+    assert run["steps"].param_sqnorm.attrs["long_name"] == "‖θ‖²"
+    assert run["steps"].param_sqnorm.dtype == np.float64
+    assert run["curvature"].step.values.tolist() == [0, 2]
+    for name in ("schema_version", "thetadot", "torch", "device", "created"):
+        assert run.attrs[name]
+
+
+def test_reading_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamics.buffer._ROWS", 2)
+    model, batches = smooth_network(), vectors(60)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    seen = []
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=0) as recorder:
+        for batch in recorder.watch(batches):
+            plain_step(model, optimizer, batch)
+            steps = xr.open_datatree(tmp_path / "run.zarr")["steps"]
+            seen.append(steps.sizes.get("step", 0))
+            if seen[-1]:
+                assert np.isfinite(steps.grad_sqnorm.values).all()
+    assert seen == sorted(seen)
+    assert 0 < seen[-1] <= 60
+    assert open_run(tmp_path / "run.zarr")["steps"].step.values.tolist() == list(range(60))
+
+
+def test_a_disk_that_fails_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dynamics.buffer._ROWS", 2)
+    append, calls = Store.append, []
+
+    def failing(self: Store, node: str, values: dict[str, np.ndarray]) -> None:
+        calls.append(node)
+        if 2 <= len(calls) <= 5:
+            raise OSError("No space left on device")
+        append(self, node, values)
+
+    monkeypatch.setattr(Store, "append", failing)
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = recorded(tmp_path / "run.zarr", model, optimizer, vectors(20), curvature_every=0)
+    assert run["steps"].step.values.tolist() == list(range(20))
+    assert len([record for record in caplog.records if "No space left" in record.message]) == 1
+
+
+def test_a_disk_that_stays_full_is_said_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Store, node: str, values: dict[str, np.ndarray]) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Store, "append", full)
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(OSError, match=r"run\.zarr is incomplete: No space left on device"):
+        recorded(tmp_path / "run.zarr", model, optimizer, vectors(3))
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"no record at .*nowhere: give the path of a run"):
+        open_run(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RecordError, match="folder is not a thetadot record") as caught:
+        open_run(tmp_path / "folder")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "file.txt").write_text("hello")
+    with pytest.raises(RecordError, match=r"file\.txt is not a thetadot record"):
+        open_run(tmp_path / "file.txt")
+    Store(tmp_path / "future", {"schema_version": 99})
+    with pytest.raises(RecordError, match="has schema version 99, this thetadot reads version 1: open it with"):
+        open_run(tmp_path / "future")
+    Store(tmp_path / "foreign", {})
+    with pytest.raises(RecordError, match="has schema version none"):
+        open_run(tmp_path / "foreign")

@@ -1,0 +1,80 @@
+"""Rules worth keeping: imports point one way, everything public is documented, dependencies are said once."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("dynamics", "analysis", "figures")
+MAY_IMPORT = {
+    "dynamics": {"dynamics"},
+    "analysis": {"analysis", "dynamics.schema"},
+    "figures": {"figures", "analysis", "dynamics.schema"},
+}
+FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_one_way(path: Path) -> None:
+    package = path.parts[0]
+    for name in imported(path):
+        if name.split(".")[0] in PACKAGES:
+            assert any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_IMPORT[package]), name
+        if package != "dynamics":
+            assert name.split(".")[0] not in ("torch", "torchvision")
+
+
+def test_a_record_is_studied_without_torch() -> None:
+    code = "import analysis, figures, dynamics, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_everything_public_is_documented(path: Path) -> None:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
+def test_conda_and_pip_install_the_same() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = project["dependencies"] + project["optional-dependencies"]["test"]
+    pip = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, listed)}
+    packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, filter(_text, packages))}
+    conda["torch"] = conda.pop("pytorch")
+    of_an_extra = {"docstring_parser", "typeshed_client"}  # what pip's jsonargparse[signatures] brings
+    assert conda.pop("python") == project["requires-python"]
+    assert {name: version for name, version in conda.items() if name not in of_an_extra | {"pip"}} == pip
+
+
+def test_what_was_tested_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {
+        Requirement(line).name.lower(): Requirement(line) for line in (ROOT / "constraints.txt").read_text().split()
+    }
+    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"]):
+        (pin,) = pins[requirement.name.lower()].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version)
+
+
+def _text(package: object) -> bool:
+    return isinstance(package, str)

@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
     try:
         runs = open_runs(_parser().parse_args(arguments).runs)
-        print(f"What the runs came to\n\n{format_table(outcome_table(runs))}\n")
-        print(f"Theory against measurement\n\n{format_table(agreement_table(runs))}")
+        outcomes, agreements = format_table(outcome_table(runs)), format_table(agreement_table(runs))
+        print(f"What the runs came to\n\n{outcomes}\n\nTheory against measurement\n\n{agreements}")
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -26,7 +26,9 @@ def _parser() -> ArgumentParser:
     one.add_argument("-o", "--output", required=True, help="where the record goes: a new folder, say out/run.zarr")
     one.add_class_arguments(Experiment, help="settings of the experiment")
     commands.add_subcommand("run", one, help="run one experiment and record it")
-    many = ArgumentParser(description="Run the grid of experiments that a YAML file spans with its lists.", exit_on_error=False)
+    many = ArgumentParser(
+        description="Run the grid of experiments that a YAML file spans with its lists.", exit_on_error=False
+    )
     many.add_argument("configuration", help="YAML file: settings of `run`, where a list stands for each of its values")
     many.add_argument("-o", "--output", required=True, help="folder for the records")
     commands.add_subcommand("sweep", many, help="run many experiments")

@@ -13,9 +13,9 @@ LossFunction = Callable[[dict[str, Tensor]], Tensor]
 class Expansion:
     """The second-order expansion L(θ+δ) ≈ L + gᵀδ + ½ δᵀHδ of a mean loss around θ.
 
-    ``losses`` are functions θ ↦ scalar loss, one a batch; ``weights`` their shares, which sum to 1. Over several batches
-    nothing is kept between products, so memory stays that of one batch. With one batch the graph of its gradient is
-    kept, and a product costs one backward pass through it.
+    ``losses`` are functions θ ↦ scalar loss, one a batch; ``weights`` their shares, which sum to 1. Over several
+    batches nothing is kept between products, so memory stays that of one batch. With one batch the graph of its
+    gradient is kept, and a product costs one backward pass through it.
 
     Assumes that L is twice differentiable by autograd at θ. A parameter the loss does not use has g = 0 and Hv = 0.
     The parameters are copied: what happens to the model's own tensors later changes nothing here.

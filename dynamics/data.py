@@ -28,7 +28,8 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 # What torchvision and the unpacking raise, between them, for files cut short, overwritten, unreadable or unreachable.
 UNREADABLE = (
-    AssertionError, DecompressionError, EOFError, HTTPException, LookupError, OSError, RuntimeError, TypeError, ValueError,
+    AssertionError, DecompressionError, EOFError, HTTPException, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 
@@ -169,7 +170,7 @@ def read_digits(root: Path, download: bool) -> Splits:
 
 
 def read_fashion_mnist(root: Path, download: bool) -> Splits:
-    """Fashion-MNIST, 28 × 28 padded to 32 × 32: from root, else from Debian's package, else by torchvision's download."""
+    """Fashion-MNIST, 28 × 28 padded to 32 × 32: from root, else from Debian's package, else downloaded."""
     files = "FashionMNIST/raw/*-ubyte"
     archives = sorted(DEBIAN_FASHION_MNIST.glob("*.gz"))
     if any(root.glob(files)) or not archives:
@@ -218,7 +219,7 @@ def splits(kind: type[CIFAR10] | type[FashionMNIST], root: Path, *, download: bo
 
 
 def batch(dataset: CIFAR10 | FashionMNIST) -> Batch:
-    """All of a torchvision set at once: CIFAR (N, 32, 32, 3) has its channels moved, Fashion-MNIST (N, 28, 28) is padded."""
+    """All of a torchvision set at once: CIFAR (N, 32, 32, 3) has its channels moved, Fashion-MNIST is padded."""
     pixels = torch.as_tensor(dataset.data)
     images = pixels.movedim(3, 1) if pixels.dim() == 4 else pixels.unsqueeze(1)
     border = (SIZE - images.shape[-1]) // 2

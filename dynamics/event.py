@@ -21,7 +21,7 @@ class Event:
         self.scores: dict[str, Tensor] = {}
 
     def units(self, *, alive: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> None:
-        """Record which units (filters) of each layer are left, boolean (unit,), and their scores where there are any."""
+        """Record which units (filters) of each layer are left, boolean (unit,), and the scores where there are any."""
         self.alive = {layer: kept.detach().cpu().clone() for layer, kept in alive.items()}
         self.scores = {layer: score.detach().cpu() for layer, score in (scores or {}).items()}
 

@@ -90,7 +90,9 @@ class Experiment:
             if value not in options:
                 raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(options)}")
         if len(self.epochs) != len(self.learning_rates) or not self.epochs or min(self.epochs) < 0:
-            raise ValueError(f"epochs and learning_rates need one entry a stage, got {self.epochs}, {self.learning_rates}")
+            raise ValueError(
+                f"epochs and learning_rates need one entry a stage, got {self.epochs}, {self.learning_rates}"
+            )
         share_left(self.sparsity, self.rounds, 0)
         if self.measure != "none" and self.rounds > self.epochs[0]:
             raise ValueError(f"{self.rounds} rounds need as many epochs in the first stage, which has {self.epochs[0]}")
@@ -141,7 +143,8 @@ def run(experiment: Experiment, path: str | os.PathLike, *, data: Data | None = 
     objective = partial(cross_entropy_objective, temperature=experiment.temperature)
     configuration = {"experiment": json.dumps(dataclasses.asdict(experiment)), "seed": experiment.seed}
     with Recorder(
-        path, model, optimizer, objective=objective, curvature_every=experiment.curvature_every, attributes=configuration
+        path, model, optimizer, objective=objective, curvature_every=experiment.curvature_every,
+        attributes=configuration,
     ) as recorder:  # fmt: skip
         _Training(experiment, data, device, model, optimizer, objective, recorder).run(progress)
     return Path(path)
@@ -249,5 +252,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}; choose auto, cpu, or cuda where there is one") from error
+        raise ValueError(
+            f"device {name!r} cannot be used: {reason}; choose auto, cpu, or cuda where there is one"
+        ) from error
     return device

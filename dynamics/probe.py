@@ -1,4 +1,4 @@
-"""Evaluate an objective at any parameters without a trace: buffers, random numbers, mode and gradients stay as they are."""
+"""Evaluate an objective at any parameters without a trace: buffers, random numbers, mode and gradients stay."""
 
 from __future__ import annotations
 
@@ -105,10 +105,11 @@ class _Stateless(nn.Module):
 class Probe:
     """An objective on fixed batches as a function of the parameters.
 
-    Every evaluation runs on copies of the buffers (a BatchNorm in training mode moves no running statistics), restores
-    the random numbers afterwards, starts each batch from ``random_states`` where given (the same dropout mask as the
-    training step's), and multiplies the parameters by the pruning masks found on the model: a pruned parameter is the
-    constant zero, so it has no gradient. Batches count by their number of samples.
+    Buffers and pruning masks are those of the moment when the probe is made, whatever happens to the model later. Every
+    evaluation runs on copies of the buffers (a BatchNorm in training mode moves no running statistics), restores the
+    random numbers afterwards, starts each batch from ``random_states`` where given (the same dropout mask as the
+    training step's), and multiplies the parameters by the masks: a pruned parameter is the constant zero, so it has no
+    gradient. Batches count by their number of samples.
     """
 
     def __init__(
@@ -127,13 +128,14 @@ class Probe:
         self._states = list(random_states) if random_states else [RandomState(self._device)] * len(batches)
         counts = [sample_count(batch) for batch in batches]
         self._weights = [count / sum(counts) for count in counts]
-        self._masks = parameter_masks(self._model)
+        self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
+        self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._losses = [self._loss_function(batch, state) for batch, state in zip(batches, self._states, strict=True)]
 
     def _loss_function(self, batch: Any, state: RandomState) -> LossFunction:
         def loss(theta: dict[str, Tensor]) -> Tensor:
             masked = {name: t * self._masks[name] if name in self._masks else t for name, t in theta.items()}
-            values = masked | {name: tensor.clone() for name, tensor in self._model.named_buffers()}
+            values = masked | {name: buffer.clone() for name, buffer in self._buffers.items()}
             values = {f"model.{name}": tensor for name, tensor in values.items()}
             with random_numbers_untouched(self._device), mode_of(self._model, self._mode):
                 state.restore()

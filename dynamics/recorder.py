@@ -115,7 +115,9 @@ class Recorder:
         self._buffer.add("epochs", {"epoch": self._epoch, **scalars})
 
     @contextmanager
-    def event(self, kind: str, *, probe: Sequence[Any], mode: str = "eval", **attributes: float | str) -> Iterator[Event]:
+    def event(
+        self, kind: str, *, probe: Sequence[Any], mode: str = "eval", **attributes: float | str
+    ) -> Iterator[Event]:
         """Measure before and after whatever happens inside, on the same batches: a row of ``/pruning``.
 
         Args:

@@ -74,7 +74,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("param_sqnorm_rate", "d‖θ‖²/dt", (0, 1), 1, ("steps", "pruning"), _STAGED,
                  "velocity of ‖θ‖² along the gradient flow of the loss, −2θᵀg"),
         Quantity("grad_sqnorm", "‖g‖²", (-2, 2), 1, ("steps", "curvature", "pruning"), _STAGED,
-                 "squared norm of the gradient; in steps the gradient applied, in curvature and pruning the loss's own"),
+                 "squared norm of the gradient: in steps the one applied, in curvature and pruning the loss's own"),
         Quantity("param_grad", "θᵀg", (0, 1), 1, ("steps", "curvature", "pruning"), _STAGED,
                  "inner product of parameters and gradient"),
         Quantity("abs_param_grad", "Σ|θg|", (0, 1), 1, ("steps", "pruning"), _STAGED,
@@ -136,7 +136,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("test_accuracy", "test accuracy", (0, 0), 0, ("epochs",), _WHOLE, "share of right answers, test set"),
         Quantity("seconds", "seconds", (0, 0), 0, ("epochs",), _WHOLE, "wall-clock time of the epoch in seconds"),
     )
-}
+}  # fmt: skip
 
 
 def quantities(node: str) -> list[Quantity]:

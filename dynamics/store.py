@@ -57,7 +57,9 @@ class Store:
         """
         if name in self._root[node]:
             if not np.array_equal(self._root[node][name][...], values):
-                raise ValueError(f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use")
+                raise ValueError(
+                    f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use"
+                )
             return
         array = self._root[node].create_array(
             name, shape=values.shape, dtype=values.dtype, chunks=(max(len(values), 1),), fill_value=None

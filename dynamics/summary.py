@@ -12,9 +12,13 @@ def summary(run: xr.DataTree) -> str:
     lines = []
     if "experiment" in run.attrs:
         experiment = json.loads(run.attrs["experiment"])
-        lines.append("experiment  " + ", ".join(f"{name} {experiment[name]}" for name in ("model", "data", "measure", "seed")))
+        lines.append(
+            "experiment  " + ", ".join(f"{name} {experiment[name]}" for name in ("model", "data", "measure", "seed"))
+        )
     for name, node in run.children.items():
         sizes = " × ".join(f"{size} {dim}" + "s" * (size != 1) for dim, size in node.sizes.items()) or "empty"
         lines.append(f"/{name:<10} {sizes}" + (f": {', '.join(node.data_vars)}" if node.data_vars else ""))
-    origin = ", ".join(f"{name} {run.attrs[name]}" for name in ("thetadot", "commit", "torch", "device") if run.attrs.get(name))
+    origin = ", ".join(
+        f"{name} {run.attrs[name]}" for name in ("thetadot", "commit", "torch", "device") if run.attrs.get(name)
+    )
     return "\n".join([*lines, f"recorded    {run.attrs.get('created', '')} with {origin}"])

@@ -26,8 +26,14 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
     if unknown := sorted(set(configuration) - set(known)):
         raise ValueError(f"unknown settings {', '.join(unknown)}: an experiment has {', '.join(known)}")
     fixed = {name: tuple(configuration[name]) for name in _LISTS if name in configuration}
-    varied = {name: value if isinstance(value, list) else [value] for name, value in configuration.items() if name not in fixed}
-    return [Experiment(**fixed, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())]
+    varied = {
+        name: value if isinstance(value, list) else [value]
+        for name, value in configuration.items()
+        if name not in fixed
+    }
+    return [
+        Experiment(**fixed, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
+    ]
 
 
 def sweep(experiments: list[Experiment], folder: Path) -> list[Path]:
@@ -39,7 +45,9 @@ def sweep(experiments: list[Experiment], folder: Path) -> list[Path]:
     """
     paths = [folder / f"{experiment.name}.zarr" for experiment in experiments]
     if len(set(paths)) < len(paths):
-        raise ValueError("two experiments of the grid would write the same record: vary model, data, measure, ... or seed")
+        raise ValueError(
+            "two experiments of the grid would write the same record: vary model, data, measure, ... or seed"
+        )
     if existing := [path for path in paths if path.exists()]:
         raise FileExistsError(f"{existing[0]} exists already: choose another folder, or remove it first")
     keys = {(experiment.data, experiment.root, experiment.download) for experiment in experiments}

@@ -17,7 +17,7 @@ from analysis import MissingQuantityError, agreement_table, findings, outcome_ta
 from analysis.record import experiment
 
 from .paper import FIGURES, Runs, caption, claim, draw
-from .style import name_of
+from .style import name_of, theme
 
 FINDINGS: dict[str, Callable[[Runs], str]] = {
     "loss_decrease_scatter": findings.loss_prediction,
@@ -74,9 +74,10 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
 def _save(figure: Figure, stem: Path, origin: str) -> str:
     """Write PNG and PDF, and return the PNG in base64."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with theme():
+        figure.savefig(buffer, format="png")
+        figure.savefig(stem.with_suffix(".pdf"), metadata={"Subject": origin, "Creator": "thetadot"})
     stem.with_suffix(".png").write_bytes(buffer.getvalue())
-    figure.savefig(stem.with_suffix(".pdf"), metadata={"Subject": origin, "Creator": "thetadot"})
     plt.close(figure)
     return base64.b64encode(buffer.getvalue()).decode()
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the networks are small; threads that wait for each other cost more than they give
+
 
 @pytest.fixture(autouse=True)
 def _float64_and_seed() -> Iterator[None]:

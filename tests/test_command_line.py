@@ -84,7 +84,7 @@ MISTAKES = {
     "show nothing": ("dynamics", ["show", "{new}"], "no record at"),
     "other version": ("dynamics", ["show", "{future}"], "has schema version 99"),
     "analyse nothing": ("analysis", ["{new}"], "no record at"),
-    "analyse no runs": ("analysis", [], "RUN"),
+    "analyse no runs": ("analysis", [], "required: runs"),
     "analyse a text": ("analysis", ["{broken}"], "is not a thetadot record"),
     "analyse the future": ("analysis", ["{future}"], "has schema version 99"),
     "analyse emptiness": ("analysis", ["{empty}"], "/"),

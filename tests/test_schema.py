@@ -2,7 +2,7 @@
 
 from dynamics import QUANTITIES
 from dynamics.quantities import FORMULAS
-from dynamics.schema import NODES, label, markdown_table, quantities
+from dynamics.schema import NODES, label, quantities
 
 
 def test_every_quantity_per_layer_has_a_formula_and_every_formula_a_quantity() -> None:
@@ -26,9 +26,3 @@ def test_labels_and_units_are_written_as_people_do() -> None:
     assert label("learning_rate") == "η  [L⁻¹ θ²]"
     assert label("epoch") == "epoch"
     assert label("something else") == "something else"
-
-
-def test_the_readme_prints_this_very_table() -> None:
-    from pathlib import Path
-
-    assert markdown_table() in Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")

@@ -90,3 +90,29 @@ def test_an_event_that_fails_leaves_no_row(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="'train' or 'eval'"), recorder.event("p", probe=batches, mode="test"):
             pass
     assert "event" not in open_run(tmp_path / "run")["pruning"].sizes
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_pruning_is_predicted_from_the_network_before_it(tmp_path: Path, count: int) -> None:
+    model, batches = smooth_network(), vectors(count)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        for number in range(2):
+            theta = flat(list(model.parameters())).clone()
+            pieces = [dense(model, batch)[1:] for batch in batches]
+            with recorder.event("prune", probe=batches):
+                keep = torch.ones(5, 4, dtype=torch.bool)
+                keep[number] = False
+                apply_masks(model, {"0.weight": keep}, optimizer)
+    grad, hessian = (torch.stack(parts).mean(0) for parts in zip(*pieces, strict=True))
+    grad[:4] = 0  # pruned before: a constant zero, without gradient
+    removal = flat(list(model.parameters())) - theta
+    assert int((removal != 0).sum()) == 4
+    total = open_run(tmp_path / "run")["pruning"].to_dataset().isel(event=1).drop_vars(["kind", "mode"]).sum("layer")
+    np.testing.assert_allclose(total.grad_removal, grad @ removal, rtol=1e-10)
+    np.testing.assert_allclose(total.removal_hess_removal, removal @ hessian @ removal, rtol=1e-10)
+    hess_grad = hessian @ grad
+    np.testing.assert_allclose(total.grad_hess_removal, removal @ hess_grad, rtol=1e-10)
+    part = slice(4, 8)
+    expected = grad[part] @ (hessian @ removal)[part]
+    np.testing.assert_allclose(total.removed_grad_hess_removal, expected, rtol=1e-10)

@@ -11,7 +11,7 @@ WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """inputs ↦ ReLU(F(inputs) + shortcut(inputs)) with F = conv → BN → ReLU → conv → BN, convolutions 3 × 3 without bias.
+    """inputs ↦ ReLU(F(inputs) + shortcut(inputs)) with F = conv → BN → ReLU → conv → BN, 3 × 3 without bias.
 
     The shortcut is the identity where the shape stays, else a 1 × 1 convolution without bias → batch normalisation.
     Modules in order: `conv1`, `norm1`, `conv2`, `norm2`, `shortcut`.

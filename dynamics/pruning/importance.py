@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature import Expansion
 from ..probe import Probe, cross_entropy_objective, mode_of, random_numbers_untouched, sample_count, to_device, unwrap
 from .measures import Evidence, Measure, find_measure
 from .units import UnitLayer, unit_layers
@@ -57,7 +56,9 @@ def scores(
 
 def _checked(row: Measure, batches: Iterable[Any] | None, temperature: float, mode: str, granularity: str) -> list[Any]:
     if granularity not in ("filter", "weight") or mode not in ("eval", "train"):
-        raise ValueError(f"granularity is 'filter' or 'weight' and mode 'eval' or 'train'; got {granularity!r}, {mode!r}")
+        raise ValueError(
+            f"granularity is 'filter' or 'weight' and mode 'eval' or 'train'; got {granularity!r}, {mode!r}"
+        )
     if granularity == "weight" and row.per_filter:
         raise ValueError(f"{row.name} scores whole filters; it has no score for single weights")
     if not temperature > 0:

@@ -54,7 +54,9 @@ def _abs_sum(entries: Tensor) -> Tensor:
 
 def _scale(evidence: Evidence) -> Tensor:
     if evidence.scale is None:
-        raise ValueError("bn_scale needs a normalisation with a scale γ after every convolution; this network lacks one")
+        raise ValueError(
+            "bn_scale needs a normalisation with a scale γ after every convolution; this network lacks one"
+        )
     return evidence.scale.abs()
 
 
@@ -73,8 +75,10 @@ MEASURES: dict[str, Measure] = {
         Measure("magnitude_l1", "Magnitude, L1", "‖θ_f‖₁", 0, 1.0, lambda e: e.theta.abs(), _sum),
         Measure("bn_scale", "BatchNorm scale", "|γ_f|", 0, 1.0, _scale, _sum, per_filter=True),
         Measure("taylor", "Taylor", "|Σθg|", 1, 1.0, lambda e: e.theta * e.grad, _abs_sum),
-        Measure("fisher", "Fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0, lambda e: e.squared_sample_grad / 2, _sum, per_filter=True),
-        Measure("random", "Random", "uniform", 0, 1.0, lambda e: torch.rand_like(e.theta[:, :1]), _sum, per_filter=True),
+        Measure("fisher", "Fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0,
+                lambda e: e.squared_sample_grad / 2, _sum, per_filter=True),
+        Measure("random", "Random", "uniform", 0, 1.0,
+                lambda e: torch.rand_like(e.theta[:, :1]), _sum, per_filter=True),
     )
 }  # fmt: skip
 

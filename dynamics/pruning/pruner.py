@@ -19,7 +19,7 @@ from .units import unit_layers
 
 @dataclass(frozen=True)
 class Pruned:
-    """What one pruning did: the scores it ranked by, what is alive after it (both by layer), and the sparsity reached."""
+    """What one pruning did: the scores it ranked by and what is alive after it, by layer, and the sparsity reached."""
 
     scores: dict[str, Tensor]
     alive: dict[str, Tensor]
@@ -100,7 +100,9 @@ class Pruner:
         """Units of one layer that may go: those alive, less the best that the floor protects."""
         alive = self.alive[name].nonzero().flatten()
         if not torch.isfinite(values[alive]).all():
-            raise ValueError(f"{self._measure} has scores that are not finite in layer {name!r}: has the training diverged?")
+            raise ValueError(
+                f"{self._measure} has scores that are not finite in layer {name!r}: has the training diverged?"
+            )
         if name in getattr(unwrap(self._model), "protected", ()):
             return []
         keep = max(1, math.ceil(self._floor * len(values)))

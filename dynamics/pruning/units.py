@@ -16,7 +16,7 @@ _NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class UnitLayer:
-    """A convolution whose filters are ranked; ``modules`` are those that its channels run through alone, itself first."""
+    """A convolution whose filters are ranked; ``modules`` are those its channels run through alone, itself first."""
 
     name: str
     filters: int
@@ -48,7 +48,7 @@ def unit_layers(model: nn.Module) -> list[UnitLayer]:
         graph = fx.symbolic_trace(model).graph
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, which pruning needs to find what goes with a filter: "
+            f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     calls = {node.target: node for node in graph.nodes if node.op == "call_module"}
@@ -57,7 +57,9 @@ def unit_layers(model: nn.Module) -> list[UnitLayer]:
         if not isinstance(module, nn.Conv2d) or _is_depthwise(module) or name not in calls:
             continue
         if module.groups > 1:
-            raise ValueError(f"layer {name!r} has {module.groups} groups: only plain and depthwise convolutions are pruned")
+            raise ValueError(
+                f"layer {name!r} has {module.groups} groups: only plain and depthwise convolutions are pruned"
+            )
         modules = tuple(dict.fromkeys([name, *_followed(model, calls[name])]))
         layers.append(UnitLayer(name, module.out_channels, modules))
     return layers

@@ -1,0 +1,129 @@
+"""The summary figures are the textbook's, and an analysis that lacks something says what."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from networks import recorded, smooth_network, vectors
+
+import analysis
+from dynamics import Recorder, open_run
+from dynamics.models import VGG
+from dynamics.pruning import Pruner
+
+
+def prediction(measured: list[float], first: list[float], second: list[float]) -> xr.Dataset:
+    return xr.Dataset({"measured": ("n", measured), "first_order": ("n", first), "second_order": ("n", second)})
+
+
+def test_agree_on_numbers_done_by_hand() -> None:
+    measured = [1.0, 2.0, 4.0, 5.0]
+    figures = analysis.agree(prediction(measured, [2.0, 4.0, 8.0, 10.0], measured))
+    first, second = figures.sel(order="first_order"), figures.sel(order="second_order")
+    assert float(first.median_relative_error) == 1.0  # twice what was measured
+    assert float(first.slope) == pytest.approx(0.5)
+    assert float(first.rank_correlation) == pytest.approx(1.0)
+    assert float(first.r_squared) == pytest.approx(1 - 46 / 10)  # residuals 1, 2, 4, 5; deviations 2, 1, 1, 2
+    assert (float(second.median_relative_error), float(second.slope), float(second.r_squared)) == (0, 1, 1)
+
+
+def test_agree_leaves_out_what_is_missing_and_claims_nothing_from_too_little() -> None:
+    figures = analysis.agree(prediction([1.0, np.nan, 3.0], [1.0, 2.0, np.nan], [-1.0, 0.0, -3.0]))
+    assert figures["count"].values.tolist() == [1, 2]
+    assert figures.median_relative_error.values.tolist() == [0, 2]
+    assert np.isnan(figures.slope).all()
+    assert np.isnan(figures.rank_correlation).all()
+
+
+def test_residuals_are_measured_less_predicted() -> None:
+    found = analysis.residuals(prediction([1.0, 2.0], [0.5, 3.0], [1.0, 2.5]))
+    assert found.first_order.values.tolist() == [0.5, -1.0]
+    assert found.second_order.values.tolist() == [0.0, -0.5]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> xr.DataTree:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model = VGG([4, "M", 6, "M", 6, "M", 6, "M", 6, "M"], num_classes=3, in_channels=1)
+    batches = [(torch.randn(8, 1, 32, 32), torch.randint(3, (8,))) for _ in range(4)]
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    pruner = Pruner(model, optimizer, "loss_preservation")
+    path = tmp_path_factory.mktemp("record") / "run.zarr"
+    with Recorder(path, model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(batches):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        for sparsity in (0.2, 0.4):
+            with recorder.event("prune", probe=batches, measure="loss_preservation") as event:
+                pruned = pruner.prune(sparsity, batches)
+                event.units(alive=pruned.alive, scores=pruned.scores)
+    return open_run(path)
+
+
+def test_filters_left_count_what_is_alive(record: xr.DataTree) -> None:
+    left = analysis.filters_left(record)
+    assert left.layer.values.tolist() == ["features.0", "features.4", "features.8", "features.12", "features.16"]
+    assert left.total.values.tolist() == [4, 6, 6, 6, 6]
+    units = record["units"].to_dataset()
+    for event in (0, 1):
+        for layer in left.layer.values:
+            alive = units.alive[event].values[units.layer.values == layer]
+            assert int(left.left.sel(event=event, layer=layer)) == alive.sum()
+    assert left.left.sum("layer").values.tolist() == [22, 17]
+    assert float(analysis.outcome(record).sparsity) == pytest.approx(1 - 17 / 28)
+
+
+def test_the_effect_of_a_pruning_names_its_event(record: xr.DataTree) -> None:
+    effect = analysis.pruning_effect(record)
+    assert effect.measured.dims == ("quantity", "event")
+    loss = record["pruning"].loss
+    np.testing.assert_allclose(effect.measured.sel(quantity="loss"), loss[:, 1] - loss[:, 0])
+    assert effect.measure.values.tolist() == ["loss_preservation"] * 2
+    assert (effect.removed_share > 0).all()
+
+
+def test_agreement_holds_every_relation(record: xr.DataTree) -> None:
+    found = analysis.agreement(record)
+    assert found.relation.values.tolist() == [
+        "loss decrease",
+        "norm rate",
+        "effect of pruning on the loss",
+        "effect of pruning on ‖g‖²",
+    ]
+    errors = found.median_relative_error.sel(relation="loss decrease")
+    assert float(errors.sel(order="second_order")) < float(errors.sel(order="first_order"))
+
+
+def test_inputs_are_not_changed(record: xr.DataTree) -> None:
+    before = record.copy(deep=True)
+    for analyse in (analysis.loss_decrease, analysis.norm_rate, analysis.norm_balance, analysis.pruning_effect):
+        analyse(record)
+    assert record.identical(before)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = recorded(tmp_path / "run", model, optimizer, vectors(2), curvature_every=0)
+    for analyse, message in (
+        (analysis.loss_decrease, r"/curvature needs \['loss_before'.*Record with curvature_every > 0"),
+        (analysis.stability, "/curvature needs"),
+        (analysis.pruning_effect, "/pruning needs .*Prune inside"),
+        (analysis.filters_left, "/units needs .*event.units"),
+        (analysis.training_curve, "/epochs needs .*log_epoch"),
+    ):
+        with pytest.raises(analysis.MissingQuantityError, match=message):
+            analyse(run)
+
+
+def test_runs_are_told_apart(tmp_path: Path) -> None:
+    paths = [str(tmp_path / folder / "run.zarr") for folder in ("one", "two")]
+    for path in paths:
+        model = smooth_network()
+        recorded(Path(path), model, torch.optim.SGD(model.parameters(), 0.1), vectors(1))
+    assert list(analysis.open_runs(paths[:1])) == ["run"]
+    assert list(analysis.open_runs(paths)) == paths

@@ -1,0 +1,126 @@
+"""A figure shows the numbers of its analysis: its artists hold them, and its axes carry the table's symbols."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from networks import plain_step, smooth_network, vectors
+
+import analysis
+from dynamics import Recorder, open_run
+from dynamics.schema import label
+from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_time, write_report
+from figures.report import FINDINGS
+from figures.style import run_styles
+
+mpl.use("agg")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
+    """Two small runs with everything in them."""
+    torch.set_default_dtype(torch.float64)
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    for seed, measure in enumerate(("none", "magnitude")):
+        torch.manual_seed(seed)
+        model, batches = smooth_network(), vectors(12)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        path = folder / f"{measure}.zarr"
+        with Recorder(path, model, optimizer, curvature_every=3, attributes={"seed": 0}) as recorder:
+            for batch in recorder.watch(batches):
+                recorder.log(loss=plain_step(model, optimizer, batch))
+            for epoch in range(2 if measure == "magnitude" else 0):
+                with recorder.event("prune", probe=batches[:2]) as event, torch.no_grad():
+                    model[0].weight[epoch] = 0
+                    event.units(alive={"0": torch.arange(5) > epoch}, scores={"0": torch.rand(5)})
+            recorder.log_epoch(train_loss=1.0 + seed, train_accuracy=0.5, test_loss=1.2, test_accuracy=0.4, seconds=1.0)
+        found[measure] = open_run(path)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_draws_and_says_what_it_claims(name: str, runs: dict[str, xr.DataTree]) -> None:
+    before = dict(mpl.rcParams)
+    figure = draw(name, runs)
+    assert dict(mpl.rcParams) == before
+    figure.canvas.draw()
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert shown
+    assert all(ax.lines for ax in shown)
+    assert claim(name).endswith(".")
+    assert len(caption(name)) > 30
+    assert FINDINGS[name](runs)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_draws_one_run_alone(name: str, runs: dict[str, xr.DataTree]) -> None:
+    draw(name, {"magnitude": runs["magnitude"]}).canvas.draw()
+    assert FINDINGS[name]({"magnitude": runs["magnitude"]})
+
+
+def test_scatter_points_are_the_analysis(runs: dict[str, xr.DataTree]) -> None:
+    figure = draw("loss_decrease_scatter", runs)
+    for ax, order in zip(figure.axes, ("first_order", "second_order"), strict=True):
+        lines = {line.get_label(): line for line in ax.lines}
+        for measure, name in (("none", "not pruned"), ("magnitude", "magnitude")):
+            decrease = analysis.loss_decrease(runs[measure])
+            np.testing.assert_array_equal(lines[name].get_xdata(), decrease[order])
+            np.testing.assert_array_equal(lines[name].get_ydata(), decrease.measured)
+
+
+def test_over_time_measured_is_dots_first_order_dashed_second_solid(runs: dict[str, xr.DataTree]) -> None:
+    decrease = analysis.loss_decrease(runs["none"])
+    ax = draw_over_time(decrease)
+    lines = {line.get_label(): line for line in ax.lines}
+    assert (lines["measured"].get_linestyle(), lines["measured"].get_marker()) == ("None", "o")
+    assert lines["first order"].is_dashed()
+    assert lines["second order"].get_linestyle() == "-"
+    for name, line in (("measured", "measured"), ("first_order", "first order"), ("second_order", "second order")):
+        np.testing.assert_array_equal(lines[line].get_ydata(), decrease[name])
+
+
+def test_layers_are_labelled_by_the_table(runs: dict[str, xr.DataTree]) -> None:
+    quantity = runs["none"]["steps"].grad_sqnorm
+    ax = draw_layers(quantity)
+    assert ax.get_ylabel() == label("grad_sqnorm") == "‖g‖²  [L² θ⁻²]"
+    assert [line.get_label() for line in ax.lines] == ["0", "2"]
+    for line, layer in zip(ax.lines, ("0", "2"), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), quantity.sel(layer=layer))
+
+
+def test_a_measure_has_one_colour_whatever_it_is_drawn_with() -> None:
+    alone, together = run_styles(["magnitude"]), run_styles(["none", "loss_preservation", "magnitude", "mine"])
+    assert alone["magnitude"] == together["magnitude"]
+    assert len({str(style["color"]) for style in together.values()}) == 4
+    assert len({style["marker"] for style in together.values()}) == 4
+
+
+def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
+    page = write_report(runs, tmp_path / "report", records=["a.zarr"]).read_text(encoding="utf-8")
+    for name in FIGURES:
+        assert claim(name).split("‖")[0] in page
+        assert (tmp_path / "report" / f"{name}.pdf").stat().st_size > 1000
+        assert (tmp_path / "report" / f"{name}.png").stat().st_size > 1000
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert "<script" not in page
+    assert not any(link in page for link in ('src="http', "href="))
+
+
+def test_bad_calls_are_said(runs: dict[str, xr.DataTree]) -> None:
+    with pytest.raises(ValueError, match="unknown figure 'pie': choose one of loss_decrease_scatter"):
+        draw("pie", runs)
+    with pytest.raises(ValueError, match="no runs to draw"):
+        draw("norm_rate", {})
+    with pytest.raises(analysis.MissingQuantityError, match="/units needs"):
+        draw("filters_left", {"none": runs["none"]})

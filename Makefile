@@ -9,9 +9,9 @@ demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 	rm -rf out/demo
 	$(BIN)/python -m dynamics sweep configs/demo.yaml -o out/demo
 	$(BIN)/python -m figures out/demo/*.zarr -o out/demo
-	$(BIN)/python -m analysis out/demo/*.zarr
-	@echo
-	@echo "Look at out/demo/report.html next; explore with xarray.open_datatree(\"out/demo/....zarr\") or notebooks/."
+	@echo && $(BIN)/python -m analysis --brief out/demo/*.zarr && echo
+	@echo "Next: open out/demo/report.html, run python -m analysis out/demo/*.zarr for all figures of agreement,"
+	@echo "or explore a record with xarray.open_datatree(\"out/demo/....zarr\") as notebooks/instrument.ipynb does."
 
 test: .venv/installed-test lint  ## tests and linter
 	$(BIN)/python -m pytest

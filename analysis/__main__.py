@@ -7,7 +7,7 @@ import sys
 from jsonargparse import ArgumentError, ArgumentParser
 
 from .record import open_runs
-from .tables import agreement_table, format_table, outcome_table
+from .tables import agreement_table, brief_table, format_table, outcome_table
 
 
 def _parser() -> ArgumentParser:
@@ -18,13 +18,18 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr")
+    parser.add_argument("--brief", action="store_true", help="one table: what the runs came to, and median errors only")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
     try:
-        runs = open_runs(_parser().parse_args(arguments).runs)
+        settings = _parser().parse_args(arguments)
+        runs = open_runs(settings.runs)
+        if settings.brief:
+            print(format_table(brief_table(runs)))
+            return 0
         outcomes, agreements = format_table(outcome_table(runs)), format_table(agreement_table(runs))
         print(f"What the runs came to\n\n{outcomes}\n\nTheory against measurement\n\n{agreements}")
     except (ArgumentError, ValueError, OSError) as error:

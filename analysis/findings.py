@@ -11,7 +11,7 @@ from .agreement import ORDERS, agree, network_norm_rate
 from .effect import filters_left, pruning_effect
 from .loss import loss_decrease, stability
 from .outcome import outcome
-from .record import MissingQuantityError, node
+from .record import MissingQuantityError, name_of, node
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -61,7 +61,7 @@ def loss_over_time(runs: Runs) -> str:
 
 def norm_prediction(runs: Runs) -> str:
     """How well the velocity of the norm is predicted, over all runs."""
-    return _errors(_pool(each(runs, network_norm_rate))) + " Momentum and its reset at a pruning are what is left out."
+    return _errors(_pool(each(runs, network_norm_rate))) + " What is left out is the momentum."
 
 
 def layer_spread(runs: Runs) -> str:
@@ -86,7 +86,7 @@ def final_accuracy(runs: Runs) -> str:
     if not pruned:
         return f"Final test accuracy: {whole}."
     best, worst = max(pruned, key=pruned.get), min(pruned, key=pruned.get)
-    spread = f"{pruned[worst]:.1%} ({_words(worst)}) to {pruned[best]:.1%} ({_words(best)})"
+    spread = f"{pruned[worst]:.1%} ({name_of(worst)}) to {pruned[best]:.1%} ({name_of(best)})"
     return f"Final test accuracy of the pruned networks: {spread}" + (f"; {whole}." if whole else ".") + _seeds(runs)
 
 
@@ -103,8 +103,8 @@ def layer_choice(runs: Runs) -> str:
     there = shares.sel(layer=layer)
     low, high = there.run.values[np.argmin(there.values)], there.run.values[np.argmax(there.values)]
     return (
-        f"They differ most in layer {layer}: {_words(low)} leaves {float(there.min()):.0%} of its filters, "
-        f"{_words(high)} {float(there.max()):.0%}."
+        f"They differ most in layer {layer}: {name_of(low)} leaves {float(there.min()):.0%} of its filters, "
+        f"{name_of(high)} {float(there.max()):.0%}."
     )
 
 
@@ -156,7 +156,3 @@ def _seeds(runs: Runs) -> str:
 
 def _rounded(value: float) -> str:
     return f"{float(f'{value:.1g}'):,.0f}".replace(",", " ")
-
-
-def _words(label: str) -> str:
-    return str(label).replace("_", " ")

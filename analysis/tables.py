@@ -25,6 +25,21 @@ def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
 
+def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """One row a run: :func:`outcome_table`, and how far off the predictions of a step are, in the median."""
+    table = outcome_table(runs)
+    table.columns = pd.MultiIndex.from_tuples(
+        [("test", "accuracy"), ("test", "loss"), ("pruned", "filters"), ("pruned", "parameters")]
+    )
+    for label, run in runs.items():
+        errors = agreement(run).median_relative_error
+        for relation in (name for name in ("loss decrease", "norm rate") if name in errors.relation):
+            for order in errors.order.values:
+                column = (f"error of {relation}", order.removesuffix("_order"))
+                table.loc[label, column] = _percent(errors.sel(relation=relation, order=order))
+    return table
+
+
 def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """One row a run, relation and order: the summary figures of :func:`analysis.agree`."""
     frames = [agreement(run).to_dataframe().assign(run=label) for label, run in runs.items()]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from .data import DataError
 from .experiment import Experiment, run
 from .schema import open_run
 from .summary import summary
@@ -38,12 +40,21 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as jsonargparse reads it for `run`: 1e-4 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def _configuration(path: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {path}: give a YAML file, e.g. configs/demo.yaml")
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings like `measure: magnitude`, got {type(settings).__name__}")
@@ -70,7 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
     try:
         _execute(arguments)
-    except (ArgumentError, ValueError, OSError) as error:
+    except ArgumentError as error:
+        print(f"error: {_plain(error)}; --help says what there is", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, DataError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -81,6 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _plain(error: ArgumentError) -> str:
+    """jsonargparse's message in the words of the command line."""
+    said = re.sub(r"<class '(\w+)'>", r"\1", _one_line(error).rstrip(".")).replace("Parser key", "setting")
+    return re.sub(r"\b(?:run|sweep|show)\.(output|configuration|record)\b", r"\1", said)
 
 
 if __name__ == "__main__":

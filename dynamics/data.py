@@ -33,6 +33,10 @@ UNREADABLE = (
 )  # fmt: skip
 
 
+class DataError(RuntimeError):
+    """Files of a data set are damaged, or cannot be downloaded. The message is one line."""
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 in [0, 255] → x / 127.5 − 1 in [−1, 1], in torch's default floating type: mean = std = 0.5 of x / 255."""
     return images / 127.5 - 1
@@ -146,7 +150,7 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None, download: boo
     download: fetch into root what is not on this machine.
 
     Raises ValueError for an unknown name, FileNotFoundError for a data set that is not on disk and not to be
-    downloaded, RuntimeError for damaged files or a failed download.
+    downloaded, DataError for damaged files or a failed download.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -204,12 +208,12 @@ def read_stored(
 
 @contextmanager
 def one_line(problem: str, remedy: str) -> Iterator[None]:
-    """Whatever reading files raises becomes one RuntimeError of one line, with the original as its cause."""
+    """Whatever reading files raises becomes one DataError of one line, with the original as its cause."""
     try:
         yield
     except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RuntimeError(f"{problem} ({reason}); {remedy}") from error
+        raise DataError(f"{problem} ({reason}); {remedy}") from error
 
 
 def splits(kind: type[CIFAR10] | type[FashionMNIST], root: Path, *, download: bool) -> Splits:

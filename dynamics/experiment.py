@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,21 @@ from .pruning import MEASURES, Pruner, share_left
 from .recorder import Recorder
 
 Batches = list[tuple[Tensor, Tensor]]
+
+# What a setting of each type takes, and how a message says it.
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "str": (lambda value: isinstance(value, str), "a text"),
+    "str | None": (lambda value: value is None or isinstance(value, str), "a text"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (lambda value: type(value) is int, "a whole number"),
+    "float": (lambda value: type(value) is int or (isinstance(value, float) and math.isfinite(value)), "a number"),
+    "tuple[int, ...]": (lambda value: _all_are("int", value), "a list of whole numbers"),
+    "tuple[float, ...]": (lambda value: _all_are("float", value), "a list of numbers"),
+}
+
+
+def _all_are(kind: str, values: object) -> bool:
+    return isinstance(values, tuple | list) and all(_KINDS[kind][0](value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,14 @@ class Experiment:
     download: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            fits, kind = _KINDS[field.type]
+            if not fits(value := getattr(self, field.name)):
+                raise ValueError(f"{field.name} must be {kind}, got {value!r}")
+        self._check_choices()
+        self._check_ranges()
+
+    def _check_choices(self) -> None:
         for field, value, options in (
             ("model", self.model, MODELS),
             ("data", self.data, DATASETS),
@@ -89,6 +113,8 @@ class Experiment:
         ):
             if value not in options:
                 raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(options)}")
+
+    def _check_ranges(self) -> None:
         if len(self.epochs) != len(self.learning_rates) or not self.epochs or min(self.epochs) < 0:
             raise ValueError(
                 f"epochs and learning_rates need one entry a stage, got {self.epochs}, {self.learning_rates}"
@@ -98,11 +124,13 @@ class Experiment:
             raise ValueError(f"{self.rounds} rounds need as many epochs in the first stage, which has {self.epochs[0]}")
         for field in ("batch_size", "importance_samples", "probe_samples", "learning_rates", "temperature", "width"):
             value = getattr(self, field)
-            if min(value if isinstance(value, tuple) else (value,)) <= 0:
+            if min(value if isinstance(value, tuple | list) else (value,)) <= 0:
                 raise ValueError(f"{field} must be positive, got {value}")
-        for field in ("momentum", "weight_decay", "curvature_every"):
+        for field in ("momentum", "weight_decay", "curvature_every", "seed"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+        if self.seed >= 2**63 - 1:
+            raise ValueError(f"seed must be less than 2**63 - 1, got {self.seed}")
 
     @property
     def name(self) -> str:
@@ -131,7 +159,7 @@ def run(experiment: Experiment, path: str | os.PathLike, *, data: Data | None = 
     """
     if Path(path).exists():
         raise FileExistsError(f"{path} exists already: choose another path, or remove it first")
-    device = _device(experiment.device)
+    device = find_device(experiment.device)
     data = data or load(experiment.data, root=experiment.root, download=experiment.download)
     torch.manual_seed(experiment.seed)
     model = build(
@@ -244,13 +272,18 @@ class _Training:
         return list(images.batches(self.experiment.batch_size, device=self.device))
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here, or nothing can be computed on it.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device {name!r} cannot be used: {reason}; choose auto, cpu, or cuda where there is one"

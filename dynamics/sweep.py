@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .data import load
-from .experiment import Experiment, run
+from .experiment import Experiment, find_device, run
 
 _LISTS = ("epochs", "learning_rates")
 
@@ -23,17 +23,19 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
         ValueError: a field that Experiment does not have, or an impossible value.
     """
     known = [field.name for field in dataclasses.fields(Experiment)]
-    if unknown := sorted(set(configuration) - set(known)):
+    if unknown := sorted(map(str, set(configuration) - set(known))):
         raise ValueError(f"unknown settings {', '.join(unknown)}: an experiment has {', '.join(known)}")
-    fixed = {name: tuple(configuration[name]) for name in _LISTS if name in configuration}
-    varied = {
-        name: value if isinstance(value, list) else [value]
-        for name, value in configuration.items()
-        if name not in fixed
-    }
-    return [
-        Experiment(**fixed, **dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())
-    ]
+    varied: dict[str, list[Any]] = {}
+    for name, value in configuration.items():
+        if value == []:
+            raise ValueError(f"{name} is an empty list: give at least one value, or leave the setting out")
+        varied[name] = value if isinstance(value, list) and name not in _LISTS else [value]
+    experiments = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+    return [Experiment(**{name: _tuple(value) for name, value in settings.items()}) for settings in experiments]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def sweep(experiments: list[Experiment], folder: Path) -> list[Path]:
@@ -41,7 +43,7 @@ def sweep(experiments: list[Experiment], folder: Path) -> list[Path]:
 
     Raises:
         FileExistsError: one of the records exists; then none is run.
-        ValueError: two of the experiments would have the same name.
+        ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
     """
     paths = [folder / f"{experiment.name}.zarr" for experiment in experiments]
     if len(set(paths)) < len(paths):
@@ -50,6 +52,8 @@ def sweep(experiments: list[Experiment], folder: Path) -> list[Path]:
         )
     if existing := [path for path in paths if path.exists()]:
         raise FileExistsError(f"{existing[0]} exists already: choose another folder, or remove it first")
+    for name in sorted({experiment.device for experiment in experiments}):
+        find_device(name)
     keys = {(experiment.data, experiment.root, experiment.download) for experiment in experiments}
     data = {key: load(key[0], root=key[1], download=key[2]) for key in keys}
     for experiment, path in tqdm(list(zip(experiments, paths, strict=True)), desc="experiments", unit="run"):

@@ -13,9 +13,10 @@ from matplotlib.lines import Line2D
 
 import analysis
 from analysis import MissingQuantityError
+from analysis.record import name_of
 
 from . import panels
-from .style import FIRST, SECOND, name_of, run_styles, theme
+from .style import FIRST, SECOND, run_styles, theme
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -62,7 +63,7 @@ def norm_rate(runs: Runs) -> Figure:
     """Gradient flow moves the squared norm at −2θᵀg − 2λ‖θ‖²; a step of finite length Δt adds Δt‖g‖².
 
     d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. Prunings,
-    dotted; each resets the momentum, which then needs about 1/(1−β) steps to carry the flow again.
+    dotted. The prediction is gradient descent's: a momentum carries the flow only after about 1/(1−β) steps.
     """
     predictions = analysis.each(runs, analysis.network_norm_rate)
     figure, axes = _grid(len(predictions), sharey=True)
@@ -98,7 +99,7 @@ def quantities_per_layer(runs: Runs) -> Figure:
 
 
 def training_curves(runs: Runs) -> Figure:
-    """Pruned early, a network trains on to nearly the accuracy of the whole one; the measure decides how fast.
+    """Pruned early, a network trains on to nearly the accuracy of the whole one.
 
     Training loss and test accuracy after each epoch, before that epoch's pruning if any. Prunings, dotted.
     """

@@ -14,10 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError, agreement_table, findings, outcome_table
-from analysis.record import experiment
+from analysis.record import experiment, name_of
 
 from .paper import FIGURES, Runs, caption, claim, draw
-from .style import name_of, theme
+from .style import theme
 
 FINDINGS: dict[str, Callable[[Runs], str]] = {
     "loss_decrease_scatter": findings.loss_prediction,
@@ -107,7 +107,7 @@ def _done(runs: Runs) -> str:
     """What was trained and pruned, in two sentences, from the records' own configuration."""
     settings = [experiment(run) for run in runs.values()]
     steps = sum(run["steps"].sizes.get("step", 0) for run in runs.values())
-    extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps:,} recorded steps".replace(",", " ")
+    extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded steps"
     if not all(settings):
         return f"{extent} of instrumented training."
     first = settings[0]

@@ -44,8 +44,3 @@ def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
         for i, label in enumerate(order)
         if label in labels
     }
-
-
-def name_of(label: str) -> str:
-    """A run's label in print."""
-    return {"none": "not pruned"}.get(label, label.replace("_times_", " × ").replace("_", " "))

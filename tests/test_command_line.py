@@ -1,7 +1,9 @@
 """The command lines as a newcomer tries them; each mistake is one clear line, exit status 2, and costs nothing."""
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from networks import recorded, smooth_network, vectors
 import analysis.__main__
 import dynamics.__main__
 import figures.__main__
+from dynamics.experiment import Experiment
 from dynamics.store import Store
 
 MAINS = {
@@ -20,13 +23,21 @@ MAINS = {
     "figures": figures.__main__.main,
 }
 TINY = ["--width", "0.05", "--epochs", "[1]", "--learning_rates", "[0.1]", "--rounds", "1", "--curvature_every", "4"]
+TINY += ["--batch_size", "256", "--probe_samples", "64", "--importance_samples", "64"]
+TINY_FILE = "width: 0.05\nepochs: [1]\nlearning_rates: [0.1]\nrounds: 1\nbatch_size: 256\nprobe_samples: 64\n"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_default_dtype(torch.float64)  # a module's fixture is made before conftest sets it
+    path, model = tmp_path_factory.mktemp("original") / "run.zarr", smooth_network()
+    recorded(path, model, torch.optim.SGD(model.parameters(), 0.1), vectors(3), curvature_every=1)
+    return path
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
-    model = smooth_network()
-    recorded(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1), vectors(3), curvature_every=1)
-    return tmp_path / "run.zarr"
+def record(tmp_path: Path, original: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "run.zarr"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,10 +55,8 @@ def test_help_teaches(package: str) -> None:
 def test_from_nothing_to_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, again, drawn = (str(tmp_path / name) for name in ("run.zarr", "again.zarr", "drawn"))
     settings = tmp_path / "settings.yaml"
-    settings.write_text(
-        "width: 0.05\nepochs: [1]\nlearning_rates: [0.1]\nrounds: 1\nmeasure: taylor\nprobe_samples: 64\n"
-    )
-    assert MAINS["dynamics"](["run", "-o", run, *TINY, "--probe_samples", "64"]) == 0
+    settings.write_text(TINY_FILE + "measure: taylor\n")
+    assert MAINS["dynamics"](["run", "-o", run, *TINY]) == 0
     assert MAINS["dynamics"](["run", "-o", again, "--config", str(settings), "--curvature_every", "4"]) == 0
     assert MAINS["dynamics"](["show", again]) == 0
     assert "measure taylor" in capsys.readouterr().out
@@ -59,28 +68,118 @@ def test_from_nothing_to_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_sweep_writes_a_record_each(tmp_path: Path) -> None:
     configuration = tmp_path / "grid.yaml"
-    configuration.write_text(
-        "width: 0.05\nepochs: [1]\nlearning_rates: [0.1]\nrounds: 1\nmeasure: [none, random]\ncurvature_every: 0\n"
-    )
+    configuration.write_text(TINY_FILE + "measure: [none, random]\ncurvature_every: 0\n")
     assert MAINS["dynamics"](["sweep", str(configuration), "-o", str(tmp_path / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["vgg13-digits-none-seed0.zarr", "vgg13-digits-random-0.75-1r-seed0.zarr"]
+
+
+def experiments_run(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> list[Experiment]:
+    """What the command line would run: nothing is trained."""
+    seen: list[Experiment] = []
+    monkeypatch.setattr("dynamics.__main__.run", lambda experiment, path: seen.append(experiment))
+    monkeypatch.setattr("dynamics.sweep.run", lambda experiment, path, data: seen.append(experiment))
+    assert MAINS["dynamics"](arguments) == 0
+    return seen
+
+
+SETTINGS = {
+    "weight_decay": ("1e-4", 1e-4),
+    "learning_rates": ("[1e-1, .01, 1.0E-3]", (0.1, 0.01, 0.001)),
+    "epochs": ("[3, 2, 1]", (3, 2, 1)),
+    "rounds": ("2", 2),
+    "augment": ("false", False),
+    "measure": ("none", "none"),
+    "root": ("null", None),
+    "seed": ("7", 7),
+}
+
+
+def test_flags_and_files_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Experiment(**{name: value for name, (_, value) in SETTINGS.items()})
+    flags = [part for name, (text, _) in SETTINGS.items() for part in (f"--{name}", text)]
+    settings, out = tmp_path / "settings.yaml", str(tmp_path / "out")
+    settings.write_text("".join(f"{name}: {text}\n" for name, (text, _) in SETTINGS.items()))
+    assert experiments_run(monkeypatch, ["run", "-o", out, *flags]) == [expected]
+    assert experiments_run(monkeypatch, ["run", "-o", out, "--config", str(settings)]) == [expected]
+    assert experiments_run(monkeypatch, ["sweep", str(settings), "-o", out]) == [expected]
+    won = experiments_run(monkeypatch, ["run", "-o", out, "--config", str(settings), "--seed", "8"])
+    assert won == [replace(expected, seed=8)]
+    assert experiments_run(monkeypatch, ["run", "-o", out]) == [Experiment()]
+
+
+@pytest.mark.parametrize("configuration", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=str)
+def test_the_configurations_that_ship_are_valid(
+    configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamics.sweep.load", lambda *arguments, **settings: None)
+    assert experiments_run(monkeypatch, ["sweep", str(configuration), "-o", str(tmp_path)])
+
+
+def test_a_mistake_reaches_the_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dynamics", "run", "-o", str(tmp_path / "new.zarr"), "--measure", "magic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: unknown measure 'magic': choose one of none, magnitude, ")
+    assert done.stderr.count("\n") == 1
 
 
 MISTAKES = {
     "unknown measure": ("dynamics", ["run", "-o", "{new}", "--measure", "magic"], "unknown measure 'magic'"),
     "unknown model": ("dynamics", ["run", "-o", "{new}", "--model", "vgg"], "unknown model 'vgg'"),
     "unknown flag": ("dynamics", ["run", "-o", "{new}", "--colour", "red"], "--colour"),
-    "wrong type": ("dynamics", ["run", "-o", "{new}", "--rounds", "many"], "rounds"),
-    "no output": ("dynamics", ["run"], "output"),
-    "no command": ("dynamics", [], "run"),
+    "unknown data": (
+        "dynamics",
+        ["run", "-o", "{new}", "--data", "mnist"],
+        "unknown data 'mnist': choose one of digits",
+    ),
+    "wrong type": (
+        "dynamics",
+        ["run", "-o", "{new}", "--rounds", "x"],
+        'setting "rounds": Expected a int. Got value: x',
+    ),
+    "not a number": ("dynamics", ["run", "-o", "{new}", "--temperature", "nan"], "temperature"),
+    "not a list": ("dynamics", ["run", "-o", "{new}", "--epochs", "3"], "epochs"),
+    "no output": ("dynamics", ["run"], "required: output; --help says"),
+    "no path after -o": ("dynamics", ["run", "-o"], "-o/--output: expected one argument"),
+    "no command": ("dynamics", [], "{run,sweep,show}"),
+    "unknown command": ("dynamics", ["fly"], "invalid choice: 'fly' (choose from 'run', 'sweep', 'show')"),
+    "word too many": ("dynamics", ["show", "{record}", "more"], "unrecognized arguments: more"),
+    "rounds": ("dynamics", ["run", "-o", "{new}", "--rounds", "99"], "99 rounds need as many epochs"),
+    "seed": ("dynamics", ["run", "-o", "{new}", "--seed", "-1"], "seed must not be negative, got -1"),
     "sparsity": ("dynamics", ["run", "-o", "{new}", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
     "device": ("dynamics", ["run", "-o", "{new}", "--device", "abacus"], "device 'abacus' cannot be used"),
+    "no GPU to compute on": ("dynamics", ["run", "-o", "{new}", "--device", "meta"], "device 'meta' cannot be used"),
+    "damaged data": (
+        "dynamics",
+        ["run", "-o", "{new}", "--data", "cifar100", "--root", "{folder}"],
+        "is damaged or incomplete",
+    ),
+    "settings not YAML": ("dynamics", ["run", "-o", "{new}", "--config", "{broken}"], "Problems parsing config"),
+    "settings unknown": ("dynamics", ["run", "-o", "{new}", "--config", "{unknown}"], "'colour'"),
+    "settings of wrong type": ("dynamics", ["run", "-o", "{new}", "--config", "{wrong}"], "rounds"),
+    "grid unknown": ("dynamics", ["sweep", "{unknown}", "-o", "{new}"], "unknown settings colour: an experiment has"),
+    "grid of wrong type": (
+        "dynamics",
+        ["sweep", "{wrong}", "-o", "{new}"],
+        "rounds must be a whole number, got 'many'",
+    ),
+    "grid without output": ("dynamics", ["sweep", "{broken}"], "required: output"),
+    "grid of lists": ("dynamics", ["sweep", "{list}", "-o", "{new}"], "must hold settings like `measure: magnitude`"),
+    "grid of nothing": ("dynamics", ["sweep", "{nothing}", "-o", "{new}"], "measure is an empty list"),
+    "grid in Latin-1": ("dynamics", ["sweep", "{latin}", "-o", "{new}"], "is not YAML: 'utf-8' codec"),
+    "grid on no device": ("dynamics", ["sweep", "{abacus}", "-o", "{new}"], "device 'abacus' cannot be used"),
+    "grid exists": ("dynamics", ["sweep", "{seed}", "-o", "{folder}"], "none-seed3.zarr exists already"),
+    "grid twice": ("dynamics", ["sweep", "{twice}", "-o", "{new}"], "would write the same record: vary model"),
     "existing": ("dynamics", ["run", "-o", "{record}", *TINY], "exists already"),
     "no data": ("dynamics", ["run", "-o", "{new}", "--data", "cifar10", "--root", "{folder}"], "--download"),
     "no configuration": ("dynamics", ["run", "-o", "{new}", "--config", "nowhere.yaml"], "nowhere.yaml"),
     "no grid": ("dynamics", ["sweep", "nowhere.yaml", "-o", "{new}"], "no configuration file nowhere.yaml"),
     "broken grid": ("dynamics", ["sweep", "{broken}", "-o", "{new}"], "is not YAML"),
+    "show a text": ("dynamics", ["show", "{broken}"], "is not a thetadot record"),
+    "show a folder": ("dynamics", ["show", "{folder}"], "is not a thetadot record"),
+    "show without a record": ("dynamics", ["show"], "required: record"),
     "show nothing": ("dynamics", ["show", "{new}"], "no record at"),
     "other version": ("dynamics", ["show", "{future}"], "has schema version 99"),
     "analyse nothing": ("analysis", ["{new}"], "no record at"),
@@ -95,17 +194,38 @@ MISTAKES = {
 }
 
 
+FILES = {
+    "broken": b"a: [1\nb: {",
+    "unknown": b"colour: red\n",
+    "wrong": b"rounds: many\n",
+    "list": b"- measure\n",
+    "nothing": b"measure: []\n",
+    "latin": "model: größe\n".encode("latin-1"),
+    "abacus": b"device: abacus\n",
+    "seed": b"measure: none\nseed: [3, 4]\n",
+    "twice": b"width: [1, 2]\n",
+}
+
+
+def prepared(folder: Path) -> dict[str, Path]:
+    """What the mistakes are made with: files, records that cannot be read, damaged data, an existing record."""
+    for name, text in FILES.items():
+        (folder / f"{name}.yaml").write_bytes(text)
+    Store(folder / "future.zarr", {"schema_version": 99})
+    Store(folder / "empty.zarr", {"schema_version": 1})
+    for taken in ("vgg13-digits-none-seed3.zarr", "cifar-100-python"):
+        (folder / taken).mkdir()
+        (folder / taken / "train").write_text("precious")
+    records = {"new": "new.zarr", "record": "run.zarr", "folder": "", "future": "future.zarr", "empty": "empty.zarr"}
+    return {name: folder / place for name, place in (records | {name: f"{name}.yaml" for name in FILES}).items()}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_clear_line(
     mistake: str, tmp_path: Path, record: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     package, arguments, words = MISTAKES[mistake]
-    (tmp_path / "broken.yaml").write_text("a: [1\nb: {")
-    Store(tmp_path / "future.zarr", {"schema_version": 99})
-    Store(tmp_path / "empty.zarr", {"schema_version": 1})
-    places = {"new": "new.zarr", "record": "run.zarr", "folder": "", "broken": "broken.yaml", "future": "future.zarr",
-              "empty": "empty.zarr"}  # fmt: skip
-    places = {name: str(tmp_path / place) for name, place in places.items()}
+    places = {name: str(path) for name, path in prepared(tmp_path).items()}
     before = contents(tmp_path)
     assert MAINS[package]([argument.format(**places) for argument in arguments]) == 2
     shown = capsys.readouterr()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from analysis import filters_left, training_curve
@@ -31,37 +32,82 @@ def recorded(path: Path, experiment: Experiment, data: Data) -> xr.DataTree:
     return open_run(run(experiment, path, data=data, progress=False))
 
 
-def test_the_record_of_a_run(tmp_path: Path, data: Data) -> None:
-    record = recorded(tmp_path / "run.zarr", TINY, data)
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory, data: Data) -> xr.DataTree:
+    """The record of TINY in float64, as in the tests: a module's fixture is made before they set it."""
+    torch.set_default_dtype(torch.float64)
+    return recorded(tmp_path_factory.mktemp("experiment") / "run.zarr", TINY, data)
+
+
+def test_the_record_of_a_run(record: xr.DataTree) -> None:
     assert record["steps"].sizes["step"] == 6
     assert record["curvature"].step.values.tolist() == [0, 2, 4]
     assert record["steps"].epoch.values.tolist() == [0, 0, 1, 1, 2, 2]
     np.testing.assert_allclose(record["steps"].learning_rate, [0.1] * 4 + [0.01] * 2)
-    assert np.isfinite(record["steps"].loss).all()
+    assert all(np.isfinite(record["steps"][name]).all() for name in ("loss", "param_sqnorm", "grad_sqnorm"))
     assert training_curve(record).epoch.values.tolist() == [1, 2, 3]
     assert record["pruning"]["step"].values.tolist() == [2, 4]
     assert record["pruning"].measure.values.tolist() == ["magnitude"] * 2
-    total = record["units"].sizes["unit"]
     left = filters_left(record).left.sum("layer").values
-    assert left.tolist() == [round(total * share_left(0.5, 2, number)) for number in (1, 2)]
-    assert json.loads(record.attrs["experiment"])["width"] == 0.05
+    assert left.tolist() == record["units"].alive.sum("unit").values.tolist()
+
+
+def test_the_record_says_its_configuration(record: xr.DataTree) -> None:
+    configuration = json.loads(record.attrs["experiment"])
+    configuration |= {name: tuple(configuration[name]) for name in ("epochs", "learning_rates")}
+    assert Experiment(**configuration) == TINY
     assert record.attrs["seed"] == 0
 
 
-def test_a_run_is_reproducible_bit_for_bit(tmp_path: Path, data: Data) -> None:
-    one, other = (recorded(tmp_path / f"{name}.zarr", TINY, data) for name in ("one", "other"))
+def test_achieved_sparsity_is_the_one_asked_for(record: xr.DataTree) -> None:
+    alive = record["units"].alive
+    targets = record["pruning"].target.values
+    np.testing.assert_allclose(targets, [1 - share_left(0.5, 2, 1), 0.5], rtol=1e-12)
+    total = alive.sizes["unit"]
+    assert alive.sum("unit").values.tolist() == [round(total * (1 - target)) for target in targets]
+    assert not (alive.isel(event=1) & ~alive.isel(event=0).astype(bool)).any()
+
+
+def test_a_run_is_reproducible_bit_for_bit(tmp_path: Path, data: Data, record: xr.DataTree) -> None:
+    again = recorded(tmp_path / "again.zarr", TINY, data)
     for node in ("steps", "curvature", "pruning", "units"):
-        xr.testing.assert_identical(one[node].to_dataset(), other[node].to_dataset())
-    changed = recorded(tmp_path / "changed.zarr", replace(TINY, seed=1), data)
-    assert not np.allclose(one["steps"].loss, changed["steps"].loss)
+        xr.testing.assert_identical(again[node].to_dataset(), record[node].to_dataset())
+    clock = "seconds"
+    xr.testing.assert_identical(
+        again["epochs"].to_dataset().drop_vars(clock), record["epochs"].to_dataset().drop_vars(clock)
+    )
+    changed = recorded(tmp_path / "changed.zarr", replace(TINY, seed=1, epochs=(1, 0), rounds=1), data)
+    assert not np.isclose(record["steps"].loss[:2], changed["steps"].loss).any()
 
 
 @pytest.mark.parametrize("measure", [name for name in MEASURES if name != "magnitude"] + ["none"])
-def test_every_measure_sees_the_same_training_until_it_prunes(tmp_path: Path, data: Data, measure: str) -> None:
-    reference = recorded(tmp_path / "reference.zarr", TINY, data)
-    record = recorded(tmp_path / "run.zarr", replace(TINY, measure=measure), data)
-    np.testing.assert_array_equal(record["steps"].loss[:2], reference["steps"].loss[:2])
-    assert ("alive" in record["units"].data_vars) == (measure != "none")
+def test_every_measure_sees_the_same_training_until_it_prunes(
+    tmp_path: Path, data: Data, record: xr.DataTree, measure: str
+) -> None:
+    short = replace(TINY, measure=measure, epochs=(1, 0), rounds=1, curvature_every=0)
+    run_of_it = recorded(tmp_path / "run.zarr", short, data)
+    np.testing.assert_array_equal(run_of_it["steps"].loss, record["steps"].loss[:2])
+    assert ("alive" in run_of_it["units"].data_vars) == (measure != "none")
+
+
+def test_every_measure_sees_the_same_batches_after_it_pruned(tmp_path: Path, data: Data) -> None:
+    """With nothing to prune, all that could differ is the data: also after a round that drew its own samples."""
+    same = replace(TINY, sparsity=0.0, curvature_every=0, keep_momentum=True)
+    runs = [
+        recorded(tmp_path / f"{measure}.zarr", replace(same, measure=measure), data)["steps"].loss.values
+        for measure in ("none", "loss_preservation", "random")
+    ]
+    for losses in runs[1:]:
+        np.testing.assert_array_equal(losses, runs[0])
+
+
+def test_momentum_is_dropped_unless_kept(tmp_path: Path, data: Data) -> None:
+    for kept in (False, True):
+        short = replace(TINY, keep_momentum=kept, epochs=(2, 0), sparsity=0.0, weight_decay=0.0, curvature_every=0)
+        steps = recorded(tmp_path / f"{kept}.zarr", short, data)["steps"]
+        update, gradient = (steps[name].isel(step=2).sum("layer") for name in ("update_sqnorm", "grad_sqnorm"))
+        plain = 0.1**2 * float(gradient)  # Δθ = −ηg, the first step of a fresh SGD
+        assert (float(update) == pytest.approx(plain, rel=1e-9)) != kept
 
 
 @pytest.mark.parametrize("model", ["mobilenet_v1", "resnet56"])
@@ -81,7 +127,22 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
         ({"rounds": 3}, "3 rounds need as many epochs in the first stage, which has 2"),
         ({"epochs": (1, 2, 3)}, "epochs and learning_rates need one entry a stage"),
         ({"batch_size": 0}, "batch_size must be positive, got 0"),
-        ({"momentum": -1.0}, "momentum must not be negative"),
+        ({"momentum": -1.0}, "momentum must not be negative, got -1.0"),
+        ({"epochs": (-1, 2)}, r"epochs and learning_rates need one entry a stage, got \(-1, 2\)"),
+        ({"epochs": (), "learning_rates": ()}, "epochs and learning_rates need one entry a stage"),
+        ({"learning_rates": (0.1, 0.0)}, r"learning_rates must be positive, got \(0.1, 0.0\)"),
+        ({"rounds": 0}, "a round must be in 0 … rounds"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seed": 2**63}, "seed must be less than"),
+        ({"rounds": "many"}, "rounds must be a whole number, got 'many'"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+        ({"sparsity": "half"}, "sparsity must be a number, got 'half'"),
+        ({"temperature": float("nan")}, "temperature must be a number, got nan"),
+        ({"width": True}, "width must be a number, got True"),
+        ({"epochs": 3}, "epochs must be a list of whole numbers, got 3"),
+        ({"learning_rates": ("a", "b")}, "learning_rates must be a list of numbers, got"),
+        ({"augment": 1}, "augment must be true or false, got 1"),
+        ({"root": 3}, "root must be a text, got 3"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict, message: str) -> None:
@@ -96,8 +157,29 @@ def test_a_grid_is_the_product_of_its_lists(tmp_path: Path) -> None:
     assert all(e.epochs == (2, 1) for e in experiments)
     with pytest.raises(ValueError, match="unknown settings colour: an experiment has model, data"):
         grid({"colour": "red"})
+    with pytest.raises(ValueError, match="measure is an empty list: give at least one value"):
+        grid({"measure": []})
+    with pytest.raises(ValueError, match="epochs must be a list of whole numbers, got 3"):
+        grid({"epochs": 3})
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used"):
+        sweep([replace(TINY, device="abacus")], tmp_path)
     with pytest.raises(ValueError, match="would write the same record"):
         sweep([TINY, TINY], tmp_path)
     (tmp_path / f"{TINY.name}.zarr").mkdir()
     with pytest.raises(FileExistsError, match="exists already: choose another folder"):
         sweep([TINY], tmp_path)
+
+
+def test_an_existing_record_is_not_touched(tmp_path: Path, data: Data) -> None:
+    (tmp_path / "run.zarr").mkdir()
+    (tmp_path / "run.zarr" / "precious").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"run.zarr exists already: choose another path, or remove it first"):
+        run(TINY, tmp_path / "run.zarr", data=data)
+    assert [path.read_text() for path in (tmp_path / "run.zarr").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta"])
+def test_an_impossible_device_is_said_before_anything_is_written(tmp_path: Path, data: Data, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .*; choose auto, cpu, or cuda"):
+        run(replace(TINY, device=device), tmp_path / "run.zarr", data=data)
+    assert not list(tmp_path.iterdir())

@@ -1,26 +1,82 @@
 """Scores that the reference does not hold, the arguments of `scores`, and that scoring leaves no trace."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import convolutional_network, images
+from prunable import NETWORKS, batch, goes_with, trained
+from scipy.stats import kstest
 from torch import nn
 
 from dynamics.models import build
 from dynamics.pruning import MEASURES, scores
 
 
-def test_fisher_equals_a_loop_over_samples() -> None:
-    model, batches = convolutional_network().eval(), images(2, size=5)
-    found = scores(model, batches, "fisher", temperature=2.0)["0"]
-    squares = torch.zeros(4)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fisher_equals_a_loop_over_samples(name: str) -> None:
+    model, _ = trained(name)
+    batches = [tuple(tensor[:3] for tensor in batch(50)), batch(51)]  # uneven: the mean is over samples
+    found = scores(model, batches, "fisher", temperature=2.0)
+    weights = {layer: model.get_parameter(f"{layer}.weight") for layer in goes_with(model)}
+    expected = {layer: torch.zeros(len(weight)) for layer, weight in weights.items()}
+    model.eval()
     for inputs, labels in batches:
         for sample, target in zip(inputs.split(1), labels.split(1), strict=True):
-            (grad,) = torch.autograd.grad(F.cross_entropy(model(sample) / 2, target), [model[0].weight])
-            squares += (model[0].weight.detach() * grad).flatten(1).sum(1).square()
-    torch.testing.assert_close(found, squares / 10 / 2)
+            grads = torch.autograd.grad(F.cross_entropy(model(sample) / 2, target), list(weights.values()))
+            for (layer, weight), grad in zip(weights.items(), grads, strict=True):
+                expected[layer] += (weight.detach() * grad).flatten(1).sum(1).square() / 11 / 2
+    assert found.keys() == expected.keys()
+    for layer, values in expected.items():
+        torch.testing.assert_close(found[layer], values, rtol=1e-9, atol=1e-12 * float(values.max()))
+
+
+def test_fisher_leaves_the_bias_alone() -> None:
+    model, (one,) = convolutional_network().eval(), images(1, size=1)
+    with torch.no_grad():
+        model[0].bias.fill_(3.0)
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(one[0]), one[1]), [model[0].weight])
+    expected = (model[0].weight.detach() * grad).flatten(1).sum(1).square() / 2
+    torch.testing.assert_close(scores(model, [one], "fisher")["0"], expected)
+
+
+FORMULAS = {
+    "loss_preservation": lambda theta, grad, hess_grad: (theta * grad).abs().sum(1),
+    "loss_preservation_times_magnitude": lambda theta, grad, hess_grad: (theta**2 * grad).abs().sum(1),
+    "gradient_norm_increase": lambda theta, grad, hess_grad: (theta * hess_grad).sum(1),
+    "gradient_norm_preservation": lambda theta, grad, hess_grad: (theta * hess_grad).sum(1).abs(),
+    "taylor": lambda theta, grad, hess_grad: (theta * grad).sum(1).abs(),
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("measure", FORMULAS)
+def test_measure_equals_its_formula_by_double_backward(measure: str, mode: str) -> None:
+    model, batches = convolutional_network(), [*images(1, seed=3, size=5), *images(1, seed=4, size=9)]
+    found = scores(model, batches, measure, temperature=3.0, mode=mode)["0"]
+    model.train(mode == "train")
+    loss = sum(F.cross_entropy(model(inputs) / 3, labels, reduction="sum") for inputs, labels in batches) / 14
+    theta = list(model.parameters())
+    grad = torch.autograd.grad(loss, theta, create_graph=True)
+    norm = sum(part.square().sum() for part in grad) / 2  # its gradient is Hg
+    (hess_grad,) = torch.autograd.grad(norm, theta[:1])
+    expected = FORMULAS[measure](*(part.detach().flatten(1) for part in (theta[0], grad[0], hess_grad)))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_random_scores_follow_the_seed() -> None:
+    model = convolutional_network()
+    first, second = (scores(model, None, "random")["0"] for _ in range(2))
+    assert first.shape == (4,)
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    one = scores(model, None, "random")["0"]
+    torch.manual_seed(5)
+    assert torch.equal(scores(model, None, "random")["0"], one)
+
+
+def test_random_scores_are_uniform_whatever_the_kernel_s_size() -> None:
+    found = scores(build("mobilenet_v1", num_classes=10), None, "random")
+    assert all(kstest(values.numpy(), "uniform").pvalue > 1e-3 for values in found.values())
 
 
 @pytest.mark.parametrize("measure", [name for name, row in MEASURES.items() if not row.per_filter])
@@ -62,14 +118,17 @@ def test_the_mode_matters() -> None:
     assert not torch.allclose(train, evaluated, rtol=0.1)
 
 
-def test_bad_arguments_are_said(tmp_path: Path) -> None:
+def test_bad_arguments_are_said() -> None:
     model, batches = convolutional_network(), images(1)
     with pytest.raises(ValueError, match="unknown measure 'magic': choose one of magnitude, loss_preservation"):
         scores(model, batches, "magic")
     with pytest.raises(ValueError, match="loss_preservation needs data"):
         scores(model, None, "loss_preservation")
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        scores(model, batches, "taylor", temperature=0)
+    with pytest.raises(ValueError, match=r"fisher needs data: pass batches of \(inputs, labels\), got none"):
+        scores(model, [], "fisher")
+    for temperature in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
+            scores(model, batches, "taylor", temperature=temperature)
     with pytest.raises(ValueError, match="got 'channel', 'eval'"):
         scores(model, batches, "taylor", granularity="channel")
     with pytest.raises(ValueError, match="got 'filter', 'test'"):
@@ -91,12 +150,3 @@ def test_bad_arguments_are_said(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"Branching cannot be traced by torch\.fx"):
         scores(Branching(), None, "magnitude")
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "filters"), [("vgg13", 10, 2944), ("mobilenet_v1", 14, 5984), ("resnet56", 57, 2128)]
-)
-def test_every_measure_ranks_all_filters(name: str, layers: int, filters: int) -> None:
-    found = scores(build(name, num_classes=10), None, "magnitude")
-    assert len(found) == layers
-    assert sum(len(values) for values in found.values()) == filters

@@ -1,121 +1,64 @@
-"""Exactly as many filters go as asked, the lowest first, and what is gone stays at exactly zero."""
+"""Exactly as many filters go as asked, the lowest first, and none comes back."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from prunable import NETWORKS, batch, train, trained
+from torch import nn
 
-from dynamics.models import ResNet, build
-from dynamics.pruning import Pruner, share_left
-from dynamics.pruning.units import unit_layers
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "vgg13": lambda: build("vgg13", num_classes=4, in_channels=1, width=0.08),
-    "mobilenet_v1": lambda: build("mobilenet_v1", num_classes=4, in_channels=1, width=0.08),
-    "resnet": lambda: ResNet(8, (4, 6, 8), num_classes=4, in_channels=1),
-}
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "sgd": lambda theta: torch.optim.SGD(theta, 0.05, momentum=0.9, weight_decay=1e-2),
-    "nesterov": lambda theta: torch.optim.SGD(theta, 0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
-    "adam": lambda theta: torch.optim.Adam(theta, 0.01, weight_decay=1e-2),
-    "adamw": lambda theta: torch.optim.AdamW(theta, 0.01),
-}
+from dynamics.pruning import MEASURES, Pruner, share_left
 
 
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 1, 32, 32, generator=generator, dtype=torch.float64), torch.arange(8) % 4
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for number in range(steps):
-        inputs, labels = batch(number)
-        optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels).backward()
-        optimizer.step()
-
-
-def removed(model: nn.Module, pruner: Pruner) -> dict[str, Tensor]:
-    """The entries of each parameter that went with a filter."""
-    gone = {}
-    for layer in unit_layers(model):
-        for name in layer.parameter_names(model):
-            gone[name] = model.get_parameter(name)[~pruner.alive[layer.name]]
-    return gone
-
-
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize("name", MODELS)
-def test_pruned_filters_stay_at_exactly_zero(name: str, optimizer_name: str) -> None:
-    model = MODELS[name]()
-    optimizer = OPTIMIZERS[optimizer_name](list(model.parameters()))
-    train(model, optimizer, 3)
-    pruner = Pruner(model, optimizer, "gradient_norm_increase")
-    for sparsity in (0.3, 0.5):
-        pruner.prune(sparsity, [batch(100)])
-        train(model, optimizer, 3)
-        gone = removed(model, pruner)
-        assert sum(len(part) for part in gone.values()) > 0
-        assert all((part == 0).all() for part in gone.values())
-    assert all((parameter.grad != 0).any() for parameter in model.parameters())
-    for layer in unit_layers(model):
-        grads = [model.get_parameter(part).grad for part in layer.parameter_names(model)]
-        assert all((grad[~pruner.alive[layer.name]] == 0).all() for grad in grads)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_silenced_filter_puts_out_nothing(name: str) -> None:
-    model = MODELS[name]()
-    optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
-    pruner = Pruner(model, optimizer, "magnitude")
-    pruner.prune(0.5)
-    train(model, optimizer, 2)
-    outputs = {}
-    for layer in unit_layers(model):
-        last = model.get_submodule(layer.modules[-1])
-        last.register_forward_hook(lambda module, inputs, output, key=layer.name: outputs.update({key: output}))
-    for mode in (True, False):
-        model.train(mode)(batch(0)[0])
-        for key, output in outputs.items():
-            assert (output[:, ~pruner.alive[key]] == 0).all()
-            assert (output[:, pruner.alive[key]] != 0).any()
-
-
-def test_the_state_of_what_remains_is_kept() -> None:
-    model = MODELS["vgg13"]()
-    optimizer = OPTIMIZERS["adam"](list(model.parameters()))
-    train(model, optimizer, 3)
-    before = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
-    pruner = Pruner(model, optimizer, "magnitude")
-    pruner.prune(0.5)
-    for layer in unit_layers(model):
-        alive = pruner.alive[layer.name]
-        for name in layer.parameter_names(model):
-            after = optimizer.state[model.get_parameter(name)]["exp_avg"]
-            assert torch.equal(after[alive], before[name][alive])
-            assert (after[~alive] == 0).all()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_exactly_as_many_go_as_asked_and_none_comes_back(name: str) -> None:
-    model = MODELS[name]()
-    pruner = Pruner(model, OPTIMIZERS["sgd"](list(model.parameters())), "gradient_norm_increase")
-    total = sum(layer.filters for layer in unit_layers(model))
-    gone = {layer: torch.zeros_like(alive) for layer, alive in pruner.alive.items()}
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exactly_as_many_go_as_asked_and_none_comes_back(name: str, measure: str) -> None:
+    model, optimizer = trained(name, steps=1)
+    pruner = Pruner(model, optimizer, measure)
+    total = left = sum(len(kept) for kept in pruner.alive.values())
+    gone = {layer: ~kept for layer, kept in pruner.alive.items()}
     for number in range(1, 5):
         sparsity = 1 - share_left(0.6, 4, number)
         pruned = pruner.prune(sparsity, [batch(number)])
-        left = sum(int(alive.sum()) for alive in pruned.alive.values())
-        assert left == round(total * (1 - sparsity))
-        assert pruned.sparsity == pytest.approx(1 - left / total)
-        for layer, alive in pruned.alive.items():
-            assert not (gone[layer] & alive).any()
-            gone[layer] = ~alive
+        before, left = left, sum(int(kept.sum()) for kept in pruned.alive.values())
+        assert before - left == before - round(total * (1 - sparsity)) > 0
+        assert pruned.sparsity == pytest.approx(1 - left / total, rel=1e-12)
+        assert not any((gone[layer] & kept).any() for layer, kept in pruned.alive.items())
+        gone = {layer: ~kept for layer, kept in pruned.alive.items()}
+        assert all(kept.any() for kept in pruned.alive.values())
+        train(model, optimizer, 1)
+    assert left == round(total * 0.4)
     if name == "resnet":
         assert pruner.alive["stem"].all()
+        assert pruned.scores["stem"].isfinite().all()
+
+
+@pytest.mark.parametrize("measure", ["magnitude", "gradient_norm_increase", "taylor"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_lowest_scores_go(name: str, measure: str) -> None:
+    model, optimizer = trained(name)
+    pruned = Pruner(model, optimizer, measure, floor=0).prune(0.3, [batch(9)])
+    free = [layer for layer in pruned.alive if layer != "stem" or name != "resnet"]
+    # Each layer keeps one filter: its best one is not in the ranking.
+    best = {layer: int(pruned.scores[layer].argmax()) for layer in free}
+    ranked = [
+        (float(score), bool(kept))
+        for layer in free
+        for index, (score, kept) in enumerate(zip(pruned.scores[layer], pruned.alive[layer], strict=True))
+        if index != best[layer]
+    ]
+    assert max(score for score, kept in ranked if not kept) <= min(score for score, kept in ranked if kept)
+    assert all(pruned.alive[layer][index] for layer, index in best.items())
+
+
+def test_what_is_gone_is_not_asked_for_again() -> None:
+    model, optimizer = trained("vgg13")
+    pruner = Pruner(model, optimizer, "magnitude")
+    alive = pruner.prune(0.5).alive
+    for sparsity in (0.5, 0.2, 0.0):
+        again = pruner.prune(sparsity)
+        assert all(torch.equal(kept, alive[layer]) for layer, kept in again.alive.items())
+        assert again.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 def two_layers(first: list[float], second: list[float]) -> nn.Sequential:
@@ -138,35 +81,72 @@ def test_one_ranking_across_layers() -> None:
     assert alive == {"0": [True, False, True], "1": [False, False, True]}
 
 
-def test_ties_go_by_layer_and_index() -> None:
-    assert prune_by_magnitude(two_layers([1.0] * 3, [1.0] * 3), 1 / 3, 0.05) == {
-        "0": [False, False, True],
-        "1": [True, True, True],
+@pytest.mark.parametrize("count", range(7))
+def test_ties_go_by_layer_and_index(count: int) -> None:
+    alive = prune_by_magnitude(two_layers([1.0] * 4, [1.0] * 5), count / 9, 0.05)
+    order = [("0", 0), ("0", 1), ("0", 2), ("1", 0), ("1", 1), ("1", 2), ("1", 3)]  # the last of each layer stays
+    assert alive == {
+        layer: [(layer, index) not in order[:count] for index in range(filters)]
+        for layer, filters in (("0", 4), ("1", 5))
     }
 
 
 def test_the_floor_keeps_the_best_of_a_layer() -> None:
-    alive = prune_by_magnitude(two_layers([0.1, 0.3, 0.2, 0.4], [5.0, 6.0, 7.0, 8.0]), 0.5, 0.5)
-    assert alive == {"0": [False, True, False, True], "1": [False, False, True, True]}
+    alive = prune_by_magnitude(two_layers([0.1, 0.4, 0.2, 0.3], [8.0, 5.0, 7.0, 6.0]), 0.5, 0.5)
+    assert alive == {"0": [False, True, False, True], "1": [True, False, True, False]}
 
 
-def test_what_cannot_be_is_refused_and_the_model_left_alone() -> None:
-    model = two_layers([1.0, 2.0], [3.0, 4.0])
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pruner = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude")
-    for sparsity in (1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got"):
-            pruner.prune(sparsity)
-    with pytest.raises(ValueError, match="asks for 3 units more to go, but only 2 can"):
-        pruner.prune(0.75)
-    with pytest.raises(ValueError, match="floor must be in"):
-        Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude", floor=2)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not [name for name, _ in model.named_buffers()]
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All that a pruning could change."""
+    momentum = [optimizer.state[parameter]["momentum_buffer"] for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return [tensor.clone() for tensor in (*model.state_dict().values(), *momentum, *gradients)]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [
+        (1.0, r"sparsity must be in \[0, 1\), got 1.0"),
+        (-0.1, r"sparsity must be in \[0, 1\), got -0.1"),
+        (float("nan"), r"sparsity must be in \[0, 1\), got nan"),
+        (0.99, r"^sparsity 0.99 asks for \d+ units more to go, but only \d+ can: every layer keeps 5% of its filters"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_model_left_alone(sparsity: float, message: str) -> None:
+    model, optimizer = trained("resnet")
+    pruner = Pruner(model, optimizer, "loss_preservation")
+    before, buffers = state(model, optimizer), dict(model.named_buffers()).keys()
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(sparsity, [batch(0)])
+    assert all(map(torch.equal, state(model, optimizer), before))
+    assert dict(model.named_buffers()).keys() == buffers
+    assert all(kept.all() for kept in pruner.alive.values())
+
+
+@pytest.mark.parametrize("measure", ["magnitude", "loss_preservation", "gradient_norm_increase"])
+def test_a_diverged_network_is_not_ranked_and_left_alone(measure: str) -> None:
+    model, optimizer = trained("vgg13")
     with torch.no_grad():
-        model[1].weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="scores that are not finite in layer '1'"):
-        pruner.prune(0.25)
+        model.features[3].weight[0, 0, 0, 0] = torch.nan
+    pruner = Pruner(model, optimizer, measure)
+    before = [tensor.nan_to_num(9.0) for tensor in state(model, optimizer)]
+    with pytest.raises(ValueError, match=f"{measure} has scores that are not finite in layer .*diverged"):
+        pruner.prune(0.5, [batch(0)])
+    assert all(map(torch.equal, [tensor.nan_to_num(9.0) for tensor in state(model, optimizer)], before))
+    assert all(kept.all() for kept in pruner.alive.values())
+
+
+def test_bad_arguments_are_said() -> None:
+    model, optimizer = trained("vgg13", steps=1)
+    with pytest.raises(ValueError, match=r"floor must be in \[0, 1\], got 2"):
+        Pruner(model, optimizer, "magnitude", floor=2)
+    with pytest.raises(ValueError, match="unknown measure 'magic': choose one of magnitude"):
+        Pruner(model, optimizer, "magic")
+    with pytest.raises(ValueError, match="taylor needs data"):
+        Pruner(model, optimizer, "taylor").prune(0.5)
+    for sparsity, rounds, number in ((1.0, 1, 1), (0.5, 0, 0), (0.5, 2, 3), (0.5, 2, -1)):
+        with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\)|a round must be in 0 … rounds"):
+            share_left(sparsity, rounds, number)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 0.9])
@@ -180,17 +160,3 @@ def test_rounds_follow_the_protocol(sparsity: float, rounds: int) -> None:
     compressions = [1 / share_left(sparsity, rounds, number) for number in range(rounds + 1)]
     steps = [later - earlier for earlier, later in itertools.pairwise(compressions)]
     assert steps == pytest.approx([steps[0]] * rounds)
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "modules"),
-    [
-        ("vgg13", "features.3", ("features.3", "features.5")),
-        ("mobilenet_v1", "stem", ("stem", "norm", "blocks.0.depthwise", "blocks.0.norm1")),
-        ("resnet", "blocks.1.conv2", ("blocks.1.conv2", "blocks.1.norm2")),
-        ("resnet", "blocks.1.shortcut.0", ("blocks.1.shortcut.0", "blocks.1.shortcut.1")),
-    ],
-)
-def test_what_goes_with_a_filter(name: str, layer: str, modules: tuple[str, ...]) -> None:
-    found = {unit.name: unit.modules for unit in unit_layers(MODELS[name]())}
-    assert found[layer] == modules

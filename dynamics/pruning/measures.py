@@ -78,7 +78,7 @@ MEASURES: dict[str, Measure] = {
         Measure("fisher", "Fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0,
                 lambda e: e.squared_sample_grad / 2, _sum, per_filter=True),
         Measure("random", "Random", "uniform", 0, 1.0,
-                lambda e: torch.rand_like(e.theta[:, :1]), _sum, per_filter=True),
+                lambda e: torch.rand_like(e.theta.flatten(1)[:, 0]), _sum, per_filter=True),
     )
 }  # fmt: skip
 

@@ -60,20 +60,23 @@ def unit_layers(model: nn.Module) -> list[UnitLayer]:
             raise ValueError(
                 f"layer {name!r} has {module.groups} groups: only plain and depthwise convolutions are pruned"
             )
-        modules = tuple(dict.fromkeys([name, *_followed(model, calls[name])]))
+        modules = tuple(dict.fromkeys([name, *_followed(model, calls[name], module.out_channels)]))
         layers.append(UnitLayer(name, module.out_channels, modules))
     return layers
 
 
-def _followed(model: nn.Module, node: fx.Node) -> list[str]:
+def _followed(model: nn.Module, node: fx.Node, filters: int) -> list[str]:
     """Modules that the node's channels run through one by one, as far as nothing mixes them."""
     met = []
     for user in node.users:
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         if _is_depthwise(module) or isinstance(module, _NORMALISATIONS):
+            channels = module.out_channels if isinstance(module, nn.Conv2d) else module.num_features
+            if channels != filters:
+                continue  # something reshaped on the way: its channels are not the filters'
             met.append(user.target)
         if len(user.all_input_nodes) == 1 and not isinstance(module, nn.Linear) and not _mixes(module):
-            met += _followed(model, user)
+            met += _followed(model, user, filters)
     return met
 
 

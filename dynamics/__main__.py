@@ -23,21 +23,33 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("run", _run_parser(), help="run one experiment and record it")
+    commands.add_subcommand("sweep", _sweep_parser(), help="run many experiments")
+    show = ArgumentParser(description="Say in a few lines what a record holds.", exit_on_error=False)
+    show.add_argument("record", help="a record, e.g. out/run.zarr")
+    commands.add_subcommand("show", show, help="say what a record holds")
+    return parser
+
+
+def _run_parser() -> ArgumentParser:
     one = ArgumentParser(description="Run one experiment: train, prune in rounds, train on.", exit_on_error=False)
     one.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win over it.")
     one.add_argument("-o", "--output", required=True, help="where the record goes: a new folder, say out/run.zarr")
-    one.add_class_arguments(Experiment, help="settings of the experiment")
-    commands.add_subcommand("run", one, help="run one experiment and record it")
+    one.add_argument(
+        "--download", type=bool, nargs="?", const=True, default=False,
+        help="Let torchvision download a data set that is not on disk.",
+    )  # fmt: skip
+    one.add_class_arguments(Experiment, skip={"download"}, help="settings of the experiment")
+    return one
+
+
+def _sweep_parser() -> ArgumentParser:
     many = ArgumentParser(
         description="Run the grid of experiments that a YAML file spans with its lists.", exit_on_error=False
     )
     many.add_argument("configuration", help="YAML file: settings of `run`, where a list stands for each of its values")
     many.add_argument("-o", "--output", required=True, help="folder for the records")
-    commands.add_subcommand("sweep", many, help="run many experiments")
-    show = ArgumentParser(description="Say in a few lines what a record holds.", exit_on_error=False)
-    show.add_argument("record", help="a record, e.g. out/run.zarr")
-    commands.add_subcommand("show", show, help="say what a record holds")
-    return parser
+    return many
 
 
 class _Loader(yaml.SafeLoader):

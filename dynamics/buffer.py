@@ -21,6 +21,7 @@ from .store import Store
 
 _LOG = logging.getLogger("thetadot")
 _ROWS, _SECONDS = 256, 5.0
+_COUNTS = ("step", "epoch", "event")
 
 Value = Tensor | np.ndarray | float | int | bool | str
 Columns = dict[str, Tensor | np.ndarray]
@@ -50,6 +51,7 @@ class Buffer:
         self._count, self._since = 0, time.monotonic()
         self._blocks: queue.Queue[Block | None] = queue.Queue()
         self._failure: Exception | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._write_blocks, name="thetadot-writer", daemon=True)
         self._thread.start()
 
@@ -58,7 +60,13 @@ class Buffer:
         self._coordinates.append((node, name, dim, values))
 
     def add(self, node: str, row: Mapping[str, Value]) -> None:
-        """Keep one row of a node: name → number, string, or tensor over the node's further dimensions."""
+        """Keep one row of a node: name → number, string, or tensor over the node's further dimensions.
+
+        Raises:
+            ValueError: the buffer is closed.
+        """
+        if self._closed:
+            raise ValueError(f"the record {self._store.path} is closed: nothing more can be recorded in it")
         self._rows.setdefault(node, []).append(row)
         self._count += 1
         if self._count >= _ROWS or time.monotonic() - self._since > _SECONDS:
@@ -78,6 +86,7 @@ class Buffer:
             OSError: rows that could not be written are lost; the record holds all that was committed before.
         """
         self.flush()
+        self._closed = True
         self._blocks.put(None)
         self._thread.join()
         if self._failure is not None:
@@ -87,10 +96,13 @@ class Buffer:
         waiting: list[Callable[[], None]] = []
         while (block := self._blocks.get()) is not None:
             if block.copied is not None:
-                block.copied.synchronize()
+                waiting.append(block.copied.synchronize)
             waiting += [partial(self._store.write_coordinate, *coordinate) for coordinate in block.coordinates]
-            waiting += [partial(self._store.append, node, _arrays(rows)) for node, rows in block.columns.items()]
+            waiting += [partial(self._append, node, columns) for node, columns in block.columns.items()]
             self._try(waiting)
+
+    def _append(self, node: str, columns: Columns) -> None:
+        self._store.append(node, _arrays(columns))
 
     def _try(self, waiting: list[Callable[[], None]]) -> None:
         try:
@@ -107,21 +119,29 @@ class Buffer:
 
 def _stack(rows: list[Mapping[str, Value]]) -> dict[str, Tensor | np.ndarray]:
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _column([row.get(name) for row in rows]) for name in names}
+    return {name: _column(name, [row.get(name) for row in rows]) for name in names}
 
 
-def _column(values: list[Value | None]) -> Tensor | np.ndarray:
-    """One variable of a block; NaN where a row does not have it."""
-    sample = next(value for value in values if value is not None)
+def _column(name: str, values: list[Value | None]) -> Tensor | np.ndarray:
+    """One variable of a block; NaN where a row does not have it.
+
+    A variable's type is that of its first block for good, so only what counts rows is whole; a 1 may be followed by ½.
+    """
+    given = [value for value in values if value is not None]
+    sample = next((value for value in given if isinstance(value, Tensor)), given[0])
     if isinstance(sample, str):
         return np.array([value or "" for value in values], dtype="<U64")
     if isinstance(sample, np.ndarray):
         return np.stack([np.full_like(sample, np.nan) if value is None else value for value in values])
     if not isinstance(sample, Tensor):
-        whole = None not in values and all(isinstance(value, int | np.integer) for value in values)
-        return np.array([np.nan if value is None else value for value in values], np.int64 if whole else np.float64)
+        whole = np.int64 if name in _COUNTS else np.float64
+        return np.array([np.nan if value is None else value for value in values], whole)
+    if sample.dtype in (torch.float16, torch.bfloat16):  # numpy has no bfloat16
+        sample = sample.float()
+    elif not sample.ndim and not sample.is_floating_point():
+        sample = sample.double()
     tensors = [torch.full_like(sample, float("nan")) if value is None else torch.as_tensor(value) for value in values]
-    column = torch.stack([tensor.to(sample.device) for tensor in tensors])
+    column = torch.stack([tensor.to(sample) for tensor in tensors])
     if not column.is_cuda:
         return column
     return torch.empty_like(column, device="cpu", pin_memory=True).copy_(column, non_blocking=True)

@@ -7,16 +7,18 @@ same run without it.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import provenance, schema
+from .arguments import check_arguments, check_scalar, wanted
 from .buffer import Buffer
 from .curvature import Expansion
 from .event import Event, Stage, effect
@@ -24,6 +26,8 @@ from .layers import Layers
 from .probe import Objective, Probe, RandomState, cross_entropy_objective, unwrap
 from .quantities import FORMULAS, Vectors, minus
 from .store import Store
+
+_Measured = TypeVar("_Measured")
 
 
 class Recorder:
@@ -65,8 +69,8 @@ class Recorder:
         quantities: Iterable[str] | None = None,
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
-        _check(model, optimizer, objective, every, curvature_every)
-        self._steps, self._curvature = _wanted("steps", quantities), _wanted("curvature", quantities)
+        check_arguments(model, optimizer, objective, every, curvature_every)
+        self._steps, self._curvature = wanted("steps", quantities), wanted("curvature", quantities)
         self._model, self._optimizer, self._objective = unwrap(model), optimizer, objective
         self._every, self._curvature_every = every, curvature_every if self._curvature else 0
         self._layers = Layers(self._model)
@@ -104,7 +108,7 @@ class Recorder:
     def log(self, **scalars: float | Tensor) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device."""
         for name, value in scalars.items():
-            _check_scalar(name, value)
+            check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
             # With a batch seen, or the name logged before, the value is of the step to come; else of the step that was.
             upcoming = bool(self._batches) or not self._row or name in self._row
@@ -170,6 +174,7 @@ class Recorder:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._busy:
             return None
+        self._before = None  # that of a step which an exception ended
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
             self._measure_before()
@@ -199,7 +204,7 @@ class Recorder:
                 theta=self._layers.theta_copy(),
                 grad=self._layers.grad_copy(self._optimizer),
                 probe=probe,
-                expansion=probe.expand() if probe else None,
+                expansion=self._or_give_up(probe.expand) if probe else None,
             )
 
     def _step_probe(self) -> Probe:
@@ -218,7 +223,9 @@ class Recorder:
                 if self._due(self._every):
                     self._row = self._scalars(flow_step) | self._step_values(before, update) | self._logged
                 if before.expansion is not None:
-                    self._buffer.add("curvature", {"step": self._step, **self._curvature_values(before, update)})
+                    values = self._or_give_up(lambda: self._curvature_values(before, update))
+                    if values is not None:
+                        self._buffer.add("curvature", {"step": self._step, **values})
         # The row of a step that is not recorded takes what is logged, and is dropped.
         self._row = self._row or {"step": None, **self._logged}
         self._step += 1
@@ -262,6 +269,20 @@ class Recorder:
         if "loss_after" in self._curvature:
             values["loss_after"] = before.probe.loss()
         return values
+
+    def _or_give_up(self, measure: Callable[[], _Measured]) -> _Measured | None:
+        """What a probe measures; where it fails, the training goes on without curvature, and a warning says so."""
+        try:
+            return measure()
+        except Exception as error:
+            self._curvature_every = 0
+            warnings.warn(
+                f"curvature is not recorded from step {self._step} on: the objective failed on this step's batch with "
+                f"{type(error).__name__}: {' '.join(str(error).split())}. Give the recorder what fits model and "
+                "loader: Recorder(..., objective=lambda model, batch: <scalar loss>), or curvature_every=0",
+                stacklevel=2,
+            )
+            return None
 
     def _finish_row(self) -> None:
         """Send the last step's row; until the next step it waited for what is logged after ``optimizer.step()``."""
@@ -323,41 +344,6 @@ class _Watched:
         for batch in self._loader:
             self._recorder.observe(batch)
             yield batch
-
-
-def _check(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not callable(objective):
-        raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
-    if every < 1 or curvature_every < 0:
-        raise ValueError(f"every must be >= 1 and curvature_every >= 0, got {every} and {curvature_every}")
-    ours = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
-
-
-def _check_scalar(name: str, value: float | Tensor) -> None:
-    row = schema.QUANTITIES.get(name)
-    if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
-        raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
-
-
-def _wanted(node: str, names: Iterable[str] | None) -> list[str]:
-    if names is None:
-        return [row.name for row in schema.quantities(node)]
-    names = list(names)
-    known = [row.name for key in ("steps", "curvature") for row in schema.quantities(key)]
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown quantities {unknown}: choose from {sorted(set(known))}")
-    wanted = [row.name for row in schema.quantities(node) if row.name in names]
-    if node == "curvature" and not any(schema.QUANTITIES[name].order == 2 or "loss" in name for name in wanted):
-        return []  # what is also in /steps does not alone ask for a probe
-    return wanted
 
 
 def _flow_step(group: Mapping[str, Any]) -> float:

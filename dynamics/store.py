@@ -46,6 +46,7 @@ class Store:
             shutil.rmtree(sibling, ignore_errors=True)
             raise FileExistsError(f"{self.path} exists already: choose another path, or remove it first") from error
         self._root = zarr.open_group(str(self.path), mode="r+", zarr_format=2, use_consolidated=False)
+        self._coordinates: dict[tuple[str, str], np.ndarray] = {}
         self._length = dict.fromkeys(NODES, 0)
         self._open: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
 
@@ -55,18 +56,19 @@ class Store:
         Raises:
             ValueError: it is there with other values.
         """
-        if name in self._root[node]:
-            if not np.array_equal(self._root[node][name][...], values):
+        if (node, name) in self._coordinates:
+            if not np.array_equal(self._coordinates[node, name], values):
                 raise ValueError(
                     f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use"
                 )
             return
         array = self._root[node].create_array(
-            name, shape=values.shape, dtype=values.dtype, chunks=(max(len(values), 1),), fill_value=None
+            name, shape=values.shape, dtype=values.dtype, chunks=(max(len(values), 1),), fill_value=None, overwrite=True
         )
         array.attrs["_ARRAY_DIMENSIONS"] = [dim]
         array[...] = values
         self._declare_coordinates(node)
+        self._coordinates[node, name] = values
 
     def append(self, node: str, rows: Mapping[str, np.ndarray]) -> None:
         """Append rows to a node: name → values whose first dimension is the node's index. Invisible until commit.
@@ -76,12 +78,14 @@ class Store:
         start, chunk = self._length[node], _CHUNK_ROWS[node]
         length = start + len(next(iter(rows.values())))
         open_start = start - start % chunk
+        still_open = {}
         for name in self._open[node].keys() | rows.keys():
             block = np.asarray(rows[name]) if name in rows else None
             values = self._extended(node, name, block, start - open_start, length - open_start)
             self._write(node, name, values, open_start, length, chunk)
-            self._open[node][name] = values[(length - length % chunk) - open_start :]
-        self._length[node] = length
+            still_open[name] = values[(length - length % chunk) - open_start :]
+        # Only now: after a failure half way, the same append can be tried again.
+        self._open[node], self._length[node] = still_open, length
 
     def commit(self) -> None:
         """Let readers see all that was appended, at once."""
@@ -101,10 +105,10 @@ class Store:
     def _write(self, node: str, name: str, values: np.ndarray, start: int, length: int, chunk: int) -> None:
         """Write whole chunks: the array is widened to a multiple of the chunk, so that no chunk is read back."""
         group = self._root[node]
-        if name not in group:
+        if name not in self._open[node]:  # new, or left half made by an append that failed
             array = group.create_array(
                 name, shape=(0, *values.shape[1:]), dtype=values.dtype, chunks=(chunk, *values.shape[1:]),
-                fill_value=_missing(values.dtype) if values.dtype.kind == "f" else None,
+                fill_value=_missing(values.dtype) if values.dtype.kind == "f" else None, overwrite=True,
             )  # fmt: skip
             row = QUANTITIES.get(name)
             array.attrs.update(row.attributes if row else {})

@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,22 @@ def test_help_teaches(package: str) -> None:
     assert words[package] in " ".join(shown.split())
 
 
+def shown_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        MAINS["dynamics"]([*arguments, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_every_command_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(f" {command} " in shown_help([], capsys) for command in ("run", "sweep", "show"))
+    shown = shown_help(["run"], capsys)
+    for field in fields(Experiment):
+        assert f"--{field.name} " in shown
+        assert f"default: {'null' if field.default is None else field.default})" in shown
+    assert "a list stands for each of its values" in shown_help(["sweep"], capsys)
+    assert "out/run.zarr" in shown_help(["show"], capsys)
+
+
 def test_from_nothing_to_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, again, drawn = (str(tmp_path / name) for name in ("run.zarr", "again.zarr", "drawn"))
     settings = tmp_path / "settings.yaml"
@@ -91,6 +107,7 @@ SETTINGS = {
     "augment": ("false", False),
     "measure": ("none", "none"),
     "root": ("null", None),
+    "download": ("true", True),
     "seed": ("7", 7),
 }
 
@@ -106,6 +123,8 @@ def test_flags_and_files_say_the_same(tmp_path: Path, monkeypatch: pytest.Monkey
     won = experiments_run(monkeypatch, ["run", "-o", out, "--config", str(settings), "--seed", "8"])
     assert won == [replace(expected, seed=8)]
     assert experiments_run(monkeypatch, ["run", "-o", out]) == [Experiment()]
+    fetched = experiments_run(monkeypatch, ["run", "-o", out, "--data", "cifar10", "--download", "--seed", "1"])
+    assert fetched == [Experiment(data="cifar10", download=True, seed=1)]
 
 
 @pytest.mark.parametrize("configuration", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=str)

@@ -145,7 +145,7 @@ def test_nothing_of_second_order_is_computed_unasked(tmp_path: Path, monkeypatch
     run = recorded(tmp_path / "run", model, optimizer, vectors(2), curvature_every=1, quantities=wanted)
     assert set(run["steps"].data_vars) == {"grad_sqnorm"}
     assert set(run["curvature"].data_vars) == set(wanted)
-    with pytest.raises(AssertionError, match="nobody asked"):
+    with pytest.raises(UserWarning, match="nobody asked"):
         recorded(tmp_path / "other", model, optimizer, vectors(1), quantities=["grad_hess_grad"])
 
 
@@ -166,6 +166,24 @@ def test_dictionary_batches_and_own_objectives(tmp_path: Path) -> None:
             optimizer.step()
             losses.append(loss.item())
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_an_objective_that_fails_costs_the_curvature_and_not_the_training(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: Tensor) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    with (
+        pytest.warns(UserWarning, match=r"from step 0 on: the objective failed .* Recorder\(\.\.\., objective="),
+        Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=2) as recorder,
+    ):
+        for batch in recorder.watch(batches):
+            plain_step(model, optimizer, batch)
+    run = open_run(tmp_path / "run")
+    assert run["steps"].sizes["step"] == 5
+    assert "step" not in run["curvature"].sizes
 
 
 def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import xarray as xr
 from networks import plain_step, recorded, smooth_network, vectors
+from zarr.storage import LocalStore
 
 from dynamics import QUANTITIES, Recorder, RecordError, open_run, store
 from dynamics.store import Store
@@ -104,6 +105,104 @@ def test_reading_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert seen == sorted(seen)
     assert 0 < seen[-1] <= 60
     assert open_run(tmp_path / "run.zarr")["steps"].step.values.tolist() == list(range(60))
+
+
+def test_a_write_that_fails_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(store._CHUNK_ROWS, "steps", 4)
+    write, countdown = LocalStore.set, [0]
+
+    async def failing(self: LocalStore, *arguments: object) -> None:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise OSError("No space left on device")
+        await write(self, *arguments)
+
+    monkeypatch.setattr(LocalStore, "set", failing)
+    writes = 0
+    while countdown[0] <= 0:  # every file that is written fails once, one a record; in the end none did
+        writes += 1
+        countdown[0] = 0
+        written = Store(tmp_path / f"{writes}.zarr", ATTRIBUTES)
+        countdown[0] = writes
+        layers = np.array(["first", "second"])
+        for task in (
+            lambda written=written, layers=layers: written.write_coordinate("steps", "layer", "layer", layers),
+            lambda written=written: written.append("steps", rows(0, 3)),
+            lambda written=written: written.append("steps", rows(3, 5) | {"late": np.array([1.5, 2.5])}),
+            written.commit,
+        ):
+            try:
+                task()
+            except OSError:
+                task()
+        found = read(tmp_path / f"{writes}.zarr")
+        assert found.layer.values.tolist() == layers.tolist()
+        np.testing.assert_array_equal(found.late, [np.nan] * 3 + [1.5, 2.5])
+        for name, values in rows(0, 5).items():
+            np.testing.assert_array_equal(found[name], values)
+            assert found[name].dims == (("step", "layer") if values.ndim == 2 else ("step",))
+    assert writes > 20
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_whole_number_may_be_followed_by_a_fraction(tmp_path: Path, apart: bool) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run.zarr", model, optimizer) as recorder:
+        for accuracy, target in ((1, 0), (0.5, 0.25)):
+            recorder.log_epoch(test_accuracy=accuracy)
+            extra = {"seed": 7} if target else {}
+            with recorder.event("prune", probe=vectors(1), target=target, **extra):
+                pass
+            if apart:
+                recorder._buffer.flush()
+    run = open_run(tmp_path / "run.zarr")
+    assert run["epochs"].test_accuracy.values.tolist() == [1, 0.5]
+    assert run["pruning"].target.values.tolist() == [0, 0.25]
+    np.testing.assert_array_equal(run["pruning"].seed, [np.nan, 7])
+    assert run["pruning"].event.dtype == run["pruning"].step.dtype == run["epochs"].epoch.dtype == np.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool])
+def test_scalars_of_any_type_are_recorded(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, batches = smooth_network(), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            plain_step(model, optimizer, batch)
+            if number != 1:
+                recorder.log(logged=torch.tensor(1, dtype=dtype) if number else 0.0)
+    np.testing.assert_array_equal(open_run(tmp_path / "run.zarr")["steps"].logged, [0, np.nan, 1, 1])
+
+
+def test_a_network_in_bfloat16_is_recorded(tmp_path: Path) -> None:
+    model = smooth_network().to(torch.bfloat16)
+    batches = [(inputs.to(torch.bfloat16), labels) for inputs, labels in vectors(2)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    steps = recorded(tmp_path / "run.zarr", model, optimizer, batches, curvature_every=0)["steps"]
+    assert steps.grad_sqnorm.dtype == np.float32
+    last = [sum(p.grad.double().square().sum().item() for p in model[index].parameters()) for index in (0, 2)]
+    np.testing.assert_allclose(steps.grad_sqnorm[-1], last, rtol=2**-6)  # bfloat16 carries 8 bits
+
+
+def test_what_cannot_be_written_is_never_lost_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(columns: object) -> None:
+        raise TypeError("Got unsupported ScalarType")
+
+    monkeypatch.setattr("dynamics.buffer._arrays", broken)
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(OSError, match=r"run\.zarr is incomplete: Got unsupported ScalarType"):
+        recorded(tmp_path / "run.zarr", model, optimizer, vectors(2))
+
+
+def test_a_closed_record_takes_nothing_more(tmp_path: Path) -> None:
+    model = smooth_network()
+    with Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        pass
+    recorder.close()  # again: nothing happens
+    with pytest.raises(ValueError, match=r"run\.zarr is closed: nothing more can be recorded in it"):
+        recorder.log_epoch(test_accuracy=0.5)
 
 
 def test_a_disk_that_fails_for_a_while_costs_nothing(

@@ -1,0 +1,53 @@
+"""What a user asks of a recorder, checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import schema
+
+
+def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
+    """Raise TypeError or ValueError where a recorder cannot work with its arguments."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not callable(objective):
+        raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
+    if every < 1 or curvature_every < 0:
+        raise ValueError(f"every must be >= 1 and curvature_every >= 0, got {every} and {curvature_every}")
+    ours = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
+
+
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """Raise ValueError where a value cannot be logged under the name."""
+    row = schema.QUANTITIES.get(name)
+    if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
+        raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
+
+
+def wanted(node: str, names: Iterable[str] | None) -> list[str]:
+    """The quantities of a node that are to be recorded, in the table's order; None asks for all.
+
+    Raises:
+        ValueError: a name that neither ``/steps`` nor ``/curvature`` has.
+    """
+    if names is None:
+        return [row.name for row in schema.quantities(node)]
+    names = list(names)
+    known = [row.name for key in ("steps", "curvature") for row in schema.quantities(key)]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown quantities {unknown}: choose from {sorted(set(known))}")
+    chosen = [row.name for row in schema.quantities(node) if row.name in names]
+    if node == "curvature" and not any(schema.QUANTITIES[name].order == 2 or "loss" in name for name in chosen):
+        return []  # what is also in /steps does not alone ask for a probe
+    return chosen

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import schema
+from .buffer import LONGEST_TEXT
 
 
 def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
@@ -33,6 +35,19 @@ def check_scalar(name: str, value: float | Tensor) -> None:
         raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
+
+
+def check_description(kind: str, attributes: Mapping[str, Any]) -> None:
+    """Raise ValueError where an event's description cannot be recorded as it is given."""
+    measured = {"event", "kind", "mode", "step", "epoch", "layer", "stage"}
+    measured |= {row.name for row in schema.quantities("pruning")}
+    if taken := sorted(measured & attributes.keys()):
+        raise ValueError(f"event() cannot take {taken}: the recorder measures them itself; choose other names")
+    for name, value in {"kind": kind, **attributes}.items():
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(f"event() takes texts of up to {LONGEST_TEXT} characters, {name!r} has {len(value)}")
+        if not isinstance(value, str | Real) and not (isinstance(value, Tensor) and value.ndim == 0):
+            raise ValueError(f"event() takes numbers and texts, {name!r} is {value!r:.60}")
 
 
 def wanted(node: str, names: Iterable[str] | None) -> list[str]:

@@ -21,6 +21,7 @@ from .store import Store
 
 _LOG = logging.getLogger("thetadot")
 _ROWS, _SECONDS = 256, 5.0
+LONGEST_TEXT = 64
 _COUNTS = ("step", "epoch", "event")
 
 Value = Tensor | np.ndarray | float | int | bool | str
@@ -130,7 +131,7 @@ def _column(name: str, values: list[Value | None]) -> Tensor | np.ndarray:
     given = [value for value in values if value is not None]
     sample = next((value for value in given if isinstance(value, Tensor)), given[0])
     if isinstance(sample, str):
-        return np.array([value or "" for value in values], dtype="<U64")
+        return np.array([value or "" for value in values], dtype=f"<U{LONGEST_TEXT}")
     if isinstance(sample, np.ndarray):
         return np.stack([np.full_like(sample, np.nan) if value is None else value for value in values])
     if not isinstance(sample, Tensor):

@@ -23,6 +23,8 @@ class Layers:
         owners = [name.rpartition(".")[0] or "(root)" for name, _ in model.named_parameters()]
         self.names = list(dict.fromkeys(owners))
         self._layer_of = torch.tensor([self.names.index(owner) for owner in owners], device=self.device)
+        self._decays: list[float] = []
+        self._decay = torch.empty(0)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,7 +65,9 @@ class Layers:
             for parameter in group["params"]
         }
         values = [decays.get(id(parameter), 0.0) for parameter in self._model.parameters()]
-        return torch.tensor(values, dtype=self.theta()[0].dtype).to(self.device, non_blocking=True)
+        if values != self._decays:  # sent to the device only when it changes
+            self._decays, self._decay = values, torch.tensor(values, dtype=self.theta()[0].dtype, device=self.device)
+        return self._decay
 
     def evaluate(self, names: Iterable[str], vectors: Vectors) -> dict[str, Tensor]:
         """The named quantities, each a tensor (layer,)."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import provenance, schema
-from .arguments import check_arguments, check_scalar, wanted
+from .arguments import check_arguments, check_description, check_scalar, wanted
 from .buffer import Buffer
 from .curvature import Expansion
 from .event import Event, Stage, effect
@@ -138,6 +138,7 @@ class Recorder:
         """
         if not isinstance(probe, list | tuple) or not probe or mode not in ("train", "eval"):
             raise ValueError(f"event() needs a list of batches and mode 'train' or 'eval'; got {probe!r:.60}, {mode!r}")
+        check_description(kind, attributes)
         before = self._stage(probe, mode)
         yield (event := Event())
         after = self._stage(probe, mode)

@@ -125,7 +125,7 @@ class Store:
     def _declare_coordinates(self, node: str) -> None:
         """Tell xarray which variables of the node are coordinates without being dimensions (CF's way)."""
         group = self._root[node]
-        names = sorted(name for name in group.array_keys() if name in _LABELS.get(node, ()))
+        names = sorted(name for name in _LABELS.get(node, ()) if name in group)
         if names:
             group.attrs["coordinates"] = " ".join(names)
 

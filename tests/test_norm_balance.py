@@ -39,6 +39,11 @@ def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
 def test_norm_balance_closes(tmp_path: Path, make: Make, step: Callable[..., Tensor]) -> None:
     model = smooth_network()
     run = recorded(tmp_path / "run", model, make(list(model.parameters())), vectors(6), step, curvature_every=0)
+    steps = run["steps"].to_dataset().load()
+    change = 2 * steps.param_update + steps.update_sqnorm
+    np.testing.assert_allclose(change[:-1], steps.param_sqnorm.diff("step"), atol=1e-14)
+    final = [sum(p.detach().square().sum().item() for p in model[index].parameters()) for index in (0, 2)]
+    np.testing.assert_allclose((steps.param_sqnorm + change)[-1], final, rtol=1e-14)
     balance = norm_balance(run)
     assert np.isfinite(balance.measured[:-1]).all()
     np.testing.assert_allclose(balance.residual[:-1], 0, atol=1e-14)
@@ -46,10 +51,21 @@ def test_norm_balance_closes(tmp_path: Path, make: Make, step: Callable[..., Ten
     np.testing.assert_allclose(parts, balance.total, atol=1e-14)
 
 
+def with_less_decay_each_time(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    loss = plain_step(model, optimizer, batch)
+    optimizer.param_groups[0]["weight_decay"] *= 0.5
+    return loss
+
+
 def test_plain_gradient_descent_has_no_momentum_in_its_balance(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.05)
-    balance = norm_balance(recorded(tmp_path / "run", model, optimizer, vectors(6), curvature_every=0))
+    run = recorded(tmp_path / "run", model, optimizer, vectors(6), with_less_decay_each_time, curvature_every=0)
+    steps = run["steps"].to_dataset()
+    np.testing.assert_allclose(steps.decay_sqnorm, 0.05 * 0.5**steps.step * steps.param_sqnorm, rtol=1e-14)
+    by_hand = -2 * 0.1 * steps.param_grad - 2 * 0.1 * steps.decay_sqnorm
+    np.testing.assert_allclose(2 * steps.param_update, by_hand, atol=1e-15)
+    balance = norm_balance(run)
     np.testing.assert_allclose(balance.momentum, 0, atol=1e-15)
     assert float(np.abs(balance.weight_decay).max()) > 1e-4
 

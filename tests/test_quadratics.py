@@ -50,6 +50,10 @@ def test_second_order_step_is_exact_on_quadratics(tmp_path: Path, learning_rate:
         np.testing.assert_allclose(total.grad_hess_grad, grad @ model.hessian @ grad, rtol=1e-12)
         np.testing.assert_allclose(total.param_hess_grad, theta @ model.hessian @ grad, rtol=1e-11)
         np.testing.assert_allclose(total.update_hess_update, update @ model.hessian @ update, rtol=1e-12)
+        loss = [point @ model.hessian @ point / 2 + model.slope @ point for point in (theta, theta + update)]
+        np.testing.assert_allclose([curvature.loss_before[row], curvature.loss_after[row]], loss, rtol=1e-11)
+        change = total.grad_update + total.update_hess_update / 2
+        np.testing.assert_allclose(change, loss[1] - loss[0], rtol=1e-9)
         split = (theta * (model.hessian @ grad)).split([3, 6])
         np.testing.assert_allclose(curvature.param_hess_grad[row], [part.sum() for part in split], rtol=1e-11)
     decrease = loss_decrease(run)

@@ -1,12 +1,13 @@
 """What the recorder says of a loop is what a plain computation beside the loop says."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import convolutional_network, flat, images, plain_step, recorded, smooth_network, vectors
+from networks import Batch, convolutional_network, dense, flat, images, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -48,6 +49,141 @@ def test_a_closure_is_measured_at_its_first_return(tmp_path: Path) -> None:
             first.append(grads[0])
             assert len(grads) > 1
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].grad_sqnorm.sum("layer"), first, rtol=1e-12)
+
+
+def by_closure(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    """A step that hands its closure by name."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure=closure)
+
+
+STEPS: dict[str, tuple[Callable[[Iterable[Tensor]], torch.optim.Optimizer], Callable[..., Tensor]]] = {
+    "sgd": (lambda theta: torch.optim.SGD(theta, 0.1), plain_step),
+    "momentum": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, weight_decay=0.1), plain_step),
+    "nesterov": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, nesterov=True, foreach=True), plain_step),
+    "adam fused": (lambda theta: torch.optim.Adam(theta, 0.01, fused=True), plain_step),
+    "adamw": (lambda theta: torch.optim.AdamW(theta, 0.01), plain_step),
+    "closure": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), by_closure),
+    "lbfgs": (lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=3), by_closure),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_gradient_and_update_are_those_of_the_step(tmp_path: Path, case: str) -> None:
+    make, step = STEPS[case]
+    model = smooth_network()
+    optimizer = make(model.parameters())
+    expected = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            theta, grad, hessian = dense(model, batch)
+            loss_before = F.cross_entropy(model(batch[0]), batch[1]).item()
+            step(model, optimizer, batch)
+            update = flat(list(model.parameters())) - theta
+            loss_after = F.cross_entropy(model(batch[0]), batch[1]).item()
+            products = (grad @ grad, grad @ update, update @ update, update @ hessian @ update)
+            expected.append([*(product.item() for product in products), loss_before, loss_after])
+    run = open_run(tmp_path / "run")
+    steps, curvature = (run[node].to_dataset().sum("layer") for node in ("steps", "curvature"))
+    found = [steps.grad_sqnorm, steps.grad_update, steps.update_sqnorm, curvature.update_hess_update]
+    losses = [run["curvature"].loss_before, run["curvature"].loss_after]
+    np.testing.assert_allclose(np.transpose([*found, *losses]), expected, rtol=1e-10)
+
+
+def test_a_closure_that_failed_leaves_nothing_to_the_next_step(tmp_path: Path) -> None:
+    model, (batch,), first = smooth_network(), vectors(1), []
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=4)
+
+    def step(fails_at: int) -> None:
+        grads = []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            grads.append(flat([p.grad for p in model.parameters()]).square().sum().item())
+            if len(grads) == fails_at:
+                raise RuntimeError("out of memory")
+            return loss
+
+        try:
+            optimizer.step(closure)
+        finally:
+            first.append(grads[0])
+
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
+        step(fails_at=0)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(fails_at=3)
+        step(fails_at=0)
+    found = open_run(tmp_path / "run")["steps"].grad_sqnorm.sum("layer").values
+    np.testing.assert_allclose(found, [first[0], first[2]], rtol=1e-12)
+    assert not np.isclose(first[1], first[2])
+
+
+def test_micro_batches_count_by_their_samples(tmp_path: Path) -> None:
+    model, (whole,) = smooth_network(), vectors(1)
+    parts = list(zip(*(tensor.split([5, 11]) for tensor in whole), strict=True))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    theta, grad, hessian = dense(model, whole)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(parts):
+            (F.cross_entropy(model(inputs), labels, reduction="sum") / 16).backward()
+        optimizer.step()
+    update = flat(list(model.parameters())) - theta
+    total = open_run(tmp_path / "run")["curvature"].to_dataset().isel(step=0).sum("layer")
+    np.testing.assert_allclose(total.grad_sqnorm, grad @ grad, rtol=1e-12)
+    np.testing.assert_allclose(total.grad_hess_grad, grad @ hessian @ grad, rtol=1e-11)
+    np.testing.assert_allclose(total.param_hess_grad, theta @ hessian @ grad, rtol=1e-11)
+    np.testing.assert_allclose(total.update_hess_update, update @ hessian @ update, rtol=1e-11)
+
+
+def test_a_gradient_scalers_factor_is_taken_out(tmp_path: Path) -> None:
+    model, batches, expected = smooth_network(), vectors(3), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)  # only fused steps see the scaled gradient
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            expected.append(dense(model, batch)[1].square().sum().item())
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(batch[0]), batch[1])).backward()
+            if number == 1:
+                model[0].weight.grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.skipped.values.tolist() == [0, 1, 0]
+    np.testing.assert_allclose(steps.grad_sqnorm.sum("layer")[::2], expected[::2], rtol=1e-12)
+    np.testing.assert_allclose(steps.update_sqnorm.sum("layer"), [0.01 * expected[0], 0, 0.01 * expected[2]])
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.second(torch.tanh(self.first(inputs))))
+
+
+def test_a_shared_weight_counts_once_in_the_first_of_its_layers(tmp_path: Path) -> None:
+    model, (batch,) = Tied(), vectors(1)
+    theta, grad, hessian = dense(model, batch)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    curvature = recorded(tmp_path / "run", model, optimizer, [batch], curvature_every=1)["curvature"].isel(step=0)
+    assert curvature.layer.values.tolist() == ["first", "second", "head"]
+    sizes = [20, 4, 15]
+    for name, values in (("grad_sqnorm", grad * grad), ("param_hess_grad", theta * (hessian @ grad))):
+        np.testing.assert_allclose(curvature[name], [part.sum() for part in values.split(sizes)], rtol=1e-10)
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:

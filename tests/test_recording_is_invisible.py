@@ -38,12 +38,20 @@ def closure(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) ->
     optimizer.step(loss)
 
 
+def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    for half in zip(*(part.chunk(2) for part in batch), strict=True):
+        (F.cross_entropy(model(half[0]), half[1]) / 2).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+
+
 CASES: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], Loop]] = {
     "momentum": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, weight_decay=1e-3), plain),
     "nesterov": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, nesterov=True, foreach=True), plain),
     "adam": (lambda theta: torch.optim.Adam(theta, 0.01, weight_decay=1e-3), clipped),
     "adamw fused": (lambda theta: torch.optim.AdamW(theta, 0.01, fused=True), plain),
     "adamw foreach": (lambda theta: torch.optim.AdamW(theta, 0.01, foreach=True), plain),
+    "accumulated": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), accumulated),
     "closure": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), closure),
     "lbfgs": (lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=4), closure),
 }
@@ -57,10 +65,10 @@ def state_after(case: str, path: Path | None) -> tuple[list[Tensor], Tensor]:
     optimizer = make(list(model.parameters()))
     recorder = Recorder(path, model, optimizer, curvature_every=1) if path else None
     with recorder or nullcontext():
-        for batch in recorder.watch(batches) if recorder else batches:
+        for number, batch in enumerate(recorder.watch(batches) if recorder else batches):
             step(model, optimizer, batch)
             if recorder:
-                with recorder.event("look", probe=batches[:2], mode="train"):
+                with recorder.event("look", probe=batches[:2], mode=("train", "eval")[number % 2]):
                     pass
     if recorder:
         assert not optimizer._optimizer_step_pre_hooks
@@ -102,10 +110,10 @@ def test_the_hot_path_does_not_wait_for_the_gpu(tmp_path: Path, case: str) -> No
 def test_an_exception_in_the_loop_loses_nothing(tmp_path: Path) -> None:
     model, batches = convolutional_network(), images(4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(KeyboardInterrupt), Recorder(tmp_path / "run", model, optimizer) as recorder:
+    with pytest.raises(KeyboardInterrupt, match="enough"), Recorder(tmp_path / "run", model, optimizer) as recorder:
         for number, batch in enumerate(recorder.watch(batches)):
             plain(model, optimizer, batch)
             if number == 2:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("enough")
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2]
     assert not optimizer._optimizer_step_pre_hooks

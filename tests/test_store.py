@@ -1,5 +1,6 @@
 """What is appended and committed comes back equal through plain xarray, whoever reads while it is written."""
 
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -107,41 +108,39 @@ def test_reading_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert open_run(tmp_path / "run.zarr")["steps"].step.values.tolist() == list(range(60))
 
 
-def test_a_write_that_fails_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_write_may_fail_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(store._CHUNK_ROWS, "steps", 4)
-    write, countdown = LocalStore.set, [0]
+    write, until_failure = LocalStore.set, 0
 
     async def failing(self: LocalStore, *arguments: object) -> None:
-        countdown[0] -= 1
-        if countdown[0] == 0:
+        nonlocal until_failure
+        until_failure -= 1
+        if until_failure == 0:
             raise OSError("No space left on device")
         await write(self, *arguments)
 
+    written, layers, attempts = Store(tmp_path / "run.zarr", ATTRIBUTES), np.array(["first", "second"]), 0
     monkeypatch.setattr(LocalStore, "set", failing)
-    writes = 0
-    while countdown[0] <= 0:  # every file that is written fails once, one a record; in the end none did
-        writes += 1
-        countdown[0] = 0
-        written = Store(tmp_path / f"{writes}.zarr", ATTRIBUTES)
-        countdown[0] = writes
-        layers = np.array(["first", "second"])
-        for task in (
-            lambda written=written, layers=layers: written.write_coordinate("steps", "layer", "layer", layers),
-            lambda written=written: written.append("steps", rows(0, 3)),
-            lambda written=written: written.append("steps", rows(3, 5) | {"late": np.array([1.5, 2.5])}),
-            written.commit,
-        ):
+    for task in (
+        lambda: written.write_coordinate("steps", "layer", "layer", layers),
+        lambda: written.append("steps", rows(0, 3)),
+        lambda: written.append("steps", rows(3, 5) | {"late": np.array([1.5, 2.5])}),
+        written.commit,
+    ):
+        for number in count(1):  # the n-th attempt fails at its n-th file, until there are fewer than n
+            until_failure, attempts = number, attempts + 1
             try:
                 task()
+                break
             except OSError:
-                task()
-        found = read(tmp_path / f"{writes}.zarr")
-        assert found.layer.values.tolist() == layers.tolist()
-        np.testing.assert_array_equal(found.late, [np.nan] * 3 + [1.5, 2.5])
-        for name, values in rows(0, 5).items():
-            np.testing.assert_array_equal(found[name], values)
-            assert found[name].dims == (("step", "layer") if values.ndim == 2 else ("step",))
-    assert writes > 20
+                continue
+    found = read(tmp_path / "run.zarr")
+    assert attempts > 40
+    assert found.layer.values.tolist() == layers.tolist()
+    np.testing.assert_array_equal(found.late, [np.nan] * 3 + [1.5, 2.5])
+    for name, values in rows(0, 5).items():
+        np.testing.assert_array_equal(found[name], values)
+        assert found[name].dims == (("step", "layer") if values.ndim == 2 else ("step",))
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -89,6 +89,14 @@ def test_an_event_that_fails_leaves_no_row(tmp_path: Path) -> None:
             pass
         with pytest.raises(ValueError, match="'train' or 'eval'"), recorder.event("p", probe=batches, mode="test"):
             pass
+        for wrong, message in (
+            ({"step": 3}, r"cannot take \['step'\]: the recorder measures them itself"),
+            ({"removed": 3}, r"cannot take \['removed'\]"),
+            ({"source": "x" * 65}, "texts of up to 64 characters, 'source' has 65"),
+            ({"rates": [0.1, 0.2]}, r"takes numbers and texts, 'rates' is \[0.1, 0.2\]"),
+        ):
+            with pytest.raises(ValueError, match=message), recorder.event("prune", probe=batches, **wrong):
+                pass
     assert "event" not in open_run(tmp_path / "run")["pruning"].sizes
 
 

@@ -66,7 +66,7 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
 def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
     """:func:`analysis.norm_rate` of the whole network over ``step``, averaged over 1/20 of the run, >= 10 steps."""
     window = max(10, run["steps"].sizes.get("step", 0) // 20)
-    total = norm_rate(run).sum("layer", keep_attrs=True)
+    total = norm_rate(run).sum("layer", skipna=False, keep_attrs=True)
     averaged = total.rolling(step=min(window, max(total.sizes["step"], 1)), center=True).mean(keep_attrs=True)
     return averaged.assign_attrs(window=window)
 

@@ -29,7 +29,7 @@ def pruning_effect(run: xr.DataTree) -> xr.Dataset:
     """
     needs = ["loss", "grad_sqnorm", "grad_removal", "removal_hess_removal", "grad_hess_removal", "step"]
     events = node(run, "pruning", [*needs, "removed_grad_sqnorm", "removed_grad_hess_removal"])
-    total = events.drop_vars([name for name in events if "layer" not in events[name].dims]).sum("layer")
+    total = events.drop_vars([name for name in events if "layer" not in events[name].dims]).sum("layer", skipna=False)
     change = {
         "loss": events.loss.sel(stage="after") - events.loss.sel(stage="before"),
         "grad_sqnorm": total.grad_sqnorm.sel(stage="after") - total.grad_sqnorm.sel(stage="before"),

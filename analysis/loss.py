@@ -26,7 +26,7 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
     """
     needs = ["loss_before", "loss_after", "grad_update", "update_hess_update", "grad_sqnorm", "grad_hess_grad"]
     curvature = node(run, "curvature", needs)
-    total = curvature.sum("layer")
+    total = curvature.sum("layer", skipna=False)
     flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
     first, first_flow = -total.grad_update, flow_step * total.grad_sqnorm
     return described(
@@ -57,7 +57,7 @@ def stability(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: no curvature was recorded.
     """
     curvature = node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"])
-    total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer")
+    total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer", skipna=False)
     flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
     ratio = flow_step * total.grad_hess_grad / total.grad_sqnorm
     return xr.Dataset({"stability": ratio.assign_attrs(long_name="Δt gᵀHg/‖g‖²", units="1")})

@@ -1,9 +1,10 @@
 """Masks: which parameters are pruned, and what keeps them at exactly zero while training goes on.
 
-A mask is a boolean buffer ``<parameter>_mask`` on the module that owns the parameter (it moves and is copied with the
-module, and stays out of the state dict). While it is there, three things hold a pruned parameter at zero under any
-optimizer whose update of a parameter with zero value, gradient and state is zero (SGD with momentum and weight decay,
-Adam, AdamW, ...): its value is zero, its gradient is masked as it arrives, and its optimizer state is masked once.
+A mask is a boolean buffer ``<parameter>_mask`` on the module that owns the parameter; it moves with the module and
+stays out of the state dict. (A deep copy of the module has the mask, but not yet what masks the gradient.) While it is
+there, three things hold a pruned parameter at zero under any optimizer whose update of a parameter with zero value,
+gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...): its value is zero, its gradient is
+masked as it arrives, and its optimizer state is masked once.
 """
 
 from __future__ import annotations

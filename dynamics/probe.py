@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .curvature import Expansion, LossFunction, mean_loss
 from .masks import parameter_masks
@@ -51,15 +54,17 @@ def sample_count(batch: Any) -> int:
 
 
 class RandomState:
-    """The state of torch's random number generators, on the CPU and on one device, to be set again."""
+    """The state of the random number generators of torch, on CPU and one device, numpy and Python, to be set again."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
-        self._cpu = torch.get_rng_state()
+        self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if self._device else None
 
     def restore(self) -> None:
         """Set the generators to the kept state."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         if self._device:
             torch.cuda.set_rng_state(self._cuda, self._device)
@@ -109,7 +114,7 @@ class Probe:
     evaluation runs on copies of the buffers (a BatchNorm in training mode moves no running statistics), restores the
     random numbers afterwards, starts each batch from ``random_states`` where given (the same dropout mask as the
     training step's), and multiplies the parameters by the masks: a pruned parameter is the constant zero, so it has no
-    gradient. Batches count by their number of samples.
+    gradient; nor has a frozen one (``requires_grad=False``). Batches count by their number of samples.
     """
 
     def __init__(
@@ -129,15 +134,18 @@ class Probe:
         counts = [sample_count(batch) for batch in batches]
         self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
+        self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._losses = [self._loss_function(batch, state) for batch, state in zip(batches, self._states, strict=True)]
 
     def _loss_function(self, batch: Any, state: RandomState) -> LossFunction:
         def loss(theta: dict[str, Tensor]) -> Tensor:
-            masked = {name: t * self._masks[name] if name in self._masks else t for name, t in theta.items()}
+            free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
+            masked = {name: t * self._masks[name] if name in self._masks else t for name, t in free.items()}
             values = masked | {name: buffer.clone() for name, buffer in self._buffers.items()}
             values = {f"model.{name}": tensor for name, tensor in values.items()}
-            with random_numbers_untouched(self._device), mode_of(self._model, self._mode):
+            # Of the kernels of attention only the plain one has a second derivative.
+            with random_numbers_untouched(self._device), mode_of(self._model, self._mode), sdpa_kernel(SDPBackend.MATH):
                 state.restore()
                 return torch.func.functional_call(self._stateless, values, (to_device(batch, self._device),))
 

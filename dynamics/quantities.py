@@ -34,12 +34,17 @@ class Vectors:
 
 def dot(left: Vector, right: Vector) -> Tensor:
     """Inner product of each pair of tensors, shape (parameter,)."""
-    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)])
+    return total([_precise(a) * _precise(b) for a, b in zip(left, right, strict=True)])
 
 
 def total(vector: Vector) -> Tensor:
-    """Sum of each tensor's entries, shape (parameter,)."""
-    return torch.stack([tensor.sum() for tensor in vector])
+    """Sum of each tensor's entries, shape (parameter,), added up in float64 where the device has it."""
+    return torch.stack([tensor.sum(dtype=torch.float32 if tensor.is_mps else torch.float64) for tensor in vector])
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Half precision is multiplied in single precision: its products would over- and underflow."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def times(left: Vector, right: Vector) -> list[Tensor]:
@@ -62,7 +67,9 @@ FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
     "param_sqnorm_rate": lambda v: -2 * dot(v.theta, v.grad),
     "grad_sqnorm": lambda v: sqnorm(v.grad),
     "param_grad": lambda v: dot(v.theta, v.grad),
-    "abs_param_grad": lambda v: total([(theta * grad).abs() for theta, grad in zip(v.theta, v.grad, strict=True)]),
+    "abs_param_grad": lambda v: total(
+        [(_precise(theta) * _precise(grad)).abs() for theta, grad in zip(v.theta, v.grad, strict=True)]
+    ),
     "distance_sqnorm": lambda v: sqnorm(minus(v.theta, v.start)),
     "decay_sqnorm": lambda v: v.decay * sqnorm(v.theta),
     "update_sqnorm": lambda v: sqnorm(v.update),

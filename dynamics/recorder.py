@@ -139,9 +139,10 @@ class Recorder:
         if not isinstance(probe, list | tuple) or not probe or mode not in ("train", "eval"):
             raise ValueError(f"event() needs a list of batches and mode 'train' or 'eval'; got {probe!r:.60}, {mode!r}")
         check_description(kind, attributes)
-        before = self._stage(probe, mode)
+        states = [RandomState(self._layers.device)] * len(probe)
+        before = self._stage(probe, mode, states)
         yield (event := Event())
-        after = self._stage(probe, mode)
+        after = self._stage(probe, mode, states)
         row = {"event": self._events, "kind": kind, "mode": mode, "step": self._step, "epoch": self._epoch}
         self._buffer.add("pruning", row | attributes | effect(self._layers, before, after))
         self._add_units(event)
@@ -293,9 +294,10 @@ class Recorder:
 
     # small things
 
-    def _stage(self, batches: Sequence[Any], mode: str) -> Stage:
+    def _stage(self, batches: Sequence[Any], mode: str, states: Sequence[RandomState]) -> Stage:
         with self._measuring_now():
-            return Stage(self._layers, Probe(self._model, self._objective, batches, mode=mode).expand())
+            probe = Probe(self._model, self._objective, batches, mode=mode, random_states=states)
+            return Stage(self._layers, probe.expand())
 
     def _add_units(self, event: Event) -> None:
         if not event.alive:
@@ -342,6 +344,7 @@ class _Watched:
         if self._passes or self._recorder._step:
             self._recorder._epoch += 1
         self._passes += 1
+        self._recorder._batches = []  # of a pass that was broken off before its step
         for batch in self._loader:
             self._recorder.observe(batch)
             yield batch

@@ -127,3 +127,12 @@ def test_runs_are_told_apart(tmp_path: Path) -> None:
         recorded(Path(path), model, torch.optim.SGD(model.parameters(), 0.1), vectors(1))
     assert list(analysis.open_runs(paths[:1])) == ["run"]
     assert list(analysis.open_runs(paths)) == paths
+
+
+def test_a_diverged_step_is_not_taken_for_zero(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(3)
+    batches[1] = (batches[1][0] * torch.nan, batches[1][1])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    decrease = analysis.loss_decrease(recorded(tmp_path / "run", model, optimizer, batches, curvature_every=1))
+    for name in ("measured", "first_order", "second_order"):
+        assert np.isnan(decrease[name].values).tolist() == [False, True, True]

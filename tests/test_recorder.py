@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
 from dynamics.curvature import Expansion
+from dynamics.quantities import sqnorm
 
 
 def test_clipping_is_seen_in_the_steps_and_not_in_the_curvature(tmp_path: Path) -> None:
@@ -345,3 +346,56 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
             recorder.log(loss=torch.zeros(2))
         with pytest.raises(ValueError, match="cannot take 'grad_sqnorm'"):
             recorder.log(grad_sqnorm=1.0)
+
+
+def test_a_frozen_layer_has_no_gradient_in_the_curvature_either(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(1)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), 1e-3)
+    run = recorded(tmp_path / "run", model, optimizer, batches, curvature_every=1)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-12)
+    assert run["curvature"].grad_hess_grad.sel(layer="0").values.tolist() == [0]
+    assert run["curvature"].grad_hess_grad.sel(layer="2").values[0] != 0
+
+
+def test_a_broken_off_pass_leaves_no_batch_behind(tmp_path: Path) -> None:
+    model, batches, losses = smooth_network(), vectors(3), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        watched = recorder.watch(batches)
+        for _ in watched:
+            break
+        for batch in watched:
+            losses.append(plain_step(model, optimizer, batch).item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_sums_in_single_and_half_precision_are_right() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        theta = torch.randn(3_000_000).to(dtype)
+        exact = theta.double().square().sum()
+        torch.testing.assert_close(sqnorm([theta]).double(), exact[None], rtol=1e-7, atol=0)
+
+
+def test_attention_has_curvature(tmp_path: Path) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Linear(4, 8), layer, nn.Flatten(), nn.Linear(8, 3))
+    optimizer, batches = torch.optim.SGD(model.parameters(), 0.01), vectors(2)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            plain_step(model, optimizer, batch)
+        with recorder.event("look", probe=batches):
+            pass
+    run = open_run(tmp_path / "run")
+    assert run["curvature"].sizes["step"] == 2
+    np.testing.assert_allclose(run["pruning"].loss[:, 0], run["pruning"].loss[:, 1], rtol=1e-14)
+
+
+def test_an_event_sees_one_dropout_mask(tmp_path: Path) -> None:
+    model, batches = convolutional_network(dropout=0.5), images(2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        with recorder.event("look", probe=batches, mode="train"):
+            torch.rand(3)
+    loss = open_run(tmp_path / "run")["pruning"].loss.values[0]
+    assert loss[0] == loss[1]

@@ -1,13 +1,15 @@
 """Parameters, buffers, optimizer state, gradients, random numbers: bit-identical with and without the recorder."""
 
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, convolutional_network, images
+from networks import Batch, convolutional_network, images, plain_step, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -117,3 +119,29 @@ def test_an_exception_in_the_loop_loses_nothing(tmp_path: Path) -> None:
                 raise KeyboardInterrupt("enough")
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2]
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_random_numbers_of_python_and_numpy_are_untouched(tmp_path: Path) -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.layer(inputs) * (random.random() + np.random.rand())
+
+    weights = []
+    for path in (None, tmp_path / "run"):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        model = Skipping()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recorder = Recorder(path, model, optimizer, curvature_every=1) if path else None
+        batches, losses = vectors(4), []
+        with recorder or nullcontext():
+            for batch in recorder.watch(batches) if recorder else batches:
+                losses.append(plain_step(model, optimizer, batch).item())
+        weights.append(model.layer.weight.detach().clone())
+    assert torch.equal(*weights)
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)

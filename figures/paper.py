@@ -48,15 +48,7 @@ def loss_decrease_over_time(runs: Runs) -> Figure:
 
     Loss decrease of each measured step on its own batch, with the prunings as dotted lines.
     """
-    predictions = analysis.each(runs, analysis.loss_decrease)
-    figure, axes = _grid(len(predictions), sharey=True)
-    for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
-        panels.draw_over_time(prediction, ax=ax)
-        panels.draw_events(_event_steps(runs[label]), ax=ax)
-        ax.set_title(name_of(label))
-    _shared_axes(figure, axes, predictions, ylabel="loss decrease  [L]")
-    _legend_below(figure, axes[0])
-    return figure
+    return _over_time(runs, analysis.each(runs, analysis.loss_decrease), ylabel="loss decrease  [L]")
 
 
 def norm_rate(runs: Runs) -> Figure:
@@ -65,15 +57,7 @@ def norm_rate(runs: Runs) -> Figure:
     d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. Prunings,
     dotted. The prediction is gradient descent's: a momentum carries the flow only after about 1/(1−β) steps.
     """
-    predictions = analysis.each(runs, analysis.network_norm_rate)
-    figure, axes = _grid(len(predictions), sharey=True)
-    for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
-        panels.draw_over_time(prediction, ax=ax)
-        panels.draw_events(_event_steps(runs[label]), ax=ax)
-        ax.set_title(name_of(label))
-    _shared_axes(figure, axes, predictions, ylabel="d‖θ‖²/dt  [L]")
-    _legend_below(figure, axes[0])
-    return figure
+    return _over_time(runs, analysis.each(runs, analysis.network_norm_rate), ylabel="d‖θ‖²/dt  [L]")
 
 
 def quantities_per_layer(runs: Runs) -> Figure:
@@ -250,6 +234,18 @@ def _grid(count: int, *, width: float = 2.5, columns: int = 3, sharey: bool = Fa
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     return figure, list(axes.flat[:count])
+
+
+def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> Figure:
+    """Measured and predicted values over the steps, a panel a run, with the prunings marked."""
+    figure, axes = _grid(len(predictions), sharey=True)
+    for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
+        panels.draw_over_time(prediction, ax=ax)
+        panels.draw_events(_event_steps(runs[label]), ax=ax)
+        ax.set_title(name_of(label))
+    _shared_axes(figure, axes, predictions, ylabel=ylabel)
+    _legend_below(figure, axes[0])
+    return figure
 
 
 def _shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import xarray as xr
 
-from dynamics.schema import QUANTITIES, RecordError, open_run
+from dynamics.reading import RecordError, open_run
+from dynamics.schema import QUANTITIES
 
 _HOW = {
     "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",

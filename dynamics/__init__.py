@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .schema import QUANTITIES, RecordError, open_run
+from .reading import RecordError, open_run
+from .schema import QUANTITIES
 
 if TYPE_CHECKING:
     from .recorder import Recorder

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .data import DataError
 from .experiment import Experiment, run
-from .schema import open_run
+from .reading import open_run
 from .summary import summary
 from .sweep import grid, sweep
 

@@ -1,161 +1,164 @@
-"""Rows wait on the device; blocks of them leave it in one asynchronous copy a variable, written by a thread.
+"""Rows wait here until a block of them is due; a thread writes it.
 
 The training loop never waits for the disk, nor for the device: :meth:`Buffer.add` only keeps references.
+
+Ctrl-C or a signal may interrupt the loop between any two bytecodes, and a signal's handler may itself flush or close.
+So whatever is shared changes by single calls that nothing interrupts, and a row leaves the log only after a block that
+has it is in the writer's queue. A row may thus be sent twice; the writer takes it once.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+import warnings
+from collections.abc import Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from .columns import LONGEST_TEXT as LONGEST_TEXT
+from .columns import Value, stack
 from .store import Store
+from .writer import Block, Entry, Request, Writer
 
 _LOG = logging.getLogger("thetadot")
 _ROWS, _SECONDS = 256, 5.0
-LONGEST_TEXT = 64
-_COUNTS = ("step", "epoch", "event")
-
-Value = Tensor | np.ndarray | float | int | bool | str
-Columns = dict[str, Tensor | np.ndarray]
-Coordinate = tuple[str, str, str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A consistent cut: rows of all nodes, on their way to the disk once ``copied`` has happened."""
-
-    coordinates: list[Coordinate]
-    columns: dict[str, Columns]
-    copied: torch.cuda.Event | None
+_BOUND = 256 * 2**20  # bytes that may wait for the disk
 
 
 class Buffer:
     """Rows for a store: a block is due every 256 rows or 5 seconds, whichever comes first.
 
-    If the store cannot be written, the rows stay in memory and every later block tries again; training goes on. What
-    then still cannot be written when the buffer is closed raises there.
+    If the store cannot be written, a warning is logged, and the rows stay in memory and are tried again. When 256 MiB
+    of them wait, recording stops with a warning, and training goes on. In a forked process, e.g. a loader's worker,
+    nothing happens. What is left when the program ends is written then.
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self._coordinates: list[Coordinate] = []
-        self._rows: dict[str, list[Mapping[str, Value]]] = {}
-        self._count, self._since = 0, time.monotonic()
-        self._blocks: queue.Queue[Block | None] = queue.Queue()
-        self._failure: Exception | None = None
+        self._store, self._process = store, os.getpid()
+        self._log: dict[int, Entry] = {}  # by the row's identity: the same row again is no second one
+        self._since = time.monotonic()
+        self._sent, self._dropped = 0, 0
+        self._stopped: Exception | None = None
+        self._stopped_since = ""
         self._closed = False
-        self._thread = threading.Thread(target=self._write_blocks, name="thetadot-writer", daemon=True)
+        self._writer = Writer(store)
+        self._thread = threading.Thread(target=self._writer.run, name="thetadot-writer", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why rows are missing, now or for good; None while all is well."""
+        return self._stopped or self._writer.failure
 
     def coordinate(self, node: str, name: str, dim: str, values: np.ndarray) -> None:
         """Give a node a coordinate that does not grow. Given again, it must be the same, and nothing happens."""
-        self._coordinates.append((node, name, dim, values))
+        given = (node, name, dim, values)
+        if self._process == os.getpid():
+            self._log.setdefault(id(given), Entry("", given))
 
     def add(self, node: str, row: Mapping[str, Value]) -> None:
         """Keep one row of a node: name → number, string, or tensor over the node's further dimensions.
 
+        The same object again is the same row, so whoever was interrupted here may try again.
+
         Raises:
             ValueError: the buffer is closed.
         """
-        if self._closed:
+        if self._process != os.getpid():
+            return
+        if self._stopped is not None:
+            self._dropped += 1
+            return
+        entry = self._log.setdefault(id(row), Entry(node, row)) if not self._closed else None
+        if self._closed and not (entry and entry.taken):
             raise ValueError(f"the record {self._store.path} is closed: nothing more can be recorded in it")
-        self._rows.setdefault(node, []).append(row)
-        self._count += 1
-        if self._count >= _ROWS or time.monotonic() - self._since > _SECONDS:
+        if len(self._log) >= _ROWS or time.monotonic() - self._since > _SECONDS:
             self.flush()
 
-    def flush(self) -> None:
-        """Send the rows of all nodes, one consistent cut, on their way to the disk."""
-        if self._rows or self._coordinates:
-            columns = {node: _stack(rows) for node, rows in self._rows.items()}
-            self._blocks.put(Block(self._coordinates, columns, _copied()))
-        self._coordinates, self._rows, self._count, self._since = [], {}, 0, time.monotonic()
+    def flush(self, wait: bool = False) -> None:
+        """Send the rows of all nodes, one consistent cut, on their way to the disk.
+
+        Args:
+            wait: return when they are there, or when writing them has failed; :attr:`failure` says which.
+        """
+        if self._process != os.getpid():
+            return
+        self._since = time.monotonic()
+        entries = [*self._log.values()]
+        if fresh := [entry for entry in entries if not entry.sent]:
+            self._send(fresh)
+        self._forget(entries)
+        if wait:
+            self._ask(Request())
 
     def close(self) -> None:
-        """Write what is left and wait for it.
-
-        Raises:
-            OSError: rows that could not be written are lost; the record holds all that was committed before.
-        """
-        self.flush()
+        """Write what is left, wait for it, and let the store go. What cannot be written is lost, with a warning."""
+        if self._process != os.getpid() or not self._thread.is_alive():
+            return
         self._closed = True
-        self._blocks.put(None)
-        self._thread.join()
-        if self._failure is not None:
-            raise OSError(f"the record {self._store.path} is incomplete: {self._failure}") from self._failure
+        self.flush()
+        self._ask(Request(last=True))
+        atexit.unregister(self.close)
+        if missing := self._writer.missing + self._dropped:
+            since = self._writer.failing_since or self._stopped_since
+            warnings.warn(
+                f"the record {self._store.path} is incomplete: {missing} rows since {since} could not be written "
+                f"({self.failure}). What was written before is kept",
+                stacklevel=3,
+            )
 
-    def _write_blocks(self) -> None:
-        waiting: list[Callable[[], None]] = []
-        while (block := self._blocks.get()) is not None:
-            if block.copied is not None:
-                waiting.append(block.copied.synchronize)
-            waiting += [partial(self._store.write_coordinate, *coordinate) for coordinate in block.coordinates]
-            waiting += [partial(self._append, node, columns) for node, columns in block.columns.items()]
-            self._try(waiting)
-
-    def _append(self, node: str, columns: Columns) -> None:
-        self._store.append(node, _arrays(columns))
-
-    def _try(self, waiting: list[Callable[[], None]]) -> None:
+    def _send(self, entries: list[Entry]) -> None:
+        waiting = self._sent - self._writer.written
+        if waiting > _BOUND:
+            self._stop(self._writer.failure or OSError("the disk does not keep up"), entries)
+            return
         try:
-            while waiting:
-                waiting[0]()
-                del waiting[0]
-            self._store.commit()
-            self._failure = None
-        except Exception as error:
-            if self._failure is None:
-                _LOG.warning("cannot write %s (%s): rows are kept in memory and tried again", self._store.path, error)
-            self._failure = error
+            block = _block(entries)
+        except Exception as error:  # rows that do not fit together: they never will
+            self._stop(error, entries)
+            return
+        self._writer.queue.put(block)
+        for entry in entries:
+            entry.sent = True
+        self._sent += block.nbytes
+
+    def _forget(self, entries: list[Entry]) -> None:
+        """Drop what was sent, but for each node's last row: only that one may still be given again."""
+        last = {entry.node: entry for entry in entries}
+        for entry in entries:
+            if entry.sent and entry is not last[entry.node]:
+                self._log.pop(id(entry.row), None)
+
+    def _ask(self, request: Request) -> None:
+        self._writer.queue.put(request)
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                request.done.get(timeout=0.2)
+                return
+
+    def _stop(self, error: Exception, lost: list[Entry]) -> None:
+        """End recording, not training."""
+        self._stopped, self._stopped_since = error, time.strftime("%H:%M:%S")
+        self._dropped += len(lost)
+        self._log.clear()
+        message = f"recording into {self._store.path} stops ({error}); training goes on, and its later rows are lost"
+        _LOG.error(message)
+        warnings.warn(message, stacklevel=2)
 
 
-def _stack(rows: list[Mapping[str, Value]]) -> dict[str, Tensor | np.ndarray]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _column(name, [row.get(name) for row in rows]) for name in names}
-
-
-def _column(name: str, values: list[Value | None]) -> Tensor | np.ndarray:
-    """One variable of a block; NaN where a row does not have it.
-
-    A variable's type is that of its first block for good, so only what counts rows is whole; a 1 may be followed by ½.
-    """
-    given = [value for value in values if value is not None]
-    sample = next((value for value in given if isinstance(value, Tensor)), given[0])
-    if isinstance(sample, str):
-        return np.array([value or "" for value in values], dtype=f"<U{LONGEST_TEXT}")
-    if isinstance(sample, np.ndarray):
-        return np.stack([np.full_like(sample, np.nan) if value is None else value for value in values])
-    if not isinstance(sample, Tensor):
-        whole = np.int64 if name in _COUNTS else np.float64
-        return np.array([np.nan if value is None else value for value in values], whole)
-    if sample.dtype in (torch.float16, torch.bfloat16):  # numpy has no bfloat16
-        sample = sample.float()
-    elif not sample.ndim and not sample.is_floating_point():
-        sample = sample.double()
-    tensors = [torch.full_like(sample, float("nan")) if value is None else torch.as_tensor(value) for value in values]
-    column = torch.stack([tensor.to(sample) for tensor in tensors])
-    if not column.is_cuda:
-        return column
-    return torch.empty_like(column, device="cpu", pin_memory=True).copy_(column, non_blocking=True)
-
-
-def _copied() -> torch.cuda.Event | None:
-    """An event that has happened once every copy asked for so far has."""
-    if not torch.cuda.is_available():
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
-
-
-def _arrays(columns: Columns) -> dict[str, np.ndarray]:
-    return {name: values if isinstance(values, np.ndarray) else values.numpy() for name, values in columns.items()}
+def _block(entries: list[Entry]) -> Block:
+    """The rows of each node as columns, stacked where they are and on their way to the host's memory."""
+    by_node: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_node.setdefault(entry.node, []).append(entry)
+    coordinates = [entry.row for entry in by_node.pop("", [])]
+    stacked = {node: stack(entry.row for entry in rows) for node, rows in by_node.items()}
+    columns = {node: columns for node, (columns, _) in stacked.items()}
+    return Block(coordinates, by_node, columns, [event for _, events in stacked.values() for event in events])

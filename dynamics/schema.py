@@ -1,4 +1,4 @@
-"""What a record is: the one table of recorded quantities, and how to open a record.
+"""What a record is: the one table of recorded quantities.
 
 Every name, symbol, unit and dimension that appears in a record, an axis label, a documentation table or a test
 comes from :data:`QUANTITIES`. Nothing here needs torch, so a record is read where no GPU and no torch is at hand.
@@ -6,11 +6,7 @@ comes from :data:`QUANTITIES`. Nothing here needs torch, so a record is read whe
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-
-import xarray as xr
 
 SCHEMA_VERSION = 1
 
@@ -161,34 +157,3 @@ def markdown_table() -> str:
         meaning = row.meaning.replace("|", "\\|")
         lines.append(f"| `{row.name}` | {symbol} | {row.units} | {row.order} | {where} | {meaning} |")
     return "\n".join(lines)
-
-
-class RecordError(ValueError):
-    """A path that is not a record this version can read. The message is one line."""
-
-
-def open_run(path: str | os.PathLike) -> xr.DataTree:
-    """Open a record as an :class:`xarray.DataTree`, lazily.
-
-    The same as ``xr.open_datatree(path)`` after two checks: that the path holds a record, and that its schema version
-    is this one's.
-
-    Raises:
-        RecordError: nothing there, not a record, or a record of another schema version.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise RecordError(f"no record at {path}: give the path of a run, e.g. one that `python -m dynamics run` wrote")
-    try:
-        run = xr.open_datatree(path, engine="zarr")
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecordError(f"{path} is not a thetadot record (a folder written by Recorder): {reason}") from error
-    version = run.attrs.get("schema_version")
-    if version != SCHEMA_VERSION:
-        found = "none" if version is None else version
-        raise RecordError(
-            f"{path} has schema version {found}, this thetadot reads version {SCHEMA_VERSION}: "
-            "open it with xr.open_datatree, or with the thetadot that wrote it"
-        )
-    return run

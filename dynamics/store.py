@@ -1,12 +1,18 @@
 """The record on disk: rows appended to a plain Zarr directory that plain xarray opens, also while it is written.
 
 Readers take every shape from the consolidated metadata, one file that is replaced by one atomic rename. So an append
-first writes the chunks, then the arrays' own shapes, and :meth:`Store.commit` at last lets readers see them; what a
-killed writer left half done lies beyond the committed shapes and stays invisible.
+first writes the chunks, and :meth:`Store.commit` at last lets readers see them; what a killed writer left half done
+lies beyond the committed shapes, invisible, and is discarded when the record is opened for writing again.
+
+The files are written here as Zarr's format 2 says, not by zarr: zarr writes several at once, and one still on its way
+when another fails may land after the retry, over newer rows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 import os
 import shutil
 import uuid
@@ -14,16 +20,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import zarr
+from numcodecs import Blosc
 
+from .reading import METADATA, Metadata, check, chunk_keys, is_name, read_metadata
 from .schema import NODES, QUANTITIES
 
-_CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1, "epochs": 256}
+_CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1}
+_OTHER_CHUNK_ROWS = 256
+_CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
+_PARTIAL = ".partial"
 
 
 class Store:
-    """A new record at ``path``. One writer.
+    """A new record at ``path``. One writer: the path is locked until :meth:`close`, or until the process ends.
+
+    Not for several threads at once; while a :class:`~dynamics.buffer.Buffer` has it, only the buffer's thread calls it.
 
     Raises:
         FileExistsError: something is at ``path`` already. Nothing of it is touched.
@@ -32,23 +46,43 @@ class Store:
 
     def __init__(self, path: str | os.PathLike, attributes: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        if self.path.exists():
-            raise FileExistsError(f"{self.path} exists already: choose another path, or remove it first")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        sibling = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
-        root = zarr.create_group(str(sibling), zarr_format=2, attributes=dict(attributes))
-        for node in NODES:
-            root.create_group(node)
-        zarr.consolidate_metadata(str(sibling), zarr_format=2)
-        try:
-            sibling.rename(self.path)
-        except OSError as error:
-            shutil.rmtree(sibling, ignore_errors=True)
-            raise FileExistsError(f"{self.path} exists already: choose another path, or remove it first") from error
-        self._root = zarr.open_group(str(self.path), mode="r+", zarr_format=2, use_consolidated=False)
-        self._coordinates: dict[tuple[str, str], np.ndarray] = {}
-        self._length = dict.fromkeys(NODES, 0)
-        self._open: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
+        _create(self.path, attributes)
+        self._lock = _locked(self.path)
+        self._adopt(read_metadata(self.path))
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike) -> Store:
+        """Go on writing a record as if it had never been closed; what was not committed is discarded.
+
+        Raises:
+            RecordError: there is no record, or not one of this schema version.
+            BlockingIOError: another writer has it.
+        """
+        store = cls.__new__(cls)
+        store.path = Path(path)
+        check(store.path)  # before a lock file is put into somebody's folder
+        store._lock = _locked(store.path)
+        store._adopt(check(store.path))
+        return store
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Rows of each node, with those appended but not committed."""
+        return dict(self._length)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the record."""
+        return copy.deepcopy(self._metadata[".zattrs"])
+
+    def read(self, node: str, name: str) -> np.ndarray:
+        """The committed values of a variable, in memory.
+
+        Raises:
+            KeyError: the record has no such variable.
+        """
+        group = zarr.open_group(str(self.path), mode="r", zarr_format=2, use_consolidated=True)
+        return np.asarray(group[f"{node}/{name}"][...])
 
     def write_coordinate(self, node: str, name: str, dim: str, values: np.ndarray) -> None:
         """Write a coordinate that does not grow, e.g. the layers' names. One that is there already stays.
@@ -56,81 +90,235 @@ class Store:
         Raises:
             ValueError: it is there with other values.
         """
-        if (node, name) in self._coordinates:
-            if not np.array_equal(self._coordinates[node, name], values):
-                raise ValueError(
-                    f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use"
-                )
-            return
-        array = self._root[node].create_array(
-            name, shape=values.shape, dtype=values.dtype, chunks=(max(len(values), 1),), fill_value=None, overwrite=True
-        )
-        array.attrs["_ARRAY_DIMENSIONS"] = [dim]
-        array[...] = values
-        self._declare_coordinates(node)
-        self._coordinates[node, name] = values
+        if name not in self._coordinates[node]:
+            self._write_chunk(node, name, 0, values, max(len(values), 1))
+            self._declare(node, name, values, max(len(values), 1), [dim])
+            self._coordinates[node][name] = values
+        elif not np.array_equal(self._coordinates[node][name], values):
+            raise ValueError(f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use")
 
     def append(self, node: str, rows: Mapping[str, np.ndarray]) -> None:
         """Append rows to a node: name → values whose first dimension is the node's index. Invisible until commit.
 
-        A variable that is new or absent this time is missing (NaN) in the rows that do not have it.
+        A variable that is new or absent this time is missing (NaN) in the rows that do not have it. One that was there
+        before keeps its type.
         """
-        start, chunk = self._length[node], _CHUNK_ROWS[node]
+        start, chunk = self._length[node], self._chunk[node]
         length = start + len(next(iter(rows.values())))
-        open_start = start - start % chunk
-        still_open = {}
-        for name in self._open[node].keys() | rows.keys():
-            block = np.asarray(rows[name]) if name in rows else None
-            values = self._extended(node, name, block, start - open_start, length - open_start)
-            self._write(node, name, values, open_start, length, chunk)
-            still_open[name] = values[(length - length % chunk) - open_start :]
+        first = start - start % chunk  # of the open chunk, which is written again whole, from memory
+        extended = {
+            name: self._extended(node, name, rows.get(name), start - first, length - first)
+            for name in self._open[node].keys() | rows.keys()
+        }
+        for name, values in extended.items():
+            if name not in self._open[node]:
+                for before in range(first // chunk):
+                    self._write_chunk(node, name, before, _missing(values, chunk), chunk)
+            for offset in range(0, len(values), chunk):
+                self._write_chunk(node, name, (first + offset) // chunk, values[offset : offset + chunk], chunk)
         # Only now: after a failure half way, the same append can be tried again.
-        self._open[node], self._length[node] = still_open, length
+        for name, values in extended.items():
+            if name not in self._open[node]:
+                self._declare(node, name, values, chunk, list(_dims(node, name)))
+            self._metadata[f"{node}/{name}/.zarray"]["shape"][0] = length
+            self._open[node][name] = values[(length - length % chunk) - first :].copy()
+        self._length[node] = length
 
     def commit(self) -> None:
         """Let readers see all that was appended, at once."""
-        zarr.consolidate_metadata(str(self.path), zarr_format=2)
+        self._replace(METADATA, _consolidated(self._metadata))
+
+    def truncate(self, lengths: Mapping[str, int]) -> None:
+        """Take back all rows from a length on, of several nodes at once. Whoever opens the record sees all or none.
+
+        Raises:
+            ValueError: a node has fewer rows than it is to keep.
+        """
+        for node, length in lengths.items():
+            if not 0 <= length <= self._length[node]:
+                raise ValueError(f"cannot keep {length} rows of /{node} in {self.path}: it has {self._length[node]}")
+        shorter = copy.deepcopy(self._metadata)
+        for node, length in lengths.items():
+            for name in self._open[node]:
+                shorter[f"{node}/{name}/.zarray"]["shape"][0] = length
+        self._metadata = shorter
+        self.commit()
+        self._adopt(shorter)  # only now are files removed: nothing shows them any more
+
+    def note(self, key: str, value: Any) -> None:
+        """Set an attribute of the record, e.g. a list of its resumes: anything that JSON holds."""
+        self._metadata[".zattrs"][key] = value
+        self.commit()
+        self._replace(".zattrs", _json(self._metadata[".zattrs"]))  # zarr reads the root's attributes here
+
+    def keep(self, name: str, array: np.ndarray) -> None:
+        """Keep an array beside the record's variables, where xarray does not see it."""
+        path = self.path / f".{name}.npy{_PARTIAL}"
+        with path.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        path.replace(self.path / f".{name}.npy")
+
+    def kept(self, name: str) -> np.ndarray | None:
+        """The array that was kept under the name; None if there is none."""
+        path = self.path / f".{name}.npy"
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def close(self) -> None:
+        """Let the next writer in. What was not committed is lost."""
+        with contextlib.suppress(OSError):  # a copy of what is committed, for tools that do not read METADATA
+            self._write_leaves(read_metadata(self.path))
+        self._lock.release()
+
+    # what is on disk and what is in memory
+
+    def _adopt(self, metadata: Metadata) -> None:
+        """Make the folder and the memory what the commit says."""
+        self._metadata = _empty_nodes() | metadata
+        self._write_leaves(self._metadata)
+        self._discard()
+        self._length = dict.fromkeys(NODES, 0)
+        self._chunk = {node: _CHUNK_ROWS.get(node, _OTHER_CHUNK_ROWS) for node in NODES}
+        self._coordinates: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
+        self._open: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
+        for node, name in self._variables():
+            entry = metadata[f"{node}/{name}/.zarray"]
+            if metadata[f"{node}/{name}/.zattrs"]["_ARRAY_DIMENSIONS"][0] != NODES[node][0]:  # it does not grow
+                self._coordinates[node][name] = self._read_chunk(node, name, 0, entry["shape"][0])
+            else:
+                self._length[node], self._chunk[node] = entry["shape"][0], entry["chunks"][0]
+                whole, rest = divmod(entry["shape"][0], entry["chunks"][0])
+                self._open[node][name] = self._read_chunk(node, name, whole, rest)
+
+    def _variables(self) -> list[tuple[str, str]]:
+        found = [tuple(key.split("/")[:2]) for key in self._metadata if key.endswith("/.zarray")]
+        return [(node, name) for node, name in found if node in NODES]
+
+    def _write_leaves(self, metadata: Metadata) -> None:
+        """Write the groups' and arrays' own descriptions, which readers do not need, as they are in METADATA."""
+        for key, entry in metadata.items():
+            path, text = self.path / key, _json(entry)
+            if not path.exists() or path.read_bytes() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._replace(key, text)
+
+    def _discard(self) -> None:
+        """Remove what a killed writer left: arrays and chunks that were never committed, files half written."""
+        for group in (self.path, *(self.path / node for node in NODES)):
+            for half in group.glob(f".*{_PARTIAL}"):
+                half.unlink()
+        for folder in [folder for node in NODES for folder in (self.path / node).iterdir() if folder.is_dir()]:
+            entry = self._metadata.get(f"{folder.parent.name}/{folder.name}/.zarray")
+            if entry is None:
+                shutil.rmtree(folder)
+                continue
+            committed = {".zarray", ".zattrs", *chunk_keys(entry["shape"], entry["chunks"])}
+            for name in set(os.listdir(folder)) - committed:
+                (folder / name).unlink()
 
     def _extended(self, node: str, name: str, block: np.ndarray | None, opened: int, length: int) -> np.ndarray:
         """The open chunk's rows of a variable with the new block behind them; missing where there are none."""
         kept = self._open[node].get(name)
-        sample = block if block is not None else kept
-        values = np.full((length, *sample.shape[1:]), _missing(sample.dtype), dtype=sample.dtype)
+        values = _missing(block if kept is None else kept, length)
         if kept is not None:
             values[:opened] = kept
         if block is not None:
+            if values.shape[1:] != block.shape[1:]:
+                raise ValueError(f"a row of /{node}/{name} has shape {values.shape[1:]}, got {block.shape[1:]}")
             values[opened:] = block
         return values
 
-    def _write(self, node: str, name: str, values: np.ndarray, start: int, length: int, chunk: int) -> None:
-        """Write whole chunks: the array is widened to a multiple of the chunk, so that no chunk is read back."""
-        group = self._root[node]
-        if name not in self._open[node]:  # new, or left half made by an append that failed
-            array = group.create_array(
-                name, shape=(0, *values.shape[1:]), dtype=values.dtype, chunks=(chunk, *values.shape[1:]),
-                fill_value=_missing(values.dtype) if values.dtype.kind == "f" else None, overwrite=True,
-            )  # fmt: skip
-            row = QUANTITIES.get(name)
-            array.attrs.update(row.attributes if row else {})
-            array.attrs["_ARRAY_DIMENSIONS"] = list(_dims(node, name))
-            self._declare_coordinates(node)
-        array = group[name]
-        whole = -(-length // chunk) * chunk
-        padded = np.full((whole - start, *values.shape[1:]), _missing(values.dtype), dtype=values.dtype)
-        padded[: length - start] = values
-        array.resize((whole, *values.shape[1:]))
-        array[start:] = padded
-        array.resize((length, *values.shape[1:]))
+    def _declare(self, node: str, name: str, values: np.ndarray, chunk: int, dims: list[str]) -> None:
+        """Describe a new array, and tell xarray which are coordinates without being dimensions (CF's way)."""
+        self._metadata[f"{node}/{name}/.zarray"] = {
+            "zarr_format": 2, "shape": list(values.shape), "chunks": [chunk, *values.shape[1:]],
+            "dtype": values.dtype.str, "order": "C", "dimension_separator": ".", "filters": None,
+            "compressor": _CODEC.get_config(), "fill_value": "NaN" if values.dtype.kind == "f" else None,
+        }  # fmt: skip
+        row = QUANTITIES.get(name)
+        self._metadata[f"{node}/{name}/.zattrs"] = (row.attributes if row else {}) | {"_ARRAY_DIMENSIONS": dims}
+        present = {variable for group, variable in self._variables() if group == node}
+        if labels := [label for label in _LABELS.get(node, ()) if label in present]:
+            self._metadata.setdefault(f"{node}/.zattrs", {})["coordinates"] = " ".join(labels)
 
-    def _declare_coordinates(self, node: str) -> None:
-        """Tell xarray which variables of the node are coordinates without being dimensions (CF's way)."""
-        group = self._root[node]
-        names = sorted(name for name in _LABELS.get(node, ()) if name in group)
-        if names:
-            group.attrs["coordinates"] = " ".join(names)
+    def _write_chunk(self, node: str, name: str, number: int, values: np.ndarray, chunk: int) -> None:
+        if not is_name(name):
+            raise ValueError(f"a variable's name is a folder's in the record: no '/', no '.' first; got {name!r}")
+        whole = _missing(values, chunk)
+        whole[: len(values)] = values
+        (self.path / node / name).mkdir(parents=True, exist_ok=True)
+        self._replace(f"{node}/{name}/{_chunk_key(number, values.ndim)}", _CODEC.encode(whole))
+
+    def _read_chunk(self, node: str, name: str, number: int, rows: int) -> np.ndarray:
+        entry = self._metadata[f"{node}/{name}/.zarray"]
+        values = np.empty((entry["chunks"][0], *entry["shape"][1:]), entry["dtype"])
+        if rows:
+            _CODEC.decode((self.path / node / name / _chunk_key(number, values.ndim)).read_bytes(), values)
+        return values[:rows]
+
+    def _replace(self, key: str, data: bytes) -> None:
+        """Write a file so that whoever looks finds the old one or the new one."""
+        path = self.path / key
+        half = path.with_name(f".{path.name}{_PARTIAL}")
+        half.write_bytes(data)
+        half.replace(path)
 
 
 _LABELS = {"units": ("layer", "index")}
+
+
+def _create(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Make an empty record beside its path, and move it there whole."""
+    taken = FileExistsError(f"{path} exists already: choose another path, or remove it first")
+    if path.exists():
+        raise taken
+    metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | _empty_nodes()
+    sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    sibling.mkdir(parents=True)
+    try:
+        for key, entry in metadata.items():
+            (sibling / key).parent.mkdir(exist_ok=True)
+            (sibling / key).write_bytes(_json(entry))
+        (sibling / METADATA).write_bytes(_consolidated(metadata))
+        sibling.rename(path)
+    except OSError as error:
+        shutil.rmtree(sibling, ignore_errors=True)
+        raise (taken if path.exists() else error) from error
+
+
+def _empty_nodes() -> Metadata:
+    leaves = {".zgroup": {"zarr_format": 2}, ".zattrs": {}}
+    return {f"{node}/{leaf}": dict(entry) for node in NODES for leaf, entry in leaves.items()}
+
+
+def _locked(path: Path) -> filelock.BaseFileLock:
+    """The lock of a record's one writer. The system takes it back from a process that dies."""
+    lock = filelock.FileLock(path / ".lock", thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        reason = "is being written by another recorder: close that one, or choose another path"
+        raise BlockingIOError(f"{path} {reason}") from None
+    return lock
+
+
+def _chunk_key(number: int, dimensions: int) -> str:
+    return ".".join([str(number)] + ["0"] * (dimensions - 1))
+
+
+def _consolidated(metadata: Metadata) -> bytes:
+    """What readers take every shape from. In order, for zarr loses arrays of a group that do not stand together."""
+    return _json({"zarr_consolidated_format": 1, "metadata": dict(sorted(metadata.items()))})
+
+
+def _json(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"an attribute of a record is a number, a text or a list of them, got {type(value).__name__}")
 
 
 def _dims(node: str, name: str) -> tuple[str, ...]:
@@ -139,5 +327,6 @@ def _dims(node: str, name: str) -> tuple[str, ...]:
     return (NODES[node][0],)
 
 
-def _missing(dtype: np.dtype) -> Any:
-    return np.nan if dtype.kind == "f" else np.zeros((), dtype).item()
+def _missing(like: np.ndarray, rows: int) -> np.ndarray:
+    nothing = np.nan if like.dtype.kind == "f" else np.zeros((), like.dtype)
+    return np.full((rows, *like.shape[1:]), nothing, like.dtype)

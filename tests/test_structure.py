@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("dynamics", "analysis", "figures")
 MAY_IMPORT = {
     "dynamics": {"dynamics"},
-    "analysis": {"analysis", "dynamics.schema"},
-    "figures": {"figures", "analysis", "dynamics.schema"},
+    "analysis": {"analysis", "dynamics.reading", "dynamics.schema"},
+    "figures": {"figures", "analysis", "dynamics.reading", "dynamics.schema"},
 }
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -1,0 +1,57 @@
+"""Rows to columns: what waits on the device is stacked there and leaves it in one asynchronous copy a variable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LONGEST_TEXT = 64
+_COUNTS = ("step", "epoch", "event")
+
+Value = Tensor | np.ndarray | float | int | bool | str
+Columns = dict[str, Tensor | np.ndarray]
+
+
+def stack(rows: Iterable[Mapping[str, Value]]) -> tuple[Columns, list[torch.cuda.Event]]:
+    """Name → values over the rows, NaN where a row lacks the name; in the host's memory once the events have happened.
+
+    A variable's type is that of its first block for good, so only what counts rows is whole; a 1 may be followed by ½.
+    """
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    devices: set[torch.device] = set()
+    columns = {name: _to_host(_column(name, [row.get(name) for row in rows]), devices) for name in names}
+    return columns, [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
+def arrays(columns: Columns) -> dict[str, np.ndarray]:
+    """The columns as numpy has them."""
+    return {name: values if isinstance(values, np.ndarray) else values.numpy() for name, values in columns.items()}
+
+
+def _column(name: str, values: list[Value | None]) -> Tensor | np.ndarray:
+    given = [value for value in values if value is not None]
+    sample = next((value for value in given if isinstance(value, Tensor)), given[0])
+    if isinstance(sample, str):
+        return np.array([value or "" for value in values], dtype=f"<U{LONGEST_TEXT}")
+    if isinstance(sample, np.ndarray):
+        return np.stack([np.full_like(sample, np.nan) if value is None else value for value in values])
+    if not isinstance(sample, Tensor):
+        whole = np.int64 if name in _COUNTS else np.float64
+        return np.array([np.nan if value is None else value for value in values], whole)
+    if sample.dtype in (torch.float16, torch.bfloat16):  # numpy has no bfloat16
+        sample = sample.float()
+    elif not sample.ndim and not sample.is_floating_point():
+        sample = sample.double()
+    tensors = [torch.full_like(sample, float("nan")) if value is None else torch.as_tensor(value) for value in values]
+    return torch.stack([tensor.to(sample) for tensor in tensors])
+
+
+def _to_host(column: Tensor | np.ndarray, devices: set[torch.device]) -> Tensor | np.ndarray:
+    if isinstance(column, np.ndarray) or not column.is_cuda:
+        return column if isinstance(column, np.ndarray) else column.cpu()
+    devices.add(column.device)
+    return torch.empty_like(column, device="cpu", pin_memory=True).copy_(column, non_blocking=True)

@@ -1,0 +1,122 @@
+"""The thread that takes blocks of rows out of a queue and writes them, again and again if the disk fails."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+
+from .columns import Columns, arrays
+from .store import Store
+
+_LOG = logging.getLogger("thetadot")
+_RETRY_SECONDS = 10.0
+
+Coordinate = tuple[str, str, str, np.ndarray]
+
+
+@dataclass(eq=False)
+class Entry:
+    """A row of a node. Only the writer's thread sets ``taken``, only the training's ``sent``."""
+
+    node: str
+    row: object
+    taken: bool = False
+    sent: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A consistent cut: rows of all nodes, on their way to the disk once the events ``copied`` have happened."""
+
+    coordinates: list[Coordinate]
+    entries: dict[str, list[Entry]]
+    columns: dict[str, Columns]
+    copied: list[torch.cuda.Event]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the block holds in the host's memory."""
+        return sum(values.nbytes for columns in self.columns.values() for values in columns.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """Somebody waits until all that came before is written or has failed; then the thread may end."""
+
+    last: bool = False
+    done: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+
+
+class Writer:
+    """Writes blocks to a store, in order. What fails stays and is tried again with the next block or in 10 seconds.
+
+    Attributes:
+        failure: why writing failed when it was last tried; None if it did not.
+        failing_since: time of day of the first failure since writing last succeeded.
+        missing: rows that were taken and are not committed.
+        written: bytes of all blocks that are committed.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.queue: queue.SimpleQueue[Block | Request] = queue.SimpleQueue()  # its put may be interrupted by a put
+        self.failure: Exception | None = None
+        self.failing_since = ""
+        self.missing, self.written = 0, 0
+        self._store, self._taken = store, 0
+        self._tasks: deque[Callable[[], object]] = deque()
+
+    def run(self) -> None:
+        """Write until the last request."""
+        while True:
+            try:
+                item = self.queue.get(timeout=_RETRY_SECONDS if self._tasks or self.failure else None)
+            except queue.Empty:
+                item = None
+            if isinstance(item, Block):
+                self._take(item)
+            self._try()
+            if isinstance(item, Request):
+                if item.last:
+                    self._store.close()
+                item.done.put(None)
+                if item.last:
+                    return
+
+    def _take(self, block: Block) -> None:
+        """Line up what of a block was not taken before: an interrupted flush may send a row twice."""
+        self._tasks += [event.synchronize for event in block.copied]
+        self._tasks += [partial(self._store.write_coordinate, *coordinate) for coordinate in block.coordinates]
+        for node, entries in block.entries.items():
+            fresh = np.array([not entry.taken for entry in entries])
+            if fresh.any():
+                self._tasks.append(partial(self._append, node, block.columns[node], fresh))
+                self.missing += int(fresh.sum())
+            for entry in entries:
+                entry.taken = True
+        self._taken += block.nbytes
+
+    def _append(self, node: str, columns: Columns, fresh: np.ndarray) -> None:
+        self._store.append(node, {name: values[fresh] for name, values in arrays(columns).items()})
+
+    def _try(self) -> None:
+        if not self._tasks and self.failure is None:
+            return
+        try:
+            while self._tasks:
+                self._tasks[0]()
+                self._tasks.popleft()
+            self._store.commit()
+            self.failure, self.missing, self.written = None, 0, self._taken
+        except Exception as error:
+            if self.failure is None:
+                self.failing_since = time.strftime("%H:%M:%S")
+                _LOG.warning("cannot write %s (%s): rows are kept in memory and tried again", self._store.path, error)
+            self.failure = error

@@ -20,6 +20,7 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
 
     Dims ``step``; unit of the loss. g and H are those of the loss on that batch (not of a weight decay term). The flow
     rows assume a step of gradient descent; a momentum's step also carries earlier batches, so they hold on average.
+    They are NaN where the layers have different learning rates: the parameters then have no common time.
 
     Raises:
         MissingQuantityError: no curvature was recorded.
@@ -27,7 +28,7 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
     needs = ["loss_before", "loss_after", "grad_update", "update_hess_update", "grad_sqnorm", "grad_hess_grad"]
     curvature = node(run, "curvature", needs)
     total = curvature.sum("layer", skipna=False)
-    flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
+    flow_step = _flow_step(run, curvature)
     first, first_flow = -total.grad_update, flow_step * total.grad_sqnorm
     return described(
         xr.Dataset(
@@ -51,13 +52,22 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
 def stability(run: xr.DataTree) -> xr.Dataset:
     """Δt gᵀHg/‖g‖² at each measured step: plain gradient descent lowers the quadratic model iff it is below 2.
 
-    Dims ``step``; a pure number. Δt is the step's flow time, the learning rate without momentum.
+    Dims ``step``; a pure number. Δt is the step's flow time, the learning rate without momentum; NaN where the layers
+    have different ones.
 
     Raises:
         MissingQuantityError: no curvature was recorded.
     """
     curvature = node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"])
     total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer", skipna=False)
-    flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
+    flow_step = _flow_step(run, curvature)
     ratio = flow_step * total.grad_hess_grad / total.grad_sqnorm
     return xr.Dataset({"stability": ratio.assign_attrs(long_name="Δt gᵀHg/‖g‖²", units="1")})
+
+
+def _flow_step(run: xr.DataTree, curvature: xr.Dataset) -> xr.DataArray:
+    """The flow time Δt that all layers with a gradient have in common, over ``step``; NaN where they have none."""
+    flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
+    counted = flow_step.where((flow_step != 0) | (curvature.grad_sqnorm != 0))
+    common = counted.max("layer")
+    return common.where((counted.min("layer") == common) & ~flow_step.isnull().any("layer"))

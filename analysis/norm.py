@@ -32,7 +32,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     first = -2 * steps.param_grad - 2 * steps.decay_sqnorm
     rates = xr.Dataset(
         {
-            "measured": (2 * steps.param_update + steps.update_sqnorm) / steps.flow_step,
+            "measured": _rate(2 * steps.param_update + steps.update_sqnorm, steps),
             "first_order": first,
             "second_order": first + steps.flow_step * steps.grad_sqnorm,
         }
@@ -61,7 +61,8 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
     ==============  =============================================================
 
     Dims (step, layer); unit θ². Measured is NaN where the next row is not the next step, or a pruning lies in between.
-    The split assumes one learning rate η; under Adam the "momentum" is all that preconditioning does.
+    η and Δt are each layer's own; NaN where its parameters have several. Under Adam the "momentum" is all that
+    preconditioning does.
 
     Raises:
         MissingQuantityError: /steps lacks a quantity.
@@ -85,6 +86,12 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
         }
     ).transpose("step", "layer")
     return described(balance, "param_sqnorm", **{name: name.replace("_", " ") for name in balance})
+
+
+def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:
+    """Change over the flow time; where nothing is trained both are zero, and so is the rate."""
+    still = (steps.flow_step == 0) & (steps.grad_sqnorm == 0) & (change == 0)
+    return (change / steps.flow_step.where(steps.flow_step != 0)).where(~still, 0.0)
 
 
 def _undisturbed(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:

@@ -17,15 +17,37 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
     """Raise TypeError or ValueError where a recorder cannot work with its arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not callable(objective):
         raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
     if every < 1 or curvature_every < 0:
         raise ValueError(f"every must be >= 1 and curvature_every >= 0, got {every} and {curvature_every}")
     ours = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
+    held = [group["params"] for one in optimizers(optimizer) for group in one.param_groups]
+    if not any(id(parameter) in ours for parameters in held for parameter in parameters):
         raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
+
+
+def optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers of what was given: one, several, or some that a library wrapped (their ``.optimizer``).
+
+    Raises:
+        TypeError: something else.
+    """
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    for index, one in enumerate(several):
+        while not _has_hooks(one) and isinstance(getattr(one, "optimizer", None), torch.optim.Optimizer):
+            one = one.optimizer
+        several[index] = one
+        if not _has_hooks(one):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(one).__name__}")
+    if not several:
+        raise TypeError("optimizer must be a torch.optim.Optimizer, or a list of them, got an empty list")
+    return several
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    """Whether it was made as a torch optimizer: Accelerate's wrapper is an instance, but never called its __init__."""
+    return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def check_scalar(name: str, value: float | Tensor) -> None:
@@ -35,6 +57,12 @@ def check_scalar(name: str, value: float | Tensor) -> None:
         raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
+
+
+def check_epoch(scalars: Mapping[str, Any]) -> None:
+    """Raise ValueError where a row of ``/epochs`` cannot hold the scalars."""
+    if "epoch" in scalars:
+        raise ValueError("log_epoch() cannot take 'epoch': the recorder counts passes over the watched loader itself")
 
 
 def check_description(kind: str, attributes: Mapping[str, Any]) -> None:
@@ -63,6 +91,6 @@ def wanted(node: str, names: Iterable[str] | None) -> list[str]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown quantities {unknown}: choose from {sorted(set(known))}")
     chosen = [row.name for row in schema.quantities(node) if row.name in names]
-    if node == "curvature" and not any(schema.QUANTITIES[name].order == 2 or "loss" in name for name in chosen):
+    if node == "curvature" and all("steps" in schema.QUANTITIES[name].nodes for name in chosen):
         return []  # what is also in /steps does not alone ask for a probe
     return chosen

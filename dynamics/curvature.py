@@ -17,8 +17,9 @@ class Expansion:
     batches nothing is kept between products, so memory stays that of one batch. With one batch the graph of its
     gradient is kept, and a product costs one backward pass through it.
 
-    Assumes that L is twice differentiable by autograd at θ. A parameter the loss does not use has g = 0 and Hv = 0.
-    The parameters are copied: what happens to the model's own tensors later changes nothing here.
+    Where autograd has no second derivative of an operation (some recurrent kernels), products are central differences
+    of gradients, and ``exact`` turns False. A parameter the loss does not use has g = 0 and Hv = 0. The parameters are
+    copied: what happens to the model's own tensors later changes nothing here.
     """
 
     def __init__(self, losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> None:
@@ -26,13 +27,17 @@ class Expansion:
         self.theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
         self._leaves = list(self.theta.values())
         self._graph: tuple[Tensor, ...] | None = None
+        self.exact = True
         self.loss, self.grad = self._loss_and_grad()
 
-    def _gradient(self, loss_of: LossFunction, *, create_graph: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _gradient(
+        self, loss_of: LossFunction, *, create_graph: bool = False, theta: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.enable_grad():
-            loss = loss_of(self.theta)
+            loss = loss_of(theta or self.theta)
+            leaves = list((theta or self.theta).values())
             grad = torch.autograd.grad(
-                loss, self._leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+                loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
             )
         return loss.detach(), grad
 
@@ -47,7 +52,38 @@ class Expansion:
         return total_loss, total_grad
 
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """Hv, one tensor a parameter, by a second backward pass: H v = ∂(gᵀv)/∂θ (Pearlmutter 1994)."""
+        """Hv, one tensor a parameter, by a second backward pass: H v = ∂(gᵀv)/∂θ (Pearlmutter 1994).
+
+        Where there is none, Hv ≈ (g(θ+εv) − g(θ−εv))/2ε with ε‖v‖ = ∛u (1+‖θ‖), u the rounding unit: error O(ε²).
+        """
+        if self.exact:
+            try:
+                return self._second_backward(vector)
+            except RuntimeError as error:  # "the derivative for ... is not implemented", and how compiled code says it
+                if "is not implemented" not in str(error) and "double backward" not in str(error):
+                    raise
+                self.exact, self._graph = False, None
+        return self._difference(vector)
+
+    def _difference(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        length, size = _norm(vector), _norm(self._leaves)
+        if not length:
+            return [torch.zeros_like(leaf) for leaf in self._leaves]
+        epsilon = (torch.finfo(size.dtype).eps ** (1 / 3) * (1 + size) / length).item()
+        ahead, behind = self._gradient_at(vector, epsilon), self._gradient_at(vector, -epsilon)
+        return list(torch._foreach_div(torch._foreach_sub(ahead, behind), 2 * epsilon))
+
+    @torch.no_grad()
+    def _gradient_at(self, vector: Sequence[Tensor], distance: float) -> list[Tensor]:
+        """g(θ + distance · v)."""
+        moved = torch._foreach_add([leaf.detach() for leaf in self._leaves], list(vector), alpha=distance)
+        theta = dict(zip(self.theta, [tensor.requires_grad_() for tensor in moved], strict=True))
+        total = [torch.zeros_like(leaf) for leaf in self._leaves]
+        for loss_of, weight in self._losses:
+            torch._foreach_add_(total, list(self._gradient(loss_of, theta=theta)[1]), alpha=weight)
+        return total
+
+    def _second_backward(self, vector: Sequence[Tensor]) -> list[Tensor]:
         total_product = [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
             kept = self._graph is not None
@@ -65,6 +101,11 @@ class Expansion:
             )
             torch._foreach_add_(total_product, list(product), alpha=weight)
         return total_product
+
+
+@torch.no_grad()
+def _norm(vector: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(vector))))
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from torch import Tensor
 from . import schema
 from .curvature import Expansion
 from .layers import Layers
-from .quantities import Vectors, minus
+from .processes import Processes
+from .quantities import Vectors
 
 
 class Event:
@@ -37,18 +38,28 @@ class Event:
 
 
 class Stage:
-    """The network at one moment: its expansion at the probe, and which parameters are not pruned."""
+    """The network at one moment: its expansion at the probe, θ, g, Hg, and which parameters are not pruned."""
 
-    def __init__(self, layers: Layers, expansion: Expansion) -> None:
-        self.expansion = expansion
-        self.kept = [kept.clone() for kept in layers.kept()]
-        self._hess_grad = expansion.hessian_product(expansion.grad)
+    def __init__(self, layers: Layers, processes: Processes, expansion: Expansion) -> None:
+        self._layers, self._processes, self._expansion = layers, processes, expansion
+        self.shapes = layers.shapes
+        (self.loss,) = processes.mean([expansion.loss])
+        self._names = list(expansion.theta)
+        self.theta = layers.theta(layers.zeros()).blocks
+        self.kept = layers.kept()
+        self._grad = self._vector(expansion.grad)
+        self._hess_grad = self.hessian_product(self._grad)
 
-    def vectors(self, **others: list[Tensor]) -> Vectors:
+    def _vector(self, tensors: list[Tensor]) -> Tensor:
+        return self._layers.vector(dict(zip(self._names, self._processes.mean(tensors), strict=True)))
+
+    def hessian_product(self, blocks: Tensor) -> Tensor:
+        """Hv at this stage, for a vector and as a vector."""
+        return self._vector(self._expansion.hessian_product(self._layers.tensors(blocks, self._names)))
+
+    def vectors(self, **others: Tensor) -> Vectors:
         """θ, g, Hg and what is kept, with further vectors."""
-        theta = [tensor.detach() for tensor in self.expansion.theta.values()]
-        kept = [kept.to(tensor.dtype) for kept, tensor in zip(self.kept, theta, strict=True)]
-        return Vectors(theta=theta, grad=self.expansion.grad, hess_grad=self._hess_grad, kept=kept, **others)
+        return Vectors(theta=self.theta, grad=self._grad, hess_grad=self._hess_grad, kept=self.kept, **others)
 
 
 @torch.no_grad()
@@ -56,14 +67,26 @@ def effect(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
     """The row of ``/pruning``: all quantities at both stages, (stage, layer), and those of the removal δ, (layer,).
 
     δ = θ_after − θ_before, R = the parameters pruned in between. H is that of the network before.
+
+    Raises:
+        ValueError: a parameter changed its shape.
     """
+    if changed := [name for name, shape in before.shapes.items() if after.shapes[name] != shape]:
+        name = changed[0]
+        raise ValueError(
+            f"inside event() {name!r} changed its shape from {tuple(before.shapes[name])} to "
+            f"{tuple(after.shapes[name])}, so before and after cannot be compared: mask what is pruned inside, and "
+            "make the network smaller after the event"
+        )
     rows = [row for row in schema.quantities("pruning") if "layer" in row.over]
     staged = [row.name for row in rows if "stage" in row.over]
     stages = [layers.evaluate(staged, stage.vectors()) for stage in (before, after)]
     values = {name: torch.stack([stage[name] for stage in stages]) for name in staged}
-    values["loss"] = torch.stack([before.expansion.loss, after.expansion.loss])
-    removal = minus(list(after.expansion.theta.values()), list(before.expansion.theta.values()))
-    removed = [(was & ~now).to(delta.dtype) for was, now, delta in zip(before.kept, after.kept, removal, strict=True)]
-    hess_removal = before.expansion.hessian_product(removal)
-    vectors = before.vectors(removal=removal, hess_removal=hess_removal, removed=removed)
+    values["loss"] = torch.stack([before.loss, after.loss])
+    removal = after.theta - before.theta
+    vectors = before.vectors(
+        removal=removal,
+        hess_removal=before.hessian_product(removal),
+        removed=before.kept * (1 - after.kept),
+    )
     return values | layers.evaluate([row.name for row in rows if "stage" not in row.over], vectors)

@@ -1,74 +1,118 @@
-"""A network seen as layers: the modules that own its parameters, and θ, g, λ and masks as one tensor a parameter."""
+"""A network seen as layers: its parameters by name, θ and g as vectors over all of them, sums over each layer's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .blocks import Layout, Vector
 from .masks import parameter_masks
 from .quantities import Vectors, evaluate
 
 
-class Layers:
-    """The layers of a model. Parameters are looked up anew at each call: pruning may replace Parameter objects.
+def plain_name(name: str) -> str:
+    """A parameter's name before a parametrization or torch.nn.utils.prune moved it to ``conv.weight_orig``, say."""
+    return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name).removesuffix("_orig")
 
-    A parameter that several modules share counts once, in the first of them. A parameter without a gradient (frozen or
-    unused) has the gradient zero.
+
+class Layers:
+    """The layers of a model: the modules that own its parameters, by qualified name.
+
+    Parameters are known by name, so a pruning may replace Parameter objects; :meth:`refresh` looks them up again. A
+    parameter that several modules share counts once, in the first of them. One that is added later is not recorded,
+    one that is gone counts as zero.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        owners = [name.rpartition(".")[0] or "(root)" for name, _ in model.named_parameters()]
+        self._known = [plain_name(name) for name, _ in model.named_parameters()]
+        owners = [name.rpartition(".")[0] or "(root)" for name in self._known]
         self.names = list(dict.fromkeys(owners))
-        self._layer_of = torch.tensor([self.names.index(owner) for owner in owners], device=self.device)
-        self._decays: list[float] = []
-        self._decay = torch.empty(0)
+        self.layer_of_parameter = [self.names.index(owner) for owner in owners]
+        self.version = 0
+        self._look_up()
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self._model.parameters()).device
+        """Where the vectors are."""
+        return self._layout.device
 
-    def theta(self) -> list[Tensor]:
-        """θ, the live tensors without their graph."""
-        return [parameter.detach() for parameter in self._model.parameters()]
+    def refresh(self) -> None:
+        """Look the parameters up again if a module or a parameter of the model was replaced, added or removed."""
+        if any(len(table) != size for table, size in self._sizes) or any(
+            table.get(key) is not value for table, key, value in self._slots
+        ):
+            self._look_up()
+            self.version += 1
 
-    def theta_copy(self) -> list[Tensor]:
-        """θ as it is now."""
-        return [tensor.clone() for tensor in self.theta()]
-
-    def grad_copy(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """g as the optimizer is about to apply it, without a gradient scaler's factor."""
-        grads = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().to_dense().clone()
-            for parameter in self._model.parameters()
-        ]
-        scale = getattr(optimizer, "grad_scale", None)  # set during a fused step only
-        return grads if scale is None else torch._foreach_div(grads, scale)
-
-    def kept(self) -> list[Tensor]:
-        """True where a parameter is not pruned."""
+    def _look_up(self) -> None:
+        tables = [table for module in self._model.modules() for table in (module._modules, module._parameters)]
+        self._sizes = [(table, len(table)) for table in tables]
+        self._slots = [(table, key, value) for table in tables for key, value in table.items()]
+        found = {plain_name(name): (name, parameter) for name, parameter in self._model.named_parameters()}
+        if added := [name for name in found if name not in self._known]:
+            warnings.warn(f"parameters that came after recording began are not recorded: {added}", stacklevel=5)
+        absent = (None, torch.empty(0))
+        self._found = [found.get(name, absent) for name in self._known]
+        self.parameters = [parameter for _, parameter in self._found]
+        self._layout = Layout(self.parameters)
+        layer_of = torch.tensor(self.layer_of_parameter)
+        self.layer_of_block = layer_of.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
         masks = parameter_masks(self._model)
-        named = self._model.named_parameters()
-        return [masks.get(name, torch.ones_like(parameter, dtype=torch.bool)) for name, parameter in named]
+        # torch.nn.utils.prune leaves its parameter as it was, and multiplies by the mask in the forward pass
+        self._masked = [
+            (index, masks[name])
+            for index, (name, _) in enumerate(self._found)
+            if name in masks and name.endswith("_orig")
+        ]
 
-    def decay(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Weight decay λ of each parameter, (parameter,); 0 for what the optimizer does not hold."""
-        decays = {
-            id(parameter): float(group.get("weight_decay", 0.0))
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        values = [decays.get(id(parameter), 0.0) for parameter in self._model.parameters()]
-        if values != self._decays:  # sent to the device only when it changes
-            self._decays, self._decay = values, torch.tensor(values, dtype=self.theta()[0].dtype, device=self.device)
-        return self._decay
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter by its plain name."""
+        return dict(zip(self._known, self._layout.shapes, strict=True))
+
+    def zeros(self) -> Vector:
+        """A vector over all parameters, zero everywhere."""
+        return self._layout.zeros()
+
+    def per_block(self, values: Sequence[float]) -> Tensor:
+        """One number a parameter → one a block, (block,)."""
+        per_parameter = torch.tensor(values, dtype=self._layout.dtype)
+        return per_parameter.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
+
+    def theta(self, into: Vector) -> Vector:
+        """Copy θ into a vector, zero where it is pruned."""
+        into.take(self.parameters)
+        for index, mask in self._masked:
+            into.views[index].mul_(mask)
+        return into
+
+    def vector(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by parameter name → the blocks of their vector; zero where there is none."""
+        plainly = {plain_name(name): tensor for name, tensor in tensors.items()}
+        return self.zeros().take([plainly.get(name) for name in self._known]).blocks
+
+    def tensors(self, blocks: Tensor, names: Iterable[str]) -> list[Tensor]:
+        """The vector's part of each named parameter, in the parameter's shape."""
+        vector = self.zeros()
+        vector.blocks.copy_(blocks)
+        views = dict(zip(self._known, vector.views, strict=True))
+        return [views[plain_name(name)] for name in names]
+
+    def kept(self) -> Tensor:
+        """1 where a parameter is not pruned, else 0, as the blocks of a vector."""
+        masks, vector = parameter_masks(self._model), self.zeros()
+        for (name, _), view in zip(self._found, vector.views, strict=True):
+            view.copy_(masks[name]) if name in masks else view.fill_(1)
+        return vector.blocks
 
     def evaluate(self, names: Iterable[str], vectors: Vectors) -> dict[str, Tensor]:
         """The named quantities, each a tensor (layer,)."""
-        return evaluate(names, vectors, self._layer_of, len(self))
+        return evaluate(names, vectors, self.layer_of_block, len(self))

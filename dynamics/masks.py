@@ -1,10 +1,10 @@
 """Masks: which parameters are pruned, and what keeps them at exactly zero while training goes on.
 
-A mask is a boolean buffer ``<parameter>_mask`` on the module that owns the parameter; it moves with the module and
-stays out of the state dict. (A deep copy of the module has the mask, but not yet what masks the gradient.) While it is
-there, three things hold a pruned parameter at zero under any optimizer whose update of a parameter with zero value,
-gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...): its value is zero, its gradient is
-masked as it arrives, and its optimizer state is masked once.
+A mask is a boolean buffer ``<parameter>_mask`` on the module that owns the parameter; it moves with the module, is
+copied with it, and stays out of the state dict. While it is there, three things hold a pruned parameter at zero under
+any optimizer whose update of a parameter with zero value, gradient and state is zero (SGD with momentum and weight
+decay, Adam, AdamW, ...): its value is zero, its gradient is masked as it arrives, and its optimizer state is masked
+once.
 """
 
 from __future__ import annotations
@@ -23,17 +23,47 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Mask of each pruned parameter by the parameter's name: True where it is kept, same shape."""
+    """Mask of each pruned parameter by the parameter's name: True where it is kept, same shape.
+
+    Those of ``torch.nn.utils.prune`` as well, whose parameters are called ``<parameter>_orig``.
+    """
     buffers = dict(model.named_buffers())
-    return {name: buffers[name + _SUFFIX] for name, _ in model.named_parameters() if name + _SUFFIX in buffers}
+    names = {name: name.removesuffix("_orig") + _SUFFIX for name, _ in model.named_parameters()}
+    return {name: buffers[mask].bool() for name, mask in names.items() if mask in buffers}
 
 
 def _register(owner: nn.Module, leaf: str) -> Tensor:
-    parameter = getattr(owner, leaf)
-    mask = torch.ones_like(parameter, dtype=torch.bool)
+    mask = torch.ones_like(getattr(owner, leaf), dtype=torch.bool)
     owner.register_buffer(leaf + _SUFFIX, mask, persistent=False)
-    parameter.register_hook(lambda grad: grad * getattr(owner, leaf + _SUFFIX))
+    _mask_gradient(owner, leaf)
+    if not any(hook is _mask_gradients for hook in owner._forward_pre_hooks.values()):
+        owner.register_forward_pre_hook(_mask_gradients)
     return mask
+
+
+class _Masking:
+    """The hook on a parameter's gradient. Tensors lose their hooks when they are copied; this one's type tells."""
+
+    def __init__(self, owner: nn.Module, leaf: str) -> None:
+        self._owner, self._leaf = owner, leaf
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad * getattr(self._owner, self._leaf + _SUFFIX)
+
+
+def _mask_gradient(owner: nn.Module, leaf: str) -> None:
+    parameter = getattr(owner, leaf)
+    if not any(isinstance(hook, _Masking) for hook in (parameter._backward_hooks or {}).values()):
+        parameter.register_hook(_Masking(owner, leaf))
+
+
+def _mask_gradients(owner: nn.Module, inputs: tuple) -> None:
+    """Before each forward pass: a copy of the module, or a parameter that was replaced, gets its hook back."""
+    if not torch.compiler.is_compiling():
+        for leaf, parameter in owner._parameters.items():
+            own = isinstance(parameter, nn.Parameter)  # not what functional_call puts in its place
+            if own and parameter.requires_grad and leaf + _SUFFIX in owner._buffers:
+                _mask_gradient(owner, leaf)
 
 
 @torch.no_grad()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .curvature import Expansion, LossFunction, mean_loss
 from .masks import parameter_masks
+from .moment import Moment
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -53,33 +53,6 @@ def sample_count(batch: Any) -> int:
     return next((sample_count(value) for value in values if isinstance(value, Tensor | Mapping | tuple | list)), 1)
 
 
-class RandomState:
-    """The state of the random number generators of torch, on CPU and one device, numpy and Python, to be set again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
-
-    def restore(self) -> None:
-        """Set the generators to the kept state."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        if self._device:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-
-@contextmanager
-def random_numbers_untouched(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the generators are afterwards as they were."""
-    state = RandomState(device)
-    try:
-        yield
-    finally:
-        state.restore()
-
-
 @contextmanager
 def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
     """Inside, all modules are in ``mode`` ("train" or "eval"; None leaves them); afterwards each is as it was."""
@@ -110,11 +83,12 @@ class _Stateless(nn.Module):
 class Probe:
     """An objective on fixed batches as a function of the parameters.
 
-    Buffers and pruning masks are those of the moment when the probe is made, whatever happens to the model later. Every
-    evaluation runs on copies of the buffers (a BatchNorm in training mode moves no running statistics), restores the
-    random numbers afterwards, starts each batch from ``random_states`` where given (the same dropout mask as the
-    training step's), and multiplies the parameters by the masks: a pruned parameter is the constant zero, so it has no
-    gradient; nor has a frozen one (``requires_grad=False``). Batches count by their number of samples.
+    Buffers, pruning masks and what modules keep in plain attributes are those of the moment when the probe is made, or
+    of the given ``moments``, one a batch, whatever happens to the model later. Every evaluation leaves them and the
+    random numbers as they are (a BatchNorm in training mode moves no running statistics), draws the moment's random
+    numbers (the same dropout mask as the training step's), and multiplies the parameters by the masks: a pruned
+    parameter is the constant zero, so it has no gradient; nor has a frozen one (``requires_grad=False``). Batches count
+    by their number of samples. Nothing runs compiled: that has no second derivative.
     """
 
     def __init__(
@@ -124,29 +98,25 @@ class Probe:
         batches: Sequence[Any],
         *,
         mode: str | None = None,
-        random_states: Sequence[RandomState] | None = None,
+        moments: Sequence[Moment] | None = None,
     ) -> None:
         self._model = unwrap(model)
         self._mode = mode
         self._stateless = _Stateless(self._model, objective)
         self._device = next(self._model.parameters()).device
-        self._states = list(random_states) if random_states else [RandomState(self._device)] * len(batches)
+        moments = moments or [Moment(self._model, self._device)] * len(batches)
         counts = [sample_count(batch) for batch in batches]
         self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        self._losses = [self._loss_function(batch, state) for batch, state in zip(batches, self._states, strict=True)]
+        self._losses = [self._loss_function(batch, moment) for batch, moment in zip(batches, moments, strict=True)]
 
-    def _loss_function(self, batch: Any, state: RandomState) -> LossFunction:
+    def _loss_function(self, batch: Any, moment: Moment) -> LossFunction:
         def loss(theta: dict[str, Tensor]) -> Tensor:
             free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
             masked = {name: t * self._masks[name] if name in self._masks else t for name, t in free.items()}
-            values = masked | {name: buffer.clone() for name, buffer in self._buffers.items()}
-            values = {f"model.{name}": tensor for name, tensor in values.items()}
-            # Of the kernels of attention only the plain one has a second derivative.
-            with random_numbers_untouched(self._device), mode_of(self._model, self._mode), sdpa_kernel(SDPBackend.MATH):
-                state.restore()
+            values = {f"model.{name}": tensor for name, tensor in (masked | moment.buffers()).items()}
+            with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
                 return torch.func.functional_call(self._stateless, values, (to_device(batch, self._device),))
 
         return loss
@@ -161,3 +131,14 @@ class Probe:
     def loss(self) -> Tensor:
         """Mean loss at the model's present parameters."""
         return mean_loss(self._losses, self._weights, self._parameters())
+
+
+@contextmanager
+def _differentiable_twice() -> Iterator[None]:
+    """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly."""
+    with sdpa_kernel(SDPBackend.MATH):
+        if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
+            yield
+        else:
+            with torch.compiler.set_stance("force_eager"):
+                yield

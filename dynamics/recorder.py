@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from . import provenance, schema
-from .arguments import check_arguments, check_description, check_scalar, wanted
+from .arguments import check_arguments, check_description, check_epoch, check_scalar, optimizers, wanted
+from .batches import Batches
 from .buffer import Buffer
-from .curvature import Expansion
 from .event import Event, Stage, effect
+from .groups import Groups
 from .layers import Layers
-from .probe import Objective, Probe, RandomState, cross_entropy_objective, unwrap
-from .quantities import FORMULAS, Vectors, minus
+from .moment import Moment
+from .probe import Objective, Probe, cross_entropy_objective, unwrap
+from .processes import Processes
+from .step import Measurement, Step
 from .store import Store
 
 _Measured = TypeVar("_Measured")
@@ -43,7 +46,8 @@ class Recorder:
         path: where the record goes, a new folder. Open it with :func:`dynamics.open_run`, or with xarray alone, which
             knows it by the name's end in ``.zarr`` (or by ``engine="zarr"``).
         model: any module. Layers are the modules that own parameters, by qualified name.
-        optimizer: a torch optimizer over the model's parameters. Its steps are counted from 0.
+        optimizer: a torch optimizer over the model's parameters, or a list of several. Steps are counted from 0; with
+            several optimizers one step is a step of each, or of those that step on the same batch.
         objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
             measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``.
         every: record first-order quantities at every such step.
@@ -61,7 +65,7 @@ class Recorder:
         self,
         path: str | os.PathLike,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         objective: Objective = cross_entropy_objective,
         every: int = 1,
@@ -70,27 +74,43 @@ class Recorder:
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
         check_arguments(model, optimizer, objective, every, curvature_every)
-        self._steps, self._curvature = wanted("steps", quantities), wanted("curvature", quantities)
-        self._model, self._optimizer, self._objective = unwrap(model), optimizer, objective
-        self._every, self._curvature_every = every, curvature_every if self._curvature else 0
+        self._steps, curvature = wanted("steps", quantities), wanted("curvature", quantities)
+        self._processes = Processes(model)
+        self._model, self._optimizers, self._objective = unwrap(model), optimizers(optimizer), objective
+        self._every, self._curvature_every = every, curvature_every if curvature else 0
         self._layers = Layers(self._model)
-        self._start = self._layers.theta_copy() if "distance_sqnorm" in self._steps else []
+        self._groups = Groups(self._optimizers, self._layers)
+        self._measurement = Measurement(self._layers, self._groups, self._processes, self._steps, curvature)
         self._step, self._epoch, self._events, self._flow_time = 0, 0, 0, 0.0
-        self._batches: list[tuple[Any, RandomState | None]] = []
+        self._open: Step | None = None
         self._logged: dict[str, float | Tensor] = {}
         self._row: dict[str, float | Tensor] = {}
-        self._before: _Before | None = None
-        self._busy = False
+        self._path, self._busy = path, False
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)}
-        self._store = Store(path, origin | dict(attributes or {}))
-        self._buffer = Buffer(self._store)
-        for node in ("steps", "curvature", "pruning"):
-            self._buffer.coordinate(node, "layer", "layer", np.array(self._layers.names))
-        self._buffer.coordinate("pruning", "stage", "stage", np.array(schema.STAGES))
+        self._buffer = self._processes.first(lambda: Buffer(Store(path, origin | dict(attributes or {}))))
+        self._say_what_is_fixed()
+        self._batches = Batches([] if self._processes.replicated else self._layers.parameters)
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            hook
+            for number, one in enumerate(self._optimizers)
+            for hook in (
+                one.register_step_pre_hook(partial(self._before_step, number)),
+                one.register_step_post_hook(partial(self._after_step, number)),
+            )
         ]
+
+    def _say_what_is_fixed(self) -> None:
+        if self._buffer is not None:
+            for node in ("steps", "curvature", "pruning"):
+                self._buffer.coordinate(node, "layer", "layer", np.array(self._layers.names))
+            self._buffer.coordinate("pruning", "stage", "stage", np.array(schema.STAGES))
+        if self._processes.sharded and self._curvature_every:
+            self._curvature_every = 0
+            warnings.warn(
+                "curvature is not recorded: it needs all parameters in one process, and FSDP2 spreads them; "
+                "give curvature_every=0 to record first-order quantities only",
+                stacklevel=3,
+            )
 
     # what the loop calls
 
@@ -100,13 +120,18 @@ class Recorder:
 
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, where there is no loader to watch. Several batches accumulate."""
+        self._end_step()
         if not self._batches:
             self._logged = {}
         due = self._due(self._curvature_every)
-        self._batches.append((batch, RandomState(self._layers.device) if due else None))
+        self._batches.add(batch, Moment(self._model, self._layers.device) if due else None)
 
     def log(self, **scalars: float | Tensor) -> None:
-        """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device."""
+        """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
+
+        A loop that says nothing of its batches (:meth:`watch`, :meth:`observe`) has to log at every step: else a value
+        logged before its step is taken to be of the step before.
+        """
         for name, value in scalars.items():
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
@@ -116,13 +141,17 @@ class Recorder:
 
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""
-        self._buffer.add("epochs", {"epoch": self._epoch, **scalars})
+        check_epoch(scalars)
+        self._add("epochs", {"epoch": self._epoch, **scalars})
 
     @contextmanager
     def event(
         self, kind: str, *, probe: Sequence[Any], mode: str = "eval", **attributes: float | str
     ) -> Iterator[Event]:
         """Measure before and after whatever happens inside, on the same batches: a row of ``/pruning``.
+
+        Parameters are compared by name, so what happens inside may replace Parameter objects, as
+        ``torch.nn.utils.prune`` does. Among several processes every one has to come here.
 
         Args:
             kind: what happens, e.g. ``"prune"``.
@@ -135,177 +164,213 @@ class Recorder:
 
         Raises:
             Whatever the body raises; then no row is written.
+            ValueError: an argument is not what it must be, or a parameter changes its shape inside.
         """
         if not isinstance(probe, list | tuple) or not probe or mode not in ("train", "eval"):
             raise ValueError(f"event() needs a list of batches and mode 'train' or 'eval'; got {probe!r:.60}, {mode!r}")
+        if self._processes.sharded:
+            raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
         check_description(kind, attributes)
-        states = [RandomState(self._layers.device)] * len(probe)
-        before = self._stage(probe, mode, states)
+        self._end_step()
+        moments = [Moment(self._model, self._layers.device)] * len(probe)
+        before = self._stage(probe, mode, moments)
         yield (event := Event())
-        after = self._stage(probe, mode, states)
+        after = self._stage(probe, mode, moments)
         row = {"event": self._events, "kind": kind, "mode": mode, "step": self._step, "epoch": self._epoch}
-        self._buffer.add("pruning", row | attributes | effect(self._layers, before, after))
+        self._add("pruning", row | attributes | effect(self._layers, before, after))
         self._add_units(event)
         self._events += 1
+
+    def flush(self) -> None:
+        """Write all that was recorded so far and wait for it; before a checkpoint is saved, say."""
+        if self._buffer is not None:
+            self._buffer.flush(wait=True)
 
     def close(self) -> None:
         """Detach from the optimizer, write what is left and wait for it. Nothing of the recorder stays behind.
 
-        Raises:
-            OSError: some rows could not be written.
+        What cannot be written is lost with a warning, not an exception: it must not cost what comes after the training.
         """
         if self._hooks:
+            self._end_step()
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
+            self._batches.close()
             self._finish_row()
-            self._buffer.close()
+            if self._buffer is not None:
+                self._buffer.close()
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+        if self._batches and not self._step and exception[0] is None:
+            warnings.warn(
+                "batches were seen, but no step of the optimizer: the one that trains is not the one that was given "
+                "(a copy of an optimizer has no hooks)",
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         state = "recording" if self._hooks else "closed"
-        return f"<Recorder {self._store.path}: {state}, {self._step} steps, {len(self._layers)} layers>"
+        return f"<Recorder {self._path}: {state}, {self._step} steps, {len(self._layers)} layers>"
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the recorder itself is evaluating the model right now: hooks of one's own may want to wait."""
+        return self._busy
 
     # around a step
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_step(
+        self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         if self._busy:
             return None
-        self._before = None  # that of a step which an exception ended
+        if self._open is not None and self._open.stepping is not None:
+            self._open = None  # an exception ended that step
+        if self._open is not None and number in self._open.stepped:
+            self._end_step()
+        self._open = self._open or Step()
+        self._open.stepping = number
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
-            self._measure_before()
+            self._gradient_is_there(number)
             return None
-        measuring = self._measuring(closure)
+        measuring = self._measuring(closure, number)
         return (args, {**kwargs, "closure": measuring}) if "closure" in kwargs else ((args[0], measuring), kwargs)
 
-    def _measuring(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _measuring(self, closure: Callable[[], Any], number: int) -> Callable[[], Any]:
         """The closure, with the measurement when it first returns: only then is the step's gradient there."""
+        waiting = [number]
 
         def measured() -> Any:
             loss = closure()
-            if self._before is None:
-                self._measure_before()
+            if waiting:
+                self._gradient_is_there(waiting.pop())
             return loss
 
         return measured
 
-    def _measure_before(self) -> None:
+    def _gradient_is_there(self, number: int) -> None:
         """Keep θ and g as they are before the step; the optimizer may overwrite either."""
+        step, due = self._open, self._due(self._every) and not self._only_helps
         curvature = self._due(self._curvature_every) and bool(self._batches)
-        if not (curvature or self._due(self._every)):
+        if not (curvature or due):
             return
         with self._measuring_now():
-            probe = self._step_probe() if curvature else None
-            self._before = _Before(
-                theta=self._layers.theta_copy(),
-                grad=self._layers.grad_copy(self._optimizer),
-                probe=probe,
-                expansion=self._or_give_up(probe.expand) if probe else None,
-            )
+            if not step.begun:
+                self._layers.refresh()
+                self._groups.refresh()
+                self._measurement.begin()
+                step.begun = True
+                if curvature:
+                    batches, moments = self._batches.of_the_step()
+                    step.probe = Probe(self._model, self._objective, batches, moments=moments)
+                    step.expansion = self._or_give_up(step.probe.expand)
+            self._measurement.take_gradient(number)
 
-    def _step_probe(self) -> Probe:
-        batches, states = zip(*self._batches, strict=True)
-        return Probe(self._model, self._objective, batches, random_states=states)
+    def _after_step(self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._busy or self._open is None:
+            return
+        self._open.stepping = None
+        self._open.stepped.add(number)
+        if len(self._open.stepped) == len(self._optimizers):
+            self._end_step()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._busy:
+    def _end_step(self) -> None:
+        """All optimizers have stepped, or a new step begins: measure what the step did."""
+        step, self._open = self._open, None
+        if step is None or not step.stepped:
             return
         self._finish_row()
-        before, self._before = self._before, None
-        flow_step = _flow_step(optimizer.param_groups[0])
-        if before is not None:
+        skipped = self._skipped()
+        if step.begun:
             with self._measuring_now():
-                update = minus(self._layers.theta(), before.theta)
-                if self._due(self._every):
-                    self._row = self._scalars(flow_step) | self._step_values(before, update) | self._logged
-                if before.expansion is not None:
-                    values = self._or_give_up(lambda: self._curvature_values(before, update))
-                    if values is not None:
-                        self._buffer.add("curvature", {"step": self._step, **values})
+                self._measurement.end()
+                if self._due(self._every) and not self._only_helps:
+                    values = self._processes.total(self._measurement.step_values())
+                    self._row = self._scalars(skipped) | values | self._logged
+                if step.expansion is not None:
+                    self._add_curvature(step)
         # The row of a step that is not recorded takes what is logged, and is dropped.
         self._row = self._row or {"step": None, **self._logged}
         self._step += 1
-        self._flow_time += flow_step
-        self._batches, self._logged = [], {}
+        self._flow_time = self._flow_time + self._groups.first_flow_step() * (1 - skipped)
+        self._batches.clear()
+        self._logged = {}
 
-    def _scalars(self, flow_step: float) -> dict[str, float | Tensor]:
-        found = getattr(self._optimizer, "found_inf", None)
+    def _add_curvature(self, step: Step) -> None:
+        values = self._or_give_up(lambda: self._measurement.curvature_values(step.expansion, step.probe))
+        if values is not None:
+            self._add("curvature", {"step": self._step, **self._processes.mean_values(values)})
+
+    def _skipped(self) -> float | Tensor:
+        """1 where a gradient scaler made the optimizers skip the step."""
+        found = [getattr(one, "found_inf", None) for one in self._optimizers]
+        found = [one.detach().reshape(()) for one in found if one is not None]
+        return torch.stack(found).amax() if found else 0.0
+
+    def _scalars(self, skipped: float | Tensor) -> dict[str, Any]:
         scalars = {
-            "learning_rate": float(self._optimizer.param_groups[0]["lr"]),
-            "flow_step": flow_step,
-            "flow_time": self._flow_time,
-            "epoch": self._epoch,
-            "skipped": 0.0 if found is None else found.detach().reshape(()).clone(),
+            "learning_rate": self._groups.learning_rate,
+            "flow_step": self._groups.flow_step,
+            "flow_time": lambda: self._flow_time,
+            "epoch": lambda: self._epoch,
+            "skipped": lambda: skipped,
         }
-        return {"step": self._step} | {name: value for name, value in scalars.items() if name in self._steps}
-
-    def _step_values(self, before: _Before, update: list[Tensor]) -> dict[str, Tensor]:
-        vectors = Vectors(
-            theta=before.theta,
-            grad=before.grad,
-            update=update,
-            start=self._start,
-            decay=self._layers.decay(self._optimizer) if "decay_sqnorm" in self._steps else None,
-        )
-        return self._layers.evaluate((name for name in self._steps if name in FORMULAS), vectors)
-
-    def _curvature_values(self, before: _Before, update: list[Tensor]) -> dict[str, Tensor]:
-        expansion, names = before.expansion, [name for name in self._curvature if name in FORMULAS]
-        wants_hess_grad = {"grad_hess_grad", "param_hess_grad"} & set(names)
-        vectors = Vectors(
-            theta=before.theta,
-            grad=expansion.grad,
-            update=update,
-            hess_grad=expansion.hessian_product(expansion.grad) if wants_hess_grad else (),
-            hess_update=expansion.hessian_product(update) if "update_hess_update" in names else (),
-        )
-        values = self._layers.evaluate(names, vectors)
-        if "loss_before" in self._curvature:
-            values["loss_before"] = expansion.loss
-        if "loss_after" in self._curvature:
-            values["loss_after"] = before.probe.loss()
-        return values
+        return {"step": self._step} | {name: value() for name, value in scalars.items() if name in self._steps}
 
     def _or_give_up(self, measure: Callable[[], _Measured]) -> _Measured | None:
         """What a probe measures; where it fails, the training goes on without curvature, and a warning says so."""
+        measured, reason = None, "another process failed"
         try:
-            return measure()
+            measured = measure()
         except Exception as error:
-            self._curvature_every = 0
-            warnings.warn(
-                f"curvature is not recorded from step {self._step} on: the objective failed on this step's batch with "
-                f"{type(error).__name__}: {' '.join(str(error).split())}. Give the recorder what fits model and "
-                "loader: Recorder(..., objective=lambda model, batch: <scalar loss>), or curvature_every=0",
-                stacklevel=2,
-            )
-            return None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if self._processes.all_agree(measured is not None, self._layers.device):
+            return measured
+        self._curvature_every = 0
+        warnings.warn(
+            f"curvature is not recorded from step {self._step} on: the objective failed on this step's batch with "
+            f"{reason}. Give the recorder what fits model and loader: "
+            "Recorder(..., objective=lambda model, batch: <scalar loss>), or curvature_every=0",
+            stacklevel=2,
+        )
+        return None
 
     def _finish_row(self) -> None:
         """Send the last step's row; until the next step it waited for what is logged after ``optimizer.step()``."""
         if self._row.get("step") is not None:
-            self._buffer.add("steps", self._row)
+            self._add("steps", self._row)
         self._row = {}
 
     # small things
 
-    def _stage(self, batches: Sequence[Any], mode: str, states: Sequence[RandomState]) -> Stage:
+    @property
+    def _only_helps(self) -> bool:
+        """A replica that does not write has nothing to add to first-order quantities."""
+        return self._processes.replicated and not self._processes.writes
+
+    def _add(self, node: str, row: Mapping[str, Any]) -> None:
+        if self._buffer is not None:
+            self._buffer.add(node, row)
+
+    def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
         with self._measuring_now():
-            probe = Probe(self._model, self._objective, batches, mode=mode, random_states=states)
-            return Stage(self._layers, probe.expand())
+            self._layers.refresh()
+            probe = Probe(self._model, self._objective, batches, mode=mode, moments=moments)
+            return Stage(self._layers, self._processes, probe.expand())
 
     def _add_units(self, event: Event) -> None:
-        if not event.alive:
+        if not event.alive or self._buffer is None:
             return
         layers, index = zip(*event.unit_labels(), strict=True)
         self._buffer.coordinate("units", "layer", "unit", np.array(layers))
         self._buffer.coordinate("units", "index", "unit", np.array(index))
-        self._buffer.add("units", {"event": self._events, **event.unit_row()})
+        self._add("units", {"event": self._events, **event.unit_row()})
 
     def _due(self, every: int) -> bool:
         return bool(every) and self._step % every == 0
@@ -321,16 +386,6 @@ class Recorder:
             self._busy = False
 
 
-@dataclass(frozen=True)
-class _Before:
-    """The moment before a step."""
-
-    theta: list[Tensor]
-    grad: list[Tensor]
-    probe: Probe | None
-    expansion: Expansion | None
-
-
 class _Watched:
     """A loader under watch: as long as the loader, and yields what it yields."""
 
@@ -344,17 +399,11 @@ class _Watched:
         if self._passes or self._recorder._step:
             self._recorder._epoch += 1
         self._passes += 1
-        self._recorder._batches = []  # of a pass that was broken off before its step
+        self._recorder._end_step()
+        self._recorder._batches.clear()  # of a pass that was broken off before its step
         for batch in self._loader:
             self._recorder.observe(batch)
             yield batch
-
-
-def _flow_step(group: Mapping[str, Any]) -> float:
-    """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β)."""
-    momentum = float(group.get("momentum") or 0.0)
-    rate = float(group["lr"])
-    return rate * (1 - float(group.get("dampening") or 0.0)) / (1 - momentum) if 0 < momentum < 1 else rate
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,6 +7,7 @@ import torch
 from networks import dense, flat, plain_step, smooth_network, vectors
 
 from dynamics import Recorder, open_run
+from dynamics.quantities import FORMULAS
 
 
 def test_layers_add_up(tmp_path: Path) -> None:
@@ -30,6 +31,8 @@ def test_layers_add_up(tmp_path: Path) -> None:
         "update_sqnorm": update @ update,
         "param_update": theta @ update,
         "grad_update": grad @ update,
+        "applied_grad_sqnorm": grad @ grad,
+        "grad_applied_grad": grad @ grad,
         "grad_hess_grad": grad @ hessian @ grad,
         "param_hess_grad": theta @ hessian @ grad,
         "update_hess_update": update @ hessian @ update,
@@ -37,7 +40,7 @@ def test_layers_add_up(tmp_path: Path) -> None:
     checked = set()
     for node in ("steps", "curvature"):
         dataset = run[node].to_dataset().isel(step=1)
-        for name in (name for name in dataset.data_vars if "layer" in dataset[name].dims):
+        for name in (name for name in FORMULAS if name in dataset):
             np.testing.assert_allclose(dataset[name].sum("layer"), oracle[name], rtol=1e-9, err_msg=name)
             checked.add(name)
     assert checked == set(oracle)

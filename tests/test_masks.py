@@ -168,7 +168,6 @@ def test_masks_stay_out_of_the_state_dict() -> None:
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.xfail(strict=True, reason="torch copies the mask, but not the hook on the gradient")
 def test_a_copy_is_masked_too() -> None:
     model, _ = linear()
     keep = torch.tensor([[False, True, True], [True, True, True]])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
 from dynamics.curvature import Expansion
-from dynamics.quantities import sqnorm
+from dynamics.layers import Layers
+from dynamics.quantities import Vectors
 
 
 def test_clipping_is_seen_in_the_steps_and_not_in_the_curvature(tmp_path: Path) -> None:
@@ -30,6 +31,10 @@ def test_clipping_is_seen_in_the_steps_and_not_in_the_curvature(tmp_path: Path) 
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-12)
     np.testing.assert_allclose(run["curvature"].grad_sqnorm.sum("layer"), raw, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].applied_grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-12)
+    np.testing.assert_allclose(
+        run["curvature"].grad_applied_grad.sum("layer"), np.sqrt(np.multiply(raw, applied)), rtol=1e-12
+    )  # clipping shortens and does not turn
 
 
 def test_a_closure_is_measured_at_its_first_return(tmp_path: Path) -> None:
@@ -329,7 +334,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
     other = torch.optim.SGD(smooth_network().parameters(), 0.1)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         Recorder(path, "model", optimizer)
-    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got float"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, or a list of them, got float"):
         Recorder(path, model, 0.1)
     with pytest.raises(TypeError, match="objective must be a function"):
         Recorder(path, model, optimizer, objective=1)
@@ -370,11 +375,13 @@ def test_a_broken_off_pass_leaves_no_batch_behind(tmp_path: Path) -> None:
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
-def test_sums_in_single_and_half_precision_are_right() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        theta = torch.randn(3_000_000).to(dtype)
-        exact = theta.double().square().sum()
-        torch.testing.assert_close(sqnorm([theta]).double(), exact[None], rtol=1e-7, atol=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_sums_in_low_precision_are_right(dtype: torch.dtype) -> None:
+    theta = torch.randn(3_000_000).to(dtype)
+    layers = Layers(nn.ParameterList([theta]))
+    found = layers.evaluate(["param_sqnorm"], Vectors(theta=layers.theta(layers.zeros()).blocks))["param_sqnorm"]
+    exact = theta.to(torch.complex128).abs().square().sum()
+    torch.testing.assert_close(found, exact[None], rtol=1e-7, atol=0)
 
 
 def test_attention_has_curvature(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..probe import Probe, cross_entropy_objective, mode_of, random_numbers_untouched, sample_count, to_device, unwrap
+from ..moment import random_numbers_untouched
+from ..probe import Probe, cross_entropy_objective, mode_of, sample_count, to_device, unwrap
 from .measures import Evidence, Measure, find_measure
 from .units import UnitLayer, unit_layers
 

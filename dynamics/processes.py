@@ -1,0 +1,74 @@
+"""The processes that train one model together: which of them writes the record, and what they add up or average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_Made = TypeVar("_Made")
+
+
+class Processes:
+    """How the parameters of a model are spread over processes.
+
+    ``replicated`` (DistributedDataParallel): every process holds all parameters and the mean gradient, but sees its own
+    batches; so losses and Hessian products are averaged. ``sharded`` (FSDP2): every process holds a part of each
+    parameter; so inner products are added up. Any other model is this process's own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        wrapped = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+        self.sharded = together and any(hasattr(parameter, "to_local") for parameter in model.parameters())
+        self.replicated = together and wrapped and not self.sharded
+        self._together = self.sharded or self.replicated
+        self.writes = not self._together or dist.get_rank() == 0
+
+    def first(self, make: Callable[[], _Made]) -> _Made | None:
+        """What ``make`` gives in the process that writes, None in the others; its exception is raised in all."""
+        made, error = None, None
+        if self.writes:
+            try:
+                made = make()
+            except Exception as raised:
+                error = raised
+        if self._together:
+            told = [error]
+            dist.broadcast_object_list(told, src=0)
+            error = told[0]
+        if error is not None:
+            raise error
+        return made
+
+    def all_agree(self, fine: bool, device: torch.device) -> bool:
+        """Whether it is fine in every process."""
+        if not self._together:
+            return fine
+        said = torch.tensor(float(fine), device=device)
+        dist.all_reduce(said, dist.ReduceOp.MIN)
+        return bool(said)
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean over replicas of each tensor."""
+        if self.replicated:
+            tensors = [tensor.contiguous() for tensor in tensors]
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+            torch._foreach_div_(tensors, dist.get_world_size())
+        return list(tensors)
+
+    def total(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The sum over shards of each value."""
+        if not self.sharded or not values:
+            return values
+        stacked = torch.stack(list(values.values()))
+        dist.all_reduce(stacked)
+        return dict(zip(values, stacked.unbind(), strict=True))
+
+    def mean_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over replicas of each value."""
+        return dict(zip(values, self.mean([value.detach() for value in values.values()]), strict=True))

@@ -1,0 +1,102 @@
+"""One training step: θ and g before it, what it did, and the curvature on its own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .curvature import Expansion
+from .groups import Groups
+from .layers import Layers
+from .probe import Probe
+from .processes import Processes
+from .quantities import FORMULAS, Vectors
+
+
+class Step:
+    """A step in progress, of one optimizer or of several that step one after the other.
+
+    ``stepping`` is the number of the optimizer whose step has begun, ``stepped`` those that are through. The update is
+    what the optimizers changed; the gradient is, of each parameter, what its optimizer was given, else zero.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.stepping: int | None = None
+        self.stepped: set[int] = set()
+        self.probe: Probe | None = None
+        self.expansion: Expansion | None = None
+
+
+class Measurement:
+    """Measures steps. Its vectors are made once and used at every step, so memory does not grow with their number."""
+
+    def __init__(
+        self, layers: Layers, groups: Groups, processes: Processes, steps: Sequence[str], curvature: Sequence[str]
+    ) -> None:
+        self._layers, self._groups, self._processes = layers, groups, processes
+        self._steps = [name for name in steps if name in FORMULAS]
+        self._curvature = [name for name in curvature if name in FORMULAS]
+        self._losses = [name for name in curvature if name not in FORMULAS]
+        self._make_vectors()
+        self.start = layers.theta(layers.zeros()) if "distance_sqnorm" in steps else None
+
+    def _make_vectors(self) -> None:
+        self._theta, self._grad, self._update = (self._layers.zeros() for _ in range(3))
+        self._version = self._layers.version
+
+    def begin(self) -> None:
+        """Keep θ as it is before the step; no gradient is known yet."""
+        if self._version != self._layers.version:
+            self._make_vectors()
+        self._layers.theta(self._theta)
+        self._grad.blocks.zero_()
+
+    def take_gradient(self, optimizer: int) -> None:
+        """Keep g as an optimizer is about to apply it: the step may overwrite it."""
+        self._groups.gradient(optimizer, self._grad)
+
+    def end(self) -> None:
+        """Take the update: θ as it is now less θ as it was."""
+        self._layers.theta(self._update).blocks.sub_(self._theta.blocks)
+
+    def step_values(self) -> dict[str, Tensor]:
+        """The layers' quantities of ``/steps``, each (layer,)."""
+        vectors = Vectors(
+            theta=self._theta.blocks,
+            grad=self._grad.blocks,
+            update=self._update.blocks,
+            start=None if self.start is None else self.start.blocks,
+            decay=self._groups.decay() if "decay_sqnorm" in self._steps else None,
+        )
+        return self._layers.evaluate(self._steps, vectors)
+
+    def curvature_values(self, expansion: Expansion, probe: Probe) -> dict[str, Tensor]:
+        """The quantities of ``/curvature``, each (layer,), or a scalar."""
+        layers, names = self._layers, list(expansion.theta)
+        grad = self._processes.mean(expansion.grad)
+        hess_grad = hess_update = None
+        if {"grad_hess_grad", "param_hess_grad"} & set(self._curvature):
+            hess_grad = self._product(expansion, grad)
+        if "update_hess_update" in self._curvature:
+            hess_update = self._product(expansion, layers.tensors(self._update.blocks, names))
+        vectors = Vectors(
+            theta=self._theta.blocks,
+            grad=layers.vector(dict(zip(names, grad, strict=True))),
+            update=self._update.blocks,
+            applied=self._grad.blocks,
+            hess_grad=hess_grad,
+            hess_update=hess_update,
+        )
+        values = layers.evaluate(self._curvature, vectors)
+        losses = {
+            "loss_before": lambda: expansion.loss,
+            "loss_after": probe.loss,
+            "approximate": lambda: torch.tensor(float(not expansion.exact)),
+        }
+        return values | {name: losses[name]() for name in self._losses}
+
+    def _product(self, expansion: Expansion, vector: Sequence[Tensor]) -> Tensor:
+        return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(vector), strict=True)))

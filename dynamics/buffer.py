@@ -140,7 +140,7 @@ class Buffer:
         self._writer.queue.put(request)
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
-                request.done.get(timeout=0.2)
+                request.done.get(timeout=0.05)
                 return
 
     def _stop(self, error: Exception, lost: list[Entry]) -> None:

@@ -1,0 +1,245 @@
+"""No row is lost and none is written twice: interrupted anywhere, the disk full for a while or for good, forked."""
+
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+import torch
+
+from dynamics import buffer, writer
+from dynamics.buffer import Buffer
+
+
+class Memory:
+    """A store that keeps what it is given, and fails while it is told to."""
+
+    path = Path("run.zarr")
+
+    def __init__(self) -> None:
+        self.appended: dict[str, list[float]] = {}
+        self.coordinates: dict[str, object] = {}
+        self.committed = 0
+        self.full = False
+        self.closed = False
+
+    def _fail_when_full(self) -> None:
+        if self.full:
+            raise OSError("No space left on device")
+
+    def write_coordinate(self, node: str, name: str, dim: str, values: object) -> None:
+        self._fail_when_full()
+        self.coordinates[node] = values
+
+    def append(self, node: str, rows: dict[str, np.ndarray]) -> None:
+        self._fail_when_full()
+        self.appended.setdefault(node, []).extend(rows["value"].tolist())
+
+    def commit(self) -> None:
+        self._fail_when_full()
+        self.committed = sum(map(len, self.appended.values()))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def interrupted(work: Callable[[], None], at: int, action: Callable[[], None]) -> bool:
+    """Run the work, with the action before the ``at``-th bytecode of buffer.py; whether there were so many."""
+    left = at
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
+        nonlocal left
+        if frame.f_code.co_filename != buffer.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                action()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+class Loop:
+    """Adds rows and forgets each once it is added, so that after an interruption it goes on with the same row."""
+
+    def __init__(self, rows: Buffer) -> None:
+        self.rows = rows
+        self.pending = deque((node, {"value": 10.0 * step}) for step in range(4) for node in ("steps", "epochs"))
+
+    def run(self) -> None:
+        while self.pending:
+            self.rows.add(*self.pending[0])
+            self.pending.popleft()
+        self.rows.flush(wait=True)
+
+
+def ctrl_c(loop: Loop) -> None:
+    raise KeyboardInterrupt
+
+
+def handler_flushes(loop: Loop) -> None:
+    loop.rows.flush(wait=True)
+
+
+def handler_adds_and_flushes(loop: Loop) -> None:
+    if loop.pending:
+        loop.rows.add(*loop.pending[0])
+    loop.rows.flush(wait=True)
+
+
+def handler_flushes_then_ctrl_c(loop: Loop) -> None:
+    loop.rows.flush()
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("action", [ctrl_c, handler_flushes, handler_adds_and_flushes, handler_flushes_then_ctrl_c])
+def test_interrupted_at_any_bytecode(monkeypatch: pytest.MonkeyPatch, action: Callable[[Loop], None]) -> None:
+    monkeypatch.setattr(buffer, "_ROWS", 4)
+    for at in count(1):
+        store = Memory()
+        rows = Buffer(store)
+        rows.coordinate("steps", "layer", "layer", np.array(["a"]))
+        loop = Loop(rows)
+        try:
+            reached = interrupted(loop.run, at, lambda loop=loop: action(loop))
+        except KeyboardInterrupt:
+            reached = True
+            loop.run()
+        rows.close()
+        assert store.appended == {"steps": [0.0, 10.0, 20.0, 30.0], "epochs": [0.0, 10.0, 20.0, 30.0]}, at
+        assert store.committed == 8
+        assert store.closed
+        if not reached:
+            break
+    assert at > 1000
+
+
+@pytest.mark.parametrize("action", [ctrl_c, Buffer.close])
+def test_closing_may_be_interrupted(action: Callable) -> None:
+    for at in count(1):
+        store = Memory()
+        rows = Buffer(store)
+        rows.add("steps", {"value": 1.0})
+        try:
+            reached = interrupted(rows.close, at, lambda rows=rows: action(rows))
+        except KeyboardInterrupt:
+            reached = True
+            rows.close()
+        assert (store.appended, store.committed, store.closed) == ({"steps": [1.0]}, 1, True), at
+        if not reached:
+            break
+    assert at > 100
+
+
+def test_rows_of_a_process_that_forked_are_written_once(tmp_path: Path) -> None:
+    store = Memory()
+    rows = Buffer(store)
+    rows.add("steps", {"value": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, about threads and fork
+        child = os.fork()
+    if child == 0:  # what a loader's worker inherits: none of these calls waits for a thread that is not there
+        rows.add("steps", {"value": 2.0})
+        rows.coordinate("steps", "layer", "layer", np.array(["a"]))
+        rows.flush(wait=True)
+        rows.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    rows.close()
+    assert store.appended == {"steps": [1.0]}
+    assert not store.coordinates
+
+
+def test_a_full_disk_is_tried_again_without_new_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.01)
+    store = Memory()
+    store.full = True
+    rows = Buffer(store)
+    rows.add("steps", {"value": 1.0})
+    rows.flush(wait=True)
+    assert "No space left" in str(rows.failure)
+    time.sleep(0.1)
+    store.full = False
+    while rows.failure is not None:
+        time.sleep(1e-3)
+    assert (store.appended, store.committed) == ({"steps": [1.0]}, 1)
+    assert len(caplog.records) == 1
+    rows.close()
+
+
+def test_memory_is_bounded_when_the_disk_stays_full(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(buffer, "_BOUND", 10_000)
+    store = Memory()
+    store.full = True
+    rows = Buffer(store)
+    with pytest.warns(UserWarning, match=r"into run\.zarr stops \(No space left on device\); training goes on"):
+        for step in range(100):  # 1000 bytes each
+            rows.add("steps", {"value": torch.full((125,), float(step))})
+            rows.flush(wait=True)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR]
+    assert str(rows.failure) == "No space left on device"
+    store.full = False
+    with pytest.warns(UserWarning, match=r"run\.zarr is incomplete: \d+ rows since .* \(No space left") as said:
+        rows.close()
+    written = [row[0] for row in store.appended["steps"]]
+    assert written == list(range(len(written)))  # no gap: what was kept, then nothing
+    assert 10 <= len(written) <= 12
+    assert f"incomplete: {100 - len(written)} rows" in str(said[0].message)
+
+
+def test_a_disk_that_hangs_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffer, "_BOUND", 10_000)
+    store, hanging = Memory(), threading.Event()
+    monkeypatch.setattr(store, "commit", lambda: hanging.wait(60))
+    rows = Buffer(store)
+    with pytest.warns(UserWarning, match="the disk does not keep up"):
+        for step in range(100):
+            rows.add("steps", {"value": torch.full((125,), float(step))})
+            rows.flush()
+    hanging.set()
+    with pytest.warns(UserWarning, match="is incomplete"):
+        rows.close()
+
+
+def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> None:
+    store = Memory()
+    rows = Buffer(store)
+    rows.add("steps", {"value": 1.0})
+    rows.flush()
+    rows.add("steps", {"value": torch.zeros(2)})
+    rows.add("steps", {"value": torch.zeros(3)})
+    with pytest.warns(UserWarning, match="stack expects each tensor to be equal size"):
+        rows.flush()
+    rows.add("steps", {"value": 2.0})
+    with pytest.warns(UserWarning, match="is incomplete: 3 rows"):
+        rows.close()
+    assert store.appended == {"steps": [1.0]}
+
+
+def test_a_closed_buffer_takes_nothing_more() -> None:
+    rows = Buffer(Memory())
+    rows.close()
+    rows.close()  # again: nothing happens
+    with pytest.raises(ValueError, match=r"the record run\.zarr is closed: nothing more can be recorded in it"):
+        rows.add("steps", {"value": 1.0})

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+_NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
+
 LossFunction = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -59,8 +61,8 @@ class Expansion:
         if self.exact:
             try:
                 return self._second_backward(vector)
-            except RuntimeError as error:  # "the derivative for ... is not implemented", and how compiled code says it
-                if "is not implemented" not in str(error) and "double backward" not in str(error):
+            except RuntimeError as error:
+                if not any(reason in str(error) for reason in _NOT_TWICE):
                     raise
                 self.exact, self._graph = False, None
         return self._difference(vector)
@@ -88,6 +90,8 @@ class Expansion:
         for loss_of, weight in self._losses:
             kept = self._graph is not None
             grad = self._graph if kept else self._gradient(loss_of, create_graph=True)[1]
+            if _has_none(grad):
+                raise RuntimeError("an operation of the loss is once_differentiable")
             pairs = [(part, v) for part, v in zip(grad, vector, strict=True) if part.requires_grad]
             if not pairs:  # a loss that is linear in every parameter
                 continue
@@ -101,6 +105,20 @@ class Expansion:
             )
             torch._foreach_add_(total_product, list(product), alpha=weight)
         return total_product
+
+
+def _has_none(grad: Sequence[Tensor]) -> bool:
+    """Whether a part of the gradient has no derivative: autograd would pass over it in silence, as if it were constant."""
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [part.grad_fn for part in grad]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if node.name() == "torch::autograd::Error":
+                return True
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return False
 
 
 @torch.no_grad()

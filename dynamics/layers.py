@@ -78,6 +78,11 @@ class Layers:
         """Shape of each parameter by its plain name."""
         return dict(zip(self._known, self._layout.shapes, strict=True))
 
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        """Precision of sums: double where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def zeros(self) -> Vector:
         """A vector over all parameters, zero everywhere."""
         return self._layout.zeros()

@@ -83,6 +83,7 @@ class Recorder:
         self._measurement = Measurement(self._layers, self._groups, self._processes, self._steps, curvature)
         self._step, self._epoch, self._events, self._flow_time = 0, 0, 0, 0.0
         self._open: Step | None = None
+        self._approximates = False
         self._logged: dict[str, float | Tensor] = {}
         self._row: dict[str, float | Tensor] = {}
         self._path, self._busy = path, False
@@ -304,6 +305,13 @@ class Recorder:
 
     def _add_curvature(self, step: Step) -> None:
         values = self._or_give_up(lambda: self._measurement.curvature_values(step.expansion, step.probe))
+        if values is not None and not (step.expansion.exact or self._approximates):
+            self._approximates = True
+            warnings.warn(
+                f"curvature is approximate from step {self._step} on: an operation of the model has no second derivative, "
+                "so Hessian products are central differences of gradients (/curvature's `approximate` is 1)",
+                stacklevel=2,
+            )
         if values is not None:
             self._add("curvature", {"step": self._step, **self._processes.mean_values(values)})
 
@@ -311,7 +319,7 @@ class Recorder:
         """1 where a gradient scaler made the optimizers skip the step."""
         found = [getattr(one, "found_inf", None) for one in self._optimizers]
         found = [one.detach().reshape(()) for one in found if one is not None]
-        return torch.stack(found).amax() if found else 0.0
+        return torch.stack(found).amax().to(self._layers.sums_dtype) if found else 0.0
 
     def _scalars(self, skipped: float | Tensor) -> dict[str, Any]:
         scalars = {

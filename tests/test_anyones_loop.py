@@ -1,0 +1,520 @@
+"""Any loop, any model: what is recorded is what a computation by hand beside the loop says."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from by_hand import ByHand
+from networks import convolutional_network, flat, images, plain_step, smooth_network, vectors
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from dynamics import Recorder, open_run
+
+Loss = Callable[[nn.Module, object], Tensor]
+
+
+def trained(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list,
+    loss_of: Loss,
+    between: Callable[[], None] = lambda: None,
+    **settings: object,
+) -> tuple[ByHand, list[float]]:
+    """Train on the batches, recorded and by hand; ``between`` happens between backward pass and step."""
+    by_hand, losses = ByHand(model), []
+    with Recorder(path, model, optimizer, objective=loss_of, **settings) as recorder:
+        for batch in recorder.watch(batches):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            between()
+            by_hand.before()
+            optimizer.step()
+            by_hand.after()
+            losses.append(loss.item())
+    return by_hand, losses
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, lr=0.1),
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "nesterov foreach": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "sgd fused": partial(torch.optim.SGD, lr=0.1, fused=True),
+    "adam": partial(torch.optim.Adam, lr=0.01),
+    "adamw foreach": partial(torch.optim.AdamW, lr=0.01, foreach=True),
+    "adamw fused": partial(torch.optim.AdamW, lr=0.01, fused=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer(tmp_path: Path, name: str) -> None:
+    model = convolutional_network()
+    by_hand, losses = trained(tmp_path / "run", model, OPTIMIZERS[name](model.parameters()), images(4), cross_entropy)
+    by_hand.agrees_with(open_run(tmp_path / "run")["steps"])
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses[:1], rtol=1e-12)
+
+
+class LanguageModel(nn.Module):
+    """A small causal transformer that takes a dictionary; its output layer shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(11, 8), nn.Embedding(6, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        hidden = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+        return self.head(self.blocks(hidden, mask=mask, is_causal=True))
+
+
+class Recurrent(nn.Module):
+    """An LSTM over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.lstm(inputs[:, 0])[0][:, -1])
+
+
+def next_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(ids=batch["ids"][:, :-1]).flatten(0, 1), batch["ids"][:, 1:].flatten())
+
+
+def several_terms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    penalty = sum(parameter.abs().sqrt().sum() for parameter in model.parameters())
+    return cross_entropy(model, batch) + 1e-3 * penalty
+
+
+def pictures(size: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(4, 3, size, size), torch.randint(3, (4,))) for _ in range(3)]
+
+
+def group_normed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def vision_transformer() -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, dropout=0.1, num_classes=3
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], Loss]] = {
+    "batchnorm and dropout": (partial(convolutional_network, dropout=0.3), partial(images, 3), cross_entropy),
+    "groupnorm": (group_normed, partial(images, 3), cross_entropy),
+    "resnet18": (partial(torchvision.models.resnet18, num_classes=3), partial(pictures, 32), cross_entropy),
+    "vit": (vision_transformer, partial(pictures, 16), cross_entropy),
+    "language model": (LanguageModel, lambda: [{"ids": torch.randint(11, (4, 7))} for _ in range(3)], next_token),
+    "recurrent": (Recurrent, partial(images, 3), cross_entropy),
+    "several terms": (smooth_network, partial(vectors, 3), several_terms),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(tmp_path: Path, name: str) -> None:
+    make, batches, loss_of = MODELS[name]
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    by_hand, losses = trained(tmp_path / "run", model, optimizer, batches(), loss_of, curvature_every=1)
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"])
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-10)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8, atol=1e-14)
+    assert np.isfinite(run["curvature"].grad_hess_grad).all()
+    assert not run["curvature"].approximate.any()
+
+
+def test_clipping_weight_decay_groups_and_a_schedule(tmp_path: Path) -> None:
+    model = smooth_network()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.1},
+        {"params": [model[2].weight], "lr": 0.01, "weight_decay": 0.5},
+        {"params": [model[2].bias], "lr": 0.02, "momentum": 0.5},
+    ]
+    optimizer = torch.optim.SGD(groups)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def between() -> None:
+        if optimizer.state[model[2].bias]:
+            schedule.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    by_hand, _ = trained(tmp_path / "run", model, optimizer, vectors(3), cross_entropy, between)
+    steps = open_run(tmp_path / "run")["steps"]
+    by_hand.agrees_with(steps)
+    assert (np.sqrt(steps.grad_sqnorm.sum("layer")) < 0.1 + 1e-6).all()
+    np.testing.assert_allclose(steps.learning_rate.sel(layer="0"), [0.1, 0.05, 0.025])
+    assert steps.learning_rate.sel(layer="2").isnull().all()  # two rates in one layer
+    decayed = [0.5 * row["2"]["param_sqnorm"] for row in by_hand.rows]
+    assert (steps.decay_sqnorm.sel(layer="2") < decayed).all()
+    assert (steps.decay_sqnorm.sel(layer="2") > 0.5 * np.array(decayed)).all()
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.01), (0.1, 0.0)])
+def test_the_norm_balance_holds_for_groups_with_rates_of_their_own(tmp_path: Path, rates: tuple[float, ...]) -> None:
+    analysis = pytest.importorskip("analysis")
+    model = smooth_network()
+    optimizer = torch.optim.SGD(
+        [{"params": model[index].parameters(), "lr": rate} for index, rate in zip((0, 2), rates, strict=True)],
+        weight_decay=0.1,
+    )
+    trained(tmp_path / "run", model, optimizer, vectors(4), cross_entropy, curvature_every=1)
+    run = open_run(tmp_path / "run")
+    balance = analysis.norm_balance(run)
+    np.testing.assert_allclose(balance.momentum, 0, atol=1e-13)  # plain gradient descent has none, in any layer
+    moving = analysis.norm_rate(run).sel(layer=[layer for layer, rate in zip("02", rates, strict=True) if rate])
+    change = run["steps"].param_sqnorm.diff("step", label="lower")
+    expected = change / xr_rates(run, change)
+    np.testing.assert_allclose(moving.measured[:-1], expected.sel(layer=moving.layer), rtol=1e-9)
+    assert analysis.loss_decrease(run).first_order_flow.isnull().all()  # there is no common time
+
+
+def xr_rates(run: object, like: object) -> object:
+    return run["steps"].learning_rate.sel(step=like.step).where(lambda rate: rate > 0)
+
+
+def test_two_optimizers_are_one_step(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(4)
+    first = torch.optim.SGD(model[0].parameters(), 0.1)
+    second = torch.optim.Adam(model[2].parameters(), 0.01)
+    by_hand, losses = ByHand(model), []
+    with Recorder(tmp_path / "run", model, [first, second], curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            model.zero_grad()
+            loss = cross_entropy(model, batch)
+            loss.backward()
+            by_hand.before()
+            first.step()
+            second.step()
+            by_hand.after()
+            losses += [loss.item(), cross_entropy(model, batch).item()]
+            recorder.log(loss=loss)
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"])
+    np.testing.assert_allclose(run["steps"].loss, losses[::2], rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses[::2], rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_after, losses[1::2], rtol=1e-12)
+    np.testing.assert_allclose(run["steps"].learning_rate, [[0.1, 0.01]] * 4)
+
+
+def test_optimizers_that_take_turns_each_have_their_step(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(4)
+    turns = [torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.Adam(model[2].parameters(), 0.01)]
+    by_hand = ByHand(model)
+    with Recorder(tmp_path / "run", model, turns, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            model.zero_grad()
+            cross_entropy(model, batch).backward()
+            optimizer = turns[number % 2]
+            by_hand.before(optimizer.param_groups[0]["params"])
+            optimizer.step()
+            by_hand.after()
+            recorder.log(number=number)
+    steps = open_run(tmp_path / "run")["steps"]
+    by_hand.agrees_with(steps)
+    assert steps.number.values.tolist() == [0, 1, 2, 3]
+    assert (steps.update_sqnorm.values > 0).tolist() == [[True, False], [False, True]] * 2
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_scaler_that_skips(tmp_path: Path, fused: bool, set_to_none: bool) -> None:
+    model, batches = smooth_network(), vectors(5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    by_hand, losses, flow_time = ByHand(model), [], []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            loss = cross_entropy(model, batch)
+            scaler.scale(loss).backward()
+            if number in (0, 3):
+                model[0].weight.grad[0, 0] = torch.inf
+            scaler.unscale_(optimizer) if not fused else None
+            by_hand.before()
+            scaler.step(optimizer)
+            if number not in (0, 3):
+                scale = scaler.get_scale() if fused else 1
+                by_hand.grad = {name: grad / scale for name, grad in by_hand.grad.items()}
+                by_hand.after()
+                losses.append(loss.item())
+                flow_time.append(0.1 * len(flow_time))
+            scaler.update()
+            optimizer.zero_grad(set_to_none=set_to_none)
+    run = open_run(tmp_path / "run")
+    taken = np.flatnonzero(run["steps"].skipped.values == 0)
+    assert taken.tolist() == ([1, 2, 4] if fused else [0, 1, 2])  # without fusing, a skipped step is no step
+    by_hand.agrees_with(run["steps"].isel(step=taken))
+    np.testing.assert_allclose(run["steps"].flow_time[taken], flow_time, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_before[taken], losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_batch_that_is_skipped_is_not_part_of_the_next_step(tmp_path: Path, set_to_none: bool) -> None:
+    model, batches = smooth_network(), vectors(12)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses: list[float] = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        accumulated = 0.0
+        for number, batch in enumerate(recorder.watch(batches)):
+            loss = cross_entropy(model, batch) / 2
+            if number == 4:
+                continue  # before its backward pass
+            loss.backward()
+            accumulated += loss.item()
+            if number in (0, 7):
+                optimizer.zero_grad(set_to_none=set_to_none)  # after it
+                accumulated = 0.0
+            elif number not in (1, 3, 5, 8, 10):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=set_to_none)
+                losses.append(accumulated)
+                accumulated = 0.0
+    run = open_run(tmp_path / "run")
+    pairs = [(1, 2), (3, 5, 6), (8, 9), (10, 11)]
+    assert run["steps"].sizes["step"] == len(pairs)
+    right = [index for index, pair in enumerate(pairs) if len(pair) == 2]
+    np.testing.assert_allclose(run["curvature"].loss_before[right], np.array(losses)[right], rtol=1e-12)
+
+
+def test_sparse_empty_complex_and_unused_parameters(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(7, 4, sparse=True)
+            self.phase = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+            self.nothing = nn.Parameter(torch.zeros(0, 3))
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return (self.words(ids).mean(1) * self.phase).abs() + self.nothing.sum()
+
+    model = Odd()
+    batches = [(torch.randint(7, (5, 3)), torch.randint(4, (5,))) for _ in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    by_hand, losses = trained(tmp_path / "run", model, optimizer, batches, cross_entropy, curvature_every=1)
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"])
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_a_parameter_that_no_optimizer_holds_has_no_applied_gradient(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(3)
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    by_hand = ByHand(model)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        for batch in recorder.watch(batches):
+            optimizer.zero_grad()  # those of the first layer pile up
+            cross_entropy(model, batch).backward()
+            by_hand.before(list(model[2].parameters()))
+            optimizer.step()
+            by_hand.after()
+    steps = open_run(tmp_path / "run")["steps"]
+    by_hand.agrees_with(steps)
+    assert (steps.grad_sqnorm.sel(layer="0") == 0).all()
+    assert (steps.learning_rate.sel(layer="0") == 0).all()
+
+
+def test_autocast(tmp_path: Path) -> None:
+    model, batches = smooth_network().float(), [(inputs.float(), labels) for inputs, labels in vectors(3)]
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+
+    def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return cross_entropy(model, batch)
+
+    by_hand, losses = trained(tmp_path / "run", model, optimizer, batches, loss_of, curvature_every=1)
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"], rtol=1e-6)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-6)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-2)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_a_compiled_model(tmp_path: Path, way: str) -> None:
+    model = smooth_network()
+    compiled = torch.compile(model, backend="aot_eager") if way == "wrapped" else model
+    if way == "in place":
+        model.compile(backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    by_hand, losses = ByHand(model), []
+    with Recorder(tmp_path / "run", compiled, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            loss = cross_entropy(compiled, batch)
+            loss.backward()
+            by_hand.before()
+            optimizer.step()
+            by_hand.after()
+            losses.append(loss.item())
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"])
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+    assert not run["curvature"].approximate.any()
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The square, with a backward pass that has no derivative, as some fused kernels."""
+
+    @staticmethod
+    def forward(ctx: object, inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs)
+        return inputs.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_curvature_without_a_second_derivative_is_a_marked_difference(tmp_path: Path, once: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.inner(inputs)
+            return self.outer(OnceDifferentiable.apply(hidden) if once else hidden.square())
+
+    curvature = []
+    for path, exact in ((tmp_path / "a", False), (tmp_path / "b", True)):
+        torch.manual_seed(0)
+        once = once and not exact
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        if once:
+            with pytest.warns(UserWarning, match="central differences of gradients"):
+                trained(path, model, optimizer, vectors(2), cross_entropy, curvature_every=1)
+        else:
+            trained(path, model, optimizer, vectors(2), cross_entropy, curvature_every=1)
+        curvature.append(open_run(path)["curvature"].to_dataset().load())
+        assert (curvature[-1].approximate == float(once)).all()
+    for name in ("grad_hess_grad", "param_hess_grad", "update_hess_update"):
+        np.testing.assert_allclose(curvature[0][name], curvature[1][name], rtol=1e-7)
+
+
+def test_state_in_plain_attributes_is_left_alone(tmp_path: Path) -> None:
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.hidden, self.seen = torch.zeros(5), []
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = torch.tanh(self.inner(inputs) + self.hidden)
+            self.hidden = hidden.mean(0).detach()
+            self.seen.append(hidden.mean().item())
+            return self.outer(hidden)
+
+    models, losses = [], []
+    for path in (None, tmp_path / "run"):
+        torch.manual_seed(0)
+        model = Stateful()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if path is None:
+            for batch in vectors(3):
+                plain_step(model, optimizer, batch)
+        else:
+            losses = trained(path, model, optimizer, vectors(3), cross_entropy, curvature_every=1)[1]
+        models.append(model)
+    assert models[0].seen == models[1].seen
+    assert torch.equal(flat(list(models[0].parameters())), flat(list(models[1].parameters())))
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_a_normalised_weight_has_the_steps_own_buffers(tmp_path: Path) -> None:
+    model = smooth_network()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    by_hand, losses = trained(tmp_path / "run", model, optimizer, vectors(3), cross_entropy, curvature_every=1)
+    run = open_run(tmp_path / "run")
+    assert run["steps"].layer.values.tolist() == ["0", "2"]
+    total = [sum(layer["grad_sqnorm"] for layer in row.values()) for row in by_hand.rows]
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), total, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
+
+
+def test_pruning_by_torch_itself(tmp_path: Path) -> None:
+    model, (batch,) = smooth_network(), vectors(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, watched in enumerate(recorder.watch([batch] * 4)):
+            if number == 2:
+                whole = model[0].weight.detach().clone()
+                with recorder.event("prune", probe=[batch]):
+                    prune.l1_unstructured(model[0], "weight", amount=0.5)
+            loss = plain_step(model, optimizer, watched)
+    run = open_run(tmp_path / "run")
+    assert run["steps"].layer.values.tolist() == ["0", "2"]
+    removed = whole.abs().flatten().argsort()[:10]
+    assert run["pruning"].removed.sel(layer="0").values.tolist() == [10]
+    gone = whole.flatten()[removed].square().sum()
+    before, after = run["pruning"].param_sqnorm.sel(layer="0").values[0]
+    np.testing.assert_allclose(before - after, gone, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_before[-1], loss.item(), rtol=1e-12)
+    np.testing.assert_allclose(
+        run["curvature"].grad_sqnorm.sel(step=3), run["steps"].grad_sqnorm.sel(step=3), rtol=1e-10
+    )
+
+
+def test_a_shape_that_changes_inside_an_event_is_refused_by_name(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        with pytest.raises(ValueError, match=r"'0\.weight' changed its shape from \(5, 4\) to \(3, 4\)"):
+            with recorder.event("prune", probe=batches):
+                model[0].weight = nn.Parameter(model[0].weight[:3].detach())
+                model[0].bias = nn.Parameter(model[0].bias[:3].detach())
+                model[2].weight = nn.Parameter(model[2].weight[:, :3].detach())
+    assert "event" not in open_run(tmp_path / "run")["pruning"].sizes
+
+
+def test_parameters_that_are_replaced_are_found_by_name(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        by_hand = None
+        for number, batch in enumerate(recorder.watch(batches)):
+            if number == 2:
+                model[2] = nn.Linear(5, 3)
+                optimizer.param_groups[0]["params"] = list(model.parameters())
+            optimizer.zero_grad()
+            cross_entropy(model, batch).backward()
+            by_hand = ByHand(model)
+            by_hand.before()
+            optimizer.step()
+            by_hand.after()
+    last = open_run(tmp_path / "run")["steps"].isel(step=[-1]).to_dataset().drop_vars("distance_sqnorm")
+    for layer, values in by_hand.rows[0].items():
+        for name in set(values) - {"distance_sqnorm"}:
+            np.testing.assert_allclose(last[name].sel(layer=layer), values[name], rtol=1e-10, err_msg=name)
+
+
+def test_an_optimizer_that_never_steps_is_said(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(2)
+    recorded, trains = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
+    with pytest.warns(UserWarning, match="batches were seen, but no step of the optimizer"):
+        with Recorder(tmp_path / "run", model, recorded) as recorder:
+            for batch in recorder.watch(batches):
+                plain_step(model, trains, batch)

@@ -147,7 +147,7 @@ class Store:
 
     def note(self, key: str, value: Any) -> None:
         """Set an attribute of the record, e.g. a list of its resumes: anything that JSON holds."""
-        self._metadata[".zattrs"][key] = value
+        self._metadata[".zattrs"][key] = json.loads(_json(value))
         self.commit()
         self._replace(".zattrs", _json(self._metadata[".zattrs"]))  # zarr reads the root's attributes here
 
@@ -272,13 +272,13 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     if path.exists():
         raise taken
     metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | _empty_nodes()
+    files = {key: _json(entry) for key, entry in metadata.items()} | {METADATA: _consolidated(metadata)}
     sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     sibling.mkdir(parents=True)
     try:
-        for key, entry in metadata.items():
+        for key, text in files.items():
             (sibling / key).parent.mkdir(exist_ok=True)
-            (sibling / key).write_bytes(_json(entry))
-        (sibling / METADATA).write_bytes(_consolidated(metadata))
+            (sibling / key).write_bytes(text)
         sibling.rename(path)
     except OSError as error:
         shutil.rmtree(sibling, ignore_errors=True)
@@ -310,7 +310,7 @@ def _consolidated(metadata: Metadata) -> bytes:
     return _json({"zarr_consolidated_format": 1, "metadata": dict(sorted(metadata.items()))})
 
 
-def _json(entry: Mapping[str, Any]) -> bytes:
+def _json(entry: Any) -> bytes:
     return json.dumps(entry, default=_plain).encode()
 
 

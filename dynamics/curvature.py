@@ -108,7 +108,7 @@ class Expansion:
 
 
 def _has_none(grad: Sequence[Tensor]) -> bool:
-    """Whether a part of the gradient has no derivative: autograd would pass over it in silence, as if it were constant."""
+    """Whether a part of the gradient has no derivative: autograd would pass it over in silence, as a constant."""
     seen: set[torch.autograd.graph.Node] = set()
     waiting = [part.grad_fn for part in grad]
     while waiting:

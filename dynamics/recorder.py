@@ -308,8 +308,8 @@ class Recorder:
         if values is not None and not (step.expansion.exact or self._approximates):
             self._approximates = True
             warnings.warn(
-                f"curvature is approximate from step {self._step} on: an operation of the model has no second derivative, "
-                "so Hessian products are central differences of gradients (/curvature's `approximate` is 1)",
+                f"curvature is approximate from step {self._step} on: an operation of the model has no second "
+                "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
                 stacklevel=2,
             )
         if values is not None:

@@ -143,6 +143,29 @@ def test_every_model(tmp_path: Path, name: str) -> None:
     assert not run["curvature"].approximate.any()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_as_if_nobody_looked(tmp_path: Path, name: str) -> None:
+    make, batches, loss_of = MODELS[name]
+    states = []
+    for path in (None, tmp_path / "run"):
+        torch.manual_seed(5)
+        model, given = make(), batches()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        recorder = Recorder(path, model, optimizer, objective=loss_of, curvature_every=1) if path else None
+        for batch in recorder.watch(given) if recorder else given:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        if recorder:
+            recorder.close()
+            assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+        tensors = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        states.append([*tensors, *moments, torch.get_rng_state()])
+    assert len(states[0]) == len(states[1])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
 def test_clipping_weight_decay_groups_and_a_schedule(tmp_path: Path) -> None:
     model = smooth_network()
     groups = [

@@ -1,0 +1,58 @@
+"""What tests/test_processes.py runs in each of several processes: one training step after the other, recorded."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from networks import convolutional_network, images, smooth_network, vectors
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from dynamics import Recorder
+
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+
+
+def train(path: Path, kind: str) -> None:
+    """Three steps on this process's half of each batch."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    convolutional = kind == "ddp with batchnorm"
+    model = convolutional_network() if convolutional else smooth_network()
+    batches = images(3) if convolutional else vectors(3)
+    mine = [tuple(part.chunk(world)[rank] for part in batch) for batch in batches]
+    if kind.startswith("fsdp"):
+        fully_shard(model[0])
+        fully_shard(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    settings = {"curvature_every": 64 if kind == "fsdp with curvature" else 0 if kind == "fsdp" else 1}
+    with Recorder(path, model, optimizer, **settings) as recorder:
+        for inputs, labels in recorder.watch(mine):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        if kind == "ddp":
+            with recorder.event("look", probe=mine):
+                pass
+        if kind == "fsdp":
+            try:
+                with recorder.event("look", probe=mine):
+                    pass
+            except ValueError as error:
+                Path(f"{path}.{rank}").write_text(str(error))
+    if kind == "ddp":  # the second recorder is refused in every process, not in the first alone
+        try:
+            Recorder(path, model, optimizer)
+        except FileExistsError as error:
+            Path(f"{path}.{rank}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    train(Path(sys.argv[1]), sys.argv[2])
+    dist.destroy_process_group()

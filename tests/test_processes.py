@@ -1,0 +1,68 @@
+"""Several processes write one record, and it says what one process on the joined batch would say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from networks import recorded, smooth_network, vectors
+
+from dynamics import open_run
+
+HERE = Path(__file__).parent
+
+
+def together(path: Path, kind: str, count: int = 2) -> tuple[xr.DataTree, str]:
+    """The record of ``count`` processes under torchrun, and what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    done = subprocess.run(
+        [*command, str(HERE / "processes_script.py"), str(path), kind],
+        capture_output=True, text=True, timeout=240, check=False, cwd=HERE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return open_run(path), done.stderr
+
+
+def alone(path: Path) -> xr.DataTree:
+    """The record of one process on the whole batches."""
+    torch.manual_seed(0)
+    model = smooth_network()
+    return recorded(path, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), vectors(3), curvature_every=1)
+
+
+def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1e-9) -> None:
+    assert set(one[node].data_vars) == set(other[node].data_vars)
+    for name, expected in other[node].data_vars.items():
+        least = 1e-12 * float(np.abs(expected).max() or 1)
+        np.testing.assert_allclose(one[node][name], expected, rtol, least, err_msg=name)
+
+
+def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
+    run, _ = together(tmp_path / "run", "ddp")
+    expected = alone(tmp_path / "alone")
+    assert_same(run, expected, "steps")
+    assert_same(run, expected, "curvature")
+    assert run["pruning"].sizes["event"] == 1
+    refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
+    assert all("exists already" in text for text in refused)
+
+
+def test_replicas_with_batchnorm_have_curvature(tmp_path: Path) -> None:
+    run, _ = together(tmp_path / "run", "ddp with batchnorm")
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
+
+
+def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
+    run, _ = together(tmp_path / "run", "fsdp")
+    assert_same(run, alone(tmp_path / "alone"), "steps")
+    assert "step" not in run["curvature"].sizes
+    refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
+    assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in refused)
+
+
+def test_curvature_of_shards_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    run, said = together(tmp_path / "run", "fsdp with curvature")
+    assert "curvature is not recorded: it needs all parameters in one process" in said
+    assert run["steps"].sizes["step"] == 3

@@ -6,9 +6,7 @@ record is written with are let through. Nothing here needs torch.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -106,9 +104,10 @@ def _check_array(path: Path, name: str, entry: dict[str, Any]) -> None:
         raise _foreign(path, f"{name} is stored with codecs {codecs!r:.80}, a record only with {CODEC!r}")
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
         raise _foreign(path, f"{name} has the type {dtype!r:.60}, a record only numbers and texts of fixed size")
-    lengths = [*entry["shape"], *entry["chunks"]]
-    if len(entry["shape"]) != len(entry["chunks"]) or not all(type(n) is int and n >= 0 for n in lengths):
-        raise _foreign(path, f"{name} has shape {entry['shape']!r:.60} and chunks {entry['chunks']!r:.60}")
+    shape, chunks = entry["shape"], entry["chunks"]
+    whole = isinstance(shape, list) and isinstance(chunks, list) and all(type(n) is int for n in [*shape, *chunks])
+    if not whole or not shape or shape[0] < 0 or chunks[0] < 1 or shape[1:] != chunks[1:]:
+        raise _foreign(path, f"{name} has shape {shape!r:.60} and chunks {chunks!r:.60}")
 
 
 def _damage(path: Path, metadata: Metadata) -> Iterator[str]:
@@ -132,10 +131,14 @@ def is_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name))
 
 
+def chunk_key(number: int, dimensions: int) -> str:
+    """Name of the file of an array's chunk: rows are cut into chunks, the other dimensions are not."""
+    return ".".join([str(number), *["0"] * (dimensions - 1)])
+
+
 def chunk_keys(shape: list[int], chunks: list[int]) -> Iterator[str]:
     """Names of the files of an array, in the array's order."""
-    counts = [math.ceil(length / max(chunk, 1)) for length, chunk in zip(shape, chunks, strict=True)]
-    return (".".join(map(str, index)) for index in itertools.product(*map(range, counts)))
+    return (chunk_key(number, len(shape)) for number in range(-(-shape[0] // chunks[0])))
 
 
 def _cut_short(chunk: Path) -> tuple[int, int] | None:

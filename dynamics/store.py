@@ -25,7 +25,7 @@ import numpy as np
 import zarr
 from numcodecs import Blosc
 
-from .reading import METADATA, Metadata, check, chunk_keys, is_name, read_metadata
+from .reading import METADATA, Metadata, check, chunk_key, chunk_keys, is_name, read_metadata
 from .schema import NODES, QUANTITIES
 
 _CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1}
@@ -246,13 +246,13 @@ class Store:
         whole = _missing(values, chunk)
         whole[: len(values)] = values
         (self.path / node / name).mkdir(parents=True, exist_ok=True)
-        self._replace(f"{node}/{name}/{_chunk_key(number, values.ndim)}", _CODEC.encode(whole))
+        self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", _CODEC.encode(whole))
 
     def _read_chunk(self, node: str, name: str, number: int, rows: int) -> np.ndarray:
         entry = self._metadata[f"{node}/{name}/.zarray"]
         values = np.empty((entry["chunks"][0], *entry["shape"][1:]), entry["dtype"])
         if rows:
-            _CODEC.decode((self.path / node / name / _chunk_key(number, values.ndim)).read_bytes(), values)
+            _CODEC.decode((self.path / node / name / chunk_key(number, values.ndim)).read_bytes(), values)
         return values[:rows]
 
     def _replace(self, key: str, data: bytes) -> None:
@@ -299,10 +299,6 @@ def _locked(path: Path) -> filelock.BaseFileLock:
         reason = "is being written by another recorder: close that one, or choose another path"
         raise BlockingIOError(f"{path} {reason}") from None
     return lock
-
-
-def _chunk_key(number: int, dimensions: int) -> str:
-    return ".".join([str(number)] + ["0"] * (dimensions - 1))
 
 
 def _consolidated(metadata: Metadata) -> bytes:

@@ -33,5 +33,5 @@ clean:  ## remove what the commands made
 	touch $@
 
 .venv/installed-test: .venv/created $(INPUTS)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,frameworks]'
 	touch $@ .venv/installed

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,14 @@ def test_everything_public_is_documented(path: Path) -> None:
             assert ast.get_docstring(node), node.name
 
 
+def requirements(project: dict) -> list[Requirement]:
+    """What the project needs, and all that it may: ``make test`` installs every extra."""
+    return [Requirement(one) for one in chain(project["dependencies"], *project["optional-dependencies"].values())]
+
+
 def test_conda_and_pip_install_the_same() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    listed = project["dependencies"] + project["optional-dependencies"]["test"]
-    pip = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, listed)}
+    pip = {requirement.name: str(requirement.specifier) for requirement in requirements(project)}
     packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     conda = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, filter(_text, packages))}
     conda["torch"] = conda.pop("pytorch")
@@ -70,7 +75,7 @@ def test_what_was_tested_is_pinned() -> None:
     pins = {
         Requirement(line).name.lower(): Requirement(line) for line in (ROOT / "constraints.txt").read_text().split()
     }
-    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"]):
+    for requirement in requirements(project):
         (pin,) = pins[requirement.name.lower()].specifier
         assert pin.operator == "=="
         assert requirement.specifier.contains(pin.version)

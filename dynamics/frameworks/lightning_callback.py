@@ -1,0 +1,94 @@
+"""A callback that records what Lightning's Trainer trains."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..recorder import Recorder
+from .recording import recording, simple_scalars
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _callbacks() -> list[type]:
+    """The class Callback, which exists twice: the Trainer of each package wants its own.
+
+    That of the package which the user has imported, else of the first that is installed.
+    """
+    if loaded := [name for name in _PACKAGES if name in sys.modules]:
+        return [import_module(name).Callback for name in loaded]
+    try:
+        return [import_module(_PACKAGES[0]).Callback]
+    except ModuleNotFoundError:
+        return [import_module(_PACKAGES[1]).Callback]
+
+
+class LightningRecorder(*_callbacks()):
+    """Records a fit.
+
+    ::
+
+        trainer = L.Trainer(callbacks=[LightningRecorder("run.zarr", curvature_every=64)])
+
+    ``loss`` in ``/steps`` is what ``training_step`` returns, and ``/epochs`` holds ``trainer.callback_metrics`` at the
+    end of each training epoch. Curvature is that of ``objective(module, batch)``: Lightning offers no way to ask
+    ``training_step`` for a loss outside its loop, so the default is the cross-entropy of ``(inputs, labels)`` with
+    ``module(inputs)`` as logits. While a fit lasts, ``recorder`` is its :class:`dynamics.Recorder`.
+
+    Args:
+        path: where the record goes, a new folder.
+        settings: the keyword arguments of :class:`dynamics.Recorder`.
+    """
+
+    def __init__(self, path: str | os.PathLike, **settings: Any) -> None:
+        self.recorder: Recorder | None = None
+        self._recording = recording(path, **settings)
+        self._losses: list[Tensor] = []
+        self._stepped = 0
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Begin: the optimizers are there, and a checkpoint has been loaded."""
+        self.recorder = self._recording(trainer.model, trainer.optimizers)
+        self._epochs = self.recorder.watch(())
+        self._losses, self._stepped = [], trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Count the epoch."""
+        list(self._epochs)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Observe the batch."""
+        self.recorder.observe(batch)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After a step, log the mean loss of its batches; each comes divided by the number of batches of a step."""
+        if outputs and outputs.get("loss") is not None:
+            self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        if trainer.global_step > self._stepped:
+            if self._losses:
+                self.recorder.log(loss=torch.stack(self._losses).mean())
+            self._losses, self._stepped = [], trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Log the epoch's metrics."""
+        if metrics := simple_scalars(trainer.callback_metrics):
+            self.recorder.log_epoch(**metrics)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Close the record."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Close the record."""
+        self._close()
+
+    def _close(self) -> None:
+        recorder, self.recorder = self.recorder, None
+        if recorder:
+            recorder.close()

@@ -1,0 +1,143 @@
+"""A callback that records what Hugging Face's Trainer trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+
+from ..probe import Objective, sample_count
+from ..recorder import Recorder
+from .recording import recording, simple_scalars
+
+_SPREAD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class TrainerRecorder(TrainerCallback):
+    """Records a training; in a run of several processes the first one records, and its curvature is of its own batches.
+
+    ::
+
+        Trainer(..., callbacks=[TrainerRecorder("run.zarr")]).train()
+
+    A batch is what the Trainer gives the model. ``loss`` in ``/steps`` is the one that the Trainer logs (every step's
+    with ``logging_steps=1``); the metrics of an evaluation stand in the row of the step before it. While a training
+    lasts, ``recorder`` is its :class:`dynamics.Recorder`. The Trainer tells no callback of an exception: then
+    :meth:`close`, ``with TrainerRecorder(...) as callback``, or the next training closes the record.
+
+    Args:
+        path: where the record goes, a new folder.
+        objective: ``objective(model, batch) -> scalar loss``, the batch a mapping; by default the loss that the model
+            returns for it.
+        settings: the further keyword arguments of :class:`dynamics.Recorder`.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, objective: Objective | None = None, **settings: Any) -> None:
+        self.recorder: Recorder | None = None
+        self._recording = recording(path, objective=self._loss, **settings)
+        self._objective = objective or self._share_of_the_step
+        self._hook: RemovableHandle | None = None
+        self._samples, self._processes = 0, 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
+        """Begin: the optimizer is there, and a checkpoint has been loaded.
+
+        Raises:
+            ValueError: no process holds all parameters.
+        """
+        self.close()
+        if (kind := AcceleratorState().distributed_type) in _SPREAD:
+            raise ValueError(
+                f"TrainerRecorder needs all parameters in one process, and {kind.value} spreads them: "
+                "train with data parallelism, or without this callback"
+            )
+        if state.is_world_process_zero:
+            self._processes = args.world_size if args.average_tokens_across_devices else 1
+            self.recorder = self._recording(training["model"], training["optimizer"])
+            self._epochs = self.recorder.watch(())
+            self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
+        """Count the epoch."""
+        if self.recorder:
+            list(self._epochs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
+        """Count the step's samples from 0."""
+        self._samples = 0
+
+    @torch.compiler.disable
+    def _observe(self, model: nn.Module, args: tuple, batch: dict[str, Any]) -> None:
+        if model.training and torch.is_grad_enabled() and not self.recorder.measuring:
+            self._samples += sample_count(batch)
+            self.recorder.observe(batch)
+
+    def _loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        with _activations_kept(model):
+            return self._objective(model, batch)
+
+    def _share_of_the_step(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss that the model returns for a batch, so scaled that the recorder's mean over batches is the step's.
+
+        A loss that is given ``num_items_in_batch``, the number of the whole step's items, is the batch's share of the
+        step's loss, and the Trainer adds these up.
+        """
+        outputs = model(**batch)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+        if loss is None:
+            raise ValueError(
+                f"the model returned no loss for a batch of {sorted(batch)}. With label_smoothing_factor or "
+                "compute_loss_func the Trainer keeps the labels from the model, and curvature cannot be measured: "
+                "override Trainer.compute_loss instead"
+            )
+        if "num_items_in_batch" not in batch:
+            return loss
+        return loss * (self._processes * self._samples / sample_count(batch))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **training: Any) -> None:
+        """Log the training loss."""
+        if self.recorder and "loss" in logs:
+            self.recorder.log(loss=logs["loss"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **training: Any) -> None:
+        """Log what an evaluation found."""
+        if self.recorder:
+            self.recorder.log(**simple_scalars(metrics))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **training: Any) -> None:
+        """Close the record."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the record and leave nothing attached. Closed already, nothing happens."""
+        recorder, self.recorder = self.recorder, None
+        if recorder:
+            self._hook.remove()
+            recorder.close()
+
+    def __enter__(self) -> TrainerRecorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@contextmanager
+def _activations_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, no activation is computed anew in the backward pass, which would take the model's parameters of then."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True

@@ -1,0 +1,184 @@
+"""What the callback records of a fit of Lightning is what the module itself sees, and it stays the same fit."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import convolutional_network, images
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynamics import frameworks, open_run
+
+lightning = pytest.importorskip("lightning.pytorch")
+pytest.importorskip("pytorch_lightning")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+]
+QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+QUIET |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+DATA = TensorDataset(*images(1, size=40)[0])
+
+
+def squares(model: nn.Module) -> float:
+    return sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None)
+
+
+def trained(
+    callbacks: list[Any],
+    package: str = "lightning.pytorch",
+    optimizer: Callable[..., torch.optim.Optimizer] = lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9),
+    manual: bool = False,
+    fails_at: int = -1,
+    epochs: int = 2,
+    checkpoint: Path | None = None,
+    **settings: Any,
+) -> Any:
+    """A module after epochs of five batches, with what it saw: its losses, and ‖g‖² as the steps apply it."""
+    framework = import_module(package)
+
+    class Module(framework.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.losses, self.applied = convolutional_network(dropout=0.3), [], []
+            self.automatic_optimization = not manual
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.network(inputs.to(self.dtype))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == fails_at:
+                raise RuntimeError("out of memory")
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            self.log("train/loss", loss, on_step=False, on_epoch=True)
+            if manual:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.applied.append(squares(self))
+                self.optimizers().step()
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+        def configure_gradient_clipping(self, *args: Any, **settings: Any) -> None:
+            super().configure_gradient_clipping(*args, **settings)
+            self.applied.append(squares(self))
+
+        def configure_optimizers(self) -> Any:
+            chosen = optimizer(self.parameters())
+            return [chosen], [torch.optim.lr_scheduler.StepLR(chosen, 1, 0.5)]
+
+    torch.manual_seed(3)
+    module = Module()
+    trainer = framework.Trainer(callbacks=callbacks, max_epochs=epochs, **QUIET, **settings)
+    trainer.fit(module, DataLoader(DATA, 8, shuffle=True), DataLoader(DATA, 20), ckpt_path=checkpoint)
+    return module
+
+
+def nothing_is_attached(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> bool:
+    on_optimizers = any(one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks for one in optimizers)
+    return not on_optimizers and not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "other package": {"package": "pytorch_lightning"},
+    "clipped": {"gradient_clip_val": 0.05},
+    "accumulated": {"accumulate_grad_batches": 2},  # and of the fifth batch alone
+    "adamw": {"optimizer": lambda theta: torch.optim.AdamW(theta, 0.01)},
+    "lbfgs": {"optimizer": lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=1)},
+    "manual": {"manual": True},
+    "mixed": {"precision": "bf16-mixed"},
+    "true": {"precision": "bf16-true"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fit_is_recorded_and_stays_the_same(tmp_path: Path, case: str) -> None:
+    low_precision, accumulated = case in ("mixed", "true"), case == "accumulated"
+    if low_precision:
+        torch.set_default_dtype(torch.float32)
+    without = trained([], **CASES[case])
+    random_without = torch.get_rng_state()
+    module = trained([frameworks.LightningRecorder(tmp_path / "run", curvature_every=1)], **CASES[case])
+    assert torch.equal(random_without, torch.get_rng_state())
+    for one, other in zip(without.state_dict().values(), module.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert nothing_is_attached(module, module.trainer.optimizers)
+    run, losses = open_run(tmp_path / "run"), np.reshape(module.losses, (2, 5))
+    if accumulated:
+        losses = np.stack([losses[:, :2].mean(1), losses[:, 2:4].mean(1), losses[:, 4]], axis=1)
+    tolerance = 1e-2 if low_precision else 1e-10
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), module.applied, rtol=tolerance)
+    np.testing.assert_allclose(run["steps"].loss, losses.ravel(), rtol=tolerance)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses.ravel(), rtol=tolerance)
+    np.testing.assert_array_equal(run["steps"].epoch, np.repeat([0, 1], losses.shape[1]))
+    np.testing.assert_allclose(run["epochs"].train_loss, np.reshape(module.losses, (2, 5)).mean(1), rtol=tolerance)
+    assert (run["epochs"].val_loss > 0).all()
+
+
+def test_a_fit_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
+    callback = frameworks.LightningRecorder(tmp_path / "run")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trained([callback], fails_at=3)
+    assert callback.recorder is None
+    assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2]
+
+
+def test_a_fit_that_goes_on_from_a_checkpoint_is_recorded_from_there(tmp_path: Path) -> None:
+    trained([], epochs=1).trainer.save_checkpoint(tmp_path / "one.ckpt")
+    callback = frameworks.LightningRecorder(tmp_path / "run", curvature_every=1)
+    module = trained([callback], checkpoint=tmp_path / "one.ckpt")
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), module.applied, rtol=1e-10)
+    np.testing.assert_allclose(run["curvature"].loss_before, module.losses, rtol=1e-10)
+    assert len(module.losses) == 5
+
+
+def test_another_objective_is_given_module_and_batch(tmp_path: Path) -> None:
+    def halved(module: nn.Module, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1]) / 2
+
+    module = trained([frameworks.LightningRecorder(tmp_path / "run", curvature_every=4, objective=halved)])
+    losses = open_run(tmp_path / "run")["curvature"].loss_before
+    np.testing.assert_allclose(losses, np.array(module.losses)[::4] / 2, rtol=1e-10)
+
+
+def test_several_optimizers_take_one_step_together(tmp_path: Path) -> None:
+    class Adversaries(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.one, self.other, self.applied = nn.Linear(3, 3), nn.Linear(3, 3), []
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.other(self.one(inputs).tanh())
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            squares_of = []
+            for network, optimizer in zip((self.one, self.other), self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(F.mse_loss(self(batch[0]), batch[0]))
+                squares_of.append(squares(network))
+                optimizer.step()
+            self.applied.append(squares_of)
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [torch.optim.SGD(self.one.parameters(), 0.1), torch.optim.Adam(self.other.parameters(), 0.01)]
+
+    module = Adversaries()
+    callback = frameworks.LightningRecorder(tmp_path / "run", curvature_every=0)
+    trainer = lightning.Trainer(callbacks=[callback], max_epochs=1, **QUIET)
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(12, 3)), 4))
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].grad_sqnorm, module.applied, rtol=1e-10)
+    assert nothing_is_attached(module, trainer.optimizers)

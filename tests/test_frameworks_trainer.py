@@ -1,0 +1,185 @@
+"""What the callback records of Hugging Face's Trainer is what the Trainer applies, and it trains the same."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynamics import frameworks, open_run
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _float32_and_one_accelerator_a_test() -> Iterator[None]:
+    torch.set_default_dtype(torch.float32)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Squares(transformers.TrainerCallback):
+    """‖g‖² as the optimizer is about to apply it."""
+
+    def __init__(self) -> None:
+        self.applied: list[float] = []
+
+    def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **training: Any) -> None:
+        self.applied.append(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+
+
+def language_model() -> nn.Module:
+    """A GPT-2 of two layers, with dropout, and input and output embedding tied."""
+    torch.manual_seed(3)
+    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 11, "n_positions": 6}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def classifier() -> nn.Module:
+    """A BERT of one layer."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=11, num_labels=3))
+
+
+def texts(model: nn.Module) -> list[dict[str, Tensor]]:
+    """20 texts of 6 tokens, which have classes or are to be continued."""
+    tokens = torch.randint(11, (20, 6), generator=torch.Generator().manual_seed(1))
+    labels = tokens if isinstance(model, transformers.GPT2LMHeadModel) else tokens[:, 0] % 3
+    return [{"input_ids": text, "labels": label} for text, label in zip(tokens, labels, strict=True)]
+
+
+def trainer(model: nn.Module, path: Path, callbacks: list[Any], **settings: Any) -> Any:
+    """A Trainer of two epochs of five batches."""
+    settings = {"max_grad_norm": 0.0, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1} | settings
+    arguments = transformers.TrainingArguments(
+        path, per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, save_strategy="no", report_to=[],
+        disable_tqdm=True, **settings,
+    )  # fmt: skip
+    data = texts(model)
+    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+
+def trained(model: nn.Module, path: Path, callbacks: list[Any], **settings: Any) -> list[float]:
+    """‖g‖² at each step of a training of the model."""
+    squares = Squares()
+    trainer(model, path, [*callbacks, squares], **settings).train()
+    return squares.applied
+
+
+def nothing_is_attached(model: nn.Module) -> bool:
+    return not model._forward_pre_hooks and not any(one._post_accumulate_grad_hooks for one in model.parameters())
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "plain": (language_model, {}),
+    "classifier": (classifier, {}),
+    "clipped": (language_model, {"max_grad_norm": 0.1}),
+    "accumulated": (language_model, {"gradient_accumulation_steps": 2}),  # and of the fifth batch alone
+    "accumulated classifier": (classifier, {"gradient_accumulation_steps": 2}),
+    "adamw": (language_model, {"optim": "adamw_torch", "weight_decay": 0.1}),
+    "evaluated": (language_model, {"eval_strategy": "steps", "eval_steps": 2}),
+    "mixed": (language_model, {"bf16": True}),
+    "checkpointed": (language_model, {"activation_checkpointing": True}),
+    "compiled": (classifier, {"torch_compile": True, "torch_compile_backend": "eager"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_is_recorded_and_stays_the_same(tmp_path: Path, case: str) -> None:
+    make, settings = CASES[case]
+    without, model = make(), make()
+    applied = trained(without, tmp_path, [], **settings)
+    random_without = torch.get_rng_state()
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=1)
+    assert trained(model, tmp_path, [recorder], **settings) == applied
+    assert torch.equal(random_without, torch.get_rng_state())
+    for one, other in zip(without.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert nothing_is_attached(model)
+    run = open_run(tmp_path / "run")
+    assert len(applied) == (6 if "accumulated" in case else 10)
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-5)
+    np.testing.assert_array_equal(run["steps"].epoch, np.repeat([0, 1], len(applied) // 2))
+    np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-2 if case == "mixed" else 1e-5)
+
+
+def test_what_evaluations_find_is_in_the_row_of_the_step_before(tmp_path: Path) -> None:
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=0)
+    training = trainer(language_model(), tmp_path, [recorder], eval_strategy="steps", eval_steps=2)
+    training.train()
+    found = {row["step"] - 1: row["eval_loss"] for row in training.state.log_history if "eval_loss" in row}
+    losses = open_run(tmp_path / "run")["steps"].eval_loss.dropna("step")
+    assert dict(zip(losses.step.values.tolist(), losses.values.tolist(), strict=True)) == found
+    assert list(found) == [1, 3, 5, 7, 9]
+
+
+def test_a_step_of_unequal_batches_has_the_trainers_loss(tmp_path: Path) -> None:
+    """Tokens count, not texts: of half of the texts all labels but three are ignored."""
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=1)
+    training = trainer(language_model(), tmp_path, [recorder], gradient_accumulation_steps=5)
+    for text in training.train_dataset[::2]:
+        text["labels"] = torch.where(torch.arange(6) < 3, text["labels"], -100)
+    training.train()
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-5)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-3)
+
+
+def test_a_loss_of_the_trainers_own_is_given_as_objective(tmp_path: Path) -> None:
+    def of_classes(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"], label_smoothing=0.2)
+
+    class Smoothing(transformers.Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            return F.cross_entropy(model(**inputs).logits, inputs["labels"], label_smoothing=0.2)
+
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=1, objective=of_classes)
+    training = trainer(classifier(), tmp_path, [recorder])
+    training.compute_loss = Smoothing.compute_loss.__get__(training)
+    training.train()
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-5)
+
+
+def test_labels_that_the_trainer_keeps_from_the_model_cost_the_curvature(tmp_path: Path) -> None:
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=4)
+    with pytest.warns(UserWarning, match="the model returned no loss for a batch of .*: override Trainer.compute_loss"):
+        applied = trained(classifier(), tmp_path, [recorder], label_smoothing_factor=0.1)
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-5)
+    assert not run["curvature"]
+
+
+class Failing(transformers.TrainerCallback):
+    """Ends a training after three steps."""
+
+    def on_step_end(self, args: Any, state: Any, *others: Any, **training: Any) -> None:
+        if state.global_step == 3:
+            raise RuntimeError("out of memory")
+
+
+def test_a_training_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
+    model = language_model()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with frameworks.TrainerRecorder(tmp_path / "run", curvature_every=0) as recorder:
+            trained(model, tmp_path, [recorder, Failing()])
+    assert nothing_is_attached(model)
+    assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2]
+
+
+def test_parameters_that_are_spread_over_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = frameworks.TrainerRecorder(tmp_path / "run")
+    training = trainer(language_model(), tmp_path, [])
+    state = SimpleNamespace(distributed_type=accelerate.DistributedType.FSDP)
+    monkeypatch.setattr("dynamics.frameworks.trainer_callback.AcceleratorState", lambda: state)
+    with pytest.raises(ValueError, match="needs all parameters in one process, and FSDP spreads them: train with"):
+        recorder.on_train_begin(training.args, training.state, training.control)

@@ -25,7 +25,7 @@ import numpy as np
 import zarr
 from numcodecs import Blosc
 
-from .reading import METADATA, Metadata, check, chunk_key, chunk_keys, is_name, read_metadata
+from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, is_name, read_metadata
 from .schema import NODES, QUANTITIES
 
 _CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1}
@@ -48,7 +48,7 @@ class Store:
         self.path = Path(path)
         _create(self.path, attributes)
         self._lock = _locked(self.path)
-        self._adopt(read_metadata(self.path))
+        self._load(read_metadata(self.path))
 
     @classmethod
     def reopen(cls, path: str | os.PathLike) -> Store:
@@ -62,7 +62,9 @@ class Store:
         store.path = Path(path)
         check(store.path)  # before a lock file is put into somebody's folder
         store._lock = _locked(store.path)
-        store._adopt(check(store.path))
+        committed = check(store.path)
+        store._make_good(committed)
+        store._load(committed)
         return store
 
     @property
@@ -131,6 +133,8 @@ class Store:
     def truncate(self, lengths: Mapping[str, int]) -> None:
         """Take back all rows from a length on, of several nodes at once. Whoever opens the record sees all or none.
 
+        The chunks stay until they are written again or the store is closed, for those who opened the record before.
+
         Raises:
             ValueError: a node has fewer rows than it is to keep.
         """
@@ -143,7 +147,7 @@ class Store:
                 shorter[f"{node}/{name}/.zarray"]["shape"][0] = length
         self._metadata = shorter
         self.commit()
-        self._adopt(shorter)  # only now are files removed: nothing shows them any more
+        self._load(shorter)
 
     def note(self, key: str, value: Any) -> None:
         """Set an attribute of the record, e.g. a list of its resumes: anything that JSON holds."""
@@ -165,17 +169,15 @@ class Store:
 
     def close(self) -> None:
         """Let the next writer in. What was not committed is lost."""
-        with contextlib.suppress(OSError):  # a copy of what is committed, for tools that do not read METADATA
-            self._write_leaves(read_metadata(self.path))
+        with contextlib.suppress(OSError, RecordError):
+            self._make_good(read_metadata(self.path))
         self._lock.release()
 
     # what is on disk and what is in memory
 
-    def _adopt(self, metadata: Metadata) -> None:
-        """Make the folder and the memory what the commit says."""
+    def _load(self, metadata: Metadata) -> None:
+        """Take lengths, coordinates and the rows of open chunks from what is committed."""
         self._metadata = _empty_nodes() | metadata
-        self._write_leaves(self._metadata)
-        self._discard()
         self._length = dict.fromkeys(NODES, 0)
         self._chunk = {node: _CHUNK_ROWS.get(node, _OTHER_CHUNK_ROWS) for node in NODES}
         self._coordinates: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
@@ -193,21 +195,22 @@ class Store:
         found = [tuple(key.split("/")[:2]) for key in self._metadata if key.endswith("/.zarray")]
         return [(node, name) for node, name in found if node in NODES]
 
-    def _write_leaves(self, metadata: Metadata) -> None:
-        """Write the groups' and arrays' own descriptions, which readers do not need, as they are in METADATA."""
-        for key, entry in metadata.items():
+    def _make_good(self, metadata: Metadata) -> None:
+        """Make the folder what is committed: that, and nothing else.
+
+        Groups and arrays get descriptions of their own, for tools that do not read METADATA. What a killed writer left
+        is removed: arrays and chunks that were never committed, and files half written.
+        """
+        for key, entry in (_empty_nodes() | metadata).items():
             path, text = self.path / key, _json(entry)
             if not path.exists() or path.read_bytes() != text:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._replace(key, text)
-
-    def _discard(self) -> None:
-        """Remove what a killed writer left: arrays and chunks that were never committed, files half written."""
         for group in (self.path, *(self.path / node for node in NODES)):
             for half in group.glob(f".*{_PARTIAL}"):
                 half.unlink()
         for folder in [folder for node in NODES for folder in (self.path / node).iterdir() if folder.is_dir()]:
-            entry = self._metadata.get(f"{folder.parent.name}/{folder.name}/.zarray")
+            entry = metadata.get(f"{folder.parent.name}/{folder.name}/.zarray")
             if entry is None:
                 shutil.rmtree(folder)
                 continue
@@ -245,7 +248,7 @@ class Store:
             raise ValueError(f"a variable's name is a folder's in the record: no '/', no '.' first; got {name!r}")
         whole = _missing(values, chunk)
         whole[: len(values)] = values
-        (self.path / node / name).mkdir(parents=True, exist_ok=True)
+        (self.path / node / name).mkdir(exist_ok=True)
         self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", _CODEC.encode(whole))
 
     def _read_chunk(self, node: str, name: str, number: int, rows: int) -> np.ndarray:

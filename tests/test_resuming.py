@@ -108,11 +108,36 @@ def test_a_record_is_taken_back_to_any_length(tmp_path: Path, keep: int) -> None
     assert_holds(path, "steps", keep)
     assert_holds(path, "curvature", keep // 2)
     assert (target.lengths["steps"], target.lengths["curvature"]) == (keep, keep // 2)
+    target.close()
     assert len(list((path / "steps" / "loss").glob("[0-9]*"))) == -(-keep // 4)
+    target = Store.reopen(path)
     target.append("steps", rows(keep, 11))
     target.commit()
     assert_holds(path, "steps", 11)
     np.testing.assert_array_equal(target.read("steps", "loss"), np.sqrt(np.arange(11)))
+
+
+def test_whoever_opened_a_record_before_it_was_taken_back_may_read_it_then(tmp_path: Path) -> None:
+    target = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    target.append("steps", rows(0, 9))
+    target.commit()
+    early = xr.open_datatree(tmp_path / "run.zarr")["steps"]
+    target.truncate({"steps": 2})
+    np.testing.assert_array_equal(early.loss, np.sqrt(np.arange(9)))
+    target.append("steps", rows(2, 3))
+    target.commit()
+    assert_holds(tmp_path / "run.zarr", "steps", 3)
+
+
+def test_a_record_that_is_removed_meanwhile_does_not_come_back(tmp_path: Path) -> None:
+    target = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    target.append("steps", rows(0, 9))
+    target.commit()
+    shutil.rmtree(tmp_path / "run.zarr")
+    with pytest.raises(FileNotFoundError):
+        target.append("steps", rows(9, 10))
+    target.close()
+    assert not (tmp_path / "run.zarr").exists()
 
 
 def test_nothing_can_be_kept_that_is_not_there(tmp_path: Path) -> None:

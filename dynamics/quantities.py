@@ -6,13 +6,13 @@ Each vector is a tensor (block, entry) that holds all parameters. A formula give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-_CACHED_ROWS = 1024  # as many blocks as a processor's cache holds
+_CACHED_BLOCKS = 256  # 1 MB of each vector: what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Vectors:
     hess_removal: Tensor | None = None  # Hδ
     removed: Tensor | None = None  # 1 on the coordinates that an event removes, else 0
     kept: Tensor | None = None  # 1 on the coordinates that are not pruned, else 0
-    _dots: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _dots: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False)
 
     def dot(self, left: str, right: str) -> Tensor:
         """Inner product of two of the vectors in each block, (block,); computed once."""
@@ -39,15 +39,17 @@ class Vectors:
             self._dots[left, right] = total(torch.mul, getattr(self, left), getattr(self, right))
         return self._dots[left, right]
 
+    def split(self, blocks: int) -> Iterator[Vectors]:
+        """Pieces of so many blocks, one after the other."""
+        given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
+        pieces = {name: vector.split(blocks) for name, vector in given.items() if vector is not None}
+        for parts in zip(*pieces.values(), strict=True):
+            yield Vectors(**dict(zip(pieces, parts, strict=True)))
+
 
 def total(term: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
-    """Σ term(v₁, v₂, ...) over the entries of each block: (block,), in float64 where the device has it.
-
-    A block's 1024 terms are added up pairwise in the vectors' own precision, the blocks in float64.
-    """
-    rows = len(vectors[0]) if vectors[0].is_cuda else _CACHED_ROWS
-    sums = torch.cat([term(*parts).sum(-1) for parts in zip(*(vector.split(rows) for vector in vectors), strict=True)])
-    return sums if sums.is_mps else sums.double()
+    """Σ term(v₁, v₂, ...) over the entries of each block: (block,), added up pairwise in the vectors' own precision."""
+    return term(*vectors).sum(-1)
 
 
 FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
@@ -81,11 +83,14 @@ FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
 def evaluate(names: Iterable[str], vectors: Vectors, layer_of: Tensor, layers: int) -> dict[str, Tensor]:
     """The named quantities per layer: name → tensor of shape (layer,).
 
-    ``layer_of`` (block,) holds the index of the layer that owns each block's parameter.
+    ``layer_of`` (block,) holds the index of the layer that owns each block's parameter. Blocks are added up in float64
+    where the device has it. On a processor all formulas read a piece of the vectors while it is in the cache.
     """
     names = list(names)
     if not names:
         return {}
-    values = torch.stack([FORMULAS[name](vectors) for name in names])
+    pieces = [vectors] if layer_of.is_cuda else vectors.split(_CACHED_BLOCKS)
+    values = torch.cat([torch.stack([FORMULAS[name](piece) for name in names]) for piece in pieces], dim=-1)
+    values = values if values.is_mps else values.double()
     sums = values.new_zeros(len(names), layers).index_add_(-1, layer_of, values)
     return dict(zip(names, sums.unbind(), strict=True))

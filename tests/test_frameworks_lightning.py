@@ -78,6 +78,9 @@ def trained(
             chosen = optimizer(self.parameters())
             return [chosen], [torch.optim.lr_scheduler.StepLR(chosen, 1, 0.5)]
 
+    if "plugins" in settings:  # the Trainer itself scales gradients on a GPU only
+        scaler = torch.amp.GradScaler("cpu")
+        settings["plugins"] = framework.plugins.MixedPrecision(settings["plugins"], "cpu", scaler)
     torch.manual_seed(3)
     module = Module()
     trainer = framework.Trainer(callbacks=callbacks, max_epochs=epochs, **QUIET, **settings)
@@ -99,13 +102,14 @@ CASES: dict[str, dict[str, Any]] = {
     "lbfgs": {"optimizer": lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=1)},
     "manual": {"manual": True},
     "mixed": {"precision": "bf16-mixed"},
+    "scaled": {"plugins": "16-mixed"},
     "true": {"precision": "bf16-true"},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_fit_is_recorded_and_stays_the_same(tmp_path: Path, case: str) -> None:
-    low_precision, accumulated = case in ("mixed", "true"), case == "accumulated"
+    low_precision, accumulated = case in ("mixed", "scaled", "true"), case == "accumulated"
     if low_precision:
         torch.set_default_dtype(torch.float32)
     without = trained([], **CASES[case])

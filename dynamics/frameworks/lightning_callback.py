@@ -55,7 +55,7 @@ class LightningRecorder(*_callbacks()):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Begin: the optimizers are there, and a checkpoint has been loaded."""
         self.recorder = self._recording(trainer.model, trainer.optimizers)
-        self._epochs = self.recorder.watch(())
+        self._epochs = self.recorder.watch(())  # batches are observed; a pass over nothing is an epoch
         self._losses, self._stepped = [], trainer.global_step
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:

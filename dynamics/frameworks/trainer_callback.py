@@ -62,7 +62,7 @@ class TrainerRecorder(TrainerCallback):
         if state.is_world_process_zero:
             self._processes = args.world_size if args.average_tokens_across_devices else 1
             self.recorder = self._recording(training["model"], training["optimizer"])
-            self._epochs = self.recorder.watch(())
+            self._epochs = self.recorder.watch(())  # batches are observed; a pass over nothing is an epoch
             self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 	rm -rf out/demo
@@ -15,6 +15,9 @@ demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 
 test: .venv/installed-test lint  ## tests and linter
 	$(BIN)/python -m pytest
+
+faults: .venv/installed-test  ## kill writers of records 100 times at random; `make test` does it 8 times
+	THETADOT_KILLS=100 $(BIN)/python -m pytest tests/faults
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

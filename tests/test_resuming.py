@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,36 @@ def test_a_dropped_store_lets_the_next_writer_in(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     Store(path, ATTRIBUTES)
     Store.reopen(path)
+
+
+FORKING = """
+import gc, os, signal, sys, time
+from dynamics.store import Store
+
+store = Store(sys.argv[1], {"schema_version": 1})
+if os.fork() == 0:  # as a loader's worker
+    del store
+    gc.collect()
+    print("forked", flush=True)
+    time.sleep(20)
+    os._exit(0)
+time.sleep(20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_neither_opens_the_lock_nor_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    program = [sys.executable, "-c", FORKING, path]
+    options = {"cwd": Path(__file__).parents[1], "start_new_session": True, "stdout": subprocess.PIPE}
+    with subprocess.Popen(program, **options) as writer:
+        assert writer.stdout.readline() == b"forked\n"
+        with pytest.raises(BlockingIOError, match="is being written by another recorder"):
+            Store.reopen(path)
+        writer.kill()
+        writer.wait()
+        Store.reopen(path).close()  # while the forked process lives on
+        os.killpg(writer.pid, signal.SIGKILL)
 
 
 def test_going_on_needs_a_record(tmp_path: Path) -> None:

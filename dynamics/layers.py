@@ -92,6 +92,7 @@ class Layers:
         per_parameter = torch.tensor(values, dtype=self._layout.dtype)
         return per_parameter.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
 
+    @torch.no_grad()
     def theta(self, into: Vector) -> Vector:
         """Copy θ into a vector, zero where it is pruned."""
         into.take(self.parameters)

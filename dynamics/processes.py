@@ -36,13 +36,18 @@ class Processes:
                 made = make()
             except Exception as raised:
                 error = raised
-        if self._together:
-            told = [error]
-            dist.broadcast_object_list(told, src=0)
-            error = told[0]
+        error = self.told(error)
         if error is not None:
             raise error
         return made
+
+    def told(self, value: _Made) -> _Made:
+        """What the process that writes was given, in all of them."""
+        if not self._together:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
     def all_agree(self, fine: bool, device: torch.device) -> bool:
         """Whether it is fine in every process."""

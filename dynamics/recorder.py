@@ -10,25 +10,36 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import astuple
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import provenance, schema
-from .arguments import check_arguments, check_description, check_epoch, check_scalar, optimizers, wanted
+from . import provenance
+from .arguments import (
+    check_arguments,
+    check_description,
+    check_epoch,
+    check_resume,
+    check_scalar,
+    optimizers,
+    wanted,
+)
+from .attachment import Attachment
 from .batches import Batches
 from .buffer import Buffer
+from .curvature import Expansion
 from .event import Event, Stage, effect
 from .groups import Groups
 from .layers import Layers
 from .moment import Moment
 from .probe import Objective, Probe, cross_entropy_objective, unwrap
 from .processes import Processes
-from .step import Measurement, Step
-from .store import Store
+from .resuming import begin
+from .rows import Rows
+from .step import Measurement
+from .termination import on_termination
 
 _Measured = TypeVar("_Measured")
 
@@ -55,10 +66,18 @@ class Recorder:
         quantities: names of the quantities of ``/steps`` and ``/curvature`` to record; None means all. Nothing that
             was not asked for is computed.
         attributes: further attributes of the record, e.g. a configuration: numbers, strings, or lists of them.
+        resume: True goes on with the record at ``path``, once model and optimizer are loaded from a checkpoint, and
+            begins a new one where there is none; "rewind" also drops what was recorded after the checkpoint. The
+            record's attribute ``resumed`` keeps a trace. :meth:`flush` before saving a checkpoint.
+        step: the step at which a resumed training goes on. By default it is found: the one at which every layer of
+            the record had the model's ‖θ‖².
 
     Raises:
-        FileExistsError: the path exists.
-        TypeError, ValueError: an argument is not what it must be. Nothing is written then.
+        FileExistsError: the path exists, and ``resume`` is False.
+        BlockingIOError: another recorder is writing there.
+        RecordError: what is there is not a record, or is damaged.
+        TypeError, ValueError: an argument is not what it must be, or the record goes on beyond the model's step.
+            Nothing is written then.
     """
 
     def __init__(
@@ -72,8 +91,11 @@ class Recorder:
         curvature_every: int = 64,
         quantities: Iterable[str] | None = None,
         attributes: Mapping[str, Any] | None = None,
+        resume: bool | Literal["rewind"] = False,
+        step: int | None = None,
     ) -> None:
         check_arguments(model, optimizer, objective, every, curvature_every)
+        check_resume(resume, step)
         self._steps, curvature = wanted("steps", quantities), wanted("curvature", quantities)
         self._processes = Processes(model)
         self._model, self._optimizers, self._objective = unwrap(model), optimizers(optimizer), objective
@@ -81,36 +103,27 @@ class Recorder:
         self._layers = Layers(self._model)
         self._groups = Groups(self._optimizers, self._layers)
         self._measurement = Measurement(self._layers, self._groups, self._processes, self._steps, curvature)
-        self._step, self._epoch, self._events, self._flow_time = 0, 0, 0, 0.0
-        self._open: Step | None = None
-        self._approximates = False
-        self._logged: dict[str, float | Tensor] = {}
-        self._row: dict[str, float | Tensor] = {}
-        self._path, self._busy = path, False
-        origin = provenance.attributes() | {"device": _device_name(self._layers.device)}
-        self._buffer = self._processes.first(lambda: Buffer(Store(path, origin | dict(attributes or {}))))
-        self._say_what_is_fixed()
+        self._path, self._busy, self._begun, self._approximates = path, False, False, False
+        self._probe: Probe | None = None
+        self._expansion: Expansion | None = None
+        origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
+        sqnorm = self._measurement.param_sqnorm()
+        begun = self._processes.first(lambda: begin(path, origin, self._layers.names, sqnorm, resume, step))
+        store, place = begun or (None, None)
+        self._step, self._epoch, self._events, self._flow_time = astuple(self._processes.told(place))
+        self._measurement.start_from(store, begins=self._step == 0)
+        self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         self._batches = Batches([] if self._processes.replicated else self._layers.parameters)
-        self._hooks = [
-            hook
-            for number, one in enumerate(self._optimizers)
-            for hook in (
-                one.register_step_pre_hook(partial(self._before_step, number)),
-                one.register_step_post_hook(partial(self._after_step, number)),
-            )
-        ]
-
-    def _say_what_is_fixed(self) -> None:
-        if self._buffer is not None:
-            for node in ("steps", "curvature", "pruning"):
-                self._buffer.coordinate(node, "layer", "layer", np.array(self._layers.names))
-            self._buffer.coordinate("pruning", "stage", "stage", np.array(schema.STAGES))
+        self._attachment = Attachment(
+            self._optimizers, ready=self._before_step, done=self._after_step, asleep=lambda: self._busy
+        )
+        self._termination = on_termination(self.flush)
         if self._processes.sharded and self._curvature_every:
             self._curvature_every = 0
             warnings.warn(
                 "curvature is not recorded: it needs all parameters in one process, and FSDP2 spreads them; "
                 "give curvature_every=0 to record first-order quantities only",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     # what the loop calls
@@ -121,9 +134,9 @@ class Recorder:
 
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, where there is no loader to watch. Several batches accumulate."""
-        self._end_step()
+        self._attachment.end()
         if not self._batches:
-            self._logged = {}
+            self._rows.forget_logged()
         due = self._due(self._curvature_every)
         self._batches.add(batch, Moment(self._model, self._layers.device) if due else None)
 
@@ -136,14 +149,18 @@ class Recorder:
         for name, value in scalars.items():
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
-            # With a batch seen, or the name logged before, the value is of the step to come; else of the step that was.
-            upcoming = bool(self._batches) or not self._row or name in self._row
-            (self._logged if upcoming else self._row)[name] = value
+            self._rows.log(name, value, bool(self._batches))
 
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""
         check_epoch(scalars)
-        self._add("epochs", {"epoch": self._epoch, **scalars})
+        self._rows.add("epochs", {"epoch": self._epoch, **scalars})
+
+    def next_epoch(self) -> None:
+        """Begin the next epoch, where no loader is watched. What was observed and led to no step is forgotten."""
+        self._attachment.end()
+        self._batches.clear()
+        self._epoch += 1
 
     @contextmanager
     def event(
@@ -172,35 +189,32 @@ class Recorder:
         if self._processes.sharded:
             raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
         check_description(kind, attributes)
-        self._end_step()
+        self._attachment.end()
         moments = [Moment(self._model, self._layers.device)] * len(probe)
         before = self._stage(probe, mode, moments)
         yield (event := Event())
         after = self._stage(probe, mode, moments)
         row = {"event": self._events, "kind": kind, "mode": mode, "step": self._step, "epoch": self._epoch}
-        self._add("pruning", row | attributes | effect(self._layers, before, after))
-        self._add_units(event)
+        self._rows.add("pruning", row | attributes | effect(self._layers, before, after))
+        self._rows.add_units(self._events, event)
         self._events += 1
 
     def flush(self) -> None:
-        """Write all that was recorded so far and wait for it; before a checkpoint is saved, say."""
-        if self._buffer is not None:
-            self._buffer.flush(wait=True)
+        """Write all that was recorded so far and wait for it: before a checkpoint is saved, say."""
+        self._attachment.end()
+        self._rows.flush()
 
     def close(self) -> None:
         """Detach from the optimizer, write what is left and wait for it. Nothing of the recorder stays behind.
 
         What cannot be written is lost with a warning, not an exception: it must not cost what comes after the training.
         """
-        if self._hooks:
-            self._end_step()
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+        if self._attachment:
+            self._attachment.end()
+            self._attachment.close()
             self._batches.close()
-            self._finish_row()
-            if self._buffer is not None:
-                self._buffer.close()
+            self._termination.close()
+            self._rows.close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -215,7 +229,7 @@ class Recorder:
             )
 
     def __repr__(self) -> str:
-        state = "recording" if self._hooks else "closed"
+        state = "recording" if self._attachment else "closed"
         return f"<Recorder {self._path}: {state}, {self._step} steps, {len(self._layers)} layers>"
 
     @property
@@ -225,95 +239,52 @@ class Recorder:
 
     # around a step
 
-    def _before_step(
-        self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
-        if self._busy:
-            return None
-        if self._open is not None and self._open.stepping is not None:
-            self._open = None  # an exception ended that step
-        if self._open is not None and number in self._open.stepped:
-            self._end_step()
-        self._open = self._open or Step()
-        self._open.stepping = number
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
-        if closure is None:
-            self._gradient_is_there(number)
-            return None
-        measuring = self._measuring(closure, number)
-        return (args, {**kwargs, "closure": measuring}) if "closure" in kwargs else ((args[0], measuring), kwargs)
-
-    def _measuring(self, closure: Callable[[], Any], number: int) -> Callable[[], Any]:
-        """The closure, with the measurement when it first returns: only then is the step's gradient there."""
-        waiting = [number]
-
-        def measured() -> Any:
-            loss = closure()
-            if waiting:
-                self._gradient_is_there(waiting.pop())
-            return loss
-
-        return measured
-
-    def _gradient_is_there(self, number: int) -> None:
+    def _before_step(self, number: int, first: bool) -> None:
         """Keep θ and g as they are before the step; the optimizer may overwrite either."""
-        step, due = self._open, self._due(self._every) and not self._only_helps
         curvature = self._due(self._curvature_every) and bool(self._batches)
-        if not (curvature or due):
+        if not (curvature or self._records()):
             return
         with self._measuring_now():
-            if not step.begun:
+            if first:
                 self._layers.refresh()
                 self._groups.refresh()
                 self._measurement.begin()
-                step.begun = True
+                self._begun, self._probe, self._expansion = True, None, None
                 if curvature:
                     batches, moments = self._batches.of_the_step()
-                    step.probe = Probe(self._model, self._objective, batches, moments=moments)
-                    step.expansion = self._or_give_up(step.probe.expand)
+                    self._probe = Probe(self._model, self._objective, batches, moments=moments)
+                    self._expansion = self._or_give_up(self._probe.expand)
             self._measurement.take_gradient(number)
 
-    def _after_step(self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._busy or self._open is None:
-            return
-        self._open.stepping = None
-        self._open.stepped.add(number)
-        if len(self._open.stepped) == len(self._optimizers):
-            self._end_step()
-
-    def _end_step(self) -> None:
+    def _after_step(self) -> None:
         """All optimizers have stepped, or a new step begins: measure what the step did."""
-        step, self._open = self._open, None
-        if step is None or not step.stepped:
-            return
-        self._finish_row()
-        skipped = self._skipped()
-        if step.begun:
+        skipped, row = self._skipped(), None
+        if self._begun:
             with self._measuring_now():
                 self._measurement.end()
-                if self._due(self._every) and not self._only_helps:
+                if self._records():
                     values = self._processes.total(self._measurement.step_values())
-                    self._row = self._scalars(skipped) | values | self._logged
-                if step.expansion is not None:
-                    self._add_curvature(step)
-        # The row of a step that is not recorded takes what is logged, and is dropped.
-        self._row = self._row or {"step": None, **self._logged}
+                    row = self._scalars(skipped) | values
+                if self._expansion is not None:
+                    self._add_curvature(self._expansion, self._probe)
+        self._begun, self._probe, self._expansion = False, None, None
+        self._rows.step(row)
         self._step += 1
         self._flow_time = self._flow_time + self._groups.first_flow_step() * (1 - skipped)
         self._batches.clear()
-        self._logged = {}
 
-    def _add_curvature(self, step: Step) -> None:
-        values = self._or_give_up(lambda: self._measurement.curvature_values(step.expansion, step.probe))
-        if values is not None and not (step.expansion.exact or self._approximates):
+    def _add_curvature(self, expansion: Expansion, probe: Probe) -> None:
+        values = self._or_give_up(lambda: self._measurement.curvature_values(expansion, probe))
+        if values is None:
+            return
+        self._rows.add("curvature", {"step": self._step, **self._processes.mean_values(values)})
+        if not (expansion.exact or self._approximates):
             self._approximates = True
             warnings.warn(
                 f"curvature is approximate from step {self._step} on: an operation of the model has no second "
                 "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
                 stacklevel=2,
             )
-        if values is not None:
-            self._add("curvature", {"step": self._step, **self._processes.mean_values(values)})
 
     def _skipped(self) -> float | Tensor:
         """1 where a gradient scaler made the optimizers skip the step."""
@@ -349,39 +320,20 @@ class Recorder:
         )
         return None
 
-    def _finish_row(self) -> None:
-        """Send the last step's row; until the next step it waited for what is logged after ``optimizer.step()``."""
-        if self._row.get("step") is not None:
-            self._add("steps", self._row)
-        self._row = {}
-
     # small things
 
-    @property
-    def _only_helps(self) -> bool:
-        """A replica that does not write has nothing to add to first-order quantities."""
-        return self._processes.replicated and not self._processes.writes
+    def _records(self) -> bool:
+        """Whether this step has a row; a replica that does not write has nothing to add to first-order quantities."""
+        return self._due(self._every) and not (self._processes.replicated and not self._processes.writes)
 
-    def _add(self, node: str, row: Mapping[str, Any]) -> None:
-        if self._buffer is not None:
-            self._buffer.add(node, row)
+    def _due(self, every: int) -> bool:
+        return bool(every) and self._step % every == 0
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
         with self._measuring_now():
             self._layers.refresh()
             probe = Probe(self._model, self._objective, batches, mode=mode, moments=moments)
             return Stage(self._layers, self._processes, probe.expand())
-
-    def _add_units(self, event: Event) -> None:
-        if not event.alive or self._buffer is None:
-            return
-        layers, index = zip(*event.unit_labels(), strict=True)
-        self._buffer.coordinate("units", "layer", "unit", np.array(layers))
-        self._buffer.coordinate("units", "index", "unit", np.array(index))
-        self._add("units", {"event": self._events, **event.unit_row()})
-
-    def _due(self, every: int) -> bool:
-        return bool(every) and self._step % every == 0
 
     @contextmanager
     def _measuring_now(self) -> Iterator[None]:
@@ -405,10 +357,8 @@ class _Watched:
 
     def __iter__(self) -> Iterator:
         if self._passes or self._recorder._step:
-            self._recorder._epoch += 1
+            self._recorder.next_epoch()
         self._passes += 1
-        self._recorder._end_step()
-        self._recorder._batches.clear()  # of a pass that was broken off before its step
         for batch in self._loader:
             self._recorder.observe(batch)
             yield batch

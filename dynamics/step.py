@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .blocks import Vector
 from .curvature import Expansion
 from .groups import Groups
 from .layers import Layers
 from .probe import Probe
 from .processes import Processes
 from .quantities import FORMULAS, Vectors
-
-
-class Step:
-    """A step in progress, of one optimizer or of several that step one after the other.
-
-    ``stepping`` is the number of the optimizer whose step has begun, ``stepped`` those that are through. The update is
-    what the optimizers changed; the gradient is, of each parameter, what its optimizer was given, else zero.
-    """
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.stepping: int | None = None
-        self.stepped: set[int] = set()
-        self.probe: Probe | None = None
-        self.expansion: Expansion | None = None
+from .store import Store
 
 
 class Measurement:
@@ -41,7 +29,26 @@ class Measurement:
         self._curvature = [name for name in curvature if name in FORMULAS]
         self._losses = [name for name in curvature if name not in FORMULAS]
         self._make_vectors()
-        self.start = layers.theta(layers.zeros()) if "distance_sqnorm" in steps else None
+        self._start: Vector | None = None
+
+    def param_sqnorm(self) -> np.ndarray:
+        """‖θ‖² of each layer as it is now, (layer,)."""
+        theta = self._layers.theta(self._layers.zeros()).blocks
+        values = self._processes.total(self._layers.evaluate(["param_sqnorm"], Vectors(theta=theta)))
+        return values["param_sqnorm"].cpu().numpy()
+
+    def start_from(self, store: Store | None, *, begins: bool) -> None:
+        """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
+        if "distance_sqnorm" not in self._steps:
+            return
+        self._start = self._layers.theta(self._layers.zeros())
+        alone = store is not None and not self._processes.sharded
+        if begins and alone:
+            store.keep("start", self._start.blocks.cpu().numpy())
+        elif not begins:
+            kept = store.kept("start") if alone else None
+            known = kept is not None and kept.shape == self._start.blocks.shape
+            self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
 
     def _make_vectors(self) -> None:
         self._theta, self._grad, self._update = (self._layers.zeros() for _ in range(3))
@@ -68,7 +75,7 @@ class Measurement:
             theta=self._theta.blocks,
             grad=self._grad.blocks,
             update=self._update.blocks,
-            start=None if self.start is None else self.start.blocks,
+            start=None if self._start is None else self._start.blocks,
             decay=self._groups.decay() if "decay_sqnorm" in self._steps else None,
         )
         return self._layers.evaluate(self._steps, vectors)

@@ -1,0 +1,175 @@
+"""Where a record and a model meet again: the place in the record at which the model's parameters are."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .store import Store
+
+_SAME = 1e-6  # relative: what rounding makes of a squared norm
+
+
+@dataclass(frozen=True)
+class Place:
+    """The point between two steps at which recording goes on, and how much of the record lies before it."""
+
+    step: int = 0
+    epoch: int = 0
+    events: int = 0
+    flow_time: float = 0.0
+
+
+class Record:
+    """The columns of a record that say where its steps and events were."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.steps, self.epochs = self._column("steps", "step"), self._column("steps", "epoch")
+        self.events = self._column("pruning", "step")
+        self._sqnorm = self._column("steps", "param_sqnorm")
+
+    def _column(self, node: str, name: str) -> np.ndarray:
+        try:
+            return self._store.read(node, name)
+        except KeyError:
+            return np.empty(0, int)
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Step and number of events after all that is recorded."""
+        last = [*self.steps[-1:] + 1, *self.events[-1:], 0]
+        return int(max(last)), len(self.events)
+
+    def place(self, step: int, events: int) -> Place:
+        """What the counters were at a step."""
+        before = int(np.searchsorted(self.steps, step))
+        epoch = int(self.epochs[before - 1]) if before and len(self.epochs) else 0
+        return Place(step, epoch, events, self._flow_time(step, before))
+
+    def _flow_time(self, step: int, before: int) -> float:
+        times, flow_steps = self._column("steps", "flow_time"), self._column("steps", "flow_step")
+        if not before:
+            return 0.0
+        if not len(times) or not len(flow_steps):
+            return float("nan")
+        if before < len(times) and self.steps[before] == step:
+            return float(times[before])
+        skipped = self._column("steps", "skipped")
+        last = next((rate for rate in flow_steps[before - 1] if rate), 0.0)
+        taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
+        return float(times[before - 1] + last * taken)
+
+    def meets(self, sqnorm: np.ndarray) -> tuple[int, int] | None:
+        """Step and number of events at which ‖θ‖² of every layer was ``sqnorm`` (layer,); None if nowhere.
+
+        Where a row says so to the bit, there; else at the record's end, which is known by a sum only; else the nearest.
+        """
+        found = [
+            (float(np.max(np.abs(then - sqnorm) / np.maximum(np.abs(then), 1e-300), initial=0.0)), (step, events))
+            for step, events, then in self._moments()
+        ]
+        near = [(distance, moment) for distance, moment in found if distance <= _SAME]
+        exact = [moment for distance, moment in near if distance == 0]
+        at_end = [moment for _, moment in near if moment == self.end]
+        return max(exact or at_end or [min(near)[1]]) if near else None
+
+    def _moments(self) -> list[tuple[int, int, np.ndarray]]:
+        """Each point at which ‖θ‖² is known: step, events before it, ‖θ‖² by layer."""
+        moments: list[tuple[int, int, np.ndarray]] = []
+        if len(self._sqnorm):
+            events = np.searchsorted(self.events, self.steps, side="right")
+            moments += zip(self.steps.tolist(), events.tolist(), self._sqnorm, strict=True)
+            change, square = self._column("steps", "param_update"), self._column("steps", "update_sqnorm")
+            if len(change) and len(square):
+                events = np.searchsorted(self.events, self.steps + 1, side="left")
+                after = self._sqnorm + 2 * change + square
+                moments += zip((self.steps + 1).tolist(), events.tolist(), after, strict=True)
+        staged = self._column("pruning", "param_sqnorm")
+        moments += [(int(step), index + 1, staged[index, 1]) for index, step in enumerate(self.events)]
+        return moments
+
+
+def begin(
+    path: str | os.PathLike,
+    attributes: Mapping[str, Any],
+    layers: list[str],
+    sqnorm: np.ndarray,
+    mode: bool | str,
+    step: int | None,
+) -> tuple[Store, Place]:
+    """A store to write to, and where its record goes on: a new one, or with ``mode`` True or "rewind" what is there.
+
+    Raises:
+        FileExistsError, BlockingIOError, RecordError: as :class:`~dynamics.store.Store`.
+        ValueError: as :func:`resume`.
+    """
+    if not (mode and Path(path).exists()):
+        return Store(path, attributes), Place(step=step or 0)
+    store = Store.reopen(path)
+    try:
+        return store, resume(store, layers, sqnorm, step, mode == "rewind")
+    except BaseException:
+        store.close()
+        raise
+
+
+def resume(store: Store, layers: list[str], sqnorm: np.ndarray, step: int | None, rewind: bool) -> Place:
+    """Find where the model is in the record, and take back what lies beyond, if that was asked for.
+
+    Args:
+        store: the record, open for writing.
+        layers: names of the model's layers.
+        sqnorm: ‖θ‖² of each layer as the model is now, (layer,).
+        step: the step at which training goes on; None: found by ``sqnorm``.
+        rewind: whether rows beyond that step may be dropped.
+
+    Raises:
+        ValueError: another network's record, a model that is nowhere in the record, or rows beyond and no ``rewind``.
+    """
+    record, path = Record(store), store.path
+    if not sum(store.lengths.values()):
+        return Place()
+    recorded = [str(name) for name in store.read("steps", "layer")]
+    if recorded != layers:
+        raise ValueError(f"{path} is the record of another network: it has layers {recorded}, the model has {layers}")
+    end, met = record.end, record.meets(sqnorm)
+    if step is None and met is None:
+        raise ValueError(
+            f"the model's parameters are those of no step in {path}, which ends at step {end[0]}: load the checkpoint "
+            "that belongs to it, or give step=<the step at which training goes on>"
+        )
+    if step is not None and (met is None or met[0] != step):
+        met = (step, int(np.searchsorted(record.events, step, side="right")) if step < end[0] else end[1])
+    if met < end:
+        if not rewind:
+            raise ValueError(
+                f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
+                f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
+            )
+        _truncate(store, record, *met)
+    place = record.place(*met)
+    trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
+    store.note("resumed", [*store.attributes.get("resumed", []), trace])
+    return place
+
+
+def _truncate(store: Store, record: Record, step: int, events: int) -> None:
+    """Take back all rows from a step on."""
+    before = int(np.searchsorted(record.steps, step))
+    lengths = {"steps": before, "pruning": events}
+    lengths["curvature"] = int(np.searchsorted(record._column("curvature", "step"), step))
+    lengths["units"] = int(np.searchsorted(record._column("units", "event"), events))
+    if before < len(record.epochs):
+        lengths["epochs"] = int(np.searchsorted(record._column("epochs", "epoch"), record.epochs[before]))
+    store.truncate(lengths)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

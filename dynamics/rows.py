@@ -1,0 +1,75 @@
+"""The rows of a record on their way: a step's row waits for what is logged after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import schema
+from .buffer import Buffer
+from .event import Event
+
+
+class Rows:
+    """Rows for a buffer; without one, in a process that does not write, they go nowhere."""
+
+    def __init__(self, buffer: Buffer | None, layers: list[str]) -> None:
+        self._buffer = buffer
+        self._step: dict[str, Any] | None = None  # the row of the step that was
+        self._logged: dict[str, float | Tensor] = {}  # what is logged for the step to come
+        for node in ("steps", "curvature", "pruning"):
+            self._coordinate(node, "layer", "layer", layers)
+        self._coordinate("pruning", "stage", "stage", schema.STAGES)
+
+    def _coordinate(self, node: str, name: str, dim: str, values: Any) -> None:
+        if self._buffer is not None:
+            self._buffer.coordinate(node, name, dim, np.array(values))
+
+    def add(self, node: str, row: Mapping[str, Any]) -> None:
+        """Send a row."""
+        if self._buffer is not None:
+            self._buffer.add(node, row)
+
+    def add_units(self, number: int, event: Event) -> None:
+        """Send an event's row of ``/units``, if it told of any."""
+        if event.alive:
+            layers, index = zip(*event.unit_labels(), strict=True)
+            self._coordinate("units", "layer", "unit", layers)
+            self._coordinate("units", "index", "unit", index)
+            self.add("units", {"event": number, **event.unit_row()})
+
+    def log(self, name: str, value: float | Tensor, batch_seen: bool) -> None:
+        """Keep a scalar: of the step to come if its batch is seen, or the last step has the name; else of the last."""
+        upcoming = batch_seen or self._step is None or name in self._step
+        (self._logged if upcoming else self._step)[name] = value
+
+    def forget_logged(self) -> None:
+        """A batch came after a step: what was logged without one was of no step."""
+        self._logged = {}
+
+    def step(self, row: Mapping[str, Any] | None) -> None:
+        """A step is done: send the last one's row and keep this one's; None if it is not recorded."""
+        self.finish()
+        self._step = {**(row or {}), **self._logged}
+        self._logged = {}
+
+    def finish(self) -> None:
+        """Send the row of the step that was."""
+        if self._step is not None and "step" in self._step:
+            self.add("steps", self._step)
+        self._step = None
+
+    def flush(self) -> None:
+        """Write everything and wait for it."""
+        self.finish()
+        if self._buffer is not None:
+            self._buffer.flush(wait=True)
+
+    def close(self) -> None:
+        """Write everything and let the record go."""
+        self.finish()
+        if self._buffer is not None:
+            self._buffer.close()

@@ -1,0 +1,225 @@
+"""A training that stops and goes on from a checkpoint has the record of one that never stopped."""
+
+import copy
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from networks import Batch, plain_step, smooth_network, vectors
+from torch import nn
+
+from dynamics import Recorder, RecordError, open_run
+from dynamics.masks import apply_masks
+
+HERE = Path(__file__).parent
+Pair = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def fresh() -> Pair:
+    torch.manual_seed(0)
+    model = smooth_network()
+    return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+
+def checkpoint(pair: Pair) -> list[dict]:
+    return [copy.deepcopy(part.state_dict()) for part in pair]
+
+
+def loaded(state: list[dict]) -> Pair:
+    pair = fresh()
+    for part, values in zip(pair, state, strict=True):
+        part.load_state_dict(copy.deepcopy(values))
+    return pair
+
+
+def train(path: Path, pair: Pair, batches: list[Batch], **settings: object) -> list[dict]:
+    """Train and record, one epoch a call; the checkpoint at the end."""
+    with Recorder(path, *pair, curvature_every=2, **settings) as recorder:
+        for batch in recorder.watch(batches):
+            recorder.log(loss=plain_step(*pair, batch))
+        recorder.log_epoch(test_accuracy=len(batches) / 10)
+    return checkpoint(pair)
+
+
+def assert_equal(one: xr.DataTree, other: xr.DataTree) -> None:
+    for node in ("steps", "curvature", "pruning", "epochs"):
+        assert set(one[node].variables) == set(other[node].variables)
+        for name, expected in other[node].variables.items():
+            same = np.testing.assert_array_equal if expected.dtype.kind in "UO" else np.testing.assert_allclose
+            same(one[node][name], expected, err_msg=name)
+
+
+def test_a_resumed_record_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    batches, parts = vectors(9), (slice(0, 3), slice(3, 7), slice(7, 9))
+    state = checkpoint(fresh())
+    for part in parts:
+        state = train(tmp_path / "stopped", loaded(state), batches[part], resume=True)
+    pair = fresh()
+    with Recorder(tmp_path / "whole", *pair, curvature_every=2) as recorder:
+        for part in parts:
+            for batch in recorder.watch(batches[part]):
+                recorder.log(loss=plain_step(*pair, batch))
+            recorder.log_epoch(test_accuracy=len(batches[part]) / 10)
+    stopped = open_run(tmp_path / "stopped")
+    assert_equal(stopped, open_run(tmp_path / "whole"))
+    assert stopped["steps"].step.values.tolist() == list(range(9))
+    assert stopped["epochs"].epoch.values.tolist() == [0, 1, 2]
+    assert [trace["step"] for trace in stopped.attrs["resumed"]] == [3, 7]
+    assert "resumed" not in open_run(tmp_path / "whole").attrs
+
+
+def test_going_back_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    batches = vectors(9)
+    early = train(tmp_path / "run", fresh(), batches[:4])
+    train(tmp_path / "run", loaded(early), batches[4:7], resume=True)
+    files = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(
+        ValueError, match=r"model is at step 4 of .*, the record goes on to step 7 .* resume=\"rewind\""
+    ):
+        train(tmp_path / "run", loaded(early), batches[4:], resume=True)
+    assert files == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    train(tmp_path / "run", loaded(early), batches[4:], resume="rewind")
+    train(tmp_path / "whole", loaded(train(tmp_path / "whole", fresh(), batches[:4])), batches[4:], resume=True)
+    assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
+    assert [(trace["step"], trace["dropped"]) for trace in open_run(tmp_path / "run").attrs["resumed"]] == [
+        (4, 0),
+        (4, 3),
+    ]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, when: str) -> None:
+    pair, batches = fresh(), vectors(6)
+    keep = {"0.weight": (torch.arange(5) > 1).view(5, 1).expand(5, 4)}
+    state = {}
+    with Recorder(tmp_path / "run", *pair, curvature_every=2) as recorder:
+        for batch in recorder.watch(batches[:3]):
+            plain_step(*pair, batch)
+        state["before"] = checkpoint(pair)
+        with recorder.event("prune", probe=batches[:1]) as event:
+            apply_masks(pair[0], keep, pair[1])
+            event.units(alive={"0": torch.arange(5) > 1})
+        state["after"] = checkpoint(pair)
+    if when == "before":
+        with pytest.raises(
+            ValueError, match=r"at step 3 .* with 0 events behind it, the record goes on to step 3 with 1"
+        ):
+            Recorder(tmp_path / "run", *loaded(state[when]), resume=True)
+    with Recorder(tmp_path / "run", *loaded(state[when]), curvature_every=2, resume="rewind"):
+        pass
+    run = open_run(tmp_path / "run")
+    assert run["steps"].sizes["step"] == 3
+    assert run["pruning"].sizes["event"] == run["units"].sizes["event"] == (1 if when == "after" else 0)
+
+
+def test_a_checkpoint_that_is_later_than_the_record_needs_its_step(tmp_path: Path) -> None:
+    batches, pair = vectors(8), fresh()
+    train(tmp_path / "run", pair, batches[:4])
+    for batch in batches[4:6]:
+        plain_step(*pair, batch)  # what a kill took from the record
+    with pytest.raises(ValueError, match=r"those of no step in .*, which ends at step 4: .* give step=<the step"):
+        train(tmp_path / "run", pair, batches[6:], resume=True)
+    train(tmp_path / "run", pair, batches[6:], resume=True, step=6)
+    assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2, 3, 6, 7]
+
+
+def test_what_cannot_be_gone_on_with_is_refused_in_a_line(tmp_path: Path) -> None:
+    batches, pair = vectors(3), fresh()
+    train(tmp_path / "run", pair, batches)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(
+        ValueError, match=r"record of another network: it has layers \['0', '2'\], the model has \['1'\]"
+    ):
+        Recorder(tmp_path / "run", other, torch.optim.SGD(other.parameters(), 0.1), resume=True)
+    with pytest.raises(ValueError, match='resume must be False, True or "rewind", got 2'):
+        Recorder(tmp_path / "run", *pair, resume=2)
+    with pytest.raises(
+        ValueError, match="step is the whole number of steps at which a resumed training goes on, got 3"
+    ):
+        Recorder(tmp_path / "run", *pair, step=3)
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(RecordError, match="thesis is not a thetadot record"):
+        Recorder(tmp_path / "thesis", *pair, resume=True)
+    with Recorder(tmp_path / "run", *pair, resume=True):
+        with pytest.raises(BlockingIOError, match="is being written by another recorder"):
+            Recorder(tmp_path / "run", *pair, resume=True)
+    assert not pair[1]._optimizer_step_pre_hooks
+
+
+def test_distances_go_on_from_where_recording_began(tmp_path: Path) -> None:
+    batches, start = vectors(4), nn.utils.parameters_to_vector(fresh()[0].parameters())
+    train(tmp_path / "run", loaded(train(tmp_path / "run", fresh(), batches[:2])), batches[2:3], resume=True)
+    pair = loaded(train(tmp_path / "other", fresh(), batches[:3]))
+    train(tmp_path / "run", pair, batches[3:], resume=True)
+    before_last = loaded(train(tmp_path / "again", fresh(), batches[:3]))[0]
+    expected = (nn.utils.parameters_to_vector(before_last.parameters()) - start).square().sum().item()
+    found = open_run(tmp_path / "run")["steps"].distance_sqnorm.sum("layer").values[-1]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+TRAINING = """
+import sys, time, torch
+from networks import plain_step, vectors
+from test_recorder_resumes import checkpoint, fresh, loaded
+from dynamics import Recorder
+
+def main(path, state, delay):
+    pair = loaded(torch.load(state)) if state else fresh()
+    done = pair[1].state_dict()["param_groups"][0].get("done", 0)
+    with Recorder(path, *pair, curvature_every=2, resume="rewind") as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(200)[done:]), start=done + 1):
+            recorder.log(loss=plain_step(*pair, batch))
+            if number % 10 == 0:
+                recorder.flush()
+                pair[1].param_groups[0]["done"] = number
+                torch.save(checkpoint(pair), f"{path}.half")
+                __import__("os").replace(f"{path}.half", f"{path}.pt")
+                print(number, flush=True)
+            time.sleep(delay)
+
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None, 0.005)
+"""
+
+
+def launch(path: Path, *state: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", textwrap.dedent(TRAINING), str(path), *state]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    path, state = tmp_path / "run", ()
+    for checkpoints in (2, 4):
+        with launch(path, *state) as child:
+            for _ in range(checkpoints):
+                child.stdout.readline()
+            child.kill()
+        state = (f"{path}.pt",)
+    with launch(path, *state) as child:
+        child.communicate()
+    pair = fresh()
+    with Recorder(tmp_path / "whole", *pair, curvature_every=2) as recorder:
+        for batch in recorder.watch(vectors(200)):
+            recorder.log(loss=plain_step(*pair, batch))
+    run, whole = open_run(path), open_run(tmp_path / "whole")
+    assert run["steps"].step.values.tolist() == list(range(200))
+    for name in set(whole["steps"].data_vars) - {"epoch"}:
+        np.testing.assert_allclose(run["steps"][name], whole["steps"][name], rtol=1e-12, err_msg=name)
+    np.testing.assert_allclose(run["curvature"].grad_hess_grad, whole["curvature"].grad_hess_grad, rtol=1e-9)
+
+
+def test_sigterm_writes_what_is_left(tmp_path: Path) -> None:
+    with launch(tmp_path / "run") as child:
+        child.stdout.readline()
+        time.sleep(0.3)
+        child.send_signal(signal.SIGTERM)
+    assert child.returncode == -signal.SIGTERM
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] > 10

@@ -41,7 +41,7 @@ class Buffer:
 
     def __init__(self, store: Store) -> None:
         self._store, self._process = store, os.getpid()
-        self._log: dict[int, Entry] = {}  # by the row's identity: the same row again is no second one
+        self._log: dict[tuple[str, int], Entry] = {}  # by the row's identity: the same again is no second one
         self._since = time.monotonic()
         self._sent, self._dropped = 0, 0
         self._stopped: Exception | None = None
@@ -61,12 +61,12 @@ class Buffer:
         """Give a node a coordinate that does not grow. Given again, it must be the same, and nothing happens."""
         given = (node, name, dim, values)
         if self._process == os.getpid():
-            self._log.setdefault(id(given), Entry("", given))
+            self._log.setdefault(("", id(given)), Entry("", given))
 
     def add(self, node: str, row: Mapping[str, Value]) -> None:
         """Keep one row of a node: name → number, string, or tensor over the node's further dimensions.
 
-        The same object again is the same row, so whoever was interrupted here may try again.
+        The same object again is the same row of the node, so whoever was interrupted here may try again.
 
         Raises:
             ValueError: the buffer is closed.
@@ -76,7 +76,7 @@ class Buffer:
         if self._stopped is not None:
             self._dropped += 1
             return
-        entry = self._log.setdefault(id(row), Entry(node, row)) if not self._closed else None
+        entry = self._log.setdefault((node, id(row)), Entry(node, row)) if not self._closed else None
         if self._closed and not (entry and entry.taken):
             raise ValueError(f"the record {self._store.path} is closed: nothing more can be recorded in it")
         if len(self._log) >= _ROWS or time.monotonic() - self._since > _SECONDS:
@@ -134,7 +134,7 @@ class Buffer:
         last = {entry.node: entry for entry in entries}
         for entry in entries:
             if entry.sent and entry is not last[entry.node]:
-                self._log.pop(id(entry.row), None)
+                self._log.pop((entry.node, id(entry.row)), None)
 
     def _ask(self, request: Request) -> None:
         self._writer.queue.put(request)

@@ -237,6 +237,19 @@ def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> Non
     assert store.appended == {"steps": [1.0]}
 
 
+def test_the_same_object_is_one_row_of_a_node() -> None:
+    store = Memory()
+    rows = Buffer(store)
+    for value in (1.0, 2.0):
+        row = {"value": value}
+        for node in ("steps", "steps", "epochs"):
+            rows.add(node, row)
+        rows.flush(wait=True)
+        rows.add("steps", row)
+    rows.close()
+    assert store.appended == {"steps": [1.0, 2.0], "epochs": [1.0, 2.0]}
+
+
 def test_a_closed_buffer_takes_nothing_more() -> None:
     rows = Buffer(Memory())
     rows.close()

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +32,9 @@ def processes() -> multiprocessing.context.BaseContext:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parents[1])]))  # where the preloaded are found
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["writers", "pytest"])
-        context.Process(target=os.getpid).start()
+        first = context.Process(target=os.getpid)
+        first.start()
+        first.join()
     return context
 
 
@@ -196,7 +197,6 @@ def test_killed_while_the_record_is_made(
     assert made == sorted(made)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 @pytest.mark.parametrize("freed", [True, False])
 def test_no_file_can_grow_for_a_while(
     tmp_path: Path, processes: multiprocessing.context.BaseContext, freed: bool

@@ -159,7 +159,7 @@ def test_a_whole_number_may_be_followed_by_a_fraction(tmp_path: Path, apart: boo
             with recorder.event("prune", probe=vectors(1), target=target, **extra):
                 pass
             if apart:
-                recorder._buffer.flush()
+                recorder.flush()
     run = open_run(tmp_path / "run.zarr")
     assert run["epochs"].test_accuracy.values.tolist() == [1, 0.5]
     assert run["pruning"].target.values.tolist() == [0, 0.25]

@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from . import schema
 from .buffer import LONGEST_TEXT
 
+_SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
+
 
 def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
     """Raise TypeError or ValueError where a recorder cannot work with its arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if sharded := [type(module).__name__ for module in model.modules() if type(module).__name__ in _SHARDING]:
+        raise TypeError(
+            f"model is sharded by {sharded[0]}, whose parameters are not the network's: use FSDP2's "
+            "fully_shard, or data parallelism"
+        )
     if not callable(objective):
         raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
     if every < 1 or curvature_every < 0:

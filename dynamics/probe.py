@@ -16,6 +16,11 @@ from .curvature import Expansion, LossFunction, mean_loss
 from .masks import parameter_masks
 from .moment import Moment
 
+_RECOMPUTED = (
+    "the model recomputes or moves activations (torch.utils.checkpoint, save_on_cpu), and would do so with the wrong "
+    "parameters: switch that off inside the objective"
+)
+
 Objective = Callable[[nn.Module, Any], Tensor]
 
 
@@ -136,7 +141,7 @@ class Probe:
 @contextmanager
 def _differentiable_twice() -> Iterator[None]:
     """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly."""
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED):
         if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
             yield
         else:

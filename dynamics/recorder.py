@@ -103,6 +103,7 @@ class Recorder:
         self._layers = Layers(self._model)
         self._groups = Groups(self._optimizers, self._layers)
         self._measurement = Measurement(self._layers, self._groups, self._processes, self._steps, curvature)
+        self._passes = 0
         self._path, self._busy, self._begun, self._approximates = path, False, False, False
         self._probe: Probe | None = None
         self._expansion: Expansion | None = None
@@ -135,32 +136,33 @@ class Recorder:
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, where there is no loader to watch. Several batches accumulate."""
         self._attachment.end()
-        if not self._batches:
-            self._rows.forget_logged()
+        self._rows.batch(first=not self._batches)
         due = self._due(self._curvature_every)
         self._batches.add(batch, Moment(self._model, self._layers.device) if due else None)
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
 
-        A loop that says nothing of its batches (:meth:`watch`, :meth:`observe`) has to log at every step: else a value
-        logged before its step is taken to be of the step before.
+        What is logged for each of several micro-batches of a step is averaged. A loop that says nothing of its batches
+        (:meth:`watch`, :meth:`observe`) has to log at every step: else a value logged before its step is taken to be of
+        the step before.
         """
         for name, value in scalars.items():
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
-            self._rows.log(name, value, bool(self._batches))
+            self._rows.log(name, value)
 
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""
         check_epoch(scalars)
         self._rows.add("epochs", {"epoch": self._epoch, **scalars})
 
-    def next_epoch(self) -> None:
-        """Begin the next epoch, where no loader is watched. What was observed and led to no step is forgotten."""
+    def begin_epoch(self) -> None:
+        """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""
         self._attachment.end()
         self._batches.clear()
-        self._epoch += 1
+        self._epoch += int(self._passes > 0 or self._step > 0)
+        self._passes += 1
 
     @contextmanager
     def event(
@@ -350,15 +352,13 @@ class _Watched:
     """A loader under watch: as long as the loader, and yields what it yields."""
 
     def __init__(self, recorder: Recorder, loader: Iterable) -> None:
-        self._recorder, self._loader, self._passes = recorder, loader, 0
+        self._recorder, self._loader = recorder, loader
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator:
-        if self._passes or self._recorder._step:
-            self._recorder.next_epoch()
-        self._passes += 1
+        self._recorder.begin_epoch()
         for batch in self._loader:
             self._recorder.observe(batch)
             yield batch

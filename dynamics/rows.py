@@ -19,7 +19,9 @@ class Rows:
     def __init__(self, buffer: Buffer | None, layers: list[str]) -> None:
         self._buffer = buffer
         self._step: dict[str, Any] | None = None  # the row of the step that was
-        self._logged: dict[str, float | Tensor] = {}  # what is logged for the step to come
+        self._of_last: dict[str, list[float | Tensor]] = {}
+        self._logged: dict[str, list[float | Tensor]] = {}  # by name: for the step that was, or for the one to come
+        self._announced = self._waits = False  # batches are observed; one was since the last step
         for node in ("steps", "curvature", "pruning"):
             self._coordinate(node, "layer", "layer", layers)
         self._coordinate("pruning", "stage", "stage", schema.STAGES)
@@ -41,26 +43,33 @@ class Rows:
             self._coordinate("units", "index", "unit", index)
             self.add("units", {"event": number, **event.unit_row()})
 
-    def log(self, name: str, value: float | Tensor, batch_seen: bool) -> None:
-        """Keep a scalar: of the step to come if its batch is seen, or the last step has the name; else of the last."""
-        upcoming = batch_seen or self._step is None or name in self._step
-        (self._logged if upcoming else self._step)[name] = value
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Keep a scalar of a step: of the one to come, or, with no batch observed since, of the one that was.
 
-    def forget_logged(self) -> None:
-        """A batch came after a step: what was logged without one was of no step."""
-        self._logged = {}
+        Where batches are not announced, a name that the last step has already is of the step to come.
+        """
+        again = not self._announced and name in self._of_last
+        logged = self._logged if self._waits or self._step is None or again else self._of_last
+        logged.setdefault(name, []).append(value)
+
+    def batch(self, *, first: bool) -> None:
+        """A batch was observed, the first since a step or a further one; what was logged before it is of no step."""
+        self._announced = self._waits = True
+        if first:
+            self._logged = {}
 
     def step(self, row: Mapping[str, Any] | None) -> None:
         """A step is done: send the last one's row and keep this one's; None if it is not recorded."""
         self.finish()
-        self._step = {**(row or {}), **self._logged}
-        self._logged = {}
+        self._step = row or {}
+        self._of_last, self._logged, self._waits = self._logged, {}, False
 
     def finish(self) -> None:
         """Send the row of the step that was."""
-        if self._step is not None and "step" in self._step:
+        if self._step:
+            self._step |= {name: sum(values) / len(values) for name, values in self._of_last.items()}
             self.add("steps", self._step)
-        self._step = None
+        self._step, self._of_last = None, {}
 
     def flush(self) -> None:
         """Write everything and wait for it."""

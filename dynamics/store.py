@@ -93,8 +93,8 @@ class Store:
             ValueError: it is there with other values.
         """
         if name not in self._coordinates[node]:
-            self._write_chunk(node, name, 0, values, max(len(values), 1))
-            self._declare(node, name, values, max(len(values), 1), [dim])
+            self._write_chunk(node, name, 0, values)
+            self._declare(node, name, values, len(values), [dim])
             self._coordinates[node][name] = values
         elif not np.array_equal(self._coordinates[node][name], values):
             raise ValueError(f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use")
@@ -107,24 +107,16 @@ class Store:
         """
         start, chunk = self._length[node], self._chunk[node]
         length = start + len(next(iter(rows.values())))
-        first = start - start % chunk  # of the open chunk, which is written again whole, from memory
-        extended = {
-            name: self._extended(node, name, rows.get(name), start - first, length - first)
+        still_open = {
+            name: self._write_rows(node, name, rows.get(name), start, length)
             for name in self._open[node].keys() | rows.keys()
         }
-        for name, values in extended.items():
-            if name not in self._open[node]:
-                for before in range(first // chunk):
-                    self._write_chunk(node, name, before, _missing(values, chunk), chunk)
-            for offset in range(0, len(values), chunk):
-                self._write_chunk(node, name, (first + offset) // chunk, values[offset : offset + chunk], chunk)
         # Only now: after a failure half way, the same append can be tried again.
-        for name, values in extended.items():
+        for name, values in still_open.items():
             if name not in self._open[node]:
                 self._declare(node, name, values, chunk, list(_dims(node, name)))
             self._metadata[f"{node}/{name}/.zarray"]["shape"][0] = length
-            self._open[node][name] = values[(length - length % chunk) - first :].copy()
-        self._length[node] = length
+        self._open[node], self._length[node] = still_open, length
 
     def commit(self) -> None:
         """Let readers see all that was appended, at once."""
@@ -218,16 +210,22 @@ class Store:
             for name in set(os.listdir(folder)) - committed:
                 (folder / name).unlink()
 
-    def _extended(self, node: str, name: str, block: np.ndarray | None, opened: int, length: int) -> np.ndarray:
-        """The open chunk's rows of a variable with the new block behind them; missing where there are none."""
-        kept = self._open[node].get(name)
-        values = _missing(block if kept is None else kept, length)
-        if kept is not None:
-            values[:opened] = kept
-        if block is not None:
-            if values.shape[1:] != block.shape[1:]:
-                raise ValueError(f"a row of /{node}/{name} has shape {values.shape[1:]}, got {block.shape[1:]}")
-            values[opened:] = block
+    def _write_rows(self, node: str, name: str, block: np.ndarray | None, start: int, length: int) -> np.ndarray:
+        """Write the chunks that a block falls into, whole, from memory; returns the one that is open then."""
+        values, chunk = self._open[node].get(name), self._chunk[node]
+        if values is None:
+            values = _missing(block, chunk)
+            for before in range(start // chunk):
+                self._write_chunk(node, name, before, values)
+        elif block is not None and values.shape[1:] != block.shape[1:]:
+            raise ValueError(f"a row of /{node}/{name} has shape {values.shape[1:]}, got {block.shape[1:]}")
+        for first in range(start - start % chunk, length, chunk):
+            opened, closed = max(start, first), min(length, first + chunk)
+            given = _missing(values, closed - opened) if block is None else block[opened - start : closed - start]
+            values[opened - first : closed - first] = given
+            self._write_chunk(node, name, first // chunk, values)
+            if closed == first + chunk:
+                values = _missing(values, chunk)
         return values
 
     def _declare(self, node: str, name: str, values: np.ndarray, chunk: int, dims: list[str]) -> None:
@@ -243,20 +241,20 @@ class Store:
         if labels := [label for label in _LABELS.get(node, ()) if label in present]:
             self._metadata.setdefault(f"{node}/.zattrs", {})["coordinates"] = " ".join(labels)
 
-    def _write_chunk(self, node: str, name: str, number: int, values: np.ndarray, chunk: int) -> None:
+    def _write_chunk(self, node: str, name: str, number: int, values: np.ndarray) -> None:
         if not is_name(name):
             raise ValueError(f"a variable's name is a folder's in the record: no '/', no '.' first; got {name!r}")
-        whole = _missing(values, chunk)
-        whole[: len(values)] = values
         (self.path / node / name).mkdir(exist_ok=True)
-        self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", _CODEC.encode(whole))
+        self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", _CODEC.encode(np.ascontiguousarray(values)))
 
     def _read_chunk(self, node: str, name: str, number: int, rows: int) -> np.ndarray:
+        """A whole chunk of which so many rows are committed; missing in the others."""
         entry = self._metadata[f"{node}/{name}/.zarray"]
         values = np.empty((entry["chunks"][0], *entry["shape"][1:]), entry["dtype"])
         if rows:
             _CODEC.decode((self.path / node / name / chunk_key(number, values.ndim)).read_bytes(), values)
-        return values[:rows]
+        values[rows:] = _missing(values, len(values) - rows)
+        return values
 
     def _replace(self, key: str, data: bytes) -> None:
         """Write a file so that whoever looks finds the old one or the new one."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from networks import Batch, convolutional_network, dense, flat, images, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
 from dynamics.curvature import Expansion
@@ -406,3 +407,39 @@ def test_an_event_sees_one_dropout_mask(tmp_path: Path) -> None:
             torch.rand(3)
     loss = open_run(tmp_path / "run")["pruning"].loss.values[0]
     assert loss[0] == loss[1]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_micro_batches_log_is_averaged(tmp_path: Path, when: str) -> None:
+    model, batches, losses = smooth_network(), vectors(6), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, (inputs, labels) in enumerate(recorder.watch(batches)):
+            loss = F.cross_entropy(model(inputs), labels)
+            (loss / 3).backward()
+            losses.append(loss.item())
+            if when == "before":
+                recorder.log(loss=loss)
+            if number % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+            if when == "after":
+                recorder.log(loss=loss)
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, np.reshape(losses, (2, 3)).mean(1), rtol=1e-12)
+
+
+def test_recomputed_activations_cost_the_curvature_and_say_why(tmp_path: Path) -> None:
+    class Recomputing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = checkpoint(lambda inputs: torch.tanh(self.inner(inputs)), inputs, use_reentrant=False)
+            return self.outer(hidden)
+
+    model, batches = Recomputing(), vectors(2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"recomputes or moves activations .*: switch that off inside the objective"):
+        run = recorded(tmp_path / "run", model, optimizer, batches)
+    assert run["steps"].sizes["step"] == 2

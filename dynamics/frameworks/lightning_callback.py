@@ -54,13 +54,14 @@ class LightningRecorder(*_callbacks()):
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Begin: the optimizers are there, and a checkpoint has been loaded."""
-        self.recorder = self._recording(trainer.model, trainer.optimizers)
-        self._epochs = self.recorder.watch(())  # batches are observed; a pass over nothing is an epoch
+        self.recorder = self._recording(
+            trainer.model, trainer.optimizers, trainer.global_step // len(trainer.optimizers)
+        )
         self._losses, self._stepped = [], trainer.global_step
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Count the epoch."""
-        list(self._epochs)
+        self.recorder.begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Observe the batch."""

@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from inspect import signature
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..recorder import Recorder
 
 
 def recording(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:
-    """A function ``(model, optimizer) -> Recorder``.
+    """A function ``(model, optimizer, step) -> Recorder``; the step counts where a record is resumed.
 
     Raises:
         TypeError: a setting that :class:`Recorder` does not have; now, not when the training begins.
     """
     signature(Recorder).bind(path, None, None, **settings)
-    return partial(Recorder, path, **settings)
+
+    def begin(model: nn.Module, optimizer: Any, step: int) -> Recorder:
+        resumes = bool(settings.get("resume")) and step > 0
+        return Recorder(path, model, optimizer, **({"step": step} if resumes else {}) | settings)
+
+    return begin
 
 
 def simple_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

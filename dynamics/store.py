@@ -92,6 +92,8 @@ class Store:
         Raises:
             ValueError: it is there with other values.
         """
+        if not len(values):
+            return
         if name not in self._coordinates[node]:
             self._write_chunk(node, name, 0, values)
             self._declare(node, name, values, len(values), [dim])

@@ -139,8 +139,7 @@ class Store:
         for node, length in lengths.items():
             for name in self._open[node]:
                 shorter[f"{node}/{name}/.zarray"]["shape"][0] = length
-        self._metadata = shorter
-        self.commit()
+        self._replace(METADATA, _consolidated(shorter))
         self._load(shorter)
 
     def note(self, key: str, value: Any) -> None:

@@ -118,6 +118,25 @@ def test_a_record_is_taken_back_to_any_length(tmp_path: Path, keep: int) -> None
     np.testing.assert_array_equal(target.read("steps", "loss"), np.sqrt(np.arange(11)))
 
 
+def test_a_full_disk_takes_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    target.append("steps", rows(0, 9))
+    target.append("curvature", rows(0, 9))
+    target.commit()
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            target.truncate({"steps": 5, "curvature": 3})
+    target.append("steps", rows(9, 11))
+    target.commit()
+    assert_holds(tmp_path / "run.zarr", "steps", 11)
+    assert_holds(tmp_path / "run.zarr", "curvature", 9)
+
+
 def test_whoever_opened_a_record_before_it_was_taken_back_may_read_it_then(tmp_path: Path) -> None:
     target = Store(tmp_path / "run.zarr", ATTRIBUTES)
     target.append("steps", rows(0, 9))

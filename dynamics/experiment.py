@@ -175,6 +175,8 @@ def run(experiment: Experiment, path: str | os.PathLike, *, data: Data | None = 
         attributes=configuration,
     ) as recorder:  # fmt: skip
         _Training(experiment, data, device, model, optimizer, objective, recorder).run(progress)
+    if recorder.failure is not None:
+        raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
     return Path(path)
 
 

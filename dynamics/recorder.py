@@ -235,6 +235,11 @@ class Recorder:
         return f"<Recorder {self._path}: {state}, {self._step} steps, {len(self._layers)} layers>"
 
     @property
+    def failure(self) -> Exception | None:
+        """Why rows are missing in the record, now or for good; None while all is well."""
+        return self._rows.failure
+
+    @property
     def measuring(self) -> bool:
         """Whether the recorder itself is evaluating the model right now: hooks of one's own may want to wait."""
         return self._busy

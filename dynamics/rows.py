@@ -71,6 +71,11 @@ class Rows:
             self.add("steps", self._step)
         self._step, self._of_last = None, {}
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why rows are missing in the record; None while all is well."""
+        return None if self._buffer is None else self._buffer.failure
+
     def flush(self) -> None:
         """Write everything and wait for it."""
         self.finish()

@@ -70,6 +70,7 @@ def _has_hooks(optimizer: Any) -> bool:
 
 def check_scalar(name: str, value: float | Tensor) -> None:
     """Raise ValueError where a value cannot be logged under the name."""
+    _check_name("log", name)
     row = schema.QUANTITIES.get(name)
     if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
         raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
@@ -77,8 +78,17 @@ def check_scalar(name: str, value: float | Tensor) -> None:
         raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
 
 
+def _check_name(method: str, name: str) -> None:
+    if not name or name.startswith(".") or "/" in name:
+        raise ValueError(f"{method}() cannot take the name {name!r}: a name has no '/' and no '.' first; val_loss, say")
+
+
 def check_epoch(scalars: Mapping[str, Any]) -> None:
     """Raise ValueError where a row of ``/epochs`` cannot hold the scalars."""
+    for name, value in scalars.items():
+        _check_name("log_epoch", name)
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ValueError(f"log_epoch() takes numbers, {name!r} is {value!r:.60}")
     if "epoch" in scalars:
         raise ValueError("log_epoch() cannot take 'epoch': the recorder counts passes over the watched loader itself")
 
@@ -90,6 +100,7 @@ def check_description(kind: str, attributes: Mapping[str, Any]) -> None:
     if taken := sorted(measured & attributes.keys()):
         raise ValueError(f"event() cannot take {taken}: the recorder measures them itself; choose other names")
     for name, value in {"kind": kind, **attributes}.items():
+        _check_name("event", name)
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise ValueError(f"event() takes texts of up to {LONGEST_TEXT} characters, {name!r} has {len(value)}")
         if not isinstance(value, str | Real) and not (isinstance(value, Tensor) and value.ndim == 0):

@@ -6,6 +6,7 @@ same run without it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -119,6 +120,7 @@ class Recorder:
             self._optimizers, ready=self._before_step, done=self._after_step, asleep=lambda: self._busy
         )
         self._termination = on_termination(self.flush)
+        atexit.register(self.close)
         if self._processes.sharded and self._curvature_every:
             self._curvature_every = 0
             warnings.warn(
@@ -216,6 +218,7 @@ class Recorder:
             self._attachment.close()
             self._batches.close()
             self._termination.close()
+            atexit.unregister(self.close)
             self._rows.close()
 
     def __enter__(self) -> Recorder:

@@ -153,10 +153,11 @@ def resume(store: Store, layers: list[str], sqnorm: np.ndarray, step: int | None
                 f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
                 f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
             )
-        _truncate(store, record, *met)
     place = record.place(*met)
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
     store.note("resumed", [*store.attributes.get("resumed", []), trace])
+    if met < end:  # after the trace, so that a kill in between loses neither
+        _truncate(store, record, *met)
     return place
 
 

@@ -43,7 +43,8 @@ def test_the_record_of_a_run(record: xr.DataTree) -> None:
     assert record["steps"].sizes["step"] == 6
     assert record["curvature"].step.values.tolist() == [0, 2, 4]
     assert record["steps"].epoch.values.tolist() == [0, 0, 1, 1, 2, 2]
-    np.testing.assert_allclose(record["steps"].learning_rate.T, [[0.1] * 4 + [0.01] * 2] * record["steps"].sizes["layer"])
+    rates = record["steps"].learning_rate
+    np.testing.assert_allclose(rates.T, [[0.1] * 4 + [0.01] * 2] * rates.sizes["layer"])
     assert all(np.isfinite(record["steps"][name]).all() for name in ("loss", "param_sqnorm", "grad_sqnorm"))
     assert training_curve(record).epoch.values.tolist() == [1, 2, 3]
     assert record["pruning"]["step"].values.tolist() == [2, 4]

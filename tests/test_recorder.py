@@ -352,6 +352,12 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
             recorder.log(loss=torch.zeros(2))
         with pytest.raises(ValueError, match="cannot take 'grad_sqnorm'"):
             recorder.log(grad_sqnorm=1.0)
+        with pytest.raises(ValueError, match="cannot take the name 'val/loss'"):
+            recorder.log(**{"val/loss": 1.0})
+        with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, 'note' is 'good'"):
+            recorder.log_epoch(note="good")
+        with pytest.raises(ValueError, match=r"log_epoch\(\) cannot take 'epoch'"):
+            recorder.log_epoch(epoch=3)
 
 
 def test_a_frozen_layer_has_no_gradient_in_the_curvature_either(tmp_path: Path) -> None:

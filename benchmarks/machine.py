@@ -7,12 +7,12 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 
-
-def describe(device: torch.device) -> str:
+def describe(device: str = "cpu") -> str:
     """Processor or GPU, threads and versions, in one line."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    import torch  # here, so that a benchmark without it measures no memory of it
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}"
     return f"{name}, {threads}; Python {platform.python_version()}, torch {version('torch')}"
 

@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     options = parser.parse_args()
     device = torch.device(options.device)
-    print(describe(device))
+    print(describe(str(device)))
     for name in options.models:
         print(f"\n{name}, batch {options.batch}: ratio to the bare step, median [quartiles] of {options.repetitions}")
         compare(name, options.batch, device, options.repetitions)

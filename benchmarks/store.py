@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import xarray as xr
+from machine import describe
 
 from dynamics import open_run, schema
 from dynamics.store import Store
@@ -106,19 +105,12 @@ def measure(folder: Path, steps: int) -> None:
 def report(folder: Path, long: bool) -> None:
     """Measure and print."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("zarr", "numcodecs", "xarray", "numpy"))
-    print(f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}")
+    print(f"{describe()}, {packages}")
     print(f"{len(NAMES)} quantities × {LAYERS} layers in float64; a figure, its floor and what that is\n")
     for steps in (100_000, 1_000_000) if long else (100_000,):
         measure(folder, steps)
     few, many = memory(20_000), memory(200_000)
     row("peak memory of writing 2e+05 steps, MiB", many, few, "of writing 2e+04")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(": ")[1]
-    return platform.machine()
 
 
 def main() -> None:

@@ -46,8 +46,12 @@ def _column(name: str, values: list[Value | None]) -> Tensor | np.ndarray:
         sample = sample.float()
     elif not sample.ndim and not sample.is_floating_point():
         sample = sample.double()
-    tensors = [torch.full_like(sample, float("nan")) if value is None else torch.as_tensor(value) for value in values]
-    return torch.stack([tensor.to(sample) for tensor in tensors])
+    return torch.stack([_like(sample, float("nan") if value is None else value) for value in values])
+
+
+def _like(sample: Tensor, value: Value) -> Tensor:
+    """The value as the sample is; a number is filled in on the device, for copying it there would wait."""
+    return value.to(sample) if isinstance(value, Tensor) else torch.full_like(sample, float(value))
 
 
 def _to_host(column: Tensor | np.ndarray, devices: set[torch.device]) -> Tensor | np.ndarray:

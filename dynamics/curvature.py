@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,22 +32,11 @@ class Expansion:
         self.exact = True
         self.loss, self.grad = self._loss_and_grad()
 
-    def _gradient(
-        self, loss_of: LossFunction, *, create_graph: bool = False, theta: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with torch.enable_grad():
-            loss = loss_of(theta or self.theta)
-            leaves = list((theta or self.theta).values())
-            grad = torch.autograd.grad(
-                loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
-        return loss.detach(), grad
-
     def _loss_and_grad(self) -> tuple[Tensor, list[Tensor]]:
         keep = len(self._losses) == 1
         total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
-            loss, grad = self._gradient(loss_of, create_graph=keep)
+            loss, grad = _gradient(loss_of, self.theta, create_graph=keep)
             total_loss = total_loss + weight * loss
             torch._foreach_add_(total_grad, [part.detach() for part in grad], alpha=weight)
             self._graph = grad if keep else None
@@ -79,17 +68,14 @@ class Expansion:
     def _gradient_at(self, vector: Sequence[Tensor], distance: float) -> list[Tensor]:
         """g(θ + distance · v)."""
         moved = torch._foreach_add([leaf.detach() for leaf in self._leaves], list(vector), alpha=distance)
-        theta = dict(zip(self.theta, [tensor.requires_grad_() for tensor in moved], strict=True))
-        total = [torch.zeros_like(leaf) for leaf in self._leaves]
-        for loss_of, weight in self._losses:
-            torch._foreach_add_(total, list(self._gradient(loss_of, theta=theta)[1]), alpha=weight)
-        return total
+        losses, weights = zip(*self._losses, strict=True)
+        return mean_gradient(losses, weights, dict(zip(self.theta, moved, strict=True)))[1]
 
     def _second_backward(self, vector: Sequence[Tensor]) -> list[Tensor]:
         total_product = [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
             kept = self._graph is not None
-            grad = self._graph if kept else self._gradient(loss_of, create_graph=True)[1]
+            grad = self._graph if kept else _gradient(loss_of, self.theta, create_graph=True)[1]
             if _has_none(grad):
                 raise RuntimeError("an operation of the loss is once_differentiable")
             pairs = [(part, v) for part, v in zip(grad, vector, strict=True) if part.requires_grad]
@@ -105,6 +91,31 @@ class Expansion:
             )
             torch._foreach_add_(total_product, list(product), alpha=weight)
         return total_product
+
+
+def _gradient(
+    loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    with torch.enable_grad():
+        loss = loss_of(theta)
+        grad = torch.autograd.grad(
+            loss, list(theta.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+    return loss.detach(), grad
+
+
+@torch.no_grad()
+def mean_gradient(
+    losses: Sequence[LossFunction], weights: Sequence[float], theta: Mapping[str, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """L = Σ_b w_b L_b at θ and its gradient, one tensor a parameter."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
+    total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
+    for loss_of, weight in zip(losses, weights, strict=True):
+        loss, grad = _gradient(loss_of, leaves)
+        total_loss = total_loss + weight * loss
+        torch._foreach_add_(total_grad, list(grad), alpha=weight)
+    return total_loss, total_grad
 
 
 def _has_none(grad: Sequence[Tensor]) -> bool:

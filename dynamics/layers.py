@@ -112,6 +112,17 @@ class Layers:
         views = dict(zip(self._known, vector.views, strict=True))
         return [views[plain_name(name)] for name in names]
 
+    def named(self, vector: Vector) -> dict[str, Tensor]:
+        """The vector's part of each parameter that the model has, by the name it has there."""
+        parts = zip(self._found, vector.views, strict=True)
+        return {name: view for (name, _), view in parts if name is not None}
+
+    @property
+    def layer_of(self) -> dict[str, int]:
+        """Index of the layer of each parameter, by the name that the model has for it."""
+        parts = zip(self._found, self.layer_of_parameter, strict=True)
+        return {name: layer for (name, _), layer in parts if name is not None}
+
     def kept(self) -> Tensor:
         """1 where a parameter is not pruned, else 0, as the blocks of a vector."""
         masks, vector = parameter_masks(self._model), self.zeros()

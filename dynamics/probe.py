@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .curvature import Expansion, LossFunction, mean_loss
+from .curvature import Expansion, mean_gradient, mean_loss
+from .gates import Products, gated_products
 from .masks import parameter_masks
 from .moment import Moment
 
@@ -22,6 +24,7 @@ _RECOMPUTED = (
 )
 
 Objective = Callable[[nn.Module, Any], Tensor]
+Theta = Mapping[str, Tensor]
 
 
 def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temperature: float = 1.0) -> Tensor:
@@ -114,28 +117,47 @@ class Probe:
         self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        self._losses = [self._loss_function(batch, moment) for batch, moment in zip(batches, moments, strict=True)]
+        self._losses = [partial(self._loss, batch, moment) for batch, moment in zip(batches, moments, strict=True)]
 
-    def _loss_function(self, batch: Any, moment: Moment) -> LossFunction:
-        def loss(theta: dict[str, Tensor]) -> Tensor:
-            free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
-            masked = {name: t * self._masks[name] if name in self._masks else t for name, t in free.items()}
-            values = {f"model.{name}": tensor for name, tensor in (masked | moment.buffers()).items()}
-            with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
-                return torch.func.functional_call(self._stateless, values, (to_device(batch, self._device),))
+    def _loss(self, batch: Any, moment: Moment, theta: Theta) -> Tensor:
+        free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
+        masked = {name: t * self._masks[name] if name in self._masks else t for name, t in free.items()}
+        values = {f"model.{name}": tensor for name, tensor in (masked | moment.buffers()).items()}
+        with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
+            return torch.func.functional_call(self._stateless, values, (to_device(batch, self._device),))
 
-        return loss
+    def _theta(self, theta: Theta | None) -> Theta:
+        """The model's present parameters, but for those that are given."""
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()} | dict(theta or {})
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
-
-    def expand(self) -> Expansion:
-        """Loss, gradient and Hessian products around the model's present parameters."""
-        return Expansion(self._losses, self._weights, self._parameters())
+    def expand(self, theta: Theta | None = None) -> Expansion:
+        """Loss, gradient and Hessian products around θ, by default the model's present parameters."""
+        return Expansion(self._losses, self._weights, self._theta(theta))
 
     def loss(self) -> Tensor:
         """Mean loss at the model's present parameters."""
-        return mean_loss(self._losses, self._weights, self._parameters())
+        return mean_loss(self._losses, self._weights, self._theta(None))
+
+    def gradient(self, theta: Theta) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss at θ and its gradient, by parameter name."""
+        theta = self._theta(theta)
+        loss, grad = mean_gradient(self._losses, self._weights, theta)
+        return loss, dict(zip(theta, grad, strict=True))
+
+    def products(self, theta: Theta, directions: Sequence[Theta], layer_of: Mapping[str, int], layers: int) -> Products:
+        """Second derivatives of the mean loss at θ along directions, by layer: :func:`dynamics.gates.gated_products`.
+
+        A parameter that ``layer_of`` does not know is constant.
+        """
+        theta = self._theta(theta)
+        frozen = {name for name in theta if name not in self._trained or name not in layer_of}
+        whole = [{name: direction.get(name) for name in theta} for direction in directions]
+        total = None
+        for loss_of, weight in zip(self._losses, self._weights, strict=True):
+            parts = gated_products(loss_of, theta, whole, layer_of, layers, frozen=frozen)
+            parts = [weight * part for part in parts]
+            total = parts if total is None else [one + other for one, other in zip(total, parts, strict=True)]
+        return Products(*total)
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from .arguments import (
 from .attachment import Attachment
 from .batches import Batches
 from .buffer import Buffer
-from .curvature import Expansion
 from .event import Event, Stage, effect
 from .groups import Groups
 from .layers import Layers
@@ -107,7 +106,6 @@ class Recorder:
         self._passes = 0
         self._path, self._busy, self._begun, self._approximates = path, False, False, False
         self._probe: Probe | None = None
-        self._expansion: Expansion | None = None
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
         sqnorm = self._measurement.param_sqnorm()
         begun = self._processes.first(lambda: begin(path, origin, self._layers.names, sqnorm, resume, step))
@@ -259,11 +257,12 @@ class Recorder:
                 self._layers.refresh()
                 self._groups.refresh()
                 self._measurement.begin()
-                self._begun, self._probe, self._expansion = True, None, None
+                self._begun, self._probe = True, None
                 if curvature:
                     batches, moments = self._batches.of_the_step()
-                    self._probe = Probe(self._model, self._objective, batches, moments=moments)
-                    self._expansion = self._or_give_up(self._probe.expand)
+                    self._probe = self._or_give_up(
+                        lambda: Probe(self._model, self._objective, batches, moments=moments)
+                    )
             self._measurement.take_gradient(number)
 
     def _after_step(self) -> None:
@@ -275,20 +274,21 @@ class Recorder:
                 if self._records():
                     values = self._processes.total(self._measurement.step_values())
                     row = self._scalars(skipped) | values
-                if self._expansion is not None:
-                    self._add_curvature(self._expansion, self._probe)
-        self._begun, self._probe, self._expansion = False, None, None
+                if self._probe is not None:
+                    self._add_curvature(self._probe)
+        self._begun, self._probe = False, None
         self._rows.step(row)
         self._step += 1
         self._flow_time = self._flow_time + self._groups.first_flow_step() * (1 - skipped)
         self._batches.clear()
 
-    def _add_curvature(self, expansion: Expansion, probe: Probe) -> None:
-        values = self._or_give_up(lambda: self._measurement.curvature_values(expansion, probe))
-        if values is None:
+    def _add_curvature(self, probe: Probe) -> None:
+        first = self._or_give_up(lambda: self._measurement.gradient(probe))
+        values = first and self._or_give_up(lambda: self._measurement.curvature_values(probe, *first))
+        if not values:
             return
         self._rows.add("curvature", {"step": self._step, **self._processes.mean_values(values)})
-        if not (expansion.exact or self._approximates):
+        if values.get("approximate") and not self._approximates:
             self._approximates = True
             warnings.warn(
                 f"curvature is approximate from step {self._step} on: an operation of the model has no second "

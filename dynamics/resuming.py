@@ -147,12 +147,11 @@ def resume(store: Store, layers: list[str], sqnorm: np.ndarray, step: int | None
         )
     if step is not None and (met is None or met[0] != step):
         met = (step, int(np.searchsorted(record.events, step, side="right")) if step < end[0] else end[1])
-    if met < end:
-        if not rewind:
-            raise ValueError(
-                f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
-                f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
-            )
+    if met < end and not rewind:
+        raise ValueError(
+            f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
+            f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
+        )
     place = record.place(*met)
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
     store.note("resumed", [*store.attributes.get("resumed", []), trace])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import schema
 from .blocks import Vector
 from .curvature import Expansion
 from .groups import Groups
@@ -27,7 +29,7 @@ class Measurement:
         self._layers, self._groups, self._processes = layers, groups, processes
         self._steps = [name for name in steps if name in FORMULAS]
         self._curvature = [name for name in curvature if name in FORMULAS]
-        self._losses = [name for name in curvature if name not in FORMULAS]
+        self._others = [name for name in curvature if name not in FORMULAS]
         self._make_vectors()
         self._start: Vector | None = None
 
@@ -80,30 +82,56 @@ class Measurement:
         )
         return self._layers.evaluate(self._steps, vectors)
 
-    def curvature_values(self, expansion: Expansion, probe: Probe) -> dict[str, Tensor]:
+    def gradient(self, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss before the step and its own gradient g, by parameter name."""
+        return probe.gradient(self._layers.named(self._theta))
+
+    def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""
-        layers, names = self._layers, list(expansion.theta)
-        grad = self._processes.mean(expansion.grad)
-        hess_grad = hess_update = None
-        if {"grad_hess_grad", "param_hess_grad"} & set(self._curvature):
-            hess_grad = self._product(expansion, grad)
-        if "update_hess_update" in self._curvature:
-            hess_update = self._product(expansion, layers.tensors(self._update.blocks, names))
+        grad = dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
         vectors = Vectors(
             theta=self._theta.blocks,
-            grad=layers.vector(dict(zip(names, grad, strict=True))),
+            grad=self._layers.vector(grad),
             update=self._update.blocks,
             applied=self._grad.blocks,
-            hess_grad=hess_grad,
-            hess_update=hess_update,
         )
-        values = layers.evaluate(self._curvature, vectors)
-        losses = {
-            "loss_before": lambda: expansion.loss,
-            "loss_after": probe.loss,
-            "approximate": lambda: torch.tensor(float(not expansion.exact)),
-        }
-        return values | {name: losses[name]() for name in self._losses}
+        values = self._layers.evaluate([name for name in self._curvature if name not in _SECOND], vectors)
+        if second := [name for name in self._curvature if name in _SECOND]:
+            try:
+                values |= self._by_gates(probe, grad, second)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an operation that gates do not pass, or that has no second derivative
+                values |= self._by_products(probe, grad, vectors, second)
+        others = {"loss_before": lambda: loss, "loss_after": probe.loss, "approximate": lambda: torch.zeros(())}
+        return {name: others[name]() for name in self._others} | values
 
-    def _product(self, expansion: Expansion, vector: Sequence[Tensor]) -> Tensor:
-        return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(vector), strict=True)))
+    def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        directions = [grad] if {"grad_hess_grad", "param_hess_grad"} & set(names) else []
+        directions += [self._layers.named(self._update)] if "update_hess_update" in names else []
+        layers = self._layers
+        found = probe.products(layers.named(self._theta), directions, layers.layer_of, len(layers))
+        values = {
+            "grad_hess_grad": found.hess[0], "param_hess_grad": found.param_hess[0],
+            "update_hess_update": found.hess[-1],
+        }  # fmt: skip
+        return {name: values[name] for name in names}
+
+    def _by_products(
+        self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]
+    ) -> dict[str, Tensor]:
+        expansion = probe.expand(self._layers.named(self._theta))
+        hess_grad = hess_update = None
+        if {"grad_hess_grad", "param_hess_grad"} & set(names):
+            hess_grad = self._product(expansion, grad)
+        if "update_hess_update" in names:
+            hess_update = self._product(expansion, self._layers.named(self._update))
+        values = self._layers.evaluate(names, replace(vectors, hess_grad=hess_grad, hess_update=hess_update))
+        return values | ({} if expansion.exact else {"approximate": torch.ones(())})
+
+    def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
+        aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]
+        return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(aligned), strict=True)))
+
+
+_SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)

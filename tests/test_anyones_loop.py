@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from by_hand import ByHand
-from networks import convolutional_network, flat, images, plain_step, smooth_network, vectors
+from networks import convolutional_network, dense, flat, images, plain_step, smooth_network, vectors
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from dynamics import Recorder, open_run
+from dynamics.masks import apply_masks
 
 Loss = Callable[[nn.Module, object], Tensor]
 
@@ -541,3 +542,23 @@ def test_an_optimizer_that_never_steps_is_said(tmp_path: Path) -> None:
         with Recorder(tmp_path / "run", model, recorded) as recorder:
             for batch in recorder.watch(batches):
                 plain_step(model, trains, batch)
+
+
+def test_curvature_of_a_pruned_network_is_that_of_what_is_left(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    kept = torch.cat([(torch.arange(20) % 3 > 0), torch.ones(23, dtype=torch.bool)])
+    expected = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        plain_step(model, optimizer, batches[0])
+        apply_masks(model, {"0.weight": kept[:20].view(5, 4)}, optimizer)
+        for batch in recorder.watch(batches[1:]):
+            theta, grad, hessian = dense(model, batch)
+            grad, hessian = grad * kept, hessian * kept * kept[:, None]
+            plain_step(model, optimizer, batch)
+            update = flat(list(model.parameters())) - theta
+            products = (grad @ grad, grad @ hessian @ grad, theta @ hessian @ grad, update @ hessian @ update)
+            expected.append([product.item() for product in products])
+    total = open_run(tmp_path / "run")["curvature"].to_dataset().sum("layer")
+    found = [total.grad_sqnorm, total.grad_hess_grad, total.param_hess_grad, total.update_hess_update]
+    np.testing.assert_allclose(np.transpose(found), expected, rtol=1e-10)

@@ -278,10 +278,11 @@ def test_cadence_epochs_and_flow_time(tmp_path: Path) -> None:
 
 
 def test_nothing_of_second_order_is_computed_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Expansion, vector: list[Tensor]) -> list[Tensor]:
+    def refuse(*arguments: object, **settings: object) -> None:
         raise AssertionError("a Hessian product that nobody asked for")
 
     monkeypatch.setattr(Expansion, "hessian_product", refuse)
+    monkeypatch.setattr("dynamics.probe.gated_products", refuse)
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wanted = ["grad_sqnorm", "loss_before", "loss_after"]

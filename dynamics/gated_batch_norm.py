@@ -1,0 +1,131 @@
+"""BatchNorm on a batch's own statistics, with a second derivative in two passes over the activations.
+
+Per channel, over n numbers: x̂ = s(x − μ), y = γx̂ + β. With Pδ = δ − m(δ) − x̂ m(x̂δ), where m is the mean,
+∂x = γs Pδ, ∂γ = Σδx̂, ∂β = Σδ (Ioffe and Szegedy 2015). P is symmetric, so for cotangents u, u_γ, u_β of these
+
+    ∂δ = γs Pu + u_γ x̂ + u_β,    ∂γ = s⟨u, Pδ⟩,    ∂x = s Ph − γs² x̂ ⟨u, Pδ⟩ / n,
+    h  = (u_γ − γs m(x̂u)) δ − γs m(x̂δ) u,         ⟨u, Pδ⟩ / n = m(uδ) − m(u) m(δ) − m(x̂u) m(x̂δ):
+
+sums of δ, u and x − μ with one number a channel each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .gated_affine import Phase
+
+_PIECE = 1 << 18  # numbers of each activation that are read at once: they stay in a processor's cache
+_backward = torch.ops.aten.native_batch_norm_backward
+
+
+class BatchNorm(torch.autograd.Function):
+    """y = γx̂ + β; moves the running statistics as torch does. Differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        phase: Phase,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Torch's own."""
+        y, mean, invstd = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.phase, ctx.eps = phase, eps
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, d: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂x, ∂γ, ∂β."""
+        ctx.phase.require_evaluated()
+        if d is None:
+            return (None,) * 7
+        grads = _BatchNormBackward.apply(d, *ctx.saved_tensors, ctx.eps)
+        needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[1:4], strict=True)]
+        return None, *needed, None, None, None
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    """(δ, x, γ) ↦ γs Pδ, Σδx̂, Σδ."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, d: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        outputs = (x.requires_grad, True, True)
+        dx, dweight, dbias = _backward(d, x, weight, None, None, mean, invstd, True, eps, outputs)
+        ctx.save_for_backward(d, x, weight, mean, invstd, dweight, dbias)
+        ctx.set_materialize_grads(False)
+        return dx if x.requires_grad else None, dweight, dbias
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, u: Tensor | None, u_weight: Tensor | None, u_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        d, x, weight, mean, invstd, dweight, dbias = ctx.saved_tensors
+        zeros = torch.zeros_like(invstd)
+        sums = _sums(u, d, x, mean, invstd) if u is not None else (zeros, zeros, zeros)
+        means = [total / (x.numel() / len(mean)) for total in (*sums, dbias, dweight)]
+        gamma = torch.ones_like(invstd) if weight is None else weight
+        of_d, of_x, by_weight = _coefficients(
+            *means, gamma, invstd, zeros if u_weight is None else u_weight, zeros if u_bias is None else u_bias
+        )
+        dd, dx = _combine(d, x, u, mean, of_d, of_x if x.requires_grad else None)
+        return dd, dx, None if weight is None else by_weight * (x.numel() / len(mean)), None, None, None
+
+
+def _sums(u: Tensor, d: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σu, Σux̂ and Σuδ of each channel: BatchNorm's own sums, for the last with δ in x̂'s place."""
+    sums, zero, one = (False, True, True), torch.zeros_like(mean), torch.ones_like(mean)
+    _, normed, plain = _backward(u, x, None, None, None, mean, invstd, True, 0.0, sums)
+    _, product, _ = _backward(u, d, None, None, None, zero, one, True, 0.0, sums)
+    return plain, normed, product
+
+
+def _coefficients(
+    u: Tensor, xu: Tensor, ud: Tensor, d: Tensor, xd: Tensor, gamma: Tensor, s: Tensor, u_weight: Tensor, u_bias: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """∂δ as numbers times (1, u, x−μ), ∂x as numbers times (1, δ, u, x−μ), and ∂γ/n, from the means m(·)."""
+    product = ud - u * d - xu * xd
+    by_d, by_u = u_weight - gamma * s * xu, -gamma * s * xd
+    h, xh = by_d * d + by_u * u, by_d * xd + by_u * xu
+    of_d = (u_bias - gamma * s * u, gamma * s, s * by_d)
+    of_x = (-s * h, s * by_d, s * by_u, -s.square() * (xh + gamma * s * product))
+    return of_d, of_x, s * product
+
+
+def _combine(
+    d: Tensor, x: Tensor, u: Tensor | None, mean: Tensor, of_d: tuple[Tensor, ...], of_x: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor | None]:
+    """∂δ and ∂x, piece by piece."""
+    channels = (1, -1) + (1,) * (x.ndim - 2)
+    mean, *of_d = (number.view(channels) for number in (mean, *of_d))
+    of_x = [number.view(channels) for number in of_x or ()]
+    dd, dx = torch.empty_like(d), torch.empty_like(x) if of_x else None
+    size = max(1, _PIECE * len(x) // x.numel()) if x.device.type == "cpu" else len(x)
+    for start in range(0, len(x), size):
+        d_part, u_part, dd_part, dx_part = (
+            tensor if tensor is None else tensor[start : start + size] for tensor in (d, u, dd, dx)
+        )
+        centred = x[start : start + size] - mean
+        _sum(dd_part, of_d[0], (u_part, of_d[1]), (centred, of_d[2]))
+        if of_x:
+            _sum(dx_part, of_x[0], (d_part, of_x[1]), (u_part, of_x[2]), (centred, of_x[3]))
+    return dd, dx
+
+
+def _sum(into: Tensor, constant: Tensor, *terms: tuple[Tensor | None, Tensor]) -> None:
+    """The constant and the tensors times their numbers; None counts as zero."""
+    first, *others = (term for term in terms if term[0] is not None)
+    torch.addcmul(constant, *first, out=into)
+    for tensor, number in others:
+        into.addcmul_(tensor, number)

@@ -9,7 +9,8 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,3 +91,22 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.o
 def _zero(tensor: Tensor, mask: Tensor) -> None:
     """Zero where not kept; assigned, not multiplied: no −0, and NaN goes too."""
     tensor.masked_fill_(~mask, 0)
+
+
+def replace_mask(model: nn.Module, name: str, kept: Tensor | None) -> None:
+    """Put a mask in place of a parameter's own, after the parameter got another shape, say; None takes it away."""
+    owner, leaf = _owner(model, name)
+    parameter, mask = getattr(owner, leaf), leaf + _SUFFIX
+    if kept is not None:
+        setattr(owner, mask, kept)
+        _mask_gradient(owner, leaf)
+        return
+    delattr(owner, mask)
+    _drop(parameter._backward_hooks, lambda hook: isinstance(hook, _Masking))
+    if not any(other + _SUFFIX in owner._buffers for other in owner._parameters):
+        _drop(owner._forward_pre_hooks, lambda hook: hook is _mask_gradients)
+
+
+def _drop(hooks: MutableMapping[int, Any] | None, unwanted: Callable[[Any], bool]) -> None:
+    for key in [key for key, hook in (hooks or {}).items() if unwanted(hook)]:
+        del hooks[key]

@@ -4,5 +4,6 @@ from .importance import scores
 from .measures import MEASURES, Measure
 from .pruner import Pruned, Pruner
 from .schedule import share_left
+from .shrink import Shrunk, shrink
 
-__all__ = ["MEASURES", "Measure", "Pruned", "Pruner", "scores", "share_left"]
+__all__ = ["MEASURES", "Measure", "Pruned", "Pruner", "Shrunk", "scores", "share_left", "shrink"]

@@ -1,0 +1,62 @@
+"""Identities of units: which of the original network's units the units of a smaller network are.
+
+A module that was made smaller carries the original indices of the outputs it has left. They are copied and pickled with
+it, stay out of the state dict, and compose over any number of rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ATTRIBUTE = "original_units"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Original indices of a layer's units, (unit,), ascending, and how many it had at first."""
+
+    index: Tensor
+    total: int
+
+
+def identities(model: nn.Module) -> dict[str, Identity]:
+    """Identity of the units of every convolution and linear layer, by the layer's name."""
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    return {name: _identity(module) for name, module in layers.items()}
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is a convolution or a linear layer: its weight's rows are its units."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+
+
+def keep_units(module: nn.Module, left: Tensor) -> None:
+    """Note that of a layer's units only those at the indices ``left``, (unit,), are left."""
+    before = _identity(module)
+    setattr(module, _ATTRIBUTE, Identity(before.index[left.cpu()], before.total))
+
+
+def _identity(module: nn.Module) -> Identity:
+    count = len(module.weight)
+    return getattr(module, _ATTRIBUTE, None) or Identity(torch.arange(count), count)
+
+
+def expand(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> dict[str, Tensor]:
+    """Values of the units of now, (unit,) by layer → of all original units: False or NaN for those that are gone.
+
+    Raises:
+        ValueError: a layer is not known, or has another number of units.
+    """
+    expanded = {}
+    for layer, value in values.items():
+        if layer not in known or value.shape != known[layer].index.shape:
+            count = f"{len(known[layer].index)} units" if layer in known else f"known are {sorted(known)}"
+            raise ValueError(f"layer {layer!r} was given values of shape {tuple(value.shape)}, but: {count}")
+        fill = False if value.dtype == torch.bool else torch.nan
+        expanded[layer] = torch.full((known[layer].total,), fill, dtype=value.dtype, device=value.device)
+        expanded[layer][known[layer].index.to(value.device)] = value.detach()
+    return expanded

@@ -1,0 +1,121 @@
+"""Coupling: which slices of a network's parameters go together, by torch-pruning's dependency graph.
+
+A channel can go where everything that puts something into it is silenced; what reads it, reads zeros, and loses the
+slice that did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..identities import is_layer
+from ..masks import parameter_masks
+
+_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdaptiveAvg") for dims in (1, 2, 3)]
+_ACTIVATIONS = ["Relu", "LeakyRelu", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Tanh"]
+_OTHERS = ["Add", "Sub", "Mul", "Div", "Neg", "Mean", "Sum", "Squeeze", "Clone", "NativeDropout"]
+_OTHERS += [f"{kind}Pool{dims}DWithIndices" for kind in ("Max", "AdaptiveMax") for dims in (2, 3)]
+_OTHERS += ["AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "UpsampleNearest2D", "UpsampleBilinear2D"]
+# Operations that treat every channel alike and map 0 to 0, by autograd's name of them, less its number.
+CHANNELWISE = frozenset(f"{name}Backward" for name in (*_POOLINGS, *_ACTIVATIONS, *_OTHERS))
+
+
+def dependency_graph(model: nn.Module, inputs: Any) -> Any:
+    """torch-pruning's graph of the model, which it runs on the inputs, in eval mode.
+
+    Raises:
+        ModuleNotFoundError: torch-pruning is not installed.
+        ValueError: it fails on the model.
+    """
+    tools = _torch_pruning()
+    try:
+        return tools.DependencyGraph().build_dependency(model, inputs, verbose=False)
+    except Exception as error:
+        raise ValueError(f"torch-pruning cannot follow the channels of {type(model).__name__}: {error}") from error
+
+
+def _torch_pruning() -> ModuleType:
+    try:
+        import torch_pruning
+    except ModuleNotFoundError as error:
+        text = "shrink() needs torch-pruning, which is not installed: pip install torch-pruning"
+        raise ModuleNotFoundError(text, name="torch_pruning") from error
+    return torch_pruning
+
+
+def silent_units(model: nn.Module) -> dict[str, Tensor]:
+    """Which outputs of each layer and normalisation are pruned with all that makes them, (output,), by module name."""
+    masks = parameter_masks(model)
+    silent = {}
+    for name, module in model.named_modules():
+        if is_layer(module) or isinstance(module, _NORMALISATIONS):
+            prefix = f"{name}." if name else ""
+            leaves = [f"{prefix}{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+            pruned = [~masks[leaf].reshape(len(masks[leaf]), -1).any(1) if leaf in masks else None for leaf in leaves]
+            if pruned and all(one is not None for one in pruned):
+                silent[name] = torch.stack(pruned).all(0).cpu()
+    return silent
+
+
+def plan(graph: Any, silent: Mapping[str, Tensor]) -> list[tuple[Callable, list[int]]]:
+    """Each cut of the graph's with all the indices that it takes away, in the coordinates of before."""
+    cuts: dict[tuple[nn.Module, Callable], tuple[Callable, set[int]]] = {}
+    layers = [(name, graph.model.get_submodule(name)) for name in silent]
+    for name, module in layers:
+        if is_layer(module) and module in graph.module2node and silent[name].any():
+            for dependency, indices in _removable(graph, name, module, silent):
+                key = (dependency.target.module, dependency.handler)
+                cuts.setdefault(key, (dependency, set()))[1].update(indices)
+    return [(cut, sorted(indices)) for cut, indices in cuts.values()]
+
+
+def _removable(graph: Any, name: str, module: nn.Module, silent: Mapping[str, Tensor]) -> Any:
+    """The group of cuts that removes as many of a layer's silenced units as can go; empty if none can."""
+    units = silent[name].nonzero().flatten().tolist()
+    units = units[len(units) == len(silent[name]) :]  # a layer keeps one unit, though it be silent
+    while units:
+        group = graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, units)
+        _check_known(graph, group, name)
+        staying = {root for item in group.items for root in _staying(graph, item, silent)}
+        if not staying:
+            return group.items
+        units = [unit for unit in units if unit not in staying]
+    return []
+
+
+def _staying(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[int]:
+    """Units that stay since this member of their group does: it puts something out, or is the network's output."""
+    node, puts_out = item.dep.target, graph.is_out_channel_pruning_fn(item.dep.handler)
+    if puts_out and not node.outputs:
+        yield from item.root_idxs
+    elif puts_out and isinstance(node.module, nn.Module) and node.module in graph._module2name:
+        gone = silent.get(graph._module2name[node.module], torch.empty(0))
+        yield from (
+            root for index, root in zip(item.idxs, item.root_idxs, strict=True) if index >= len(gone) or not gone[index]
+        )
+
+
+def _check_known(graph: Any, group: Any, name: str) -> None:
+    """Raise ValueError where a layer's channels meet something that may mix, move or shift them."""
+    for dependency, _ in group.items:
+        module = dependency.target.module
+        if module in graph._module2name:
+            owner = f"{graph._module2name[module]!r} ({type(module).__name__})"
+            groups = getattr(module, "groups", 1)
+            plain = groups == 1 or groups == module.in_channels == module.out_channels
+            known = (is_layer(module) and plain) or isinstance(module, _NORMALISATIONS)
+        else:
+            owner = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
+            known = owner in ("ConcatOp", "ReshapeOp", "OutputOp") or owner.rstrip("0123456789") in CHANNELWISE
+            known = known or (owner == "TBackward0" and not dependency.target.inputs)  # a linear layer's weight
+        if not known:
+            raise ValueError(
+                f"the silenced filters of layer {name!r} meet {owner}, and shrink() cannot tell what becomes of a "
+                "channel there. The model is left as it was"
+            )

@@ -1,0 +1,131 @@
+"""A cut: what of a network can be taken away without a change of what it computes, tried and checked on a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .coupling import dependency_graph, plan, silent_units
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a network gets smaller.
+
+    ``kept`` holds, for each parameter and buffer that changes, the entries that stay: in the new shape, their indices
+    into the old one, flattened. ``sizes`` holds the modules' attributes that change, such as ``out_channels``.
+    """
+
+    kept: dict[str, Tensor]
+    sizes: dict[str, dict[str, int]]
+
+
+def find_cut(model: nn.Module, inputs: Any) -> Cut:
+    """What can be cut away from the model, which is left as it is. At least one unit of every layer stays.
+
+    Raises:
+        ModuleNotFoundError: torch-pruning is not installed.
+        ValueError: the model does not run on the inputs, or has something that cannot be cut for sure.
+    """
+    silent = silent_units(model)
+    small = _bare_copy(model)
+    before = _run(small, inputs, "the model does not run on the inputs; give shrink(..., inputs=a batch it takes)")
+    graph = dependency_graph(small, inputs)
+    sizes = {name: _sizes(module) for name, module in small.named_modules()}
+    kept = _carry_out(plan(graph, silent), small)
+    _check_shared(model, kept)
+    values = dict(_floating(model))
+    with torch.no_grad():
+        for name, tensor in _floating(small):
+            tensor.data = take(values[name], kept[name]) if name in kept else values[name].clone()
+    after = _run(small, inputs, "the smaller network does not run: its code may hold a number of channels")
+    if not all(map(_alike, before, after)):
+        raise ValueError(
+            "the smaller network does not compute what the masked one does: its channels are rearranged or shifted in "
+            "a way that cannot be followed. The model is left as it was"
+        )
+    return Cut(kept, {name: _changed(sizes[name], _sizes(module)) for name, module in small.named_modules()})
+
+
+def take(tensor: Tensor, kept: Tensor) -> Tensor:
+    """Entries of a tensor at flat indices, in the indices' shape and the tensor's memory format."""
+    taken = tensor.detach().flatten()[kept.to(tensor.device)]
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    return taken.contiguous(memory_format=torch.channels_last) if channels_last else taken
+
+
+def _bare_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without hooks, all of it open to autograd, which is how the graph is found."""
+    twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return twin
+
+
+def _carry_out(cuts: list[tuple[Callable, list[int]]], small: nn.Module) -> dict[str, Tensor]:
+    """Cut the copy: the entries that each changed tensor kept, by name. Meanwhile each entry is its own index."""
+    shapes = {name: tensor.shape for name, tensor in _floating(small)}
+    with torch.no_grad():
+        for _, tensor in _floating(small):
+            index = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
+            tensor.data = index.view(tensor.shape)
+        for cut, indices in cuts:
+            cut(indices)
+    return {name: tensor.detach().long() for name, tensor in _floating(small) if tensor.shape != shapes[name]}
+
+
+def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that hold real numbers, by name."""
+    yield from ((name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point())
+    yield from ((name, tensor) for name, tensor in model.named_buffers() if tensor.is_floating_point())
+
+
+def _check_shared(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1 and any(name in kept for name in shared):
+            raise ValueError(f"{' and '.join(shared)} are one parameter: it cannot get smaller in one place alone")
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    return {key: value for key, value in vars(module).items() if type(value) is int}
+
+
+def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    return {key: value for key, value in after.items() if before[key] != value}
+
+
+def _run(model: nn.Module, inputs: Any, otherwise: str) -> list[Tensor]:
+    """The tensors that the model puts out."""
+    try:
+        with torch.no_grad():
+            return list(_tensors(model(inputs)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{otherwise} ({type(error).__name__}: {reason})") from error
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for one in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(one)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are equal to half the digits: rounding is far below, a channel gone wrong far above."""
+    rtol = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0.0
+    return one.shape == other.shape and torch.allclose(
+        one, other, rtol=rtol, atol=rtol * one.abs().max().item(), equal_nan=True
+    )

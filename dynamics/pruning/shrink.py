@@ -1,0 +1,162 @@
+"""Shrinking: a network whose silenced filters are zeros becomes a smaller one that computes and trains the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..identities import Identity, expand, identities, is_layer, keep_units
+from ..masks import parameter_masks, replace_mask
+from ..probe import unwrap
+from .cut import find_cut, take
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What is left of a network.
+
+    ``units`` holds, for every convolution and linear layer, the original indices of its units, (unit,): those in the
+    network as it was before it was ever shrunk, where it had ``totals`` of them. ``kept`` holds, for every parameter
+    that got smaller this time, which of its entries are left: flat indices into the one before, in the new shape.
+    """
+
+    units: dict[str, Tensor]
+    totals: dict[str, int]
+    kept: dict[str, Tensor]
+
+    def expand(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the units left, (unit,) by layer → of all original units: False or NaN for those that are gone.
+
+        So ``event.units(alive=shrunk.expand(pruned.alive), scores=shrunk.expand(pruned.scores))`` records an event on
+        the smaller network in rows of the original one.
+        """
+        return expand(values, {name: Identity(index, self.totals[name]) for name, index in self.units.items()})
+
+
+def shrink(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    inputs: Any = None,
+) -> Shrunk:
+    """Remove silenced filters from a model, in place, and what belongs to them from the optimizer.
+
+    Logits, gradients and the next updates of what is left are those of the masked network, within rounding, for
+    optimizers that update every entry by itself (SGD, Adam, AdamW, ...). Parameter objects that get smaller are new
+    ones: in the model, in the optimizer's groups, and with their gradients and optimizer state; the optimizer itself
+    and its hooks stay. What is silenced but cannot go, since something else puts out through the same channel (a
+    residual sum), stays with its mask.
+
+    Args:
+        model: convolutions, linear layers and BatchNorm, pruned by :class:`Pruner`. Compiled is fine.
+        optimizer: the one that trains it, or a list of several.
+        inputs: something that the model takes, to follow its channels. By default two 32 × 32 images of noise.
+
+    Raises:
+        ModuleNotFoundError: torch-pruning is not installed.
+        ValueError: something that a silenced filter's channel meets cannot be shrunk, by its name; or the model does
+            not run on the inputs. Model and optimizer are then untouched.
+    """
+    optimizers = _optimizers(optimizer)
+    _check_plain(model)
+    model = unwrap(model)
+    inputs = _noise(model) if inputs is None else inputs
+    with torch.enable_grad():
+        cut = find_cut(model, inputs)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in cut.kept}
+    for one in optimizers:
+        _check_state(one, parameters)
+    masks = parameter_masks(model)
+    _keep_identities(model, cut.kept)
+    for name, kept in cut.kept.items():
+        _replace(model, name, kept, optimizers)
+    for name, sizes in cut.sizes.items():
+        vars(model.get_submodule(name)).update(sizes)
+    for name, mask in masks.items():
+        mask = take(mask, cut.kept[name]) if name in cut.kept else mask
+        replace_mask(model, name, None if mask.all() else mask)
+    known = identities(model)
+    units = {name: identity.index for name, identity in known.items()}
+    totals = {name: identity.total for name, identity in known.items()}
+    return Shrunk(units, totals, {name: cut.kept[name] for name in parameters})
+
+
+def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+
+
+def _check_plain(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel keeps its own list of parameters: shrink model.module, then wrap anew"
+        )
+    for name, parameter in unwrap(model).named_parameters():
+        if hasattr(parameter, "to_local"):
+            raise ValueError(f"{name} is spread over processes (FSDP2): shrink the model before it is sharded")
+        if "parametrizations." in name or name.endswith("_orig"):
+            raise ValueError(
+                f"{name} is made into the layer's own by torch.nn.utils (prune or parametrize): make that permanent, "
+                "with torch.nn.utils.prune.remove(module, name), say"
+            )
+
+
+def _noise(model: nn.Module) -> Tensor:
+    """(2, C, 32, 32) for the first convolution's C; the generator is its own."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(
+            "shrink() has to see the model run, and it has no 2D convolution: give inputs=a batch it takes"
+        )
+    noise = torch.randn(2, first.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    return noise.to(first.weight)
+
+
+def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    names = {parameter: name for name, parameter in parameters.items()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            shape = value.shape if isinstance(value, Tensor) else torch.Size()
+            of_all = isinstance(value, list | tuple | dict)  # LBFGS has the history of all parameters in one list
+            if names and (of_all or (parameter in names and shape.numel() != 1 and shape != parameter.shape)):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key!r} of {names.get(parameter, 'its parameters')} not in "
+                    "their own shape, so it cannot be carried over: optimizer.state.clear() drops what it keeps. "
+                    "Model and optimizer are left as they were"
+                )
+
+
+def _keep_identities(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    for name, module in model.named_modules():
+        index = kept.get(f"{name}.weight" if name else "weight")
+        if is_layer(module) and index is not None and len(index) < len(module.weight):
+            keep_units(module, index.flatten(1)[:, 0] // module.weight[0].numel())
+
+
+@torch.no_grad()
+def _replace(model: nn.Module, name: str, kept: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Put a smaller tensor in place of a parameter or buffer, in the model and in all that optimizers have of it."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    old = getattr(owner, leaf)
+    new = take(old, kept)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+        new.grad = None if old.grad is None else take(old.grad, kept)
+        for optimizer in optimizers:
+            _replace_in(optimizer, old, new, kept)
+    setattr(owner, leaf, new)
+
+
+def _replace_in(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, kept: Tensor) -> None:
+    for group in optimizer.param_groups:
+        group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = {
+            key: take(value, kept) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in optimizer.state.pop(old).items()
+        }

@@ -2,18 +2,17 @@
 
     python benchmarks/overhead.py --models vgg13 resnet56 --batch 128 --device cpu
 
-Each contender trains a network of its own. In each repetition each takes one step, in a new order; a figure is the
-median, over the repetitions, of its step's time divided by the bare step's of the same repetition, with the quartiles
-beside it. Cockpit, PyHessian and curvlinops are measured where they are installed, and said to be missing where not.
+Each contender trains a network of its own, in turns with a bare training, one step each. A figure is the median, over
+the repetitions, of its step's time divided by the bare step's beside it, with the quartiles. Cockpit, PyHessian and
+curvlinops are measured where they are installed, and said to be missing where not.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -46,11 +45,6 @@ class Training:
         loss.backward()
         self.optimizer.step()
         return loss
-
-
-def bare(training: Training, stack: ExitStack) -> Step:
-    """Nothing but the training."""
-    return training.step
 
 
 def thetadot(curvature_every: int) -> Callable[[Training, ExitStack], Step]:
@@ -158,7 +152,6 @@ def curvlinops(training: Training, stack: ExitStack) -> Step:
 
 
 CONTENDERS: dict[str, Callable[[Training, ExitStack], Step]] = {
-    "bare step": bare,
     "thetadot, first order": thetadot(0),
     "thetadot, curvature and decrease": thetadot(1),
     "by hand, .item()": by_item,
@@ -167,18 +160,6 @@ CONTENDERS: dict[str, Callable[[Training, ExitStack], Step]] = {
     "PyHessian, one Hg": pyhessian,
     "curvlinops, one Hg": curvlinops,
 }
-
-
-def contenders(name: str, batch: int, device: torch.device, stack: ExitStack) -> Iterator[tuple[str, Step]]:
-    """Each contender that can take a step here; the others say why not."""
-    for contender, make in CONTENDERS.items():
-        try:
-            step = make(Training(name, batch, device), stack)
-            step()
-        except Exception as error:
-            print(f"  {contender:34} not measured: {type(error).__name__}: {str(error).splitlines()[0]:.70}")
-        else:
-            yield contender, step
 
 
 def seconds(step: Step, device: torch.device) -> float:
@@ -192,20 +173,31 @@ def seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def ratios(name: str, batch: int, device: torch.device, contender: str, repetitions: int) -> np.ndarray:
+    """Time of the contender's step over that of the bare step beside it, one a repetition."""
+    with ExitStack() as stack:
+        bare = Training(name, batch, device).step
+        step = CONTENDERS[contender](Training(name, batch, device), stack)
+        bare(), step()
+        found = []
+        for repetition in range(repetitions):
+            pair = [seconds(one, device) for one in ((bare, step) if repetition % 2 else (step, bare))]
+            found.append(pair[1] / pair[0] if repetition % 2 else pair[0] / pair[1])
+    return np.array(found)
+
+
 def compare(name: str, batch: int, device: torch.device, repetitions: int) -> None:
     """Print the ratios of one network."""
-    with ExitStack() as stack:
-        steps = dict(contenders(name, batch, device, stack))
-        times: dict[str, list[float]] = {contender: [] for contender in steps}
-        for _ in range(repetitions):
-            for contender in random.sample(list(steps), len(steps)):
-                times[contender].append(seconds(steps[contender], device))
-    ratios = {contender: np.divide(taken, times["bare step"]) for contender, taken in times.items()}
-    print(f"  {'bare step':34} {np.median(times['bare step']) * 1e3:.1f} ms")
-    for contender, ratio in ratios.items():
-        if contender != "bare step":
-            print(f"  {contender:34} {quartiles(ratio)}")
-    first, every = ratios["thetadot, first order"], ratios["thetadot, curvature and decrease"]
+    found = {}
+    for contender in CONTENDERS:
+        try:
+            found[contender] = ratios(name, batch, device, contender, repetitions)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            print(f"  {contender:34} not measured: {type(error).__name__}: {reason:.70}")
+        else:
+            print(f"  {contender:34} {quartiles(found[contender])}", flush=True)
+    first, every = found["thetadot, first order"], found["thetadot, curvature and decrease"]
     print(f"  {'thetadot, curvature every 64':34} {quartiles((63 * first + every) / 64)}   (63 × first order + 1)/64")
 
 

@@ -6,7 +6,7 @@ slice that did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,8 @@ _OTHERS += [f"{kind}Pool{dims}DWithIndices" for kind in ("Max", "AdaptiveMax") f
 _OTHERS += ["AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "UpsampleNearest2D", "UpsampleBilinear2D"]
 # Operations that treat every channel alike and map 0 to 0, by autograd's name of them, less its number.
 CHANNELWISE = frozenset(f"{name}Backward" for name in (*_POOLINGS, *_ACTIVATIONS, *_OTHERS))
+# These treat every channel alike, but map 0 to something: what reads them does not read zeros.
+_LIFTING = frozenset(f"{name}Backward" for name in ("Sigmoid", "Hardsigmoid", "Softplus", "Exp"))
 
 
 def dependency_graph(model: nn.Module, inputs: Any) -> Any:
@@ -81,9 +83,10 @@ def _removable(graph: Any, name: str, module: nn.Module, silent: Mapping[str, Te
     units = units[len(units) == len(silent[name]) :]  # a layer keeps one unit, though it be silent
     while units:
         group = graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, units)
-        _check_known(graph, group, name)
+        _check_known(graph, group, name, CHANNELWISE | _LIFTING)
         staying = {root for item in group.items for root in _staying(graph, item, silent)}
         if not staying:
+            _check_known(graph, group, name, CHANNELWISE)
             return group.items
         units = [unit for unit in units if unit not in staying]
     return []
@@ -101,21 +104,28 @@ def _staying(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[in
         )
 
 
-def _check_known(graph: Any, group: Any, name: str) -> None:
+def _check_known(graph: Any, group: Any, name: str, operations: Set[str]) -> None:
     """Raise ValueError where a layer's channels meet something that may mix, move or shift them."""
     for dependency, _ in group.items:
-        module = dependency.target.module
-        if module in graph._module2name:
-            owner = f"{graph._module2name[module]!r} ({type(module).__name__})"
-            groups = getattr(module, "groups", 1)
-            plain = groups == 1 or groups == module.in_channels == module.out_channels
-            known = (is_layer(module) and plain) or isinstance(module, _NORMALISATIONS)
-        else:
-            owner = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
-            known = owner in ("ConcatOp", "ReshapeOp", "OutputOp") or owner.rstrip("0123456789") in CHANNELWISE
-            known = known or (owner == "TBackward0" and not dependency.target.inputs)  # a linear layer's weight
+        met, known = _met(graph, dependency.target, operations)
         if not known:
             raise ValueError(
-                f"the silenced filters of layer {name!r} meet {owner}, and shrink() cannot tell what becomes of a "
+                f"the silenced filters of layer {name!r} meet {met}, and shrink() cannot tell what becomes of a "
                 "channel there. The model is left as it was"
             )
+
+
+def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
+    """What stands at a node of the graph, and whether it is known to leave channels apart."""
+    module = node.module
+    if isinstance(module, nn.Parameter):
+        return f"the parameter {graph._param_to_name[module]!r}", False
+    if module in graph._module2name:
+        groups = getattr(module, "groups", 1)
+        plain = groups == 1 or groups == module.in_channels == module.out_channels
+        known = (is_layer(module) and plain) or isinstance(module, _NORMALISATIONS)
+        return f"{graph._module2name[module]!r} ({module})", known
+    operation = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
+    of_a_weight = operation == "TBackward0" and not node.inputs  # as a linear layer transposes its own
+    known = operation in ("ConcatOp", "ReshapeOp", "OutputOp") or operation.rstrip("0123456789") in operations
+    return operation, known or of_a_weight

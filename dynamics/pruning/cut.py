@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..identities import is_layer
+from ..moment import random_numbers_untouched
 from .coupling import dependency_graph, plan, silent_units
+
+_OUTPUT = "the output"
 
 
 @dataclass(frozen=True)
@@ -32,23 +37,20 @@ def find_cut(model: nn.Module, inputs: Any) -> Cut:
         ModuleNotFoundError: torch-pruning is not installed.
         ValueError: the model does not run on the inputs, or has something that cannot be cut for sure.
     """
-    silent = silent_units(model)
     small = _bare_copy(model)
-    before = _run(small, inputs, "the model does not run on the inputs; give shrink(..., inputs=a batch it takes)")
+    before = _run(small, inputs, "the model does not run on the inputs: give shrink() inputs that it takes")
     graph = dependency_graph(small, inputs)
     sizes = {name: _sizes(module) for name, module in small.named_modules()}
-    kept = _carry_out(plan(graph, silent), small)
+    kept = _carry_out(plan(graph, silent_units(model)), small)
     _check_shared(model, kept)
     values = dict(_floating(model))
-    with torch.no_grad():
-        for name, tensor in _floating(small):
-            tensor.data = take(values[name], kept[name]) if name in kept else values[name].clone()
-    after = _run(small, inputs, "the smaller network does not run: its code may hold a number of channels")
-    if not all(map(_alike, before, after)):
-        raise ValueError(
-            "the smaller network does not compute what the masked one does: its channels are rearranged or shifted in "
-            "a way that cannot be followed. The model is left as it was"
-        )
+    for name, tensor in _floating(small):
+        tensor.data = take(values[name], kept[name]) if name in kept else values[name].detach().clone()
+    after = _run(small, inputs, "the smaller network does not run: its code may name a number of channels")
+    rows = {
+        name.removesuffix(".weight"): rows_left(index, values[name]) for name, index in kept.items() if index.ndim > 1
+    }
+    _check_alike(before, after, rows)
     return Cut(kept, {name: _changed(sizes[name], _sizes(module)) for name, module in small.named_modules()})
 
 
@@ -59,9 +61,14 @@ def take(tensor: Tensor, kept: Tensor) -> Tensor:
     return taken.contiguous(memory_format=torch.channels_last) if channels_last else taken
 
 
+def rows_left(kept: Tensor, old: Tensor) -> Tensor:
+    """Which rows of a matrix or filter bank are left, (row,), from the flat indices of what is left of ``old``."""
+    return kept.flatten(1)[:, 0] // old[0].numel()
+
+
 def _bare_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode without hooks, all of it open to autograd, which is how the graph is found."""
-    twin = copy.deepcopy(model).eval()
+    """A copy without hooks, all of it open to autograd, which is how the graph is found."""
+    twin = copy.deepcopy(model)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()
@@ -105,14 +112,30 @@ def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, i
     return {key: value for key, value in after.items() if before[key] != value}
 
 
-def _run(model: nn.Module, inputs: Any, otherwise: str) -> list[Tensor]:
-    """The tensors that the model puts out."""
+def _run(model: nn.Module, inputs: Any, otherwise: str) -> dict[str, list[Tensor]]:
+    """What each layer puts out in eval mode, by name, in the order of their calls, and what the model does.
+
+    It has to run in training mode, too, which may call more of its modules.
+    """
+    outputs: dict[str, list[Tensor]] = {}
+    layers = [(name, module) for name, module in model.named_modules() if is_layer(module)]
+    hooks = [module.register_forward_hook(partial(_keep, outputs.setdefault, name)) for name, module in layers]
     try:
-        with torch.no_grad():
-            return list(_tensors(model(inputs)))
+        with torch.no_grad(), random_numbers_untouched(next(model.parameters()).device):
+            model.train()(inputs)
+            outputs.clear()
+            outputs[_OUTPUT] = list(_tensors(model.eval()(inputs)))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{otherwise} ({type(error).__name__}: {reason})") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def _keep(place: Callable[[str, list], list], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    place(name, []).append(output)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -123,9 +146,26 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
+def _check_alike(
+    before: Mapping[str, list[Tensor]], after: Mapping[str, list[Tensor]], rows: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError where the units left of a layer, by index ``rows``, or the model put out something else."""
+    for name, outputs in before.items():
+        for one, other in zip(outputs, after[name], strict=True):
+            if one.shape != other.shape and name in rows:
+                dim = next(dim for dim, size in enumerate(one.shape) if size != other.shape[dim])
+                one = one.index_select(dim, rows[name])
+            if not _alike(one, other):
+                where = name if name == _OUTPUT else f"layer {name!r}"
+                raise ValueError(
+                    f"the smaller network computes something else than the masked one, first in {where}: before it, "
+                    "channels are shifted or rearranged in a way that cannot be followed. The model is left as it was"
+                )
+
+
 def _alike(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs are equal to half the digits: rounding is far below, a channel gone wrong far above."""
+    if one.shape != other.shape:
+        return False
     rtol = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0.0
-    return one.shape == other.shape and torch.allclose(
-        one, other, rtol=rtol, atol=rtol * one.abs().max().item(), equal_nan=True
-    )
+    return torch.allclose(one, other, rtol=rtol, atol=rtol * one.abs().max().item(), equal_nan=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..identities import Identity, expand, identities, is_layer, keep_units
 from ..masks import parameter_masks, replace_mask
 from ..probe import unwrap
-from .cut import find_cut, take
+from .cut import find_cut, rows_left, take
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _keep_identities(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     for name, module in model.named_modules():
         index = kept.get(f"{name}.weight" if name else "weight")
         if is_layer(module) and index is not None and len(index) < len(module.weight):
-            keep_units(module, index.flatten(1)[:, 0] // module.weight[0].numel())
+            keep_units(module, rows_left(index, module.weight))
 
 
 @torch.no_grad()

@@ -62,8 +62,13 @@ def test_what_is_gone_is_not_asked_for_again() -> None:
 
 
 def two_layers(first: list[float], second: list[float]) -> nn.Sequential:
-    """Two 1 × 1 convolutions whose filters have the given magnitudes."""
-    model = nn.Sequential(nn.Conv2d(1, len(first), 1, bias=False), nn.Conv2d(len(first), len(second), 1, bias=False))
+    """Two 1 × 1 convolutions whose filters have the given magnitudes, and a head."""
+    model = nn.Sequential(
+        nn.Conv2d(1, len(first), 1, bias=False),
+        nn.Conv2d(len(first), len(second), 1, bias=False),
+        nn.Flatten(),
+        nn.Linear(len(second), 2),
+    )
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor(first).view(-1, 1, 1, 1))
         model[1].weight.zero_()

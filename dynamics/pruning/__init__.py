@@ -1,9 +1,23 @@
 """Pruning: importance measures, rounds, and a pruner that keeps what it removed at exactly zero."""
 
-from .importance import scores
+from .cost import Cost, network_cost
+from .importance import scores, scores_by_measure
 from .measures import MEASURES, Measure
-from .pruner import Pruned, Pruner
-from .schedule import share_left
-from .shrink import Shrunk, shrink
+from .protocol import PROTOCOLS, Protocol
+from .pruner import Pruner, Pruning
+from .schedule import exponential_share_left, share_left
 
-__all__ = ["MEASURES", "Measure", "Pruned", "Pruner", "Shrunk", "scores", "share_left", "shrink"]
+__all__ = [
+    "MEASURES",
+    "PROTOCOLS",
+    "Cost",
+    "Measure",
+    "Protocol",
+    "Pruner",
+    "Pruning",
+    "exponential_share_left",
+    "network_cost",
+    "scores",
+    "scores_by_measure",
+    "share_left",
+]

@@ -1,19 +1,18 @@
-"""Scores of a network's filters by a measure, from data that streams through in bounded memory."""
+"""Scores of a network's filters or weights by one measure or several, from data that streams by in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..moment import random_numbers_untouched
-from ..probe import Probe, cross_entropy_objective, mode_of, sample_count, to_device, unwrap
-from .measures import Evidence, Measure, find_measure
+from ..probe import unwrap
+from .derivatives import Derivatives, derivatives
+from .measures import Evidence, Measure, find_measure, normalised
 from .units import UnitLayer, unit_layers
+from .weights import weight_layers
 
 
 def scores(
@@ -24,124 +23,127 @@ def scores(
     temperature: float = 1.0,
     mode: str = "eval",
     granularity: str = "filter",
+    protected: Iterable[str] = (),
+    seed: int | None = None,
 ) -> dict[str, Tensor]:
-    """Importance of every filter, (filter,), by the name of its convolution; the lowest are pruned first.
+    """Importance of every filter, (filter,), by the name of its layer; the lowest are pruned first (grasp's highest).
 
     Args:
-        model: convolutions followed by what torch.fx can trace. It is left as it is.
-        batches: ``(inputs, labels)`` batches; the loss is their mean cross-entropy of logits / temperature. A measure
-            of order 0 needs none (None).
-        measure: a name from :data:`MEASURES`, which holds each one's formula.
+        model: convolutions, linear layers and BatchNorm that torch.fx can trace. It is left as it is.
+        batches: ``(inputs, labels)`` batches; the loss is their mean cross-entropy of logits / temperature. They are
+            looked at one at a time; where H is needed, twice. A measure that looks at none takes None; synflow looks
+            at nothing but the first input's shape.
+        measure: a name from :data:`MEASURES`, which holds each one's formula: whether it is signed, and whether an
+            absolute value stands before or after the sum over a filter.
         temperature: T. The paper's is ``MEASURES[measure].temperature``.
         mode: "eval" (the paper's) or "train": how BatchNorm and dropout behave while the loss is evaluated.
-        granularity: "filter", or "weight" for a score of every weight, in the weight's shape.
+        granularity: "filter" (of :func:`unit_layers`), or "weight" for a score of every weight of every convolution and
+            linear layer, in the weight's shape.
+        protected: names of layers that are left out.
+        seed: of the measure "random", for numbers of its own; None draws them from torch's generator.
 
-    Depthwise convolutions have no scores: they go with the layer that feeds them. Source: Lubana & Dick, ICLR 2021,
-    sections 3 and 4; Molchanov et al. 2019 for taylor and fisher; Wang et al. 2020 for GraSP.
+    Depthwise convolutions have no scores of their own as filters: they go with the layer that feeds them. Source:
+    Lubana & Dick, ICLR 2021, sections 3 and 4; Molchanov et al. 2019 for taylor and fisher; Lee et al. 2019, eq. 4, for
+    snip; Wang et al. 2020, eq. 8, for grasp, where g and H are here those of all trainable parameters (freeze biases
+    and normalisations for its code's, which takes weights only); Tanaka et al. 2020 for synflow.
 
     Raises:
-        ValueError: unknown measure, mode or granularity, a temperature that is not positive, or no data where the
-            measure needs some.
+        ValueError: unknown measure, mode or granularity, a temperature that is not positive, no data where the measure
+            needs some, a model on several devices, or one with a layer that cannot be pruned safely.
     """
-    row = find_measure(measure)
-    batches = _checked(row, batches, temperature, mode, granularity)
+    found = scores_by_measure(
+        model, batches, [measure], temperature=temperature, mode=mode, granularity=granularity, protected=protected,
+        seed=seed,
+    )  # fmt: skip
+    return found[measure]
+
+
+@torch.no_grad()
+def scores_by_measure(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    measures: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    mode: str = "eval",
+    granularity: str = "filter",
+    protected: Iterable[str] = (),
+    seed: int | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """:func:`scores` by several measures at once: measure → layer → scores. One g and one Hg serve all of them."""
+    rows = [find_measure(name) for name in measures]
+    _check(rows, batches, temperature, mode, granularity)
     model = unwrap(model)
-    layers = unit_layers(model)
-    with torch.no_grad():
-        evidence = _evidence(row, model, layers, batches, temperature, mode)
-        entries = {name: row.entries(found) for name, found in evidence.items()}
-        if granularity == "weight":
-            return entries
-        return {name: row.combine(values.reshape(len(values), -1)) for name, values in entries.items()}
+    check_one_device(model)
+    layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
+    names = [layer.name for layer in layers] if granularity == "filter" else layers
+    uses = {row.uses for row in rows if row.needs_data}
+    found = derivatives(model, names, batches, uses, temperature, mode) if uses else Derivatives()
+    scales = _scales(model, layers) if granularity == "filter" else {}
+    evidence = {name: _evidence(model, name, found, scales.get(name)) for name in names}
+    drawn = torch.Generator().manual_seed(seed) if seed is not None else None
+    return {row.name: _scores(row, evidence, granularity, drawn) for row in rows}
 
 
-def _checked(row: Measure, batches: Iterable[Any] | None, temperature: float, mode: str, granularity: str) -> list[Any]:
+def check_one_device(model: nn.Module) -> None:
+    """Raise ValueError where the model's parameters and buffers are not all on one device."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    places: dict[torch.device, str] = {}
+    for name, tensor in tensors.items():
+        places.setdefault(tensor.device, name)
+    if len(places) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in places.items())
+        raise ValueError(f"the model is on {len(places)} devices ({where}): scores need it on one; move it with .to()")
+
+
+def _check(
+    rows: Sequence[Measure], batches: Iterable[Any] | None, temperature: float, mode: str, granularity: str
+) -> None:
     if granularity not in ("filter", "weight") or mode not in ("eval", "train"):
         raise ValueError(
             f"granularity is 'filter' or 'weight' and mode 'eval' or 'train'; got {granularity!r}, {mode!r}"
         )
-    if granularity == "weight" and row.per_filter:
-        raise ValueError(f"{row.name} scores whole filters; it has no score for single weights")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    batches = list(batches) if batches is not None else []
-    if not batches and (row.order > 0 or row.name == "fisher"):
-        raise ValueError(f"{row.name} needs data: pass batches of (inputs, labels), got none")
-    return batches
+    for row in rows:
+        if granularity == "weight" and row.per_filter:
+            raise ValueError(f"{row.name} scores whole filters; it has no score for single weights")
+        if row.needs_data and (batches is None or (isinstance(batches, Sequence) and not batches)):
+            raise ValueError(f"{row.name} needs data: pass batches of (inputs, labels), got none")
 
 
-def _evidence(
-    row: Measure, model: nn.Module, layers: list[UnitLayer], batches: list[Any], temperature: float, mode: str
-) -> dict[str, Evidence]:
-    grad, hess_grad, squares = {}, {}, {}
-    if row.name == "fisher":
-        squares = _squared_sample_grads(model, layers, batches, temperature, mode)
-    elif row.order > 0:
-        expansion = Probe(model, partial(cross_entropy_objective, temperature=temperature), batches, mode=mode).expand()
-        grad = dict(zip(expansion.theta, expansion.grad, strict=True))
-        if row.order > 1:
-            hess_grad = dict(zip(expansion.theta, expansion.hessian_product(expansion.grad), strict=True))
-    return {
-        layer.name: Evidence(
-            theta=model.get_submodule(layer.name).weight.detach(),
-            grad=grad.get(f"{layer.name}.weight"),
-            hess_grad=hess_grad.get(f"{layer.name}.weight"),
-            scale=_scale_of(model, layer),
-            squared_sample_grad=squares.get(layer.name),
-        )
-        for layer in layers
-    }
+def _scales(model: nn.Module, layers: list[UnitLayer]) -> dict[str, Tensor]:
+    """γ of the normalisation that follows each layer, where there is one."""
+    followers = {layer.name: layer.normalisation(model) for layer in layers}
+    return {name: model.get_submodule(norm).weight for name, norm in followers.items() if norm is not None}
 
 
-def _scale_of(model: nn.Module, layer: UnitLayer) -> Tensor | None:
-    name = layer.normalisation(model)
-    return None if name is None else model.get_submodule(name).weight
+def _evidence(model: nn.Module, name: str, found: Derivatives, scale: Tensor | None) -> Evidence:
+    weight = f"{name}.weight"
+    return Evidence(
+        theta=model.get_parameter(weight).detach(),
+        grad=found.grad.get(weight),
+        hess_grad=found.hess_grad.get(weight),
+        squared_sample_grad=found.squares.get(name),
+        flow_grad=found.flow_grad.get(weight),
+        scale=scale,
+    )
 
 
-def _squared_sample_grads(
-    model: nn.Module, layers: list[UnitLayer], batches: list[Any], temperature: float, mode: str
+def _scores(
+    row: Measure, evidence: dict[str, Evidence], granularity: str, drawn: torch.Generator | None
 ) -> dict[str, Tensor]:
-    """Mean over samples n of (θ_fᵀ g_n)², where g_n is the gradient of sample n's loss.
-
-    A gate of ones on the convolution's output (before its bias) has the gradient θ_fᵀ g_n, since the output is linear
-    in the filter. Samples are independent in eval mode; in train mode BatchNorm couples them, and g_n is then the
-    gradient through sample n's own outputs.
-    """
-    device = next(model.parameters()).device
-    sums = {layer.name: torch.zeros(layer.filters, device=device) for layer in layers}
-    samples = 0
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        for batch in batches:
-            count = sample_count(batch)
-            with random_numbers_untouched(device), mode_of(model, mode), _gates(model, layers, count) as gates:
-                with torch.enable_grad():
-                    loss = cross_entropy_objective(model, to_device(batch, device), temperature) * count
-                parts = torch.autograd.grad(loss, list(gates.values()))
-            for name, part in zip(gates, parts, strict=True):
-                sums[name] += part.square().sum(0)
-            samples += count
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    return {name: total / samples for name, total in sums.items()}
+    found = {}
+    for name, one in evidence.items():
+        if row.uses == "uniform":
+            one = Evidence(one.theta, uniform=_uniform(one.theta, granularity, drawn))
+        entries = row.entries(one)
+        found[name] = entries if granularity == "weight" else row.combine(entries.reshape(len(entries), -1))
+    return normalised(found) if row.normalised else found
 
 
-@contextmanager
-def _gates(model: nn.Module, layers: list[UnitLayer], count: int) -> Iterator[dict[str, Tensor]]:
-    """Inside, each ranked convolution's output, without its bias, is multiplied by a gate of ones (sample, filter)."""
-    gates, hooks = {}, []
-
-    def gated(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor, gate: Tensor) -> Tensor:
-        bias = 0 if module.bias is None else module.bias[:, None, None]
-        return (output - bias) * gate[:, :, None, None] + bias
-
-    for layer in layers:
-        module = model.get_submodule(layer.name)
-        gates[layer.name] = torch.ones(count, layer.filters, device=module.weight.device, requires_grad=True)
-        hooks.append(module.register_forward_hook(partial(gated, gate=gates[layer.name])))
-    try:
-        yield gates
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _uniform(theta: Tensor, granularity: str, drawn: torch.Generator | None) -> Tensor:
+    shape = theta.shape if granularity == "weight" else theta.shape[:1]
+    if drawn is None:
+        return torch.rand(shape, dtype=theta.dtype, device=theta.device)
+    return torch.rand(shape, dtype=theta.dtype, generator=drawn).to(theta.device)

@@ -1,8 +1,14 @@
 """The importance measures: one score a filter (or a weight); the lowest are pruned first.
 
-All measures see the convolution's weights θ, their gradient g and their part of the Hessian product Hg, where g and H
-are those of the mean loss over *all* trainable parameters. Where an absolute value stands, before or after the sum over
-a filter, is the difference between some of them; the formulas say it.
+All measures see a layer's weights θ and, as far as they use them, the gradient g and the Hessian product Hg, where g
+and H are those of the mean loss over *all* trainable parameters. Whether a score has a sign, and whether an absolute value
+stands inside or outside the sum over a filter, is the difference between some of them; the formulas say it:
+
+================================  =============  ========================================================
+absolute before the sum           Σ|θg|          loss_preservation, snip, loss_preservation_times_magnitude
+absolute after the sum            |Σθg|          taylor, gradient_norm_preservation
+signed                            Σθ(Hg)         gradient_norm_increase, grasp
+================================  =============  ========================================================
 """
 
 from __future__ import annotations
@@ -16,21 +22,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a measure may look at, for one convolution. Vectors that the measure's order does not need are None."""
+    """What a measure may look at, for one layer. What no measure that was asked for uses is None."""
 
     theta: Tensor  # θ, shape (filter, ...)
-    grad: Tensor | None  # g
-    hess_grad: Tensor | None  # Hg
-    scale: Tensor | None  # γ of the normalisation that follows, (filter,)
-    squared_sample_grad: Tensor | None  # mean over samples n of (θ_fᵀ g_n)², (filter,)
+    grad: Tensor | None = None  # g
+    hess_grad: Tensor | None = None  # Hg
+    squared_sample_grad: Tensor | None = None  # mean over samples n of (θ_fᵀ g_n)², (filter,)
+    flow_grad: Tensor | None = None  # ∂R/∂|θ| of synaptic flow R
+    scale: Tensor | None = None  # γ of the normalisation that follows, (filter,)
+    uniform: Tensor | None = None  # independent uniform numbers, one a unit
 
 
 @dataclass(frozen=True)
 class Measure:
     """One row of :data:`MEASURES`.
 
-    ``order`` is the highest derivative of the loss it needs. ``temperature`` is the one that the paper uses.
-    ``entries`` gives a score for every weight; ``combine`` makes a filter's score from its weights' (filter, weights).
+    ``uses`` names the fields of :class:`Evidence` it looks at beside θ. ``order`` is the highest derivative of the loss
+    it needs, ``temperature`` the one that its paper uses. ``entries`` gives a score for every weight, ``combine`` makes
+    a filter's score from its weights' (filter, weights); a measure that is ``per_filter`` has none for single weights.
+    ``normalised``: divided by the sum over the whole network. ``highest_first``: the highest scores are pruned, not the
+    lowest. ``class_balanced``: its paper takes as many samples of each class.
     """
 
     name: str
@@ -38,10 +49,18 @@ class Measure:
     formula: str
     order: int
     temperature: float
+    uses: str | None
     entries: Callable[[Evidence], Tensor]
     combine: Callable[[Tensor], Tensor]
     class_balanced: bool = False
     per_filter: bool = False
+    normalised: bool = False
+    highest_first: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at batches; synflow only at the shape of an input."""
+        return self.uses in ("grad", "hess_grad", "squared_sample_grad", "flow_grad")
 
 
 def _sum(entries: Tensor) -> Tensor:
@@ -63,22 +82,28 @@ def _scale(evidence: Evidence) -> Tensor:
 MEASURES: dict[str, Measure] = {
     row.name: row
     for row in (
-        Measure("magnitude", "Magnitude", "‖θ_f‖₂", 0, 1.0, lambda e: e.theta.square(), lambda s: s.sum(1).sqrt()),
-        Measure("loss_preservation", "Loss preservation", "Σ|θg|", 1, 5.0,
+        Measure("magnitude", "Magnitude", "‖θ_f‖₂", 0, 1.0, None,
+                lambda e: e.theta.square(), lambda s: s.sum(1).sqrt()),
+        Measure("loss_preservation", "Loss preservation", "Σ|θg|", 1, 5.0, "grad",
                 lambda e: (e.theta * e.grad).abs(), _sum),
-        Measure("loss_preservation_times_magnitude", "Loss preservation × magnitude", "Σ|θ²g|", 1, 5.0,
+        Measure("loss_preservation_times_magnitude", "Loss preservation × magnitude", "Σ|θ²g|", 1, 5.0, "grad",
                 lambda e: (e.theta.square() * e.grad).abs(), _sum),
-        Measure("gradient_norm_increase", "Gradient-norm increase (GraSP)", "Σθ(Hg)", 2, 200.0,
+        Measure("gradient_norm_increase", "Gradient-norm increase (GraSP)", "Σθ(Hg)", 2, 200.0, "hess_grad",
                 lambda e: e.theta * e.hess_grad, _sum, class_balanced=True),
-        Measure("gradient_norm_preservation", "Gradient-norm preservation", "|Σθ(Hg)|", 2, 1.0,
+        Measure("gradient_norm_preservation", "Gradient-norm preservation", "|Σθ(Hg)|", 2, 1.0, "hess_grad",
                 lambda e: e.theta * e.hess_grad, _abs_sum, class_balanced=True),
-        Measure("magnitude_l1", "Magnitude, L1", "‖θ_f‖₁", 0, 1.0, lambda e: e.theta.abs(), _sum),
-        Measure("bn_scale", "BatchNorm scale", "|γ_f|", 0, 1.0, _scale, _sum, per_filter=True),
-        Measure("taylor", "Taylor", "|Σθg|", 1, 1.0, lambda e: e.theta * e.grad, _abs_sum),
-        Measure("fisher", "Fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0,
+        Measure("magnitude_l1", "Magnitude, L1", "‖θ_f‖₁", 0, 1.0, None, lambda e: e.theta.abs(), _sum),
+        Measure("bn_scale", "BatchNorm scale", "|γ_f|", 0, 1.0, "scale", _scale, _sum, per_filter=True),
+        Measure("taylor", "Taylor", "|Σθg|", 1, 1.0, "grad", lambda e: e.theta * e.grad, _abs_sum),
+        Measure("fisher", "Fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0, "squared_sample_grad",
                 lambda e: e.squared_sample_grad / 2, _sum, per_filter=True),
-        Measure("random", "Random", "uniform", 0, 1.0,
-                lambda e: torch.rand_like(e.theta.flatten(1)[:, 0]), _sum, per_filter=True),
+        Measure("snip", "SNIP", "Σ_f|θg| / Σ|θg|", 1, 1.0, "grad",
+                lambda e: (e.theta * e.grad).abs(), _sum, normalised=True),
+        Measure("grasp", "GraSP, original", "−Σθ(Hg)", 2, 200.0, "hess_grad",
+                lambda e: -e.theta * e.hess_grad, _sum, class_balanced=True, highest_first=True),
+        Measure("synflow", "Synaptic flow", "Σ|θ|∂R/∂|θ|", 0, 1.0, "flow_grad",
+                lambda e: e.theta.abs() * e.flow_grad, _sum),
+        Measure("random", "Random", "uniform", 0, 1.0, "uniform", lambda e: e.uniform, _sum),
     )
 }  # fmt: skip
 
@@ -92,3 +117,9 @@ def find_measure(name: str) -> Measure:
     if name not in MEASURES:
         raise ValueError(f"unknown measure {name!r}: choose one of {', '.join(MEASURES)}")
     return MEASURES[name]
+
+
+def normalised(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores divided by their sum over the whole network, so that they add up to 1 (SNIP, Lee et al. 2019, eq. 4)."""
+    total = torch.stack([values.sum() for values in scores.values()]).sum()
+    return {name: values / total for name, values in scores.items()}

@@ -2,47 +2,77 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..masks import apply_masks
+from ..masks import apply_masks, parameter_masks
 from ..probe import unwrap
+from .cost import Cost, network_cost
 from .importance import scores
 from .measures import find_measure
-from .units import unit_layers
+from .protocol import find_protocol
+from .schedule import check_sparsity
+from .selection import Ranked, capacity, counted, floor_of, lowest, without
+from .units import UnitLayer, check_layer_names, unit_layers
+from .weights import weight_layers
+
+_FLOOR = {"filter": 0.05, "weight": 0.0}
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """What one pruning did: the scores it ranked by and what is alive after it, by layer, and the sparsity reached."""
+class Pruning:
+    """What one pruning does, before or after it is done.
+
+    ``scores`` it ranks by and what is ``alive`` after it, both by layer; the sparsity asked for (``target``) and
+    reached; the :class:`Cost` of the network before anything was pruned (``dense``) and after this pruning, where a
+    batch said what an input looks like. ``attributes`` is what an event's record says of it.
+    """
 
     scores: dict[str, Tensor]
     alive: dict[str, Tensor]
+    target: float
     sparsity: float
+    cost: Cost | None
+    dense: Cost | None
+    settings: dict[str, str | float] = field(default_factory=dict)
+
+    @property
+    def attributes(self) -> dict[str, str | float]:
+        """Numbers and texts for ``recorder.event("prune", ..., **pruning.attributes)``."""
+        costs = {} if self.cost is None else asdict(self.cost)
+        costs |= {} if self.dense is None else {f"dense_{name}": count for name, count in asdict(self.dense).items()}
+        return {**self.settings, "target": self.target, "sparsity": self.sparsity, **costs}
 
 
 class Pruner:
-    """Prunes filters by one global ascending ranking of raw scores across layers (the paper's protocol).
+    """Prunes filters or weights by one global ascending ranking of raw scores across layers (the paper's protocol).
 
-    Exactly as many go as asked; ties are broken by layer, then index. A filter once silenced never revives. Every layer
-    keeps its best filters down to ``floor`` of its size, at least one. Filters of the model's ``protected`` layers
-    count in the whole but never go.
+    Exactly as many go as asked; ties are broken by layer, then index. A unit once silenced never revives. Every layer
+    keeps its best units down to ``floor`` of its size, at least one. Filters of the model's ``protected`` layers, and
+    of a convolution that is the network's output, count in the whole but never go.
 
     Args:
         model: see :func:`scores`.
         optimizer: its state is masked along with the parameters.
         measure: a name from :data:`MEASURES`.
+        granularity: "filter", or "weight" for single weights of all convolutions and linear layers.
         temperature: T of the measure's loss; None means the paper's for this measure.
         mode: "eval" or "train", for the measure.
-        floor: share of each layer's filters that always stays.
+        floor: share of each layer's units that always stays; None means 5 % of filters, and one weight.
+        protected: names of layers that are left out: neither counted nor pruned.
+        keep_state: whether momentum and moments of what remains are kept, or all of the optimizer's state is dropped
+            (the paper's habit).
+        protocol: a name from :data:`PROTOCOLS`: "default", or "reference" for the quirks of the paper's code.
+        seed: of the measure "random".
 
     Raises:
-        ValueError: unknown measure, floor outside [0, 1], or a model that cannot be traced.
+        ValueError: an unknown measure, granularity or protocol, floor outside [0, 1], or a model that cannot be pruned
+            safely; the message names the layers.
     """
 
     def __init__(
@@ -51,77 +81,172 @@ class Pruner:
         optimizer: torch.optim.Optimizer,
         measure: str,
         *,
+        granularity: str = "filter",
         temperature: float | None = None,
         mode: str = "eval",
-        floor: float = 0.05,
+        floor: float | None = None,
+        protected: Iterable[str] = (),
+        keep_state: bool = True,
+        protocol: str = "default",
+        seed: int | None = None,
     ) -> None:
+        self._measure, self._protocol = find_measure(measure), find_protocol(protocol)
+        if granularity not in _FLOOR or (granularity == "weight" and protocol != "default"):
+            raise ValueError(
+                f"granularity is 'filter' or 'weight', and the paper's code has none but filters; got {granularity!r} "
+                f"with protocol {protocol!r}"
+            )
+        floor = _FLOOR[granularity] if floor is None else floor
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
-        self._model, self._optimizer, self._measure, self._mode, self._floor = model, optimizer, measure, mode, floor
-        row = find_measure(measure)
-        self._temperature = row.temperature if temperature is None else temperature
-        self._layers = unit_layers(unwrap(model))
-        self.alive = {layer.name: torch.ones(layer.filters, dtype=torch.bool) for layer in self._layers}
+        self._model, self._optimizer, self._floor, self._keep_state = model, optimizer, floor, keep_state
+        self._protected = check_layer_names(unwrap(model), protected)
+        self._settings: dict[str, Any] = {
+            "temperature": self._measure.temperature if temperature is None else temperature,
+            "mode": mode,
+            "granularity": granularity,
+            "seed": seed,
+        }
+        self._protocol_name = protocol
+        self._units = self._find_units(granularity)
+        self._dense: Cost | None = None
+        self.alive = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes(granularity).items()}
 
-    def prune(self, sparsity: float, batches: Iterable[Any] | None = None) -> Pruned:
-        """Remove units until the share ``sparsity`` of all is gone; nothing where it is gone already.
+    def _find_units(self, granularity: str) -> dict[str, UnitLayer | None]:
+        """Layer → what is known of its filters, None where single weights are pruned."""
+        model = unwrap(self._model)
+        if granularity == "weight":
+            return dict.fromkeys(weight_layers(model, self._protected))
+        return {layer.name: layer for layer in unit_layers(model, self._protected)}
+
+    def _shapes(self, granularity: str) -> dict[str, torch.Size]:
+        weights = {name: unwrap(self._model).get_parameter(f"{name}.weight") for name in self._units}
+        return {name: weight.shape if granularity == "weight" else weight.shape[:1] for name, weight in weights.items()}
+
+    @property
+    def residual(self) -> bool:
+        """Whether the channels of some layer end in a sum."""
+        return any(layer is not None and layer.summed for layer in self._units.values())
+
+    def prune(self, sparsity: float, batches: Iterable[Any] | None = None) -> Pruning:
+        """:meth:`plan` and :meth:`apply`: remove units until the share ``sparsity`` of all is gone.
+
+        Raises:
+            ValueError: as :meth:`plan`. The model is then untouched.
+        """
+        pruning = self.plan(sparsity, batches)
+        self.apply(pruning)
+        return pruning
+
+    def plan(self, sparsity: float, batches: Iterable[Any] | None = None) -> Pruning:
+        """Score, and say which units are to go so that the share ``sparsity`` is gone; nothing is changed.
+
+        Nothing goes where as much is gone already.
 
         Raises:
             ValueError: sparsity outside [0, 1), more than the floors allow, a measure without the data it needs, or
-                scores that are not numbers. The model is then untouched.
+                scores that are not numbers.
         """
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {sparsity}: 0.75 removes three filters of four")
-        total = sum(layer.filters for layer in self._layers)
-        left = sum(int(kept.sum()) for kept in self.alive.values())
-        count = max(left - round(total * (1 - sparsity)), 0)
-        found = scores(self._model, batches, self._measure, temperature=self._temperature, mode=self._mode)
+        check_sparsity(sparsity)
+        shape, batches = _input_shape(batches)
+        found = scores(self._model, batches, self._measure.name, protected=self._protected, **self._settings)
+        ranked = {name: self._ranked(name, values.cpu().double().flatten()) for name, values in found.items()}
+        standing = {name: layer.standing for name, layer in ranked.items()}
+        quota = self._quota(ranked, sparsity)
+        if quota > (most := capacity(ranked)):
+            units = f"{self._settings['granularity']}s"
+            raise ValueError(
+                f"sparsity {sparsity} asks for {quota} units more to go, but only {most} can: every layer keeps "
+                f"{self._floor:.0%} of its {units}, at least one, and protected layers keep all; ask for less"
+            )
+        gone = lowest(ranked, quota, ties=self._protocol.prune_ties)
+        alive = {name: kept.view(self.alive[name].shape) for name, kept in without(standing, gone).items()}
+        reached = 1 - counted(list(alive.values())) / sum(kept.numel() for kept in alive.values())
         found = {name: values.cpu() for name, values in found.items()}
-        alive = self._without(self._lowest(found, count, sparsity))
-        apply_masks(unwrap(self._model), self._parameter_masks(alive), self._optimizer)
-        self.alive = alive
-        return Pruned(found, {name: kept.clone() for name, kept in alive.items()}, 1 - (left - count) / total)
+        return Pruning(found, alive, sparsity, reached, *self._costs(alive, shape), self._described())
 
-    def _lowest(self, found: dict[str, Tensor], count: int, sparsity: float) -> dict[str, list[int]]:
-        """The ``count`` units of lowest score among those that may go, by layer."""
-        candidates = [entry for layer in self._layers for entry in self._candidates(layer.name, found[layer.name])]
-        if count > len(candidates):
+    def apply(self, pruning: Pruning) -> None:
+        """Silence what a plan says is to go, for good, and mask or drop the optimizer's state."""
+        model = unwrap(self._model)
+        if self._protocol.revive_silenced:
+            self._revive(pruning.alive)
+        apply_masks(model, self._parameter_masks(pruning.alive), self._optimizer)
+        if not self._keep_state:
+            self._optimizer.state.clear()
+        self.alive = {name: kept.clone() for name, kept in pruning.alive.items()}
+
+    def _revive(self, alive: dict[str, Tensor]) -> None:
+        """Lift the masks of silenced filters that are alive again; their parameters start from zero."""
+        masks = parameter_masks(unwrap(self._model))
+        for name, kept in self._parameter_masks(alive, whole=True).items():
+            if name in masks:
+                masks[name].logical_or_(kept)
+
+    def _ranked(self, name: str, values: Tensor) -> Ranked:
+        """A layer as the ranking sees it, by the protocol's rules; ``values`` are its scores, (unit,)."""
+        layer, standing = self._units[name], self.alive[name].flatten()
+        if self._protocol.revive_silenced and layer.summed:
+            standing = torch.ones_like(standing)
+        if not torch.isfinite(values[standing]).all():
             raise ValueError(
-                f"sparsity {sparsity} asks for {count} units more to go, but only {len(candidates)} can: every layer "
-                f"keeps {self._floor:.0%} of its filters, at least one, and protected layers keep all"
+                f"{self._measure.name} has scores that are not finite in layer {name!r}: has the training diverged?"
             )
-        chosen = sorted(candidates, key=lambda entry: entry[0])[:count]  # stable: ties go by layer, then index
-        lowest: dict[str, list[int]] = {}
-        for _, name, index in chosen:
-            lowest.setdefault(name, []).append(index)
-        return lowest
+        by_index = self._protocol.floor_by_index and not self.residual
+        keep = floor_of(len(values), 0 if self._protocol.floor_by_index else self._floor)
+        return Ranked(
+            scores=-values if self._measure.highest_first else values,
+            standing=standing,
+            keep=int(0.05 * len(values)) + 1 if by_index else keep,
+            by_index=by_index,
+            weight=1 + layer.copies if self._protocol.count_copies else 1,
+            movable=layer is None or not (layer.head or name in getattr(unwrap(self._model), "protected", ())),
+        )
 
-    def _candidates(self, name: str, values: Tensor) -> list[tuple[float, str, int]]:
-        """Units of one layer that may go: those alive, less the best that the floor protects."""
-        alive = self.alive[name].nonzero().flatten()
-        if not torch.isfinite(values[alive]).all():
-            raise ValueError(
-                f"{self._measure} has scores that are not finite in layer {name!r}: has the training diverged?"
-            )
-        if name in getattr(unwrap(self._model), "protected", ()):
-            return []
-        keep = max(1, math.ceil(self._floor * len(values)))
-        order = alive[values[alive].argsort(stable=True)][: max(len(alive) - keep, 0)]
-        return [(values[index].item(), name, index) for index in sorted(order.tolist())]
+    def _quota(self, ranked: dict[str, Ranked], sparsity: float) -> int:
+        """How many more units are to go, each counted as often as its layer's weight says."""
+        total = sum(layer.weight * len(layer.standing) for layer in ranked.values())
+        left = sum(layer.weight * int(layer.standing.sum()) for layer in ranked.values())
+        return max(left - round(total * (1 - sparsity)), 0)
 
-    def _without(self, lowest: dict[str, list[int]]) -> dict[str, Tensor]:
-        alive = {name: kept.clone() for name, kept in self.alive.items()}
-        for name, indices in lowest.items():
-            alive[name][indices] = False
-        return alive
+    def _costs(self, alive: dict[str, Tensor], shape: Sequence[int] | None) -> tuple[Cost | None, Cost | None]:
+        """Of the network as it will be, and before anything was pruned; None where no input is known."""
+        if shape is None:
+            return None, None
+        model = unwrap(self._model)
+        if self._dense is None:
+            self._dense = network_cost(model, shape, {})
+        return network_cost(model, shape, parameter_masks(model) | self._parameter_masks(alive)), self._dense
 
-    def _parameter_masks(self, alive: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _described(self) -> dict[str, str | float]:
+        described: dict[str, str | float] = {
+            "measure": self._measure.name,
+            "granularity": self._settings["granularity"],
+            "protocol": self._protocol_name,
+        }
+        if self._measure.needs_data:
+            described |= {"score_mode": self._settings["mode"], "score_temperature": self._settings["temperature"]}
+        return described
+
+    def _parameter_masks(self, alive: dict[str, Tensor], *, whole: bool = False) -> dict[str, Tensor]:
+        """Parameter name → which of its entries are alive; of layers that are whole only if asked."""
         model, masks = unwrap(self._model), {}
-        for layer in self._layers:
-            if alive[layer.name].all():
+        for name, layer in self._units.items():
+            if alive[name].all() and not whole:
                 continue
-            for name in layer.parameter_names(model):
-                parameter = model.get_parameter(name)
-                kept = alive[layer.name].to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
-                masks[name] = kept.expand_as(parameter)
+            for owned in [f"{name}.weight"] if layer is None else layer.parameter_names(model):
+                parameter = model.get_parameter(owned)
+                kept = alive[name].to(parameter.device)
+                masks[owned] = kept.view(*kept.shape, *[1] * (parameter.ndim - kept.ndim)).expand_as(parameter)
         return masks
+
+
+def _input_shape(batches: Iterable[Any] | None) -> tuple[torch.Size | None, Iterable[Any] | None]:
+    """The shape of an input without the batch, and the batches, none of them lost."""
+    if batches is None:
+        return None, None
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if iterator is batches and first is not None:
+        batches = itertools.chain([first], iterator)
+    known = isinstance(first, Sequence) and isinstance(first[0], Tensor)
+    return first[0].shape[1:] if known else None, batches

@@ -2,25 +2,37 @@
 
 A filter's channel runs alone through normalisations, activations, pooling and depthwise convolutions until another
 convolution, a linear layer or a sum mixes it with others. All parameters it meets on that way go with the filter: its
-bias, its normalisation's γ and β, and the depthwise layer's filter with its own normalisation.
+bias, its normalisation's γ and β, and the depthwise layer's filter with its own normalisation. Neurons of a linear
+layer are filters too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
+from .weights import not_plain
+
+_LEAVE = "to leave it as it is, name it in protected=(...)"
 
 
 @dataclass(frozen=True)
 class UnitLayer:
-    """A convolution whose filters are ranked; ``modules`` are those its channels run through alone, itself first."""
+    """A layer whose filters are ranked; ``modules`` are those its channels run through alone, itself first.
+
+    ``copies`` of the modules are depthwise, ``summed`` says whether the channels end in a sum with others, ``head``
+    whether they may be the network's output: nothing goes from there.
+    """
 
     name: str
     filters: int
     modules: tuple[str, ...]
+    copies: int = 0
+    summed: bool = False
+    head: bool = False
 
     def parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters whose first dimension is the filter."""
@@ -28,57 +40,137 @@ class UnitLayer:
         return [f"{module}.{leaf}" for module, owner in named for leaf, _ in owner.named_parameters(recurse=False)]
 
     def normalisation(self, model: nn.Module) -> str | None:
-        """Name of the first normalisation after the convolution, if there is one."""
-        return next((name for name in self.modules if isinstance(model.get_submodule(name), _NORMALISATIONS)), None)
+        """Name of the first normalisation after the layer, if there is one."""
+        return next((name for name in self.modules if isinstance(model.get_submodule(name), NORMALISATIONS)), None)
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+@dataclass
+class _Way:
+    """Where a layer's channels run: what they meet alone, and what is the matter with it."""
+
+    modules: list[str] = field(default_factory=list)
+    summed: bool = False
+    refusal: str | None = None
 
 
-def unit_layers(model: nn.Module) -> list[UnitLayer]:
-    """The ranked convolutions of a model in the order of its modules, found by tracing it symbolically.
+def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLayer]:
+    """The ranked layers of a model in the order of its modules, found by tracing it symbolically.
 
-    Depthwise convolutions are not ranked: their filters go with those of the layer that feeds them.
+    These are its convolutions, and those linear layers that are not its output. Depthwise convolutions are not ranked:
+    their filters go with those of the layer that feeds them. Layers in ``protected`` are left out.
 
     Raises:
-        ValueError: the model cannot be traced, or has a grouped convolution that is not depthwise.
+        ValueError: the model cannot be traced, has nothing to prune, ``protected`` names no layer of it, or a layer
+            cannot be pruned safely: one with groups, a transposed one, one whose weight is shared or computed from
+            others, or one whose channels run into what would not be silent for a silenced filter (a sigmoid, a
+            normalisation other than BatchNorm, a BatchNorm without γ and β or one shared with other channels).
     """
-    try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    calls = {node.target: node for node in graph.nodes if node.op == "call_module"}
-    layers = []
+    protected = check_layer_names(model, protected)
+    graph = _traced(model)
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(node.target, []).append(node)
+    layers, refusals = [], []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d) or _is_depthwise(module) or name not in calls:
+        if not isinstance(module, LAYERS) or name not in calls or name in protected or is_depthwise(module):
             continue
-        if module.groups > 1:
-            raise ValueError(
-                f"layer {name!r} has {module.groups} groups: only plain and depthwise convolutions are pruned"
-            )
-        modules = tuple(dict.fromkeys([name, *_followed(model, calls[name], module.out_channels)]))
-        layers.append(UnitLayer(name, module.out_channels, modules))
+        head = any(_reaches_output(model, node) for node in calls[name])
+        if isinstance(module, nn.Linear) and head:
+            continue
+        filters, way = len(module.weight), _Way()
+        for node in calls[name]:
+            _follow(model, node, filters, way)
+        if refusal := _refusal(model, name, module) or (None if head else way.refusal):
+            refusals.append(f"layer {name!r} {refusal}")
+            continue
+        modules = tuple(dict.fromkeys([name, *way.modules]))
+        copies = sum(is_depthwise(model.get_submodule(one)) for one in modules)
+        layers.append(UnitLayer(name, filters, modules, copies, way.summed, head))
+    refusals += _shared(layers)
+    if refusals:
+        raise ValueError(f"{'; '.join(refusals)}; {_LEAVE}")
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no convolution or hidden linear layer whose filters could go")
     return layers
 
 
-def _followed(model: nn.Module, node: fx.Node, filters: int) -> list[str]:
-    """Modules that the node's channels run through one by one, as far as nothing mixes them."""
-    met = []
+def check_layer_names(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """The names, once it is sure that they are modules of the model.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    names, known = tuple(names), dict(model.named_modules())
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"protected names no module of {type(model).__name__}: {unknown}; give qualified names")
+    return names
+
+
+def _traced(model: nn.Module) -> fx.Graph:
+    try:
+        return fx.symbolic_trace(model).graph
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            "granularity='weight' needs no tracing"
+        ) from error
+
+
+def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why a layer's own filters cannot go."""
+    if isinstance(module, TRANSPOSED):
+        return "is a transposed convolution: only plain and depthwise convolutions are pruned"
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        return f"has {module.groups} groups: only plain and depthwise convolutions are pruned"
+    return not_plain(model, name)
+
+
+def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way) -> None:
+    """Go with the node's channels one by one, as far as nothing mixes them."""
     for user in node.users:
         module = model.get_submodule(user.target) if user.op == "call_module" else None
-        if _is_depthwise(module) or isinstance(module, _NORMALISATIONS):
-            channels = module.out_channels if isinstance(module, nn.Conv2d) else module.num_features
-            if channels != filters:
+        if is_depthwise(module) or isinstance(module, NORMALISATIONS):
+            if (module.out_channels if is_depthwise(module) else module.num_features) != filters:
                 continue  # something reshaped on the way: its channels are not the filters'
-            met.append(user.target)
-        if len(user.all_input_nodes) == 1 and not isinstance(module, nn.Linear) and not _mixes(module):
-            met += _followed(model, user, filters)
-    return met
+            if isinstance(module, NORMALISATIONS) and module.weight is None:
+                way.refusal = f"runs into {user.target!r}, which has no γ and β: a silenced filter is not silent"
+            way.modules.append(user.target)
+            _follow(model, user, filters, way)
+        elif is_sum(user):
+            way.summed = True
+        elif user.op != "output" and (effect := does(user, module)) != "ends":
+            if effect == "lifts":
+                what = user.target if isinstance(user.target, str) else user.target.__name__
+                kind = f" ({type(module).__name__})" if module is not None else ""
+                way.refusal = f"runs into {what!r}{kind}, which makes something of a silenced filter"
+            else:
+                _follow(model, user, filters, way)
 
 
-def _mixes(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Conv2d) and not _is_depthwise(module)
+def _reaches_output(model: nn.Module, node: fx.Node) -> bool:
+    """Whether what the node gives comes out of the network without another layer in between."""
+    waiting, seen = list(node.users), set()
+    while waiting:
+        user = waiting.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        module = model.get_submodule(user.target) if user.op == "call_module" else None
+        if user.op == "output":
+            return True
+        if not isinstance(module, LAYERS) or is_depthwise(module):
+            waiting.extend(user.users)
+    return False
+
+
+def _shared(layers: list[UnitLayer]) -> list[str]:
+    """Refusals of layers whose channels run through the same module."""
+    owners: dict[str, str] = {}
+    refusals = []
+    for layer in layers:
+        for module in layer.modules:
+            if owners.setdefault(module, layer.name) != layer.name:
+                refusals.append(f"layer {layer.name!r} runs into {module!r}, and so does {owners[module]!r}")
+    return refusals

@@ -1,0 +1,66 @@
+"""What the operations of a traced network do to a channel: run it alone, mix it with others, or make it nothing's.
+
+``alone``: each channel by itself, and zero stays zero. ``ends``: it is mixed with others (a layer, a sum) or the
+operation is not known here; zeros go in. ``lifts``: zero becomes something else, so a silenced channel is not gone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+_ALONE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d,
+    nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d,
+    nn.ZeroPad3d, nn.Flatten,
+)  # fmt: skip
+_LIFTS = (
+    nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin,
+    nn.AlphaDropout, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d, nn.RMSNorm,
+)  # fmt: skip
+_ALONE_FUNCTIONS: frozenset[Callable] = frozenset({
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.hardtanh, F.tanh,
+    F.dropout, F.dropout2d, F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, torch.relu, torch.relu_, torch.tanh, torch.flatten,
+})  # fmt: skip
+_LIFTING_FUNCTIONS: frozenset[Callable] = frozenset({
+    F.sigmoid, F.hardsigmoid, F.logsigmoid, F.softplus, F.softmax, F.log_softmax, F.group_norm, F.layer_norm,
+    F.batch_norm, F.instance_norm, torch.sigmoid, torch.softmax, torch.exp, torch.cos,
+})  # fmt: skip
+_ALONE_METHODS = ("relu", "relu_", "tanh", "contiguous", "clone", "flatten")
+_LIFTING_METHODS = ("sigmoid", "softmax", "exp")
+_SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
+
+
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution with one filter a channel."""
+    return isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def does(node: fx.Node, module: nn.Module | None) -> str:
+    """ "alone", "ends" or "lifts": what an operation that is neither depthwise nor BatchNorm does to a channel."""
+    if node.op == "call_module":
+        return "alone" if isinstance(module, _ALONE) else "lifts" if isinstance(module, _LIFTS) else "ends"
+    if node.op == "call_function":
+        alone, lifts = node.target in _ALONE_FUNCTIONS, node.target in _LIFTING_FUNCTIONS
+    else:
+        alone, lifts = node.target in _ALONE_METHODS, node.target in _LIFTING_METHODS
+    return "alone" if alone else "lifts" if lifts else "ends"
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether an operation adds several tensors up."""
+    return node.target in _SUMS and len(node.all_input_nodes) > 1

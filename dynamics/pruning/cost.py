@@ -1,0 +1,114 @@
+"""What a pruned network costs: its parameters and multiply-adds, as if what is silent were not there.
+
+Counted are the multiply-adds of one sample that torch's own counter sees (half its FLOPs: convolutions, linear layers,
+matrix products; no normalisations, activations or sums). A convolution's or linear layer's count shrinks to the share
+of its weights that are kept and read a channel that is not silent, so a silenced filter is gone, and so is the slice of
+weights that would have read it. A channel is silent where only silenced filters feed it: a residual stream stays as
+wide as the filters, together, that add to it. Parameters are those weights, and all kept parameters of other kinds.
+
+Filters that are masked but still in memory save no time; :mod:`dynamics.pruning` says what goes, not how fast it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..masks import parameter_masks
+from ..moment import random_numbers_untouched
+from ..probe import mode_of, unwrap
+from .channels import LAYERS, NORMALISATIONS, TRANSPOSED
+
+# In the network of silence, what subtracts a mean would make zeros of ones.
+_PASSED_BY = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-adds of one sample."""
+
+    parameters: int
+    multiply_adds: int
+
+
+@torch.no_grad()
+def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tensor] | None = None) -> Cost:
+    """The cost of a model for inputs of ``shape`` (without the batch), as its pruning masks make it.
+
+    ``keep`` maps parameter names to masks that are to be there in place of the model's. To see which channels are
+    silent, a sample of ones runs through the network of silence: weights that are kept are positive, and pruned ones
+    zero, so that nothing but pruning makes a zero.
+    """
+    model = unwrap(model)
+    keep = dict(parameter_masks(model) if keep is None else keep)
+    with _reading(model) as read, random_numbers_untouched(next(model.parameters()).device), mode_of(model, "eval"):
+        counts = _count(model, shape, _silence(model, keep))
+    total, parameters = counts.get("Global", 0), 0
+    for name, parameter in model.named_parameters():
+        kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
+        layer = name.removesuffix(".weight") if name.endswith(".weight") else name
+        if layer in read:
+            kept = kept & _slices(model.get_submodule(layer), read[layer])
+            total -= counts.get(layer, 0) * (1 - kept.sum().item() / kept.numel())
+        parameters += int(kept.sum())
+    return Cost(parameters, round(total / 2))
+
+
+def _silence(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers of the network of silence, in float64: averages of what is kept, and no statistics."""
+    values = {name: tensor.double() for name, tensor in model.named_buffers() if tensor.is_floating_point()}
+    for name, parameter in model.named_parameters():
+        kept = keep[name].double() if name in keep else torch.ones_like(parameter, dtype=torch.float64)
+        values[name] = kept / max(kept[0].numel(), 1) if kept.ndim > 1 else kept
+    for name, module in model.named_modules():
+        if isinstance(module, NORMALISATIONS) and module.running_mean is not None:
+            values[f"{name}.running_mean"] = torch.zeros_like(module.running_mean, dtype=torch.float64)
+            values[f"{name}.running_var"] = torch.ones_like(module.running_var, dtype=torch.float64)
+    return values
+
+
+@contextmanager
+def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yields layer → which of its input channels are not silent, (channel,), filled by a forward pass inside."""
+    read: dict[str, Tensor] = {}
+    hooks = []
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        channels_at = inputs[0].ndim - 1 if isinstance(module, nn.Linear) else 1
+        alive = (inputs[0] != 0).movedim(channels_at, 0).flatten(1).any(1)
+        read[name] = read[name] | alive if name in read else alive
+
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            hooks.append(module.register_forward_pre_hook(lambda *given, name=name: note(name, *given)))
+        elif isinstance(module, _PASSED_BY):
+            hooks.append(module.register_forward_hook(lambda module, inputs, output: inputs[0]))
+    try:
+        yield read
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:
+    """FLOPs of a sample by module, and "Global" for all."""
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, values, (ones,))
+    root = f"{type(model).__name__}."
+    return {name.removeprefix(root): sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+
+
+def _slices(module: nn.Module, alive: Tensor) -> Tensor:
+    """Of a layer's weights, in their shape: True where they read a channel that is not silent."""
+    weight = module.weight
+    if isinstance(module, TRANSPOSED):
+        return alive.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+    groups = getattr(module, "groups", 1)
+    by_group = alive.view(groups, 1, -1).expand(groups, len(weight) // groups, -1)
+    return by_group.reshape(len(weight), -1, *[1] * (weight.ndim - 2)).expand_as(weight)

@@ -1,0 +1,102 @@
+"""What measures look at, gathered from batches that stream by: only one of them is in use at a time.
+
+The mean loss over the batches is L = Σ_b n_b L_b / Σ_b n_b. Its gradient g takes one pass, and so do the squared
+gradients of single samples; Hg takes a second pass, with the one product H v at v = g, which serves all measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..probe import Objective, Probe, cross_entropy_objective, sample_count
+from .sample_gradients import squared_sample_grads
+from .synaptic_flow import flow_gradient
+
+_SAME = 1e-4  # relative change of the mean loss between the passes that rounding and GPU kernels may make
+
+
+@dataclass
+class Derivatives:
+    """Sums over batches while they stream, means once they have: θ's name → tensor, but for ``squares`` by layer."""
+
+    samples: int = 0
+    loss: Tensor | float = 0.0
+    grad: dict[str, Tensor] = field(default_factory=dict)
+    hess_grad: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    flow_grad: dict[str, Tensor] = field(default_factory=dict)
+
+
+def derivatives(
+    model: nn.Module, layers: list[str], batches: Iterable[Any], uses: set[str], temperature: float, mode: str
+) -> Derivatives:
+    """What ``uses`` names of grad, hess_grad, squared_sample_grad (for ``layers``) and flow_grad, over the batches.
+
+    For Hg the batches pass twice, so those of an iterator are kept; a loader has to yield the same samples again.
+
+    Raises:
+        ValueError: there are no batches, or others at the second pass.
+    """
+    if "hess_grad" in uses and iter(batches) is batches:
+        batches = list(batches)
+    objective = partial(cross_entropy_objective, temperature=temperature)
+    found = Derivatives()
+    for batch in _limited(batches, uses):
+        if "flow_grad" in uses and not found.flow_grad:
+            found.flow_grad = flow_gradient(model, batch[0].shape[1:])
+        if uses & {"grad", "hess_grad"}:
+            loss, grad = Probe(model, objective, [batch], mode=mode).gradient({})
+            found.loss += sample_count(batch) * loss
+            _add(found.grad, grad, sample_count(batch))
+        if "squared_sample_grad" in uses:
+            _add(found.squares, squared_sample_grads(model, layers, batch, objective, mode), 1)
+        found.samples += sample_count(batch)
+    if not found.samples:
+        raise ValueError("there is not one batch to score by: pass batches of (inputs, labels), got none")
+    found.loss = found.loss / found.samples
+    for total in (*found.grad.values(), *found.squares.values()):
+        total.div_(found.samples)
+    if "hess_grad" in uses:
+        found.hess_grad = _hessian_product(model, objective, batches, found, mode)
+    return found
+
+
+def _limited(batches: Iterable[Any], uses: set[str]) -> Iterator[Any]:
+    """All batches, or the first where only an input's shape is asked for."""
+    for batch in batches:
+        yield batch
+        if uses == {"flow_grad"}:
+            return
+
+
+def _add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> None:
+    for name, term in terms.items():
+        sums[name] = sums[name].add_(term, alpha=weight) if name in sums else weight * term
+
+
+def _hessian_product(
+    model: nn.Module, objective: Objective, batches: Iterable[Any], first: Derivatives, mode: str
+) -> dict[str, Tensor]:
+    """Hg, by parameter name."""
+    again = Derivatives()
+    for batch in batches:
+        expansion = Probe(model, objective, [batch], mode=mode).expand()
+        product = expansion.hessian_product([first.grad[name] for name in expansion.theta])
+        _add(again.hess_grad, dict(zip(expansion.theta, product, strict=True)), sample_count(batch))
+        again.samples += sample_count(batch)
+        again.loss += sample_count(batch) * expansion.loss
+    if again.samples != first.samples or _differs(again.loss / again.samples, first.loss):
+        raise ValueError(
+            "second-order measures pass over the batches twice, and these were others the second time: pass a list of "
+            "batches, or a loader that does not shuffle or augment"
+        )
+    return {name: total / again.samples for name, total in again.hess_grad.items()}
+
+
+def _differs(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs() > _SAME * other.abs())  # not so where both are NaN: the network has diverged

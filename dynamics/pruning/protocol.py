@@ -1,0 +1,60 @@
+"""The protocol of a pruning: done right by default, and with the quirks of the paper's code, each behind one switch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from .schedule import share_left, share_left_in_whole_percent
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which quirks of the paper's published code are reproduced. By default none is.
+
+    Args:
+        whole_percent: in residual networks each round cuts the percentage of filters left down to a whole number, so
+            that more goes than was asked: 75 % in 25 rounds leave 18 %.
+        floor_by_index: what is left of a layer in any case are its last filters by index, ⌊5 %⌋ + 1 of its size,
+            instead of its best; residual networks have no such rule, but for the one best filter of a layer.
+        revive_silenced: filters whose channels end in a sum are ranked again in every round, also when silenced; with a
+            signed measure their score of 0 is not the lowest, and they come back, from zero.
+        count_copies: a filter that a depthwise filter goes with counts twice in how many are to go.
+        prune_ties: all filters that score no more than the last one to go, go with it.
+        select_on_test: the epoch that counts is the best on the test set, not the last.
+
+    Source: the code published with Lubana & Dick, ICLR 2021.
+    """
+
+    whole_percent: bool = False
+    floor_by_index: bool = False
+    revive_silenced: bool = False
+    count_copies: bool = False
+    prune_ties: bool = False
+    select_on_test: bool = False
+
+    def share_left(self, sparsity: float, rounds: int, round_number: int, *, residual: bool) -> float:
+        """Share of units that a round leaves: :func:`dynamics.pruning.share_left`, or what the quirk makes of it."""
+        cut = self.whole_percent and residual
+        return (share_left_in_whole_percent if cut else share_left)(sparsity, rounds, round_number)
+
+
+QUIRKS = tuple(field.name for field in dataclasses.fields(Protocol))
+
+# By name: done right, as the paper's code does it, and with each of the quirks alone.
+PROTOCOLS: dict[str, Protocol] = {
+    "default": Protocol(),
+    **{quirk: Protocol(**{quirk: True}) for quirk in QUIRKS},
+    "reference": Protocol(**dict.fromkeys(QUIRKS, True)),
+}
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of a name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]

@@ -1,0 +1,58 @@
+"""Gradients of single samples' losses along each filter, from one backward pass of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moment import random_numbers_untouched
+from ..probe import Objective, mode_of, sample_count, to_device
+
+
+def squared_sample_grads(
+    model: nn.Module, layers: list[str], batch: Any, objective: Objective, mode: str
+) -> dict[str, Tensor]:
+    """Σ over the batch's samples n of (θ_fᵀ g_n)², (filter,), where g_n is the gradient of sample n's loss.
+
+    A gate of ones on the layer's output (before its bias) has the gradient θ_fᵀ g_n, since the output is linear in the
+    filter. Samples are independent in eval mode; in train mode BatchNorm couples them, and g_n is then the gradient
+    through sample n's own outputs. Source: Molchanov et al. 2019; Theis et al. 2018.
+    """
+    device, count = next(model.parameters()).device, sample_count(batch)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with random_numbers_untouched(device), mode_of(model, mode), _gates(model, layers, count) as gates:
+            with torch.enable_grad():
+                loss = objective(model, to_device(batch, device)) * count
+            parts = torch.autograd.grad(loss, list(gates.values()))
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return {name: part.square().sum(0) for name, part in zip(gates, parts, strict=True)}
+
+
+@contextmanager
+def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str, Tensor]]:
+    """Inside, each layer's output, without its bias, is multiplied by a gate of ones (sample, filter)."""
+    gates, hooks = {}, []
+
+    def gated(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, gate: Tensor) -> Tensor:
+        filters_at = output.ndim - 1 if isinstance(module, nn.Linear) else 1
+        shape = [gate.shape[1] if axis == filters_at else 1 for axis in range(output.ndim)]
+        bias = 0 if module.bias is None else module.bias.view(shape)
+        return (output - bias) * gate.view(count, *shape[1:]) + bias
+
+    for name in layers:
+        weight = model.get_submodule(name).weight
+        gates[name] = torch.ones(count, len(weight), device=weight.device, dtype=weight.dtype, requires_grad=True)
+        hooks.append(model.get_submodule(name).register_forward_hook(partial(gated, gate=gates[name])))
+    try:
+        yield gates
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,78 @@
+"""Which units go: one global ascending ranking of raw scores across layers, with a floor in each layer. Pure functions.
+
+Units of a layer are (unit,), booleans and scores in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One layer in the ranking: its units' scores, those that stand in it, how much one counts, how many stay.
+
+    ``keep`` is the number of units that stay in any case: the best, or, ``by_index``, the last. ``movable`` says
+    whether any may go.
+    """
+
+    scores: Tensor
+    standing: Tensor
+    keep: int
+    by_index: bool = False
+    weight: int = 1
+    movable: bool = True
+
+    def candidates(self) -> Tensor:
+        """Indices of the units that may go, ascending: those that stand, less those that stay in any case."""
+        standing = self.standing.nonzero().flatten()
+        if not self.movable:
+            return standing[:0]
+        order = standing if self.by_index else standing[self.scores[standing].argsort(stable=True)]
+        return order[: max(len(order) - self.keep, 0)].sort().values
+
+
+def floor_of(size: int, floor: float) -> int:
+    """Number of a layer's units that always stay: the share ``floor`` of its size, and at least one."""
+    return max(1, math.ceil(floor * size))
+
+
+def capacity(layers: Mapping[str, Ranked]) -> int:
+    """Sum of the weights of all units that may go."""
+    return sum(layer.weight * len(layer.candidates()) for layer in layers.values())
+
+
+def lowest(layers: Mapping[str, Ranked], quota: int, *, ties: bool = False) -> dict[str, Tensor]:
+    """Indices of the units to go, by layer: of the candidates the lowest whose weights add up to at most ``quota``.
+
+    Ties are broken by layer, then index; with ``ties`` all that score no more than the last one to go, go with it.
+    """
+    candidates = {name: layer.candidates() for name, layer in layers.items()}
+    ranking = torch.cat([layers[name].scores[indices] for name, indices in candidates.items()])
+    weights = torch.cat([torch.full((len(indices),), layers[name].weight) for name, indices in candidates.items()])
+    order = ranking.argsort(stable=True)
+    count = int((weights[order].cumsum(0) <= quota).sum())
+    if ties and count:
+        count = int((ranking <= ranking[order[count - 1]]).sum())
+    goes = torch.zeros(len(ranking), dtype=torch.bool)
+    goes[order[:count]] = True
+    parts = goes.split([len(indices) for indices in candidates.values()])
+    return {name: indices[part] for (name, indices), part in zip(candidates.items(), parts, strict=True)}
+
+
+def without(standing: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What stands, less the units of the given indices."""
+    left = {name: kept.clone() for name, kept in standing.items()}
+    for name, indices in gone.items():
+        left[name][indices] = False
+    return left
+
+
+def counted(kept: Sequence[Tensor]) -> int:
+    """How many units are True in all the layers."""
+    return sum(int(one.sum()) for one in kept)

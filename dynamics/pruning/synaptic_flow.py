@@ -1,0 +1,32 @@
+"""Synaptic flow: what a network of absolute parameters makes of an input of ones. No data is looked at.
+
+R = 1ᵀ f(1; |θ|), and a weight's share of it is |θ| ∂R/∂|θ|, which every layer of a network without biases conserves.
+Source: Tanaka et al., NeurIPS 2020, section 5, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..moment import random_numbers_untouched
+from ..probe import mode_of
+
+
+def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
+    """∂R/∂|θ| by parameter name, for one input of ones of ``shape`` (without the batch), in float64.
+
+    BatchNorm is as in the paper's code: in eval mode, with |γ|, |β| and the absolute values of its running statistics.
+    Everything is in float64, since R grows with the product of all layers' norms. Pruned parameters are zero.
+    """
+    device = next(model.parameters()).device
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    positive = {name: tensor.detach().abs().double() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    theta = {name: positive[name].requires_grad_() for name, _ in model.named_parameters()}
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
+    with torch.enable_grad(), random_numbers_untouched(device), mode_of(model, "eval"):
+        flow = torch.func.functional_call(model, positive, (ones,)).sum()
+        grad = torch.autograd.grad(flow, list(theta.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(theta, grad, strict=True))

@@ -1,0 +1,39 @@
+"""The layers whose single weights can be pruned, in any model: no tracing is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from .channels import LAYERS
+
+
+def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
+    """Names of all convolutions and linear layers, but for ``protected``, in the order of the model's modules.
+
+    Biases, normalisations and embeddings are not pruned weight by weight.
+
+    Raises:
+        ValueError: there is no such layer, or a layer's weight is shared or computed from others.
+    """
+    protected = tuple(protected)
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS) and name not in protected]
+    if refusals := [f"layer {name!r} {refusal}" for name in layers if (refusal := not_plain(model, name))]:
+        raise ValueError(f"{'; '.join(refusals)}; to leave it as it is, name it in protected=(...)")
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weights could go")
+    return layers
+
+
+def not_plain(model: nn.Module, name: str) -> str | None:
+    """Why a layer's weight cannot be masked by its name; None where it can."""
+    module = model.get_submodule(name)
+    if module._parameters.get("weight") is None:
+        return "has a weight that is computed from others (a parametrization, torch.nn.utils.prune): remove that first"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "has no weight yet: run a batch through the model first"
+    owners = [other for other, one in model.named_modules() if one._parameters.get("weight") is module.weight]
+    if len(owners) > 1:
+        return f"shares its weight with {next(other for other in owners if other != name)!r}"
+    return None

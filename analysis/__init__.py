@@ -1,9 +1,11 @@
 """Theory against measurement: each function takes a record and returns a dataset. Nothing here needs torch."""
 
 from .agreement import agree, agreement, network_norm_rate, residuals
-from .effect import filters_left, pruning_effect
+from .effect import filters_left, pruning_effect, pruning_effect_per_layer, removal_curve, removed_decrease
 from .findings import each
+from .invariance import grasp_and_gradient, scale_invariance
 from .loss import loss_decrease, stability
+from .measures import rank_agreement, removed_overlap, score_noise
 from .norm import norm_balance, norm_rate
 from .outcome import outcome, training_curve
 from .record import MissingQuantityError, open_runs
@@ -16,6 +18,7 @@ __all__ = [
     "agreement_table",
     "each",
     "filters_left",
+    "grasp_and_gradient",
     "loss_decrease",
     "network_norm_rate",
     "norm_balance",
@@ -24,7 +27,14 @@ __all__ = [
     "outcome",
     "outcome_table",
     "pruning_effect",
+    "pruning_effect_per_layer",
+    "rank_agreement",
+    "removal_curve",
+    "removed_decrease",
+    "removed_overlap",
     "residuals",
+    "scale_invariance",
+    "score_noise",
     "stability",
     "training_curve",
 ]

@@ -1,4 +1,4 @@
-"""What each pruning did to loss and gradient norm, predicted and measured; and what it left."""
+"""What each pruning did to loss, gradient and flow, predicted and measured; and what it left."""
 
 from __future__ import annotations
 
@@ -7,50 +7,121 @@ import xarray as xr
 
 from .record import node
 
+_STAGED = ("loss", "grad_sqnorm", "param_sqnorm_rate", "param_hess_grad")
+_REMOVAL = ("grad_removal", "removal_hess_removal", "kept_grad_hess_removal", "param_grad_change")
+_NEEDS = (*_STAGED, *_REMOVAL, "removed_grad_sqnorm", "removed", "remaining")
+
 
 def pruning_effect(run: xr.DataTree) -> xr.Dataset:
-    """Change of the loss and of ‖g‖² by each event at its probe: measured, and predicted from before it.
+    """What each event changed in the whole network, at its probe: measured, and predicted from before it.
 
-    ===========  ==================  ==========================  =====================
-    quantity     measured            first_order                 second_order
-    ===========  ==================  ==========================  =====================
-    loss         L_after − L_before  gᵀδ                         gᵀδ + ½ δᵀHδ
-    grad_sqnorm  difference of ‖g‖²  2(gᵀHδ)_K − ‖g_R‖²          –
-    ===========  ==================  ==========================  =====================
+    =================  ===========================  ================================  =================
+    quantity           measured                     first_order                       second_order
+    =================  ===========================  ================================  =================
+    loss               L_after − L_before           gᵀδ                               gᵀδ + ½ δᵀHδ
+    grad_sqnorm        difference of ‖g‖²           2 g_Kᵀ(Hδ)_K − ‖g_R‖²             –
+    param_sqnorm_rate  difference of −2θᵀg          −2 (θ_Kᵀ(g + Hδ)_K − θᵀg)         –
+    param_hess_grad    difference of θᵀHg           –                                 –
+    =================  ===========================  ================================  =================
 
-    δ = θ_after − θ_before, R the parameters pruned by the event, K those that stay. ‖g‖² after it is that of K alone:
-    the gradient that training goes on with. So the removed parameters' own ‖g_R‖² goes, and only K's part of
-    Σ gᵢ(Hδ)ᵢ counts; with nothing masked this is the plain 2gᵀHδ.
+    δ = θ_after − θ_before, R the parameters pruned by the event, K those that stay; where what stays moves too, its
+    δ_Kᵀg_K belongs to the third row. Gradients after the event are those of K alone, the ones that training goes on
+    with: the removed parameters' own share goes for good, and of Hδ only K's part counts. Errors are O(‖δ‖²) in first
+    and O(‖δ‖³) in second order; the dashes need third derivatives of the loss, θᵀHg's in first order already.
 
-    Dims (quantity, event). Coordinates over ``event``: step, kind, and whatever the event was described with.
+    Dims (quantity, event). Coordinates over ``event``: step, kind, whatever the event was described with, and
+    ``removed_share``, |R| over the number of parameters left before.
 
     Raises:
         MissingQuantityError: no event was recorded.
     """
-    needs = ["loss", "grad_sqnorm", "grad_removal", "removal_hess_removal", "grad_hess_removal", "step"]
-    events = node(run, "pruning", [*needs, "removed_grad_sqnorm", "removed_grad_hess_removal"])
-    total = events.drop_vars([name for name in events if "layer" not in events[name].dims]).sum("layer", skipna=False)
-    change = {
-        "loss": events.loss.sel(stage="after") - events.loss.sel(stage="before"),
-        "grad_sqnorm": total.grad_sqnorm.sel(stage="after") - total.grad_sqnorm.sel(stage="before"),
-    }
+    return _of_events(run, per_layer=False)
+
+
+def pruning_effect_per_layer(run: xr.DataTree) -> xr.Dataset:
+    """:func:`pruning_effect` layer by layer: dims (quantity, event, layer), which add up over ``layer``.
+
+    Of ‖g‖², d‖θ‖²/dt and θᵀHg, what is measured and predicted for layer l is the change of its own sum. The loss has no
+    layers: its prediction is what the removal in layer l adds to it, gₗᵀδₗ + ½ δₗᵀ(Hδ)ₗ, and nothing is measured.
+
+    Raises:
+        MissingQuantityError: no event was recorded.
+    """
+    return _of_events(run, per_layer=True)
+
+
+def removal_curve(run: xr.DataTree) -> xr.Dataset:
+    """:func:`pruning_effect` of prunings that were tried on copies, over the share of the filters that goes.
+
+    Dims (quantity, event, direction, fraction), with ``removed_share`` over (event, fraction). Along "filter" δ is the
+    removal of all parameters; along "gate" that of each filter's last γ and β only, which leads to the same network.
+
+    Raises:
+        MissingQuantityError: no curve was added to an event.
+    """
+    return _changes(node(run, "curve", [*_NEEDS, "fraction"]), per_layer=False)
+
+
+def removed_decrease(run: xr.DataTree) -> xr.Dataset:
+    """What share of the first-order decrease of the loss each event's removed parameters carried, at its probe.
+
+    Along gradient flow dL/dt = −‖g‖², to which parameter i contributes −gᵢ². Variables over (event, layer), pure
+    numbers of which the first two add up over ``layer`` to those of the network:
+
+    ===============  ==========================================================================
+    decrease         ‖g_R‖²/‖g‖²: the removed parameters of the layer, as a share of the whole decrease
+    parameters       |R|/n: how many they are, as a share of all that were left
+    of_layer         ‖g_R‖²/‖g_l‖²: as a share of the layer's own part; NaN where it has none
+    ===============  ==========================================================================
+
+    Coordinates over ``event`` as in :func:`pruning_effect`.
+
+    Raises:
+        MissingQuantityError: no event was recorded.
+    """
+    events = node(run, "pruning", ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining", "step"])
+    before = events[["grad_sqnorm", "remaining"]].sel(stage="before", drop=True)
+    whole = before.sum("layer", skipna=False)
+    shares = xr.Dataset(
+        {
+            "decrease": events.removed_grad_sqnorm / whole.grad_sqnorm,
+            "parameters": events.removed / whole.remaining,
+            "of_layer": events.removed_grad_sqnorm / before.grad_sqnorm.where(before.grad_sqnorm > 0),
+        }
+    )
+    return shares.assign_coords(_attributes(events))
+
+
+def _attributes(events: xr.Dataset) -> dict[str, xr.DataArray]:
+    return {name: events[name] for name in events if events[name].dims == ("event",)}
+
+
+def _of_events(run: xr.DataTree, *, per_layer: bool) -> xr.Dataset:
+    events = node(run, "pruning", [*_NEEDS, "step"])
+    attributes = _attributes(events)
+    return _changes(events.drop_vars(attributes), per_layer=per_layer).assign_coords(attributes)
+
+
+def _changes(rows: xr.Dataset, *, per_layer: bool) -> xr.Dataset:
+    """Measured and predicted change of each quantity, from the rows of a pruning, for each layer or for all."""
+    summed = [name for name in _NEEDS if name != "loss"]
+    sums = rows[summed] if per_layer else rows[summed].sum("layer", skipna=False)
+    sums["loss"] = rows.loss.where(False).broadcast_like(sums.removed) if per_layer else rows.loss
+    measured = {name: (sums[name].sel(stage="after") - sums[name].sel(stage="before")) for name in _STAGED}
     first = {
-        "loss": total.grad_removal,
-        "grad_sqnorm": 2 * (total.grad_hess_removal - total.removed_grad_hess_removal) - total.removed_grad_sqnorm,
+        "loss": sums.grad_removal,
+        "grad_sqnorm": 2 * sums.kept_grad_hess_removal - sums.removed_grad_sqnorm,
+        "param_sqnorm_rate": -2 * sums.param_grad_change,
     }
-    second = {
-        "loss": total.grad_removal + total.removal_hess_removal / 2,
-        "grad_sqnorm": xr.full_like(total.grad_removal, np.nan),
+    second = {"loss": sums.grad_removal + sums.removal_hess_removal / 2}
+    parts = {"measured": measured, "first_order": first, "second_order": second}
+    quantity, missing = xr.Variable("quantity", list(_STAGED)), first["loss"].where(False)
+    columns = {
+        part: xr.concat([values.get(name, missing) for name in _STAGED], quantity, coords="minimal")
+        for part, values in parts.items()
     }
-    parts = {"measured": change, "first_order": first, "second_order": second}
-    quantity = xr.Variable("quantity", list(change))
-    effects = xr.Dataset(
-        {name: xr.concat([part.drop_vars("stage", errors="ignore") for part in values.values()], quantity)
-         for name, values in parts.items()}
-    )  # fmt: skip
-    attributes = {name: events[name] for name in events if events[name].dims == ("event",)}
-    removed = (total.removed / total.remaining.sel(stage="before")).drop_vars("stage")
-    return effects.assign_coords({**attributes, "removed_share": removed})
+    share = sums.removed / sums.remaining.sel(stage="before")
+    return xr.Dataset(columns).drop_vars("stage", errors="ignore").assign_coords(removed_share=share.drop_vars("stage"))
 
 
 def filters_left(run: xr.DataTree) -> xr.Dataset:

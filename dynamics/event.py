@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import xarray as xr
 from torch import Tensor
 
 from . import schema
@@ -20,11 +21,26 @@ class Event:
     def __init__(self) -> None:
         self.alive: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
+        self.studies: dict[str, xr.Dataset] = {}
 
     def units(self, *, alive: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> None:
         """Record which units (filters) of each layer are left, boolean (unit,), and the scores where there are any."""
         self.alive = {layer: kept.detach().cpu().clone() for layer, kept in alive.items()}
         self.scores = {layer: score.detach().cpu() for layer, score in (scores or {}).items()}
+
+    def add(self, node: str, study: xr.Dataset) -> None:
+        """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.
+
+        Raises:
+            ValueError: another name, or a dataset with other variables or dimensions than the node's.
+        """
+        if node not in schema.STUDIES:
+            raise ValueError(f"an event takes studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
+        dims = {row.name: row.dims(node)[1:] for row in schema.quantities(node)}
+        for name, values in study.data_vars.items():
+            if set(values.dims) != set(dims.get(name, ("nothing",))):
+                raise ValueError(f"/{node} takes {dims}, got {name!r:.60} over {values.dims}")
+        self.studies[node] = study.map(lambda values: values.transpose(*dims[values.name]))
 
     def unit_labels(self) -> list[tuple[str, int]]:
         """Layer and index of each unit, in the order of :meth:`unit_row`."""
@@ -78,15 +94,28 @@ def effect(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
             f"{tuple(after.shapes[name])}, so before and after cannot be compared: mask what is pruned inside, and "
             "make the network smaller after the event"
         )
-    rows = [row for row in schema.quantities("pruning") if "layer" in row.over]
-    staged = [row.name for row in rows if "stage" in row.over]
-    stages = [layers.evaluate(staged, stage.vectors()) for stage in (before, after)]
-    values = {name: torch.stack([stage[name] for stage in stages]) for name in staged}
-    values["loss"] = torch.stack([before.loss, after.loss])
-    removal = after.theta - before.theta
+    return measured(layers, before, after) | predicted(layers, before, after, after.theta - before.theta)
+
+
+@torch.no_grad()
+def measured(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
+    """The quantities of ``/pruning`` at both stages, (stage, layer); the loss, (stage,)."""
+    names = [row.name for row in _rows() if "stage" in row.over]
+    stages = [layers.evaluate(names, stage.vectors()) for stage in (before, after)]
+    values = {name: torch.stack([stage[name] for stage in stages]) for name in names}
+    return values | {"loss": torch.stack([before.loss, after.loss])}
+
+
+@torch.no_grad()
+def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor) -> dict[str, Tensor]:
+    """The quantities of ``/pruning`` that are of a removal δ, (layer,): from the network before, and R."""
     vectors = before.vectors(
         removal=removal,
         hess_removal=before.hessian_product(removal),
         removed=before.kept * (1 - after.kept),
     )
-    return values | layers.evaluate([row.name for row in rows if "stage" not in row.over], vectors)
+    return layers.evaluate([row.name for row in _rows() if "stage" not in row.over], vectors)
+
+
+def _rows() -> list[schema.Quantity]:
+    return [row for row in schema.quantities("pruning") if "layer" in row.over]

@@ -58,6 +58,12 @@ class Vectors:
             yield Vectors(**dict(zip(pieces, parts, strict=True)), scratch=scratch[: len(parts[0])])
 
 
+def _param_grad_change(v: Vectors) -> Tensor:
+    """θᵀg over what is kept, with g + Hδ and θ + δ to first order, less θᵀg over all, (block,)."""
+    kept = v.removal * v.grad + v.theta * v.hess_removal
+    return (kept * (1 - v.removed) - v.theta * v.grad * v.removed).sum(-1)
+
+
 FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
     "param_sqnorm": lambda v: v.dot("theta", "theta"),
     "param_sqnorm_rate": lambda v: -2 * v.dot("theta", "grad"),
@@ -77,8 +83,9 @@ FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
     "grad_removal": lambda v: v.dot("grad", "removal"),
     "removal_hess_removal": lambda v: v.dot("removal", "hess_removal"),
     "grad_hess_removal": lambda v: v.dot("removal", "hess_grad"),
+    "kept_grad_hess_removal": lambda v: (v.grad * (1 - v.removed) * v.hess_removal).sum(-1),
+    "param_grad_change": _param_grad_change,
     "removed_grad_sqnorm": lambda v: (v.grad.square() * v.removed).sum(-1),
-    "removed_grad_hess_removal": lambda v: (v.grad * v.removed * v.hess_removal).sum(-1),
     "removed": lambda v: v.removed.sum(-1),
     "remaining": lambda v: v.kept.sum(-1),
 }

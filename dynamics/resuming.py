@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .schema import STUDIES
 from .store import Store
 
 _SAME = 1e-6  # relative: what rounding makes of a squared norm
@@ -165,7 +166,8 @@ def _truncate(store: Store, record: Record, step: int, events: int) -> None:
     before = int(np.searchsorted(record.steps, step))
     lengths = {"steps": before, "pruning": events}
     lengths["curvature"] = int(np.searchsorted(record._column("curvature", "step"), step))
-    lengths["units"] = int(np.searchsorted(record._column("units", "event"), events))
+    for node in ("units", *STUDIES):
+        lengths[node] = int(np.searchsorted(record._column(node, "event"), events))
     if before < len(record.epochs):
         lengths["epochs"] = int(np.searchsorted(record._column("epochs", "epoch"), record.epochs[before]))
     store.truncate(lengths)

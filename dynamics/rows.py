@@ -36,7 +36,11 @@ class Rows:
             self._buffer.add(node, row)
 
     def add_units(self, number: int, event: Event) -> None:
-        """Send an event's row of ``/units``, if it told of any."""
+        """Send an event's row of ``/units``, if it told of any, and of each study that was added to it."""
+        for node, study in event.studies.items():
+            for name, values in study.coords.items():
+                self._coordinate(node, name, *values.dims, values.values)
+            self.add(node, {"event": number, **{name: values.values for name, values in study.items()}})
         if event.alive:
             layers, index = zip(*event.unit_labels(), strict=True)
             self._coordinate("units", "layer", "unit", layers)

@@ -15,9 +15,13 @@ NODES: dict[str, tuple[str, ...]] = {
     "curvature": ("step", "layer"),
     "pruning": ("event", "stage", "layer"),
     "units": ("event", "unit"),
+    "curve": ("event", "direction", "fraction", "stage", "layer"),
+    "scores": ("event", "measure", "draw", "unit"),
+    "invariance": ("event", "mode", "unit"),
     "epochs": ("epoch",),
 }
 STAGES = ("before", "after")
+STUDIES = ("curve", "scores", "invariance")  # what an event may add, each computed by dynamics.pruning
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -60,20 +64,24 @@ class Quantity:
         return {"long_name": self.symbol, "units": self.units, "description": self.meaning}
 
 
-_LAYER, _STAGED, _STAGE, _UNIT, _WHOLE = ("layer",), ("stage", "layer"), ("stage",), ("unit",), ()
+# A quantity spans those of the dimensions that its node has.
+_LAYER, _STAGED, _STAGE = ("layer",), ("fraction", "stage", "layer"), ("fraction", "stage")
+_FILTER = (*_STAGED, "mode", "unit")
+_COUNT, _REMOVAL = ("fraction", "layer"), ("direction", "fraction", "layer")
+_UNIT, _SCORE, _RESAMPLED, _WHOLE = ("unit",), ("measure", "unit"), ("measure", "draw", "unit"), ()
 
 QUANTITIES: dict[str, Quantity] = {
     row.name: row
     for row in (
-        Quantity("param_sqnorm", "‖θ‖²", (2, 0), 0, ("steps", "pruning"), _STAGED,
+        Quantity("param_sqnorm", "‖θ‖²", (2, 0), 0, ("steps", "pruning", "curve", "invariance"), _FILTER,
                  "squared norm of the parameters"),
-        Quantity("param_sqnorm_rate", "d‖θ‖²/dt", (0, 1), 1, ("steps", "pruning"), _STAGED,
+        Quantity("param_sqnorm_rate", "d‖θ‖²/dt", (0, 1), 1, ("steps", "pruning", "curve"), _STAGED,
                  "velocity of ‖θ‖² along the gradient flow of the loss, −2θᵀg"),
-        Quantity("grad_sqnorm", "‖g‖²", (-2, 2), 1, ("steps", "curvature", "pruning"), _STAGED,
+        Quantity("grad_sqnorm", "‖g‖²", (-2, 2), 1, ("steps", "curvature", "pruning", "curve", "invariance"), _FILTER,
                  "squared norm of the gradient: in steps the one applied, in curvature and pruning the loss's own"),
-        Quantity("param_grad", "θᵀg", (0, 1), 1, ("steps", "curvature", "pruning"), _STAGED,
+        Quantity("param_grad", "θᵀg", (0, 1), 1, ("steps", "curvature", "pruning", "curve", "invariance"), _FILTER,
                  "inner product of parameters and gradient"),
-        Quantity("abs_param_grad", "Σ|θg|", (0, 1), 1, ("steps", "pruning"), _STAGED,
+        Quantity("abs_param_grad", "Σ|θg|", (0, 1), 1, ("steps", "pruning", "curve"), _STAGED,
                  "sum of |θᵢgᵢ|: loss preservation's importance of all parameters"),
         Quantity("distance_sqnorm", "‖θ−θ₀‖²", (2, 0), 0, ("steps",), _LAYER,
                  "squared distance from the parameters at which recording began"),
@@ -89,13 +97,13 @@ QUANTITIES: dict[str, Quantity] = {
                  "squared norm of the gradient ĝ that the optimizer was given, after clipping say"),
         Quantity("grad_applied_grad", "gᵀĝ", (-2, 2), 1, ("curvature",), _LAYER,
                  "inner product of the loss's own gradient and the one applied"),
-        Quantity("grad_hess_grad", "gᵀHg", (-4, 3), 2, ("curvature", "pruning"), _STAGED,
+        Quantity("grad_hess_grad", "gᵀHg", (-4, 3), 2, ("curvature", "pruning", "curve"), _STAGED,
                  "curvature along the gradient: gₗᵀ(Hg)ₗ, a block of the full product"),
-        Quantity("param_hess_grad", "θᵀHg", (-2, 2), 2, ("curvature", "pruning"), _STAGED,
+        Quantity("param_hess_grad", "θᵀHg", (-2, 2), 2, ("curvature", "pruning", "curve", "invariance"), _FILTER,
                  "θₗᵀ(Hg)ₗ: gradient-norm pruning's importance of all parameters"),
         Quantity("update_hess_update", "ΔθᵀHΔθ", (0, 1), 2, ("curvature",), _LAYER,
                  "curvature along the step: twice the second-order change of the loss"),
-        Quantity("loss", "L", (0, 1), 0, ("steps", "pruning"), _STAGE,
+        Quantity("loss", "L", (0, 1), 0, ("steps", "pruning", "curve"), _STAGE,
                  "loss: in steps as logged by the training loop, in pruning at the probe"),
         Quantity("learning_rate", "η", (2, -1), 0, ("steps",), _LAYER,
                  "learning rate: 0 where nothing is trained, NaN where the layer's parameters differ in it"),
@@ -113,22 +121,26 @@ QUANTITIES: dict[str, Quantity] = {
                  "loss on the step's batch before the step"),
         Quantity("loss_after", "L(θ+Δθ)", (0, 1), 0, ("curvature",), _WHOLE,
                  "loss on the same batch after the step"),
-        Quantity("grad_removal", "gᵀδ", (0, 1), 1, ("pruning",), _LAYER,
+        Quantity("grad_removal", "gᵀδ", (0, 1), 1, ("pruning", "curve"), _REMOVAL,
                  "first-order effect of the removal δ on the loss"),
-        Quantity("removal_hess_removal", "δᵀHδ", (0, 1), 2, ("pruning",), _LAYER,
+        Quantity("removal_hess_removal", "δᵀHδ", (0, 1), 2, ("pruning", "curve"), _REMOVAL,
                  "twice the second-order effect of the removal on the loss: δₗᵀ(Hδ)ₗ"),
-        Quantity("grad_hess_removal", "gᵀHδ", (-2, 2), 2, ("pruning",), _LAYER,
+        Quantity("grad_hess_removal", "gᵀHδ", (-2, 2), 2, ("pruning", "curve"), _REMOVAL,
                  "half the first-order effect of the removal on ‖g‖²: δₗᵀ(Hg)ₗ, what layer l's removal contributes"),
-        Quantity("removed_grad_sqnorm", "‖g_R‖²", (-2, 2), 1, ("pruning",), _LAYER,
+        Quantity("kept_grad_hess_removal", "g_KᵀHδ", (-2, 2), 2, ("pruning", "curve"), _REMOVAL,
+                 "gᵀHδ over the kept coordinates K: g_Kᵀ(Hδ)_K, half of what the removal does to their ‖g‖²"),
+        Quantity("param_grad_change", "θ_Kᵀ(g+Hδ)_K − θᵀg", (0, 1), 2, ("pruning", "curve"), _REMOVAL,
+                 "first-order effect of the removal on θᵀg, with δ_Kᵀg_K where what is kept moves"),
+        Quantity("removed_grad_sqnorm", "‖g_R‖²", (-2, 2), 1, ("pruning", "curve"), _COUNT,
                  "squared gradient norm, before, of the parameters that the event removed"),
-        Quantity("removed_grad_hess_removal", "g_RᵀHδ", (-2, 2), 2, ("pruning",), _LAYER,
-                 "gᵀHδ over the removed coordinates only: g_Rᵀ(Hδ)_R"),
-        Quantity("removed", "|R|", (0, 0), 0, ("pruning",), _LAYER,
+        Quantity("removed", "|R|", (0, 0), 0, ("pruning", "curve"), _COUNT,
                  "number of parameters that the event removed"),
-        Quantity("remaining", "n", (0, 0), 0, ("pruning",), _STAGED,
+        Quantity("remaining", "n", (0, 0), 0, ("pruning", "curve"), _STAGED,
                  "number of parameters that are not pruned"),
-        Quantity("score", "score", (0, 0), 0, ("units",), _UNIT,
-                 "importance of each unit by the event's measure; NaN where it was not scored"),
+        Quantity("score", "score", (0, 0), 0, ("units", "scores"), _SCORE,
+                 "importance of each unit by the event's measure, in scores by each; NaN where it was not scored"),
+        Quantity("resampled_score", "score*", (0, 0), 0, ("scores",), _RESAMPLED,
+                 "score of each unit on batches drawn again with replacement: its sampling noise"),
         Quantity("alive", "alive", (0, 0), 0, ("units",), _UNIT,
                  "whether the unit is left after the event"),
         Quantity("train_loss", "training loss", (0, 1), 0, ("epochs",), _WHOLE, "mean loss over the epoch's steps"),

@@ -26,9 +26,9 @@ import zarr
 from numcodecs import Blosc
 
 from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, is_name, read_metadata
-from .schema import NODES, QUANTITIES
+from .schema import NODES, QUANTITIES, STUDIES
 
-_CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1}
+_CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1} | dict.fromkeys(STUDIES, 1)
 _OTHER_CHUNK_ROWS = 256
 _CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
 _PARTIAL = ".partial"
@@ -265,7 +265,7 @@ class Store:
         half.replace(path)
 
 
-_LABELS = {"units": ("layer", "index")}
+_LABELS = dict.fromkeys(("units", "scores", "invariance"), ("layer", "index"))
 
 
 def _create(path: Path, attributes: Mapping[str, Any]) -> None:

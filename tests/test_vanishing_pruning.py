@@ -17,7 +17,12 @@ SHRINKAGES = (0.08, 0.04, 0.02, 0.01)
 
 @pytest.mark.parametrize(
     ("quantity", "order", "expected"),
-    [("loss", "first_order", 2), ("loss", "second_order", 3), ("grad_sqnorm", "first_order", 2)],
+    [
+        ("loss", "first_order", 2),
+        ("loss", "second_order", 3),
+        ("grad_sqnorm", "first_order", 2),
+        ("param_sqnorm_rate", "first_order", 2),
+    ],
 )
 def test_effect_of_a_vanishing_pruning(tmp_path: Path, quantity: str, order: str, expected: int) -> None:
     errors = []
@@ -122,5 +127,9 @@ def test_a_second_pruning_is_predicted_from_the_network_before_it(tmp_path: Path
     hess_grad = hessian @ grad
     np.testing.assert_allclose(total.grad_hess_removal, removal @ hess_grad, rtol=1e-10)
     part = slice(4, 8)
-    expected = grad[part] @ (hessian @ removal)[part]
-    np.testing.assert_allclose(total.removed_grad_hess_removal, expected, rtol=1e-10)
+    expected = hess_grad @ removal - grad[part] @ (hessian @ removal)[part]
+    np.testing.assert_allclose(total.kept_grad_hess_removal, expected, rtol=1e-10)
+    kept = torch.ones(len(theta), dtype=torch.bool)
+    kept[part] = False
+    changed = theta[kept] @ (grad + hessian @ removal)[kept] - theta @ grad
+    np.testing.assert_allclose(total.param_grad_change, changed, rtol=1e-10)

@@ -1,0 +1,117 @@
+"""How far importance measures agree about the filters of one network, and how noisy each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+from .record import node
+
+WHOLE = "all layers"
+
+_NEEDS = ("score", "resampled_score", "layer")
+
+
+def rank_agreement(run: xr.DataTree) -> xr.Dataset:
+    """Spearman's rank correlation of every two measures over the filters, of the whole network and of each layer.
+
+    ==================  ==================================================================================
+    rank_correlation    of the two measures' scores on all batches
+    standard_error      its standard deviation over bootstrap samples of the batches, both on the same ones
+    ==================  ==================================================================================
+
+    Dims (layer, event, measure, other), where the first layer, "all layers", is the whole network. NaN where fewer than
+    three filters are left, or a measure gives all of them the same score.
+
+    Raises:
+        MissingQuantityError: no scores were added to an event.
+    """
+    scores = node(run, "scores", _NEEDS)
+    layers = {WHOLE: np.full(scores.sizes["unit"], True)}
+    layers |= {str(name): scores.layer.values == name for name in dict.fromkeys(scores.layer.values.tolist())}
+    found = [
+        _between_measures(scores.isel(unit=np.flatnonzero(chosen)), _rank_correlations, "rank_correlation")
+        for chosen in layers.values()
+    ]
+    return xr.concat(found, xr.Variable("layer", list(layers)))
+
+
+def removed_overlap(run: xr.DataTree, *, share: float) -> xr.Dataset:
+    """What part of the filters that one measure would remove another would remove, too.
+
+    Each removes that ``share`` of the filters left to which it gives the lowest scores, whatever their layer; by chance
+    two measures would have ``share`` in common. Dims (event, measure, other): ``overlap``, and ``standard_error``, its
+    standard deviation over bootstrap samples of the batches, both on the same ones.
+
+    Raises:
+        MissingQuantityError: no scores were added to an event.
+        ValueError: the share is not in (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be in (0, 1), got {share}: 0.2 is about what one of five rounds removes")
+    return _between_measures(node(run, "scores", _NEEDS), partial(_overlaps, share=share), "overlap")
+
+
+def score_noise(run: xr.DataTree) -> xr.Dataset:
+    """How far each measure's scores depend on the batches they were taken from, by the bootstrap over batches.
+
+    ===============  ======================================================================================
+    standard_error   of each filter's score: its standard deviation over the samples, (event, measure, unit)
+    reliability      Spearman's ρ of a sample's scores with those of all batches, their mean, (event, measure)
+    ===============  ======================================================================================
+
+    A measure that looks at no data has standard error 0 and reliability 1.
+
+    Raises:
+        MissingQuantityError: no scores were added to an event.
+    """
+    scores = node(run, "scores", _NEEDS)
+    pair = xr.concat([scores.score, scores.resampled_score], "of", coords="minimal")
+    correlation = _apply(pair.rename(measure="rank", of="measure"), _rank_correlations).isel(measure=0, other=1)
+    return xr.Dataset(
+        {
+            "standard_error": scores.resampled_score.std("draw", ddof=1),
+            "reliability": correlation.mean("draw").rename(rank="measure"),
+        }
+    )
+
+
+def _between_measures(scores: xr.Dataset, compare: Callable[[np.ndarray], np.ndarray], name: str) -> xr.Dataset:
+    """Compare every two measures on all batches and on each bootstrap sample."""
+    resampled = _apply(scores.resampled_score, compare)
+    return xr.Dataset({name: _apply(scores.score, compare), "standard_error": resampled.std("draw", ddof=1)})
+
+
+def _apply(scores: xr.DataArray, compare: Callable[[np.ndarray], np.ndarray]) -> xr.DataArray:
+    """``compare`` makes a matrix (measure, other) of scores (measure, unit) of the units that have them."""
+
+    def of_those_scored(values: np.ndarray) -> np.ndarray:
+        return compare(values[:, np.isfinite(values).all(0)])
+
+    found = xr.apply_ufunc(
+        of_those_scored, scores, input_core_dims=[["measure", "unit"]], output_core_dims=[["measure", "other"]],
+        vectorize=True,
+    )  # fmt: skip
+    return found.assign_coords(other=scores.measure.values) if "measure" in scores.coords else found
+
+
+def _rank_correlations(scores: np.ndarray) -> np.ndarray:
+    """Spearman's ρ of every two rows: the correlation of their ranks, ties at their mean."""
+    if scores.shape[1] < 3:
+        return np.full((len(scores), len(scores)), np.nan)
+    with np.errstate(invalid="ignore"):  # a row that is constant has no correlation
+        return np.corrcoef(stats.rankdata(scores, axis=1))
+
+
+def _overlaps(scores: np.ndarray, share: float) -> np.ndarray:
+    """Part that the lowest ``share`` of every two rows have in common."""
+    count = round(share * scores.shape[1])
+    if not count:
+        return np.full((len(scores), len(scores)), np.nan)
+    lowest = np.zeros(scores.shape, int)
+    np.put_along_axis(lowest, scores.argsort(1, kind="stable")[:, :count], 1, axis=1)
+    return lowest @ lowest.T / count

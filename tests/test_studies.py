@@ -1,0 +1,71 @@
+"""What a study found about the network is a row of its own beside the event it was added to."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from networks import plain_step, smooth_network, vectors
+
+from dynamics import Recorder, open_run
+
+
+def scores(seed: int) -> xr.Dataset:
+    """As ``resampled_scores`` gives them, of five units by two measures."""
+    generator = np.random.default_rng(seed)
+    return xr.Dataset(
+        {
+            "score": (["unit", "measure"], generator.random((5, 2))),
+            "resampled_score": (["measure", "draw", "unit"], generator.random((2, 3, 5))),
+        },
+        coords={"measure": ["magnitude", "taylor"], "layer": ("unit", ["0"] * 5), "index": ("unit", range(5))},
+    )
+
+
+def test_a_study_is_read_back_as_it_was_added(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(1)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=batches):
+            pass
+        for seed in (1, 2):
+            with recorder.event("prune", probe=batches) as event:
+                event.add("scores", scores(seed))
+    found = open_run(tmp_path / "run")["scores"].to_dataset().load()
+    assert found.event.values.tolist() == [1, 2]
+    assert found.score.dims == ("event", "measure", "unit")
+    for seed in (1, 2):
+        xr.testing.assert_equal(
+            found.sel(event=seed).drop_vars("event"), scores(seed).transpose("measure", "draw", ...)
+        )
+
+
+def test_a_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(1)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=batches) as event:
+            with pytest.raises(ValueError, match="takes studies curve, scores, invariance, got 'units'"):
+                event.add("units", scores(0))
+            with pytest.raises(ValueError, match=r"/scores takes .*, got 'score' over \('unit',\)"):
+                event.add("scores", scores(0).isel(measure=0))
+            with pytest.raises(ValueError, match=r"/scores takes .*, got 'loss' over"):
+                event.add("scores", scores(0).rename(score="loss"))
+    assert not open_run(tmp_path / "run")["scores"].data_vars
+
+
+def test_going_back_takes_studies_back_as_well(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            plain_step(model, optimizer, batch)
+            with recorder.event("look", probe=batches[:1]) as event:
+                event.add("scores", scores(number))
+            if number == 1:
+                early = [copy.deepcopy(part.state_dict()) for part in (model, optimizer)]
+    model.load_state_dict(early[0])
+    optimizer.load_state_dict(early[1])
+    Recorder(tmp_path / "run", model, optimizer, resume="rewind").close()
+    run = open_run(tmp_path / "run")
+    assert run["pruning"].event.values.tolist() == run["scores"].event.values.tolist() == [0, 1]

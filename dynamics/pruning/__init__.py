@@ -6,6 +6,7 @@ from .measures import MEASURES, Measure
 from .protocol import PROTOCOLS, Protocol
 from .pruner import Pruner, Pruning
 from .schedule import exponential_share_left, share_left
+from .shrink import Shrunk, shrink
 
 __all__ = [
     "MEASURES",
@@ -15,9 +16,11 @@ __all__ = [
     "Protocol",
     "Pruner",
     "Pruning",
+    "Shrunk",
     "exponential_share_left",
     "network_cost",
     "scores",
     "scores_by_measure",
     "share_left",
+    "shrink",
 ]

@@ -36,5 +36,5 @@ clean:  ## remove what the commands made
 	touch $@
 
 .venv/installed-test: .venv/created $(INPUTS)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,frameworks]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,frameworks,shrink]'
 	touch $@ .venv/installed

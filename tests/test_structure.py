@@ -63,7 +63,9 @@ def test_conda_and_pip_install_the_same() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pip = {requirement.name: str(requirement.specifier) for requirement in requirements(project)}
     packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    conda = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, filter(_text, packages))}
+    (only_pip,) = [package["pip"] for package in packages if not _text(package)]
+    conda = [*filter(_text, packages), *(package for package in only_pip if not package.startswith("-"))]
+    conda = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, conda)}
     conda["torch"] = conda.pop("pytorch")
     of_an_extra = {"docstring_parser", "typeshed_client"}  # what pip's jsonargparse[signatures] brings
     assert conda.pop("python") == project["requires-python"]

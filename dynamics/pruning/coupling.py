@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..identities import is_layer
 from ..masks import parameter_masks
+from .channels import NORMALISATIONS, is_depthwise
 
-_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMALISATIONS = (*NORMALISATIONS, nn.SyncBatchNorm)
 _POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdaptiveAvg") for dims in (1, 2, 3)]
 _ACTIVATIONS = ["Relu", "LeakyRelu", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Tanh"]
 _OTHERS = ["Add", "Sub", "Mul", "Div", "Neg", "Mean", "Sum", "Squeeze", "Clone", "NativeDropout"]
@@ -121,9 +122,8 @@ def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
     if isinstance(module, nn.Parameter):
         return f"the parameter {graph._param_to_name[module]!r}", False
     if module in graph._module2name:
-        groups = getattr(module, "groups", 1)
-        plain = groups == 1 or groups == module.in_channels == module.out_channels
-        known = (is_layer(module) and plain) or isinstance(module, _NORMALISATIONS)
+        plain = is_layer(module) and (getattr(module, "groups", 1) == 1 or is_depthwise(module))
+        known = plain or isinstance(module, _NORMALISATIONS)
         return f"{graph._module2name[module]!r} ({module})", known
     operation = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
     of_a_weight = operation == "TBackward0" and not node.inputs  # as a linear layer transposes its own

@@ -90,9 +90,9 @@ def _carry_out(cuts: list[tuple[Callable, list[int]]], small: nn.Module) -> dict
 
 
 def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that hold real numbers, by name."""
-    yield from ((name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point())
-    yield from ((name, tensor) for name, tensor in model.named_buffers() if tensor.is_floating_point())
+    """Parameters and buffers that hold real numbers, by name; one that has several names, by each."""
+    for listed in (model.named_parameters, model.named_buffers):
+        yield from ((name, one) for name, one in listed(remove_duplicate=False) if one.is_floating_point())
 
 
 def _check_shared(model: nn.Module, kept: Mapping[str, Tensor]) -> None:

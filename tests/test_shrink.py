@@ -1,0 +1,451 @@
+"""A shrunk network is the masked one without its zeros: it computes and trains the same; its units keep their names."""
+
+import copy
+import sys
+from collections.abc import Callable
+from operator import is_
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prunable import NETWORKS, OPTIMIZERS, batch, goes_with, parameters_with, train
+from prunable import trained as trained_small
+from test_masks import cut
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer, efficientnet_b0, resnet18
+
+from dynamics import Recorder, open_run
+from dynamics.masks import apply_masks, parameter_masks
+from dynamics.models import build
+from dynamics.pruning import Pruner, network_cost, shrink
+
+Trained = tuple[nn.Module, torch.optim.Optimizer]
+
+
+class GrayResNet18(nn.Module):
+    """torchvision's ResNet-18 for the tests' gray images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = resnet18(num_classes=4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.inner(inputs.expand(-1, 3, -1, -1))
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "vgg13": NETWORKS["vgg13"],
+    "mobilenet_v1": NETWORKS["mobilenet_v1"],
+    "resnet56": lambda: build("resnet56", num_classes=4, in_channels=1, width=0.25),
+    "resnet18": GrayResNet18,
+}
+
+
+def trained(name: str, optimizer_name: str = "sgd", steps: int = 2) -> Trained:
+    if name in NETWORKS:
+        return trained_small(name, optimizer_name, steps)
+    model = WHOLE[name]()
+    optimizer = OPTIMIZERS[optimizer_name](list(model.parameters()))
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
+def twin(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trained:
+    """Copies of both, with nothing shared."""
+    other = copy.deepcopy(model)
+    of_other = type(optimizer)(other.parameters(), lr=0.1)
+    of_other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other, of_other
+
+
+def silence(model: nn.Module, optimizer: torch.optim.Optimizer, units: dict[str, list[int]]) -> None:
+    """Mask all that the named modules have of the units."""
+    keep = {}
+    for name, indices in units.items():
+        for leaf, parameter in model.get_submodule(name).named_parameters(recurse=False):
+            keep[f"{name}.{leaf}"] = torch.ones_like(parameter, dtype=torch.bool)
+            keep[f"{name}.{leaf}"][indices] = False
+    apply_masks(model, keep, optimizer)
+
+
+def weights(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_it_computes_and_trains_as_the_masked_network(name: str, optimizer_name: str) -> None:
+    model, optimizer = trained(name, optimizer_name)
+    Pruner(model, optimizer, "magnitude").prune(0.5)
+    masked, of_masked = twin(model, optimizer)
+    kept = shrink(model, optimizer).kept
+    assert weights(model) < 0.8 * weights(masked)
+    for steps in range(3):
+        for mode in (True, False):
+            with torch.no_grad():
+                logits, expected = (copy.deepcopy(one).train(mode)(batch(7)[0]) for one in (model, masked))
+            assert_same(logits, expected)
+        pairs = zip(model.named_parameters(), masked.parameters(), strict=True)
+        for (parameter_name, parameter), whole in pairs:
+            where = kept.get(parameter_name, torch.arange(whole.numel()).view(whole.shape))
+            assert_same(parameter, whole.flatten()[where])
+            for key, value in of_masked.state[whole].items():
+                if value.ndim:
+                    assert_same(optimizer.state[parameter][key], value.flatten()[where])
+                else:
+                    assert optimizer.state[parameter][key] == value
+        if steps < 2:
+            train(model.train(), optimizer, 1)
+            train(masked.train(), of_masked, 1)
+
+
+@pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1"])
+def test_it_is_the_network_cut_by_hand(name: str) -> None:
+    model, optimizer = trained(name)
+    alive = Pruner(model, optimizer, "magnitude").prune(0.4).alive
+    by_hand = cut(model, alive)
+    shrunk = shrink(model, optimizer)
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in by_hand.state_dict().items()
+    }
+    assert all(map(torch.equal, model.state_dict().values(), by_hand.state_dict().values()))
+    for layer, kept in alive.items():
+        assert torch.equal(shrunk.units[layer], kept.nonzero().flatten())
+    assert str(model) == str(by_hand)  # the modules say their new sizes
+    assert not parameter_masks(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1", "resnet"])
+def test_it_costs_what_was_said_of_the_masked_network(name: str) -> None:
+    model, optimizer = trained(name)
+    Pruner(model, optimizer, "magnitude").prune(0.4)
+    said = network_cost(model, (1, 32, 32))
+    shrink(model, optimizer)
+    assert network_cost(model, (1, 32, 32)) == said
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch(0)[0])
+    if name == "resnet":  # what is silenced in residual sums is still computed
+        assert counter.get_total_flops() > 2 * 8 * said.multiply_adds
+    else:
+        assert (weights(model), counter.get_total_flops()) == (said.parameters, 2 * 8 * said.multiply_adds)
+
+
+def test_gradients_go_along_and_the_optimizer_is_the_same() -> None:
+    model, optimizer = trained("vgg13")
+    Pruner(model, optimizer, "magnitude").prune(0.5)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    groups = [id(group) for group in optimizer.param_groups]
+    kept = shrink(model, optimizer).kept
+    for name, parameter in model.named_parameters():
+        expected = gradients[name].flatten()[kept[name]] if name in kept else gradients[name]
+        assert torch.equal(parameter.grad, expected)
+    assert [id(group) for group in optimizer.param_groups] == groups
+    assert all(map(is_, optimizer.param_groups[0]["params"], model.parameters()))
+    assert {id(parameter) for parameter in optimizer.state} == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_what_reads_a_silenced_filter_may_hold_anything(optimizer_name: str) -> None:
+    """The filter puts out exact zeros, so what stays cannot tell the values, momentum or decay of what reads them."""
+    model, optimizer = trained("vgg13", optimizer_name)
+    gone = [0, 3]
+    silence(model, optimizer, {"features.0": gone, "features.2": gone})
+    other, of_other = twin(model, optimizer)
+    slices = []
+    for network, its_optimizer, scale in ((model, optimizer, 1.0), (other, of_other, -7.0)):
+        reader = network.features[3].weight
+        with torch.no_grad():
+            reader[:, gone] *= scale
+            for value in its_optimizer.state[reader].values():
+                if value.ndim:
+                    value[:, gone] *= abs(scale)
+        before = reader[:, gone].clone()
+        train(network, its_optimizer, 2)
+        assert (reader.grad[:, gone] == 0).all()
+        slices.append((before, reader[:, gone]))
+    assert all((before != after).any() for before, after in slices)  # it moves all the same: by momentum and decay
+    for mode in (True, False):
+        assert torch.equal(model.train(mode)(batch(7)[0]), other.train(mode)(batch(7)[0]))
+    shrink(model, optimizer)
+    shrink(other, of_other)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+def test_what_shares_a_channel_stays_until_all_of_it_is_silent() -> None:
+    model, optimizer = trained("resnet")
+    stage = ["blocks.1.conv2", "blocks.1.norm2", "blocks.1.shortcut.0", "blocks.1.shortcut.1"]
+    silence(model, optimizer, {name: [0, 2] for name in stage[:2]} | {name: [2, 3] for name in stage[2:]})
+    masked, _ = twin(model, optimizer)
+    shrunk = shrink(model, optimizer)
+    left = torch.tensor([0, 1, 3, 4, 5])
+    assert torch.equal(shrunk.units["blocks.1.conv2"], left)
+    assert torch.equal(shrunk.units["blocks.1.shortcut.0"], left)
+    assert model.blocks[2].conv1.in_channels == 5
+    masks = parameter_masks(model)
+    assert set(masks) == {
+        f"{name}.{leaf}" for name in stage for leaf, _ in model.get_submodule(name).named_parameters()
+    }
+    assert masks["blocks.1.norm2.bias"].tolist() == [False, True, True, True, True]
+    assert masks["blocks.1.shortcut.1.bias"].tolist() == [True, True, False, True, True]
+    assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+    train(model, optimizer, 2)
+    for name, mask in masks.items():
+        assert (model.get_parameter(name)[~mask] == 0).all()
+        assert (model.get_parameter(name)[mask] != 0).all()
+
+
+def test_a_layer_keeps_one_unit_and_the_logits_stay_as_many() -> None:
+    model, optimizer = trained("vgg13")
+    silence(model, optimizer, {"features.3": list(range(5)), "features.5": list(range(5)), "classifier": [1]})
+    masked, _ = twin(model, optimizer)
+    shrunk = shrink(model, optimizer)
+    assert shrunk.units["features.3"].tolist() == [0]
+    assert shrunk.units["classifier"].tolist() == [0, 1, 2, 3]
+    assert not parameter_masks(model)["features.3.weight"].any()
+    assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+
+
+@pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1", "resnet"])
+def test_units_are_the_original_networks_through_all_rounds(name: str) -> None:
+    model, optimizer = trained(name)
+    masked, of_masked = twin(model, optimizer)
+    for measure in ("magnitude", "loss_preservation", "taylor"):
+        pruned = Pruner(model, optimizer, measure).prune(0.25, [batch(9)])
+        shrunk = shrink(model, optimizer)
+        assert shrunk.units.keys() == {
+            layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+        }
+        of_all = {layer: torch.zeros(total, dtype=torch.bool) for layer, total in shrunk.totals.items()}
+        for layer, left in shrunk.units.items():
+            of_all[layer][left] = True
+        parameters = parameters_with(masked)
+        masks = {
+            parameter: of_all[layer]
+            .view(-1, *[1] * (masked.get_parameter(parameter).ndim - 1))
+            .expand_as(masked.get_parameter(parameter))
+            for layer in pruned.alive
+            if layer in parameters
+            for parameter in parameters[layer]
+        }
+        apply_masks(masked, masks, of_masked)
+        silent = {
+            key.removesuffix(".weight"): ~mask.flatten(1).any(1)
+            for key, mask in parameter_masks(model).items()
+            if mask.ndim > 1
+        }
+        for layer, gone in silent.items():
+            silence(masked, of_masked, dict.fromkeys(goes_with(masked)[layer], shrunk.units[layer][gone]))
+        for mode in (True, False):
+            assert_same(copy.deepcopy(model).train(mode)(batch(7)[0]), copy.deepcopy(masked).train(mode)(batch(7)[0]))
+        train(model.train(), optimizer, 1)
+        train(masked.train(), of_masked, 1)
+
+
+def test_a_later_event_is_recorded_in_the_original_units(tmp_path: Path) -> None:
+    model, optimizer = trained("vgg13")
+    probe = [batch(5)]
+    with Recorder(tmp_path / "run.zarr", model, optimizer) as recorder:
+        with recorder.event("prune", probe=probe) as event:
+            first = Pruner(model, optimizer, "magnitude").prune(0.4)
+            event.units(alive=first.alive, scores=first.scores)
+        shrunk = shrink(model, optimizer)
+        with recorder.event("prune", probe=probe) as event:
+            second = Pruner(model, optimizer, "magnitude").prune(0.3)
+            event.units(alive=shrunk.expand(second.alive), scores=shrunk.expand(second.scores))
+    units = open_run(tmp_path / "run.zarr").units
+    alive, score = units.alive.values, units.score.values
+    assert alive.shape[1] == sum(len(kept) for kept in first.alive.values())
+    assert not (alive[1] & ~alive[0]).any()
+    assert alive[1].sum() == sum(int(kept.sum()) for kept in second.alive.values())
+    assert (torch.tensor(score[1]).isnan() == torch.tensor(~alive[0])).all()
+    assert score[1][alive[0]].tolist() == torch.cat(list(second.scores.values())).tolist()
+    with pytest.raises(ValueError, match=r"layer 'features.0' was given values of shape \(1,\), but: \d+ units"):
+        shrunk.expand({"features.0": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"layer 'conv' was given values of shape .* but: known are .*'features.0'"):
+        shrunk.expand({"conv": torch.zeros(1)})
+
+
+def test_channels_are_followed_through_flattening_and_concatenation() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 6, 3, padding=1)
+            self.joined = nn.Conv2d(10, 5, 3, padding=1)
+            self.head = nn.Linear(5 * 64, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            joined = self.joined(torch.cat([F.silu(self.left(inputs)), F.relu(self.right(inputs))], 1))
+            return self.head(F.max_pool2d(F.gelu(joined), 4).flatten(1))
+
+    model = Branches().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    train(model, optimizer, 1)
+    silence(model, optimizer, {"left": [1], "right": [0, 5], "joined": [2, 4]})
+    masked, of_masked = twin(model, optimizer)
+    shrink(model, optimizer)
+    assert torch.equal(model.joined.weight, masked.joined.weight[[0, 1, 3]][:, [0, 2, 3, 5, 6, 7, 8]])
+    assert torch.equal(model.head.weight.view(4, 3, 64), masked.head.weight.view(4, 5, 64)[:, [0, 1, 3]])
+    assert model.joined.weight.is_contiguous(memory_format=torch.channels_last)
+    for network, its_optimizer in ((model, optimizer), (masked, of_masked)):
+        train(network, its_optimizer, 2)
+    assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+
+
+def test_gates_on_channels_stay_whole() -> None:
+    """Squeeze and excitation: a filter's channel is multiplied by a gate that nobody silenced."""
+    torch.set_default_dtype(torch.float32)
+    model = efficientnet_b0(num_classes=4).eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    silence(model, optimizer, {"features.1.0.block.0.0": [0, 3], "features.1.0.block.0.1": [0, 3]})
+    before = weights(model)
+    shrink(model, optimizer)
+    assert weights(model) == before
+    assert parameter_masks(model)
+
+
+class Odd(nn.Module):
+    """A silenced convolution whose channels meet something before the next one reads them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.between = between
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(self.between(F.relu(self.first(inputs)))).mean((2, 3))
+
+
+class OnlyInTraining(Odd):
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.helper = nn.Conv2d(4, 4, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = F.relu(self.first(inputs))
+        return self.second(hidden).mean((2, 3)) + (self.helper(hidden).mean((2, 3)) if self.training else 0)
+
+
+def tied() -> nn.Module:
+    model = Odd(nn.Conv2d(4, 4, 3, padding=1))
+    model.between.weight = model.second.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+    return model
+
+
+UNKNOWN = {
+    "'between' \\(GroupNorm": lambda: Odd(nn.GroupNorm(2, 4)),
+    "'between' \\(Conv2d.*groups=2": lambda: Odd(nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+    "meet SigmoidBackward0": lambda: Odd(torch.sigmoid),
+    "meet FlipBackward0": lambda: Odd(lambda hidden: hidden.flip(1)),
+    "meet PermuteBackward0": lambda: Odd(lambda hidden: hidden.permute(0, 1, 3, 2)),
+    "meet ChannelShuffleBackward0": lambda: Odd(nn.ChannelShuffle(2)),
+    "meet SplitOp": lambda: Odd(lambda hidden: torch.cat(hidden.split(2, 1)[::-1], 1)),
+    "first in layer 'second': before it, channels are shifted": lambda: Odd(lambda hidden: hidden + 1),
+    "first in layer 'second': before it, channels": lambda: Odd(lambda hidden: hidden - hidden.mean(1, keepdim=True)),
+    "does not run: its code may name a number of channels .*invalid for input": lambda: Odd(
+        lambda hidden: hidden.view(-1, 4, 32, 32)
+    ),
+    "does not run: .*to have 4 channels, but got 3": OnlyInTraining,
+    "second.weight and between.weight are one parameter": tied,
+}
+
+
+@pytest.mark.parametrize("message", UNKNOWN)
+def test_what_cannot_be_followed_is_refused_by_name_and_left_alone(message: str) -> None:
+    model = UNKNOWN[message]()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    train(model, optimizer, 1)
+    silence(model, optimizer, {"first": [1]})
+    _is_left_alone(model, optimizer, message)
+
+
+def _is_left_alone(model: nn.Module, optimizer: torch.optim.Optimizer, message: str, **inputs: Tensor) -> None:
+    parameters, mode = list(model.parameters()), model.training
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), parameter_masks(model), str(model)))
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        shrink(model, optimizer, **inputs)
+    now = (model.state_dict(), optimizer.state_dict(), parameter_masks(model), str(model))
+    torch.testing.assert_close(now[:3], state[:3], rtol=0, atol=0)
+    assert now[3] == state[3]
+    assert all(map(is_, model.parameters(), parameters))
+    assert model.training == mode
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_is_in_the_way_is_said() -> None:
+    def fresh(optimizer_class: type = torch.optim.SGD, **settings: object) -> Trained:
+        model = Odd(nn.ReLU())
+        optimizer = optimizer_class(model.parameters(), 0.1, **settings)
+        inputs, _ = batch(0)
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = model(inputs).square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        silence(model, optimizer, {"first": [1]})
+        return model, optimizer
+
+    _is_left_alone(*fresh(torch.optim.Adafactor), r"Adafactor keeps 'row_var' of first.weight not in their own shape")
+    _is_left_alone(*fresh(torch.optim.LBFGS), "LBFGS keeps 'al' of .* not in their own|LBFGS keeps '.*' of")
+    model, optimizer = fresh()
+    _is_left_alone(model, optimizer, "does not run on the inputs: give shrink.* inputs", inputs=torch.zeros(2, 3, 8, 8))
+    prune.random_unstructured(model.second, "weight", 0.5)
+    _is_left_alone(model, optimizer, r"second.weight_orig is made into the layer's own .*utils.prune.remove")
+    with pytest.raises(ValueError, match="it has no 2D convolution: give inputs=a batch it takes"):
+        shrink(nn.Linear(3, 2), None)
+
+
+def test_a_transformer_is_refused() -> None:
+    torch.set_default_dtype(torch.float32)
+    model = VisionTransformer(image_size=32, patch_size=16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    silence(model, optimizer, {"conv_proj": [0]})
+    _is_left_alone(model, optimizer, "filters of layer 'conv_proj' meet PermuteBackward0")
+
+
+def test_torch_pruning_is_asked_for_by_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained("vgg13")
+    Pruner(model, optimizer, "magnitude").prune(0.5)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^shrink\(\) needs torch-pruning.*: pip install torch-pruning$"):
+        shrink(model, optimizer)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+
+
+def test_a_compiled_network_several_optimizers_and_frozen_parameters_shrink() -> None:
+    model, _ = trained("vgg13")
+    model.features[2].requires_grad_(False)
+    convolutional = torch.optim.SGD(model.features.parameters(), 0.05, momentum=0.9)
+    linear = torch.optim.AdamW(model.classifier.parameters(), 0.01)
+    compiled = torch.compile(model, backend="eager")
+
+    def step(network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        network.zero_grad()
+        F.cross_entropy(network(batch(0)[0]), batch(0)[1]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step(compiled, [convolutional, linear])
+    Pruner(compiled, convolutional, "magnitude").prune(0.5)
+    masked, of_masked = copy.deepcopy(model), []
+    for parameters, optimizer in ((masked.features, convolutional), (masked.classifier, linear)):
+        of_masked.append(type(optimizer)(parameters.parameters(), 0.1))
+        of_masked[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    shrink(compiled, [convolutional, linear])
+    assert not model.features[2].weight.requires_grad
+    for _ in range(2):
+        step(compiled, [convolutional, linear])
+        step(masked, of_masked)
+    assert_same(compiled(batch(7)[0]), masked(batch(7)[0]))

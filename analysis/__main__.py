@@ -1,4 +1,7 @@
-"""``python -m analysis RUN...``: print what the runs came to, and theory against measurement."""
+"""``python -m analysis RUN...``: print what the runs came to, and theory against measurement.
+
+``python -m analysis protocol-diff [RUN...]``: print what protocols made of the same rounds of pruning.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from .protocol import fresh_runs, protocol_table
 from .record import open_runs
 from .tables import agreement_table, brief_table, format_table, outcome_table
 
@@ -22,9 +26,37 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _protocol_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m analysis protocol-diff",
+        description="Print what the protocol, each quirk of the paper's code and all of them make of a pruning: "
+        "sparsity asked and reached, layers emptied, filters that differ from the first record's.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN",
+        help="records of the same rounds by different protocols; without any, a small fresh network is pruned now",
+    )  # fmt: skip
+    for name in ("model", "measure", "sparsity", "rounds", "width"):
+        parser.add_argument(f"--{name}", help="of the fresh network: see `python -m dynamics protocols --help`")
+    return parser
+
+
+def _protocol_diff(arguments: list[str]) -> None:
+    settings = _protocol_parser().parse_args(arguments)
+    fresh = [f"--{name}={value}" for name, value in vars(settings).items() if name != "runs" and value is not None]
+    if settings.runs and fresh:
+        raise ValueError(f"{' '.join(fresh)} is of a fresh network: give either that, or records")
+    print(format_table(protocol_table(open_runs(settings.runs) if settings.runs else fresh_runs(fresh))))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        if given[:1] == ["protocol-diff"]:
+            _protocol_diff(given[1:])
+            return 0
         settings = _parser().parse_args(arguments)
         runs = open_runs(settings.runs)
         if settings.brief:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .data import DataError
 from .experiment import Experiment, run
+from .protocols import Comparison, compare
 from .reading import open_run
 from .summary import summary
 from .sweep import grid, sweep
@@ -25,6 +26,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("run", _run_parser(), help="run one experiment and record it")
     commands.add_subcommand("sweep", _sweep_parser(), help="run many experiments")
+    commands.add_subcommand("protocols", _protocols_parser(), help="prune a fresh network under every protocol")
     show = ArgumentParser(description="Say in a few lines what a record holds.", exit_on_error=False)
     show.add_argument("record", help="a record, e.g. out/run.zarr")
     commands.add_subcommand("show", show, help="say what a record holds")
@@ -41,6 +43,17 @@ def _run_parser() -> ArgumentParser:
     )  # fmt: skip
     one.add_class_arguments(Experiment, skip={"download"}, help="settings of the experiment")
     return one
+
+
+def _protocols_parser() -> ArgumentParser:
+    several = ArgumentParser(
+        description="Prune the same fresh network in rounds, without training, by the protocol done right, with each "
+        "quirk of the paper's code, and with all of them. `python -m analysis protocol-diff` prints what differs.",
+        exit_on_error=False,
+    )
+    several.add_argument("-o", "--output", required=True, help="folder for the records, one a protocol")
+    several.add_class_arguments(Comparison, help="settings of the comparison")
+    return several
 
 
 def _sweep_parser() -> ArgumentParser:
@@ -85,6 +98,12 @@ def _execute(arguments: list[str] | None) -> None:
         folder = Path(parsed.sweep.output)
         paths = sweep(grid(_configuration(parsed.sweep.configuration)), folder)
         print(f"recorded {len(paths)} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
+    elif command == "protocols":
+        settings = parsed.protocols
+        comparison = Comparison(**{name: settings[name] for name in Comparison.__dataclass_fields__})
+        folder = Path(settings.output)
+        print(f"recorded {len(compare(comparison, folder))} protocols in {folder}")
+        print(f"see them with: python -m analysis protocol-diff {folder}/default.zarr {folder}/*.zarr")
     else:
         print(summary(open_run(parsed.show.record)))
 
@@ -112,7 +131,7 @@ def _one_line(error: Exception) -> str:
 def _plain(error: ArgumentError) -> str:
     """jsonargparse's message in the words of the command line."""
     said = re.sub(r"<class '(\w+)'>", r"\1", _one_line(error).rstrip(".")).replace("Parser key", "setting")
-    return re.sub(r"\b(?:run|sweep|show)\.(output|configuration|record)\b", r"\1", said)
+    return re.sub(r"\b(?:run|sweep|protocols|show)\.(output|configuration|record)\b", r"\1", said)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
 def check_description(kind: str, attributes: Mapping[str, Any]) -> None:
     """Raise ValueError where an event's description cannot be recorded as it is given."""
     measured = {"event", "kind", "mode", "step", "epoch", "layer", "stage"}
-    measured |= {row.name for row in schema.quantities("pruning")}
+    measured |= {row.name for row in schema.quantities("pruning") if row.over}  # what is one number is described
     if taken := sorted(measured & attributes.keys()):
         raise ValueError(f"event() cannot take {taken}: the recorder measures them itself; choose other names")
     for name, value in {"kind": kind, **attributes}.items():

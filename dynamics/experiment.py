@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .data import DATASETS, Data, load
 from .models import MODELS, build
 from .probe import Objective, cross_entropy_objective, mode_of
-from .pruning import MEASURES, Pruner, share_left
+from .pruning import MEASURES, PROTOCOLS, Pruner, share_left
 from .recorder import Recorder
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -54,6 +54,8 @@ class Experiment:
         measure: Importance measure to prune by, or "none" to train without pruning.
         sparsity: Share of all filters that is gone after the last round.
         rounds: Number of rounds of pruning.
+        granularity: What is pruned: "filter", or "weight" for single weights.
+        protocol: "default", "reference" for the quirks of the paper's code, or one quirk's name.
         width: Factor on the network's numbers of channels.
         epochs: Epochs in each stage of the learning-rate schedule.
         learning_rates: Learning rate of each stage.
@@ -80,6 +82,8 @@ class Experiment:
     measure: str = "magnitude"
     sparsity: float = 0.75
     rounds: int = 5
+    granularity: str = "filter"
+    protocol: str = "default"
     width: float = 1.0
     epochs: tuple[int, ...] = (80, 40, 40)
     learning_rates: tuple[float, ...] = (0.1, 0.01, 0.001)
@@ -106,13 +110,21 @@ class Experiment:
         self._check_ranges()
 
     def _check_choices(self) -> None:
+        row = MEASURES.get(self.measure)
         for field, value, options in (
             ("model", self.model, MODELS),
             ("data", self.data, DATASETS),
             ("measure", self.measure, ("none", *MEASURES)),
+            ("granularity", self.granularity, ("filter", "weight")),
+            ("protocol", self.protocol, PROTOCOLS),
         ):
             if value not in options:
                 raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(options)}")
+        if self.granularity == "weight" and (self.protocol != "default" or getattr(row, "per_filter", False)):
+            raise ValueError(
+                f"single weights are not pruned by protocol {self.protocol!r} and measure {self.measure!r}: these know "
+                "filters only; choose granularity filter"
+            )
 
     def _check_ranges(self) -> None:
         if len(self.epochs) != len(self.learning_rates) or not self.epochs or min(self.epochs) < 0:
@@ -135,7 +147,8 @@ class Experiment:
     @property
     def name(self) -> str:
         """A name that tells the runs of a comparison apart, e.g. ``vgg13-digits-magnitude-0.75-5r-seed0``."""
-        pruned = "" if self.measure == "none" else f"-{self.sparsity:g}-{self.rounds}r"
+        special = [name for name in (self.granularity, self.protocol) if name not in ("filter", "default")]
+        pruned = "" if self.measure == "none" else "-".join(["", f"{self.sparsity:g}", f"{self.rounds}r", *special])
         return f"{self.model}-{self.data}-{self.measure}{pruned}-seed{self.seed}"
 
     def schedule(self) -> list[float]:
@@ -169,7 +182,11 @@ def run(experiment: Experiment, path: str | os.PathLike, *, data: Data | None = 
         model.parameters(), experiment.learning_rates[0], experiment.momentum, weight_decay=experiment.weight_decay
     )
     objective = partial(cross_entropy_objective, temperature=experiment.temperature)
-    configuration = {"experiment": json.dumps(dataclasses.asdict(experiment)), "seed": experiment.seed}
+    configuration = {
+        "experiment": json.dumps(dataclasses.asdict(experiment)),
+        "protocol": json.dumps(dataclasses.asdict(PROTOCOLS[experiment.protocol])),
+        "seed": experiment.seed,
+    }
     with Recorder(
         path, model, optimizer, objective=objective, curvature_every=experiment.curvature_every,
         attributes=configuration,
@@ -205,7 +222,10 @@ class _Training:
             experiment.batch_size, shuffle=True, augment=experiment.augment, generator=self._order, device=device
         )
         pruned = experiment.measure != "none"
-        self._pruner = Pruner(model, optimizer, experiment.measure) if pruned else None
+        self._pruner = None if not pruned else Pruner(
+            model, optimizer, experiment.measure, granularity=experiment.granularity, protocol=experiment.protocol,
+            keep_state=experiment.keep_momentum, seed=experiment.seed,
+        )  # fmt: skip
 
     def run(self, progress: bool) -> None:
         """All epochs, with the rounds of pruning in the first ones."""
@@ -257,13 +277,16 @@ class _Training:
         return (loss_sum / count).item(), (right / count).item()
 
     def _prune(self, round_number: int) -> None:
-        sparsity = 1 - share_left(self.experiment.sparsity, self.experiment.rounds, round_number)
-        measure = self.experiment.measure
-        with self.recorder.event("prune", probe=self._probe, measure=measure, target=sparsity) as event:
-            pruned = self._pruner.prune(sparsity, self._importance_batches())
-            event.units(alive=pruned.alive, scores=pruned.scores)
-        if not self.experiment.keep_momentum:
-            self.optimizer.state.clear()
+        """A round; the record's target is what the schedule asks for, also where a quirk makes it more."""
+        chosen, protocol = self.experiment, PROTOCOLS[self.experiment.protocol]
+        target = 1 - share_left(chosen.sparsity, chosen.rounds, round_number)
+        left = protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
+        pruning = self._pruner.plan(1 - left, self._importance_batches())
+        described = pruning.attributes | {"target": target}
+        with self.recorder.event("prune", probe=self._probe, **described) as event:
+            self._pruner.apply(pruning)
+            if chosen.granularity == "filter":
+                event.units(alive=pruning.alive, scores=pruning.scores)
 
     def _importance_batches(self) -> Batches:
         count, classes = self.experiment.importance_samples, self.data.num_classes

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..probe import Objective, Probe, cross_entropy_objective, sample_count
+from ..probe import Probe, cross_entropy_objective, sample_count, to_device
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient
 
@@ -32,6 +31,18 @@ class Derivatives:
     flow_grad: dict[str, Tensor] = field(default_factory=dict)
 
 
+class _Passing:
+    """The loss at the batch that is passing by: one probe serves them all, and none is held once it has passed."""
+
+    def __init__(self, model: nn.Module, temperature: float, mode: str) -> None:
+        self.batch: Any = None
+        self._device, self._temperature = next(model.parameters()).device, temperature
+        self.probe = Probe(model, self, [()], mode=mode)
+
+    def __call__(self, model: nn.Module, nothing: Any) -> Tensor:
+        return cross_entropy_objective(model, to_device(self.batch, self._device), self._temperature)
+
+
 def derivatives(
     model: nn.Module, layers: list[str], batches: Iterable[Any], uses: set[str], temperature: float, mode: str
 ) -> Derivatives:
@@ -44,25 +55,26 @@ def derivatives(
     """
     if "hess_grad" in uses and iter(batches) is batches:
         batches = list(batches)
-    objective = partial(cross_entropy_objective, temperature=temperature)
+    passing = _Passing(model, temperature, mode)
     found = Derivatives()
-    for batch in _limited(batches, uses):
+    for passing.batch in _limited(batches, uses):
+        count = sample_count(passing.batch)
         if "flow_grad" in uses and not found.flow_grad:
-            found.flow_grad = flow_gradient(model, batch[0].shape[1:])
+            found.flow_grad = flow_gradient(model, passing.batch[0].shape[1:])
         if uses & {"grad", "hess_grad"}:
-            loss, grad = Probe(model, objective, [batch], mode=mode).gradient({})
-            found.loss += sample_count(batch) * loss
-            _add(found.grad, grad, sample_count(batch))
+            loss, grad = passing.probe.gradient({})
+            found.loss += count * loss
+            _add(found.grad, grad, count)
         if "squared_sample_grad" in uses:
-            _add(found.squares, squared_sample_grads(model, layers, batch, objective, mode), 1)
-        found.samples += sample_count(batch)
+            _add(found.squares, squared_sample_grads(model, layers, count, passing, mode), 1)
+        found.samples += count
     if not found.samples:
         raise ValueError("there is not one batch to score by: pass batches of (inputs, labels), got none")
     found.loss = found.loss / found.samples
     for total in (*found.grad.values(), *found.squares.values()):
         total.div_(found.samples)
     if "hess_grad" in uses:
-        found.hess_grad = _hessian_product(model, objective, batches, found, mode)
+        found.hess_grad = _hessian_product(passing, batches, found)
     return found
 
 
@@ -79,17 +91,16 @@ def _add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> No
         sums[name] = sums[name].add_(term, alpha=weight) if name in sums else weight * term
 
 
-def _hessian_product(
-    model: nn.Module, objective: Objective, batches: Iterable[Any], first: Derivatives, mode: str
-) -> dict[str, Tensor]:
+def _hessian_product(passing: _Passing, batches: Iterable[Any], first: Derivatives) -> dict[str, Tensor]:
     """Hg, by parameter name."""
     again = Derivatives()
-    for batch in batches:
-        expansion = Probe(model, objective, [batch], mode=mode).expand()
+    for passing.batch in batches:
+        count = sample_count(passing.batch)
+        expansion = passing.probe.expand()
         product = expansion.hessian_product([first.grad[name] for name in expansion.theta])
-        _add(again.hess_grad, dict(zip(expansion.theta, product, strict=True)), sample_count(batch))
-        again.samples += sample_count(batch)
-        again.loss += sample_count(batch) * expansion.loss
+        _add(again.hess_grad, dict(zip(expansion.theta, product, strict=True)), count)
+        again.samples += count
+        again.loss += count * expansion.loss
     if again.samples != first.samples or _differs(again.loss / again.samples, first.loss):
         raise ValueError(
             "second-order measures pass over the batches twice, and these were others the second time: pass a list of "

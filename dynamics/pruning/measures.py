@@ -1,8 +1,8 @@
 """The importance measures: one score a filter (or a weight); the lowest are pruned first.
 
 All measures see a layer's weights θ and, as far as they use them, the gradient g and the Hessian product Hg, where g
-and H are those of the mean loss over *all* trainable parameters. Whether a score has a sign, and whether an absolute value
-stands inside or outside the sum over a filter, is the difference between some of them; the formulas say it:
+and H are those of the mean loss over *all* trainable parameters. Whether a score has a sign, and whether an absolute
+value stands inside or outside the sum over a filter, is the difference between some of them; the formulas say it:
 
 ================================  =============  ========================================================
 absolute before the sum           Σ|θg|          loss_preservation, snip, loss_preservation_times_magnitude

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import apply_masks, parameter_masks
-from ..probe import unwrap
+from ..probe import sample_count, unwrap
 from .cost import Cost, network_cost
 from .importance import scores
 from .measures import find_measure
@@ -163,7 +163,7 @@ class Pruner:
         alive = {name: kept.view(self.alive[name].shape) for name, kept in without(standing, gone).items()}
         reached = 1 - counted(list(alive.values())) / sum(kept.numel() for kept in alive.values())
         found = {name: values.cpu() for name, values in found.items()}
-        return Pruning(found, alive, sparsity, reached, *self._costs(alive, shape), self._described())
+        return Pruning(found, alive, sparsity, reached, *self._costs(alive, shape), self._described(batches))
 
     def apply(self, pruning: Pruning) -> None:
         """Silence what a plan says is to go, for good, and mask or drop the optimizer's state."""
@@ -217,7 +217,7 @@ class Pruner:
             self._dense = network_cost(model, shape, {})
         return network_cost(model, shape, parameter_masks(model) | self._parameter_masks(alive)), self._dense
 
-    def _described(self) -> dict[str, str | float]:
+    def _described(self, batches: Iterable[Any] | None) -> dict[str, str | float]:
         described: dict[str, str | float] = {
             "measure": self._measure.name,
             "granularity": self._settings["granularity"],
@@ -225,6 +225,8 @@ class Pruner:
         }
         if self._measure.needs_data:
             described |= {"score_mode": self._settings["mode"], "score_temperature": self._settings["temperature"]}
+            if isinstance(batches, Sequence):
+                described["score_samples"] = sum(map(sample_count, batches))
         return described
 
     def _parameter_masks(self, alive: dict[str, Tensor], *, whole: bool = False) -> dict[str, Tensor]:

@@ -5,30 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..moment import random_numbers_untouched
-from ..probe import Objective, mode_of, sample_count, to_device
+from ..probe import Objective, mode_of
 
 
 def squared_sample_grads(
-    model: nn.Module, layers: list[str], batch: Any, objective: Objective, mode: str
+    model: nn.Module, layers: list[str], count: int, objective: Objective, mode: str
 ) -> dict[str, Tensor]:
-    """Σ over the batch's samples n of (θ_fᵀ g_n)², (filter,), where g_n is the gradient of sample n's loss.
+    """Σ over a batch's samples n of (θ_fᵀ g_n)², (filter,), where g_n is the gradient of sample n's loss.
+
+    ``objective(model, None)`` is the mean loss of the batch's ``count`` samples.
 
     A gate of ones on the layer's output (before its bias) has the gradient θ_fᵀ g_n, since the output is linear in the
     filter. Samples are independent in eval mode; in train mode BatchNorm couples them, and g_n is then the gradient
     through sample n's own outputs. Source: Molchanov et al. 2019; Theis et al. 2018.
     """
-    device, count = next(model.parameters()).device, sample_count(batch)
+    device = next(model.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with random_numbers_untouched(device), mode_of(model, mode), _gates(model, layers, count) as gates:
             with torch.enable_grad():
-                loss = objective(model, to_device(batch, device)) * count
+                loss = objective(model, None) * count
             parts = torch.autograd.grad(loss, list(gates.values()))
     finally:
         for name, buffer in model.named_buffers():

@@ -1,0 +1,112 @@
+"""What a protocol makes of a pruning: sparsity asked and reached, and which filters go, done right and with quirks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .effect import filters_left
+from .record import has, node, open_runs
+
+_LABELS = {
+    "run": "protocol", "asked": "asked", "reached": "reached", "multiply_adds_left": "multiply-adds left",
+    "emptied": "layers emptied", "least_share": "least left of a layer", "other": "filters that differ",
+}  # fmt: skip
+
+
+def protocol_diff(runs: Mapping[str, xr.DataTree]) -> xr.Dataset:
+    """How records of the same rounds of pruning differ from the first of them, after each round.
+
+    Variables over (run, event): the sparsity ``asked`` and ``reached``; the share of multiply-adds left; how many
+    layers have no filter left (``emptied``) and the smallest share of a layer that is (``least_share``); the number of
+    filters that are gone in one of the run and the first run, but not in the other (``other``).
+
+    Raises:
+        MissingQuantityError: a record has no prunings with units.
+        ValueError: the records are not of the same network and number of rounds.
+    """
+    rows = {label: _rounds(run) for label, run in runs.items()}
+    first = next(iter(rows.values()))
+    for label, row in rows.items():
+        if row.sizes != first.sizes:
+            raise ValueError(
+                f"{label} cannot be compared with {next(iter(rows))}: {dict(row.sizes)} filters and rounds"
+            )
+        row["other"] = (row.alive != first.alive).sum("unit")
+    labels = xr.Variable("run", list(rows))
+    return xr.concat([row.drop_vars("alive").drop_dims("unit", errors="ignore") for row in rows.values()], labels)
+
+
+def _rounds(run: xr.DataTree) -> xr.Dataset:
+    events = node(run, "pruning", ["target", "sparsity"])
+    left = filters_left(run)
+    costs = {"multiply_adds", "dense_multiply_adds"} <= set(events)
+    alive = node(run, "units", ["alive"]).alive.reset_coords(drop=True).astype(bool)
+    return xr.Dataset(
+        {
+            "asked": ("event", events.target.values),
+            "reached": ("event", events.sparsity.values),
+            "multiply_adds_left": (
+                "event",
+                (events.multiply_adds / events.dense_multiply_adds).values
+                if costs
+                else np.full(len(left.event), np.nan),
+            ),
+            "emptied": ("event", (left.left == 0).sum("layer").values),
+            "least_share": ("event", left.share.min("layer").values),
+            "alive": (("event", "unit"), alive.values),
+        }
+    )
+
+
+def protocol_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """:func:`protocol_diff` after the last round, one row a run, in per cent."""
+    last = protocol_diff(runs).isel(event=-1)
+    table = last.to_dataframe().reset_index()[list(_LABELS)].rename(columns=_LABELS)
+    for name in ("asked", "reached", "multiply-adds left", "least left of a layer"):
+        table[name] = [f"{value:.1%}" for value in table[name]]
+    if all(has(run, "epochs") for run in runs.values()):
+        table["test accuracy"] = [f"{float(counted(run).test_accuracy):.1%}" for run in runs.values()]
+    return table.set_index("protocol")
+
+
+def counted(run: xr.DataTree) -> xr.Dataset:
+    """The row of ``/epochs`` that counts: the last, or, where the protocol selects on the test set, the best there.
+
+    The paper's code looks for the best among the epochs after the last round of pruning only.
+
+    Raises:
+        MissingQuantityError: no epochs were logged.
+    """
+    epochs = node(run, "epochs", ["epoch"])
+    if not json.loads(run.attrs.get("protocol", "{}")).get("select_on_test") or "test_accuracy" not in epochs:
+        return epochs.isel(epoch=-1)
+    after = int(node(run, "pruning", ["epoch"]).epoch[-1]) + 1 if has(run, "pruning") else 0
+    final = epochs.isel(epoch=slice(min(after, epochs.sizes["epoch"] - 1), None))
+    return final.isel(epoch=int(final.test_accuracy.argmax("epoch")))
+
+
+def fresh_runs(settings: Sequence[str]) -> dict[str, xr.DataTree]:
+    """Records of a fresh network pruned under every protocol, in memory.
+
+    Pruning needs torch, which is not loaded here: ``python -m dynamics protocols SETTINGS`` runs beside.
+
+    Raises:
+        ValueError: it failed; the message is its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dynamics", "protocols", *settings, "-o", folder]
+        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip().rpartition("\n")[2].removeprefix("error: "))
+        runs = open_runs(map(str, sorted(Path(folder).glob("*.zarr"))))
+        ends = {"default": 0, "reference": 2}  # the others in between
+        return {label: runs[label].load() for label in sorted(runs, key=lambda label: ends.get(label, 1))}

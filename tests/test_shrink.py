@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import time
 from collections.abc import Callable
 from operator import is_
 from pathlib import Path
@@ -20,7 +21,7 @@ from torchvision.models import VisionTransformer, efficientnet_b0, resnet18
 from dynamics import Recorder, open_run
 from dynamics.masks import apply_masks, parameter_masks
 from dynamics.models import build
-from dynamics.pruning import Pruner, network_cost, shrink
+from dynamics.pruning import Pruner, latency, network_cost, shrink
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -449,3 +450,23 @@ def test_a_compiled_network_several_optimizers_and_frozen_parameters_shrink() ->
         step(compiled, [convolutional, linear])
         step(masked, of_masked)
     assert_same(compiled(batch(7)[0]), masked(batch(7)[0]))
+
+
+def test_latency_is_the_median_of_passes_after_a_warm_up() -> None:
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waits = iter([0.5, 0.5, 0.01, 0.1, 0.01, 0.0, 0.01])
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            time.sleep(next(self.waits))
+            return inputs * self.scale
+
+    model = Slow()
+    assert 0.01 <= latency(model, torch.ones(1), repeats=5, warm_up=2) < 0.1
+    assert model.training
+    with pytest.raises(ValueError, match="repeats must be 1 or more, got 0"):
+        latency(model, torch.ones(1), repeats=0)

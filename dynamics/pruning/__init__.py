@@ -2,6 +2,7 @@
 
 from .cost import Cost, network_cost
 from .importance import scores, scores_by_measure
+from .latency import latency
 from .measures import MEASURES, Measure
 from .protocol import PROTOCOLS, Protocol
 from .pruner import Pruner, Pruning
@@ -18,6 +19,7 @@ __all__ = [
     "Pruning",
     "Shrunk",
     "exponential_share_left",
+    "latency",
     "network_cost",
     "scores",
     "scores_by_measure",

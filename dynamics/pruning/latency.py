@@ -1,0 +1,42 @@
+"""How long a network takes: what silenced filters still cost, and shrunk ones no more."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..probe import mode_of
+
+
+@torch.no_grad()
+def latency(model: nn.Module, inputs: Any, *, repeats: int = 20, warm_up: int = 3) -> float:
+    """Seconds that a forward pass in eval mode takes: the median of ``repeats``, after ``warm_up`` that do not count.
+
+    On a GPU each pass is waited for, so what is measured is one batch at a time. ``inputs`` are on the model's device.
+    Compare networks in turns, in one process: other programs and the clock change what a machine can do.
+
+    Raises:
+        ValueError: fewer than one repeat.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, got {repeats}")
+    device = next(model.parameters()).device
+    with mode_of(model, "eval"):
+        return statistics.median([_seconds(model, inputs, device) for _ in range(warm_up + repeats)][warm_up:])
+
+
+def _seconds(model: nn.Module, inputs: Any, device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    model(inputs)
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -7,7 +7,7 @@ it, stay out of the state dict, and compose over any number of rounds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,20 @@ _ATTRIBUTE = "original_units"
 
 @dataclass(frozen=True)
 class Identity:
-    """Original indices of a layer's units, (unit,), ascending, and how many it had at first."""
+    """Original indices of a layer's units, (unit,), ascending, how many it had at first, and whether it is depthwise.
+
+    A depthwise convolution with one channel left looks like any other.
+    """
 
     index: Tensor
     total: int
+    depthwise: bool = False
 
 
 def identities(model: nn.Module) -> dict[str, Identity]:
     """Identity of the units of every convolution and linear layer, by the layer's name."""
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    return {name: _identity(module) for name, module in layers.items()}
+    return {name: identity(module) for name, module in layers.items()}
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -36,13 +40,15 @@ def is_layer(module: nn.Module) -> bool:
 
 def keep_units(module: nn.Module, left: Tensor) -> None:
     """Note that of a layer's units only those at the indices ``left``, (unit,), are left."""
-    before = _identity(module)
-    setattr(module, _ATTRIBUTE, Identity(before.index[left.cpu()], before.total))
+    before = identity(module)
+    setattr(module, _ATTRIBUTE, replace(before, index=before.index[left.cpu()]))
 
 
-def _identity(module: nn.Module) -> Identity:
-    count = len(module.weight)
-    return getattr(module, _ATTRIBUTE, None) or Identity(torch.arange(count), count)
+def identity(module: nn.Module) -> Identity:
+    """Identity of a layer's units: those it has, as long as it was not made smaller."""
+    count, groups = len(module.weight), getattr(module, "groups", 1)
+    whole = Identity(torch.arange(count), count, depthwise=groups == count > 1)
+    return getattr(module, _ATTRIBUTE, whole)
 
 
 def expand(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> dict[str, Tensor]:

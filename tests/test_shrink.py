@@ -250,6 +250,18 @@ def test_units_are_the_original_networks_through_all_rounds(name: str) -> None:
         train(masked.train(), of_masked, 1)
 
 
+def test_a_depthwise_layer_of_one_channel_is_still_one() -> None:
+    model, optimizer = trained("mobilenet_v1")
+    layers = list(Pruner(model, optimizer, "magnitude").alive)
+    gone = [unit for unit in range(model.stem.out_channels) if unit != 1]
+    silence(model, optimizer, dict.fromkeys(goes_with(model)["stem"], gone))
+    for _ in range(2):
+        shrunk = shrink(model, optimizer)
+        assert model.blocks[0].depthwise.groups == 1
+        assert shrunk.units["blocks.0.depthwise"].tolist() == [1]
+        assert list(Pruner(model, optimizer, "magnitude").alive) == layers
+
+
 def test_a_later_event_is_recorded_in_the_original_units(tmp_path: Path) -> None:
     model, optimizer = trained("vgg13")
     probe = [batch(5)]

@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from ..identities import identity
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -46,8 +48,9 @@ _SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, to
 
 
 def is_depthwise(module: nn.Module | None) -> bool:
-    """Whether a module is a convolution with one filter a channel."""
-    return isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
+    """Whether a module is a convolution with one filter a channel, though it has but one left."""
+    of_one_each = isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels
+    return of_one_each and identity(module).depthwise
 
 
 def does(node: fx.Node, module: nn.Module | None) -> str:

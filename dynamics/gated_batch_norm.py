@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .gated_affine import Phase
-
 _PIECE = 1 << 18  # numbers of each activation that are read at once: they stay in a processor's cache
 _backward = torch.ops.aten.native_batch_norm_backward
 
@@ -27,7 +25,6 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        phase: Phase,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -38,19 +35,18 @@ class BatchNorm(torch.autograd.Function):
         """Torch's own."""
         y, mean, invstd = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
         ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.phase, ctx.eps = phase, eps
+        ctx.eps = eps
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, d: Tensor | None) -> tuple[Tensor | None, ...]:
         """∂x, ∂γ, ∂β."""
-        ctx.phase.require_evaluated()
         if d is None:
-            return (None,) * 7
+            return (None,) * 6
         grads = _BatchNormBackward.apply(d, *ctx.saved_tensors, ctx.eps)
-        needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[1:4], strict=True)]
-        return None, *needed, None, None, None
+        needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
+        return *needed, None, None, None
 
 
 class _BatchNormBackward(torch.autograd.Function):

@@ -23,17 +23,17 @@ class Operations(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], gated: Mapping[str, Gated]) -> None:
         super().__init__()
-        self.phase = Phase()
+        self._phase = Phase()
         self._known = {id(parameters[name]): (parameters[name], one) for name, one in gated.items()}
 
     def evaluate(self, loss_of: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor]) -> Tensor:
         """The loss at the gated parameters."""
-        self.phase.evaluating = True
+        self._phase.evaluating = True
         try:
             with self:
                 return loss_of(parameters)
         finally:
-            self.phase.evaluating = False
+            self._phase.evaluating = False
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         own = _OWN.get(function)
@@ -56,7 +56,7 @@ class Operations(TorchFunctionMode):
         gated, shift = self.find(weight), self.find(bias)
         together = shift is not None and shift.scale is gated.scale
         inputs = (x, weight, bias if together else None, gated.scale, *gated.steps)
-        y = Affine.apply(self.phase, operation, gated, shift if together else None, *inputs)
+        y = Affine.apply(self._phase, operation, gated, shift if together else None, *inputs)
         if bias is None or together:
             return y
         return y + bias.view((-1,) + (1,) * (y.ndim - 1 - operation.channel % y.ndim))
@@ -145,7 +145,7 @@ def _batch_norm(
     own = own and all(_plain(input, one) for one in (weight, bias) if one is not None) and _plain(input, input)
     if not own or input.dtype not in (torch.float32, torch.float64) or input.numel() <= input.shape[1]:
         return NotImplemented
-    return BatchNorm.apply(operations.phase, input, weight, bias, (running_mean, running_var), momentum, eps)
+    return BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps)
 
 
 def _product(operations: Operations, function: Any, input: Any, other: Any) -> Any:

@@ -57,14 +57,15 @@ def gated_products(
     gates = _Gates(theta, directions, layer_of, frozen)
     with torch.enable_grad():
         loss = _evaluate(loss_of, theta, gates.parameters)
-        slopes = [_gradient([loss], steps, create_graph=True) for steps in gates.steps]
-        if _has_none([one for slope in slopes for one in slope if one is not None]):
+        first = _gradient([loss], [step for steps in gates.steps for step in steps], create_graph=True)
+        if _has_none([slope for slope in first if slope is not None]):
             raise RuntimeError("an operation of the loss is once_differentiable")
+        count = len(gates.scale)
+        slopes = [first[k * count : (k + 1) * count] for k in range(len(gates.steps))]
         second = [
             _gradient(slope, gates.scale + steps, retain_graph=steps is not gates.steps[-1])
             for slope, steps in zip(slopes, gates.steps, strict=True)
         ]
-    count = len(gates.scale)
     by_scale, by_steps = [one[:count] for one in second], [one[count:] for one in second]
     return Products(loss.detach(), *(gates.rows(values, layers) for values in (slopes, by_scale, by_steps)))
 

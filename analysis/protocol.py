@@ -48,7 +48,7 @@ def protocol_diff(runs: Mapping[str, xr.DataTree]) -> xr.Dataset:
 def _rounds(run: xr.DataTree) -> xr.Dataset:
     events = node(run, "pruning", ["target", "sparsity"])
     left = filters_left(run)
-    costs = {"multiply_adds", "dense_multiply_adds"} <= set(events)
+    costs = {"multiply_adds_left", "dense_multiply_adds"} <= set(events)
     alive = node(run, "units", ["alive"]).alive.reset_coords(drop=True).astype(bool)
     return xr.Dataset(
         {
@@ -56,7 +56,7 @@ def _rounds(run: xr.DataTree) -> xr.Dataset:
             "reached": ("event", events.sparsity.values),
             "multiply_adds_left": (
                 "event",
-                (events.multiply_adds / events.dense_multiply_adds).values
+                (events.multiply_adds_left / events.dense_multiply_adds).values
                 if costs
                 else np.full(len(left.event), np.nan),
             ),

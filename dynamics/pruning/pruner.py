@@ -44,7 +44,7 @@ class Pruning:
     @property
     def attributes(self) -> dict[str, str | float]:
         """Numbers and texts for ``recorder.event("prune", ..., **pruning.attributes)``."""
-        costs = {} if self.cost is None else asdict(self.cost)
+        costs = {} if self.cost is None else {f"{name}_left": count for name, count in asdict(self.cost).items()}
         costs |= {} if self.dense is None else {f"dense_{name}": count for name, count in asdict(self.dense).items()}
         return {**self.settings, "target": self.target, "sparsity": self.sparsity, **costs}
 

@@ -1,0 +1,90 @@
+"""Parameters and multiply-adds of a pruned network are those of a smaller one that has only what is left."""
+
+import pytest
+import torch
+from prunable import NETWORKS, batch, trained
+from test_masks import cut
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynamics.models import build
+from dynamics.pruning import Pruner, network_cost
+
+
+def counted(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Parameters, and half of torch's FLOPs of one sample."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *shape))
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1"])
+def test_what_is_left_costs_what_a_smaller_network_does(name: str) -> None:
+    model, optimizer = trained(name)
+    pruner = Pruner(model, optimizer, "magnitude")
+    for sparsity in (0.3, 0.6):
+        pruning = pruner.prune(sparsity, [batch(1)])
+        found = (pruning.cost.parameters, pruning.cost.multiply_adds)
+        assert found == counted(cut(model, pruning.alive), (1, 32, 32))
+        assert (pruning.dense.parameters, pruning.dense.multiply_adds) == counted(model, (1, 32, 32))
+        assert network_cost(model, (1, 32, 32)) == pruning.cost
+
+
+# Counted by hand: Σ over layers of filters × input channels × kernel × pixels, and the head.
+PUBLISHED = {"vgg13": 9_413_066, "mobilenet_v1": 3_217_226, "resnet56": 855_770}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_whole_network_costs_what_the_papers_say(name: str) -> None:
+    cost = network_cost(build(name, num_classes=10), (3, 32, 32))
+    assert cost.parameters == PUBLISHED[name]
+    if name == "resnet56":
+        first = 3 * 16 * 9 * 1024
+        stages = [16 * 16 * 9 * 1024 * 18]
+        stages += [(16 * 32 + 17 * 32 * 32) * 9 * 256 + 16 * 32 * 256, (32 * 64 + 17 * 64 * 64) * 9 * 64 + 32 * 64 * 64]
+        assert cost.multiply_adds == first + sum(stages) + 640
+
+
+def test_a_residual_stream_narrows_only_where_all_that_feeds_it_is_silent() -> None:
+    model, _ = trained("resnet")  # widths 4, 6, 8; images 32, 16, 8 pixels wide
+    whole = network_cost(model, (1, 32, 32))
+    first = {name: parameter.new_ones(parameter.shape).bool() for name, parameter in model.named_parameters()}
+    for layer in ("blocks.1.conv2", "blocks.1.norm2"):
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            if name in first:
+                first[name][0] = False
+    one = network_cost(model, (1, 32, 32), first)
+    filter_of_conv2 = 6 * 9
+    assert whole.multiply_adds - one.multiply_adds == filter_of_conv2 * 16 * 16
+    assert whole.parameters - one.parameters == filter_of_conv2 + 2
+    for name in ("blocks.1.shortcut.0.weight", "blocks.1.shortcut.1.weight", "blocks.1.shortcut.1.bias"):
+        first[name][0] = False
+    both = network_cost(model, (1, 32, 32), first)
+    slices = 8 * 9 * 8 * 8 + 8 * 1 * 8 * 8  # conv1 and shortcut of the next block no longer read that channel
+    assert one.multiply_adds - both.multiply_adds == 4 * 16 * 16 + slices
+    assert one.parameters - both.parameters == 4 + 2 + 8 * 9 + 8
+
+
+def test_single_weights_count_as_they_are_used() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.ReLU(), nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(48, 2))
+    keep = {"0.weight": torch.ones(2, 1, 3, 3, dtype=torch.bool), "2.weight": torch.ones(3, 2, 1, 1, dtype=torch.bool)}
+    keep["0.weight"][0], keep["0.weight"][1, 0, 0] = (
+        False,
+        False,
+    )  # the first filter is silent, the second has 6 weights
+    keep["2.weight"][2, 1] = False  # the third reads only the silent one
+    cost = network_cost(model, (1, 6, 6), keep)
+    assert cost.multiply_adds == (6 + 2) * 16 + 96
+    assert cost.parameters == 6 + 2 + 3 + 96 + 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_counting_leaves_no_trace(name: str) -> None:
+    model, _ = trained(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    network_cost(model, (1, 32, 32))
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -47,7 +47,7 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
     """Theory against measurement in one run: :func:`agree` for every relation that the record allows.
 
     Dims (relation, order); relations: "loss decrease" of a step; "norm rate" of the whole network, averaged over
-    windows of a twentieth of the run, at least ten steps; "effect of pruning" on the loss and on ‖g‖².
+    windows of a twentieth of the run, at least ten steps; "effect of pruning" on the loss, ‖g‖², d‖θ‖²/dt and θᵀHg.
 
     Raises:
         MissingQuantityError: the record allows none.
@@ -76,6 +76,8 @@ _RELATIONS = {
     "norm rate": network_norm_rate,
     "effect of pruning on the loss": lambda run: pruning_effect(run).sel(quantity="loss"),
     "effect of pruning on ‖g‖²": lambda run: pruning_effect(run).sel(quantity="grad_sqnorm"),
+    "effect of pruning on d‖θ‖²/dt": lambda run: pruning_effect(run).sel(quantity="param_sqnorm_rate"),
+    "effect of pruning on θᵀHg": lambda run: pruning_effect(run).sel(quantity="param_hess_grad"),
 }
 
 

@@ -8,26 +8,38 @@ import xarray as xr
 from .record import node
 
 _STAGED = ("loss", "grad_sqnorm", "param_sqnorm_rate", "param_hess_grad")
-_REMOVAL = ("grad_removal", "removal_hess_removal", "kept_grad_hess_removal", "param_grad_change")
+_REMOVAL = (
+    "grad_removal",
+    "removal_hess_removal",
+    "kept_grad_hess_removal",
+    "grad_sqnorm_second_order",
+    "param_grad_first_order",
+    "param_grad_second_order",
+)
 _NEEDS = (*_STAGED, *_REMOVAL, "removed_grad_sqnorm", "removed", "remaining")
+_OF_EVENTS = "param_hess_grad_first_order"
 
 
 def pruning_effect(run: xr.DataTree) -> xr.Dataset:
     """What each event changed in the whole network, at its probe: measured, and predicted from before it.
 
-    =================  ===========================  ================================  =================
-    quantity           measured                     first_order                       second_order
-    =================  ===========================  ================================  =================
-    loss               L_after − L_before           gᵀδ                               gᵀδ + ½ δᵀHδ
-    grad_sqnorm        difference of ‖g‖²           2 g_Kᵀ(Hδ)_K − ‖g_R‖²             –
-    param_sqnorm_rate  difference of −2θᵀg          −2 (θ_Kᵀ(g + Hδ)_K − θᵀg)         –
-    param_hess_grad    difference of θᵀHg           –                                 –
-    =================  ===========================  ================================  =================
+    =================  ===================  ===================================  ==================================
+    quantity           measured             first_order                          second_order: with this added
+    =================  ===================  ===================================  ==================================
+    loss               L_after − L_before   gᵀδ                                  ½ δᵀHδ
+    grad_sqnorm        difference of ‖g‖²   2 g_Kᵀ(Hδ)_K − ‖g_R‖²                ‖(Hδ)_K‖² + g_KᵀT[δ,δ]_K
+    param_sqnorm_rate  of −2θᵀg             −2 (θ_Kᵀ(g + Hδ)_K − θᵀg)            −θ_KᵀT[δ,δ]_K
+    param_hess_grad    of θᵀHg              θ_Kᵀ(Hg + H((Hδ)_K − g_R) + T[δ]g_K)_K − θᵀHg
+    =================  ===================  ===================================  ==================================
 
-    δ = θ_after − θ_before, R the parameters pruned by the event, K those that stay; where what stays moves too, its
-    δ_Kᵀg_K belongs to the third row. Gradients after the event are those of K alone, the ones that training goes on
-    with: the removed parameters' own share goes for good, and of Hδ only K's part counts. Errors are O(‖δ‖²) in first
-    and O(‖δ‖³) in second order; the dashes need third derivatives of the loss, θᵀHg's in first order already.
+    δ = θ_after − θ_before, R the parameters pruned by the event, K those that stay, T the derivative of H. Gradients
+    after the event are those of K alone, the ones that training goes on with: the removed parameters' own share goes
+    for good, and of Hδ only K's part counts. (Where what stays moves too, δ_Kᵀ times the same vector comes to the last
+    two rows.) Errors are O(‖δ‖²) in first and O(‖δ‖³) in second order. θᵀHg in second order would need fourth
+    derivatives; NaN.
+
+    Where a filter goes with its normalisation, δ shrinks its weights and its γ together, and its output twice as fast
+    at first: the first order counts it twice, however few filters go (:func:`removal_curve` has both directions).
 
     Dims (quantity, event). Coordinates over ``event``: step, kind, whatever the event was described with, and
     ``removed_share``, |R| over the number of parameters left before.
@@ -53,8 +65,9 @@ def pruning_effect_per_layer(run: xr.DataTree) -> xr.Dataset:
 def removal_curve(run: xr.DataTree) -> xr.Dataset:
     """:func:`pruning_effect` of prunings that were tried on copies, over the share of the filters that goes.
 
-    Dims (quantity, event, direction, fraction), with ``removed_share`` over (event, fraction). Along "filter" δ is the
-    removal of all parameters; along "gate" that of each filter's last γ and β only, which leads to the same network.
+    Along "parameters" δ is the removal of all parameters that go with a filter; along "output" that of its last γ and
+    β, which leads to the same network. θᵀHg is measured only. Dims (quantity, event, direction, fraction), and
+    ``removed_share`` over (event, fraction).
 
     Raises:
         MissingQuantityError: no curve was added to an event.
@@ -104,16 +117,22 @@ def _of_events(run: xr.DataTree, *, per_layer: bool) -> xr.Dataset:
 
 def _changes(rows: xr.Dataset, *, per_layer: bool) -> xr.Dataset:
     """Measured and predicted change of each quantity, from the rows of a pruning, for each layer or for all."""
-    summed = [name for name in _NEEDS if name != "loss"]
+    summed = [name for name in (*_NEEDS, _OF_EVENTS) if name != "loss" and name in rows]
     sums = rows[summed] if per_layer else rows[summed].sum("layer", skipna=False)
     sums["loss"] = rows.loss.where(False).broadcast_like(sums.removed) if per_layer else rows.loss
     measured = {name: (sums[name].sel(stage="after") - sums[name].sel(stage="before")) for name in _STAGED}
     first = {
         "loss": sums.grad_removal,
         "grad_sqnorm": 2 * sums.kept_grad_hess_removal - sums.removed_grad_sqnorm,
-        "param_sqnorm_rate": -2 * sums.param_grad_change,
+        "param_sqnorm_rate": -2 * sums.param_grad_first_order,
     }
-    second = {"loss": sums.grad_removal + sums.removal_hess_removal / 2}
+    second = {
+        "loss": first["loss"] + sums.removal_hess_removal / 2,
+        "grad_sqnorm": first["grad_sqnorm"] + sums.grad_sqnorm_second_order,
+        "param_sqnorm_rate": first["param_sqnorm_rate"] - 2 * sums.param_grad_second_order,
+    }
+    if _OF_EVENTS in sums:
+        first["param_hess_grad"] = sums[_OF_EVENTS]
     parts = {"measured": measured, "first_order": first, "second_order": second}
     quantity, missing = xr.Variable("quantity", list(_STAGED)), first["loss"].where(False)
     columns = {

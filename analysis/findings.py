@@ -111,15 +111,16 @@ def layer_choice(runs: Runs) -> str:
 def effect_prediction(runs: Runs) -> str:
     """How well the effect of a pruning is predicted, over all runs."""
     pooled = {name: _pool({label: effect.sel(quantity=name) for label, effect in each(runs, pruning_effect).items()})
-              for name in ("loss", "grad_sqnorm")}  # fmt: skip
-    loss, norm = (agree(values) for values in pooled.values())
+              for name in ("loss", "grad_sqnorm", "param_sqnorm_rate")}  # fmt: skip
+    loss, norm, rate = (agree(values) for values in pooled.values())
     (first, second), (rank, rank_second) = loss.median_relative_error.values, loss.rank_correlation.values
     removed = pooled["loss"].removed_share
     return (
         f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order, rank correlation "
         f"{rank:.2f} and {rank_second:.2f}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}, rank correlation "
-        f"{float(norm.rank_correlation[0]):.2f}. n = {removed.size} prunings, each of {float(removed.min()):.0%} to "
-        f"{float(removed.max()):.0%} of the parameters left."
+        f"{float(norm.rank_correlation[0]):.2f}. d‖θ‖²/dt: {float(rate.median_relative_error[0]):.0%}, rank "
+        f"correlation {float(rate.rank_correlation[0]):.2f}. n = {removed.size} prunings, each of "
+        f"{float(removed.min()):.0%} to {float(removed.max()):.0%} of the parameters left."
     )
 
 

@@ -17,11 +17,11 @@ def scale_invariance(run: xr.DataTree, *, tolerance: float = 0.01) -> xr.Dataset
     ==============  =========================================================================
     alignment       |θ_fᵀg_f| / (‖θ_f‖ ‖g_f‖): the cosine between filter and gradient
     deviation       |θ_fᵀ(Hg)_f + ‖g_f‖²| / ‖g_f‖²
-    invariant       whether both are below ``tolerance``
+    invariant       1 where both are below ``tolerance``, else 0
     ==============  =========================================================================
 
-    Dims (event, mode, unit), pure numbers; NaN (not invariant) where a filter is pruned or has no gradient. The
-    identities hold up to a normalisation's ε and to rounding, so neither number is zero.
+    Dims (event, mode, unit), pure numbers; NaN where a filter is pruned or has no gradient. The identities hold up to a
+    normalisation's ε and to rounding, so neither number is zero.
 
     Raises:
         MissingQuantityError: no such study was added to an event.
@@ -30,7 +30,7 @@ def scale_invariance(run: xr.DataTree, *, tolerance: float = 0.01) -> xr.Dataset
     grad_sqnorm = filters.grad_sqnorm.where(filters.grad_sqnorm > 0)
     alignment = np.abs(filters.param_grad) / np.sqrt(filters.param_sqnorm * grad_sqnorm)
     deviation = np.abs(filters.param_hess_grad + grad_sqnorm) / grad_sqnorm
-    invariant = (alignment < tolerance) & (deviation < tolerance)
+    invariant = ((alignment < tolerance) & (deviation < tolerance)).where(deviation.notnull())
     return xr.Dataset({"alignment": alignment, "deviation": deviation, "invariant": invariant})
 
 

@@ -73,6 +73,16 @@ class Stage:
         """Hv at this stage, for a vector and as a vector."""
         return self._vector(self._expansion.hessian_product(self._layers.tensors(blocks, self._names)))
 
+    def third_product(self, first: Tensor, second: Tensor) -> Tensor:
+        """T[u,v] at this stage, T the derivative of H, for two vectors and as a vector."""
+        directions = [self._layers.tensors(blocks, self._names) for blocks in (first, second)]
+        return self._vector(self._expansion.third_product(*directions))
+
+    def hess_grad_change(self, removal: Tensor, hess_removal: Tensor, removed: Tensor) -> Tensor:
+        """First-order change of Hg by a removal δ: H((Hδ)_K − g_R) + T[δ]g_K."""
+        moved = self.hessian_product(hess_removal * (1 - removed) - self._grad * removed)
+        return moved + self.third_product(removal, self._grad * (1 - removed))
+
     def vectors(self, **others: Tensor) -> Vectors:
         """θ, g, Hg and what is kept, with further vectors."""
         return Vectors(theta=self.theta, grad=self._grad, hess_grad=self._hess_grad, kept=self.kept, **others)
@@ -100,22 +110,19 @@ def effect(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
 @torch.no_grad()
 def measured(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
     """The quantities of ``/pruning`` at both stages, (stage, layer); the loss, (stage,)."""
-    names = [row.name for row in _rows() if "stage" in row.over]
+    names = [row.name for row in schema.quantities("pruning") if {"stage", "layer"} <= set(row.over)]
     stages = [layers.evaluate(names, stage.vectors()) for stage in (before, after)]
     values = {name: torch.stack([stage[name] for stage in stages]) for name in names}
     return values | {"loss": torch.stack([before.loss, after.loss])}
 
 
 @torch.no_grad()
-def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor) -> dict[str, Tensor]:
-    """The quantities of ``/pruning`` that are of a removal δ, (layer,): from the network before, and R."""
-    vectors = before.vectors(
-        removal=removal,
-        hess_removal=before.hessian_product(removal),
-        removed=before.kept * (1 - after.kept),
-    )
-    return layers.evaluate([row.name for row in _rows() if "stage" not in row.over], vectors)
-
-
-def _rows() -> list[schema.Quantity]:
-    return [row for row in schema.quantities("pruning") if "layer" in row.over]
+def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node: str = "pruning") -> dict[str, Tensor]:
+    """The quantities of a node that are of a removal δ, (layer,): from the network before, and R."""
+    names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
+    removed, hess_removal = before.kept * (1 - after.kept), before.hessian_product(removal)
+    others = {"third_removal": before.third_product(removal, removal)}
+    if "param_hess_grad_first_order" in names:
+        others["hess_grad_change"] = before.hess_grad_change(removal, hess_removal, removed)
+    vectors = before.vectors(removal=removal, hess_removal=hess_removal, removed=removed, **others)
+    return layers.evaluate(names, vectors)

@@ -29,6 +29,8 @@ class Vectors:
     hess_update: Tensor | None = None  # HΔθ
     removal: Tensor | None = None  # δ
     hess_removal: Tensor | None = None  # Hδ
+    third_removal: Tensor | None = None  # T[δ,δ], where T is the derivative of H
+    hess_grad_change: Tensor | None = None  # first-order change of Hg by the removal
     removed: Tensor | None = None  # 1 on the coordinates that an event removes, else 0
     kept: Tensor | None = None  # 1 on the coordinates that are not pruned, else 0
     scratch: Tensor | None = None  # room for a product, so that none is allocated: memory fresh from the system is slow
@@ -58,10 +60,16 @@ class Vectors:
             yield Vectors(**dict(zip(pieces, parts, strict=True)), scratch=scratch[: len(parts[0])])
 
 
-def _param_grad_change(v: Vectors) -> Tensor:
-    """θᵀg over what is kept, with g + Hδ and θ + δ to first order, less θᵀg over all, (block,)."""
+def _param_grad_first_order(v: Vectors) -> Tensor:
+    """θᵀg over what is kept, with θ + δ and g + Hδ to first order, less θᵀg over all, (block,)."""
     kept = v.removal * v.grad + v.theta * v.hess_removal
     return (kept * (1 - v.removed) - v.theta * v.grad * v.removed).sum(-1)
+
+
+def _param_hess_grad_first_order(v: Vectors) -> Tensor:
+    """θᵀHg over what is kept, with θ + δ and Hg to first order, less θᵀHg over all, (block,)."""
+    kept = v.removal * v.hess_grad + v.theta * v.hess_grad_change
+    return (kept * (1 - v.removed) - v.theta * v.hess_grad * v.removed).sum(-1)
 
 
 FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
@@ -84,7 +92,14 @@ FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
     "removal_hess_removal": lambda v: v.dot("removal", "hess_removal"),
     "grad_hess_removal": lambda v: v.dot("removal", "hess_grad"),
     "kept_grad_hess_removal": lambda v: (v.grad * (1 - v.removed) * v.hess_removal).sum(-1),
-    "param_grad_change": _param_grad_change,
+    "grad_sqnorm_second_order": lambda v: ((v.hess_removal.square() + v.grad * v.third_removal) * (1 - v.removed)).sum(
+        -1
+    ),
+    "param_grad_first_order": _param_grad_first_order,
+    "param_grad_second_order": lambda v: (
+        (v.removal * v.hess_removal + v.theta * v.third_removal / 2) * (1 - v.removed)
+    ).sum(-1),
+    "param_hess_grad_first_order": _param_hess_grad_first_order,
     "removed_grad_sqnorm": lambda v: (v.grad.square() * v.removed).sum(-1),
     "removed": lambda v: v.removed.sum(-1),
     "remaining": lambda v: v.kept.sum(-1),

@@ -93,6 +93,8 @@ def test_agreement_holds_every_relation(record: xr.DataTree) -> None:
         "norm rate",
         "effect of pruning on the loss",
         "effect of pruning on ‖g‖²",
+        "effect of pruning on d‖θ‖²/dt",
+        "effect of pruning on θᵀHg",
     ]
     errors = found.median_relative_error.sel(relation="loss decrease")
     assert float(errors.sel(order="second_order")) < float(errors.sel(order="first_order"))

@@ -1,5 +1,6 @@
 """What a pruning does is predicted the better, the less it removes; a real one is accounted for to the parameter."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from networks import convolutional_network, dense, flat, images, smooth_network, vectors
 
-from analysis import pruning_effect
+from analysis import pruning_effect, pruning_effect_per_layer, removed_decrease
 from dynamics import Recorder, open_run
 from dynamics.masks import apply_masks
 
+Vector = Callable[[torch.Tensor], torch.Tensor]
 SHRINKAGES = (0.08, 0.04, 0.02, 0.01)
 
 
@@ -21,7 +23,10 @@ SHRINKAGES = (0.08, 0.04, 0.02, 0.01)
         ("loss", "first_order", 2),
         ("loss", "second_order", 3),
         ("grad_sqnorm", "first_order", 2),
+        ("grad_sqnorm", "second_order", 3),
         ("param_sqnorm_rate", "first_order", 2),
+        ("param_sqnorm_rate", "second_order", 3),
+        ("param_hess_grad", "first_order", 2),
     ],
 )
 def test_effect_of_a_vanishing_pruning(tmp_path: Path, quantity: str, order: str, expected: int) -> None:
@@ -33,7 +38,8 @@ def test_effect_of_a_vanishing_pruning(tmp_path: Path, quantity: str, order: str
         path = tmp_path / str(shrinkage)
         with Recorder(path, model, optimizer) as recorder:
             with recorder.event("shrink", probe=batches), torch.no_grad():
-                model[0].weight[1] *= 1 - shrinkage
+                for parameter in model.parameters():
+                    parameter *= 1 - shrinkage
         effect = pruning_effect(open_run(path)).sel(quantity=quantity).isel(event=0)
         errors.append(abs(float(effect.measured - effect[order])))
     slope = np.polyfit(np.log(SHRINKAGES), np.log(errors), 1)[0]
@@ -85,6 +91,36 @@ def test_a_masked_pruning_is_accounted_for(tmp_path: Path) -> None:
     assert str(events["mode"].values) == "eval"
 
 
+def test_the_effect_on_the_layers_adds_up_and_the_removed_part_of_the_decrease_too(tmp_path: Path) -> None:
+    model, (batch,) = smooth_network(), vectors(1)
+    theta, grad, hessian = dense(model, batch)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=[batch]):
+            apply_masks(model, {"0.weight": (torch.arange(5) != 1).view(5, 1).expand(5, 4)})
+    run = open_run(tmp_path / "run")
+    layers, total = pruning_effect_per_layer(run).isel(event=0), pruning_effect(run).isel(event=0)
+    assert layers.measured.sel(quantity="loss").isnull().all()
+    for order in ("first_order", "second_order"):  # of θᵀHg, NaN in second order
+        summed = layers[order].sum("layer", skipna=False)
+        np.testing.assert_allclose(summed, total[order], rtol=1e-12)
+    gone = ["grad_sqnorm", "param_sqnorm_rate", "param_hess_grad"]
+    np.testing.assert_allclose(
+        layers.measured.sel(quantity=gone).sum("layer"), total.measured.sel(quantity=gone), rtol=1e-12
+    )
+    removal, kept = torch.zeros(43), torch.ones(43, dtype=torch.bool)
+    removal[4:8], kept[4:8] = -theta[4:8], False
+    moved = hessian @ removal
+    first = slice(0, 25)  # weight and bias of the first layer
+    inside = 2 * (grad * moved)[first][kept[first]].sum() - grad[4:8].square().sum()
+    np.testing.assert_allclose(layers.first_order.sel(quantity="grad_sqnorm", layer="0"), inside, rtol=1e-10)
+    carried = removed_decrease(run).isel(event=0)
+    share = grad[4:8].square().sum() / grad.square().sum()
+    np.testing.assert_allclose(carried.decrease.sum("layer"), share, rtol=1e-12)
+    np.testing.assert_allclose(carried.parameters.sum("layer"), 4 / 43, rtol=1e-12)
+    of_layer = grad[4:8].square().sum() / grad[first].square().sum()
+    np.testing.assert_allclose(carried.of_layer, [of_layer, 0], rtol=1e-12)
+
+
 def test_an_event_that_fails_leaves_no_row(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(1)
     with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
@@ -103,6 +139,40 @@ def test_an_event_that_fails_leaves_no_row(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=message), recorder.event("prune", probe=batches, **wrong):
                 pass
     assert "event" not in open_run(tmp_path / "run")["pruning"].sizes
+
+
+def hess_kept_grad(model: torch.nn.Module, batches: list, kept: torch.Tensor, mask: torch.Tensor) -> Vector:
+    """θ ↦ H(θ) g_K(θ) of the mean loss whose parameters are masked, from dense derivatives."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def loss(theta: torch.Tensor) -> torch.Tensor:
+        parts = (theta * mask).split([shape.numel() for shape in shapes.values()])
+        values = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        outputs = [(torch.func.functional_call(model, values, inputs), labels) for inputs, labels in batches]
+        return torch.stack([F.cross_entropy(*output) for output in outputs]).mean()
+
+    return lambda theta: torch.func.hessian(loss)(theta) @ (torch.func.grad(loss)(theta) * kept)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_change_of_the_curvature_is_predicted_from_third_derivatives(tmp_path: Path, count: int) -> None:
+    model, batches = smooth_network(), vectors(count)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    theta, everything = flat(list(model.parameters())), torch.ones(43)
+    kept = everything.clone()
+    kept[4:8] = 0
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        with recorder.event("prune", probe=batches):
+            apply_masks(model, {"0.weight": (torch.arange(5) != 1).view(5, 1).expand(5, 4)}, optimizer)
+    whole = hess_kept_grad(model, batches, everything, everything)
+    parts = torch.func.jvp(hess_kept_grad(model, batches, kept, everything), (theta,), (theta * (kept - 1),))
+    expected = (theta * kept) @ sum(parts) - theta @ whole(theta)
+    change = open_run(tmp_path / "run")["pruning"].to_dataset().param_hess_grad_first_order.isel(event=0)
+    np.testing.assert_allclose(change.sum("layer"), expected, rtol=1e-10)
+    effect = pruning_effect(open_run(tmp_path / "run")).sel(quantity="param_hess_grad").isel(event=0)
+    pruned = hess_kept_grad(model, batches, kept, kept)(theta * kept)
+    np.testing.assert_allclose(effect.measured, (theta * kept) @ pruned - theta @ whole(theta), rtol=1e-10)
+    np.testing.assert_allclose(effect.first_order, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -132,4 +202,4 @@ def test_a_second_pruning_is_predicted_from_the_network_before_it(tmp_path: Path
     kept = torch.ones(len(theta), dtype=torch.bool)
     kept[part] = False
     changed = theta[kept] @ (grad + hessian @ removal)[kept] - theta @ grad
-    np.testing.assert_allclose(total.param_grad_change, changed, rtol=1e-10)
+    np.testing.assert_allclose(total.param_grad_first_order, changed, rtol=1e-10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ MODES = ("train", "eval")
 
 
 def scale_invariance(
-    model: nn.Module, probe: Sequence[Any], *, objective: Objective = cross_entropy_objective
+    model: nn.Module,
+    probe: Sequence[Any],
+    *,
+    objective: Objective = cross_entropy_objective,
+    protected: Iterable[str] = (),
 ) -> xr.Dataset:
     """‖θ_f‖², ‖g_f‖², θ_fᵀg_f and θ_fᵀ(Hg)_f of each filter f of the ranked convolutions, in both modes.
 
@@ -34,13 +38,14 @@ def scale_invariance(
         model: see :func:`scores`; it is left as it is.
         probe: batches at which the loss is evaluated; in training mode each is normalised by itself.
         objective: the loss.
+        protected: names of layers that are left out.
 
     Returns:
         Dims (mode, unit), with the coordinates layer and index of each filter; NaN where a filter is pruned. To be
         added to an event: ``event.add("invariance", ...)``.
     """
     model = unwrap(model)
-    names = [layer.name for layer in unit_layers(model)]
+    names = [layer.name for layer in unit_layers(model, protected)]
     sums = xr.concat(
         [_of_filters(model, names, probe, objective, mode) for mode in MODES], xr.Variable("mode", list(MODES))
     )
@@ -63,7 +68,7 @@ def _of_filters(
         key = f"{layer}.weight"
         rows = [vectors[key].detach().double().flatten(1) for vectors in (expansion.theta, grad, hess_grad)]
         of_layer = Vectors(theta=rows[0], grad=rows[1], hess_grad=rows[2])
-        alive = _alive(model, key)
+        alive = standing(model, layer)
         found.append([FORMULAS[name](of_layer).where(alive, torch.nan) for name in names])
     return xr.Dataset(
         {
@@ -73,7 +78,8 @@ def _of_filters(
     )
 
 
-def _alive(model: nn.Module, name: str) -> Tensor:
-    """Which filters of a weight are not pruned, (filter,)."""
-    kept = parameter_masks(model).get(name, torch.ones_like(model.get_parameter(name), dtype=torch.bool))
+def standing(model: nn.Module, layer: str) -> Tensor:
+    """Which filters of a layer are not pruned, boolean (filter,)."""
+    weight = f"{layer}.weight"
+    kept = parameter_masks(model).get(weight, torch.ones_like(model.get_parameter(weight), dtype=torch.bool))
     return kept.flatten(1).any(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..masks import parameter_masks
 from ..probe import unwrap
-from .importance import scores
+from .importance import scores_by_measure
+from .invariance import standing
 from .measures import find_measure
 
 
@@ -24,6 +24,7 @@ def resampled_scores(
     draws: int = 25,
     seed: int = 0,
     mode: str = "eval",
+    protected: Iterable[str] = (),
 ) -> xr.Dataset:
     """Scores of all filters by each measure, on all batches and on ``draws`` bootstrap samples of them.
 
@@ -33,7 +34,7 @@ def resampled_scores(
     its paper's temperature; a class-balanced one is scored on the same batches as the others.
 
     Returns:
-        ``score`` (measure, unit) and ``resampled_score`` (measure, draw, unit), with the coordinates layer and index
+        ``score`` (measure, unit) and ``resampled_score`` (draw, measure, unit), with the coordinates layer and index
         of each filter; NaN where a filter is pruned. To be added to an event: ``event.add("scores", ...)``.
 
     Raises:
@@ -44,33 +45,38 @@ def resampled_scores(
         raise ValueError(
             f"the bootstrap needs two batches, draws and a measure at least, got {len(batches)}, {draws}, {measures}"
         )
+    settings = {"mode": mode, "protected": tuple(protected)}
     chosen = np.random.default_rng(seed).integers(len(batches), size=(draws, len(batches)))
     samples = [batches, *([batches[index] for index in draw] for draw in chosen)]
-    found = {name: [_scored(model, sample, name, mode) for sample in samples] for name in measures}
-    layers = {name: len(values) for name, values in found[measures[0]][0].items()}
-    values = np.stack([[_row(model, one) for one in found[name]] for name in measures])
+    found = [_scored(model, sample, measures, settings) for sample in samples]
+    values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()
+    filters = {layer: len(scores) for layer, scores in found[0][measures[0]].items()}
     return xr.Dataset(
         {
-            "score": (["measure", "unit"], values[:, 0]),
-            "resampled_score": (["measure", "draw", "unit"], values[:, 1:]),
+            "score": (["measure", "unit"], values[0]),
+            "resampled_score": (["draw", "measure", "unit"], values[1:]),
         },
         coords={
             "measure": measures,
-            "layer": ("unit", [name for name, filters in layers.items() for _ in range(filters)]),
-            "index": ("unit", [index for filters in layers.values() for index in range(filters)]),
+            "layer": ("unit", [layer for layer, count in filters.items() for _ in range(count)]),
+            "index": ("unit", [index for count in filters.values() for index in range(count)]),
         },
     )
 
 
-def _scored(model: nn.Module, batches: list[Any], measure: str, mode: str) -> dict[str, Tensor]:
-    return scores(model, batches, measure, temperature=find_measure(measure).temperature, mode=mode)
+def _scored(
+    model: nn.Module, batches: list[Any], measures: list[str], settings: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Measure → layer → scores, each measure at its own temperature."""
+    temperatures = {name: find_measure(name).temperature for name in measures}
+    found = {}
+    for temperature in dict.fromkeys(temperatures.values()):
+        together = [name for name in measures if temperatures[name] == temperature]
+        found |= scores_by_measure(model, batches, together, temperature=temperature, **settings)
+    return found
 
 
-def _row(model: nn.Module, found: dict[str, Tensor]) -> np.ndarray:
+def _row(model: nn.Module, found: dict[str, Tensor]) -> Tensor:
     """Scores of all units, (unit,); NaN for those that are pruned."""
-    masks = parameter_masks(unwrap(model))
-    alive = {
-        name: masks[f"{name}.weight"].flatten(1).any(1) if f"{name}.weight" in masks else torch.ones_like(values).bool()
-        for name, values in found.items()
-    }
-    return torch.cat([values.double().where(alive[name], torch.nan) for name, values in found.items()]).cpu().numpy()
+    model = unwrap(model)
+    return torch.cat([values.double().where(standing(model, layer), torch.nan) for layer, values in found.items()])

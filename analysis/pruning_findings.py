@@ -1,0 +1,85 @@
+"""What was found about the prunings, in a sentence each, computed from the runs at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from .agreement import agree, residuals
+from .effect import pruning_effect_per_layer, removal_curve, removed_decrease
+from .findings import each
+from .invariance import grasp_and_gradient, scale_invariance
+from .measures import WHOLE, rank_agreement, score_noise
+from .record import name_of
+
+Runs = Mapping[str, xr.DataTree]
+
+
+def layers_moved(runs: Runs) -> str:
+    """How well the first pruning's effect on each layer is predicted, in the first run that was pruned."""
+    effect = next(iter(each(runs, pruning_effect_per_layer).values())).isel(event=0)
+    parts = []
+    for quantity, symbol in (("grad_sqnorm", "‖g‖²"), ("param_sqnorm_rate", "d‖θ‖²/dt")):
+        first = agree(effect.sel(quantity=quantity)).sel(order="first_order")
+        parts.append(f"{symbol} {float(first.rank_correlation):.2f} ({float(first.median_relative_error):.0%})")
+    return (
+        "Rank correlation of predicted and measured change over the layers, and median relative error in first order: "
+        f"{', '.join(parts)}."
+    )
+
+
+def decrease_removed(runs: Runs) -> str:
+    """Each run's removed share of ‖g‖² beside that of the parameters, over all its prunings."""
+    parts = []
+    for label, found in each(runs, removed_decrease).items():
+        total = found[["decrease", "parameters"]].sum("layer").mean("event")
+        parts.append(f"{name_of(label)} {float(total.decrease):.1%} with {float(total.parameters):.1%}")
+    return f"Mean share of ‖g‖² removed in a pruning, with the share of the parameters: {', '.join(parts)}."
+
+
+def curve_errors(runs: Runs) -> str:
+    """Error of the predicted change of the loss along both directions, where the fewest and the most filters go."""
+    curve = next(iter(each(runs, removal_curve).values())).isel(event=0).sel(quantity="loss")
+    error = np.abs(residuals(curve) / curve.measured)
+    few, many = (
+        [f"{float(error[order].sel(direction=direction)[index]):.0%}" for direction in ("output", "parameters")
+         for order in ("first_order", "second_order")]
+        for index in (0, -1)
+    )  # fmt: skip
+    fewest, most = (f"{float(value):.2g}" for value in (curve.fraction[0] * 100, curve.fraction[-1] * 100))
+    return (
+        f"Relative error of Δloss in first and second order, where {fewest} % of the filters go: {few[0]} and {few[1]} "
+        f"from the output, {few[2]} and {few[3]} from all parameters; where {most} % go: {many[0]} and {many[1]}, "
+        f"{many[2]} and {many[3]}."
+    )
+
+
+def measures_agree(runs: Runs) -> str:
+    """The most and least alike measures of the first run that compared them, and how reliable the noisiest is."""
+    label = next(iter(each(runs, score_noise)))
+    agreement = rank_agreement(runs[label]).sel(layer=WHOLE).rank_correlation.mean("event")
+    names = agreement.measure.values
+    pairs = {(names[i], names[j]): float(agreement[i, j]) for i in range(len(names)) for j in range(i)}
+    most, least = max(pairs, key=pairs.get), min(pairs, key=pairs.get)
+    reliability = score_noise(runs[label]).reliability.mean("event")
+    noisiest = str(reliability.measure.values[np.argmin(reliability.values)])
+    said = [f"{name_of(one)} and {name_of(other)} ({pairs[one, other]:.2f})" for one, other in (most, least)]
+    return (
+        f"Most alike are {said[0]}, least {said[1]}. With itself on batches drawn again the noisiest, "
+        f"{name_of(noisiest)}, has a rank correlation of {float(reliability.min()):.2f}."
+    )
+
+
+def filters_invariant(runs: Runs) -> str:
+    """How many filters are scale-invariant in either mode, and how far GraSP's score is minus their ‖g‖² there."""
+    label = next(iter(each(runs, scale_invariance)))
+    share = scale_invariance(runs[label]).invariant.mean(("event", "unit"))
+    rank = grasp_and_gradient(runs[label]).rank_correlation.mean("event")
+    said = [
+        f"in {name} {float(share.sel(mode=mode)):.0%} of the filters, and Σθ(Hg) ranks like −‖g‖² "
+        f"({float(rank.sel(mode=mode)):.2f})"
+        for mode, name in (("train", "training mode"), ("eval", "eval mode"))
+    ]
+    return f"Both identities hold to 1 % {said[0]}; {said[1]}."

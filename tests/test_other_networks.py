@@ -1,0 +1,203 @@
+"""Anyone's network: what can be pruned is silent at once and for good, and what cannot is refused by name."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from dynamics.masks import parameter_masks
+from dynamics.pruning import Pruner, scores
+from dynamics.pruning.units import unit_layers
+
+TORCHVISION = ["resnet18", "alexnet", "mobilenet_v2", "squeezenet1_0", "densenet121", "shufflenet_v2_x0_5"]
+
+
+def data(size: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(2, 3, size, size), torch.tensor([0, 1]))]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_networks_are_pruned(name: str) -> None:
+    """Exactly as many filters go as asked, and nothing comes out where the last of what goes with them is, ever."""
+    model = getattr(torchvision.models, name)(num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-2)
+    pruner = Pruner(model, optimizer, "taylor")
+    total = sum(len(kept) for kept in pruner.alive.values())
+    alive = pruner.prune(0.3, data(64)).alive
+    assert sum(int(kept.sum()) for kept in alive.values()) == round(0.7 * total)
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(layer.modules[-1]).register_forward_hook(
+            lambda module, inputs, output, name=layer.name: outputs.update({name: output.detach().clone()})
+        )
+        for layer in unit_layers(model)
+    ]
+    inputs, labels = data(64)[0]
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(inputs), labels).backward()
+        optimizer.step()
+    model.eval()(inputs)
+    for layer, output in outputs.items():
+        assert (output[:, ~alive[layer]] == 0).all()
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_classes_of_a_convolutional_head_never_go() -> None:
+    model = torchvision.models.squeezenet1_0(num_classes=5)
+    with torch.no_grad():
+        model.classifier[1].weight.mul_(1e-6)
+    alive = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude").prune(0.5).alive
+    assert alive["classifier.1"].all()
+
+
+def test_hidden_neurons_are_filters_and_the_classes_are_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    one = [(torch.randn(7, 4), torch.arange(7) % 3)]
+    found = scores(model, one, "fisher", temperature=2.0)
+    assert {layer: len(values) for layer, values in found.items()} == {"0": 6, "3": 5}
+    expected = torch.zeros(5)
+    for sample, label in zip(one[0][0], one[0][1], strict=True):
+        loss = F.cross_entropy(model.eval()(sample[None]) / 2, label[None])
+        (grad,) = torch.autograd.grad(loss, [model[3].weight])
+        expected += (grad * model[3].weight.detach()).sum(1).square() / 14
+    torch.testing.assert_close(found["3"], expected, rtol=1e-10, atol=1e-15)
+    pruner = Pruner(model.train(), torch.optim.SGD(model.parameters(), 0.1), "taylor")
+    alive = pruner.prune(0.5, one).alive
+    assert set(parameter_masks(model)) == {f"{module}.{leaf}" for module in "013" for leaf in ("weight", "bias")}
+    hidden = model[:3](one[0][0])
+    assert (hidden[:, ~alive["0"]] == 0).all()
+
+
+class Branching(nn.Module):
+    """What torch.fx cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.convolution(inputs) if inputs.sum() > 0 else inputs
+
+
+class OneNorm(nn.Module):
+    """Two convolutions through the same BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(inputs)) * self.norm(self.second(inputs))).mean((2, 3))
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers, nn.Flatten(), nn.Linear(256, 2))
+
+
+def tied() -> nn.Sequential:
+    model = chain(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    model[2].weight = model[1].weight
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "untraceable": (Branching, r"Branching cannot be traced by torch\.fx"),
+    "grouped": (lambda: chain(nn.Conv2d(4, 4, 1, groups=2)), r"layer '1' has 2 groups: only plain and depthwise"),
+    "transposed": (lambda: chain(nn.ConvTranspose2d(4, 4, 1)), "layer '1' is a transposed convolution"),
+    "sigmoid": (lambda: chain(nn.Sigmoid()), r"layer '0' runs into '1' \(Sigmoid\), which makes something of"),
+    "group norm": (lambda: chain(nn.GroupNorm(2, 4)), r"layer '0' runs into '1' \(GroupNorm\)"),
+    "no γ and β": (lambda: chain(nn.BatchNorm2d(4, affine=False)), "layer '0' runs into '1', which has no γ and β"),
+    "one norm for two": (OneNorm, "layer 'second' runs into 'norm', and so does 'first'"),
+    "tied": (tied, "layer '1' shares its weight with '2'"),
+    "parametrized": (
+        lambda: chain(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))),
+        "layer '1' has a weight that is computed from others",
+    ),
+    "nothing to prune": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), "no convolution or hidden linear"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_pruned_safely_is_refused_by_name(case: str) -> None:
+    make, message = REFUSED[case]
+    model = make()
+    before = copy.deepcopy(dict(model.state_dict()))
+    for prune in (
+        lambda: Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude"),
+        lambda: scores(model, None, "magnitude"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_refused_layer_may_be_left_as_it_is() -> None:
+    model = torchvision.models.mobilenet_v3_small(num_classes=5)
+    with pytest.raises(ValueError, match=r"features\.1\.block\.1\.fc2.*name it in protected="):
+        unit_layers(model)
+    gates = [name for name, _ in model.named_modules() if name.endswith("fc2")]
+    alive = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude", protected=gates).prune(0.4).alive
+    assert not set(gates) & alive.keys()
+    assert sum(int(kept.sum()) for kept in alive.values()) == round(0.6 * sum(map(len, alive.values())))
+
+
+def test_a_convolution_called_twice_goes_with_all_that_follows_it() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.one, self.two = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head((self.one(self.shared(inputs)) + self.two(self.shared(-inputs))).mean((2, 3)))
+
+    (layer,) = unit_layers(Twice())
+    assert layer.modules == ("shared", "one", "two")
+    assert layer.summed
+
+
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+@pytest.mark.parametrize(
+    ("sparsity", "batches", "measure", "message"),
+    [
+        (1.0, None, "magnitude", r"sparsity must be in \[0, 1\), got 1.0"),
+        (-0.5, None, "magnitude", r"sparsity must be in \[0, 1\), got -0.5"),
+        (0.9999, None, "magnitude", r"asks for \d+ units more to go, but only \d+ can: every layer keeps"),
+        (0.5, None, "snip", r"snip needs data: pass batches of \(inputs, labels\), got none"),
+        (0.5, [], "grasp", r"grasp needs data: pass batches"),
+        (0.5, "meta", "magnitude", "the model is on 2 devices .* move it with"),
+    ],
+)
+def test_bad_input_leaves_the_model_as_it_is(
+    sparsity: float, batches: object, measure: str, message: str, granularity: str
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4) % 2).backward()
+    optimizer.step()
+    if batches == "meta":
+        batches, model[4] = None, model[4].to("meta")
+
+    def everything() -> list[Tensor]:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        grads = [parameter.grad for parameter in model.parameters()]
+        return [
+            one.clone() for one in (*model.state_dict().values(), *model.buffers(), *states, *grads) if not one.is_meta
+        ]
+
+    pruner = Pruner(model, optimizer, measure, granularity=granularity)
+    before, random = everything(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(sparsity, batches)
+    assert all(map(torch.equal, everything(), before))
+    assert torch.equal(random, torch.get_rng_state())
+    assert not parameter_masks(model)
+    assert all(kept.all() for kept in pruner.alive.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

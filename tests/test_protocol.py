@@ -1,0 +1,218 @@
+"""The default protocol has no quirk; each quirk of the paper's code does what is written of it, and nothing else."""
+
+import itertools
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from prunable import NETWORKS, batch, goes_with, train, trained
+from torch import nn
+
+import analysis.__main__
+from analysis.protocol import counted, protocol_diff
+from dynamics import open_run
+from dynamics.masks import parameter_masks
+from dynamics.protocols import Comparison, compare
+from dynamics.pruning import MEASURES, PROTOCOLS, Protocol, Pruner, scores, share_left
+
+QUIRKS = [name for name in PROTOCOLS if name not in ("default", "reference")]
+
+
+def test_every_switch_is_off_by_default_and_on_in_the_reference() -> None:
+    assert not any(asdict(Protocol()).values())
+    assert PROTOCOLS["default"] == Protocol()
+    assert all(asdict(PROTOCOLS["reference"]).values())
+    assert [[name for name, on in asdict(PROTOCOLS[quirk]).items() if on] for quirk in QUIRKS] == [[q] for q in QUIRKS]
+
+
+@pytest.mark.parametrize(("sparsity", "left"), [(0.75, 0.18), (0.9, 0.02)])
+def test_whole_percents_add_up(sparsity: float, left: float) -> None:
+    """What the paper's code comes to in 25 rounds, in residual networks only."""
+    quirk = PROTOCOLS["whole_percent"]
+    assert quirk.share_left(sparsity, 25, 25, residual=True) == left
+    assert quirk.share_left(sparsity, 25, 25, residual=False) == share_left(sparsity, 25, 25)
+    assert Protocol().share_left(sparsity, 25, 25, residual=True) == share_left(sparsity, 25, 25)
+    percents = [100 * quirk.share_left(sparsity, 25, number, residual=True) for number in range(26)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(percents))
+
+
+Unit = tuple[str, int]
+
+
+def replay(
+    protocol: Protocol, name: str, model: nn.Module, found: dict[str, list[float]], alive: set[Unit], sparsity: float
+) -> set[Unit]:
+    """One round by the rules as they are written, unit by unit; what is alive after it."""
+    residual = name == "resnet"
+    meets_sum = {layer for layer in found if residual and ("conv2" in layer or "shortcut" in layer or layer == "stem")}
+    copied = {layer for layer, own in goes_with(model).items() if any("depthwise" in module for module in own)}
+    rows = [(layer, index) for layer, values in found.items() for index in range(len(values))]
+    ranked = [unit for unit in rows if unit in alive or (protocol.revive_silenced and unit[0] in meets_sum)]
+    may_go = []
+    for layer, values in found.items():
+        own = [unit for unit in ranked if unit[0] == layer]
+        if residual and layer == "stem":
+            continue
+        if protocol.floor_by_index and not residual:
+            stay = own[-(int(0.05 * len(values)) + 1) :]
+        else:
+            count = 1 if protocol.floor_by_index else max(1, -(-len(values) * 5 // 100))
+            stay = sorted(own, key=lambda unit: found[unit[0]][unit[1]])[-count:]
+        may_go += [unit for unit in own if unit not in stay]
+    counts = {unit: 2 if protocol.count_copies and unit[0] in copied else 1 for unit in rows}
+    quota = sum(counts[unit] for unit in ranked) - round(sum(counts.values()) * (1 - sparsity))
+    may_go.sort(key=lambda unit: found[unit[0]][unit[1]])
+    gone: list[Unit] = []
+    for unit in may_go:
+        if quota < counts[unit]:
+            break
+        quota -= counts[unit]
+        gone.append(unit)
+    if protocol.prune_ties and gone:
+        last = found[gone[-1][0]][gone[-1][1]]
+        gone = [unit for unit in may_go if found[unit[0]][unit[1]] <= last]
+    return set(ranked) - set(gone)
+
+
+@pytest.mark.parametrize("measure", ["loss_preservation", "gradient_norm_increase"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rounds_are_those_replayed_by_hand(name: str, protocol: str, measure: str) -> None:
+    model, optimizer = trained(name)
+    pruner = Pruner(model, optimizer, measure, protocol=protocol)
+    assert pruner.residual == (name == "resnet")
+    alive = {(layer, index) for layer, kept in pruner.alive.items() for index in range(len(kept))}
+    for number in range(1, 4):
+        sparsity = 1 - PROTOCOLS[protocol].share_left(0.6, 3, number, residual=name == "resnet")
+        batches = [batch(number)]
+        found = scores(model, batches, measure, temperature=MEASURES[measure].temperature)
+        alive = replay(
+            PROTOCOLS[protocol], name, model, {layer: s.tolist() for layer, s in found.items()}, alive, sparsity
+        )  # fmt: skip
+        pruning = pruner.prune(sparsity, batches)
+        assert {
+            (layer, index) for layer, kept in pruning.alive.items() for index in kept.nonzero().flatten().tolist()
+        } == alive
+        train(model, optimizer, 2)
+
+
+def one_layer(sizes: list[float]) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Conv2d(1, len(sizes), 1, bias=False), nn.Flatten(), nn.Linear(len(sizes), 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(sizes).view(-1, 1, 1, 1))
+    return model, torch.optim.SGD(model.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "alive"), [("default", [1, 1, 1, 1, 1, 0]), ("floor_by_index", [1, 1, 1, 1, 0, 1])]
+)
+def test_the_floor_by_index_protects_the_last_and_not_the_best(protocol: str, alive: list[int]) -> None:
+    model, optimizer = one_layer([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    assert Pruner(model, optimizer, "magnitude", protocol=protocol).prune(1 / 6).alive["0"].int().tolist() == alive
+    model, optimizer = one_layer([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    kept = Pruner(model, optimizer, "magnitude", protocol=protocol).prune(5 / 6).alive["0"].int().tolist()
+    assert kept == ([0, 0, 0, 0, 0, 1] if protocol == "floor_by_index" else [1, 0, 0, 0, 0, 0])
+
+
+def test_ties_at_zero_take_more_than_was_asked() -> None:
+    sizes = [0.0, 0.0, 0.0, 0.0, 3.0, 4.0]
+    for protocol, reached in (("default", 1 / 6), ("prune_ties", 4 / 6), ("reference", 4 / 6)):
+        model, optimizer = one_layer(sizes)
+        pruning = Pruner(model, optimizer, "magnitude", protocol=protocol).prune(1 / 6)
+        assert (pruning.target, pruning.sparsity) == (1 / 6, pytest.approx(reached))
+
+
+def test_a_revived_filter_starts_from_zero_and_learns() -> None:
+    model, optimizer = trained("resnet")
+    pruner = Pruner(model, optimizer, "gradient_norm_increase", protocol="revive_silenced")
+    first = pruner.prune(0.15, [batch(1)]).alive
+    train(model, optimizer, 3)
+    second = pruner.prune(0.17, [batch(2)]).alive
+    revived = [
+        (layer, int(index)) for layer, kept in second.items() for index in (kept & ~first[layer]).nonzero().flatten()
+    ]
+    assert revived  # a silenced filter scores 0, and others less
+    layer, index = revived[0]
+    norm = model.get_submodule(goes_with(model)[layer][1])
+    assert not model.get_submodule(layer).weight[index].any()
+    assert (norm.weight[index], norm.bias[index]) == (0, 0)
+    assert parameter_masks(model)[f"{layer}.weight"][index].all()
+    F.cross_entropy(model(batch(3)[0]), batch(3)[1]).backward()
+    assert norm.bias.grad[index] != 0
+
+
+def test_only_filters_have_a_protocol() -> None:
+    model, optimizer = trained("vgg13", steps=1)
+    with pytest.raises(ValueError, match="unknown protocol 'wrong': choose one of default, whole_percent"):
+        Pruner(model, optimizer, "magnitude", protocol="wrong")
+    with pytest.raises(ValueError, match="got 'weight' with protocol 'reference'"):
+        Pruner(model, optimizer, "magnitude", granularity="weight", protocol="reference")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
+    comparison = Comparison(model="mobilenet_v1", measure="loss_preservation", rounds=2, width=0.1, samples=10)
+    paths = compare(comparison, tmp_path_factory.mktemp("protocols"))
+    return {path.stem: open_run(path) for path in paths}
+
+
+def test_the_comparison_says_what_a_quirk_changes(compared: dict[str, xr.DataTree]) -> None:
+    found = protocol_diff(compared)
+    assert list(found.run.values) == [name for name in PROTOCOLS if name != "select_on_test"]
+    np.testing.assert_allclose(found.asked, [[1 - share_left(0.75, 2, 1), 0.75]] * len(compared))
+    for label, run in compared.items():
+        alive = run["units"].alive.astype(bool).values
+        row = found.sel(run=label)
+        np.testing.assert_allclose(row.reached, 1 - alive.mean(1))
+        assert (
+            row.other.values.tolist()
+            == (alive != compared["default"]["units"].alive.astype(bool).values).sum(1).tolist()
+        )
+        layers = run["units"].layer.values
+        left = np.array([[alive[event, layers == layer].sum() for layer in np.unique(layers)] for event in range(2)])
+        assert row.emptied.values.tolist() == (left == 0).sum(1).tolist()
+        assert ((row.multiply_adds_left > 0) & (row.multiply_adds_left < 1)).all()
+    unchanged = found.sel(run=["whole_percent", "revive_silenced"])
+    assert not unchanged.other.any()  # of residual networks
+    assert (found.sel(run="count_copies").reached != found.sel(run="default").reached).any()
+
+
+def test_records_of_different_networks_are_not_compared(compared: dict[str, xr.DataTree], tmp_path: Path) -> None:
+    other = compare(Comparison(model="vgg13", measure="magnitude", rounds=1, width=0.05), tmp_path)[0]
+    with pytest.raises(ValueError, match="other cannot be compared with default"):
+        protocol_diff({"default": compared["default"], "other": open_run(other)})
+
+
+def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model", "vgg13", "--measure", "magnitude", "--rounds", "1", "--width", "0.05"]
+    assert analysis.__main__.main(["protocol-diff", *small]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == [
+        "default",
+        *sorted({*QUIRKS} - {"select_on_test"}),
+        "reference",
+    ]
+    assert re.search(r"default +75\.\d% +75\.\d%", printed)
+    assert analysis.__main__.main(["protocol-diff", "--measure", "magic"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown measure 'magic': choose one of magnitude")
+    assert analysis.__main__.main(["protocol-diff", "nowhere.zarr", "--rounds", "2"]) == 2
+    assert "--rounds=2 is of a fresh network: give either that, or records" in capsys.readouterr().err
+
+
+def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol() -> None:
+    epochs = xr.Dataset(
+        {"test_accuracy": ("epoch", [0.99, 0.5, 0.7, 0.6])}, coords={"epoch": np.arange(4)}
+    )  # fmt: skip
+    pruning = xr.Dataset({"epoch": ("event", [0]), "loss": ("event", [1.0])})
+    accuracies = {}
+    for name in ("default", "select_on_test"):
+        run = xr.DataTree.from_dict({"epochs": epochs, "pruning": pruning})
+        run.attrs["protocol"] = json.dumps(asdict(PROTOCOLS[name]))
+        accuracies[name] = float(counted(run).test_accuracy)
+    assert accuracies == {"default": 0.6, "select_on_test": 0.7}  # the best before the last pruning does not count

@@ -53,8 +53,10 @@ class _Masking:
 
 
 def _mask_gradient(owner: nn.Module, leaf: str) -> None:
-    parameter = getattr(owner, leaf)
-    if not any(isinstance(hook, _Masking) for hook in (parameter._backward_hooks or {}).values()):
+    parameter = getattr(owner, leaf)  # one that is frozen gets its hook in the first forward pass when it is no more
+    if parameter.requires_grad and not any(
+        isinstance(hook, _Masking) for hook in (parameter._backward_hooks or {}).values()
+    ):
         parameter.register_hook(_Masking(owner, leaf))
 
 

@@ -143,12 +143,12 @@ def test_gradients_go_along_and_the_optimizer_is_the_same() -> None:
     model, optimizer = trained("vgg13")
     Pruner(model, optimizer, "magnitude").prune(0.5)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    groups = [id(group) for group in optimizer.param_groups]
+    groups = [(id(group), id(group["params"])) for group in optimizer.param_groups]
     kept = shrink(model, optimizer).kept
     for name, parameter in model.named_parameters():
         expected = gradients[name].flatten()[kept[name]] if name in kept else gradients[name]
         assert torch.equal(parameter.grad, expected)
-    assert [id(group) for group in optimizer.param_groups] == groups
+    assert [(id(group), id(group["params"])) for group in optimizer.param_groups] == groups
     assert all(map(is_, optimizer.param_groups[0]["params"], model.parameters()))
     assert {id(parameter) for parameter in optimizer.state} == {id(parameter) for parameter in model.parameters()}
 
@@ -197,6 +197,10 @@ def test_what_shares_a_channel_stays_until_all_of_it_is_silent() -> None:
     assert masks["blocks.1.norm2.bias"].tolist() == [False, True, True, True, True]
     assert masks["blocks.1.shortcut.1.bias"].tolist() == [True, True, False, True, True]
     assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+    shortcut = model.blocks[1].shortcut[0]
+    shortcut.weight.grad = None
+    F.conv2d(torch.ones(1, 4, 3, 3), shortcut.weight).sum().backward()
+    assert torch.equal(shortcut.weight.grad != 0, masks["blocks.1.shortcut.0.weight"])
     train(model, optimizer, 2)
     for name, mask in masks.items():
         assert (model.get_parameter(name)[~mask] == 0).all()
@@ -248,6 +252,18 @@ def test_units_are_the_original_networks_through_all_rounds(name: str) -> None:
             assert_same(copy.deepcopy(model).train(mode)(batch(7)[0]), copy.deepcopy(masked).train(mode)(batch(7)[0]))
         train(model.train(), optimizer, 1)
         train(masked.train(), of_masked, 1)
+
+
+def test_a_mask_that_masks_nothing_goes() -> None:
+    model, optimizer = trained("vgg13")
+    twin_model, _ = twin(model, optimizer)
+    silence(model, optimizer, {"features.0": []})
+    assert shrink(model, optimizer).kept == {}
+    assert not parameter_masks(model)
+    for network in (model, twin_model):
+        network.zero_grad()
+        network(batch(0)[0]).square().sum().backward()
+    assert torch.equal(model.features[0].weight.grad, twin_model.features[0].weight.grad)
 
 
 def test_a_depthwise_layer_of_one_channel_is_still_one() -> None:
@@ -451,13 +467,14 @@ def test_a_compiled_network_several_optimizers_and_frozen_parameters_shrink() ->
             optimizer.step()
 
     step(compiled, [convolutional, linear])
-    Pruner(compiled, convolutional, "magnitude").prune(0.5)
+    silence(model, convolutional, {"features.0": [0, 3], "features.2": [0, 3]})
     masked, of_masked = copy.deepcopy(model), []
     for parameters, optimizer in ((masked.features, convolutional), (masked.classifier, linear)):
         of_masked.append(type(optimizer)(parameters.parameters(), 0.1))
         of_masked[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
     shrink(compiled, [convolutional, linear])
-    assert not model.features[2].weight.requires_grad
+    assert [parameter.requires_grad for parameter in model.features[2].parameters()] == [False, False]
+    assert len(model.features[2].weight) == 3
     for _ in range(2):
         step(compiled, [convolutional, linear])
         step(masked, of_masked)

@@ -24,6 +24,8 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
             f"model is sharded by {sharded[0]}, whose parameters are not the network's: use FSDP2's "
             "fully_shard, or data parallelism"
         )
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise ValueError("the model has lazy parameters without a shape: run it once before it is recorded")
     if not callable(objective):
         raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
     if every < 1 or curvature_every < 0:
@@ -74,13 +76,18 @@ def check_scalar(name: str, value: float | Tensor) -> None:
     row = schema.QUANTITIES.get(name)
     if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
         raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
+    if (isinstance(value, Tensor) and value.is_complex()) or not isinstance(value, Tensor | Real):
+        raise ValueError(f"log() takes real numbers, {name!r} is {value!r:.60}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
 
 
 def _check_name(method: str, name: str) -> None:
-    if not name or name.startswith(".") or "/" in name:
-        raise ValueError(f"{method}() cannot take the name {name!r}: a name has no '/' and no '.' first; val_loss, say")
+    if not name or name.startswith(".") or set(name) & set("/\\") or len(name) > LONGEST_TEXT:
+        raise ValueError(
+            f"{method}() cannot take the name {name!r:.80}: a name has up to {LONGEST_TEXT} characters, no slash and "
+            "no '.' first; val_loss, say"
+        )
 
 
 def check_epoch(scalars: Mapping[str, Any]) -> None:

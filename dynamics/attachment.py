@@ -17,8 +17,10 @@ class Attachment:
 
     Args:
         optimizers: the torch optimizers.
-        ready: called with an optimizer's number, and whether it is the first of the step, right before it steps.
-        done: called after the step.
+        begin: called before the first of them steps.
+        ready: called with an optimizer's number when the gradient that it will apply is there.
+        stepped: called with an optimizer's number right after it stepped.
+        done: called after the step with the numbers of those that took it.
         asleep: while it is true, hooks do nothing.
     """
 
@@ -26,11 +28,13 @@ class Attachment:
         self,
         optimizers: Sequence[torch.optim.Optimizer],
         *,
-        ready: Callable[[int, bool], None],
-        done: Callable[[], None],
+        begin: Callable[[], None],
+        ready: Callable[[int], None],
+        stepped: Callable[[int], None],
+        done: Callable[[list[int]], None],
         asleep: Callable[[], bool],
     ) -> None:
-        self._ready, self._done, self._asleep = ready, done, asleep
+        self._begin, self._ready, self._is_through, self._done, self._asleep = begin, ready, stepped, done, asleep
         self._count = len(optimizers)
         self._stepping: int | None = None  # the optimizer whose step has begun
         self._stepped: set[int] = set()  # those that are through
@@ -56,9 +60,11 @@ class Attachment:
         elif number in self._stepped:
             self.end()
         self._stepping = number
+        if not self._stepped:
+            self._begin()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
-            self._ready(number, not self._stepped)
+            self._ready(number)
             return None
         measuring = self._measuring(closure, number)
         return (args, {**kwargs, "closure": measuring}) if "closure" in kwargs else ((args[0], measuring), kwargs)
@@ -69,7 +75,7 @@ class Attachment:
         def measured() -> Any:
             loss = closure()
             if waiting:
-                self._ready(waiting.pop(), not self._stepped)
+                self._ready(waiting.pop())
             return loss
 
         return measured
@@ -79,14 +85,15 @@ class Attachment:
             return
         self._stepping = None
         self._stepped.add(number)
+        self._is_through(number)
         if len(self._stepped) == self._count:
             self.end()
 
     def end(self) -> None:
         """End the step of those that have stepped, if any has."""
         if self._stepped and self._stepping is None:
-            self._stepped = set()
-            self._done()
+            stepped, self._stepped = sorted(self._stepped), set()
+            self._done(stepped)
 
     def close(self) -> None:
         """Detach."""

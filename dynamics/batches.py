@@ -2,42 +2,101 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .moment import Moment
+from .probe import copied
+
+_MOST = 4096  # batches of one step
+
+
+@dataclass
+class Seen:
+    """A batch, and the moment at which its forward pass starts."""
+
+    batch: Any
+    moment: Moment | None
+    passed: bool = False
+
+
+class Mark(NamedTuple):
+    """Where a loop is between its batches and backward passes."""
+
+    batches: int = 0  # since the last step
+    first_batch: int = 0  # how many of them are no part of the step to come
+    backwards: int = 0  # so far
+    first_backward: int = 0  # the first whose gradient is still there
+    pending: bool = False  # whether one came since the last step
 
 
 class Batches:
     """The batches seen since the last step, as far as their gradients have not been thrown away.
 
     Gradients accumulate over micro-batches, but that of a batch which was skipped (by ``continue``, or by a gradient
-    scaler that found an infinity) is set to zero again. So the step's batches are the last m seen, where m counts the
-    backward passes since the gradients were last zero. Where none is seen to arrive, all batches since the last step
-    are its batches.
+    scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
+    the gradient decides. The moment of a batch is that of the first forward pass with gradients after it was seen.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._seen: list[tuple[Any, Moment | None]] = []
-        self._passes = [_Passes(parameter) for parameter in parameters if parameter.requires_grad]
+    def __init__(self, model: nn.Module, device: torch.device, counted: Sequence[nn.Parameter]) -> None:
+        self._model, self._device = model, device
+        self._seen: list[Seen] = []
+        self._of_epoch = 0
+        self._counts = bool(counted)
+        self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
+        self._hook: RemovableHandle | None = None
+        self._next_passes = False
+        self._at_step = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._seen)
+    def __len__(self) -> int:
+        return len(self._seen)
 
-    def add(self, batch: Any, moment: Moment | None) -> None:
-        """One more batch, with the moment at which its forward pass starts."""
-        self._seen.append((batch, moment))
+    def await_forward(self, asleep: Callable[[], bool]) -> None:
+        """From now on keep the moments of forward passes, and copies of the batches. Not of compiled models."""
+        if self._hook is not None or "torch._dynamo" in sys.modules:
+            return
+        ours = set(self._model.modules())
 
-    def of_the_step(self) -> tuple[list[Any], list[Moment | None]]:
-        """The batches of the step that is about to be taken, and their moments."""
+        def passes(module: nn.Module, inputs: tuple) -> None:
+            root = module is self._model
+            if module in ours and torch.is_grad_enabled() and not asleep() and (root or self._next_passes):
+                self._next_passes = False
+                waiting = next((seen for seen in self._seen if not seen.passed), None)
+                if waiting is not None:
+                    waiting.moment, waiting.passed = Moment(self._model, self._device), True
+
+        self._hook = register_module_forward_pre_hook(passes)
+
+    def add(self, batch: Any, *, due: bool) -> None:
+        """One more batch; with what its step needs if it is ``due`` to be measured."""
+        if len(self._seen) == _MOST:
+            warnings.warn(
+                f"{_MOST} batches were seen since the last step of the optimizer: is it still the one that was given?",
+                stacklevel=3,
+            )
+            del self._seen[: _MOST // 2]
+        self._seen.append(Seen(copied(batch), Moment(self._model, self._device)) if due else Seen(batch, None))
+        self._next_passes = True
+
+    def candidates(self) -> list[list[Seen]]:
+        """What the step that is about to be taken may be made of, the likeliest first.
+
+        The last m batches, m the number of backward passes since the gradients were zero; all of this pass over the
+        data; all since the last step.
+        """
         self._choose()
-        passes = self._passes[0].count if self._passes else 0
-        batches, moments = zip(*self._seen[-passes:], strict=True)  # of 0 passes: all
-        return list(batches), list(moments)
+        total = len(self._seen)
+        lengths = [self._passes[0].count, total - self._of_epoch, total] if self._passes else [total]
+        return [self._seen[-length:] for length in dict.fromkeys(lengths) if 0 < length <= total]
 
     def _choose(self) -> None:
         """From the first step on count at one parameter only, one that has a gradient."""
@@ -47,12 +106,36 @@ class Batches:
                     passes.remove()
             self._passes = counting[:1]
 
+    @property
+    def mark(self) -> Mark:
+        """Where the loop is now."""
+        counting = next((passes for passes in self._passes if passes.count), None)
+        if counting is None:
+            return Mark(len(self._seen))
+        first = len(self._seen) - counting.count
+        return Mark(
+            len(self._seen), max(first, 0), counting.total, counting.total - counting.count + 1,
+            counting.total > self._at_step,
+        )  # fmt: skip
+
+    def begin_epoch(self) -> None:
+        """A pass over the data begins."""
+        self._of_epoch = len(self._seen)
+        if not self._counts:
+            self.clear()
+
     def clear(self) -> None:
         """Forget all batches: their step is taken."""
-        self._seen = []
+        self._choose()
+        self._at_step = self.mark.backwards
+        self._seen, self._of_epoch = [], 0
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and let the batches go."""
+        self.clear()
         for passes in self._passes:
             passes.remove()
 
@@ -61,15 +144,16 @@ class _Passes:
     """Counts the backward passes that have added up in a parameter's gradient."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.count = 0
+        self.count = self.total = 0
         self._before: tuple[weakref.ref, int] | None = None
         self._hook = parameter.register_post_accumulate_grad_hook(self._arrived)
         self.remove = self._hook.remove
 
     def _arrived(self, parameter: Tensor) -> None:
         grad = parameter.grad
-        if grad.layout is not torch.strided or grad.requires_grad:
-            self.count = 0  # such a gradient is a new tensor at each pass: it does not tell
+        self.total += 1
+        if grad is None or grad.layout is not torch.strided or grad.requires_grad:
+            self.count = 0  # gone already, or a new tensor at each pass: it does not tell
             return
         gone = self._before is None or self._before[0]() is not grad or self._before[1] + 1 != grad._version
         self.count = 1 if gone else self.count + 1

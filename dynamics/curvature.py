@@ -166,7 +166,8 @@ def _norm(vector: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(vector))))
 
 
-@torch.no_grad()
 def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> Tensor:
-    """Σ_b w_b L_b(θ), a scalar without graph."""
-    return sum(weight * loss_of(theta) for loss_of, weight in zip(losses, weights, strict=True))
+    """Σ_b w_b L_b(θ), a scalar without graph; with gradients allowed, for a loss may take some itself."""
+    with torch.enable_grad():
+        leaves = {name: tensor.detach().requires_grad_(tensor.is_floating_point()) for name, tensor in theta.items()}
+        return sum(weight * loss_of(leaves).detach() for loss_of, weight in zip(losses, weights, strict=True))

@@ -15,7 +15,8 @@ from .quantities import Vectors, evaluate
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name before a parametrization or torch.nn.utils.prune moved it to ``conv.weight_orig``, say."""
+    """A parameter's name before compilation, a parametrization or torch.nn.utils.prune made it ``conv.weight_orig``."""
+    name = name.replace("_orig_mod.", "")
     return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name).removesuffix("_orig")
 
 
@@ -46,8 +47,10 @@ class Layers:
 
     def refresh(self) -> None:
         """Look the parameters up again if a module or a parameter of the model was replaced, added or removed."""
-        if any(len(table) != size for table, size in self._sizes) or any(
-            table.get(key) is not value for table, key, value in self._slots
+        if (
+            any(len(table) != size for table, size in self._sizes)
+            or any(table.get(key) is not value for table, key, value in self._slots)
+            or any(parameter.shape != shape for parameter, shape in zip(self.parameters, self._seen, strict=True))
         ):
             self._look_up()
             self.version += 1
@@ -62,15 +65,13 @@ class Layers:
         absent = (None, torch.empty(0))
         self._found = [found.get(name, absent) for name in self._known]
         self.parameters = [parameter for _, parameter in self._found]
+        self._seen = [parameter.shape for parameter in self.parameters]
         self._layout = Layout(self.parameters)
         layer_of = torch.tensor(self.layer_of_parameter)
         self.layer_of_block = layer_of.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
-        masks = parameter_masks(self._model)
         # torch.nn.utils.prune leaves its parameter as it was, and multiplies by the mask in the forward pass
-        self._masked = [
-            (index, masks[name])
-            for index, (name, _) in enumerate(self._found)
-            if name in masks and name.endswith("_orig")
+        self._elsewhere = [
+            (index, name) for index, (name, _) in enumerate(self._found) if (name or "").endswith("_orig")
         ]
 
     @property
@@ -93,11 +94,13 @@ class Layers:
         return per_parameter.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
 
     @torch.no_grad()
-    def theta(self, into: Vector) -> Vector:
-        """Copy θ into a vector, zero where it is pruned."""
-        into.take(self.parameters)
-        for index, mask in self._masked:
-            into.views[index].mul_(mask)
+    def theta(self, into: Vector, among: Sequence[int] | None = None) -> Vector:
+        """Copy θ into a vector, zero where it is pruned; ``among`` names the parameters, by default all."""
+        into.take(self.parameters if among is None else [self.parameters[index] for index in among], among)
+        masks = parameter_masks(self._model) if self._elsewhere else {}
+        for index, name in self._elsewhere:
+            if name in masks:
+                into.views[index].mul_(masks[name])
         return into
 
     def vector(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -30,7 +30,8 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
     """
     buffers = dict(model.named_buffers())
     names = {name: name.removesuffix("_orig") + _SUFFIX for name, _ in model.named_parameters()}
-    return {name: buffers[mask].bool() for name, mask in names.items() if mask in buffers}
+    found = {name: buffers[mask] for name, mask in names.items() if mask in buffers}
+    return {name: mask.bool() for name, mask in found.items() if mask.dtype == torch.bool or name.endswith("_orig")}
 
 
 def _register(owner: nn.Module, leaf: str) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
+
+PutBack = Callable[[], None]
 
 
 class RandomState:
@@ -44,13 +48,13 @@ def random_numbers_untouched(device: torch.device) -> Iterator[None]:
 class Moment:
     """Buffers, random numbers and what modules keep in plain attributes, such as a hidden state, as they are now.
 
-    Attributes are kept by reference, lists, dictionaries and sets by a shallow copy.
+    Attributes are put back as the objects they were, and the contents of tensors, lists, dictionaries, sets, deques
+    and generators, nested ones too, in place: whoever shares such an object goes on sharing it.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._random = RandomState(device)
-        self._attributes = _attributes(model)
+        self._random, self._attributes = RandomState(device), _kept_attributes(model.modules())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def buffers(self) -> dict[str, Tensor]:
@@ -59,29 +63,101 @@ class Moment:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before."""
-        attributes = _attributes(self._model)
+        """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before.
+
+        So are the buffers and attributes of other modules that run inside, such as a teacher.
+        """
+        put_back = [_kept_attributes(self._model.modules())]
+        ours = set(self._model.modules())
+
+        def keep_another(module: nn.Module, inputs: tuple) -> None:
+            if module not in ours:
+                ours.add(module)
+                put_back.extend([_kept_attributes([module]), *map(_kept_tensor, module._buffers.values())])
+
         with random_numbers_untouched(self._device):
+            hook = register_module_forward_pre_hook(keep_another)
             try:
-                _set_attributes(self._attributes)
+                self._attributes()
                 self._random.restore()
                 yield
             finally:
-                _set_attributes(attributes)
+                hook.remove()
+                for one in put_back:
+                    one()
 
 
-def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    return [(module, _copied(vars(module))) for module in model.modules()]
+def _kept_attributes(modules: Iterator[nn.Module] | list[nn.Module]) -> PutBack:
+    seen: set[int] = set()
+    kept = []
+    for module in modules:
+        own = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+        kept.append((module, own, [_kept(value, seen) for value in own.values()]))
+
+    def put_back() -> None:
+        for module, own, contents in kept:
+            now = vars(module)
+            for name in now.keys() - own.keys() - _REGISTRIES:
+                del now[name]
+            now.update(own)
+            for one in contents:
+                one()
+
+    return put_back
 
 
-def _set_attributes(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    for module, kept in attributes:
-        own = vars(module)
-        for name in own.keys() - kept.keys() - _REGISTRIES:
-            del own[name]
-        own.update(_copied(kept))
+def _kept(value: Any, seen: set[int]) -> PutBack:
+    """What puts the contents of an object back, in place."""
+    if id(value) in seen:
+        return _nothing
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return _kept_tensor(value)
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, np.random.Generator):
+        numbers = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", numbers)
+    if isinstance(value, dict):
+        return _kept_container(value, dict(value), list(value.values()), value.update, seen)
+    if isinstance(value, list | deque):
+        return _kept_container(value, list(value), list(value), value.extend, seen)
+    if isinstance(value, set):
+        return _kept_container(value, set(value), [], value.update, seen)
+    return _nothing
 
 
-def _copied(own: dict[str, Any]) -> dict[str, Any]:
-    plain = {name: value for name, value in own.items() if name not in _REGISTRIES}
-    return {name: value.copy() if type(value) in (list, dict, set) else value for name, value in plain.items()}
+def _kept_container(value: Any, content: Any, inner: list[Any], fill: Callable[[Any], None], seen: set[int]) -> PutBack:
+    parts = [_kept(one, seen) for one in inner]
+
+    def put_back() -> None:
+        value.clear()
+        fill(content)
+        for part in parts:
+            part()
+
+    return put_back
+
+
+@torch.no_grad()
+def _kept_tensor(tensor: Tensor | None) -> PutBack:
+    if (
+        tensor is None
+        or isinstance(tensor, nn.Parameter)
+        or tensor.layout is not torch.strided
+        or tensor.is_inference()
+    ):
+        return _nothing
+    content, version = tensor.detach().clone(), tensor._version
+
+    @torch.no_grad()
+    def put_back() -> None:
+        if tensor._version != version:
+            tensor.detach().copy_(content)
+
+    return put_back
+
+
+def _nothing() -> None:
+    pass

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +43,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in its tuples, lists and mappings on the device."""
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def copied(batch: Any) -> Any:
+    """The batch with a copy of every tensor."""
+    return _mapped(batch, lambda tensor: tensor.detach().clone())
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: _mapped(value, function) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(_mapped(value, function) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(_mapped(value, function) for value in batch)
     return batch
 
 
@@ -124,7 +134,12 @@ class Probe:
         masked = {name: t * self._masks[name] if name in self._masks else t for name, t in free.items()}
         values = {f"model.{name}": tensor for name, tensor in (masked | moment.buffers()).items()}
         with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
-            return torch.func.functional_call(self._stateless, values, (to_device(batch, self._device),))
+            given = to_device(copied(batch), self._device)
+            loss = torch.func.functional_call(self._stateless, values, (given,))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
+            raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")
+        return loss.reshape(())
 
     def _theta(self, theta: Theta | None) -> Theta:
         """The model's present parameters, but for those that are given."""
@@ -160,10 +175,20 @@ class Probe:
         return Products(*total)
 
 
+class _Recomputing:
+    """In place of torch's older way to recompute activations, whose gradients would be zero without a word."""
+
+    @staticmethod
+    def apply(*arguments: Any) -> None:
+        """Refuse."""
+        raise RuntimeError(_RECOMPUTED)
+
+
 @contextmanager
 def _differentiable_twice() -> Iterator[None]:
     """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly."""
-    with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED):
+    hooks = torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED)
+    with sdpa_kernel(SDPBackend.MATH), hooks, mock.patch("torch.utils.checkpoint.CheckpointFunction", _Recomputing):
         if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
             yield
         else:

@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from functools import partial
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ from .attachment import Attachment
 from .batches import Batches
 from .buffer import Buffer
 from .event import Event, Stage, effect
-from .groups import Groups
+from .groups import Group, Groups
 from .layers import Layers
 from .moment import Moment
 from .probe import Objective, Probe, cross_entropy_objective, unwrap
@@ -42,6 +44,7 @@ from .step import Measurement
 from .termination import on_termination
 
 _Measured = TypeVar("_Measured")
+_DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
 
 
 class Recorder:
@@ -105,7 +108,9 @@ class Recorder:
         self._measurement = Measurement(self._layers, self._groups, self._processes, self._steps, curvature)
         self._passes = 0
         self._path, self._busy, self._begun, self._approximates = path, False, False, False
-        self._probe: Probe | None = None
+        self._probes: list[Probe] = []
+        self._skips: dict[int, Tensor] = {}
+        self._doubts = False
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
         sqnorm = self._measurement.param_sqnorm()
         begun = self._processes.first(lambda: begin(path, origin, self._layers.names, sqnorm, resume, step))
@@ -113,10 +118,17 @@ class Recorder:
         self._step, self._epoch, self._events, self._flow_time = astuple(self._processes.told(place))
         self._measurement.start_from(store, begins=self._step == 0)
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
-        self._batches = Batches([] if self._processes.replicated else self._layers.parameters)
+        counted = [] if self._processes.replicated else self._layers.parameters
+        self._batches = Batches(self._model, self._layers.device, counted)
         self._attachment = Attachment(
-            self._optimizers, ready=self._before_step, done=self._after_step, asleep=lambda: self._busy
+            self._optimizers,
+            begin=self._begin_step,
+            ready=self._take_gradient,
+            stepped=self._take_update,
+            done=self._end_step,
+            asleep=lambda: self._busy,
         )
+        self._await_forward()
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
         if self._processes.sharded and self._curvature_every:
@@ -136,9 +148,10 @@ class Recorder:
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, where there is no loader to watch. Several batches accumulate."""
         self._attachment.end()
+        if not self._attachment:
+            return
         self._rows.batch(first=not self._batches)
-        due = self._due(self._curvature_every)
-        self._batches.add(batch, Moment(self._model, self._layers.device) if due else None)
+        self._batches.add(batch, due=self._due(self._curvature_every))
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
@@ -150,7 +163,7 @@ class Recorder:
         for name, value in scalars.items():
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
-            self._rows.log(name, value)
+            self._rows.log(name, value, self._batches.mark)
 
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""
@@ -160,7 +173,7 @@ class Recorder:
     def begin_epoch(self) -> None:
         """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""
         self._attachment.end()
-        self._batches.clear()
+        self._batches.begin_epoch()
         self._epoch += int(self._passes > 0 or self._step > 0)
         self._passes += 1
 
@@ -223,8 +236,9 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        unstepped = bool(self._batches) and not self._step
         self.close()
-        if self._batches and not self._step and exception[0] is None:
+        if unstepped and exception[0] is None:
             warnings.warn(
                 "batches were seen, but no step of the optimizer: the one that trains is not the one that was given "
                 "(a copy of an optimizer has no hooks)",
@@ -247,47 +261,84 @@ class Recorder:
 
     # around a step
 
-    def _before_step(self, number: int, first: bool) -> None:
-        """Keep θ and g as they are before the step; the optimizer may overwrite either."""
+    def _begin_step(self) -> None:
+        """Keep θ as it is before the step, and what the curvature needs of this moment."""
         curvature = self._due(self._curvature_every) and bool(self._batches)
-        if not (curvature or self._records()):
+        self._begun, self._probes, self._skips = curvature or self._records(), [], {}
+        if not self._begun:
             return
-        with self._measuring_now():
-            if first:
-                self._layers.refresh()
-                self._groups.refresh()
-                self._measurement.begin()
-                self._begun, self._probe = True, None
-                if curvature:
-                    batches, moments = self._batches.of_the_step()
-                    self._probe = self._or_give_up(
-                        lambda: Probe(self._model, self._objective, batches, moments=moments)
-                    )
-            self._measurement.take_gradient(number)
+        with self._measuring_now("first-order quantities"):
+            self._layers.refresh()
+            self._groups.refresh()
+            self._measurement.begin()
+            if curvature:
+                self._probes = self._or_give_up(self._make_probes) or []
 
-    def _after_step(self) -> None:
-        """All optimizers have stepped, or a new step begins: measure what the step did."""
-        skipped, row = self._skipped(), None
+    def _make_probes(self) -> list[Probe]:
+        candidates = self._batches.candidates()
+        return [
+            Probe(self._model, self._objective, [one.batch for one in seen], moments=[one.moment for one in seen])
+            for seen in candidates
+        ]
+
+    def _take_gradient(self, number: int) -> None:
+        """Keep g before the optimizer applies it: it may overwrite it."""
         if self._begun:
-            with self._measuring_now():
-                self._measurement.end()
-                if self._records():
-                    values = self._processes.total(self._measurement.step_values())
-                    row = self._scalars(skipped) | values
-                if self._probe is not None:
-                    self._add_curvature(self._probe)
-        self._begun, self._probe = False, None
-        self._rows.step(row)
-        self._step += 1
-        self._flow_time = self._flow_time + self._groups.first_flow_step() * (1 - skipped)
-        self._batches.clear()
+            with self._measuring_now("first-order quantities"):
+                self._measurement.take_gradient(number)
 
-    def _add_curvature(self, probe: Probe) -> None:
-        first = self._or_give_up(lambda: self._measurement.gradient(probe))
-        values = first and self._or_give_up(lambda: self._measurement.curvature_values(probe, *first))
+    def _take_update(self, number: int) -> None:
+        """Take what the optimizer did, before anything else changes θ."""
+        found = getattr(self._optimizers[number], "found_inf", None)  # set during a fused step of a gradient scaler
+        if found is not None:
+            self._skips[number] = found.detach().reshape(()).to(self._layers.sums_dtype)
+        if self._begun:
+            with self._measuring_now("first-order quantities"):
+                self._measurement.take_update(number)
+
+    def _end_step(self, stepped: list[int]) -> None:
+        """All optimizers have stepped, or a new step begins: measure what the step did."""
+        row = None
+        if self._begun:
+            with self._measuring_now("first-order quantities"):
+                self._measurement.end(stepped)
+                if self._records():
+                    trained = self._groups.trained(stepped)
+                    values = self._processes.total(self._measurement.step_values(trained))
+                    row = self._scalars(trained, stepped) | values
+            if self._probes:
+                with self._measuring_now("curvature"):
+                    self._add_curvature()
+        if 0 in stepped:
+            moved = 1 - self._skips.get(0, 0.0)
+            self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
+        self._begun, self._probes = False, []
+        self._rows.step(row, self._batches.mark)
+        self._step += 1
+        self._batches.clear()
+        self._await_forward()
+
+    def _add_curvature(self) -> None:
+        found = [self._or_give_up(partial(self._measurement.gradient, probe)) for probe in self._probes]
+        if any(one is None for one in found):
+            return
+        found = [(loss, self._measurement.mean(grad)) for loss, grad in found]
+        cosines = [self._measurement.alignment(grad) for _, grad in found]
+        best = int(np.nanargmax([*cosines, -2.0])) % len(found)  # all NaN: the first
+        probe, (loss, grad) = self._probes[best], found[best]
+        values = self._or_give_up(lambda: self._measurement.curvature_values(probe, loss, grad))
         if not values:
             return
         self._rows.add("curvature", {"step": self._step, **self._processes.mean_values(values)})
+        if cosines[best] < _DOUBTFUL and not self._doubts:
+            self._doubts = True
+            warnings.warn(
+                f"/curvature may be of another loss or of other batches than step {self._step} was: the objective's "
+                f"gradient and the one applied have cosine {cosines[best]:.2f} (grad_applied_grad tells at each step). "
+                "Unless the loop itself changes gradients before they are applied, give the recorder its own loss: "
+                "Recorder(..., objective=lambda model, batch: <scalar loss>)",
+                stacklevel=2,
+            )
         if values.get("approximate") and not self._approximates:
             self._approximates = True
             warnings.warn(
@@ -296,19 +347,18 @@ class Recorder:
                 stacklevel=2,
             )
 
-    def _skipped(self) -> float | Tensor:
-        """1 where a gradient scaler made the optimizers skip the step."""
-        found = [getattr(one, "found_inf", None) for one in self._optimizers]
-        found = [one.detach().reshape(()) for one in found if one is not None]
-        return torch.stack(found).amax().to(self._layers.sums_dtype) if found else 0.0
+    def _await_forward(self) -> None:
+        if self._due(self._curvature_every):
+            self._batches.await_forward(lambda: self._busy)
 
-    def _scalars(self, skipped: float | Tensor) -> dict[str, Any]:
+    def _scalars(self, trained: Mapping[int, Group], stepped: list[int]) -> dict[str, Any]:
+        skips = [self._skips.get(number) for number in stepped]
         scalars = {
-            "learning_rate": self._groups.learning_rate,
-            "flow_step": self._groups.flow_step,
+            "learning_rate": lambda: self._groups.learning_rate(trained),
+            "flow_step": lambda: self._groups.flow_step(trained),
             "flow_time": lambda: self._flow_time,
             "epoch": lambda: self._epoch,
-            "skipped": lambda: skipped,
+            "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 where all were
         }
         return {"step": self._step} | {name: value() for name, value in scalars.items() if name in self._steps}
 
@@ -343,15 +393,33 @@ class Recorder:
         with self._measuring_now():
             self._layers.refresh()
             probe = Probe(self._model, self._objective, batches, mode=mode, moments=moments)
-            return Stage(self._layers, self._processes, probe.expand())
+            try:
+                expansion = probe.expand()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise ValueError(f"event(): the objective failed on the probe's batches with {reason}") from error
+            return Stage(self._layers, self._processes, expansion)
 
     @contextmanager
-    def _measuring_now(self) -> Iterator[None]:
-        """Inside, no graph is built but the probes' own, and hooks that a measurement sets off do nothing."""
+    def _measuring_now(self, what: str = "") -> Iterator[None]:
+        """Inside, no graph is built but the probes' own, and hooks that a measurement sets off do nothing.
+
+        With ``what``, an exception ends the recording of steps with a warning, not the training.
+        """
         self._busy = True
         try:
             with torch.no_grad():
                 yield
+        except Exception as error:
+            if not what:
+                raise
+            self._every = self._curvature_every = 0
+            self._begun, self._probes = False, []
+            warnings.warn(
+                f"steps are not recorded from step {self._step} on: measuring {what} failed with "
+                f"{type(error).__name__}: {' '.join(str(error).split())}",
+                stacklevel=2,
+            )
         finally:
             self._busy = False
 

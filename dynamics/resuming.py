@@ -136,7 +136,7 @@ def resume(store: Store, layers: list[str], sqnorm: np.ndarray, step: int | None
     """
     record, path = Record(store), store.path
     if not sum(store.lengths.values()):
-        return Place()
+        return Place(step=step or 0)
     recorded = [str(name) for name in store.read("steps", "layer")]
     if recorded != layers:
         raise ValueError(f"{path} is the record of another network: it has layers {recorded}, the model has {layers}")

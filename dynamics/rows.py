@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from . import schema
+from .batches import Mark
 from .buffer import Buffer
 from .event import Event
 
@@ -20,7 +21,10 @@ class Rows:
         self._buffer = buffer
         self._step: dict[str, Any] | None = None  # the row of the step that was
         self._of_last: dict[str, list[float | Tensor]] = {}
-        self._logged: dict[str, list[float | Tensor]] = {}  # by name: for the step that was, or for the one to come
+        self._before: set[str] = set()  # names that are logged before their step, where batches are not announced
+        self._logged: dict[
+            str, list[tuple[Mark, float | Tensor]]
+        ] = {}  # by name: for the step that was, or for the one to come
         self._announced = self._waits = False  # batches are observed; one was since the last step
         for node in ("steps", "curvature", "pruning"):
             self._coordinate(node, "layer", "layer", layers)
@@ -47,14 +51,19 @@ class Rows:
             self._coordinate("units", "index", "unit", index)
             self.add("units", {"event": number, **event.unit_row()})
 
-    def log(self, name: str, value: float | Tensor) -> None:
+    def log(self, name: str, value: float | Tensor, mark: Mark) -> None:
         """Keep a scalar of a step: of the one to come, or, with no batch observed since, of the one that was.
 
-        Where batches are not announced, a name that the last step has already is of the step to come.
+        Where batches are not announced, a name that comes before the first step always comes before its own; another
+        one comes after it, unless a backward pass has come in between.
         """
-        again = not self._announced and name in self._of_last
-        logged = self._logged if self._waits or self._step is None or again else self._of_last
-        logged.setdefault(name, []).append(value)
+        if self._step is None and not self._announced:
+            self._before.add(name)
+        upcoming = self._waits if self._announced else name in self._before or mark.pending
+        if upcoming or self._step is None:
+            self._logged.setdefault(name, []).append((mark, value))
+        else:
+            self._of_last.setdefault(name, []).append(value)
 
     def batch(self, *, first: bool) -> None:
         """A batch was observed, the first since a step or a further one; what was logged before it is of no step."""
@@ -62,18 +71,31 @@ class Rows:
         if first:
             self._logged = {}
 
-    def step(self, row: Mapping[str, Any] | None) -> None:
-        """A step is done: send the last one's row and keep this one's; None if it is not recorded."""
+    def step(self, row: Mapping[str, Any] | None, mark: Mark) -> None:
+        """A step is done: send the last one's row and keep this one's; None if it is not recorded.
+
+        What was logged for a batch that is no part of the step is dropped.
+        """
         self.finish()
-        self._step = row or {}
-        self._of_last, self._logged, self._waits = self._logged, {}, False
+        self._step = dict(row or {})
+        kept = {
+            name: [value for at, value in values if self._counts(name, at, mark)]
+            for name, values in self._logged.items()
+        }
+        self._of_last = {name: values for name, values in kept.items() if values}
+        self._logged, self._waits = {}, False
+
+    def _counts(self, name: str, at: Mark, step: Mark) -> bool:
+        if self._announced:
+            return at.batches > step.first_batch
+        return at.backwards >= step.first_backward - (name in self._before)
 
     def finish(self) -> None:
-        """Send the row of the step that was."""
+        """Send the row of the step that was. What is logged for it later is lost."""
         if self._step:
             self._step |= {name: sum(values) / len(values) for name, values in self._of_last.items()}
             self.add("steps", self._step)
-        self._step, self._of_last = None, {}
+            self._step = {}
 
     @property
     def failure(self) -> Exception | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import schema
 from .blocks import Vector
 from .curvature import Expansion
-from .groups import Groups
+from .groups import Group, Groups
 from .layers import Layers
 from .probe import Probe
 from .processes import Processes
@@ -56,10 +56,18 @@ class Measurement:
         self._theta, self._grad, self._update = (self._layers.zeros() for _ in range(3))
         self._version = self._layers.version
 
+    def _adapt(self) -> None:
+        """The model changed: vectors of its new shapes. θ₀ is unknown (NaN) where a shape is new."""
+        self._make_vectors()
+        if self._start is not None:
+            start, self._start = self._start, self._layers.zeros()
+            for old, new in zip(start.views, self._start.views, strict=True):
+                new.copy_(old) if old.shape == new.shape else new.fill_(torch.nan)
+
     def begin(self) -> None:
         """Keep θ as it is before the step; no gradient is known yet."""
         if self._version != self._layers.version:
-            self._make_vectors()
+            self._adapt()
         self._layers.theta(self._theta)
         self._grad.blocks.zero_()
 
@@ -67,18 +75,25 @@ class Measurement:
         """Keep g as an optimizer is about to apply it: the step may overwrite it."""
         self._groups.gradient(optimizer, self._grad)
 
-    def end(self) -> None:
-        """Take the update: θ as it is now less θ as it was."""
-        self._layers.theta(self._update).blocks.sub_(self._theta.blocks)
+    def take_update(self, optimizer: int) -> None:
+        """Take θ of an optimizer's parameters as it is right after its step."""
+        self._layers.theta(self._update, among=self._groups.held(optimizer))
 
-    def step_values(self) -> dict[str, Tensor]:
+    def end(self, stepped: Sequence[int]) -> None:
+        """Δθ: what the optimizers changed that stepped; nothing else is their doing."""
+        taken = {index for number in stepped for index in self._groups.held(number)}
+        rest = [index for index in range(len(self._theta.views)) if index not in taken]
+        self._update.take([self._theta.views[index] for index in rest], among=rest)
+        self._update.blocks.sub_(self._theta.blocks)
+
+    def step_values(self, trained: Mapping[int, Group]) -> dict[str, Tensor]:
         """The layers' quantities of ``/steps``, each (layer,)."""
         vectors = Vectors(
             theta=self._theta.blocks,
             grad=self._grad.blocks,
             update=self._update.blocks,
             start=None if self._start is None else self._start.blocks,
-            decay=self._groups.decay() if "decay_sqnorm" in self._steps else None,
+            decay=self._groups.decay(trained) if "decay_sqnorm" in self._steps else None,
         )
         return self._layers.evaluate(self._steps, vectors)
 
@@ -86,9 +101,19 @@ class Measurement:
         """The loss before the step and its own gradient g, by parameter name."""
         return probe.gradient(self._layers.named(self._theta))
 
+    def mean(self, grad: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of a gradient over replicas."""
+        return dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
+
+    def alignment(self, grad: dict[str, Tensor]) -> float:
+        """Cosine of a gradient with the one applied, over the layers that have one; NaN where it is not finite."""
+        vectors = Vectors(grad=self._layers.vector(grad), applied=self._grad.blocks)
+        names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
+        product, square, applied = self._layers.evaluate(names, vectors).values()
+        return float(product.sum() / (square[applied != 0].sum() * applied.sum()).sqrt())
+
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""
-        grad = dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
         vectors = Vectors(
             theta=self._theta.blocks,
             grad=self._layers.vector(grad),

@@ -8,6 +8,7 @@ from .loss import loss_decrease, stability
 from .measures import rank_agreement, removed_overlap, score_noise
 from .norm import norm_balance, norm_rate
 from .outcome import outcome, training_curve
+from .protocol import protocol_diff, protocol_table
 from .record import MissingQuantityError, open_runs
 from .tables import agreement_table, outcome_table
 
@@ -26,6 +27,8 @@ __all__ = [
     "open_runs",
     "outcome",
     "outcome_table",
+    "protocol_diff",
+    "protocol_table",
     "pruning_effect",
     "pruning_effect_per_layer",
     "rank_agreement",

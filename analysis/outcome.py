@@ -6,24 +6,30 @@ import numpy as np
 import xarray as xr
 
 from .effect import filters_left
+from .protocol import counted
 from .record import has, node
 
 
 def outcome(run: xr.DataTree) -> xr.Dataset:
-    """Scalars of a run: last test and training accuracy and loss (NaN where not recorded), and the shares of filters
-    (``sparsity``) and of parameters (``removed_parameters``) that pruning removed.
+    """Scalars of a run: test and training accuracy and loss of the epoch that counts (NaN where not recorded), and the
+    shares of units (``sparsity``) and of parameters (``removed_parameters``) that pruning removed.
+
+    The last epoch counts, but for a run whose protocol selects on the test set: :func:`analysis.protocol.counted`.
     """
     values = dict.fromkeys(("test_accuracy", "test_loss", "train_accuracy", "train_loss"), np.nan)
     if has(run, "epochs"):
-        epochs = node(run, "epochs", [])
-        values |= {name: float(epochs[name][-1]) for name in values if name in epochs}
+        epoch = counted(run)
+        values |= {name: float(epoch[name]) for name in values if name in epoch}
     values["sparsity"] = values["removed_parameters"] = 0.0
     if has(run, "units"):
         last = filters_left(run).isel(event=-1)
         values["sparsity"] = 1 - float(last.left.sum() / last.total.sum())
     if has(run, "pruning"):
-        remaining = node(run, "pruning", ["remaining"]).remaining.sum("layer")
+        events = node(run, "pruning", ["remaining"])
+        remaining = events.remaining.sum("layer")
         values["removed_parameters"] = 1 - float(remaining[-1, 1] / remaining[0, 0])
+        if "sparsity" in events:  # of weights, there is no row in /units
+            values["sparsity"] = float(events.sparsity[-1])
     return xr.Dataset(values)
 
 

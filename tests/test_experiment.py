@@ -1,7 +1,7 @@
 """An experiment follows the protocol, is reproducible bit for bit, and compares measures on the same training."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,12 @@ import pytest
 import torch
 import xarray as xr
 
-from analysis import filters_left, training_curve
+from analysis import filters_left, outcome, training_curve
 from dynamics import open_run
 from dynamics.data import Data, load
 from dynamics.experiment import Experiment, run
-from dynamics.pruning import MEASURES, share_left
+from dynamics.models import build
+from dynamics.pruning import MEASURES, PROTOCOLS, share_left
 from dynamics.sweep import grid, sweep
 
 TINY = Experiment(
@@ -67,6 +68,51 @@ def test_achieved_sparsity_is_the_one_asked_for(record: xr.DataTree) -> None:
     total = alive.sizes["unit"]
     assert alive.sum("unit").values.tolist() == [round(total * (1 - target)) for target in targets]
     assert not (alive.isel(event=1) & ~alive.isel(event=0).astype(bool)).any()
+
+
+def test_the_record_says_how_it_was_pruned(record: xr.DataTree) -> None:
+    events = record["pruning"].to_dataset()
+    alive = record["units"].alive
+    np.testing.assert_allclose(events.sparsity, 1 - alive.sum("unit") / alive.sizes["unit"])
+    model = build("vgg13", num_classes=10, in_channels=1, width=TINY.width)
+    assert events.dense_parameters.values.tolist() == [sum(p.numel() for p in model.parameters())] * 2
+    assert (events.parameters_left < events.remaining.sum("layer")[:, 1]).all()  # and what would have read them
+    assert (events.multiply_adds_left < events.dense_multiply_adds).all()
+    for name, value in {"granularity": "filter", "protocol": "default", "measure": "magnitude"}.items():
+        assert events[name].values.tolist() == [value] * 2
+
+
+def test_how_a_measure_was_evaluated_is_recorded(tmp_path: Path, data: Data) -> None:
+    grasp = replace(TINY, measure="grasp", epochs=(1, 0), rounds=1, curvature_every=0, importance_samples=20)
+    events = recorded(tmp_path / "run.zarr", grasp, data)["pruning"]
+    assert (events.score_mode.item(), events.score_temperature.item()) == ("eval", 200.0)
+    assert events.score_samples.item() == 20  # 2 of each class
+
+
+def test_single_weights_are_pruned_too(tmp_path: Path, data: Data) -> None:
+    weights = replace(TINY, granularity="weight", measure="snip", sparsity=0.8, curvature_every=0)
+    record = recorded(tmp_path / "run.zarr", weights, data)
+    events = record["pruning"].to_dataset()
+    assert events.granularity.values.tolist() == ["weight"] * 2
+    np.testing.assert_allclose(events.sparsity, events.target, atol=1e-4)
+    assert float(outcome(record).sparsity) == pytest.approx(0.8, abs=1e-4)
+    assert not record["units"].data_vars
+    assert weights.name == "vgg13-digits-snip-0.8-2r-weight-seed0"
+    for changes in ({"protocol": "reference"}, {"measure": "bn_scale"}):
+        with pytest.raises(ValueError, match=r"single weights are not pruned by protocol .* choose granularity filter"):
+            replace(weights, **changes)
+
+
+def test_the_reference_protocol_is_an_experiments_too(tmp_path: Path, data: Data) -> None:
+    quirky = replace(TINY, model="resnet56", protocol="reference", epochs=(2, 0), curvature_every=0, sparsity=0.3)
+    record = recorded(tmp_path / "run.zarr", quirky, data)
+    events = record["pruning"].to_dataset()
+    np.testing.assert_allclose(events.target, [1 - share_left(0.3, 2, 1), 0.3])
+    assert (events.sparsity > events.target).all()  # percentages are cut down
+    assert json.loads(record.attrs["protocol"]) == asdict(PROTOCOLS["reference"])
+    assert quirky.name.endswith("-0.3-2r-reference-seed0")
+    with pytest.raises(ValueError, match="unknown protocol 'paper': choose one of default, whole_percent"):
+        replace(quirky, protocol="paper")
 
 
 def test_a_run_is_reproducible_bit_for_bit(tmp_path: Path, data: Data, record: xr.DataTree) -> None:

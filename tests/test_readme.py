@@ -23,7 +23,7 @@ def test_snippets_and_commands_run_as_printed(tmp_path: Path, monkeypatch: pytes
     for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(snippet, namespace)
     commands = re.findall(r"python -m (\w+)((?: [^\s`]+| \"[^\"]*\")+)", README)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for package, arguments in commands:
         assert MAINS[package](shlex.split(arguments)) == 0
     assert (tmp_path / "out" / "drawn" / "report.html").exists()

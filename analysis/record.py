@@ -16,6 +16,9 @@ _HOW = {
     "curvature": "Record with curvature_every > 0, and watch the loader or observe the batches.",
     "pruning": 'Prune inside `with recorder.event("prune", probe=batches)`.',
     "units": "Call event.units(alive=..., scores=...) inside the event.",
+    "curve": 'Call event.add("curve", removal_curve(...)) inside an event.',
+    "scores": 'Call event.add("scores", resampled_scores(...)) inside an event.',
+    "invariance": 'Call event.add("invariance", scale_invariance(...)) inside an event.',
     "epochs": "Call recorder.log_epoch(...) after each epoch.",
 }
 

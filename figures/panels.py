@@ -74,6 +74,15 @@ def draw_curve(curve: xr.DataArray, *, ax: Axes | None = None, **style: object) 
     return ax
 
 
+def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, **style: object) -> Axes:
+    """A value a layer, over ``layer`` in the network's order."""
+    ax = ax or plt.gca()
+    positions = np.arange(values.sizes["layer"])
+    ax.plot(positions, values, **style)
+    ax.set_xticks(positions, values.layer.values, rotation=90, fontsize=7 if len(positions) <= 30 else 4)
+    return ax
+
+
 def draw_filters_left(share: xr.DataArray, *, ax: Axes | None = None, **style: object) -> Axes:
     """Share of filters left over ``layer``, in the network's order."""
     ax = ax or plt.gca()

@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import analysis
 from analysis import MissingQuantityError
 from analysis.record import name_of
+from dynamics.schema import label as label_of
 
-from . import panels
+from . import panels, pruning
+from .layout import compared, event_epochs, event_steps, grid, legend_below, shared_axes, symmetric
 from .style import FIRST, SECOND, run_styles, theme
 
 Runs = Mapping[str, xr.DataTree]
@@ -36,10 +37,10 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
             )  # fmt: skip
         ax.set_title(order.replace("_", " "))
     for ax in axes:
-        _symmetric(ax, np.concatenate([_compared(prediction) for prediction in predictions.values()]))
+        symmetric(ax, np.concatenate([compared(prediction) for prediction in predictions.values()]))
     axes[0].set(xlabel="predicted loss decrease  [L]", ylabel="measured loss decrease  [L]")
     axes[1].set(xlabel="predicted loss decrease  [L]", ylabel="")
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -65,16 +66,16 @@ def quantities_per_layer(runs: Runs) -> Figure:
 
     The quantities of each layer of the first pruned run over its steps. Prunings, dotted.
     """
-    label = next((label for label, run in runs.items() if _event_steps(run)), next(iter(runs)))
+    label = next((label for label, run in runs.items() if event_steps(run)), next(iter(runs)))
     run = runs[label]
     found = [(node, name) for node, name in _PER_LAYER if node in run.children and name in run[node].data_vars]
     if not found:
         raise MissingQuantityError("no quantity per layer in the record: record /steps or /curvature")
-    figure, axes = _grid(len(found), width=3.6, columns=2)
+    figure, axes = grid(len(found), width=3.6, columns=2)
     for ax, (node, name) in zip(axes, found, strict=True):
         quantity = run[node][name].load()
         panels.draw_layers(quantity, ax=ax)
-        panels.draw_events(_event_steps(run), ax=ax)
+        panels.draw_events(event_steps(run), ax=ax)
         panels.scale_axis(ax.yaxis, quantity.values)
     layers = axes[0].get_legend_handles_labels()
     figure.legend(*layers, loc="outside right center", title="layer", fontsize=7, handlelength=1.2)
@@ -94,11 +95,11 @@ def training_curves(runs: Runs) -> Figure:
             if name in curves[label]:
                 panels.draw_curve(curves[label][name], ax=ax, label=name_of(label), alpha=0.9, **style)
     for ax in axes:
-        panels.draw_events({epoch + 2 for label in curves for epoch in _event_epochs(runs[label])}, ax=ax)
+        panels.draw_events({epoch + 2 for label in curves for epoch in event_epochs(runs[label])}, ax=ax)
         ax.xaxis.get_major_locator().set_params(integer=True)
     panels.scale_axis(axes[0].yaxis, axes[0].lines[0].get_ydata())
     axes[1].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -113,31 +114,31 @@ def filters_left(runs: Runs) -> Figure:
     for label, style in run_styles(left).items():
         panels.draw_filters_left(left[label], ax=ax, label=name_of(label), alpha=0.9, **style)
     ax.tick_params(axis="x", labelsize=8 if layers <= 30 else 5)
-    _legend_below(figure, ax)
+    legend_below(figure, ax)
     return figure
 
 
 def pruning_effect(runs: Runs) -> Figure:
-    """What a pruning does to loss and gradient norm is predicted as far as it is a small perturbation, and no further.
+    """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
 
-    Each point is one pruning at its fixed probe: measured against predicted change of the loss (left) and of ‖g‖²
-    (right). Open markers: first order; filled: second order.
+    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖² and of
+    d‖θ‖²/dt. Open markers: first order; filled: second order, which the record allows for the loss only.
     """
     effects = analysis.each(runs, analysis.pruning_effect)
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9))
-    for ax, quantity, symbol in zip(axes, ("loss", "grad_sqnorm"), ("ΔL  [L]", "Δ‖g‖²  [L² θ⁻²]"), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.9))
+    for ax, quantity in zip(axes, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=True):
         chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}
         for label, style in run_styles(chosen).items():
             style = style | {"markersize": 5.5}
             panels.draw_predicted_measured(chosen[label], "first_order", ax=ax, filled=False, **style)
             panels.draw_predicted_measured(chosen[label], "second_order", ax=ax, label=name_of(label), **style)
-        _symmetric(ax, np.concatenate([_compared(effect) for effect in chosen.values()]))
-        ax.set(xlabel=f"predicted {symbol}", ylabel=f"measured {symbol}")
+        symmetric(ax, np.concatenate([compared(effect) for effect in chosen.values()]))
+        ax.set(xlabel=f"predicted Δ{label_of(quantity)}", ylabel=f"measured Δ{label_of(quantity)}")
     orders = [
         Line2D([], [], marker="o", linestyle="none", color="0.3", markerfacecolor=face, label=name)
         for face, name in (("none", FIRST["label"]), ("0.3", SECOND["label"]))
     ]
-    _legend_below(figure, axes[0], *orders)
+    legend_below(figure, axes[0], *orders)
     return figure
 
 
@@ -153,7 +154,7 @@ def stability(runs: Runs) -> Figure:
     ax.axhline(2, color="0.3", linewidth=1)
     panels.scale_axis(ax.yaxis, np.concatenate([ratio.stability.values for ratio in found.values()]))
     ax.set(ylabel="Δt gᵀHg/‖g‖²")
-    _legend_below(figure, ax)
+    legend_below(figure, ax)
     return figure
 
 
@@ -167,6 +168,11 @@ FIGURES: dict[str, Callable[[Runs], Figure]] = {
         training_curves,
         filters_left,
         pruning_effect,
+        pruning.pruning_effect_per_layer,
+        pruning.removed_decrease,
+        pruning.removal_curve,
+        pruning.measure_agreement,
+        pruning.scale_invariance,
         stability,
     )
 }
@@ -205,59 +211,13 @@ def caption(name: str) -> str:
     return " ".join(FIGURES[name].__doc__.split("\n", 1)[1].split())
 
 
-def _event_steps(run: xr.DataTree) -> list[int]:
-    return run["pruning"]["step"].values.tolist() if "step" in run["pruning"].data_vars else []
-
-
-def _event_epochs(run: xr.DataTree) -> list[int]:
-    return run["pruning"]["epoch"].values.tolist() if "epoch" in run["pruning"].data_vars else []
-
-
-def _compared(prediction: xr.Dataset) -> np.ndarray:
-    return prediction[["measured", "first_order", "second_order"]].to_array().values.ravel()
-
-
-def _symmetric(ax: Axes, values: np.ndarray) -> None:
-    """The same scale on both axes, square, with the line on which a prediction is exact."""
-    for axis in (ax.xaxis, ax.yaxis):
-        panels.scale_axis(axis, values)
-    panels.draw_identity(ax)
-    ax.set_aspect("equal", adjustable="box")
-
-
-def _grid(count: int, *, width: float = 2.5, columns: int = 3, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of at most ``columns``."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    size = (max(width * columns, 4.5), 2.1 * rows + 0.5)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=sharey, squeeze=False)
-    for ax in axes.flat[count:]:
-        ax.set_visible(False)
-    return figure, list(axes.flat[:count])
-
-
 def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> Figure:
     """Measured and predicted values over the steps, a panel a run, with the prunings marked."""
-    figure, axes = _grid(len(predictions), sharey=True)
+    figure, axes = grid(len(predictions), sharey=True)
     for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
         panels.draw_over_time(prediction, ax=ax)
-        panels.draw_events(_event_steps(runs[label]), ax=ax)
+        panels.draw_events(event_steps(runs[label]), ax=ax)
         ax.set_title(name_of(label))
-    _shared_axes(figure, axes, predictions, ylabel=ylabel)
-    _legend_below(figure, axes[0])
+    shared_axes(figure, axes, predictions, ylabel=ylabel)
+    legend_below(figure, axes[0])
     return figure
-
-
-def _shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> None:
-    """One scale for all panels, and labels on the outer ones only."""
-    panels.scale_axis(axes[0].yaxis, np.concatenate([_compared(prediction) for prediction in predictions.values()]))
-    for ax in axes:
-        ax.set(ylabel="")
-        ax.label_outer()
-    figure.supylabel(ylabel, fontsize=9)
-
-
-def _legend_below(figure: Figure, ax: Axes, *others: Line2D) -> None:
-    """The legend of one panel, for all, under them; with further entries."""
-    handles = [*ax.get_legend_handles_labels()[0], *others]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))

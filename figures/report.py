@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import MissingQuantityError, agreement_table, findings, outcome_table
+from analysis import MissingQuantityError, agreement_table, findings, outcome_table, pruning_findings
 from analysis.record import experiment, name_of
 
 from .paper import FIGURES, Runs, caption, claim, draw
@@ -27,6 +27,11 @@ FINDINGS: dict[str, Callable[[Runs], str]] = {
     "training_curves": findings.final_accuracy,
     "filters_left": findings.layer_choice,
     "pruning_effect": findings.effect_prediction,
+    "pruning_effect_per_layer": pruning_findings.layers_moved,
+    "removed_decrease": pruning_findings.decrease_removed,
+    "removal_curve": pruning_findings.curve_errors,
+    "measure_agreement": pruning_findings.measures_agree,
+    "scale_invariance": pruning_findings.filters_invariant,
     "stability": findings.time_unstable,
 }
 

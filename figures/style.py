@@ -16,6 +16,12 @@ MEASURED = {"linestyle": "none", "marker": "o", "color": "0.25", "markersize": 3
 FIRST = {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order"}
 SECOND = {"linestyle": "-", "color": "#d55e00", "label": "second order"}
 
+# the mode of a normalisation
+MODES = {
+    "train": {"linestyle": "none", "marker": "o", "color": "#029e73", "markersize": 3, "label": "training mode"},
+    "eval": {"linestyle": "none", "marker": "x", "color": "#cc78bc", "markersize": 3, "label": "eval mode"},
+}
+
 _MEASURES = (
     "none",
     "magnitude",

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from networks import plain_step, smooth_network, vectors
+from networks import Batch, convolutional_network, images, plain_step, smooth_network, vectors
+from torch import nn
 
 import analysis
 from dynamics import Recorder, open_run
+from dynamics.event import Event
+from dynamics.pruning import removal_curve, resampled_scores, scale_invariance, scores
 from dynamics.schema import label
 from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_time, write_report
 from figures.report import FINDINGS
@@ -21,14 +24,24 @@ from figures.style import run_styles
 mpl.use("agg")
 
 
+def look(event: Event, model: nn.Module, batches: list[Batch]) -> None:
+    """Add all studies to an event, before anything is pruned."""
+    measures = ["magnitude", "loss_preservation", "taylor"]
+    event.add("scores", resampled_scores(model, batches, measures, draws=3))
+    event.add("curve", removal_curve(model, batches[:2], scores(model, None, "magnitude"), [0.3, 0.6]))
+    event.add("invariance", scale_invariance(model, batches[:2]))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
-    """Two small runs with everything in them."""
+    """Two small runs, the second with everything in it."""
     torch.set_default_dtype(torch.float64)
     folder, found = tmp_path_factory.mktemp("runs"), {}
-    for seed, measure in enumerate(("none", "magnitude")):
+    for seed, (measure, make, data) in enumerate(
+        [("none", smooth_network, vectors), ("magnitude", convolutional_network, images)]
+    ):
         torch.manual_seed(seed)
-        model, batches = smooth_network(), vectors(12)
+        model, batches = make(), data(12)
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
         path = folder / f"{measure}.zarr"
         with Recorder(path, model, optimizer, curvature_every=3, attributes={"seed": 0}) as recorder:
@@ -36,8 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
                 recorder.log(loss=plain_step(model, optimizer, batch))
             for epoch in range(2 if measure == "magnitude" else 0):
                 with recorder.event("prune", probe=batches[:2]) as event, torch.no_grad():
+                    look(event, model, batches)
                     model[0].weight[epoch] = 0
-                    event.units(alive={"0": torch.arange(5) > epoch}, scores={"0": torch.rand(5)})
+                    event.units(alive={"0": torch.arange(4) > epoch}, scores={"0": torch.rand(4)})
             recorder.log_epoch(train_loss=1.0 + seed, train_accuracy=0.5, test_loss=1.2, test_accuracy=0.4, seconds=1.0)
         found[measure] = open_run(path)
     return found
@@ -115,6 +129,23 @@ def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -
     assert page.count("data:image/png;base64,") == len(FIGURES)
     assert "<script" not in page
     assert not any(link in page for link in ('src="http', "href="))
+
+
+def test_a_curve_holds_the_predictions_along_both_directions(runs: dict[str, xr.DataTree]) -> None:
+    ax = draw("removal_curve", runs).axes[0]
+    curve = analysis.removal_curve(runs["magnitude"]).sel(quantity="loss").isel(event=0)
+    lines = {line.get_label(): line.get_ydata() for line in ax.lines if not line.get_label().startswith("_")}
+    assert ax.get_ylabel() == f"Δ{label('loss')}"
+    np.testing.assert_array_equal(lines["measured"], curve.measured)
+    np.testing.assert_array_equal(lines["first order"], curve.first_order.sel(direction="output"))
+    np.testing.assert_array_equal(lines["second order"], curve.second_order.sel(direction="output"))
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), curve.first_order.sel(direction="parameters"))
+
+
+def test_what_was_removed_stands_at_its_shares(runs: dict[str, xr.DataTree]) -> None:
+    (points, *_), share = draw("removed_decrease", runs).axes[0].lines, analysis.removed_decrease(runs["magnitude"])
+    np.testing.assert_array_equal(points.get_xdata(), share.parameters.sum("layer"))
+    np.testing.assert_array_equal(points.get_ydata(), share.decrease.sum("layer"))
 
 
 def test_bad_calls_are_said(runs: dict[str, xr.DataTree]) -> None:

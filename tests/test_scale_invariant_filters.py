@@ -1,13 +1,22 @@
 """BatchNorm in training mode makes a loss blind to a filter's length: θ_fᵀg_f = 0 and θ_fᵀ(Hg)_f = −‖g_f‖²."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
+from prunable import batch, trained
 from torch import Tensor, nn
 
+from analysis import MissingQuantityError, grasp_and_gradient
+from analysis import scale_invariance as analysed
+from dynamics import Recorder, open_run
+from dynamics.masks import apply_masks
 from dynamics.models import VGG
 from dynamics.probe import Probe, cross_entropy_objective
+from dynamics.pruning import scale_invariance, scores
 
 Make = Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]
 
@@ -28,11 +37,11 @@ def vgg() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 def per_filter(make: Make, mode: str, epsilon: float) -> list[tuple[Tensor, Tensor, Tensor]]:
     """θ_fᵀg_f, θ_fᵀ(Hg)_f and ‖g_f‖² of each filter, one triple a normalised convolution."""
-    model, batch = make()
+    model, data = make()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = epsilon
-    expansion = Probe(model, cross_entropy_objective, [batch], mode=mode).expand()
+    expansion = Probe(model, cross_entropy_objective, [data], mode=mode).expand()
     products = expansion.hessian_product(expansion.grad)
     triples = []
     for theta, grad, product in zip(expansion.theta.values(), expansion.grad, products, strict=True):
@@ -58,11 +67,67 @@ def test_neither_holds_in_eval_mode(make: Make, index: int) -> None:
 
 
 def test_the_identity_survives_the_default_epsilon_of_a_vgg() -> None:
-    model, batch = vgg()
-    expansion = Probe(model, cross_entropy_objective, [batch], mode="train").expand()
+    model, data = vgg()
+    expansion = Probe(model, cross_entropy_objective, [data], mode="train").expand()
     # VGG normalises after the ReLU, which is homogeneous: the filter's length drops out all the same.
     for name, grad in zip(expansion.theta, expansion.grad, strict=True):
         if grad.ndim == 4:
             theta = expansion.theta[name].detach()
             alignment = (theta * grad).flatten(1).sum(1) / (theta.flatten(1).norm(dim=1) * grad.flatten(1).norm(dim=1))
             assert float(alignment.abs().max()) < 1e-2
+
+
+def half_normalised() -> nn.Sequential:
+    """Two convolutions of which only the first is normalised."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-14), nn.Tanh(),
+        nn.Conv2d(4, 3, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 28 * 28, 4),
+    )  # fmt: skip
+
+
+def studied(path: Path, model: nn.Module, data: list) -> xr.DataTree:
+    with Recorder(path, model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("look", probe=data) as event:
+            event.add("invariance", scale_invariance(model, data))
+    return open_run(path)
+
+
+def test_the_study_finds_the_filters_that_are_normalised_and_the_mode(tmp_path: Path) -> None:
+    data = [batch(1), batch(2)]
+    found = analysed(studied(tmp_path / "run", half_normalised(), data), tolerance=1e-6).isel(event=0)
+    assert found.invariant.sel(mode="train").values.tolist() == [1] * 4 + [0] * 3
+    assert found.invariant.sel(mode="eval").values.tolist() == [0] * 7
+    assert found.layer.values.tolist() == ["0"] * 4 + ["3"] * 3
+
+
+@pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1", "resnet"])
+def test_in_training_mode_grasp_ranks_by_the_gradient_in_the_papers_networks(tmp_path: Path, name: str) -> None:
+    model, _ = trained(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-12
+    run = studied(tmp_path / "run", model, [batch(1)])
+    filters = run["invariance"].to_dataset().isel(event=0).load()
+    grasp = scores(model, [batch(1)], "gradient_norm_increase", mode="train")
+    np.testing.assert_allclose(filters.param_hess_grad.sel(mode="train"), torch.cat(list(grasp.values())), rtol=1e-9)
+    seen = filters.grad_sqnorm.sel(mode="train") > 1e-12 * float(filters.grad_sqnorm.max())  # not dead behind a ReLU
+    gap = (filters.param_hess_grad + filters.grad_sqnorm).sel(mode="train")[seen]
+    assert float(np.abs(gap / filters.grad_sqnorm.sel(mode="train")[seen]).max()) < 1e-3
+    rank = grasp_and_gradient(run).rank_correlation.isel(event=0)
+    assert float(rank.sel(mode="train")) > 0.999
+    assert float(rank.sel(mode="eval")) < 0.9
+
+
+def test_what_is_pruned_is_not_counted(tmp_path: Path) -> None:
+    model, data = half_normalised(), [batch(1)]
+    apply_masks(model, {"0.weight": (torch.arange(4) > 0).view(4, 1, 1, 1).expand(4, 1, 3, 3)})
+    found = analysed(studied(tmp_path / "run", model, data)).isel(event=0, unit=0)
+    assert all(bool(values.isnull().all()) for values in found.values())
+
+
+def test_a_record_without_the_study_says_how_to_get_it(tmp_path: Path) -> None:
+    model = half_normalised()
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)):
+        pass
+    with pytest.raises(MissingQuantityError, match=r'/invariance needs .* event.add\("invariance", scale_invariance'):
+        analysed(open_run(tmp_path / "run"))

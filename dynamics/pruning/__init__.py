@@ -1,11 +1,14 @@
 """Pruning: importance measures, rounds, and a pruner that keeps what it removed at exactly zero."""
 
 from .cost import Cost, network_cost
+from .curve import removal_curve
 from .importance import scores, scores_by_measure
+from .invariance import scale_invariance
 from .latency import latency
 from .measures import MEASURES, Measure
 from .protocol import PROTOCOLS, Protocol
 from .pruner import Pruner, Pruning
+from .resampling import resampled_scores
 from .schedule import exponential_share_left, share_left
 from .shrink import Shrunk, shrink
 
@@ -21,6 +24,9 @@ __all__ = [
     "exponential_share_left",
     "latency",
     "network_cost",
+    "removal_curve",
+    "resampled_scores",
+    "scale_invariance",
     "scores",
     "scores_by_measure",
     "share_left",

@@ -1,0 +1,173 @@
+"""The figures of what pruning did to the dynamics: runs in, figure out. A docstring opens with the claim it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+import analysis
+from analysis.measures import WHOLE
+from analysis.record import name_of
+from dynamics.schema import label
+
+from . import panels
+from .layout import grid, legend_below
+from .style import FIRST, MEASURED, MODES, SECOND, run_styles
+
+Runs = Mapping[str, xr.DataTree]
+
+_OVERLAP_SHARE = 0.2
+
+
+def pruning_effect_per_layer(runs: Runs) -> Figure:
+    """A pruning moves gradient and flow of every layer, those it took nothing from as well.
+
+    The first pruning of the first pruned run, layer by layer at its fixed probe: measured and predicted changes of
+    ‖g‖² and of d‖θ‖²/dt, which add up to the network's, and what each layer's removal adds to the predicted loss.
+    """
+    effects = analysis.each(runs, analysis.pruning_effect_per_layer)
+    name, effect = next((name, found.isel(event=0)) for name, found in effects.items())
+    figure, axes = plt.subplots(3, 1, figsize=(7.2, 7.2), sharex=True)
+    for ax, quantity in zip(axes, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=True):
+        chosen = effect.sel(quantity=quantity)
+        for order, style in (("first_order", FIRST), ("second_order", SECOND), ("measured", MEASURED)):
+            if chosen[order].notnull().any():
+                panels.draw_over_layers(chosen[order], ax=ax, **style)
+        ax.axhline(0, color="0.7", linewidth=0.9, zorder=0)
+        ax.set(ylabel=f"Δ{label(quantity)}")
+    axes[0].set_title(f"{name_of(name)}, first pruning")
+    styles = [Line2D([], [], **style) for style in (MEASURED, FIRST, SECOND)]
+    figure.legend(handles=styles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def removed_decrease(runs: Runs) -> Figure:
+    """The parameters that a pruning removes carry less of the first-order decrease of the loss than their number.
+
+    Along gradient flow dL/dt = −‖g‖². Left: each pruning's share of ‖g‖² at its probe against its share of the
+    parameters; on the grey line the removed parameters carried as much as the average one. Right: share of each
+    layer's own ‖g‖² that went with the first pruning.
+    """
+    found = analysis.each(runs, analysis.removed_decrease)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.8, 4.2), width_ratios=(1, 1.25))
+    for name, style in run_styles(found).items():
+        total = found[name][["decrease", "parameters"]].sum("layer")
+        left.plot(total.parameters, total.decrease, linestyle="none", label=name_of(name), **style)
+        of_layer = found[name].of_layer.isel(event=0)
+        panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
+    left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, None), ylim=(0, None))
+    panels.draw_identity(left)
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    right.set(ylabel="removed share of the layer's ‖g‖²")
+    legend_below(figure, left)
+    return figure
+
+
+def removal_curve(runs: Runs) -> Figure:
+    """From the scale of its output a removed filter is predicted, the better the fewer go; its parameters count twice.
+
+    Copies of a network from which ever more filters went, at one probe. Orange and blue: predicted from the last γ and
+    β of each filter. Grey: from all parameters that go with it, to the same pruned network. Last panel: relative
+    error of the predicted change of the loss. The first event of the first run that has a curve.
+    """
+    curves = analysis.each(runs, analysis.removal_curve)
+    name, curve = next((name, found.isel(event=0)) for name, found in curves.items())
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.6), sharex=True)
+    for ax, quantity in zip(axes.flat, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=False):
+        _draw_directions(ax, curve.sel(quantity=quantity))
+        panels.scale_axis(ax.yaxis, curve.sel(quantity=quantity).measured.values)
+        ax.set(ylabel=f"Δ{label(quantity)}")
+    loss = curve.sel(quantity="loss")
+    error = np.abs(analysis.residuals(loss) / loss.measured)
+    _draw_directions(axes[1, 1], error)
+    axes[1, 1].set(xscale="log", yscale="log", ylabel="relative error of Δloss")
+    for ax in axes[1]:
+        ax.set(xlabel="share of the filters removed")
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
+    axes[0, 0].set_title(name_of(name))
+    twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
+             for style in (FIRST, SECOND)]  # fmt: skip
+    legend_below(figure, axes[0, 0], *twice)
+    return figure
+
+
+def _draw_directions(ax: plt.Axes, curve: xr.Dataset) -> None:
+    for direction, shade in (("parameters", {"color": "0.6", "label": None}), ("output", {})):
+        for order, style in (("first_order", FIRST), ("second_order", SECOND)):
+            values = curve[order].sel(direction=direction)
+            if values.notnull().any():
+                ax.plot(curve.fraction, values, **style | shade)
+    if "measured" in curve:
+        ax.plot(curve.fraction, curve.measured, **MEASURED)
+
+
+def measure_agreement(runs: Runs) -> Figure:
+    """The measures agree less with each other than each with itself on other batches: they differ in kind, not noise.
+
+    Of the first run that compared them at its events: Spearman's rank correlation with the reference, and the part of
+    the lowest fifth of the filters in common with it, grey by chance, over training; the correlation in each layer at
+    the first event; and of each measure's scores with those from batches drawn again. Bars: one standard error.
+    """
+    reference, agreement, overlap, noise, steps = _compared_measures(runs)
+    figure, axes = grid(4, width=3.9, columns=2, height=2.7, sharex=False)
+    styles = run_styles(noise.measure.values.tolist())
+    for measure, style in styles.items():
+        line = {**style, "linewidth": 1, "capsize": 2, "label": name_of(measure)}
+        axes[3].plot(steps, noise.reliability.sel(measure=measure), **style, label=name_of(measure))
+        if measure != reference:
+            ours = agreement.sel(measure=measure, other=reference)
+            whole, common = ours.sel(layer=WHOLE), overlap.sel(measure=measure, other=reference)
+            axes[0].errorbar(steps, whole.rank_correlation, whole.standard_error, **line)
+            axes[1].errorbar(steps, common.overlap, common.standard_error, **line)
+            layers = ours.isel(event=0).drop_sel(layer=WHOLE)
+            panels.draw_over_layers(layers.rank_correlation, ax=axes[2], **style, linewidth=1)
+    axes[1].axhline(_OVERLAP_SHARE, color="0.7", zorder=0)
+    for ax, title in zip(axes, ("all layers", f"lowest {_OVERLAP_SHARE:.0%}", "each layer", "itself"), strict=True):
+        ax.set_title(title)
+        ax.set(ylabel="in common" if ax is axes[1] else "rank correlation")
+    for ax in (axes[0], axes[1], axes[3]):
+        ax.set(xlabel="step", xticks=steps)
+    figure.suptitle(f"with {name_of(reference)}", x=0.01, ha="left", fontsize=10)
+    legend_below(figure, axes[3])
+    return figure
+
+
+def _compared_measures(runs: Runs) -> tuple[str, xr.Dataset, xr.Dataset, xr.Dataset, np.ndarray]:
+    """The reference measure, what the first run that has scores says of all, and the steps at which it compared."""
+    name = next(iter(analysis.each(runs, analysis.score_noise)))
+    noise = analysis.score_noise(runs[name])
+    measures = noise.measure.values.tolist()
+    reference = "loss_preservation" if "loss_preservation" in measures else measures[0]
+    overlap = analysis.removed_overlap(runs[name], share=_OVERLAP_SHARE)
+    steps = runs[name]["pruning"].to_dataset().step.sel(event=noise.event).values
+    return reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
+
+
+def scale_invariance(runs: Runs) -> Figure:
+    """In training mode BatchNorm makes filters scale-invariant: the GraSP score of a filter is then minus its ‖g‖².
+
+    The filters at the first event of the first run that looked. Left: the cosine |θᵀg|/(‖θ‖‖g‖), in the network's
+    order: 0 but for the normalisation's ε. Right: −Σθ(Hg) as a multiple of ‖g‖², which is 1 on the grey line.
+    """
+    found = analysis.each(runs, analysis.scale_invariance)
+    name = next(iter(found))
+    alignment = found[name].alignment.isel(event=0)
+    filters = runs[name]["invariance"].to_dataset().load().isel(event=0)
+    multiple = -filters.param_hess_grad / filters.grad_sqnorm.where(filters.grad_sqnorm > 0)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3.9))
+    for mode, style in MODES.items():
+        left.plot(np.arange(filters.sizes["unit"]), alignment.sel(mode=mode), **style)
+        right.plot(filters.grad_sqnorm.sel(mode=mode), multiple.sel(mode=mode), **style)
+    right.axhline(1, color="0.7", linewidth=0.9, zorder=0)
+    left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale="log")
+    right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale="log")
+    right.set_yscale("symlog", linthresh=2)
+    legend_below(figure, left)
+    return figure

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from prunable import NETWORKS, batch, trained
 from test_masks import cut
 from torch import nn
@@ -88,3 +89,22 @@ def test_counting_leaves_no_trace(name: str) -> None:
     assert model.training
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "convnext_tiny"])
+def test_nothing_is_silent_before_it_is_pruned(name: str) -> None:
+    """Sigmoids, shuffled channels, other normalisations: a whole network costs all of itself."""
+    model = getattr(torchvision.models, name)(num_classes=5)
+    cost = network_cost(model, (3, 64, 64))
+    assert (cost.parameters, cost.multiply_adds) == counted(model, (3, 64, 64))
+
+
+def test_what_reads_tokens_is_pruned_without_a_count() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
+    tokens = [(torch.arange(12).view(4, 3) % 9, torch.arange(4) % 3)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for granularity, layers in (("filter", {"2"}), ("weight", {"2", "4"})):
+        pruning = Pruner(model, optimizer, "loss_preservation", granularity=granularity).prune(0.4, tokens)
+        assert pruning.scores.keys() == layers
+        assert pruning.cost is None
+        assert not {"parameters_left", "multiply_adds_left"} & pruning.attributes.keys()

@@ -243,12 +243,12 @@ class Pruner:
 
 
 def _input_shape(batches: Iterable[Any] | None) -> tuple[torch.Size | None, Iterable[Any] | None]:
-    """The shape of an input without the batch, and the batches, none of them lost."""
+    """The shape of an input without the batch, None where inputs are not images or the like; and all the batches."""
     if batches is None:
         return None, None
     iterator = iter(batches)
     first = next(iterator, None)
     if iterator is batches and first is not None:
         batches = itertools.chain([first], iterator)
-    known = isinstance(first, Sequence) and isinstance(first[0], Tensor)
+    known = isinstance(first, Sequence) and isinstance(first[0], Tensor) and first[0].is_floating_point()
     return first[0].shape[1:] if known else None, batches

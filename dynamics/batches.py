@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .moment import Moment
-from .probe import copied
+from .probe import copied, is_compiled, unwrap
 
 _MOST = 4096  # batches of one step
 
@@ -48,7 +47,7 @@ class Batches:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, counted: Sequence[nn.Parameter]) -> None:
-        self._model, self._device = model, device
+        self._model, self._device, self._compiled = unwrap(model), device, is_compiled(model)
         self._seen: list[Seen] = []
         self._of_epoch = 0
         self._counts = bool(counted)
@@ -61,8 +60,8 @@ class Batches:
         return len(self._seen)
 
     def await_forward(self, asleep: Callable[[], bool]) -> None:
-        """From now on keep the moments of forward passes, and copies of the batches. Not of compiled models."""
-        if self._hook is not None or "torch._dynamo" in sys.modules:
+        """From now on keep the moments of forward passes; not of a compiled model, which a hook would compile again."""
+        if self._hook is not None or self._compiled:
             return
         ours = set(self._model.modules())
 

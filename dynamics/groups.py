@@ -80,6 +80,12 @@ class Groups:
             found[self._layers.layer_of_parameter[index]].add(values[id(group)])
         return np.array([0.0 if not rates else rates.pop() if len(rates) == 1 else np.nan for rates in found])
 
+    def first(self) -> tuple[int, float]:
+        """Layer of the first parameter of the first group that the model knows, and the flow time of its step."""
+        self.refresh()
+        held = self._group_of[0]
+        return self._layers.layer_of_parameter[next(iter(held), 0)], self.first_flow_step()
+
     def first_flow_step(self) -> float:
         """Flow time of a step in the first group of the first optimizer."""
         return _flow_step(self._optimizers[0].param_groups[0])

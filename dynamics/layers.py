@@ -80,6 +80,11 @@ class Layers:
         return dict(zip(self._known, self._layout.shapes, strict=True))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the vectors."""
+        return self._layout.dtype
+
+    @property
     def sums_dtype(self) -> torch.dtype:
         """Precision of sums: double where the device has it."""
         return torch.float32 if self.device.type == "mps" else torch.float64

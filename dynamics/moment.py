@@ -73,7 +73,7 @@ class Moment:
         def keep_another(module: nn.Module, inputs: tuple) -> None:
             if module not in ours:
                 ours.add(module)
-                put_back.extend([_kept_attributes([module]), *map(_kept_tensor, module._buffers.values())])
+                put_back.extend([_kept_attributes([module]), _lent_buffers(module)])
 
         with random_numbers_untouched(self._device):
             hook = register_module_forward_pre_hook(keep_another)
@@ -85,6 +85,13 @@ class Moment:
                 hook.remove()
                 for one in put_back:
                     one()
+
+
+def _lent_buffers(module: nn.Module) -> PutBack:
+    """Give a module copies of its buffers; what puts its own back. In place, a graph could not be gone back through."""
+    own = dict(module._buffers)
+    module._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in own.items()})
+    return lambda: module._buffers.update(own)
 
 
 def _kept_attributes(modules: Iterator[nn.Module] | list[nn.Module]) -> PutBack:
@@ -153,7 +160,8 @@ def _kept_tensor(tensor: Tensor | None) -> PutBack:
 
     @torch.no_grad()
     def put_back() -> None:
-        if tensor._version != version:
+        # Torch's BatchNorm changes its statistics without a new version.
+        if tensor._version != version or not torch.equal(tensor, content):
             tensor.detach().copy_(content)
 
     return put_back

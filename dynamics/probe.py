@@ -41,6 +41,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, runs compiled."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in its tuples, lists and mappings on the device."""
     return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))

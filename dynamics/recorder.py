@@ -112,14 +112,14 @@ class Recorder:
         self._skips: dict[int, Tensor] = {}
         self._doubts = False
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
-        sqnorm = self._measurement.param_sqnorm()
-        begun = self._processes.first(lambda: begin(path, origin, self._layers.names, sqnorm, resume, step))
+        present = self._measurement.present()
+        begun = self._processes.first(lambda: begin(path, origin, present, resume, step))
         store, place = begun or (None, None)
         self._step, self._epoch, self._events, self._flow_time = astuple(self._processes.told(place))
         self._measurement.start_from(store, begins=self._step == 0)
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = [] if self._processes.replicated else self._layers.parameters
-        self._batches = Batches(self._model, self._layers.device, counted)
+        self._batches = Batches(model, self._layers.device, counted)
         self._attachment = Attachment(
             self._optimizers,
             begin=self._begin_step,

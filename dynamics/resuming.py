@@ -14,7 +14,7 @@ import numpy as np
 from .schema import STUDIES
 from .store import Store
 
-_SAME = 1e-6  # relative: what rounding makes of a squared norm
+_SAME = 16  # roundings: what is left of a squared norm's precision after a step is added up
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,25 @@ class Place:
     flow_time: float = 0.0
 
 
+@dataclass(frozen=True)
+class Present:
+    """What the model is now: names of its layers, ‖θ‖² of each, (layer,), and the rounding error of its type.
+
+    ``first`` is the layer of the first parameter group, ``flow_step`` the flow time of that group's step.
+    """
+
+    layers: list[str]
+    sqnorm: np.ndarray
+    rounding: float
+    first: int
+    flow_step: float
+
+
 class Record:
     """The columns of a record that say where its steps and events were."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, present: Present) -> None:
+        self._store, self._present = store, present
         self.steps, self.epochs = self._column("steps", "step"), self._column("steps", "epoch")
         self.events = self._column("pruning", "step")
         self._sqnorm = self._column("steps", "param_sqnorm")
@@ -63,20 +77,24 @@ class Record:
         if before < len(times) and self.steps[before] == step:
             return float(times[before])
         skipped = self._column("steps", "skipped")
-        last = next((rate for rate in flow_steps[before - 1] if rate), 0.0)
+        last = flow_steps[before - 1, self._present.first]
+        last = self._present.flow_step if np.isnan(last) else last  # the layer's parameters differ in it
         taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
         return float(times[before - 1] + last * taken)
 
-    def meets(self, sqnorm: np.ndarray) -> tuple[int, int] | None:
-        """Step and number of events at which ‖θ‖² of every layer was ``sqnorm`` (layer,); None if nowhere.
+    def meets(self) -> tuple[int, int] | None:
+        """Step and number of events at which ‖θ‖² of every layer was what it is now; None if nowhere.
 
         Where a row says so to the bit, there; else at the record's end, which is known by a sum only; else the nearest.
         """
         found = [
-            (float(np.max(np.abs(then - sqnorm) / np.maximum(np.abs(then), 1e-300), initial=0.0)), (step, events))
+            (
+                float(np.max(np.abs(then - self._present.sqnorm) / np.maximum(np.abs(then), 1e-300), initial=0.0)),
+                (step, events),
+            )
             for step, events, then in self._moments()
         ]
-        near = [(distance, moment) for distance, moment in found if distance <= _SAME]
+        near = [(distance, moment) for distance, moment in found if distance <= _SAME * self._present.rounding]
         exact = [moment for distance, moment in near if distance == 0]
         at_end = [moment for _, moment in near if moment == self.end]
         return max(exact or at_end or [min(near)[1]]) if near else None
@@ -100,8 +118,7 @@ class Record:
 def begin(
     path: str | os.PathLike,
     attributes: Mapping[str, Any],
-    layers: list[str],
-    sqnorm: np.ndarray,
+    present: Present,
     mode: bool | str,
     step: int | None,
 ) -> tuple[Store, Place]:
@@ -115,32 +132,33 @@ def begin(
         return Store(path, attributes), Place(step=step or 0)
     store = Store.reopen(path)
     try:
-        return store, resume(store, layers, sqnorm, step, mode == "rewind")
+        return store, resume(store, present, step, mode == "rewind")
     except BaseException:
         store.close()
         raise
 
 
-def resume(store: Store, layers: list[str], sqnorm: np.ndarray, step: int | None, rewind: bool) -> Place:
+def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Place:
     """Find where the model is in the record, and take back what lies beyond, if that was asked for.
 
     Args:
         store: the record, open for writing.
-        layers: names of the model's layers.
-        sqnorm: ‖θ‖² of each layer as the model is now, (layer,).
-        step: the step at which training goes on; None: found by ``sqnorm``.
+        present: the model as it is now.
+        step: the step at which training goes on; None: found by the layers' ‖θ‖².
         rewind: whether rows beyond that step may be dropped.
 
     Raises:
         ValueError: another network's record, a model that is nowhere in the record, or rows beyond and no ``rewind``.
     """
-    record, path = Record(store), store.path
+    record, path = Record(store, present), store.path
     if not sum(store.lengths.values()):
         return Place(step=step or 0)
     recorded = [str(name) for name in store.read("steps", "layer")]
-    if recorded != layers:
-        raise ValueError(f"{path} is the record of another network: it has layers {recorded}, the model has {layers}")
-    end, met = record.end, record.meets(sqnorm)
+    if recorded != present.layers:
+        raise ValueError(
+            f"{path} is the record of another network: it has layers {recorded}, the model has {present.layers}"
+        )
+    end, met = record.end, record.meets()
     if step is None and met is None:
         raise ValueError(
             f"the model's parameters are those of no step in {path}, which ends at step {end[0]}: load the checkpoint "

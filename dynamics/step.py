@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from .layers import Layers
 from .probe import Probe
 from .processes import Processes
 from .quantities import FORMULAS, Vectors
+from .resuming import Present
 from .store import Store
 
 
@@ -33,11 +34,13 @@ class Measurement:
         self._make_vectors()
         self._start: Vector | None = None
 
-    def param_sqnorm(self) -> np.ndarray:
-        """‖θ‖² of each layer as it is now, (layer,)."""
+    def present(self) -> Present:
+        """The model as it is now."""
         theta = self._layers.theta(self._layers.zeros()).blocks
         values = self._processes.total(self._layers.evaluate(["param_sqnorm"], Vectors(theta=theta)))
-        return values["param_sqnorm"].cpu().numpy()
+        sqnorm, rounding = values["param_sqnorm"].cpu().numpy(), torch.finfo(self._layers.dtype).eps
+        first, flow_step = self._groups.first()
+        return Present(self._layers.names, sqnorm, rounding, first, flow_step)
 
     def start_from(self, store: Store | None, *, begins: bool) -> None:
         """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
@@ -46,11 +49,14 @@ class Measurement:
         self._start = self._layers.theta(self._layers.zeros())
         alone = store is not None and not self._processes.sharded
         if begins and alone:
-            store.keep("start", self._start.blocks.cpu().numpy())
+            store.keep(self._name_of_start(), self._start.blocks.cpu().numpy())
         elif not begins:
-            kept = store.kept("start") if alone else None
-            known = kept is not None and kept.shape == self._start.blocks.shape
-            self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
+            kept = store.kept(self._name_of_start()) if alone else None
+            self._start.blocks.copy_(torch.tensor(torch.nan) if kept is None else torch.from_numpy(kept))
+
+    def _name_of_start(self) -> str:
+        """What θ₀ is kept under: for these shapes alone."""
+        return f"start-{zlib.crc32(repr(self._layers.shapes).encode()):08x}"
 
     def _make_vectors(self) -> None:
         self._theta, self._grad, self._update = (self._layers.zeros() for _ in range(3))

@@ -1,0 +1,387 @@
+"""Loops that caught a careless recorder: shared state, odd closures, batches that come to nothing, changing models."""
+
+import random
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import ByHand
+from networks import convolutional_network, flat, images, plain_step, smooth_network, vectors
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+from dynamics import Recorder, open_run
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Stateful(nn.Module):
+    """Its output depends on what it keeps, and each forward pass changes that in place."""
+
+    def __init__(self, kind: str, shared: dict[str, float]) -> None:
+        super().__init__()
+        self.layer, self.kind, self.shared = nn.Linear(4, 3), kind, shared
+        self.kept = {
+            "tensor": torch.ones(3), "deque": deque([1.0], maxlen=3), "nested": {"inner": [1.0]},
+            "generator": torch.Generator().manual_seed(1), "numpy": np.random.default_rng(1), "shared": None,
+        }[kind]  # fmt: skip
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layer(inputs) * self.shared["scale"]
+        if self.kind == "tensor":
+            return outputs + self.kept.mul_(0.9)
+        if self.kind == "deque":
+            self.kept.append(sum(self.kept) / 2)
+            return outputs + sum(self.kept)
+        if self.kind == "nested":
+            self.kept["inner"][0] *= 0.9
+            return outputs * self.kept["inner"][0]
+        if self.kind == "generator":
+            return outputs * torch.rand(3, generator=self.kept)
+        return outputs * self.kept.random() if self.kind == "numpy" else outputs
+
+
+@pytest.mark.parametrize("kind", ["tensor", "deque", "nested", "generator", "numpy", "shared"])
+def test_what_a_model_keeps_and_shares_is_left_alone(tmp_path: Path, kind: str) -> None:
+    weights = []
+    for path in (None, tmp_path / "run"):
+        torch.manual_seed(0)
+        shared = {"scale": 1.0}
+        model = Stateful(kind, shared)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recorder = Recorder(path, model, optimizer, curvature_every=1) if path else None
+        losses = []
+        for batch in recorder.watch(vectors(4)) if recorder else vectors(4):
+            losses.append(plain_step(model, optimizer, batch).item())
+            shared["scale"] *= 0.8  # the loop anneals what the model reads
+        if recorder:
+            recorder.close()
+        weights.append(flat(list(model.parameters())))
+    assert torch.equal(*weights)
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_another_network_in_the_objective_is_left_alone(tmp_path: Path) -> None:
+    teacher, model = convolutional_network(), convolutional_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def distill(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), teacher(batch[0]))
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=distill, curvature_every=1) as recorder:
+        for batch in recorder.watch(images(3)):
+            optimizer.zero_grad()
+            distill(model, batch).backward()
+            before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+            optimizer.step()
+            assert all(torch.equal(before[name], buffer) for name, buffer in teacher.named_buffers())
+    assert open_run(tmp_path / "run")["curvature"].sizes["step"] == 3
+
+
+def test_an_optimizer_in_the_backward_pass(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizers = {parameter: torch.optim.SGD([parameter], 0.1) for parameter in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with Recorder(tmp_path / "run", model, list(optimizers.values()), curvature_every=0) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            cross_entropy(model, batch).backward()
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.sizes["step"] == 3
+    np.testing.assert_allclose(steps.update_sqnorm, 0.01 * steps.grad_sqnorm, rtol=1e-10)
+
+
+@pytest.mark.parametrize("blocks", ["as many", "fewer"])
+def test_a_network_that_gets_smaller_between_steps_is_recorded_on(tmp_path: Path, blocks: str) -> None:
+    width = 6 if blocks == "as many" else 600
+    model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(4))):
+            if number == 2:
+                model[0].weight = nn.Parameter(model[0].weight[: width // 2].detach())
+                model[0].bias = nn.Parameter(model[0].bias[: width // 2].detach())
+                model[2].weight = nn.Parameter(model[2].weight[:, : width // 2].detach())
+                optimizer.param_groups[0]["params"] = list(model.parameters())
+            if number == 3:
+                by_hand = ByHand(model)
+                optimizer.zero_grad()
+                cross_entropy(model, batch).backward()
+                by_hand.before()
+                optimizer.step()
+                by_hand.after()
+            else:
+                plain_step(model, optimizer, batch)
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.distance_sqnorm[2:].isnull().all()  # θ₀ has other shapes
+    assert steps.distance_sqnorm[:2].notnull().all()
+    for layer, values in by_hand.rows[0].items():
+        np.testing.assert_allclose(steps.grad_update[3].sel(layer=layer), values["grad_update"], rtol=1e-10)
+
+
+def test_two_optimizers_of_the_same_parameters_one_after_the_other(tmp_path: Path) -> None:
+    model, by_hand = smooth_network(), None
+    adam, lbfgs = torch.optim.Adam(model.parameters(), 0.01), torch.optim.LBFGS(model.parameters(), 0.5, max_iter=2)
+    by_hand = ByHand(model)
+    with Recorder(tmp_path / "run", model, [adam, lbfgs], curvature_every=0) as recorder:
+        for batch in recorder.watch(vectors(2)):
+            adam.zero_grad()
+            cross_entropy(model, batch).backward()
+            by_hand.before()
+            adam.step()
+            by_hand.after()
+        for (batch,) in zip(recorder.watch(vectors(2)), strict=True):
+
+            def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+                lbfgs.zero_grad()
+                loss = cross_entropy(model, batch)
+                loss.backward()
+                return loss
+
+            closure()
+            by_hand.before()
+            lbfgs.step(closure)
+            by_hand.after()
+    steps = open_run(tmp_path / "run")["steps"]
+    by_hand.agrees_with(steps)
+    np.testing.assert_allclose(steps.learning_rate, [[0.01] * 2] * 2 + [[0.5] * 2] * 2)
+
+
+def test_learning_rates_and_decay_are_of_what_is_trained(tmp_path: Path) -> None:
+    model = smooth_network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(4))):
+            if number == 2:
+                model[0].requires_grad_(True)
+            plain_step(model, optimizer, batch)
+    steps = open_run(tmp_path / "run")["steps"]
+    np.testing.assert_allclose(steps.learning_rate, [[0.0, 0.1]] * 2 + [[0.1, 0.1]] * 2)
+    assert (steps.decay_sqnorm.values > 0).tolist() == [[False, True]] * 2 + [[True, True]] * 2
+
+
+def test_torch_prunings_in_a_row(tmp_path: Path) -> None:
+    model, (batch,) = smooth_network(), vectors(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    expected = []
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        for _ in range(2):
+            sizes = []
+            with recorder.event("prune", probe=[batch]):
+                model(batch[0])  # where torch makes the weight of what is left of it
+                sizes.append(model[0].weight.square().sum().item())
+                prune.l1_unstructured(model[0], "weight", amount=5)
+                sizes.append(model[0].weight.square().sum().item())
+            expected.append(sizes[0] - sizes[1])
+            plain_step(model, optimizer, batch)
+    sqnorm = open_run(tmp_path / "run")["pruning"].param_sqnorm.sel(layer="0")
+    np.testing.assert_allclose(-sqnorm.diff("stage").squeeze(), expected, rtol=1e-10)
+
+
+def test_a_closure_that_moves_the_parameters_first(tmp_path: Path) -> None:
+    class Ascending(torch.optim.SGD):
+        """Sharpness-aware: its gradient is that of a point further up."""
+
+        def step(self, closure: Callable[[], Tensor]) -> Tensor:
+            parameters = self.param_groups[0]["params"]
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.add_(0.05)
+            with torch.enable_grad():
+                loss = closure()
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.sub_(0.05)
+            super().step()
+            return loss
+
+    model, (batch,) = smooth_network(), vectors(1)
+    optimizer = Ascending(model.parameters(), 0.1)
+    before = flat(list(model.parameters()))
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = cross_entropy(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    steps = open_run(tmp_path / "run")["steps"].sum("layer")
+    np.testing.assert_allclose(steps.param_sqnorm[0], before.square().sum(), rtol=1e-10)
+    update = flat(list(model.parameters())) - before
+    np.testing.assert_allclose(steps.update_sqnorm[0], update.square().sum(), rtol=1e-10)
+
+
+def test_what_happens_after_a_step_is_not_its_doing(tmp_path: Path) -> None:
+    model = smooth_network()
+    first, second = (torch.optim.SGD(model[index].parameters(), 0.1) for index in (0, 2))
+    with Recorder(tmp_path / "run", model, [first, second], curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(4))):
+            model.zero_grad()
+            cross_entropy(model, batch).backward()
+            (first, second)[number % 2].step()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.clamp_(-0.3, 0.3)
+    steps = open_run(tmp_path / "run")["steps"]
+    np.testing.assert_allclose(steps.update_sqnorm, 0.01 * steps.grad_sqnorm, rtol=1e-10)
+
+
+def test_the_probe_is_in_the_mode_and_at_the_random_numbers_of_the_steps_forward_pass(tmp_path: Path) -> None:
+    model, losses = convolutional_network(dropout=0.5), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(images(3)):
+            model.train()
+            noise = torch.randn_like(batch[0]) * 0  # drawn after the batch was seen
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch[0] + noise), batch[1])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            model.eval()
+            with torch.no_grad():
+                model(batch[0])
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["one backward pass", "a layer that is not always used", "clipped in between"])
+def test_the_gradient_says_which_batches_a_step_is_of(tmp_path: Path, way: str) -> None:
+    heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    optimizer = torch.optim.SGD(heads.parameters(), 0.1)
+    losses: list[float] = []
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model[int(batch[1].sum()) % 2](batch[0]), batch[1])
+
+    with Recorder(tmp_path / "run", heads, optimizer, objective=objective, curvature_every=1) as recorder:
+        pending = []
+        for number, batch in enumerate(recorder.watch(vectors(8))):
+            pending.append(objective(heads, batch) / 2)
+            if way != "one backward pass":
+                pending[-1].backward()
+            if way == "clipped in between":
+                nn.utils.clip_grad_norm_(heads.parameters(), 100.0)
+            if number % 2:
+                if way == "one backward pass":
+                    sum(pending).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(sum(pending).item())
+                pending = []
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_a_loss_that_takes_gradients(tmp_path: Path) -> None:
+    def penalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs = batch[0].detach().clone().requires_grad_()
+        loss = F.cross_entropy(model(inputs), batch[1])
+        return loss + torch.autograd.grad(loss, inputs, create_graph=True)[0].square().sum()
+
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=penalised, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(2)):
+            optimizer.zero_grad()
+            loss = penalised(model, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append([loss.item(), penalised(model, batch).item()])
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(np.transpose([curvature.loss_before, curvature.loss_after]), losses, rtol=1e-12)
+
+
+def test_the_older_checkpoints_are_refused_too(tmp_path: Path) -> None:
+    class Recomputing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.outer(checkpoint(self.inner, inputs.clone().requires_grad_(), use_reentrant=True))
+
+    model = Recomputing()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="recomputes or moves activations"):
+        with Recorder(tmp_path / "run", model, optimizer) as recorder:
+            for batch in recorder.watch(vectors(2)):
+                plain_step(model, optimizer, batch)
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 2
+
+
+def test_an_objective_may_return_one_number_in_any_shape(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(model, batch).reshape(1)
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            plain_step(model, optimizer, batch)
+        with recorder.event("look", probe=batches):
+            pass
+    assert open_run(tmp_path / "run")["curvature"].loss_before.dims == ("step",)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_shifts_no_logged_loss(tmp_path: Path, fused: bool, watched: bool) -> None:
+    model, batches, losses = smooth_network(), vectors(6), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(batches) if watched else batches):
+            optimizer.zero_grad()
+            loss = cross_entropy(model, batch)
+            scaler.scale(loss).backward()
+            if number == 2:
+                model[0].weight.grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            recorder.log(loss=loss)
+            if fused or number != 2:
+                losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_flush_between_step_and_log_shifts_no_loss(tmp_path: Path, watched: bool) -> None:
+    model, batches, losses = smooth_network(), vectors(5), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(batches) if watched else batches):
+            loss = plain_step(model, optimizer, batch)
+            if number == 2:
+                recorder.flush()
+            recorder.log(loss=loss)
+            losses.append(loss.item() if number != 2 else np.nan)
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, losses, rtol=1e-12)
+
+
+def test_a_random_choice_in_the_loop_is_not_disturbed(tmp_path: Path) -> None:
+    random.seed(3)
+    expected = [random.random() for _ in range(3)]
+    random.seed(3)
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    found = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            plain_step(model, optimizer, batch)
+            found.append(random.random())
+    assert found == expected

@@ -56,34 +56,38 @@ class Expansion:
                 self.exact, self._graph = False, None
         return self._difference(vector)
 
-    def third_product(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
-        """T[u, v] = ∂(uᵀHv)/∂θ for constant u and v, by a third backward pass: how Hv changes along u.
+    def third_products(self, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """T[u, v] = ∂(vᵀHu)/∂θ for a constant direction u and each v: how Hv changes along u, by a third backward pass.
 
         NaN where autograd has no third derivative of an operation.
         """
-        total = [torch.zeros_like(leaf) for leaf in self._leaves]
+        totals = [[torch.zeros_like(leaf) for leaf in self._leaves] for _ in vectors]
         try:
             for loss_of, weight in self._losses:
-                torch._foreach_add_(total, self._third_backward(loss_of, first, second), alpha=weight)
+                parts = self._third_backward(loss_of, direction, vectors)
+                for total, part in zip(totals, parts, strict=True):
+                    torch._foreach_add_(total, part, alpha=weight)
         except RuntimeError as error:
             if not any(reason in str(error) for reason in _NOT_TWICE):
                 raise
-            return [torch.full_like(leaf, torch.nan) for leaf in self._leaves]
-        return total
+            return [[torch.full_like(leaf, torch.nan) for leaf in self._leaves] for _ in vectors]
+        return totals
 
     @torch.enable_grad()
-    def _third_backward(self, loss_of: LossFunction, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
-        parts = _gradient(loss_of, self.theta, create_graph=True)[1]
-        for vector in (second, first):
-            if _has_none(parts):
-                raise RuntimeError("an operation of the loss is once_differentiable")
-            slope = sum((part * v).sum() for part, v in zip(parts, vector, strict=True))
-            if not slope.requires_grad:  # a polynomial of lower degree
-                return [torch.zeros_like(leaf) for leaf in self._leaves]
-            parts = torch.autograd.grad(
-                slope, self._leaves, create_graph=vector is second, allow_unused=True, materialize_grads=True
-            )
-        return list(parts)
+    def _third_backward(
+        self, loss_of: LossFunction, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]
+    ) -> list[list[Tensor]]:
+        product = self._along(_gradient(loss_of, self.theta, create_graph=True)[1], direction, create_graph=True)
+        return [self._along(product, vector, retain_graph=True) for vector in vectors]
+
+    def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
+        """Gradient of the inner product of a vector that depends on θ with a constant one."""
+        if _has_none(parts):
+            raise RuntimeError("an operation of the loss is once_differentiable")
+        slope = sum((part * v).sum() for part, v in zip(parts, vector, strict=True))
+        if not slope.requires_grad:  # a polynomial of lower degree
+            return [torch.zeros_like(leaf) for leaf in self._leaves]
+        return list(torch.autograd.grad(slope, self._leaves, allow_unused=True, materialize_grads=True, **graph))
 
     def _difference(self, vector: Sequence[Tensor]) -> list[Tensor]:
         length, size = _norm(vector), _norm(self._leaves)

@@ -63,8 +63,8 @@ class Stage:
         self._names = list(expansion.theta)
         self.theta = layers.theta(layers.zeros()).blocks
         self.kept = layers.kept()
-        self._grad = self._vector(expansion.grad)
-        self._hess_grad = self.hessian_product(self._grad)
+        self.grad = self._vector(expansion.grad)
+        self._hess_grad = self.hessian_product(self.grad)
 
     def _vector(self, tensors: list[Tensor]) -> Tensor:
         return self._layers.vector(dict(zip(self._names, self._processes.mean(tensors), strict=True)))
@@ -73,19 +73,14 @@ class Stage:
         """Hv at this stage, for a vector and as a vector."""
         return self._vector(self._expansion.hessian_product(self._layers.tensors(blocks, self._names)))
 
-    def third_product(self, first: Tensor, second: Tensor) -> Tensor:
-        """T[u,v] at this stage, T the derivative of H, for two vectors and as a vector."""
-        directions = [self._layers.tensors(blocks, self._names) for blocks in (first, second)]
-        return self._vector(self._expansion.third_product(*directions))
-
-    def hess_grad_change(self, removal: Tensor, hess_removal: Tensor, removed: Tensor) -> Tensor:
-        """First-order change of Hg by a removal δ: H((Hδ)_K − g_R) + T[δ]g_K."""
-        moved = self.hessian_product(hess_removal * (1 - removed) - self._grad * removed)
-        return moved + self.third_product(removal, self._grad * (1 - removed))
+    def third_products(self, removal: Tensor, *others: Tensor) -> list[Tensor]:
+        """T[δ,v] at this stage for each v, T the derivative of H, for vectors and as vectors."""
+        direction, *vectors = (self._layers.tensors(blocks, self._names) for blocks in (removal, *others))
+        return [self._vector(product) for product in self._expansion.third_products(direction, vectors)]
 
     def vectors(self, **others: Tensor) -> Vectors:
         """θ, g, Hg and what is kept, with further vectors."""
-        return Vectors(theta=self.theta, grad=self._grad, hess_grad=self._hess_grad, kept=self.kept, **others)
+        return Vectors(theta=self.theta, grad=self.grad, hess_grad=self._hess_grad, kept=self.kept, **others)
 
 
 @torch.no_grad()
@@ -121,8 +116,11 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
     """The quantities of a node that are of a removal δ, (layer,): from the network before, and R."""
     names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
     removed, hess_removal = before.kept * (1 - after.kept), before.hessian_product(removal)
-    others = {"third_removal": before.third_product(removal, removal)}
-    if "param_hess_grad_first_order" in names:
-        others["hess_grad_change"] = before.hess_grad_change(removal, hess_removal, removed)
-    vectors = before.vectors(removal=removal, hess_removal=hess_removal, removed=removed, **others)
-    return layers.evaluate(names, vectors)
+    vectors = {"removal": removal, "hess_removal": hess_removal, "removed": removed}
+    if "param_hess_grad_first_order" in names:  # the change of Hg is H((Hδ)_K − g_R) + T[δ]g_K
+        third, third_grad = before.third_products(removal, removal, before.grad * (1 - removed))
+        moved = before.hessian_product(hess_removal * (1 - removed) - before.grad * removed)
+        vectors |= {"third_removal": third, "hess_grad_change": moved + third_grad}
+    else:
+        (vectors["third_removal"],) = before.third_products(removal, removal)
+    return layers.evaluate(names, before.vectors(**vectors))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import convolutional_network, dense, flat, images, smooth_network, vectors
+from torch.autograd.function import once_differentiable
 
 from analysis import pruning_effect, pruning_effect_per_layer, removed_decrease
 from dynamics import Recorder, open_run
@@ -119,6 +120,38 @@ def test_the_effect_on_the_layers_adds_up_and_the_removed_part_of_the_decrease_t
     np.testing.assert_allclose(carried.parameters.sum("layer"), 4 / 43, rtol=1e-12)
     of_layer = grad[4:8].square().sum() / grad[first].square().sum()
     np.testing.assert_allclose(carried.of_layer, [of_layer, 0], rtol=1e-12)
+
+
+class Once(torch.autograd.Function):
+    """tanh, whose derivative has none."""
+
+    @staticmethod
+    def forward(context: torch.autograd.function.FunctionCtx, inputs: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(inputs.tanh())
+        return inputs.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+        return grad * (1 - context.saved_tensors[0].square())
+
+
+class OnceTanh(torch.nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return Once.apply(inputs)
+
+
+def test_what_autograd_cannot_derive_thrice_is_missing_not_wrong(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(1)
+    model[1] = OnceTanh()
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("shrink", probe=batches), torch.no_grad():
+            model[0].weight *= 0.99
+    effect = pruning_effect(open_run(tmp_path / "run")).isel(event=0)
+    np.testing.assert_allclose(effect.second_order[0], effect.measured[0], rtol=1e-3)
+    assert np.isnan(effect.second_order[1:]).all()
+    assert np.isnan(effect.first_order.sel(quantity="param_hess_grad"))
+    assert np.isfinite(effect.first_order[:3]).all()
 
 
 def test_an_event_that_fails_leaves_no_row(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .moment import Moment
@@ -53,7 +53,6 @@ class Batches:
         self._counts = bool(counted)
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
-        self._next_passes = False
         self._at_step = 0
 
     def __len__(self) -> int:
@@ -61,19 +60,16 @@ class Batches:
 
     def await_forward(self, asleep: Callable[[], bool]) -> None:
         """From now on keep the moments of forward passes; not of a compiled model, which a hook would compile again."""
-        if self._hook is not None or self._compiled:
+        if self._hook is not None or self._compiled or _anything_is_compiled():
             return
-        ours = set(self._model.modules())
 
+        @torch.compiler.disable
         def passes(module: nn.Module, inputs: tuple) -> None:
-            root = module is self._model
-            if module in ours and torch.is_grad_enabled() and not asleep() and (root or self._next_passes):
-                self._next_passes = False
-                waiting = next((seen for seen in self._seen if not seen.passed), None)
-                if waiting is not None:
-                    waiting.moment, waiting.passed = Moment(self._model, self._device), True
+            waiting = next((seen for seen in self._seen if not seen.passed), None)
+            if waiting is not None and torch.is_grad_enabled() and not asleep():
+                waiting.moment, waiting.passed = Moment(self._model, self._device), True
 
-        self._hook = register_module_forward_pre_hook(passes)
+        self._hook = self._model.register_forward_pre_hook(passes)
 
     def add(self, batch: Any, *, due: bool) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
@@ -84,7 +80,6 @@ class Batches:
             )
             del self._seen[: _MOST // 2]
         self._seen.append(Seen(copied(batch), Moment(self._model, self._device)) if due else Seen(batch, None))
-        self._next_passes = True
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first.
@@ -137,6 +132,11 @@ class Batches:
         self.clear()
         for passes in self._passes:
             passes.remove()
+
+
+def _anything_is_compiled() -> bool:
+    dynamo = sys.modules.get("torch._dynamo")
+    return bool(dynamo is not None and dynamo.utils.counters["frames"])
 
 
 class _Passes:

@@ -147,8 +147,10 @@ class Probe:
         return loss.reshape(())
 
     def _theta(self, theta: Theta | None) -> Theta:
-        """The model's present parameters, but for those that are given."""
-        return {name: parameter.detach() for name, parameter in self._model.named_parameters()} | dict(theta or {})
+        """The model's present parameters, but for those that are given; each in the parameter's type."""
+        given = theta or {}
+        own = self._model.named_parameters()
+        return {name: given.get(name, parameter).detach().to(parameter.dtype) for name, parameter in own}
 
     def expand(self, theta: Theta | None = None) -> Expansion:
         """Loss, gradient and Hessian products around θ, by default the model's present parameters."""
@@ -171,7 +173,8 @@ class Probe:
         """
         theta = self._theta(theta)
         frozen = {name for name in theta if name not in self._trained or name not in layer_of}
-        whole = [{name: direction.get(name) for name in theta} for direction in directions]
+        known = [name for name in theta if name not in frozen]
+        whole = [{name: direction[name].to(theta[name].dtype) for name in known} for direction in directions]
         total = None
         for loss_of, weight in zip(self._losses, self._weights, strict=True):
             parts = gated_products(loss_of, theta, whole, layer_of, layers, frozen=frozen)

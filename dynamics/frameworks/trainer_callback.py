@@ -62,7 +62,7 @@ class TrainerRecorder(TrainerCallback):
         if state.is_world_process_zero:
             self._processes = args.world_size if args.average_tokens_across_devices else 1
             self.recorder = self._recording(training["model"], training["optimizer"], state.global_step)
-            self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True)
+            self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Count the epoch."""

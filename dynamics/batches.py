@@ -17,6 +17,7 @@ from .moment import Moment
 from .probe import copied, is_compiled, unwrap
 
 _MOST = 4096  # batches of one step
+_IDLE = 128  # batches in a row whose gradients come to nothing
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Batches:
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
         self._at_step = 0
+        self._idle = False
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -73,12 +75,15 @@ class Batches:
 
     def add(self, batch: Any, *, due: bool) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
-        if len(self._seen) == _MOST:
-            warnings.warn(
-                f"{_MOST} batches were seen since the last step of the optimizer: is it still the one that was given?",
-                stacklevel=3,
-            )
-            del self._seen[: _MOST // 2]
+        if self.mark.first_batch == _IDLE or len(self._seen) == _MOST:
+            if not self._idle:
+                warnings.warn(
+                    f"the gradients of {_IDLE} batches in a row led to no step of the optimizer: is it still the one "
+                    "that was given?",
+                    stacklevel=3,
+                )
+            self._idle = True
+            self._seen = self._seen[-1:]
         self._seen.append(Seen(copied(batch), Moment(self._model, self._device)) if due else Seen(batch, None))
 
     def candidates(self) -> list[list[Seen]]:

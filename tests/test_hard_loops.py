@@ -1,8 +1,9 @@
 """Loops that caught a careless recorder: shared state, odd closures, batches that come to nothing, changing models."""
 
 import random
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -385,3 +386,23 @@ def test_a_random_choice_in_the_loop_is_not_disturbed(tmp_path: Path) -> None:
             plain_step(model, optimizer, batch)
             found.append(random.random())
     assert found == expected
+
+
+def test_an_optimizer_that_is_replaced_is_said_and_keeps_no_batches(tmp_path: Path) -> None:
+    model, alive = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ((inputs, labels),) = vectors(1)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(300):
+            batch = inputs.clone()
+            alive.append(weakref.ref(batch))
+            yield batch, labels
+
+    with pytest.warns(UserWarning, match="128 batches in a row led to no step of the optimizer"):
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+            for number, batch in enumerate(recorder.watch(stream())):
+                if number == 3:
+                    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+                plain_step(model, optimizer, batch)
+    assert sum(reference() is not None for reference in alive) < 140

@@ -96,6 +96,7 @@ def draw_filters_left(share: xr.DataArray, *, ax: Axes | None = None, **style: o
 def scale_axis(axis: Axis, values: np.ndarray) -> None:
     """Logarithmic where no value is negative; else symmetric, linear below the first decile and 10⁻⁵ of the largest.
 
+    Linear altogether where some are negative and their sizes span less than a factor 30.
     At most three ticks a side of zero, none so close to it that labels would meet.
     """
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
@@ -108,6 +109,8 @@ def scale_axis(axis: Axis, values: np.ndarray) -> None:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
+        return
+    if sizes.max() / np.quantile(sizes, 0.1) < 30:
         return
     lowest = int(np.floor(np.log10(max(np.quantile(sizes, 0.1), sizes.max() * 1e-5))))
     highest = int(np.floor(np.log10(sizes.max())))

@@ -121,12 +121,12 @@ def filters_left(runs: Runs) -> Figure:
 def pruning_effect(runs: Runs) -> Figure:
     """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
 
-    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖² and of
-    d‖θ‖²/dt. Open markers: first order; filled: second order, which the record allows for the loss only.
+    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
+    and of θᵀHg. Open markers: first order; filled: second order, which θᵀHg does not have.
     """
     effects = analysis.each(runs, analysis.pruning_effect)
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.9))
-    for ax, quantity in zip(axes, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
+    for ax, quantity in zip(axes.flat, next(iter(effects.values())).quantity.values, strict=True):
         chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}
         for label, style in run_styles(chosen).items():
             style = style | {"markersize": 5.5}
@@ -138,7 +138,7 @@ def pruning_effect(runs: Runs) -> Figure:
         Line2D([], [], marker="o", linestyle="none", color="0.3", markerfacecolor=face, label=name)
         for face, name in (("none", FIRST["label"]), ("0.3", SECOND["label"]))
     ]
-    legend_below(figure, axes[0], *orders)
+    legend_below(figure, axes[0, 0], *orders)
     return figure
 
 

@@ -61,7 +61,8 @@ def removed_decrease(runs: Runs) -> Figure:
         left.plot(total.parameters, total.decrease, linestyle="none", label=name_of(name), **style)
         of_layer = found[name].of_layer.isel(event=0)
         panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
-    left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, None), ylim=(0, None))
+    end = 1.1 * max(left.dataLim.x1, left.dataLim.y1) or 1
+    left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, end), ylim=(0, end))
     panels.draw_identity(left)
     for axis in (left.xaxis, left.yaxis, right.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
@@ -71,7 +72,7 @@ def removed_decrease(runs: Runs) -> Figure:
 
 
 def removal_curve(runs: Runs) -> Figure:
-    """From the scale of its output a removed filter is predicted, the better the fewer go; its parameters count twice.
+    """The first order counts a removed filter twice if it counts all its parameters, once from the scale of its output.
 
     Copies of a network from which ever more filters went, at one probe. Orange and blue: predicted from the last γ and
     β of each filter. Grey: from all parameters that go with it, to the same pruned network. Last panel: relative
@@ -82,15 +83,16 @@ def removal_curve(runs: Runs) -> Figure:
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.6), sharex=True)
     for ax, quantity in zip(axes.flat, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=False):
         _draw_directions(ax, curve.sel(quantity=quantity))
-        panels.scale_axis(ax.yaxis, curve.sel(quantity=quantity).measured.values)
-        ax.set(ylabel=f"Δ{label(quantity)}")
+        ours = curve.sel(quantity=quantity, direction="output")
+        shown = np.concatenate([ours.measured, ours.first_order, [0.0]])
+        ax.set(ylabel=f"Δ{label(quantity)}", ylim=(shown.min() - np.ptp(shown) / 2, shown.max() + np.ptp(shown) / 2))
     loss = curve.sel(quantity="loss")
     error = np.abs(analysis.residuals(loss) / loss.measured)
     _draw_directions(axes[1, 1], error)
     axes[1, 1].set(xscale="log", yscale="log", ylabel="relative error of Δloss")
     for ax in axes[1]:
         ax.set(xlabel="share of the filters removed")
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[0, 0].set_title(name_of(name))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip

@@ -20,7 +20,8 @@ ROWS = [
     (row.name, node)
     for row in QUANTITIES.values()
     for node in row.nodes
-    if node in ("steps", "curvature", "pruning") and row.name not in ("removed", "remaining") and (row.over or node != "pruning")
+    if node in ("steps", "curvature", "pruning")
+    if row.name not in ("removed", "remaining") and (row.over or node != "pruning")
 ]
 
 

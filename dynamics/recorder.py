@@ -9,13 +9,11 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
-from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,10 +39,8 @@ from .processes import Processes
 from .resuming import begin
 from .rows import Rows
 from .step import Measurement
+from .step_curvature import StepCurvature
 from .termination import on_termination
-
-_Measured = TypeVar("_Measured")
-_DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
 
 
 class Recorder:
@@ -102,15 +98,13 @@ class Recorder:
         self._steps, curvature = wanted("steps", quantities), wanted("curvature", quantities)
         self._processes = Processes(model)
         self._model, self._optimizers, self._objective = unwrap(model), optimizers(optimizer), objective
-        self._every, self._curvature_every = every, curvature_every if curvature else 0
+        self._every = every
         self._layers = Layers(self._model)
         self._groups = Groups(self._optimizers, self._layers)
         self._measurement = Measurement(self._layers, self._groups, self._processes, self._steps, curvature)
         self._passes = 0
-        self._path, self._busy, self._begun, self._approximates = path, False, False, False
-        self._probes: list[Probe] = []
+        self._path, self._busy, self._begun = path, False, False
         self._skips: dict[int, Tensor] = {}
-        self._doubts = False
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
         present = self._measurement.present()
         begun = self._processes.first(lambda: begin(path, origin, present, resume, step))
@@ -120,6 +114,14 @@ class Recorder:
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = [] if self._processes.replicated else self._layers.parameters
         self._batches = Batches(model, self._layers.device, counted)
+        self._curvature = StepCurvature(
+            self._model,
+            objective,
+            self._batches,
+            self._measurement,
+            self._processes,
+            curvature_every if curvature else 0,
+        )
         self._attachment = Attachment(
             self._optimizers,
             begin=self._begin_step,
@@ -131,8 +133,8 @@ class Recorder:
         self._await_forward()
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
-        if self._processes.sharded and self._curvature_every:
-            self._curvature_every = 0
+        if self._processes.sharded and self._curvature.due(0):
+            self._curvature.stop()
             warnings.warn(
                 "curvature is not recorded: it needs all parameters in one process, and FSDP2 spreads them; "
                 "give curvature_every=0 to record first-order quantities only",
@@ -151,7 +153,7 @@ class Recorder:
         if not self._attachment:
             return
         self._rows.batch(first=not self._batches)
-        self._batches.add(batch, due=self._due(self._curvature_every))
+        self._batches.add(batch, due=self._curvature.due(self._step))
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
@@ -263,23 +265,15 @@ class Recorder:
 
     def _begin_step(self) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment."""
-        curvature = self._due(self._curvature_every) and bool(self._batches)
-        self._begun, self._probes, self._skips = curvature or self._records(), [], {}
+        curvature = self._curvature.due(self._step) and bool(self._batches)
+        self._begun, self._skips = curvature or self._records(), {}
         if not self._begun:
             return
         with self._measuring_now("first-order quantities"):
             self._layers.refresh()
             self._groups.refresh()
             self._measurement.begin()
-            if curvature:
-                self._probes = self._or_give_up(self._make_probes) or []
-
-    def _make_probes(self) -> list[Probe]:
-        candidates = self._batches.candidates()
-        return [
-            Probe(self._model, self._objective, [one.batch for one in seen], moments=[one.moment for one in seen])
-            for seen in candidates
-        ]
+            self._curvature.begin(self._step)
 
     def _take_gradient(self, number: int) -> None:
         """Keep g before the optimizer applies it: it may overwrite it."""
@@ -306,49 +300,20 @@ class Recorder:
                     trained = self._groups.trained(stepped)
                     values = self._processes.total(self._measurement.step_values(trained))
                     row = self._scalars(trained, stepped) | values
-            if self._probes:
-                with self._measuring_now("curvature"):
-                    self._add_curvature()
+            with self._measuring_now("curvature"):
+                if (curvature := self._curvature.end(self._step)) is not None:
+                    self._rows.add("curvature", {"step": self._step, **curvature})
         if 0 in stepped:
             moved = 1 - self._skips.get(0, 0.0)
             self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
-        self._begun, self._probes = False, []
+        self._begun = False
         self._rows.step(row, self._batches.mark)
         self._step += 1
         self._batches.clear()
         self._await_forward()
 
-    def _add_curvature(self) -> None:
-        found = [self._or_give_up(partial(self._measurement.gradient, probe)) for probe in self._probes]
-        if any(one is None for one in found):
-            return
-        found = [(loss, self._measurement.mean(grad)) for loss, grad in found]
-        cosines = [self._measurement.alignment(grad) for _, grad in found]
-        best = int(np.nanargmax([*cosines, -2.0])) % len(found)  # all NaN: the first
-        probe, (loss, grad) = self._probes[best], found[best]
-        values = self._or_give_up(lambda: self._measurement.curvature_values(probe, loss, grad))
-        if not values:
-            return
-        self._rows.add("curvature", {"step": self._step, **self._processes.mean_values(values)})
-        if cosines[best] < _DOUBTFUL and not self._doubts:
-            self._doubts = True
-            warnings.warn(
-                f"/curvature may be of another loss or of other batches than step {self._step} was: the objective's "
-                f"gradient and the one applied have cosine {cosines[best]:.2f} (grad_applied_grad tells at each step). "
-                "Unless the loop itself changes gradients before they are applied, give the recorder its own loss: "
-                "Recorder(..., objective=lambda model, batch: <scalar loss>)",
-                stacklevel=2,
-            )
-        if values.get("approximate") and not self._approximates:
-            self._approximates = True
-            warnings.warn(
-                f"curvature is approximate from step {self._step} on: an operation of the model has no second "
-                "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
-                stacklevel=2,
-            )
-
     def _await_forward(self) -> None:
-        if self._due(self._curvature_every):
+        if self._curvature.due(self._step):
             self._batches.await_forward(lambda: self._busy)
 
     def _scalars(self, trained: Mapping[int, Group], stepped: list[int]) -> dict[str, Any]:
@@ -362,32 +327,12 @@ class Recorder:
         }
         return {"step": self._step} | {name: value() for name, value in scalars.items() if name in self._steps}
 
-    def _or_give_up(self, measure: Callable[[], _Measured]) -> _Measured | None:
-        """What a probe measures; where it fails, the training goes on without curvature, and a warning says so."""
-        measured, reason = None, "another process failed"
-        try:
-            measured = measure()
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if self._processes.all_agree(measured is not None, self._layers.device):
-            return measured
-        self._curvature_every = 0
-        warnings.warn(
-            f"curvature is not recorded from step {self._step} on: the objective failed on this step's batch with "
-            f"{reason}. Give the recorder what fits model and loader: "
-            "Recorder(..., objective=lambda model, batch: <scalar loss>), or curvature_every=0",
-            stacklevel=2,
-        )
-        return None
-
     # small things
 
     def _records(self) -> bool:
         """Whether this step has a row; a replica that does not write has nothing to add to first-order quantities."""
-        return self._due(self._every) and not (self._processes.replicated and not self._processes.writes)
-
-    def _due(self, every: int) -> bool:
-        return bool(every) and self._step % every == 0
+        due = bool(self._every) and self._step % self._every == 0
+        return due and not (self._processes.replicated and not self._processes.writes)
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
         with self._measuring_now():
@@ -413,8 +358,8 @@ class Recorder:
         except Exception as error:
             if not what:
                 raise
-            self._every = self._curvature_every = 0
-            self._begun, self._probes = False, []
+            self._every, self._begun = 0, False
+            self._curvature.stop()
             warnings.warn(
                 f"steps are not recorded from step {self._step} on: measuring {what} failed with "
                 f"{type(error).__name__}: {' '.join(str(error).split())}",

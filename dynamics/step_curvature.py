@@ -1,0 +1,113 @@
+"""The curvature of a step, on the step's own batches: which they are, what it is, what to say where there is none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from .batches import Batches
+from .probe import Objective, Probe
+from .processes import Processes
+from .step import Measurement
+
+_Measured = TypeVar("_Measured")
+_DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
+
+
+class StepCurvature:
+    """Measures the curvature of every so-manieth step, 0 for none.
+
+    Where batches were skipped or read ahead there are several candidates for those that a step is of; they are the
+    ones whose gradient points where the applied one does. Whatever the objective does wrong costs the curvature, with
+    one warning, not the training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Batches,
+        measurement: Measurement,
+        processes: Processes,
+        every: int,
+    ) -> None:
+        self._model, self._objective, self._batches = model, objective, batches
+        self._measurement, self._processes, self._every = measurement, processes, every
+        self._probes: list[Probe] = []
+        self._said: set[str] = set()
+
+    def due(self, step: int) -> bool:
+        """Whether a step is to be measured."""
+        return bool(self._every) and step % self._every == 0
+
+    def stop(self) -> None:
+        """Measure no more."""
+        self._every, self._probes = 0, []
+
+    def begin(self, step: int) -> None:
+        """Keep what the measurement needs of the moment before the step."""
+        self._probes = []
+        if self.due(step) and self._batches:
+            self._probes = self._or_give_up(self._make_probes, step) or []
+
+    def _make_probes(self) -> list[Probe]:
+        return [
+            Probe(self._model, self._objective, [one.batch for one in seen], moments=[one.moment for one in seen])
+            for seen in self._batches.candidates()
+        ]
+
+    def end(self, step: int) -> dict[str, Tensor] | None:
+        """The quantities of ``/curvature`` after the step; None if it is not measured."""
+        probes, self._probes = self._probes, []
+        found = [self._or_give_up(partial(self._measurement.gradient, probe), step) for probe in probes]
+        if not found or any(one is None for one in found):
+            return None
+        found = [(loss, self._measurement.mean(grad)) for loss, grad in found]
+        cosines = [self._measurement.alignment(grad) for _, grad in found]
+        best = int(np.nanargmax([*cosines, -2.0])) % len(found)  # all NaN: the first
+        values = self._or_give_up(partial(self._measurement.curvature_values, probes[best], *found[best]), step)
+        if values is None:
+            return None
+        if cosines[best] < _DOUBTFUL:
+            self._say_once(
+                f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
+                f"gradient and the one applied have cosine {cosines[best]:.2f} (grad_applied_grad tells at each step). "
+                "Unless the loop itself changes gradients before they are applied, give the recorder its own loss: "
+                "Recorder(..., objective=lambda model, batch: <scalar loss>)",
+                "doubtful",
+            )
+        if values.get("approximate"):
+            self._say_once(
+                f"curvature is approximate from step {step} on: an operation of the model has no second "
+                "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
+                "approximate",
+            )
+        return self._processes.mean_values(values)
+
+    def _say_once(self, text: str, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(text, stacklevel=2)
+
+    def _or_give_up(self, measure: Callable[[], _Measured], step: int) -> _Measured | None:
+        """What a probe measures; where it fails in any process, the training goes on without curvature in all."""
+        measured, reason = None, "another process failed"
+        try:
+            measured = measure()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if self._processes.all_agree(measured is not None, next(self._model.parameters()).device):
+            return measured
+        self.stop()
+        warnings.warn(
+            f"curvature is not recorded from step {step} on: the objective failed on this step's batch with "
+            f"{reason}. Give the recorder what fits model and loader: "
+            "Recorder(..., objective=lambda model, batch: <scalar loss>), or curvature_every=0",
+            stacklevel=2,
+        )
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -54,6 +53,7 @@ class Batches:
         self._counts = bool(counted)
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
+        self._awaits = False
         self._at_step = 0
         self._idle = False
 
@@ -61,17 +61,20 @@ class Batches:
         return len(self._seen)
 
     def await_forward(self, asleep: Callable[[], bool]) -> None:
-        """From now on keep the moments of forward passes; not of a compiled model, which a hook would compile again."""
-        if self._hook is not None or self._compiled or _anything_is_compiled():
-            return
+        """Until the step is taken, keep the moments of forward passes; not of a compiled model, which hooks slow down.
+
+        The hook stays once it is there, for to come and go would have the model compiled again.
+        """
 
         @torch.compiler.disable
         def passes(module: nn.Module, inputs: tuple) -> None:
-            waiting = next((seen for seen in self._seen if not seen.passed), None)
+            waiting = next((seen for seen in self._seen if not seen.passed), None) if self._awaits else None
             if waiting is not None and torch.is_grad_enabled() and not asleep():
                 waiting.moment, waiting.passed = Moment(self._model, self._device), True
 
-        self._hook = self._model.register_forward_pre_hook(passes)
+        self._awaits = True
+        if self._hook is None and not self._compiled:
+            self._hook = self._model.register_forward_pre_hook(passes)
 
     def add(self, batch: Any, *, due: bool) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
@@ -127,21 +130,15 @@ class Batches:
         """Forget all batches: their step is taken."""
         self._choose()
         self._at_step = self.mark.backwards
-        self._seen, self._of_epoch = [], 0
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._seen, self._of_epoch, self._awaits = [], 0, False
 
     def close(self) -> None:
         """Remove the hooks, and let the batches go."""
         self.clear()
+        if self._hook is not None:
+            self._hook.remove()
         for passes in self._passes:
             passes.remove()
-
-
-def _anything_is_compiled() -> bool:
-    dynamo = sys.modules.get("torch._dynamo")
-    return bool(dynamo is not None and dynamo.utils.counters["frames"])
 
 
 class _Passes:

@@ -55,4 +55,5 @@ def train(path: Path, kind: str) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     train(Path(sys.argv[1]), sys.argv[2])
+    dist.barrier()  # one that leaves while another still talks to it may end that one, too
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from .data import DataError
+from .errors import one_line
 from .experiment import Experiment, run
 from .protocols import Comparison, compare
 from .reading import open_run
@@ -80,7 +81,7 @@ def _configuration(path: str) -> dict:
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings like `measure: magnitude`, got {type(settings).__name__}")
     return settings
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {_plain(error)}; --help says what there is", file=sys.stderr)
         return 2
     except (ValueError, OSError, DataError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was recorded until now is kept", file=sys.stderr)
@@ -124,13 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _plain(error: ArgumentError) -> str:
     """jsonargparse's message in the words of the command line."""
-    said = re.sub(r"<class '(\w+)'>", r"\1", _one_line(error).rstrip(".")).replace("Parser key", "setting")
+    said = re.sub(r"<class '(\w+)'>", r"\1", one_line(error).rstrip(".")).replace("Parser key", "setting")
     return re.sub(r"\b(?:run|sweep|protocols|show)\.(output|configuration|record)\b", r"\1", said)
 
 

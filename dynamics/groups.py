@@ -24,6 +24,7 @@ class Groups:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], layers: Layers) -> None:
         self._optimizers, self._layers = optimizers, layers
         self._of: tuple | None = None
+        self._rest: dict[tuple[int, ...], list[int]] = {}
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
         self._decays: list[float] = []
         self._decay = torch.empty(0)
@@ -44,12 +45,18 @@ class Groups:
             }
             for one in self._optimizers
         ]
-        held = {index for groups in self._group_of for index in groups}
-        self.others = [index for index in range(len(self._layers.parameters)) if index not in held]
+        self._rest = {}
 
     def held(self, number: int) -> list[int]:
         """Indices of the parameters that an optimizer holds."""
         return list(self._group_of[number])
+
+    def rest(self, stepped: Sequence[int]) -> list[int]:
+        """Indices of the parameters that none of the optimizers which stepped holds."""
+        if tuple(stepped) not in self._rest:
+            held = {index for number in stepped for index in self._group_of[number]}
+            self._rest[tuple(stepped)] = [i for i in range(len(self._layers.parameters)) if i not in held]
+        return self._rest[tuple(stepped)]
 
     def gradient(self, number: int, into: Vector) -> None:
         """Copy g of the parameters that an optimizer holds as it will apply it, without a gradient scaler's factor."""

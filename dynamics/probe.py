@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .curvature import Expansion, mean_gradient, mean_loss
+from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
 from .gates import Products, gated_products
 from .masks import parameter_masks
 from .moment import Moment
@@ -132,7 +132,12 @@ class Probe:
         self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        self._losses = [partial(self._loss, batch, moment) for batch, moment in zip(batches, moments, strict=True)]
+        self._at = list(zip(batches, moments, strict=True))
+
+    @property
+    def _losses(self) -> list[LossFunction]:
+        """L_b as a function of θ, one a batch; not kept, for a probe that held itself would outlive its use."""
+        return [partial(self._loss, batch, moment) for batch, moment in self._at]
 
     def _loss(self, batch: Any, moment: Moment, theta: Theta) -> Tensor:
         free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}

@@ -30,6 +30,7 @@ from .arguments import (
 from .attachment import Attachment
 from .batches import Batches
 from .buffer import Buffer
+from .errors import named
 from .event import Event, Stage, effect
 from .groups import Group, Groups
 from .layers import Layers
@@ -265,8 +266,7 @@ class Recorder:
 
     def _begin_step(self) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment."""
-        curvature = self._curvature.due(self._step) and bool(self._batches)
-        self._begun, self._skips = curvature or self._records(), {}
+        self._begun, self._skips = self._curvature.ready(self._step) or self._records(), {}
         if not self._begun:
             return
         with self._measuring_now("first-order quantities"):
@@ -341,8 +341,7 @@ class Recorder:
             try:
                 expansion = probe.expand()
             except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise ValueError(f"event(): the objective failed on the probe's batches with {reason}") from error
+                raise ValueError(f"event(): the objective failed on the probe's batches with {named(error)}") from error
             return Stage(self._layers, self._processes, expansion)
 
     @contextmanager
@@ -361,8 +360,7 @@ class Recorder:
             self._every, self._begun = 0, False
             self._curvature.stop()
             warnings.warn(
-                f"steps are not recorded from step {self._step} on: measuring {what} failed with "
-                f"{type(error).__name__}: {' '.join(str(error).split())}",
+                f"steps are not recorded from step {self._step} on: measuring {what} failed with {named(error)}",
                 stacklevel=2,
             )
         finally:

@@ -46,11 +46,12 @@ class Record:
 
     def __init__(self, store: Store, present: Present) -> None:
         self._store, self._present = store, present
-        self.steps, self.epochs = self._column("steps", "step"), self._column("steps", "epoch")
-        self.events = self._column("pruning", "step")
-        self._sqnorm = self._column("steps", "param_sqnorm")
+        self.steps, self.epochs = self.column("steps", "step"), self.column("steps", "epoch")
+        self.events = self.column("pruning", "step")
+        self._sqnorm = self.column("steps", "param_sqnorm")
 
-    def _column(self, node: str, name: str) -> np.ndarray:
+    def column(self, node: str, name: str) -> np.ndarray:
+        """A variable's committed values; none where there is no such variable."""
         try:
             return self._store.read(node, name)
         except KeyError:
@@ -69,14 +70,14 @@ class Record:
         return Place(step, epoch, events, self._flow_time(step, before))
 
     def _flow_time(self, step: int, before: int) -> float:
-        times, flow_steps = self._column("steps", "flow_time"), self._column("steps", "flow_step")
+        times, flow_steps = self.column("steps", "flow_time"), self.column("steps", "flow_step")
         if not before:
             return 0.0
         if not len(times) or not len(flow_steps):
             return float("nan")
         if before < len(times) and self.steps[before] == step:
             return float(times[before])
-        skipped = self._column("steps", "skipped")
+        skipped = self.column("steps", "skipped")
         last = flow_steps[before - 1, self._present.first]
         last = self._present.flow_step if np.isnan(last) else last  # the layer's parameters differ in it
         taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
@@ -105,12 +106,12 @@ class Record:
         if len(self._sqnorm):
             events = np.searchsorted(self.events, self.steps, side="right")
             moments += zip(self.steps.tolist(), events.tolist(), self._sqnorm, strict=True)
-            change, square = self._column("steps", "param_update"), self._column("steps", "update_sqnorm")
+            change, square = self.column("steps", "param_update"), self.column("steps", "update_sqnorm")
             if len(change) and len(square):
                 events = np.searchsorted(self.events, self.steps + 1, side="left")
                 after = self._sqnorm + 2 * change + square
                 moments += zip((self.steps + 1).tolist(), events.tolist(), after, strict=True)
-        staged = self._column("pruning", "param_sqnorm")
+        staged = self.column("pruning", "param_sqnorm")
         moments += [(int(step), index + 1, staged[index, 1]) for index, step in enumerate(self.events)]
         return moments
 
@@ -183,11 +184,11 @@ def _truncate(store: Store, record: Record, step: int, events: int) -> None:
     """Take back all rows from a step on."""
     before = int(np.searchsorted(record.steps, step))
     lengths = {"steps": before, "pruning": events}
-    lengths["curvature"] = int(np.searchsorted(record._column("curvature", "step"), step))
+    lengths["curvature"] = int(np.searchsorted(record.column("curvature", "step"), step))
     for node in ("units", *STUDIES):
-        lengths[node] = int(np.searchsorted(record._column(node, "event"), events))
+        lengths[node] = int(np.searchsorted(record.column(node, "event"), events))
     if before < len(record.epochs):
-        lengths["epochs"] = int(np.searchsorted(record._column("epochs", "epoch"), record.epochs[before]))
+        lengths["epochs"] = int(np.searchsorted(record.column("epochs", "epoch"), record.epochs[before]))
     store.truncate(lengths)
 
 

@@ -20,11 +20,9 @@ class Rows:
     def __init__(self, buffer: Buffer | None, layers: list[str]) -> None:
         self._buffer = buffer
         self._step: dict[str, Any] | None = None  # the row of the step that was
-        self._of_last: dict[str, list[float | Tensor]] = {}
+        self._of_last: dict[str, list[float | Tensor]] = {}  # what was logged for it
         self._before: set[str] = set()  # names that are logged before their step, where batches are not announced
-        self._logged: dict[
-            str, list[tuple[Mark, float | Tensor]]
-        ] = {}  # by name: for the step that was, or for the one to come
+        self._logged: dict[str, list[tuple[Mark, float | Tensor]]] = {}  # what was logged for the step to come
         self._announced = self._waits = False  # batches are observed; one was since the last step
         for node in ("steps", "curvature", "pruning"):
             self._coordinate(node, "layer", "layer", layers)

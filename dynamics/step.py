@@ -20,6 +20,8 @@ from .quantities import FORMULAS, Vectors
 from .resuming import Present
 from .store import Store
 
+_SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
+
 
 class Measurement:
     """Measures steps. Its vectors are made once and used at every step, so memory does not grow with their number."""
@@ -87,8 +89,7 @@ class Measurement:
 
     def end(self, stepped: Sequence[int]) -> None:
         """Δθ: what the optimizers changed that stepped; nothing else is their doing."""
-        taken = {index for number in stepped for index in self._groups.held(number)}
-        rest = [index for index in range(len(self._theta.views)) if index not in taken]
+        rest = self._groups.rest(stepped)
         self._update.take([self._theta.views[index] for index in rest], among=rest)
         self._update.blocks.sub_(self._theta.blocks)
 
@@ -163,6 +164,3 @@ class Measurement:
     def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
         aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]
         return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(aligned), strict=True)))
-
-
-_SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)

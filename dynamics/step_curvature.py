@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from .batches import Batches
+from .errors import named
 from .probe import Objective, Probe
 from .processes import Processes
 from .step import Measurement
@@ -45,6 +46,10 @@ class StepCurvature:
         """Whether a step is to be measured."""
         return bool(self._every) and step % self._every == 0
 
+    def ready(self, step: int) -> bool:
+        """Whether it is, and there are batches to measure it on."""
+        return self.due(step) and bool(self._batches)
+
     def stop(self) -> None:
         """Measure no more."""
         self._every, self._probes = 0, []
@@ -52,7 +57,7 @@ class StepCurvature:
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""
         self._probes = []
-        if self.due(step) and self._batches:
+        if self.ready(step):
             self._probes = self._or_give_up(self._make_probes, step) or []
 
     def _make_probes(self) -> list[Probe]:
@@ -100,7 +105,7 @@ class StepCurvature:
         try:
             measured = measure()
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = named(error)
         if self._processes.all_agree(measured is not None, next(self._model.parameters()).device):
             return measured
         self.stop()

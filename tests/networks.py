@@ -62,6 +62,18 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     return loss
 
 
+def closure_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    """One training step whose gradient a closure takes; returns the loss."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)
+
+
 def recorded(
     path: Path,
     model: nn.Module,

@@ -1,5 +1,6 @@
 """Loops that caught a careless recorder: shared state, odd closures, batches that come to nothing, changing models."""
 
+import gc
 import random
 import weakref
 from collections import deque
@@ -17,6 +18,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
+from dynamics.probe import Probe
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -406,3 +408,16 @@ def test_an_optimizer_that_is_replaced_is_said_and_keeps_no_batches(tmp_path: Pa
                     optimizer = torch.optim.Adam(model.parameters(), 0.01)
                 plain_step(model, optimizer, batch)
     assert sum(reference() is not None for reference in alive) < 140
+
+
+def test_a_probe_is_gone_with_its_last_use() -> None:
+    model, (batch,) = smooth_network(), vectors(1)
+    gc.disable()
+    try:
+        probe = Probe(model, cross_entropy, [batch])
+        probe.expand()
+        reference = weakref.ref(probe)
+        del probe
+        assert reference() is None
+    finally:
+        gc.enable()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, convolutional_network, images, plain_step, vectors
+from networks import Batch, closure_step, convolutional_network, images, plain_step, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -30,16 +30,6 @@ def clipped(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) ->
     optimizer.step()
 
 
-def closure(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(model(batch[0]), batch[1])
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-
-
 def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     for half in zip(*(part.chunk(2) for part in batch), strict=True):
         (F.cross_entropy(model(half[0]), half[1]) / 2).backward()
@@ -54,8 +44,8 @@ CASES: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], Loop]] =
     "adamw fused": (lambda theta: torch.optim.AdamW(theta, 0.01, fused=True), plain),
     "adamw foreach": (lambda theta: torch.optim.AdamW(theta, 0.01, foreach=True), plain),
     "accumulated": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), accumulated),
-    "closure": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), closure),
-    "lbfgs": (lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=4), closure),
+    "closure": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), closure_step),
+    "lbfgs": (lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=4), closure_step),
 }
 
 

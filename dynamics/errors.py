@@ -1,0 +1,13 @@
+"""What an exception said, in one line."""
+
+from __future__ import annotations
+
+
+def one_line(error: BaseException) -> str:
+    """The message, without line breaks."""
+    return " ".join(str(error).split())
+
+
+def named(error: BaseException) -> str:
+    """The message after the exception's type."""
+    return f"{type(error).__name__}: {one_line(error)}"

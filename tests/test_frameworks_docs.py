@@ -1,11 +1,11 @@
 """The examples of docs/frameworks.md run as printed, and each leaves a record with curvature."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from snippets import run_snippets
 
 from dynamics import open_run
 
@@ -30,9 +30,7 @@ def _one_accelerator_a_test() -> Iterator[None]:
 def test_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
-    namespace: dict[str, object] = {}
-    for snippet in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
-        exec(snippet, namespace)
+    run_snippets(TEXT)
     for name in ("lightning", "trainer", "accelerate"):
         run = open_run(tmp_path / "out" / f"{name}.zarr")
         assert run["curvature"].sizes["step"] == -(-run["steps"].sizes["step"] // 2)

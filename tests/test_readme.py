@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from snippets import run_snippets
 
 import analysis.__main__
 import dynamics.__main__
@@ -19,9 +20,7 @@ MAINS = {"dynamics": dynamics.__main__.main, "analysis": analysis.__main__.main,
 def test_snippets_and_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
-    namespace: dict[str, object] = {}
-    for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(snippet, namespace)
+    run_snippets(README)
     commands = re.findall(r"python -m (\w+)((?: [^\s`]+| \"[^\"]*\")+)", README)
     assert len(commands) == 7
     for package, arguments in commands:

@@ -11,11 +11,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from .data import DataError
 from .errors import one_line
-from .experiment import Experiment, run
+from .experiment import Experiment
 from .protocols import Comparison, compare
 from .reading import open_run
 from .summary import summary
 from .sweep import grid, sweep
+from .training import run
 
 
 def _parser() -> ArgumentParser:

@@ -11,7 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .data import load
-from .experiment import Experiment, find_device, run
+from .experiment import Experiment
+from .training import find_device, run
 
 _LISTS = ("epochs", "learning_rates")
 

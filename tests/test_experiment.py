@@ -12,10 +12,11 @@ import xarray as xr
 from analysis import filters_left, outcome, training_curve
 from dynamics import open_run
 from dynamics.data import Data, load
-from dynamics.experiment import Experiment, run
+from dynamics.experiment import Experiment
 from dynamics.models import build
 from dynamics.pruning import MEASURES, PROTOCOLS, share_left
 from dynamics.sweep import grid, sweep
+from dynamics.training import run
 
 TINY = Experiment(
     width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,
@@ -155,6 +156,16 @@ def test_momentum_is_dropped_unless_kept(tmp_path: Path, data: Data) -> None:
         update, gradient = (steps[name].isel(step=2).sum("layer") for name in ("update_sqnorm", "grad_sqnorm"))
         plain = 0.1**2 * float(gradient)  # Δθ = −ηg, the first step of a fresh SGD
         assert (float(update) == pytest.approx(plain, rel=1e-9)) != kept
+
+
+def test_a_share_of_the_training_set_is_the_same_for_every_measure(tmp_path: Path, data: Data) -> None:
+    few = replace(TINY, train_samples=30)
+    runs = [recorded(tmp_path / f"{name}.zarr", replace(few, measure=name), data) for name in ("none", "magnitude")]
+    assert [run["steps"].sizes["step"] for run in runs] == [3, 3]  # three epochs of one batch of at most 30 images
+    losses = [run["steps"].loss.values[0] for run in runs]
+    assert losses[0] == losses[1]
+    other = recorded(tmp_path / "other.zarr", replace(few, seed=1), data)
+    assert other["steps"].loss.values[0] != losses[0]
 
 
 @pytest.mark.parametrize("model", ["mobilenet_v1", "resnet56"])

@@ -36,7 +36,7 @@ _MARKERS = "osD^vPX*<>"
 @contextmanager
 def theme() -> Iterator[None]:
     """Draw inside in thetadot's style; afterwards the user's own is as it was."""
-    plt.draw_if_interactive()  # wakes the backend: what it sets, to show later figures, must not be undone with the style
+    plt.draw_if_interactive()  # wakes the backend: what it sets to show later figures must not end with the style
     with plt.style.context(_THEME):
         yield
 

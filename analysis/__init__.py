@@ -1,6 +1,7 @@
 """Theory against measurement: each function takes a record and returns a dataset. Nothing here needs torch."""
 
 from .agreement import agree, agreement, network_norm_rate, residuals
+from .conditions import conditions
 from .effect import filters_left, pruning_effect, pruning_effect_per_layer, removal_curve, removed_decrease
 from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
@@ -17,6 +18,7 @@ __all__ = [
     "agree",
     "agreement",
     "agreement_table",
+    "conditions",
     "each",
     "filters_left",
     "grasp_and_gradient",

@@ -1,0 +1,47 @@
+"""Under which conditions runs were made: what is compared, what is paired, what is averaged over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import xarray as xr
+
+from .record import experiment, has
+
+CONDITION = ("model", "data", "rounds", "sparsity")
+
+# Settings that a network which is not pruned does not feel, and those that no training feels.
+_OF_PRUNING = ("rounds", "sparsity", "granularity", "protocol", "keep_momentum", "importance_samples")
+_OF_THE_MACHINE = ("device", "root", "download", "curvature_every")
+
+
+def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """What each run is a run of, one row a run: columns model, data, measure, rounds, sparsity, seed.
+
+    Runs that agree in all but ``measure`` differ in nothing else: one seed is one initialisation and one order of the
+    data. ``sparsity`` is the one asked for. A run that was not pruned has measure "none", 0 rounds and sparsity 0. A
+    loop that someone instrumented has its label for a measure, and no model and data ("").
+
+    Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
+    where a run does not depend on it.
+    """
+    rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
+    fixed = ["model", "data", "measure", "rounds", "sparsity", "seed"]
+    others = [name for name in rows if name not in fixed]
+    varied = rows.groupby(["model", "data"])[others].nunique().gt(1).any() if others else {}
+    return rows[[*fixed, *(name for name in others if varied[name])]]
+
+
+def _row(label: str, run: xr.DataTree) -> dict:
+    settings = experiment(run)
+    if not settings:
+        events = run["pruning"].sizes["event"] if has(run, "pruning") else 0
+        return {
+            "model": "", "data": "", "measure": label, "rounds": events, "sparsity": float("nan"),
+            "seed": run.attrs.get("seed", 0),
+        }  # fmt: skip
+    row = {name: value for name, value in settings.items() if name not in _OF_THE_MACHINE}
+    if row["measure"] == "none":
+        row = {name: value for name, value in row.items() if name not in _OF_PRUNING} | {"rounds": 0, "sparsity": 0.0}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}

@@ -1,0 +1,42 @@
+"""Runs are compared under the same conditions: what a record says of itself is what it is compared by."""
+
+import json
+
+import numpy as np
+import xarray as xr
+
+import analysis
+
+SETTINGS = {
+    "model": "vgg13", "data": "digits", "measure": "magnitude", "sparsity": 0.5, "rounds": 3, "granularity": "filter",
+    "width": 0.5, "epochs": [2, 1], "seed": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def record(**settings: object) -> xr.DataTree:
+    return xr.DataTree(xr.Dataset(attrs={"experiment": json.dumps(SETTINGS | settings), "seed": 1}))
+
+
+def test_a_condition_is_what_the_record_was_configured_with() -> None:
+    table = analysis.conditions({"one": record(), "two": record(measure="none", device="cuda")})
+    assert table.columns.tolist() == ["model", "data", "measure", "rounds", "sparsity", "seed"]
+    assert table.loc["one"].tolist() == ["vgg13", "digits", "magnitude", 3, 0.5, 1]
+    assert table.loc["two"].tolist() == ["vgg13", "digits", "none", 0, 0.0, 1]
+
+
+def test_another_setting_is_a_column_where_it_differs_in_one_model_and_data_set() -> None:
+    runs = {"small": record(), "of another": record(model="resnet56", width=0.25)}
+    assert "width" not in analysis.conditions(runs)
+    table = analysis.conditions(runs | {"large": record(width=1.0), "long": record(epochs=[4, 1])})
+    assert table.columns.tolist()[6:] == ["width", "epochs"]
+    assert table.loc["large", "width"] == 1.0
+    assert table.loc["long", "epochs"] == (4, 1)
+    weights = analysis.conditions({"filters": record(), "weights": record(granularity="weight"),
+                                   "none": record(measure="none")})  # fmt: skip
+    assert weights.granularity.isna().tolist() == [False, False, True]
+
+
+def test_an_instrumented_loop_is_told_by_its_label() -> None:
+    table = analysis.conditions({"mine": xr.DataTree(xr.Dataset(attrs={"seed": 7}))})
+    assert table.loc["mine", ["model", "data", "measure", "rounds", "seed"]].tolist() == ["", "", "mine", 0, 7]
+    assert np.isnan(table.sparsity["mine"])

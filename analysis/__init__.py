@@ -2,6 +2,7 @@
 
 from .agreement import agree, agreement, network_norm_rate, residuals
 from .conditions import conditions
+from .convergence import convergence
 from .effect import filters_left, pruning_effect, pruning_effect_per_layer, removal_curve, removed_decrease
 from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
@@ -19,6 +20,7 @@ __all__ = [
     "agreement",
     "agreement_table",
     "conditions",
+    "convergence",
     "each",
     "filters_left",
     "grasp_and_gradient",

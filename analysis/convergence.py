@@ -1,0 +1,57 @@
+"""How fast a network trains on after its last pruning."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from .record import described, has, node
+
+SHARES = (0.75, 0.5, 0.25, 0.1)
+
+
+def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
+    """Area under the curve of the training loss after the last pruning, and steps to reach a loss.
+
+    =============  ===================================================================================================
+    area           mean of L(s) over the recorded steps s >= ``since``: the area under the curve, per step; unit L
+    final_loss     mean of L(s) over as many last steps as an epoch has
+    steps_to_loss  number of steps from ``since`` until the mean loss of an epoch's steps is ``share`` of the loss at
+                   the record's first step, over ``share``; inf where that is not reached within the record
+    =============  ===================================================================================================
+
+    L(s) is the logged loss of step s's own batch, before that step. The area needs no threshold and is known for every
+    run, so comparisons rest on it. Steps to a loss say the same in units of work: averaged over an epoch because then
+    every sample counts once, from ``since`` on, so that one epoch is the least it can be; relative to the first loss,
+    which measures that share a seed have in common. inf is a censored time: it may be ranked, not averaged.
+
+    Args:
+        run: the record.
+        since: step to start from; by default that of the last pruning, or 0 without any. A network that was not pruned
+            is compared with others from *their* last pruning on.
+
+    Raises:
+        MissingQuantityError: no loss was logged. ValueError: nothing was recorded from ``since`` on.
+    """
+    steps = node(run, "steps", ["loss", "epoch"])
+    start = _last_pruning(run) if since is None else since
+    after = steps.loss.sel(step=slice(start, None))
+    if not after.size:
+        raise ValueError(f"no steps from {start} on, the record ends before: leave out what did not train on")
+    window = min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
+    epoch_mean = after.rolling(step=window).mean()
+    share = xr.DataArray(list(SHARES), dims="share", coords={"share": list(SHARES)})
+    reached = epoch_mean <= share * steps.loss[0]
+    taken = after.step.where(reached).min("step") - start + 1
+    found = xr.Dataset(
+        {"area": after.mean(skipna=False), "final_loss": epoch_mean[-1], "steps_to_loss": taken.fillna(np.inf)}
+    )
+    found["steps_to_loss"].attrs = {"long_name": "steps to the share of the first loss", "units": "1"}
+    return described(
+        found.drop_vars("step", errors="ignore").assign_attrs(since=start),
+        "loss", area="mean training loss after pruning", final_loss="final training loss",
+    )  # fmt: skip
+
+
+def _last_pruning(run: xr.DataTree) -> int:
+    return int(node(run, "pruning", ["step"]).step[-1]) if has(run, "pruning") else 0

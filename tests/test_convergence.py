@@ -1,0 +1,78 @@
+"""Convergence is the area under the curve and the first time below a level: closed forms of an exponential decay."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import analysis
+
+RATE, EPOCH, STEPS = 0.01, 8, 400
+
+
+def record(loss: np.ndarray, *, pruned_at: int | None = None, step: np.ndarray | None = None) -> xr.DataTree:
+    step = np.arange(len(loss)) if step is None else step
+    steps = xr.Dataset({"loss": ("step", loss), "epoch": ("step", step // EPOCH)}, coords={"step": step})
+    tree = {"/steps": steps}
+    if pruned_at is not None:
+        tree["/pruning"] = xr.Dataset({"step": ("event", [0, pruned_at])})
+    return xr.DataTree.from_dict(tree)
+
+
+def decay(start: int = 0) -> np.ndarray:
+    return 2 * np.exp(-RATE * np.arange(start, STEPS))
+
+
+@pytest.mark.parametrize("pruned_at", [None, 40])
+def test_the_area_is_the_geometric_series(pruned_at: int | None) -> None:
+    first = pruned_at or 0
+    found = analysis.convergence(record(decay(), pruned_at=pruned_at))
+    count, q = STEPS - first, np.exp(-RATE)
+    assert float(found.area) == pytest.approx(2 * q**first * (1 - q**count) / (1 - q) / count, rel=1e-12)
+    assert found.attrs["since"] == first
+
+
+@pytest.mark.parametrize("pruned_at", [None, 16])
+def test_the_steps_to_a_loss_solve_the_decay(pruned_at: int | None) -> None:
+    """Mean of an epoch that ends with step s: 2 qˢ (q⁻ᴱ − 1)/(q⁻¹ − 1)/E = 2 share."""
+    first, q = pruned_at or 0, np.exp(-RATE)
+    found = analysis.convergence(record(decay(), pruned_at=pruned_at)).steps_to_loss
+    factor = (q**-EPOCH - 1) / (q**-1 - 1) / EPOCH
+    for share in found.share.values:
+        last = np.log(share / factor) / np.log(q)
+        assert float(found.sel(share=share)) == np.ceil(last) - first + 1
+
+
+def test_what_is_not_reached_is_censored_and_what_is_there_at_once_takes_an_epoch() -> None:
+    steps = analysis.convergence(record(np.r_[2.0, np.full(39, 1.2)])).steps_to_loss
+    assert steps.sel(share=0.75) == EPOCH  # (2 + 7 · 1.2)/8 = 1.3
+    assert np.isinf(steps.sel(share=[0.5, 0.25, 0.1])).all()
+
+
+def test_a_network_that_was_not_pruned_is_compared_from_a_given_step() -> None:
+    whole, pruned = record(decay()), record(decay(), pruned_at=48)
+    assert analysis.convergence(whole, since=48).identical(analysis.convergence(pruned))
+    assert float(analysis.convergence(whole).area) > float(analysis.convergence(pruned).area)
+
+
+def test_steps_are_counted_by_their_number_where_not_all_were_recorded() -> None:
+    loss, step = np.array([4.0, 4.0, 4.0, 1.0, 1.0, 1.0]), 4 * np.arange(6)  # two rows an epoch
+    found = analysis.convergence(record(loss, step=step)).steps_to_loss
+    assert found.sel(share=0.75) == 3 * 4 + 1  # (4 + 1)/2 at step 12
+    assert found.sel(share=0.25) == 4 * 4 + 1
+
+
+def test_a_training_that_diverged_has_no_area() -> None:
+    loss = decay()
+    loss[200:] = np.nan
+    found = analysis.convergence(record(loss))
+    assert np.isnan(found.area)
+    assert np.isnan(found.final_loss)
+    assert found.steps_to_loss.sel(share=0.5) < 100
+    assert np.isinf(found.steps_to_loss.sel(share=0.1))
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(analysis.MissingQuantityError, match=r"/steps needs \['loss'\]"):
+        analysis.convergence(xr.DataTree.from_dict({"/steps": record(decay())["steps"].to_dataset().drop_vars("loss")}))
+    with pytest.raises(ValueError, match="no steps from 400 on"):
+        analysis.convergence(record(decay(), pruned_at=STEPS))

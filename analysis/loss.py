@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from .record import described, node
+from .record import described, node, taken
 
 
 def loss_decrease(run: xr.DataTree) -> xr.Dataset:
@@ -20,13 +20,14 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
 
     Dims ``step``; unit of the loss. g and H are those of the loss on that batch (not of a weight decay term). The flow
     rows assume a step of gradient descent; a momentum's step also carries earlier batches, so they hold on average.
-    They are NaN where the layers have different learning rates: the parameters then have no common time.
+    They are NaN where the layers have different learning rates: the parameters then have no common time. Skipped steps
+    are left out.
 
     Raises:
         MissingQuantityError: no curvature was recorded.
     """
     needs = ["loss_before", "loss_after", "grad_update", "update_hess_update", "grad_sqnorm", "grad_hess_grad"]
-    curvature = node(run, "curvature", needs)
+    curvature = taken(run, node(run, "curvature", needs))
     total = curvature.sum("layer", skipna=False)
     flow_step = _flow_step(run, curvature)
     first, first_flow = -total.grad_update, flow_step * total.grad_sqnorm
@@ -52,13 +53,13 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
 def stability(run: xr.DataTree) -> xr.Dataset:
     """Δt gᵀHg/‖g‖² at each measured step: plain gradient descent lowers the quadratic model iff it is below 2.
 
-    Dims ``step``; a pure number. Δt is the step's flow time, the learning rate without momentum; NaN where the layers
-    have different ones.
+    Dims ``step``, without skipped ones; a pure number. Δt is the step's flow time, the learning rate without momentum;
+    NaN where the layers have different ones.
 
     Raises:
         MissingQuantityError: no curvature was recorded.
     """
-    curvature = node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"])
+    curvature = taken(run, node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"]))
     total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer", skipna=False)
     flow_step = _flow_step(run, curvature)
     ratio = flow_step * total.grad_hess_grad / total.grad_sqnorm

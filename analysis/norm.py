@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import described, has, node
+from .record import described, has, node, taken
 
 
 def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
@@ -20,7 +20,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     Dims (step, layer); unit of the loss. ``window`` averages all three over so many steps. The prediction is for a step
     of gradient descent, up to terms in λΔt; with momentum, whose steps carry earlier gradients, it holds on average
     over windows longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant θᵀg = 0: the flow keeps
-    their norm, and all their growth is the last term.
+    their norm, and all their growth is the last term. Skipped steps are left out.
 
     Raises:
         MissingQuantityError: /steps lacks a quantity. ValueError: the window is not positive.
@@ -28,7 +28,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     if window < 1:
         raise ValueError(f"window must be a number of steps >= 1, got {window}")
     needs = ["param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "grad_sqnorm", "flow_step"]
-    steps = node(run, "steps", needs)
+    steps = taken(run, node(run, "steps", needs))
     first = -2 * steps.param_grad - 2 * steps.decay_sqnorm
     rates = xr.Dataset(
         {
@@ -62,7 +62,7 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
 
     Dims (step, layer); unit θ². Measured is NaN where the next row is not the next step, or a pruning lies in between.
     η and Δt are each layer's own; NaN where its parameters have several. Under Adam the "momentum" is all that
-    preconditioning does.
+    preconditioning does. Skipped steps are left out.
 
     Raises:
         MissingQuantityError: /steps lacks a quantity.
@@ -85,6 +85,7 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
             "residual": measured - total,
         }
     ).transpose("step", "layer")
+    balance = taken(run, balance)
     return described(balance, "param_sqnorm", **{name: name.replace("_", " ") for name in balance})
 
 

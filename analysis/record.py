@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
 from dynamics.reading import RecordError, open_run
@@ -37,6 +38,14 @@ def node(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     if missing := [quantity for quantity in needs if quantity not in found]:
         raise MissingQuantityError(f"/{name} needs {missing}; this run recorded {sorted(found)} there. {_HOW[name]}")
     return run[name].to_dataset().load()
+
+
+def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
+    """The rows, over ``step``, of the steps that were taken: not those that a gradient scaler had the optimizer skip."""
+    if not has(run, "steps") or "skipped" not in run["steps"]:
+        return rows
+    skipped = run["steps"].skipped.reindex(step=rows.step)
+    return rows.isel(step=np.flatnonzero(skipped.values != 1))
 
 
 def has(run: xr.DataTree, name: str) -> bool:

@@ -31,7 +31,7 @@ class Derivatives:
     flow_grad: dict[str, Tensor] = field(default_factory=dict)
 
 
-class _Passing:
+class Passing:
     """The loss at the batch that is passing by: one probe serves them all, and none is held once it has passed."""
 
     def __init__(self, model: nn.Module, temperature: float, mode: str) -> None:
@@ -55,7 +55,7 @@ def derivatives(
     """
     if "hess_grad" in uses and iter(batches) is batches:
         batches = list(batches)
-    passing = _Passing(model, temperature, mode)
+    passing = Passing(model, temperature, mode)
     found = Derivatives()
     for passing.batch in _limited(batches, uses):
         count = sample_count(passing.batch)
@@ -64,9 +64,9 @@ def derivatives(
         if uses & {"grad", "hess_grad"}:
             loss, grad = passing.probe.gradient({})
             found.loss += count * loss
-            _add(found.grad, grad, count)
+            add(found.grad, grad, count)
         if "squared_sample_grad" in uses:
-            _add(found.squares, squared_sample_grads(model, layers, count, passing, mode), 1)
+            add(found.squares, squared_sample_grads(model, layers, count, passing, mode), 1)
         found.samples += count
     if not found.samples:
         raise ValueError("there is not one batch to score by: pass batches of (inputs, labels), got none")
@@ -86,19 +86,20 @@ def _limited(batches: Iterable[Any], uses: set[str]) -> Iterator[Any]:
             return
 
 
-def _add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> None:
+def add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> None:
+    """Add the terms times a weight to sums of the same names."""
     for name, term in terms.items():
         sums[name] = sums[name].add_(term, alpha=weight) if name in sums else weight * term
 
 
-def _hessian_product(passing: _Passing, batches: Iterable[Any], first: Derivatives) -> dict[str, Tensor]:
+def _hessian_product(passing: Passing, batches: Iterable[Any], first: Derivatives) -> dict[str, Tensor]:
     """Hg, by parameter name."""
     again = Derivatives()
     for passing.batch in batches:
         count = sample_count(passing.batch)
         expansion = passing.probe.expand()
         product = expansion.hessian_product([first.grad[name] for name in expansion.theta])
-        _add(again.hess_grad, dict(zip(expansion.theta, product, strict=True)), count)
+        add(again.hess_grad, dict(zip(expansion.theta, product, strict=True)), count)
         again.samples += count
         again.loss += count * expansion.loss
     if again.samples != first.samples or _differs(again.loss / again.samples, first.loss):

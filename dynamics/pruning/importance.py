@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,16 +72,29 @@ def scores_by_measure(
 ) -> dict[str, dict[str, Tensor]]:
     """:func:`scores` by several measures at once: measure → layer → scores. One g and one Hg serve all of them."""
     rows = [find_measure(name) for name in measures]
-    _check(rows, batches, temperature, mode, granularity)
+    check_request(rows, batches, temperature, mode, granularity)
     model = unwrap(model)
     check_one_device(model)
     layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
     names = [layer.name for layer in layers] if granularity == "filter" else layers
     uses = {row.uses for row in rows if row.needs_data}
     found = derivatives(model, names, batches, uses, temperature, mode) if uses else Derivatives()
-    scales = _scales(model, layers) if granularity == "filter" else {}
-    evidence = {name: _evidence(model, name, found, scales.get(name)) for name in names}
+    scales = gammas(model, layers) if granularity == "filter" else {}
     drawn = torch.Generator().manual_seed(seed) if seed is not None else None
+    return scores_from(model, names, rows, found, scales, granularity, drawn)
+
+
+def scores_from(
+    model: nn.Module,
+    layers: Sequence[str],
+    rows: Sequence[Measure],
+    found: Derivatives,
+    scales: Mapping[str, Tensor],
+    granularity: str = "filter",
+    drawn: torch.Generator | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Measure → layer → scores, from what was gathered over the batches, and γ of the layers that have one."""
+    evidence = {name: _evidence(model, name, found, scales.get(name)) for name in layers}
     return {row.name: _scores(row, evidence, granularity, drawn) for row in rows}
 
 
@@ -96,9 +109,10 @@ def check_one_device(model: nn.Module) -> None:
         raise ValueError(f"the model is on {len(places)} devices ({where}): scores need it on one; move it with .to()")
 
 
-def _check(
+def check_request(
     rows: Sequence[Measure], batches: Iterable[Any] | None, temperature: float, mode: str, granularity: str
 ) -> None:
+    """Raise ValueError where scores are asked for that cannot be: see :func:`scores`."""
     if granularity not in ("filter", "weight") or mode not in ("eval", "train"):
         raise ValueError(
             f"granularity is 'filter' or 'weight' and mode 'eval' or 'train'; got {granularity!r}, {mode!r}"
@@ -112,7 +126,7 @@ def _check(
             raise ValueError(f"{row.name} needs data: pass batches of (inputs, labels), got none")
 
 
-def _scales(model: nn.Module, layers: list[UnitLayer]) -> dict[str, Tensor]:
+def gammas(model: nn.Module, layers: list[UnitLayer]) -> dict[str, Tensor]:
     """γ of the normalisation that follows each layer, where there is one."""
     followers = {layer.name: layer.normalisation(model) for layer in layers}
     return {name: model.get_submodule(norm).weight for name, norm in followers.items() if norm is not None}

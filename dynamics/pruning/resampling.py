@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,12 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..probe import unwrap
-from .importance import scores_by_measure
+from ..probe import sample_count, unwrap
+from .importance import check_one_device, check_request, gammas, scores_from
 from .invariance import standing
-from .measures import find_measure
+from .measures import Measure, find_measure
+from .resampled_derivatives import resampled_derivatives
+from .units import UnitLayer, unit_layers
 
 
 def resampled_scores(
@@ -28,10 +30,11 @@ def resampled_scores(
 ) -> xr.Dataset:
     """Scores of all filters by each measure, on all batches and on ``draws`` bootstrap samples of them.
 
-    A bootstrap sample has as many batches, drawn with replacement (Efron 1979); each is scored anew, since a measure
-    takes absolute values or products after the mean over batches: per-batch scores do not average to it. The same
-    samples serve all measures, so that differences between measures can be compared draw by draw. Each measure is at
-    its paper's temperature; a class-balanced one is scored on the same batches as the others.
+    A bootstrap sample has as many batches, drawn with replacement (Efron 1979). A measure takes absolute values or
+    products after the mean over batches, so per-batch scores do not average to it: each sample's g and Hg are put
+    together from those of the batches, at a cost that hardly depends on ``draws``. The same samples serve all measures,
+    so that differences between measures can be compared draw by draw. Each measure is at its paper's temperature; a
+    class-balanced one is scored on the same batches as the others.
 
     Returns:
         ``score`` (measure, unit) and ``resampled_score`` (draw, measure, unit), with the coordinates layer and index
@@ -45,10 +48,11 @@ def resampled_scores(
         raise ValueError(
             f"the bootstrap needs two batches, draws and a measure at least, got {len(batches)}, {draws}, {measures}"
         )
-    settings = {"mode": mode, "protected": tuple(protected)}
-    chosen = np.random.default_rng(seed).integers(len(batches), size=(draws, len(batches)))
-    samples = [batches, *([batches[index] for index in draw] for draw in chosen)]
-    found = [_scored(model, sample, measures, settings) for sample in samples]
+    rows, model = [find_measure(name) for name in measures], unwrap(model)
+    check_request(rows, batches, 1.0, mode, "filter")
+    check_one_device(model)
+    layers = unit_layers(model, protected)
+    found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), mode)
     values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()
     filters = {layer: len(scores) for layer, scores in found[0][measures[0]].items()}
     return xr.Dataset(
@@ -64,19 +68,30 @@ def resampled_scores(
     )
 
 
+def _shares(batches: list[Any], draws: int, seed: int) -> Tensor:
+    """How much each batch counts, by its samples: as it is, and in each draw; (1 + draw, batch)."""
+    chosen = np.random.default_rng(seed).integers(len(batches), size=(draws, len(batches)))
+    times = [np.ones(len(batches)), *(np.bincount(draw, minlength=len(batches)) for draw in chosen)]
+    counted = torch.tensor(np.array(times) * [sample_count(batch) for batch in batches])
+    return counted / counted.sum(1, keepdim=True)
+
+
+@torch.no_grad()
 def _scored(
-    model: nn.Module, batches: list[Any], measures: list[str], settings: Mapping[str, Any]
-) -> dict[str, dict[str, Tensor]]:
-    """Measure → layer → scores, each measure at its own temperature."""
-    temperatures = {name: find_measure(name).temperature for name in measures}
-    found = {}
-    for temperature in dict.fromkeys(temperatures.values()):
-        together = [name for name in measures if temperatures[name] == temperature]
-        found |= scores_by_measure(model, batches, together, temperature=temperature, **settings)
-    return found
+    model: nn.Module, layers: list[UnitLayer], batches: list[Any], rows: list[Measure], shares: Tensor, mode: str
+) -> list[dict[str, dict[str, Tensor]]]:
+    """For each draw measure → layer → scores, each measure at its own temperature."""
+    names, scales = [layer.name for layer in layers], gammas(model, layers)
+    scored: list[dict[str, dict[str, Tensor]]] = [{} for _ in shares]
+    for temperature in dict.fromkeys(row.temperature for row in rows):
+        together = [row for row in rows if row.temperature == temperature]
+        uses = {row.uses for row in together if row.needs_data}
+        found = resampled_derivatives(model, names, batches, shares, uses, temperature, mode)
+        for one, draw in zip(scored, found, strict=True):
+            one |= scores_from(model, names, together, draw, scales)
+    return scored
 
 
 def _row(model: nn.Module, found: dict[str, Tensor]) -> Tensor:
     """Scores of all units, (unit,); NaN for those that are pruned."""
-    model = unwrap(model)
     return torch.cat([values.double().where(standing(model, layer), torch.nan) for layer, values in found.items()])

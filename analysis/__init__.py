@@ -1,6 +1,7 @@
 """Theory against measurement: each function takes a record and returns a dataset. Nothing here needs torch."""
 
 from .agreement import agree, agreement, network_norm_rate, residuals
+from .claims import CLAIMS, claims
 from .conditions import conditions
 from .convergence import convergence
 from .effect import filters_left, pruning_effect, pruning_effect_per_layer, removal_curve, removed_decrease
@@ -12,13 +13,17 @@ from .norm import norm_balance, norm_rate
 from .outcome import outcome, training_curve
 from .protocol import protocol_diff, protocol_table
 from .record import MissingQuantityError, open_runs
+from .statistics import STATISTICS, statistics
 from .tables import agreement_table, outcome_table
 
 __all__ = [
+    "CLAIMS",
+    "STATISTICS",
     "MissingQuantityError",
     "agree",
     "agreement",
     "agreement_table",
+    "claims",
     "conditions",
     "convergence",
     "each",
@@ -43,5 +48,6 @@ __all__ = [
     "scale_invariance",
     "score_noise",
     "stability",
+    "statistics",
     "training_curve",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import described, has, node
+from .record import MissingQuantityError, columns, described, has
 
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
@@ -31,13 +31,13 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
             is compared with others from *their* last pruning on.
 
     Raises:
-        MissingQuantityError: no loss was logged. ValueError: nothing was recorded from ``since`` on.
+        MissingQuantityError: no loss was logged, or none from ``since`` on.
     """
-    steps = node(run, "steps", ["loss", "epoch"])
+    steps = columns(run, "steps", ["loss", "epoch"])
     start = _last_pruning(run) if since is None else since
     after = steps.loss.sel(step=slice(start, None))
     if not after.size:
-        raise ValueError(f"no steps from {start} on, the record ends before: leave out what did not train on")
+        raise MissingQuantityError(f"/steps needs rows from step {start} on, and ends before: train on after pruning")
     window = min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
     epoch_mean = after.rolling(step=window).mean()
     share = xr.DataArray(list(SHARES), dims="share", coords={"share": list(SHARES)})
@@ -54,4 +54,4 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
 
 
 def _last_pruning(run: xr.DataTree) -> int:
-    return int(node(run, "pruning", ["step"]).step[-1]) if has(run, "pruning") else 0
+    return int(columns(run, "pruning", ["step"]).step[-1]) if has(run, "pruning") else 0

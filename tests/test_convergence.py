@@ -74,5 +74,5 @@ def test_a_training_that_diverged_has_no_area() -> None:
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(analysis.MissingQuantityError, match=r"/steps needs \['loss'\]"):
         analysis.convergence(xr.DataTree.from_dict({"/steps": record(decay())["steps"].to_dataset().drop_vars("loss")}))
-    with pytest.raises(ValueError, match="no steps from 400 on"):
+    with pytest.raises(analysis.MissingQuantityError, match="/steps needs rows from step 400 on"):
         analysis.convergence(record(decay(), pruned_at=STEPS))

@@ -1,0 +1,202 @@
+"""The claims of the paper's abstract as statistics over seeds, each with an interval and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .intervals import half_width
+from .statistics import STATISTICS, log, statistics
+
+_AGNOSTIC = ("loss_preservation", "gradient_norm_increase", "gradient_norm_preservation")
+_NOT_FIRST_ORDER = ("magnitude", "gradient_norm_increase", "gradient_norm_preservation")
+_NOT_INCREASE = ("magnitude", "loss_preservation", "loss_preservation_times_magnitude", "gradient_norm_preservation")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim as a comparison within each seed: ``measure`` against the mean of ``others`` in one statistic.
+
+    Args:
+        name: its place in the abstract, (i) to (iii), and a letter.
+        says: the claim, as far as this statistic can bear it out.
+        statistic: name in :data:`analysis.statistics.STATISTICS`.
+        measure: whose statistic it is.
+        others: what it is compared with; with none, a ratio is compared with 1.
+        expected: the sign of the effect that the claim says: +1 more, −1 less.
+        compare: "ratio" to the others' geometric mean, whose null is 1, or "difference" from their mean, null 0.
+        reason: why this statistic, and why these others.
+        rounds: the only number of rounds that the claim is about, if it is about one.
+    """
+
+    name: str
+    says: str
+    statistic: str
+    measure: str
+    others: tuple[str, ...]
+    expected: int
+    compare: str
+    reason: str
+    rounds: int | None = None
+
+
+CLAIMS: dict[str, Claim] = {
+    claim.name: claim
+    for claim in (
+        Claim(
+            "i.a", "What magnitude pruning removes contributes less to reducing the loss than the average parameter",
+            "decrease_per_parameter", "magnitude", (), -1, "ratio",
+            "Along gradient flow dL/dt = −‖g‖² and parameter i contributes −gᵢ². Per parameter, as measures remove "
+            "different numbers of parameters at the same number of filters; 1 is what a random choice removes.",
+        ),
+        Claim(
+            "i.b", "What magnitude pruning removes contributes less than what magnitude-agnostic measures remove",
+            "decrease_per_parameter", "magnitude", _AGNOSTIC, -1, "ratio",
+            "The abstract says least. Magnitude-agnostic are the measures of first and second order; loss preservation "
+            "× magnitude is not. Against their mean: against the lowest of them, picked after the fact, noise alone "
+            "would contradict the claim.",
+        ),
+        Claim(
+            "i.c", "Models pruned by magnitude converge faster than by magnitude-agnostic measures",
+            "training_area", "magnitude", _AGNOSTIC, -1, "ratio",
+            "The area under the training curve after the last pruning needs no threshold and is known for every run; "
+            "all runs of a seed train the same number of steps after it, on the same batches.",
+        ),
+        Claim(
+            "i.d", "Loss preservation × magnitude converges faster than loss preservation",
+            "training_area", "loss_preservation_times_magnitude", ("loss_preservation",), -1, "ratio",
+            "The paper's own measure, by (i): the two differ in nothing but the magnitude.",
+        ),
+        Claim(
+            "ii.a", "Loss preservation changes the loss less than measures of other orders",
+            "loss_change", "loss_preservation", _NOT_FIRST_ORDER, -1, "ratio",
+            "What its name says, and the first order of the motion: θᵀg = gᵀδ of removing all. Other orders are "
+            "magnitude (0) and gradient norm (2); loss preservation × magnitude is its kin.",
+        ),
+        Claim(
+            "ii.b", "Loss preservation changes the velocity of the norm less than measures of other orders",
+            "norm_rate_change", "loss_preservation", _NOT_FIRST_ORDER, -1, "ratio",
+            "First-order dynamics are d‖θ‖²/dt = −2θᵀg, to which the removed parameters contributed what the measure "
+            "keeps small.",
+        ),
+        Claim(
+            "ii.c", "Pruned after one epoch, loss preservation gives better accuracy than magnitude",
+            "accuracy", "loss_preservation", ("magnitude",), 1, "difference",
+            "Minimally trained is one round: all is pruned after the first epoch. Appropriate means better there than "
+            "the measure that one would use without the paper. At more rounds the claim says nothing.", 1,
+        ),
+        Claim(
+            "iii.a", "Gradient-norm increase changes second-order dynamics more than other measures",
+            "norm_acceleration_change", "gradient_norm_increase", _NOT_INCREASE, 1, "ratio",
+            "Second-order dynamics are d²‖θ‖²/dt² = 2(‖g‖² + θᵀHg): θᵀHg is what the measure ranks by, with its sign.",
+        ),
+        Claim(
+            "iii.b", "Gradient-norm increase increases the gradient norm",
+            "grad_sqnorm_ratio", "gradient_norm_increase", (), 1, "ratio",
+            "‖g‖² of the parameters that stay, over ‖g‖² before: the measure's first-order promise, taken literally.",
+        ),
+        Claim(
+            "iii.c", "Gradient-norm increase leaves a larger gradient norm than other measures",
+            "grad_sqnorm_ratio", "gradient_norm_increase", _NOT_INCREASE, 1, "ratio",
+            "A pruning of many filters takes their share of ‖g‖² away, whatever the measure; what is left is to be "
+            "compared.",
+        ),
+        Claim(
+            "iii.d", "Gradient-norm preservation changes the gradient norm less than increase does",
+            "grad_sqnorm_change", "gradient_norm_preservation", ("gradient_norm_increase",), -1, "ratio",
+            "Both rank by θ(Hg), and differ in its sign: that preserving preserves is what makes them comparable.",
+        ),
+        Claim(
+            "iii.e", "Increasing the gradient norm gives worse models than other measures",
+            "accuracy", "gradient_norm_increase", _NOT_INCREASE, -1, "difference",
+            "The abstract says that it can, so one condition where it does is enough.",
+        ),
+        Claim(
+            "iii.f", "Preserving the gradient norm gives better models than increasing it",
+            "accuracy", "gradient_norm_preservation", ("gradient_norm_increase",), 1, "difference",
+            "That preserving does no harm cannot be shown by an interval, unless one says how much is none; that it "
+            "does less harm can.",
+        ),
+    )
+}  # fmt: skip
+
+
+def claims(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """Each claim of :data:`CLAIMS` under each condition (model, data, rounds, sparsity), with its verdict.
+
+    Runs of one seed start from one initialisation and see the same batches, so the unit is the comparison within a
+    seed: ln a − mean ln b of ratios (``value`` is its exponential), or a − mean b of accuracies. ``low`` and ``high``
+    bound Student's 95 % interval of its mean over seeds (:func:`analysis.intervals.half_width` says why Student's).
+
+    ==============  ===================================================================
+    supported       the interval lies on the side of ``null`` that the claim says
+    contradicted    it lies on the other side
+    inconclusive    it holds ``null``
+    no verdict ...  fewer than two seeds have ended runs of all the measures; the reason follows
+    ==============  ===================================================================
+
+    Each interval stands for itself: of claims that say nothing true, one in twenty gets a verdict by chance, half of
+    them "supported". Count the conditions that agree before believing one. And seeds vary the initialisation and the
+    order of the data (and which samples, where an experiment takes a part), not the data set or the settings.
+
+    Columns: claim, says, the condition, any other setting that differs (:func:`analysis.conditions`), value, low, high,
+    null, seeds, verdict.
+
+    Raises:
+        ValueError: two runs are of the same measure, seed and condition.
+    """
+    return judged(statistics(runs))
+
+
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`claims` from the table of :func:`analysis.statistics`.
+
+    Raises:
+        ValueError: two runs are of the same measure, seed and condition.
+    """
+    pruned = table[table.measure != "none"]
+    where = [name for name in pruned if name not in (*STATISTICS, "measure", "seed")]
+    twice = pruned.index[pruned.duplicated([*where, "measure", "seed"], keep=False)]
+    if len(twice):
+        raise ValueError(f"give one run of each measure, seed and condition, got {', '.join(map(str, twice))} of one")
+    groups = [
+        (dict(zip(where, condition, strict=True)), group.set_index(["seed", "measure"])[[*STATISTICS]].unstack())
+        for condition, group in pruned.groupby(where, sort=False, dropna=False)
+    ]
+    rows = [
+        {"claim": claim.name, "says": claim.says} | condition | _judge(claim, values[claim.statistic])
+        for claim in CLAIMS.values()
+        for condition, values in groups
+        if claim.rounds in (None, condition["rounds"])
+    ]
+    return pd.DataFrame(rows, columns=["claim", "says", *where, "value", "low", "high", "null", "seeds", "verdict"])
+
+
+def _judge(claim: Claim, values: pd.DataFrame) -> dict:
+    """The claim's row for its statistic of one condition's runs, a row a seed and a column a measure."""
+    lacking = [name for name in (claim.measure, *claim.others) if name not in values]
+    effects = np.empty(0) if lacking else _effects(claim, values)
+    mean = effects.mean() if len(effects) else np.nan
+    half = half_width(effects)
+    bounds = mean, mean - half, mean + half
+    value, low, high, null = (*np.exp(bounds), 1.0) if claim.compare == "ratio" else (*bounds, 0.0)
+    if lacking:
+        verdict = f"no verdict (no run of {', '.join(lacking)})"
+    elif len(effects) < 2:
+        verdict = "no verdict (1 seed)" if len(effects) else f"no verdict ({claim.statistic} not known)"
+    elif low <= null <= high:
+        verdict = "inconclusive"
+    else:
+        verdict = "supported" if (low > null) == (claim.expected > 0) else "contradicted"
+    return {"value": value, "low": low, "high": high, "null": null, "seeds": len(effects), "verdict": verdict}
+
+
+def _effects(claim: Claim, values: pd.DataFrame) -> np.ndarray:
+    """Of each seed that has all measures: ln a − mean ln b of ratios, a − mean b of differences."""
+    chosen = values[[claim.measure, *claim.others]].dropna().to_numpy()
+    scaled = log(chosen) if claim.compare == "ratio" else chosen
+    return scaled[:, 0] - (scaled[:, 1:].mean(1) if claim.others else 0)

@@ -1,0 +1,24 @@
+"""The interval of a mean over seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
+    """Half the width of Student's 95 % interval of the mean along ``axis``: t₀.₉₇₅(n−1) s/√n; NaN for n < 2.
+
+    Student's, not the bootstrap's: with the three seeds that runs usually have there are ten different bootstrap
+    samples, and no interval of theirs leaves the range of the data. That range misses the true mean whenever all three
+    seeds err to one side, one time in four. Student's interval holds 95 % at every n, provided that seeds scatter about
+    normally, which three of them cannot show.
+    """
+    values = np.asarray(values, float)
+    count = values.shape[axis]
+    if count < 2:
+        return np.full(values.sum(axis).shape, np.nan)
+    return stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis, ddof=1) / np.sqrt(count)

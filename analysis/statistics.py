@@ -1,0 +1,118 @@
+"""What one run came to, in the pure numbers that the paper's claims are about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .conditions import conditions
+from .convergence import convergence
+from .effect import removed_decrease
+from .outcome import outcome
+from .record import MissingQuantityError, columns, experiment, has
+
+
+def decrease_per_parameter(run: xr.DataTree) -> float:
+    """(‖g_R‖²/‖g‖²) / (|R|/n): the removed parameters' part in −dL/dt = ‖g‖², as a multiple of the average one's.
+
+    Both shares are means over the prunings. 1 is what removing parameters at random comes to.
+    """
+    share = removed_decrease(run)[["decrease", "parameters"]].sum("layer", skipna=False).mean("event", skipna=False)
+    return float(share.decrease / share.parameters)
+
+
+def loss_change(run: xr.DataTree) -> float:
+    """|L_after − L_before| / L_before at the probe, mean over the prunings."""
+    events = columns(run, "pruning", ["loss"])
+    return _mean_change(events.loss, events.loss.sel(stage="before"))
+
+
+def norm_rate_change(run: xr.DataTree) -> float:
+    """|Δ(d‖θ‖²/dt)| / 2Σ|θg|, mean over the prunings: how far d‖θ‖²/dt = −2θᵀg is from what it was.
+
+    In units of what it would be if all of its terms had one sign, since it may itself be near zero.
+    """
+    total = columns(run, "pruning", ["param_sqnorm_rate", "abs_param_grad"]).sum("layer", skipna=False)
+    return _mean_change(total.param_sqnorm_rate, 2 * total.abs_param_grad.sel(stage="before"))
+
+
+def norm_acceleration_change(run: xr.DataTree) -> float:
+    """|Δ(‖g‖² + θᵀHg)| / ‖g‖², mean over the prunings: d²‖θ‖²/dt² = 2(‖g‖² + θᵀHg) is the flow's second order.
+
+    In units of its first term, which is positive where the second has either sign.
+    """
+    total = columns(run, "pruning", ["grad_sqnorm", "param_hess_grad"]).sum("layer", skipna=False)
+    return _mean_change(total.grad_sqnorm + total.param_hess_grad, total.grad_sqnorm.sel(stage="before"))
+
+
+def grad_sqnorm_change(run: xr.DataTree) -> float:
+    """|Δ‖g‖²| / ‖g‖², mean over the prunings; ‖g‖² after is that of the parameters that stay."""
+    total = columns(run, "pruning", ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False)
+    return _mean_change(total, total.sel(stage="before"))
+
+
+def grad_sqnorm_ratio(run: xr.DataTree) -> float:
+    """‖g‖² after a pruning over that before, geometric mean over the prunings: below 1 it fell, above 1 it rose."""
+    total = columns(run, "pruning", ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False)
+    return float(np.exp(log(total.sel(stage="after") / total.sel(stage="before")).mean()))
+
+
+def training_area(run: xr.DataTree) -> float:
+    """Mean training loss from the last pruning on: :func:`analysis.convergence`."""
+    return float(convergence(run).area)
+
+
+def accuracy(run: xr.DataTree) -> float:
+    """Share of right answers on the test set in the end: :func:`analysis.outcome`."""
+    return float(outcome(run).test_accuracy)
+
+
+STATISTICS: dict[str, Callable[[xr.DataTree], float]] = {
+    statistic.__name__: statistic
+    for statistic in (
+        decrease_per_parameter,
+        loss_change,
+        norm_rate_change,
+        norm_acceleration_change,
+        grad_sqnorm_change,
+        grad_sqnorm_ratio,
+        training_area,
+        accuracy,
+    )
+}
+
+
+def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
+
+    NaN where a record lacks what a statistic needs, and in a run that did not end: what it came to is not known.
+    """
+    return conditions(runs).join(pd.DataFrame([_values(run) for run in runs.values()], index=list(runs)))
+
+
+def log(ratio: np.ndarray | xr.DataArray) -> np.ndarray | xr.DataArray:
+    """ln of a ratio, down to 2⁻²³: records are made in single precision, which cannot tell less from nothing."""
+    return np.log(np.maximum(ratio, np.finfo(np.float32).eps))
+
+
+def _mean_change(staged: xr.DataArray, scale: xr.DataArray) -> float:
+    change = staged.sel(stage="after") - staged.sel(stage="before")
+    return float((np.abs(change) / scale).mean(skipna=False))
+
+
+def _values(run: xr.DataTree) -> dict[str, float]:
+    found = dict.fromkeys(STATISTICS, np.nan)
+    for name, statistic in STATISTICS.items() if _ended(run) else ():
+        with suppress(MissingQuantityError):
+            found[name] = statistic(run)
+    return found
+
+
+def _ended(run: xr.DataTree) -> bool:
+    """Whether all epochs of the experiment are there; of a loop that someone instrumented nobody knows."""
+    asked = sum(experiment(run).get("epochs", ()))
+    return not asked or (has(run, "epochs") and run["epochs"].sizes["epoch"] >= asked)

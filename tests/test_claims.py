@@ -1,0 +1,204 @@
+"""A verdict is what the seeds bear out: known effects are found, their signs turn it, chance gives one in twenty."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from scipy import stats
+
+import analysis
+from analysis.claims import judged
+from analysis.intervals import half_width
+
+MEASURES = (
+    "magnitude", "loss_preservation", "loss_preservation_times_magnitude", "gradient_norm_increase",
+    "gradient_norm_preservation",
+)  # fmt: skip
+
+
+def record(measure: str, seed: int, *, ended: bool = True, rounds: int = 1, **what: float) -> xr.DataTree:
+    """A run of two epochs, pruned once or more: layer "a" goes from the first of two values to the second."""
+    settings = {"model": "vgg13", "data": "digits", "measure": measure, "sparsity": 0.5, "rounds": rounds,
+                "epochs": [1, 1], "seed": seed}  # fmt: skip
+    value = {"loss": (2.0, 2.5), "grad": (4.0, 3.0), "hess": (1.0, 0.0), "rate": (0.5, -0.25), "removed_grad": 0.5,
+             "accuracy": 0.9, "area": 1.0} | what  # fmt: skip
+    layers = [0.75, 0.25]  # what each of the two holds
+
+    def staged(pair: tuple[float, float]) -> tuple[tuple[str, ...], np.ndarray]:
+        return ("event", "stage", "layer"), np.tile(np.multiply.outer(pair, layers), (rounds, 1, 1))
+
+    def per_event(value: float) -> tuple[tuple[str, ...], np.ndarray]:
+        return ("event", "layer"), np.tile(np.multiply(value, layers), (rounds, 1))
+
+    pruning = xr.Dataset(
+        {
+            "loss": (("event", "stage"), [value["loss"]] * rounds),
+            "grad_sqnorm": staged(value["grad"]), "param_hess_grad": staged(value["hess"]),
+            "param_sqnorm_rate": staged(value["rate"]), "abs_param_grad": staged((5.0, 5.0)),
+            "removed_grad_sqnorm": per_event(value["removed_grad"]), "removed": per_event(25.0),
+            "remaining": staged((100.0, 75.0)), "step": ("event", [4] * rounds),
+        },
+        coords={"stage": ["before", "after"], "layer": ["a", "b"]},
+    )  # fmt: skip
+    steps = xr.Dataset(
+        {"loss": ("step", [3.0] * 4 + [value["area"]] * 4), "epoch": ("step", [0] * 4 + [1] * 4)},
+        coords={"step": np.arange(8)},
+    )
+    epochs = xr.Dataset(
+        {"test_accuracy": ("epoch", [0.1, value["accuracy"]][: 1 + ended])}, coords={"epoch": [0, 1][: 1 + ended]}
+    )
+    tree = {"/": xr.Dataset(attrs={"experiment": json.dumps(settings)})}
+    return xr.DataTree.from_dict(tree | {"/steps": steps, "/pruning": pruning, "/epochs": epochs})
+
+
+def runs(seeds: int = 3, **per_measure: dict) -> dict[str, xr.DataTree]:
+    """Runs of every measure and seed; what is given of one replaces the common values, slightly off in every seed."""
+    rng, found = np.random.default_rng(0), {}
+    for seed in range(seeds):
+        for measure in MEASURES:
+            noise = 1 + 0.01 * rng.standard_normal()
+            area, accuracy = (
+                per_measure.get(measure, {}).get(name, at) for name, at in (("area", 1), ("accuracy", 0.8))
+            )
+            found[f"{measure}-{seed}"] = record(measure, seed, area=area * noise, accuracy=accuracy * noise)
+    return found
+
+
+def verdicts(found: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(found.claim, found.verdict, strict=True))
+
+
+def test_statistics_done_by_hand() -> None:
+    row = analysis.statistics({"run": record("magnitude", 0, rounds=2)}).loc["run"]
+    assert row.decrease_per_parameter == pytest.approx((0.5 / 4) / (25 / 100))
+    assert row.loss_change == pytest.approx(0.5 / 2)
+    assert row.norm_rate_change == pytest.approx(0.75 / 10)
+    assert row.norm_acceleration_change == pytest.approx(((4 + 1) - (3 + 0)) / 4)
+    assert row.grad_sqnorm_change == pytest.approx(1 / 4)
+    assert row.grad_sqnorm_ratio == pytest.approx(3 / 4)
+    assert (row.training_area, row.accuracy) == (1.0, 0.9)
+
+
+def test_the_interval_is_scipys() -> None:
+    values = np.random.default_rng(1).normal(2, 3, 7)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert half_width(values) == pytest.approx((high - low) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_interval_covers_the_mean_nineteen_times_in_twenty(count: int) -> None:
+    """Three standard errors of the share of 20000 intervals; a normal's 1.96 s/√n covers 70 to 87 %, far outside."""
+    values = np.random.default_rng(2).normal(0.3, 2, (20000, count))
+    covered = (np.abs(values.mean(1) - 0.3) <= half_width(values)).mean()
+    assert covered == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / 20000))
+
+
+def test_a_known_effect_is_found_with_its_size() -> None:
+    found = analysis.claims(runs(magnitude={"area": 0.5, "accuracy": 0.7}, gradient_norm_increase={"accuracy": 0.4}))
+    assert found.columns.tolist() == [
+        "claim", "says", "model", "data", "rounds", "sparsity", "value", "low", "high", "null", "seeds", "verdict",
+    ]  # fmt: skip
+    assert found.claim.tolist() == list(analysis.CLAIMS)
+    of = found.set_index("claim")
+    assert of.loc["i.c", ["null", "seeds", "verdict"]].tolist() == [1, 3, "supported"]
+    assert of.low["i.c"] < 0.5 < of.high["i.c"]
+    assert of.loc["ii.c", ["null", "verdict"]].tolist() == [0, "supported"]
+    assert of.low["ii.c"] < 0.1 < of.high["ii.c"]
+    assert verdicts(found)["iii.e"] == verdicts(found)["iii.f"] == "supported"
+    assert verdicts(found)["i.d"] == "inconclusive"
+
+
+def test_the_sign_of_the_effect_turns_the_verdict() -> None:
+    found = verdicts(
+        analysis.claims(runs(magnitude={"area": 2, "accuracy": 0.9}, gradient_norm_increase={"accuracy": 1}))
+    )
+    assert {found[name] for name in ("i.c", "ii.c", "iii.e", "iii.f")} == {"contradicted"}
+
+
+def test_every_claim_turns_with_its_sign() -> None:
+    """One measure's statistic far from the others', to both sides, in each claim by its row in the table."""
+    for claim in analysis.CLAIMS.values():
+        for sign in (-1, 1):
+            table = random_statistics(conditions=1, seeds=4, rounds=1)
+            own = table.measure == claim.measure
+            scaled = table[claim.statistic] * np.exp(20 * sign), table[claim.statistic] + 20 * sign
+            table[claim.statistic] = table[claim.statistic].mask(own, scaled[claim.compare == "difference"])
+            verdict = verdicts(judged(table))[claim.name]
+            assert verdict == ("supported" if sign == claim.expected else "contradicted"), (claim.name, sign)
+
+
+def random_statistics(*, conditions: int, seeds: int, rounds: int) -> pd.DataFrame:
+    """A table of statistics in which the measure has no effect: its label is put at random. Their mean log is 0."""
+    index = pd.MultiIndex.from_product([range(conditions), MEASURES, range(seeds)], names=["model", "measure", "seed"])
+    rng = np.random.default_rng(3)
+    values = {name: np.exp(rng.standard_normal(len(index)) / 2) for name in analysis.STATISTICS}
+    table = pd.DataFrame(values, index=index).reset_index()
+    return table.assign(data="digits", rounds=rounds, sparsity=0.5)
+
+
+def test_permuted_labels_get_a_verdict_one_time_in_twenty() -> None:
+    found = judged(random_statistics(conditions=150, seeds=3, rounds=1))
+    shares = found.verdict.value_counts(normalize=True)
+    # claims of a condition share runs: a dozen of them are worth at least one, so the error is below that of 150 rows
+    assert shares["inconclusive"] == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / 150))
+    assert shares["supported"] + shares["contradicted"] == pytest.approx(1 - shares["inconclusive"])
+    assert shares["contradicted"] > 0
+
+
+def test_a_ratio_is_paired_within_a_seed() -> None:
+    """Seeds that differ tenfold do not hide a measure that is a tenth less in each of them."""
+    table = random_statistics(conditions=1, seeds=3, rounds=1)
+    table["training_area"] = 10.0**table.seed * np.where(table.measure == "magnitude", 0.9, 1.0)
+    row = judged(table).set_index("claim").loc["i.c"]
+    assert (row.value, row.low, row.high, row.verdict) == pytest.approx((0.9, 0.9, 0.9, "supported"))
+
+
+def test_no_verdict_from_one_seed() -> None:
+    found = analysis.claims(runs(seeds=1, magnitude={"area": 0.1}))
+    assert set(found.verdict) == {"no verdict (1 seed)"}
+    assert found.low.isna().all()
+    assert found.set_index("claim").value["i.c"] == pytest.approx(0.1, rel=0.05)
+
+
+def test_what_is_missing_is_said_in_place_of_a_verdict() -> None:
+    some = {label: run for label, run in runs().items() if not label.startswith("gradient_norm_increase")}
+    found = verdicts(analysis.claims(some))
+    assert found["i.c"] == "no verdict (no run of gradient_norm_increase)"
+    assert found["i.d"] == "inconclusive"
+    unlogged = {label: xr.DataTree.from_dict({k: v for k, v in run.to_dict().items() if k != "/pruning"})
+                for label, run in runs().items()}  # fmt: skip
+    found = verdicts(analysis.claims(unlogged))
+    assert found["ii.a"] == "no verdict (loss_change not known)"
+    assert not found["iii.f"].startswith("no verdict")
+
+
+def test_a_run_that_did_not_end_and_its_seed_do_not_count() -> None:
+    some = runs(magnitude={"area": 0.5}) | {"magnitude-1": record("magnitude", 1, ended=False)}
+    found = analysis.claims(some).set_index("claim").seeds
+    assert (found["i.c"], found["iii.f"]) == (2, 3)
+
+
+def test_one_run_counts_once() -> None:
+    again = runs() | {"again": record("magnitude", 0)}
+    with pytest.raises(ValueError, match="give one run of each measure, seed and condition, got magnitude-0, again"):
+        analysis.claims(again)
+
+
+def test_only_like_is_compared_with_like() -> None:
+    one = runs(seeds=2)
+    other = {f"{label}, more rounds": record(label[:-2], int(label[-1]), rounds=2, area=7.0) for label in one}
+    found = analysis.claims(one | other)
+    assert found[found.claim == "i.c"].rounds.tolist() == [1, 2]
+    assert found[found.claim == "ii.c"].rounds.tolist() == [1]
+    assert set(found.seeds) == {2}
+    assert found.value[(found.claim == "i.c") & (found.rounds == 2)].item() == pytest.approx(1)
+
+
+def test_each_claim_says_why() -> None:
+    for name, claim in analysis.CLAIMS.items():
+        assert claim.statistic in analysis.STATISTICS
+        assert claim.expected in (-1, 1)
+        assert claim.compare == "difference" if claim.statistic == "accuracy" else "ratio", name
+        assert len(claim.reason) > 40

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .data import DATASETS
 from .models import MODELS
 from .pruning import MEASURES, PROTOCOLS, share_left
+from .studies import PARTS
 
 # What a setting of each type takes, and how a message says it.
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
@@ -53,6 +54,8 @@ class Experiment:
         keep_momentum: Keep the optimizer's momentum over a pruning; by default it is dropped, as in the paper.
         importance_samples: Training samples that an importance measure looks at.
         probe_samples: Training samples at which everything is measured before and after each pruning.
+        studies: Study the network before the first and the last pruning, at those samples: what pruning 1/32 to 1/4 of
+            the filters would do, how far the paper's measures agree, which filters are scale-invariant.
         train_samples: Training samples, as many of each class, that there are at all; 0 means the whole set.
         curvature_every: Measure curvature and the loss decrease at every such step; 0 means never.
         seed: Seed of initialisation, data order and augmentation.
@@ -82,6 +85,7 @@ class Experiment:
     keep_momentum: bool = False
     importance_samples: int = 2560
     probe_samples: int = 512
+    studies: bool = False
     train_samples: int = 0
     curvature_every: int = 64
     seed: int = 0
@@ -112,6 +116,11 @@ class Experiment:
             raise ValueError(
                 f"single weights are not pruned by protocol {self.protocol!r} and measure {self.measure!r}: these know "
                 "filters only; choose granularity filter"
+            )
+        if self.studies and (self.granularity == "weight" or self.probe_samples < PARTS):
+            raise ValueError(
+                f"studies are of filters, at {PARTS} probe samples at least; got granularity {self.granularity!r} and "
+                f"{self.probe_samples} probe samples"
             )
 
     def _check_ranges(self) -> None:

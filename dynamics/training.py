@@ -21,6 +21,7 @@ from .models import build
 from .probe import Objective, cross_entropy_objective, mode_of
 from .pruning import MEASURES, PROTOCOLS, Pruner, share_left
 from .recorder import Recorder
+from .studies import add_studies
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -161,6 +162,8 @@ class _Training:
         pruning = self._pruner.plan(1 - left, self._importance_batches())
         described = pruning.attributes | {"target": target}
         with self.recorder.event("prune", probe=self._probe, **described) as event:
+            if chosen.studies and round_number in (1, chosen.rounds):
+                add_studies(event, self.model, pruning, self._probe, self.objective)
             self._pruner.apply(pruning)
             if chosen.granularity == "filter":
                 event.units(alive=pruning.alive, scores=pruning.scores)

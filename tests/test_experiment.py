@@ -9,7 +9,14 @@ import pytest
 import torch
 import xarray as xr
 
-from analysis import filters_left, outcome, training_curve
+from analysis import (
+    filters_left,
+    outcome,
+    removal_curve,
+    scale_invariance,
+    score_noise,
+    training_curve,
+)
 from dynamics import open_run
 from dynamics.data import Data, load
 from dynamics.experiment import Experiment
@@ -116,6 +123,30 @@ def test_the_reference_protocol_is_an_experiments_too(tmp_path: Path, data: Data
         replace(quirky, protocol="paper")
 
 
+def test_studies_are_made_before_the_first_and_the_last_pruning(tmp_path: Path, data: Data) -> None:
+    plain = replace(
+        TINY, measure="grasp", rounds=3, epochs=(3, 0), sparsity=0.3, curvature_every=0, batch_size=64,
+        importance_samples=20, probe_samples=8,
+    )  # fmt: skip
+    with_studies, without = (
+        recorded(tmp_path / f"{studies}.zarr", replace(plain, studies=studies), data) for studies in (True, False)
+    )
+    for node in ("steps", "pruning", "units"):  # nothing else is another for it
+        xr.testing.assert_identical(with_studies[node].to_dataset(), without[node].to_dataset())
+    for study, found in (("scores", score_noise), ("invariance", scale_invariance), ("curve", removal_curve)):
+        assert with_studies[study].event.values.tolist() == [0, 2]
+        assert not without[study].data_vars
+        assert np.isfinite(found(with_studies).to_array()).any()
+    curve, events = (with_studies[node].to_dataset().load() for node in ("curve", "pruning"))
+    assert np.isfinite(curve.to_array()).all()
+    # 30 % in 3 rounds: the first pruning, by the highest scores, takes an eighth, and is a point of the curve
+    np.testing.assert_array_equal(curve.removed.sel(event=0, fraction=1 / 8), events.removed.sel(event=0))
+    for stage, fraction in (("before", 1 / 32), ("after", 1 / 8)):
+        found, expected = (one.sel(event=0, stage=stage) for one in (curve.sel(fraction=fraction), events))
+        np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-12)
+        np.testing.assert_allclose(found.grad_sqnorm, expected.grad_sqnorm, rtol=1e-9)
+
+
 def test_a_run_is_reproducible_bit_for_bit(tmp_path: Path, data: Data, record: xr.DataTree) -> None:
     again = recorded(tmp_path / "again.zarr", TINY, data)
     for node in ("steps", "curvature", "pruning", "units"):
@@ -201,6 +232,8 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
         ({"learning_rates": ("a", "b")}, "learning_rates must be a list of numbers, got"),
         ({"augment": 1}, "augment must be true or false, got 1"),
         ({"root": 3}, "root must be a text, got 3"),
+        ({"studies": True, "granularity": "weight"}, "studies are of filters, at 8 probe samples at least; got gran"),
+        ({"studies": True, "probe_samples": 7}, "got granularity 'filter' and 7 probe samples"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict, message: str) -> None:

@@ -8,8 +8,14 @@ import pytest
 import torch
 import xarray as xr
 from networks import plain_step, smooth_network, vectors
+from prunable import batch, trained
 
 from dynamics import Recorder, open_run
+from dynamics.event import Event
+from dynamics.masks import apply_masks
+from dynamics.probe import cross_entropy_objective
+from dynamics.pruning import Pruner
+from dynamics.studies import add_studies
 
 
 def scores(seed: int) -> xr.Dataset:
@@ -69,3 +75,18 @@ def test_going_back_takes_studies_back_as_well(tmp_path: Path) -> None:
     Recorder(tmp_path / "run", model, optimizer, resume="rewind").close()
     run = open_run(tmp_path / "run")
     assert run["pruning"].event.values.tolist() == run["scores"].event.values.tolist() == [0, 1]
+
+
+def test_protected_layers_are_not_studied_and_a_curve_ends_where_layers_do() -> None:
+    model, optimizer = trained("resnet")
+    for sparsity, studied in ((0.2, {"curve", "scores", "invariance"}), (0.7, {"scores", "invariance"})):
+        planned = Pruner(model, optimizer, "magnitude").plan(sparsity)
+        add_studies(event := Event(), model, planned, [batch(1)], cross_entropy_objective)
+        assert set(event.studies) == studied
+        for study in ("scores", "invariance"):
+            assert "stem" not in event.studies[study].layer
+        if "curve" in studied:
+            assert (event.studies["curve"].removed.sel(layer="stem") == 0).all()
+        for layer, kept in planned.alive.items():  # one filter a layer is left
+            weight = model.get_parameter(f"{layer}.weight")
+            apply_masks(model, {f"{layer}.weight": (torch.arange(len(kept)) == 0).view(-1, 1, 1, 1).expand_as(weight)})

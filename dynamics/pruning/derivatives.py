@@ -40,6 +40,7 @@ class Passing:
         self.probe = Probe(model, self, [()], mode=mode)
 
     def __call__(self, model: nn.Module, nothing: Any) -> Tensor:
+        """The objective: the batch is the one that passes by."""
         return cross_entropy_objective(model, to_device(self.batch, self._device), self._temperature)
 
 

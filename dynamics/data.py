@@ -89,7 +89,8 @@ class ImageSet(Dataset[Batch]):
         """Iterate over (inputs, labels) on `device`: inputs (B, C, 32, 32) in [−1, 1], labels (B,); B ≤ batch_size.
 
         shuffle: a new order in each pass. augment: `crop_and_flip` of every image. Both draw from `generator`
-        (None: torch's global one); without them nothing is drawn. The last batch may be smaller.
+        (None: torch's global one); without them nothing is drawn. The last batch may be smaller. Inputs lie
+        channels-last in memory, as the weights of `dynamics.models` do.
         The set moves to `device` here, once, as bytes; batches are then cut there, and training never waits for a copy.
         """
         resident = replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -97,7 +98,8 @@ class ImageSet(Dataset[Batch]):
 
         def prepare(batch: Batch) -> Batch:
             images, labels = batch
-            return normalise(crop_and_flip(images, flip=self.flip, generator=generator) if augment else images), labels
+            shown = crop_and_flip(images, flip=self.flip, generator=generator) if augment else images
+            return normalise(shown.contiguous(memory_format=torch.channels_last)), labels
 
         return DataLoader(
             resident,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from .mobilenet import MobileNet, mobilenet_v1
@@ -23,7 +24,8 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, width: float = 1
     """A freshly initialised network for 32 × 32 images, (N, in_channels, 32, 32) → logits (N, num_classes).
 
     name: a key of `MODELS`. width: factor on every channel count inside, c → max(1, round(width · c)).
-    The network's class attribute `protected` names the convolutions that are never pruned.
+    The network's class attribute `protected` names the convolutions that are never pruned. Weights lie channels-last in
+    memory, and so do activations then: convolutions are faster like that, on GPUs and on processors.
 
     Raises ValueError for an unknown name, a count below 1 or a width that is not a positive number.
     """
@@ -34,4 +36,5 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, width: float = 1
             raise ValueError(f"{argument} is {count}: it must be 1 or more")
     if not 0 < width < math.inf:
         raise ValueError(f"width is {width}: it must be a positive factor, 1 for the published size")
-    return MODELS[name](num_classes, in_channels, lambda channels: max(1, round(width * channels)))
+    network = MODELS[name](num_classes, in_channels, lambda channels: max(1, round(width * channels)))
+    return network.to(memory_format=torch.channels_last)

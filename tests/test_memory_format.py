@@ -1,0 +1,71 @@
+"""Weights and images lie channels-last in memory, all through a network; what is recorded does not depend on it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from networks import plain_step
+from torch import Tensor, nn
+
+from dynamics import Recorder, open_run
+from dynamics.data import load
+from dynamics.models import MODELS, ResNet, build
+from dynamics.pruning import Pruner
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_lies_channels_last(name: str) -> None:
+    model, seen = build(name, num_classes=10, in_channels=1, width=0.1), []
+
+    def look(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        seen.append(output.is_contiguous(memory_format=torch.channels_last))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            module.register_forward_hook(look)
+    images, _ = next(iter(load("digits").train.batches(4, augment=True)))
+    model(images.to(torch.get_default_dtype()))
+    assert all(seen)
+
+
+def test_images_lie_channels_last() -> None:
+    colour = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    digits = load("digits").train
+    for augment in (False, True):
+        shown = type(digits)(colour, torch.arange(6), flip=True).batches(4, augment=augment)
+        assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in shown)
+
+
+def recorded(path: Path, memory_format: torch.memory_format) -> xr.DataTree:
+    """Two steps, a pruning of half of the filters, and a step."""
+    torch.manual_seed(0)
+    model = ResNet(8, (3, 4, 5), num_classes=3, in_channels=2).to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+    inputs = torch.randn(3, 6, 2, 12, 12).unbind()
+    batches = [(x.to(memory_format=memory_format), torch.arange(6) % 3) for x in inputs]
+    with Recorder(path, model, optimizer, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(batches)):
+            recorder.log(loss=plain_step(model, optimizer, batch))
+            if number == 1:
+                pruner = Pruner(model, optimizer, "grasp")
+                pruning = pruner.plan(0.5, batches)
+                with recorder.event("prune", probe=batches, **pruning.attributes) as event:
+                    pruner.apply(pruning)
+                    event.units(alive=pruning.alive, scores=pruning.scores)
+    return open_run(path)
+
+
+def test_the_record_is_the_same_in_either_format(tmp_path: Path) -> None:
+    """Of a pruning too: all that is recorded, but for rounding."""
+    formats = {"last": torch.channels_last, "first": torch.contiguous_format}
+    last, first = (recorded(tmp_path / name, memory_format) for name, memory_format in formats.items())
+    for node in ("steps", "curvature", "pruning", "units"):
+        for name, values in first[node].data_vars.items():
+            if values.dtype.kind == "f":
+                scale = float(np.abs(values).max())  # some are differences of what nearly cancels
+                np.testing.assert_allclose(last[node][name], values, rtol=1e-9, atol=1e-11 * scale, err_msg=name)
+            else:
+                np.testing.assert_array_equal(last[node][name], values, err_msg=name)

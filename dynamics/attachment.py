@@ -13,7 +13,8 @@ class Attachment:
     """Hooks on one optimizer or on several that train one model.
 
     A step is one step of each optimizer; it also ends where one of them steps again, or at :meth:`end`. A closure is
-    wrapped: its gradient is there when it first returns.
+    wrapped: its gradient is there when it first returns. A step that an exception ends is none, but for those of other
+    optimizers that were through. Other hooks on an optimizer come before these, from the next step or :meth:`end` on.
 
     Args:
         optimizers: the torch optimizers.
@@ -38,13 +39,12 @@ class Attachment:
         self._count = len(optimizers)
         self._stepping: int | None = None  # the optimizer whose step has begun
         self._stepped: set[int] = set()  # those that are through
-        self._hooks = [
-            hook
-            for number, one in enumerate(optimizers)
-            for hook in (
-                one.register_step_pre_hook(partial(self._before, number)),
-                one.register_step_post_hook(partial(self._after, number)),
-            )
+        self._optimizers = list(optimizers)
+        self._pre_hooks = [
+            one.register_step_pre_hook(partial(self._before, number)) for number, one in enumerate(optimizers)
+        ]
+        self._hooks = self._pre_hooks + [
+            one.register_step_post_hook(partial(self._after, number)) for number, one in enumerate(optimizers)
         ]
 
     def __bool__(self) -> bool:
@@ -55,10 +55,8 @@ class Attachment:
     ) -> tuple[tuple, dict] | None:
         if self._asleep():
             return None
-        if self._stepping is not None:  # an exception ended that step
-            self._stepped = set()
-        elif number in self._stepped:
-            self.end()
+        if self._stepping is not None or number in self._stepped:
+            self._finish()
         self._stepping = number
         if not self._stepped:
             self._begin()
@@ -73,7 +71,11 @@ class Attachment:
         waiting = [number]
 
         def measured() -> Any:
-            loss = closure()
+            try:
+                loss = closure()
+            except BaseException:
+                self._finish()
+                raise
             if waiting:
                 self._ready(waiting.pop())
             return loss
@@ -90,13 +92,28 @@ class Attachment:
             self.end()
 
     def end(self) -> None:
-        """End the step of those that have stepped, if any has."""
-        if self._stepped and self._stepping is None:
+        """End the step of those that have stepped, if any has; not inside a step."""
+        if self._stepping is None:
+            self._finish()
+            self._come_last()
+
+    def _finish(self) -> None:
+        """End the step of those that are through. One that has begun was ended by an exception."""
+        self._stepping = None
+        if self._stepped:
             stepped, self._stepped = sorted(self._stepped), set()
             self._done(stepped)
 
+    def _come_last(self) -> None:
+        """Take gradients when all other hooks are through: they may change them."""
+        for one, hook in zip(self._optimizers, self._pre_hooks, strict=True):
+            hooks = one._optimizer_step_pre_hooks
+            if hook.id in hooks and hook.id != next(reversed(hooks)):
+                hooks.move_to_end(hook.id)
+
     def close(self) -> None:
         """Detach."""
+        self._finish()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

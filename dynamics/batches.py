@@ -26,6 +26,7 @@ class Seen:
     batch: Any
     moment: Moment | None
     passed: bool = False
+    again: bool = False  # a step of it has been taken already
 
 
 class Mark(NamedTuple):
@@ -36,6 +37,7 @@ class Mark(NamedTuple):
     backwards: int = 0  # so far
     first_backward: int = 0  # the first whose gradient is still there
     pending: bool = False  # whether one came since the last step
+    counts: bool = False  # whether backward passes are counted
 
 
 class Batches:
@@ -44,11 +46,13 @@ class Batches:
     Gradients accumulate over micro-batches, but that of a batch which was skipped (by ``continue``, or by a gradient
     scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
     the gradient decides. The moment of a batch is that of the first forward pass with gradients after it was seen.
+    A batch that stays is that of all further steps until the next one is seen.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, counted: Sequence[nn.Parameter]) -> None:
         self._model, self._device, self._compiled = unwrap(model), device, is_compiled(model)
         self._seen: list[Seen] = []
+        self._staying: list[Any] = []  # the batch that stays, if one does
         self._of_epoch = 0
         self._counts = bool(counted)
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
@@ -68,16 +72,21 @@ class Batches:
 
         @torch.compiler.disable
         def passes(module: nn.Module, inputs: tuple) -> None:
-            waiting = next((seen for seen in self._seen if not seen.passed), None) if self._awaits else None
-            if waiting is not None and torch.is_grad_enabled() and not asleep():
+            if not self._awaits or not torch.is_grad_enabled() or asleep():
+                return
+            self.repeat(due=True)
+            if (waiting := next((seen for seen in self._seen if not seen.passed), None)) is not None:
                 waiting.moment, waiting.passed = Moment(self._model, self._device), True
 
         self._awaits = True
         if self._hook is None and not self._compiled:
             self._hook = self._model.register_forward_pre_hook(passes)
 
-    def add(self, batch: Any, *, due: bool) -> None:
+    def add(self, batch: Any, *, due: bool, stays: bool = False) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
+        if self._seen and self._seen[0].again and not self.mark.pending:  # a forward pass that led to nothing
+            self._seen = []
+        self._staying = [batch] if stays else []
         if self.mark.first_batch == _IDLE or len(self._seen) == _MOST:
             if not self._idle:
                 warnings.warn(
@@ -87,7 +96,20 @@ class Batches:
                 )
             self._idle = True
             self._seen = self._seen[-1:]
-        self._seen.append(Seen(copied(batch), Moment(self._model, self._device)) if due else Seen(batch, None))
+        self._see(batch, due=due)
+
+    def repeat(self, *, due: bool) -> None:
+        """A further step of the batch that stays, if one does."""
+        if self._staying and not self._seen:
+            self._see(*self._staying, due=due, again=True)
+
+    def leave(self) -> None:
+        """No batch stays any longer."""
+        self._staying = []
+
+    def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
+        moment = Moment(self._model, self._device) if due else None
+        self._seen.append(Seen(copied(batch) if due else batch, moment, again=again))
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first.
@@ -111,18 +133,18 @@ class Batches:
     @property
     def mark(self) -> Mark:
         """Where the loop is now."""
+        batches = len(self._seen) or len(self._staying)
         counting = next((passes for passes in self._passes if passes.count), None)
         if counting is None:
-            return Mark(len(self._seen))
-        first = len(self._seen) - counting.count
-        return Mark(
-            len(self._seen), max(first, 0), counting.total, counting.total - counting.count + 1,
-            counting.total > self._at_step,
-        )  # fmt: skip
+            total = max((passes.total for passes in self._passes), default=0)
+            return Mark(batches, 0, total, 0, total > self._at_step, self._counts)
+        total, first = counting.total, counting.total - counting.count + 1
+        return Mark(batches, max(batches - counting.count, 0), total, first, total > self._at_step, True)
 
     def begin_epoch(self) -> None:
         """A pass over the data begins."""
         self._of_epoch = len(self._seen)
+        self.leave()
         if not self._counts:
             self.clear()
 
@@ -135,6 +157,7 @@ class Batches:
     def close(self) -> None:
         """Remove the hooks, and let the batches go."""
         self.clear()
+        self.leave()
         if self._hook is not None:
             self._hook.remove()
         for passes in self._passes:

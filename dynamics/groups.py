@@ -97,6 +97,10 @@ class Groups:
         """Flow time of a step in the first group of the first optimizer."""
         return _flow_step(self._optimizers[0].param_groups[0])
 
+    def ascend(self) -> bool:
+        """Whether an optimizer steps uphill."""
+        return any(group.get("maximize") for one in self._optimizers for group in one.param_groups)
+
     def decay(self, trained: Mapping[int, Group]) -> Tensor:
         """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
         decays = [0.0] * len(self._layers.parameters)

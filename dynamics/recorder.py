@@ -145,23 +145,25 @@ class Recorder:
     # what the loop calls
 
     def watch(self, loader: Iterable) -> _Watched:
-        """Yield what the loader yields and remember each batch until the step it leads to. Each pass is an epoch."""
+        """Yield what the loader yields and remember each batch for the steps it leads to. Each pass is an epoch."""
         return _Watched(self, loader)
 
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, where there is no loader to watch. Several batches accumulate."""
+        self._observe(batch, stays=False)
+
+    def _observe(self, batch: Any, *, stays: bool) -> None:
         self._attachment.end()
-        if not self._attachment:
-            return
-        self._rows.batch(first=not self._batches)
-        self._batches.add(batch, due=self._curvature.due(self._step))
+        if self._attachment:
+            self._batches.add(batch, due=self._curvature.due(self._step), stays=stays)
+            self._rows.batch(first=len(self._batches) == 1)
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
 
         What is logged for each of several micro-batches of a step is averaged. A loop that says nothing of its batches
-        (:meth:`watch`, :meth:`observe`) has to log at every step: else a value logged before its step is taken to be of
-        the step before.
+        (:meth:`watch`, :meth:`observe`) and logs before the backward pass has to do so from the first step on: else the
+        value is taken to be of the step before.
         """
         for name, value in scalars.items():
             check_scalar(name, value)
@@ -266,6 +268,7 @@ class Recorder:
 
     def _begin_step(self) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment."""
+        self._batches.repeat(due=self._curvature.due(self._step))
         self._begun, self._skips = self._curvature.ready(self._step) or self._records(), {}
         if not self._begun:
             return
@@ -378,9 +381,12 @@ class _Watched:
 
     def __iter__(self) -> Iterator:
         self._recorder.begin_epoch()
-        for batch in self._loader:
-            self._recorder.observe(batch)
-            yield batch
+        try:
+            for batch in self._loader:
+                self._recorder._observe(batch, stays=True)
+                yield batch
+        finally:
+            self._recorder._batches.leave()
 
 
 def _device_name(device: torch.device) -> str:

@@ -21,7 +21,7 @@ class Rows:
         self._buffer = buffer
         self._step: dict[str, Any] | None = None  # the row of the step that was
         self._of_last: dict[str, list[float | Tensor]] = {}  # what was logged for it
-        self._before: set[str] = set()  # names that are logged before their step, where batches are not announced
+        self._before: set[str] = set()  # names that are logged before the backward pass of their step
         self._logged: dict[str, list[tuple[Mark, float | Tensor]]] = {}  # what was logged for the step to come
         self._announced = self._waits = False  # batches are observed; one was since the last step
         for node in ("steps", "curvature", "pruning"):
@@ -52,13 +52,13 @@ class Rows:
     def log(self, name: str, value: float | Tensor, mark: Mark) -> None:
         """Keep a scalar of a step: of the one to come, or, with no batch observed since, of the one that was.
 
-        Where batches are not announced, a name that comes before the first step always comes before its own; another
-        one comes after it, unless a backward pass has come in between.
+        A name that comes before the first backward pass always comes before its own; another one comes after it, and
+        is of the step that was unless a backward pass has come since.
         """
-        if self._step is None and not self._announced:
+        known = not self._announced or (self._waits and mark.counts)
+        if self._step is None and known and not mark.backwards:
             self._before.add(name)
-        upcoming = self._waits if self._announced else name in self._before or mark.pending
-        if upcoming or self._step is None:
+        if self._waits or mark.pending or name in self._before or self._step is None:
             self._logged.setdefault(name, []).append((mark, value))
         else:
             self._of_last.setdefault(name, []).append(value)

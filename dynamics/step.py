@@ -113,11 +113,15 @@ class Measurement:
         return dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
 
     def alignment(self, grad: dict[str, Tensor]) -> float:
-        """Cosine of a gradient with the one applied, over the layers that have one; NaN where it is not finite."""
+        """Cosine of a gradient with the one applied, over the layers that have one; NaN where it is not finite.
+
+        Its sign says nothing where an optimizer ascends: a loss may have been turned around for that.
+        """
         vectors = Vectors(grad=self._layers.vector(grad), applied=self._grad.blocks)
         names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
         product, square, applied = self._layers.evaluate(names, vectors).values()
-        return float(product.sum() / (square[applied != 0].sum() * applied.sum()).sqrt())
+        cosine = float(product.sum() / (square[applied != 0].sum() * applied.sum()).sqrt())
+        return abs(cosine) if self._groups.ascend() else cosine
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""

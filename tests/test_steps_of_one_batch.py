@@ -1,0 +1,105 @@
+"""Several steps on one batch: each is a step of that batch, with a row and a curvature of its own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import ByHand
+from networks import convolutional_network, images, smooth_network, vectors
+
+from dynamics import Recorder, open_run
+
+
+@pytest.mark.parametrize("curvature_every", [1, 2, 5])
+@pytest.mark.parametrize("when", ["before the backward pass", "before the step", "after the step"])
+def test_each_step_is_one_of_the_watched_batch(tmp_path: Path, when: str, curvature_every: int) -> None:
+    model, losses, after = convolutional_network(dropout=0.3), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    by_hand = ByHand(model)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=curvature_every) as recorder:
+        for inputs, labels in recorder.watch(images(3)):
+            for _ in range(4):
+                optimizer.zero_grad()
+                state = torch.get_rng_state()
+                loss = F.cross_entropy(model(inputs), labels)
+                losses.append(loss.item())
+                if when == "before the backward pass":
+                    recorder.log(loss=loss)
+                loss.backward()
+                if when == "before the step":
+                    recorder.log(loss=loss)
+                by_hand.before()
+                optimizer.step()
+                by_hand.after()
+                if when == "after the step":
+                    recorder.log(loss=loss)
+                with torch.random.fork_rng(), torch.no_grad():
+                    torch.set_rng_state(state)
+                    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+                    after.append(F.cross_entropy(torch.func.functional_call(model, buffers, (inputs,)), labels).item())
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"])
+    np.testing.assert_allclose(run["steps"].loss, losses, rtol=1e-12)
+    assert run["curvature"].step.values.tolist() == list(range(0, 12, curvature_every))
+    np.testing.assert_allclose(run["curvature"].loss_before, losses[::curvature_every], rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_after, after[::curvature_every], rtol=1e-12)
+    grads = run["steps"].grad_sqnorm.sel(step=run["curvature"].step)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, grads, rtol=1e-9)
+
+
+def test_steps_with_closures_and_a_forward_pass_in_between(tmp_path: Path) -> None:
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=2)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+
+            def closure(inputs: torch.Tensor = inputs, labels: torch.Tensor = labels) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs), labels)
+                loss.backward()
+                return loss
+
+            for _ in range(2):
+                loss = optimizer.step(closure)
+                losses.append(loss.item())
+                recorder.log(loss=loss)
+            model(inputs + 1)  # nobody takes its gradient
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].loss, losses, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_gradients_that_pile_up_over_the_steps_of_a_batch_and_the_next(tmp_path: Path) -> None:
+    model, batches, expected = smooth_network(), vectors(2), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def loss_of(number: int) -> torch.Tensor:
+        return F.cross_entropy(model(batches[number][0]), batches[number][1]) / 2
+
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        watched = iter(recorder.watch(batches))
+        next(watched)
+        loss_of(0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        (first := loss_of(0)).backward()
+        next(watched)
+        (second := loss_of(1)).backward()
+        expected.append((first + second).item())
+        optimizer.step()
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before[1:], expected, rtol=1e-12)
+
+
+def test_an_observed_batch_is_that_of_one_step(tmp_path: Path) -> None:
+    model, (batch,) = smooth_network(), vectors(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number in range(4):
+            if number in (0, 2):
+                recorder.observe(batch)
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+    assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 2]

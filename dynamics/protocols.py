@@ -20,6 +20,8 @@ from .models import MODELS, build
 from .pruning import MEASURES, PROTOCOLS, Pruner, Pruning, share_left
 from .store import Store
 
+_MEASURES = [name for name, row in MEASURES.items() if not row.needs_initial]  # a fresh network is where it began
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -50,7 +52,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         for field, value, options in (
-            ("model", self.model, MODELS), ("data", self.data, DATASETS), ("measure", self.measure, MEASURES),
+            ("model", self.model, MODELS), ("data", self.data, DATASETS), ("measure", self.measure, _MEASURES),
         ):  # fmt: skip
             if value not in options:
                 raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(options)}")

@@ -102,7 +102,7 @@ class _Training:
         pruned = experiment.measure != "none"
         self._pruner = None if not pruned else Pruner(
             model, optimizer, experiment.measure, granularity=experiment.granularity, protocol=experiment.protocol,
-            keep_state=experiment.keep_momentum, seed=experiment.seed,
+            keep_state=experiment.keep_momentum, initial=model.state_dict(), seed=experiment.seed,
         )  # fmt: skip
 
     def run(self, progress: bool) -> None:

@@ -1,5 +1,7 @@
 """Scores that the reference does not hold, the arguments of `scores`, and that scoring leaves no trace."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from scipy.stats import kstest
 from torch import nn
 
 from dynamics.models import build
-from dynamics.pruning import MEASURES, scores
+from dynamics.pruning import MEASURES, Pruner, resampled_scores, scores
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -48,6 +50,58 @@ FORMULAS = {
 }
 
 
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_distance_from_initialisation_weighs_loss_preservation(granularity: str) -> None:
+    """Σ|θ−θ₀||θg| by a loop over weights: trained by steps, so that θ₀ is what a user has of it, or a Pruner."""
+    model, batches = convolutional_network(), [*images(1, seed=3, size=5), *images(1, seed=4, size=9)]
+    optimizer, initial = torch.optim.SGD(model.parameters(), 0.3), copy.deepcopy(model.state_dict())
+    pruner = Pruner(
+        model, optimizer, "loss_preservation_times_distance", granularity=granularity, initial=model.state_dict()
+    )  # fmt: skip
+    train_on(model, optimizer, images(2, seed=5))
+    pruning = pruner.plan(0.5, batches)
+    model.eval()
+    loss = sum(F.cross_entropy(model(inputs) / 5, labels, reduction="sum") for inputs, labels in batches) / 14
+    (grad,) = torch.autograd.grad(loss, [model[0].weight])
+    expected, start = torch.zeros(4, 9), initial["0.weight"].view(4, 9)
+    for number, (theta, slope) in enumerate(zip(model[0].weight.view(4, 9), grad.view(4, 9), strict=True)):
+        for index in range(9):
+            expected[number, index] = abs(theta[index] - start[number, index]) * abs(theta[index] * slope[index])
+    expected = expected.sum(1) if granularity == "filter" else expected.view(4, 1, 3, 3)
+    torch.testing.assert_close(pruning.scores["0"], expected.detach(), rtol=1e-12, atol=0)
+    found = scores(
+        model, batches, "loss_preservation_times_distance", temperature=5.0, granularity=granularity, initial=initial
+    )  # fmt: skip
+    torch.testing.assert_close(found["0"], expected.detach(), rtol=1e-12, atol=0)
+
+
+def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list) -> None:
+    for inputs, labels in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+
+def test_where_training_began_has_to_be_said() -> None:
+    model, batches, measure = convolutional_network(), images(1), "loss_preservation_times_distance"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    needs = r"needs θ₀ of '0.weight', of shape \(4, 1, 3, 3\), got {}: pass initial= a copy"
+    cases = (
+        (None, "nothing"),
+        ({"0.bias": torch.zeros(4)}, "nothing"),
+        ({"0.weight": torch.zeros(3, 1, 3, 3)}, r"shape \(3, 1, 3, 3\)"),
+        (model.state_dict(), "the model's own memory"),
+    )
+    for initial, got in cases:
+        with pytest.raises(ValueError, match=needs.format(got)):
+            scores(model, batches, measure, initial=initial)
+        if got != "the model's own memory":  # a Pruner copies it
+            with pytest.raises(ValueError, match=needs.format(got)):
+                Pruner(model, optimizer, measure, initial=initial)
+    with pytest.raises(ValueError, match=needs.format("nothing")):
+        resampled_scores(model, images(2), [measure])
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("measure", FORMULAS)
 def test_measure_equals_its_formula_by_double_backward(measure: str, mode: str) -> None:
@@ -84,8 +138,9 @@ def test_random_scores_are_uniform_whatever_the_kernel_s_size() -> None:
 )
 def test_weights_scores_make_the_filters(measure: str) -> None:
     model, batches = convolutional_network(), images(2)
-    filters = scores(model, batches, measure)["0"]
-    weights = scores(model, batches, measure, granularity="weight")["0"]
+    initial = convolutional_network().state_dict()
+    filters = scores(model, batches, measure, initial=initial)["0"]
+    weights = scores(model, batches, measure, granularity="weight", initial=initial)["0"]
     assert weights.shape == model[0].weight.shape
     sums = weights.flatten(1).sum(1)
     expected = {"magnitude": sums.sqrt(), "gradient_norm_preservation": sums.abs(), "taylor": sums.abs()}
@@ -103,10 +158,10 @@ def test_data_may_come_in_any_pieces(measure: str) -> None:
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("measure", [name for name in MEASURES if name != "random"])
 def test_scoring_leaves_no_trace(measure: str, mode: str) -> None:
-    model, batches = convolutional_network(dropout=0.4), images(2)
+    model, batches, initial = convolutional_network(dropout=0.4), images(2), convolutional_network().state_dict()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
-    scores(model, batches, measure, mode=mode)
+    scores(model, batches, measure, mode=mode, initial=initial)
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training

@@ -14,7 +14,7 @@ from dynamics.pruning import MEASURES, Pruner, share_left
 @pytest.mark.parametrize("name", NETWORKS)
 def test_exactly_as_many_go_as_asked_and_none_comes_back(name: str, measure: str) -> None:
     model, optimizer = trained(name, steps=1)
-    pruner = Pruner(model, optimizer, measure)
+    pruner = Pruner(model, optimizer, measure, initial=NETWORKS[name]().state_dict())
     total = left = sum(len(kept) for kept in pruner.alive.values())
     gone = {layer: ~kept for layer, kept in pruner.alive.items()}
     for number in range(1, 5):

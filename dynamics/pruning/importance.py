@@ -24,6 +24,7 @@ def scores(
     mode: str = "eval",
     granularity: str = "filter",
     protected: Iterable[str] = (),
+    initial: Mapping[str, Tensor] | None = None,
     seed: int | None = None,
 ) -> dict[str, Tensor]:
     """Importance of every filter, (filter,), by the name of its layer; the lowest are pruned first (grasp's highest).
@@ -40,6 +41,8 @@ def scores(
         granularity: "filter" (of :func:`unit_layers`), or "weight" for a score of every weight of every convolution and
             linear layer, in the weight's shape.
         protected: names of layers that are left out.
+        initial: parameters at initialisation by name, for a measure of θ₀: ``copy.deepcopy(model.state_dict())`` of
+            then.
         seed: of the measure "random", for numbers of its own; None draws them from torch's generator.
 
     Depthwise convolutions have no scores of their own as filters: they go with the layer that feeds them. Source:
@@ -48,12 +51,12 @@ def scores(
     and normalisations for its code's, which takes weights only); Tanaka et al. 2020 for synflow.
 
     Raises:
-        ValueError: unknown measure, mode or granularity, a temperature that is not positive, no data where the measure
-            needs some, a model on several devices, or one with a layer that cannot be pruned safely.
+        ValueError: unknown measure, mode or granularity, a temperature that is not positive, no data or no ``initial``
+            where the measure needs some, a model on several devices, or one with a layer that cannot be pruned safely.
     """
     found = scores_by_measure(
         model, batches, [measure], temperature=temperature, mode=mode, granularity=granularity, protected=protected,
-        seed=seed,
+        initial=initial, seed=seed,
     )  # fmt: skip
     return found[measure]
 
@@ -68,6 +71,7 @@ def scores_by_measure(
     mode: str = "eval",
     granularity: str = "filter",
     protected: Iterable[str] = (),
+    initial: Mapping[str, Tensor] | None = None,
     seed: int | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """:func:`scores` by several measures at once: measure → layer → scores. One g and one Hg serve all of them."""
@@ -77,11 +81,12 @@ def scores_by_measure(
     check_one_device(model)
     layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
     names = [layer.name for layer in layers] if granularity == "filter" else layers
+    start = initial_weights(model, names, rows, initial)
     uses = {row.uses for row in rows if row.needs_data}
     found = derivatives(model, names, batches, uses, temperature, mode) if uses else Derivatives()
     scales = gammas(model, layers) if granularity == "filter" else {}
     drawn = torch.Generator().manual_seed(seed) if seed is not None else None
-    return scores_from(model, names, rows, found, scales, granularity, drawn)
+    return scores_from(model, names, rows, found, scales, start, granularity, drawn)
 
 
 def scores_from(
@@ -90,11 +95,12 @@ def scores_from(
     rows: Sequence[Measure],
     found: Derivatives,
     scales: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
     granularity: str = "filter",
     drawn: torch.Generator | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Measure → layer → scores, from what was gathered over the batches, and γ of the layers that have one."""
-    evidence = {name: _evidence(model, name, found, scales.get(name)) for name in layers}
+    """Measure → layer → scores, from what was gathered over the batches, and γ and θ₀ of the layers that have them."""
+    evidence = {name: _evidence(model, name, found, scales.get(name), initial.get(name)) for name in layers}
     return {row.name: _scores(row, evidence, granularity, drawn) for row in rows}
 
 
@@ -132,10 +138,36 @@ def gammas(model: nn.Module, layers: list[UnitLayer]) -> dict[str, Tensor]:
     return {name: model.get_submodule(norm).weight for name, norm in followers.items() if norm is not None}
 
 
-def _evidence(model: nn.Module, name: str, found: Derivatives, scale: Tensor | None) -> Evidence:
+def initial_weights(
+    model: nn.Module, layers: Sequence[str], rows: Sequence[Measure], initial: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """θ₀ of each layer's weight, where a measure looks at it.
+
+    Raises:
+        ValueError: it is not there, of another shape, or the model's own memory.
+    """
+    found = {}
+    for row in (row for row in rows if row.needs_initial):
+        for name in layers:
+            theta, start = model.get_parameter(f"{name}.weight"), (initial or {}).get(f"{name}.weight")
+            if start is None or start.shape != theta.shape or start.data_ptr() == theta.data_ptr():
+                got = "nothing" if start is None else f"shape {tuple(start.shape)}"
+                got = "the model's own memory" if start is not None and start.shape == theta.shape else got
+                raise ValueError(
+                    f"{row.name} needs θ₀ of '{name}.weight', of shape {tuple(theta.shape)}, got {got}: pass initial= "
+                    "a copy.deepcopy(model.state_dict()) taken before the training"
+                )
+            found[name] = start.detach().to(theta)
+    return found
+
+
+def _evidence(
+    model: nn.Module, name: str, found: Derivatives, scale: Tensor | None, initial: Tensor | None
+) -> Evidence:
     weight = f"{name}.weight"
     return Evidence(
         theta=model.get_parameter(weight).detach(),
+        initial=initial,
         grad=found.grad.get(weight),
         hess_grad=found.hess_grad.get(weight),
         squared_sample_grad=found.squares.get(name),

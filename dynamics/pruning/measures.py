@@ -5,7 +5,8 @@ and H are those of the mean loss over *all* trainable parameters. Whether a scor
 value stands inside or outside the sum over a filter, is the difference between some of them; the formulas say it:
 
 ================================  =============  ========================================================
-absolute before the sum           Σ|θg|          loss_preservation, snip, loss_preservation_times_magnitude
+absolute before the sum           Σ|θg|          loss_preservation, snip, loss_preservation_times_magnitude,
+                                                 loss_preservation_times_distance
 absolute after the sum            |Σθg|          taylor, gradient_norm_preservation
 signed                            Σθ(Hg)         gradient_norm_increase, grasp
 ================================  =============  ========================================================
@@ -25,6 +26,7 @@ class Evidence:
     """What a measure may look at, for one layer. What no measure that was asked for uses is None."""
 
     theta: Tensor  # θ, shape (filter, ...)
+    initial: Tensor | None = None  # θ₀, θ at initialisation
     grad: Tensor | None = None  # g
     hess_grad: Tensor | None = None  # Hg
     squared_sample_grad: Tensor | None = None  # mean over samples n of (θ_fᵀ g_n)², (filter,)
@@ -40,8 +42,8 @@ class Measure:
     ``uses`` names the fields of :class:`Evidence` it looks at beside θ. ``order`` is the highest derivative of the loss
     it needs, ``temperature`` the one that its paper uses. ``entries`` gives a score for every weight, ``combine`` makes
     a filter's score from its weights' (filter, weights); a measure that is ``per_filter`` has none for single weights.
-    ``normalised``: divided by the sum over the whole network. ``highest_first``: the highest scores are pruned, not the
-    lowest. ``class_balanced``: its paper takes as many samples of each class.
+    ``needs_initial``: it looks at θ₀. ``normalised``: divided by the sum over the whole network. ``highest_first``: the
+    highest scores are pruned, not the lowest. ``class_balanced``: its paper takes as many samples of each class.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Measure:
     combine: Callable[[Tensor], Tensor]
     class_balanced: bool = False
     per_filter: bool = False
+    needs_initial: bool = False
     normalised: bool = False
     highest_first: bool = False
 
@@ -88,6 +91,8 @@ MEASURES: dict[str, Measure] = {
                 lambda e: (e.theta * e.grad).abs(), _sum),
         Measure("loss_preservation_times_magnitude", "Loss preservation × magnitude", "Σ|θ²g|", 1, 5.0, "grad",
                 lambda e: (e.theta.square() * e.grad).abs(), _sum),
+        Measure("loss_preservation_times_distance", "Loss preservation × distance", "Σ|θ−θ₀||θg|", 1, 5.0, "grad",
+                lambda e: ((e.theta - e.initial) * e.theta * e.grad).abs(), _sum, needs_initial=True),
         Measure("gradient_norm_increase", "Gradient-norm increase (GraSP)", "Σθ(Hg)", 2, 200.0, "hess_grad",
                 lambda e: e.theta * e.hess_grad, _sum, class_balanced=True),
         Measure("gradient_norm_preservation", "Gradient-norm preservation", "|Σθ(Hg)|", 2, 1.0, "hess_grad",

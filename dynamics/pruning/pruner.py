@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..masks import apply_masks, parameter_masks
 from ..probe import sample_count, unwrap
 from .cost import Cost, network_cost
-from .importance import scores
+from .importance import initial_weights, scores
 from .measures import find_measure
 from .protocol import find_protocol
 from .schedule import check_sparsity
@@ -68,6 +68,8 @@ class Pruner:
         keep_state: whether momentum and moments of what remains are kept, or all of the optimizer's state is dropped
             (the paper's habit).
         protocol: a name from :data:`PROTOCOLS`: "default", or "reference" for the quirks of the paper's code.
+        initial: parameters at initialisation by name, for a measure of θ₀; they are copied: ``model.state_dict()`` of a
+            fresh model will do.
         seed: of the measure "random".
 
     Raises:
@@ -88,6 +90,7 @@ class Pruner:
         protected: Iterable[str] = (),
         keep_state: bool = True,
         protocol: str = "default",
+        initial: Mapping[str, Tensor] | None = None,
         seed: int | None = None,
     ) -> None:
         self._measure, self._protocol = find_measure(measure), find_protocol(protocol)
@@ -105,10 +108,12 @@ class Pruner:
             "temperature": self._measure.temperature if temperature is None else temperature,
             "mode": mode,
             "granularity": granularity,
+            "initial": {k: v.detach().clone() for k, v in (initial or {}).items() if self._measure.needs_initial},
             "seed": seed,
         }
         self._protocol_name = protocol
         self._units = self._find_units(granularity)
+        initial_weights(unwrap(model), list(self._units), [self._measure], self._settings["initial"])
         self._dense: Cost | None = None
         self.alive = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes(granularity).items()}
 

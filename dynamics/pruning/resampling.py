@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..probe import sample_count, unwrap
-from .importance import check_one_device, check_request, gammas, scores_from
+from .importance import check_one_device, check_request, gammas, initial_weights, scores_from
 from .invariance import standing
 from .measures import Measure, find_measure
 from .resampled_derivatives import resampled_derivatives
@@ -27,6 +27,7 @@ def resampled_scores(
     seed: int = 0,
     mode: str = "eval",
     protected: Iterable[str] = (),
+    initial: Mapping[str, Tensor] | None = None,
 ) -> xr.Dataset:
     """Scores of all filters by each measure, on all batches and on ``draws`` bootstrap samples of them.
 
@@ -34,7 +35,7 @@ def resampled_scores(
     products after the mean over batches, so per-batch scores do not average to it: each sample's g and Hg are put
     together from those of the batches, at a cost that hardly depends on ``draws``. The same samples serve all measures,
     so that differences between measures can be compared draw by draw. Each measure is at its paper's temperature; a
-    class-balanced one is scored on the same batches as the others.
+    class-balanced one is scored on the same batches as the others. ``initial``: see :func:`scores`.
 
     Returns:
         ``score`` (measure, unit) and ``resampled_score`` (draw, measure, unit), with the coordinates layer and index
@@ -52,7 +53,8 @@ def resampled_scores(
     check_request(rows, batches, 1.0, mode, "filter")
     check_one_device(model)
     layers = unit_layers(model, protected)
-    found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), mode)
+    start = initial_weights(model, [layer.name for layer in layers], rows, initial)
+    found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), mode, start)
     values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()
     filters = {layer: len(scores) for layer, scores in found[0][measures[0]].items()}
     return xr.Dataset(
@@ -78,7 +80,13 @@ def _shares(batches: list[Any], draws: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def _scored(
-    model: nn.Module, layers: list[UnitLayer], batches: list[Any], rows: list[Measure], shares: Tensor, mode: str
+    model: nn.Module,
+    layers: list[UnitLayer],
+    batches: list[Any],
+    rows: list[Measure],
+    shares: Tensor,
+    mode: str,
+    initial: dict[str, Tensor],
 ) -> list[dict[str, dict[str, Tensor]]]:
     """For each draw measure → layer → scores, each measure at its own temperature."""
     names, scales = [layer.name for layer in layers], gammas(model, layers)
@@ -88,7 +96,7 @@ def _scored(
         uses = {row.uses for row in together if row.needs_data}
         found = resampled_derivatives(model, names, batches, shares, uses, temperature, mode)
         for one, draw in zip(scored, found, strict=True):
-            one |= scores_from(model, names, together, draw, scales)
+            one |= scores_from(model, names, together, draw, scales, initial)
     return scored
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,8 @@ class Batches:
         self._seen: list[Seen] = []
         self._staying: list[Any] = []  # the batch that stays, if one does
         self._of_epoch = 0
+        self._ahead = 0  # how many batches the loop reads before it uses them
+        self._windows: list[tuple[int, int]] = []  # the candidates
         self._counts = bool(counted)
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
@@ -76,9 +78,10 @@ class Batches:
                 return
             self.repeat(due=True)
             if (waiting := next((seen for seen in self._seen if not seen.passed), None)) is not None:
-                waiting.moment, waiting.passed = Moment(self._model, self._device), True
+                waiting.moment, waiting.passed = self._moment(), True
 
         self._awaits = True
+        self._seen = [replace(one, batch=copied(one.batch), moment=self._moment()) for one in self._seen]
         if self._hook is None and not self._compiled:
             self._hook = self._model.register_forward_pre_hook(passes)
 
@@ -108,19 +111,35 @@ class Batches:
         self._staying = []
 
     def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
-        moment = Moment(self._model, self._device) if due else None
+        moment = self._moment() if due else None
         self._seen.append(Seen(copied(batch) if due else batch, moment, again=again))
+
+    def _moment(self) -> Moment:
+        return Moment(self._model, self._device)
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first.
 
-        The last m batches, m the number of backward passes since the gradients were zero; all of this pass over the
-        data; all since the last step.
+        With m the number of backward passes since the gradients were zero: m batches before those that were read
+        ahead; the last m; the first m; the last one, with m backward passes; all of this pass over the data; all.
         """
         self._choose()
-        total = len(self._seen)
-        lengths = [self._passes[0].count, total - self._of_epoch, total] if self._passes else [total]
-        return [self._seen[-length:] for length in dict.fromkeys(lengths) if 0 < length <= total]
+        total, count = len(self._seen), self._passes[0].count if self._passes else 0
+        windows = [self._window(count), (total - count, total), (0, count), (total - 1, total)] if count else []
+        windows += [(self._of_epoch, total)] if self._passes else []
+        windows = dict.fromkeys([*windows, (0, total)])
+        self._windows = [(start, end) for start, end in windows if 0 <= start < end <= total]
+        return [self._seen[start:end] for start, end in self._windows]
+
+    def chosen(self, candidate: int) -> None:
+        """It is this candidate, says the gradient. Where that is not the likeliest, what follows it was read ahead."""
+        if candidate:
+            self._ahead = len(self._seen) - self._windows[candidate][1]
+
+    def _window(self, count: int) -> tuple[int, int]:
+        """Where the batches of ``count`` backward passes are among all, so far as is known."""
+        start = max(len(self._seen) - self._ahead - count, 0)
+        return start, start + count
 
     def _choose(self) -> None:
         """From the first step on count at one parameter only, one that has a gradient."""
@@ -139,7 +158,8 @@ class Batches:
             total = max((passes.total for passes in self._passes), default=0)
             return Mark(batches, 0, total, 0, total > self._at_step, self._counts)
         total, first = counting.total, counting.total - counting.count + 1
-        return Mark(batches, max(batches - counting.count, 0), total, first, total > self._at_step, True)
+        first_batch = max(batches - self._ahead - counting.count, 0)
+        return Mark(batches, first_batch, total, first, total > self._at_step, True)
 
     def begin_epoch(self) -> None:
         """A pass over the data begins."""
@@ -149,10 +169,12 @@ class Batches:
             self.clear()
 
     def clear(self) -> None:
-        """Forget all batches: their step is taken."""
+        """Forget the batches whose step is taken: all but those that were read ahead."""
         self._choose()
         self._at_step = self.mark.backwards
-        self._seen, self._of_epoch, self._awaits = [], 0, False
+        count = self._passes[0].count if self._passes else 0
+        self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
+        self._of_epoch, self._awaits = 0, False
 
     def close(self) -> None:
         """Remove the hooks, and let the batches go."""

@@ -12,6 +12,11 @@ _NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  #
 LossFunction = Callable[[dict[str, Tensor]], Tensor]
 
 
+def lacks_derivative(error: RuntimeError) -> bool:
+    """Whether it says that autograd has no further derivative of an operation."""
+    return any(reason in str(error) for reason in _NOT_TWICE)
+
+
 class Expansion:
     """The second-order expansion L(θ+δ) ≈ L + gᵀδ + ½ δᵀHδ of a mean loss around θ.
 
@@ -51,7 +56,7 @@ class Expansion:
             try:
                 return self._second_backward(vector)
             except RuntimeError as error:
-                if not any(reason in str(error) for reason in _NOT_TWICE):
+                if not lacks_derivative(error):
                     raise
                 self.exact, self._graph = False, None
         return self._difference(vector)
@@ -68,7 +73,7 @@ class Expansion:
                 for total, part in zip(totals, parts, strict=True):
                     torch._foreach_add_(total, part, alpha=weight)
         except RuntimeError as error:
-            if not any(reason in str(error) for reason in _NOT_TWICE):
+            if not lacks_derivative(error):
                 raise
             return [[torch.full_like(leaf, torch.nan) for leaf in self._leaves] for _ in vectors]
         return totals

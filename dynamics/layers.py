@@ -20,6 +20,10 @@ def plain_name(name: str) -> str:
     return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name).removesuffix("_orig")
 
 
+def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return parameter.shape, parameter.dtype, parameter.device
+
+
 class Layers:
     """The layers of a model: the modules that own its parameters, by qualified name.
 
@@ -46,11 +50,11 @@ class Layers:
         return self._layout.device
 
     def refresh(self) -> None:
-        """Look the parameters up again if a module or a parameter of the model was replaced, added or removed."""
+        """Look the parameters up again if one, or a module, was replaced, added, removed or given another type."""
         if (
             any(len(table) != size for table, size in self._sizes)
             or any(table.get(key) is not value for table, key, value in self._slots)
-            or any(parameter.shape != shape for parameter, shape in zip(self.parameters, self._seen, strict=True))
+            or any(_kind(parameter) != kind for parameter, kind in zip(self.parameters, self._kinds, strict=True))
         ):
             self._look_up()
             self.version += 1
@@ -65,7 +69,7 @@ class Layers:
         absent = (None, torch.empty(0))
         self._found = [found.get(name, absent) for name in self._known]
         self.parameters = [parameter for _, parameter in self._found]
-        self._seen = [parameter.shape for parameter in self.parameters]
+        self._kinds = [_kind(parameter) for parameter in self.parameters]
         self._layout = Layout(self.parameters)
         layer_of = torch.tensor(self.layer_of_parameter)
         self.layer_of_block = layer_of.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from . import schema
 from .blocks import Vector
-from .curvature import Expansion
+from .curvature import Expansion, lacks_derivative
+from .errors import named
 from .groups import Group, Groups
 from .layers import Layers
 from .probe import Probe
@@ -35,6 +37,7 @@ class Measurement:
         self._others = [name for name in curvature if name not in FORMULAS]
         self._make_vectors()
         self._start: Vector | None = None
+        self._said = False
 
     def present(self) -> Present:
         """The model as it is now."""
@@ -137,10 +140,17 @@ class Measurement:
                 values |= self._by_gates(probe, grad, second)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # an operation that gates do not pass, or that has no second derivative
+            except RuntimeError as error:
+                if not lacks_derivative(error):
+                    self._say_once(f"by gates failed with {named(error)}; Hessian products, slower, take their place")
                 values |= self._by_products(probe, grad, vectors, second)
         others = {"loss_before": lambda: loss, "loss_after": probe.loss, "approximate": lambda: torch.zeros(())}
         return {name: others[name]() for name in self._others} | values
+
+    def _say_once(self, what: str) -> None:
+        if not self._said:
+            warnings.warn(f"curvature {what}", stacklevel=2)
+        self._said = True
 
     def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         directions = [grad] if {"grad_hess_grad", "param_hess_grad"} & set(names) else []

@@ -75,6 +75,7 @@ class StepCurvature:
         found = [(loss, self._measurement.mean(grad)) for loss, grad in found]
         cosines = [self._measurement.alignment(grad) for _, grad in found]
         best = int(np.nanargmax([*cosines, -2.0])) % len(found)  # all NaN: the first
+        self._batches.chosen(best)
         values = self._or_give_up(partial(self._measurement.curvature_values, probes[best], *found[best]), step)
         if values is None:
             return None

@@ -23,6 +23,9 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "tuple[float, ...]": (lambda value: _all_are("float", value), "a list of numbers"),
 }
 
+_PLACES = ("device", "root", "download")
+_PRUNING = ("sparsity", "rounds", "granularity", "protocol", "keep_momentum", "importance_samples", "studies")
+
 
 def _all_are(kind: str, values: object) -> bool:
     return isinstance(values, tuple | list) and all(_KINDS[kind][0](value) for value in values)
@@ -147,6 +150,12 @@ class Experiment:
         special = [name for name in (self.granularity, self.protocol) if name not in ("filter", "default")]
         pruned = "" if self.measure == "none" else "-".join(["", f"{self.sparsity:g}", f"{self.rounds}r", *special])
         return f"{self.model}-{self.data}-{self.measure}{pruned}-seed{self.seed}"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The settings that decide what a run computes: not where it does, nor how it would prune if it prunes not."""
+        ignored = _PLACES if self.measure != "none" else (*_PLACES, *_PRUNING)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ignored}
 
     def schedule(self) -> list[float]:
         """Learning rate of each epoch."""

@@ -9,38 +9,59 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import checkpoint
 from .data import Data, load
 from .experiment import Experiment
+from .masks import apply_masks, parameter_masks
 from .models import build
 from .probe import Objective, cross_entropy_objective, mode_of
 from .pruning import MEASURES, PROTOCOLS, Pruner, share_left
+from .reading import check
 from .recorder import Recorder
+from .store import Store
 from .studies import add_studies
 
 Batches = list[tuple[Tensor, Tensor]]
 
+EVALUATED_AT_ONCE = 256  # images; activations of more leave a processor's cache, and take two to three times as long
 
-def run(experiment: Experiment, path: str | os.PathLike, *, data: Data | None = None, progress: bool = True) -> Path:
-    """Run an experiment and record it at ``path``, a new folder; returns the path.
+
+def run(
+    experiment: Experiment,
+    path: str | os.PathLike,
+    *,
+    data: Data | None = None,
+    progress: bool = True,
+    report: Callable[[int], object] = lambda steps: None,
+) -> Path:
+    """Run an experiment and record it at ``path``; returns the path.
+
+    What is there of the same experiment is gone on with, from the end of its last epoch, as if it had never been
+    interrupted: the record is the same, bit for bit, on the same machine. A finished record is left as it is.
 
     Args:
         experiment: what to run.
         path: where the record goes.
         data: the data set, if it is loaded already.
         progress: show a bar, one tick a step.
+        report: called with the number of steps that are done, at the start and after each.
 
     Raises:
-        FileExistsError: ``path`` exists. FileNotFoundError: the data set is not on disk and ``download`` is off.
+        FileExistsError: something else is at ``path``. BlockingIOError: another process runs the experiment there.
+        FileNotFoundError: the data set is not on disk and ``download`` is off.
         ValueError: the training diverged, so that nothing can be ranked. What was recorded until then is kept.
     """
-    if Path(path).exists():
-        raise FileExistsError(f"{path} exists already: choose another path, or remove it first")
+    path = Path(path)
+    if is_finished(path, experiment):
+        return path
     device = find_device(experiment.device)
     data = _chosen(data or load(experiment.data, root=experiment.root, download=experiment.download), experiment)
     torch.manual_seed(experiment.seed)
@@ -48,22 +69,59 @@ def run(experiment: Experiment, path: str | os.PathLike, *, data: Data | None = 
         experiment.model, num_classes=data.num_classes, in_channels=data.channels, width=experiment.width
     ).to(device)  # fmt: skip
     optimizer = torch.optim.SGD(
-        model.parameters(), experiment.learning_rates[0], experiment.momentum, weight_decay=experiment.weight_decay
-    )
-    objective = partial(cross_entropy_objective, temperature=experiment.temperature)
+        model.parameters(), experiment.learning_rates[0], experiment.momentum, weight_decay=experiment.weight_decay,
+        fused=True,
+    )  # fmt: skip
+    training = _Training(experiment, data, device, model, optimizer)
+    if (state := checkpoint.load(path)) is not None:
+        training.restore(state)
     configuration = {
         "experiment": json.dumps(dataclasses.asdict(experiment)),
         "protocol": json.dumps(dataclasses.asdict(PROTOCOLS[experiment.protocol])),
         "seed": experiment.seed,
     }
     with Recorder(
-        path, model, optimizer, objective=objective, curvature_every=experiment.curvature_every,
-        attributes=configuration,
+        path, model, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
+        attributes=configuration, resume="rewind", step=training.steps,
     ) as recorder:  # fmt: skip
-        _Training(experiment, data, device, model, optimizer, objective, recorder).run(progress)
+        training.run(recorder, path, report, progress=progress)
     if recorder.failure is not None:
         raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
-    return Path(path)
+    _finish(path)
+    return path
+
+
+def is_finished(path: Path, experiment: Experiment) -> bool:
+    """Whether the record of an experiment is complete; False where there is none.
+
+    Raises:
+        FileExistsError: what is at ``path`` is not the record of this experiment.
+    """
+    if not path.exists():
+        return False
+    try:
+        attributes = check(path)[".zattrs"]
+        settings = json.loads(attributes["experiment"])
+        recorded = Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}).identity
+    except (KeyError, TypeError, ValueError) as error:  # not a record, or not an experiment's
+        raise FileExistsError(f"{path} exists already: choose another path, or remove it first") from error
+    asked = experiment.identity
+    differing = [name for name in asked if recorded.get(name) != asked[name]]
+    if other := [f"{name} {recorded.get(name)!r}, not {asked[name]!r}" for name in differing]:
+        raise FileExistsError(
+            f"{path} is another experiment's, with {', '.join(other)}; choose another path, or remove it first"
+        )
+    return bool(attributes.get("finished"))
+
+
+def _finish(path: Path) -> None:
+    """Say in the record that nothing is missing."""
+    store = Store.reopen(path)
+    try:
+        store.note("finished", True)
+    finally:
+        store.close()
+    checkpoint.remove(path)
 
 
 def _chosen(data: Data, experiment: Experiment) -> Data:
@@ -85,11 +143,11 @@ class _Training:
         device: torch.device,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        objective: Objective,
-        recorder: Recorder,
     ) -> None:
         self.experiment, self.data, self.device = experiment, data, device
-        self.model, self.optimizer, self.objective, self.recorder = model, optimizer, objective, recorder
+        self.model, self.optimizer = model, optimizer
+        self.objective: Objective = partial(cross_entropy_objective, temperature=experiment.temperature)
+        self._epochs = 0  # that are done
         # Generators of their own, so that every measure sees the same training batches in the same order.
         self._order = torch.Generator().manual_seed(experiment.seed)
         self._choice = torch.Generator().manual_seed(experiment.seed + 1)
@@ -105,24 +163,65 @@ class _Training:
             keep_state=experiment.keep_momentum, initial=model.state_dict(), seed=experiment.seed,
         )  # fmt: skip
 
-    def run(self, progress: bool) -> None:
-        """All epochs, with the rounds of pruning in the first ones."""
-        schedule = self.experiment.schedule()
+    @property
+    def steps(self) -> int:
+        """Steps in the epochs that are done."""
+        return self._epochs * len(self._train)
+
+    def state(self) -> dict[str, Any]:
+        """All that the epochs to come depend on."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "epochs": self._epochs,
+            "model": self.model.state_dict(),
+            "masks": parameter_masks(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "alive": {} if self._pruner is None else self._pruner.alive,
+            "order": self._order.get_state(),
+            "choice": self._choice.get_state(),
+            "random": torch.get_rng_state(),
+            "random_on_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where a :meth:`state` was taken."""
+        self._epochs = state["epochs"]
+        self.model.load_state_dict(state["model"])
+        apply_masks(self.model, state["masks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._pruner is not None:
+            self._pruner.alive = state["alive"]
+        self._order.set_state(state["order"])
+        self._choice.set_state(state["choice"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_on_gpu"] is not None:
+            torch.cuda.set_rng_state(state["random_on_gpu"], self.device)
+
+    def run(self, recorder: Recorder, path: Path, report: Callable[[int], object], *, progress: bool) -> None:
+        """The epochs that are left, with the rounds of pruning in the first ones; a checkpoint after each."""
+        self.recorder, schedule, done = recorder, self.experiment.schedule(), count(self.steps + 1)
         total = len(schedule) * len(self._train)
-        with closing(tqdm(total=total, desc=self.experiment.name, unit="step", disable=not progress)) as bar:
-            for epoch, rate in enumerate(schedule):
+        report(self.steps)
+        with closing(
+            tqdm(total=total, initial=self.steps, desc=self.experiment.name, unit="step", disable=not progress)
+        ) as bar:
+            for epoch in range(self._epochs, len(schedule)):
                 started = time.perf_counter()
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                train = self._epoch(bar.update)
+                    group["lr"] = schedule[epoch]
+                train = self._epoch(lambda: (report(next(done)), bar.update()))
                 test = self._evaluate()
-                self.recorder.log_epoch(
+                recorder.log_epoch(
                     train_loss=train[0], train_accuracy=train[1], test_loss=test[0], test_accuracy=test[1],
                     seconds=time.perf_counter() - started,
                 )  # fmt: skip
                 bar.set_postfix_str(f"epoch {epoch + 1}/{len(schedule)}, test accuracy {test[1]:.1%}")
                 if self._pruner is not None and epoch < self.experiment.rounds:
                     self._prune(epoch + 1)
+                self._epochs = epoch + 1
+                recorder.flush()
+                if recorder.failure is None:  # else the record would not reach as far as the checkpoint
+                    checkpoint.save(path, self.state())
 
     def _epoch(self, tick: Callable[[], object]) -> tuple[float, float]:
         """Train for one epoch; mean loss and accuracy over its steps."""
@@ -138,8 +237,8 @@ class _Training:
             loss_sum += loss.detach() * len(labels)
             right += (logits.argmax(1) == labels).sum()
             tick()
-        count = len(self.data.train)
-        return (loss_sum / count).item(), (right / count).item()
+        samples = len(self.data.train)
+        return (loss_sum / samples).item(), (right / samples).item()
 
     @torch.no_grad()
     def _evaluate(self) -> tuple[float, float]:
@@ -151,8 +250,8 @@ class _Training:
                 loss = nn.functional.cross_entropy(logits / self.experiment.temperature, labels)
                 loss_sum += loss * len(labels)
                 right += (logits.argmax(1) == labels).sum()
-        count = len(self.data.test)
-        return (loss_sum / count).item(), (right / count).item()
+        samples = len(self.data.test)
+        return (loss_sum / samples).item(), (right / samples).item()
 
     def _prune(self, round_number: int) -> None:
         """A round; the record's target is what the schedule asks for, also where a quirk makes it more."""

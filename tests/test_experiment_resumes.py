@@ -1,0 +1,171 @@
+"""An experiment that was killed goes on: its record is the one of a run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import xarray as xr
+
+from dynamics import checkpoint, open_run
+from dynamics.data import Data, load
+from dynamics.experiment import Experiment
+from dynamics.training import run
+
+TINY = Experiment(
+    width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,
+    importance_samples=64, probe_samples=32, curvature_every=2,
+)  # fmt: skip
+STEPS = 2  # in an epoch
+CLOCKS = {"created", "resumed", "commit"}
+
+
+class Interruption(BaseException):
+    """What ends a run in the middle."""
+
+
+def small() -> Data:
+    """Digits, always the same few."""
+    digits, drawn = load("digits"), torch.Generator().manual_seed(0)
+    return replace(digits, train=digits.train.sample(64, drawn), test=digits.test.sample(64, drawn))
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return small()
+
+
+def killed(experiment: Experiment, path: Path, data: Data, step: int) -> None:
+    def report(done: int) -> None:
+        if done == step:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        run(experiment, path, data=data, progress=False, report=report)
+
+
+def assert_same_records(one: Path, other: Path) -> None:
+    """Equal in all but the clock."""
+    left, right = open_run(one).load(), open_run(other).load()
+    assert {name for name, node in left.subtree_with_keys} == {name for name, node in right.subtree_with_keys}
+    for name, node in left.subtree_with_keys:
+        drop = ["seconds"] if name == "epochs" else []
+        xr.testing.assert_identical(
+            node.to_dataset().drop_vars(drop).drop_attrs(), right[name].to_dataset().drop_vars(drop).drop_attrs()
+        )
+    assert {**left.attrs, **dict.fromkeys(CLOCKS)} == {**right.attrs, **dict.fromkeys(CLOCKS)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
+    """The record of TINY, never interrupted, in float64: a module's fixture is made before conftest sets it."""
+    torch.set_default_dtype(torch.float64)
+    return run(TINY, tmp_path_factory.mktemp("whole") / "run.zarr", data=data, progress=False)
+
+
+@pytest.mark.parametrize("steps", [(1,), (2,), (4,), (1, 3, 3, 6)], ids=str)
+def test_killed_at_any_step(tmp_path: Path, data: Data, whole: Path, steps: tuple[int, ...]) -> None:
+    path = tmp_path / "run.zarr"
+    for step in steps:
+        killed(TINY, path, data, step)
+        assert "finished" not in open_run(path).attrs
+    counts: list[int] = []
+    run(TINY, path, data=data, progress=False, report=counts.append)
+    begun = (steps[-1] - 1) // STEPS * STEPS
+    assert counts == list(range(begun, 3 * STEPS + 1))  # a kill costs one epoch
+    assert_same_records(path, whole)
+
+
+CHOSEN = {
+    "none": {},
+    "loss_preservation": {"keep_momentum": True},
+    "gradient_norm_increase": {},
+    "random": {"protocol": "reference"},
+    "snip": {"granularity": "weight"},
+}
+
+
+@pytest.mark.parametrize("measure", CHOSEN)
+def test_with_each_kind_of_measure(tmp_path: Path, data: Data, measure: str) -> None:
+    chosen = replace(TINY, measure=measure, **CHOSEN[measure])
+    killed(chosen, tmp_path / "killed.zarr", data, 3)
+    for name in ("killed", "whole"):
+        run(chosen, tmp_path / f"{name}.zarr", data=data, progress=False)
+    assert_same_records(tmp_path / "killed.zarr", tmp_path / "whole.zarr")
+
+
+PROGRAM = """
+import os, signal, sys
+import test_experiment_resumes as tests, torch
+from dynamics import training
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+instant, kill = sys.argv[2], lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+if instant == "step":
+    report = lambda done: kill() if done == 3 else None
+else:
+    report = lambda done: None
+    module, name = {"checkpoint": (tests.checkpoint, "save"), "end": (training, "_finish")}[instant]
+    setattr(module, name, kill)
+tests.run(tests.TINY, sys.argv[1], data=tests.small(), progress=False, report=report)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as POSIX has it")
+@pytest.mark.parametrize("instant", ["step", "checkpoint", "end"])
+def test_killed_by_a_signal(tmp_path: Path, data: Data, whole: Path, instant: str) -> None:
+    path, here = tmp_path / "run.zarr", Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, path, instant], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    run(TINY, path, data=data, progress=False)
+    assert_same_records(path, whole)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_record_is_left_as_it_is(data: Data, whole: Path) -> None:
+    before = contents(whole)
+    assert open_run(whole).attrs["finished"]
+    assert checkpoint.load(whole) is None
+    run(replace(TINY, device="cpu", download=True), whole, data=data, progress=False)
+    assert contents(whole) == before
+
+
+def test_where_and_how_it_would_prune_make_no_other_experiment() -> None:
+    none = replace(TINY, measure="none")
+    assert replace(none, sparsity=0.9, rounds=1, root="elsewhere").identity == none.identity
+    assert replace(none, seed=1).identity != none.identity
+    assert replace(TINY, rounds=1).identity != TINY.identity
+
+
+def test_another_experiment_is_refused_by_name(data: Data, whole: Path) -> None:
+    before = contents(whole)
+    with pytest.raises(
+        FileExistsError, match=r"another experiment's, with rounds 2, not 1, width 0.05, not 0.1; choose"
+    ):
+        run(replace(TINY, width=0.1, rounds=1), whole, data=data, progress=False)
+    assert contents(whole) == before
+
+
+class Trap:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("trapped",)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    killed(TINY, tmp_path / "run.zarr", data, 3)
+    with (tmp_path / "run.zarr" / ".checkpoint").open("wb") as file:
+        torch.save({"epochs": Trap()}, file)
+    with pytest.raises(ValueError, match=r"\.checkpoint cannot be read .* remove it, and the run begins anew"):
+        run(TINY, tmp_path / "run.zarr", data=data, progress=False)
+    assert not Path("trapped").exists()

@@ -2,7 +2,7 @@
 
 from .agreement import agree, agreement, network_norm_rate, residuals
 from .claims import CLAIMS, claims
-from .conditions import conditions
+from .conditions import comparisons, conditions
 from .convergence import convergence
 from .effect import filters_left, pruning_effect, pruning_effect_per_layer, removal_curve, removed_decrease
 from .findings import each
@@ -13,6 +13,7 @@ from .norm import norm_balance, norm_rate
 from .outcome import outcome, training_curve
 from .protocol import protocol_diff, protocol_table
 from .record import MissingQuantityError, open_runs
+from .seed_tables import accuracy_table, claims_table, convergence_table, verdict_table
 from .statistics import STATISTICS, statistics
 from .tables import agreement_table, outcome_table
 
@@ -20,12 +21,16 @@ __all__ = [
     "CLAIMS",
     "STATISTICS",
     "MissingQuantityError",
+    "accuracy_table",
     "agree",
     "agreement",
     "agreement_table",
     "claims",
+    "claims_table",
+    "comparisons",
     "conditions",
     "convergence",
+    "convergence_table",
     "each",
     "filters_left",
     "grasp_and_gradient",
@@ -50,4 +55,5 @@ __all__ = [
     "stability",
     "statistics",
     "training_curve",
+    "verdict_table",
 ]

@@ -9,20 +9,26 @@ import sys
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from .overview import overview
 from .protocol import fresh_runs, protocol_table
 from .record import open_runs
-from .tables import agreement_table, brief_table, format_table, outcome_table
+from .typeset import FORMATS, as_text, page
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m analysis",
         description="Print what the recorded runs came to, and how well theory predicts what was measured: median "
-        "relative error, slope of measured on predicted, R² and rank correlation, in first and second order.",
+        "relative error, slope of measured on predicted, R² and rank correlation, in first and second order. Of runs "
+        "with several seeds: accuracy and convergence by model, data, rounds and measure, and the claims of the "
+        "paper's abstract with their verdicts.",
         exit_on_error=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr")
-    parser.add_argument("--brief", action="store_true", help="one table: what the runs came to, and median errors only")
+    parser.add_argument(
+        "--brief", action="store_true", help="what the runs came to, and median errors or verdicts only"
+    )
+    parser.add_argument("--format", default="text", help=f"one of {', '.join(FORMATS)}")
     return parser
 
 
@@ -47,7 +53,7 @@ def _protocol_diff(arguments: list[str]) -> None:
     fresh = [f"--{name}={value}" for name, value in vars(settings).items() if name != "runs" and value is not None]
     if settings.runs and fresh:
         raise ValueError(f"{' '.join(fresh)} is of a fresh network: give either that, or records")
-    print(format_table(protocol_table(open_runs(settings.runs) if settings.runs else fresh_runs(fresh))))
+    print(as_text(protocol_table(open_runs(settings.runs) if settings.runs else fresh_runs(fresh))))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,11 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         settings = _parser().parse_args(arguments)
         runs = open_runs(settings.runs)
-        if settings.brief:
-            print(format_table(brief_table(runs)))
-            return 0
-        outcomes, agreements = format_table(outcome_table(runs)), format_table(agreement_table(runs))
-        print(f"What the runs came to\n\n{outcomes}\n\nTheory against measurement\n\n{agreements}")
+        print(page(overview(runs, brief=settings.brief), settings.format))
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from .intervals import half_width
+from .record import name_of
 from .statistics import STATISTICS, log, statistics
 
 _AGNOSTIC = ("loss_preservation", "gradient_norm_increase", "gradient_norm_preservation")
@@ -43,6 +44,17 @@ class Claim:
     reason: str
     rounds: int | None = None
 
+    @property
+    def definition(self) -> str:
+        """What is compared with what, what the claim expects of it, and why."""
+        others = ", ".join(map(name_of, self.others))
+        ratio = self.compare == "ratio"
+        those = f"the {'geometric ' * ratio}mean of those" if len(self.others) > 1 else "that"
+        against = f" {'over' if ratio else 'less'} {those} of {others}" * bool(others)
+        side = f"{'above' if self.expected > 0 else 'below'} {1 if ratio else 0}"
+        rounds = f" with {self.rounds} round of pruning" * bool(self.rounds)
+        return f"{self.statistic} of {name_of(self.measure)}{against}{rounds} is {side}. {self.reason}"
+
 
 CLAIMS: dict[str, Claim] = {
     claim.name: claim
@@ -74,8 +86,8 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "ii.a", "Loss preservation changes the loss less than measures of other orders",
             "loss_change", "loss_preservation", _NOT_FIRST_ORDER, -1, "ratio",
-            "What its name says, and the first order of the motion: θᵀg = gᵀδ of removing all. Other orders are "
-            "magnitude (0) and gradient norm (2); loss preservation × magnitude is its kin.",
+            "What its name says: what it sums, |θg|, bounds the first-order change |gᵀδ| of the loss. Measures of "
+            "other orders are magnitude (0) and gradient norm (2); loss preservation × magnitude is of its own.",
         ),
         Claim(
             "ii.b", "Loss preservation changes the velocity of the norm less than measures of other orders",
@@ -165,7 +177,7 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f"give one run of each measure, seed and condition, got {', '.join(map(str, twice))} of one")
     groups = [
         (dict(zip(where, condition, strict=True)), group.set_index(["seed", "measure"])[[*STATISTICS]].unstack())
-        for condition, group in pruned.groupby(where, sort=False, dropna=False)
+        for condition, group in pruned.groupby(where, dropna=False)
     ]
     rows = [
         {"claim": claim.name, "says": claim.says} | condition | _judge(claim, values[claim.statistic])
@@ -185,7 +197,8 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
     bounds = mean, mean - half, mean + half
     value, low, high, null = (*np.exp(bounds), 1.0) if claim.compare == "ratio" else (*bounds, 0.0)
     if lacking:
-        verdict = f"no verdict (no run of {', '.join(lacking)})"
+        more = f" and {len(lacking) - 1} more" * (len(lacking) > 1)
+        verdict = f"no verdict (no run of {lacking[0]}{more})"
     elif len(effects) < 2:
         verdict = "no verdict (1 seed)" if len(effects) else f"no verdict ({claim.statistic} not known)"
     elif low <= null <= high:

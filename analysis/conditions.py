@@ -9,11 +9,18 @@ import xarray as xr
 
 from .record import experiment, has
 
-CONDITION = ("model", "data", "rounds", "sparsity")
+MEASURES = (
+    "none",
+    "magnitude",
+    "loss_preservation",
+    "loss_preservation_times_magnitude",
+    "gradient_norm_increase",
+    "gradient_norm_preservation",
+)  # the order in which the paper's are listed; others follow
 
-# Settings that a network which is not pruned does not feel, and those that no training feels.
+# Settings that a network which is not pruned does not feel, and those that none does.
 _OF_PRUNING = ("rounds", "sparsity", "granularity", "protocol", "keep_momentum", "importance_samples")
-_OF_THE_MACHINE = ("device", "root", "download", "curvature_every")
+_OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
 
 def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
@@ -33,6 +40,29 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return rows[[*fixed, *(name for name in others if varied[name])]]
 
 
+def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """The runs in the order and company in which they are compared, one row each: columns run and those of conditions.
+
+    Runs of one model, data set, rounds and sparsity are a comparison. To it belong the runs of that model and data set
+    that were not pruned: their rows are repeated in each, with its rounds and sparsity.
+    """
+    table = conditions(runs).reset_index()
+    pruned, whole = table[table.measure != "none"], table[table.measure == "none"]
+    where = compared_by(table)
+    own = [name for name in where if name not in _OF_PRUNING]
+    repeated = whole[["run", "measure", "seed", *own]].merge(pruned[where].drop_duplicates(), on=own)
+    alone = whole[~whole.run.isin(repeated.run)]
+    order = [*MEASURES, *(name for name in table.measure if name not in MEASURES)]
+    found = pd.concat([part for part in (pruned, repeated, alone) if len(part)])[table.columns]
+    rank = found.measure.map(order.index)
+    return found.assign(rank=rank).sort_values([*where, "rank", "seed"], ignore_index=True).drop(columns="rank")
+
+
+def compared_by(table: pd.DataFrame) -> list[str]:
+    """The columns of a table of conditions in which all runs of a comparison agree."""
+    return [name for name in table if name not in ("run", "measure", "seed")]
+
+
 def _row(label: str, run: xr.DataTree) -> dict:
     settings = experiment(run)
     if not settings:
@@ -41,7 +71,7 @@ def _row(label: str, run: xr.DataTree) -> dict:
             "model": "", "data": "", "measure": label, "rounds": events, "sparsity": float("nan"),
             "seed": run.attrs.get("seed", 0),
         }  # fmt: skip
-    row = {name: value for name, value in settings.items() if name not in _OF_THE_MACHINE}
+    row = {name: value for name, value in settings.items() if name not in _OF_THE_RECORD}
     if row["measure"] == "none":
         row = {name: value for name, value in row.items() if name not in _OF_PRUNING} | {"rounds": 0, "sparsity": 0.0}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}

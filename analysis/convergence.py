@@ -23,7 +23,8 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     L(s) is the logged loss of step s's own batch, before that step. The area needs no threshold and is known for every
     run, so comparisons rest on it. Steps to a loss say the same in units of work: averaged over an epoch because then
     every sample counts once, from ``since`` on, so that one epoch is the least it can be; relative to the first loss,
-    which measures that share a seed have in common. inf is a censored time: it may be ranked, not averaged.
+    which measures that share a seed have in common. inf is a censored time: it may be ranked, not averaged. Attributes:
+    ``since``, and ``steps`` from there on.
 
     Args:
         run: the record.
@@ -34,7 +35,7 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
         MissingQuantityError: no loss was logged, or none from ``since`` on.
     """
     steps = columns(run, "steps", ["loss", "epoch"])
-    start = _last_pruning(run) if since is None else since
+    start = last_pruning(run) if since is None else since
     after = steps.loss.sel(step=slice(start, None))
     if not after.size:
         raise MissingQuantityError(f"/steps needs rows from step {start} on, and ends before: train on after pruning")
@@ -48,10 +49,11 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     )
     found["steps_to_loss"].attrs = {"long_name": "steps to the share of the first loss", "units": "1"}
     return described(
-        found.drop_vars("step", errors="ignore").assign_attrs(since=start),
+        found.drop_vars("step", errors="ignore").assign_attrs(since=start, steps=int(after.step[-1]) - start + 1),
         "loss", area="mean training loss after pruning", final_loss="final training loss",
     )  # fmt: skip
 
 
-def _last_pruning(run: xr.DataTree) -> int:
+def last_pruning(run: xr.DataTree) -> int:
+    """The step before which the last event was; 0 without any."""
     return int(columns(run, "pruning", ["step"]).step[-1]) if has(run, "pruning") else 0

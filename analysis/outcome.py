@@ -12,7 +12,8 @@ from .record import has, node
 
 def outcome(run: xr.DataTree) -> xr.Dataset:
     """Scalars of a run: test and training accuracy and loss of the epoch that counts (NaN where not recorded), and the
-    shares of units (``sparsity``) and of parameters (``removed_parameters``) that pruning removed.
+    shares of units (``sparsity``), of parameters (``removed_parameters``) and of multiply-adds
+    (``removed_multiply_adds``, NaN where they were not counted) that pruning removed.
 
     The last epoch counts, but for a run whose protocol selects on the test set: :func:`analysis.protocol.counted`.
     """
@@ -20,17 +21,27 @@ def outcome(run: xr.DataTree) -> xr.Dataset:
     if has(run, "epochs"):
         epoch = counted(run)
         values |= {name: float(epoch[name]) for name in values if name in epoch}
-    values["sparsity"] = values["removed_parameters"] = 0.0
-    if has(run, "units"):
+    values["sparsity"] = values["removed_parameters"] = values["removed_multiply_adds"] = 0.0
+    if has(run, "pruning"):
+        values |= _pruned(run)
+    return xr.Dataset(values)
+
+
+def _pruned(run: xr.DataTree) -> dict[str, float]:
+    events = node(run, "pruning", ["remaining"])
+    left = events.remaining.sum("layer")
+    costs = {"multiply_adds_left", "dense_multiply_adds"} <= set(events)
+    values = {
+        "removed_parameters": 1 - float(left[-1, 1] / left[0, 0]),
+        "removed_multiply_adds": 1
+        - float((events.multiply_adds_left / events.dense_multiply_adds)[-1] if costs else np.nan),
+    }
+    if "sparsity" in events:  # of weights, there is no row in /units
+        values["sparsity"] = float(events.sparsity[-1])
+    elif has(run, "units"):
         last = filters_left(run).isel(event=-1)
         values["sparsity"] = 1 - float(last.left.sum() / last.total.sum())
-    if has(run, "pruning"):
-        events = node(run, "pruning", ["remaining"])
-        remaining = events.remaining.sum("layer")
-        values["removed_parameters"] = 1 - float(remaining[-1, 1] / remaining[0, 0])
-        if "sparsity" in events:  # of weights, there is no row in /units
-            values["sparsity"] = float(events.sparsity[-1])
-    return xr.Dataset(values)
+    return values
 
 
 def training_curve(run: xr.DataTree) -> xr.Dataset:

@@ -72,6 +72,12 @@ def experiment(run: xr.DataTree) -> dict:
     return json.loads(run.attrs.get("experiment", "{}"))
 
 
+def ended(run: xr.DataTree) -> bool:
+    """Whether all epochs of the experiment are there; nobody knows how many a loop of someone's own should have."""
+    asked = sum(experiment(run).get("epochs", ()))
+    return not asked or (has(run, "epochs") and run["epochs"].sizes["epoch"] >= asked)
+
+
 def open_runs(paths: Iterable[str]) -> dict[str, xr.DataTree]:
     """Open records under short labels that tell them apart: their measures where these differ, else their file names.
 

@@ -13,7 +13,7 @@ from .conditions import conditions
 from .convergence import convergence
 from .effect import removed_decrease
 from .outcome import outcome
-from .record import MissingQuantityError, columns, experiment, has
+from .record import MissingQuantityError, columns, ended
 
 
 def decrease_per_parameter(run: xr.DataTree) -> float:
@@ -62,12 +62,12 @@ def grad_sqnorm_ratio(run: xr.DataTree) -> float:
 
 
 def training_area(run: xr.DataTree) -> float:
-    """Mean training loss from the last pruning on: :func:`analysis.convergence`."""
+    """Mean training loss of the steps after the last pruning, the area under the training curve."""
     return float(convergence(run).area)
 
 
 def accuracy(run: xr.DataTree) -> float:
-    """Share of right answers on the test set in the end: :func:`analysis.outcome`."""
+    """Share of right answers on the test set in the end."""
     return float(outcome(run).test_accuracy)
 
 
@@ -106,13 +106,7 @@ def _mean_change(staged: xr.DataArray, scale: xr.DataArray) -> float:
 
 def _values(run: xr.DataTree) -> dict[str, float]:
     found = dict.fromkeys(STATISTICS, np.nan)
-    for name, statistic in STATISTICS.items() if _ended(run) else ():
+    for name, statistic in STATISTICS.items() if ended(run) else ():
         with suppress(MissingQuantityError):
             found[name] = statistic(run)
     return found
-
-
-def _ended(run: xr.DataTree) -> bool:
-    """Whether all epochs of the experiment are there; of a loop that someone instrumented nobody knows."""
-    asked = sum(experiment(run).get("epochs", ()))
-    return not asked or (has(run, "epochs") and run["epochs"].sizes["epoch"] >= asked)

@@ -52,10 +52,5 @@ def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return table.rename(columns=lambda name: name.replace("_", " "))
 
 
-def format_table(table: pd.DataFrame) -> str:
-    """A table as aligned text."""
-    return table.to_string(float_format=lambda value: f"{value:.3g}", na_rep="–")
-
-
 def _percent(value: xr.DataArray) -> str:
     return f"{float(value):.1%}"

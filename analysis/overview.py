@@ -1,0 +1,62 @@
+"""All that ``python -m analysis`` prints of some runs: a row a run, or over seeds where there are several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import xarray as xr
+
+from . import seed_tables
+from .claims import CLAIMS, claims
+from .record import MissingQuantityError
+from .statistics import STATISTICS
+from .tables import agreement_table, brief_table, outcome_table
+
+Parts = dict[str, pd.DataFrame | list[str]]
+
+
+def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
+    """Tables by title, and the claims with their definitions where there are seeds to judge them by.
+
+    Raises:
+        MissingQuantityError: the runs recorded too little for any.
+    """
+    if not seed_tables.several_seeds(runs):
+        return _of_runs(runs, brief)
+    accuracy = {"Accuracy: mean ± half of its 95 % interval over seeds": seed_tables.accuracy_table(runs)}
+    return accuracy | (_of_claims(runs, brief) if brief else _of_seeds(runs))
+
+
+def _of_runs(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
+    if brief:
+        return {"What the runs came to, and the median errors of what theory says": brief_table(runs)}
+    return {"What the runs came to": outcome_table(runs), "Theory against measurement": agreement_table(runs)}
+
+
+def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
+    parts: Parts = {}
+    for title, table in (
+        ("Convergence: training loss after the last pruning", seed_tables.convergence_table),
+        ("Theory against measurement: medians over runs", seed_tables.agreement_over_runs),
+    ):
+        try:
+            parts[title] = table(runs)
+        except MissingQuantityError as error:
+            parts[title] = [str(error)]
+    return parts | _of_claims(runs, brief=False)
+
+
+def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
+    found = claims(runs)
+    counts: Parts = {"Claims: number of conditions by verdict": seed_tables.verdict_table(found)}
+    if brief:
+        return counts
+    return counts | {
+        "Claims: effect with its 95 % interval over seeds": seed_tables.claims_table(found),
+        "What the claims compare, and why": [
+            *(f"{name}: {claim.definition}" for name, claim in CLAIMS.items()),
+            seed_tables.chance(found),
+        ],
+        "What is compared": [f"{name}: {of.__doc__.splitlines()[0]}" for name, of in STATISTICS.items()],
+    }

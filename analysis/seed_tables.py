@@ -1,0 +1,156 @@
+"""Tables over seeds: measures side by side under each condition, and the claims with their verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .claims import CLAIMS
+from .conditions import compared_by, comparisons, conditions
+from .convergence import SHARES, convergence, last_pruning
+from .intervals import CONFIDENCE, half_width
+from .outcome import outcome
+from .record import MissingQuantityError, ended, name_of
+from .tables import agreement_table
+from .typeset import MISSING
+
+Runs = Mapping[str, xr.DataTree]
+
+VERDICTS = ("supported", "contradicted", "inconclusive", "no verdict")
+
+
+def several_seeds(runs: Runs) -> bool:
+    """Whether some runs differ in nothing but their seed, so that tables are to be read over seeds."""
+    table = conditions(runs)
+    return bool(table.duplicated([name for name in table if name != "seed"]).any())
+
+
+def accuracy_table(runs: Runs) -> pd.DataFrame:
+    """Test accuracy by model, data, rounds and measure: mean ± half of its 95 % interval over seeds.
+
+    Beside it what the pruning took: filters, parameters and multiply-adds, means over seeds. Runs that did not end are
+    left out, and said under ``seeds``.
+    """
+    found = {label: outcome(run) for label, run in runs.items() if ended(run)}
+    table = comparisons(runs)
+    same = compared_by(table)
+    titles = {
+        "test accuracy, %": "test_accuracy",
+        "filters pruned, %": "sparsity",
+        "parameters pruned, %": "removed_parameters",
+        "multiply-adds pruned, %": "removed_multiply_adds",
+    }
+    for title, name in titles.items():
+        table[title] = [100 * float(found[label][name]) if label in found else np.nan for label in table.run]
+    cells = {title: partial(_mean, digits=".1f", interval=title.startswith("test")) for title in titles}
+    return _over_seeds(table.assign(counts=table.run.isin(found)), same, cells)
+
+
+def convergence_table(runs: Runs) -> pd.DataFrame:
+    """:func:`analysis.convergence` by model, data, rounds and measure, from the last pruning on.
+
+    Area and final loss: mean ± half of its 95 % interval over seeds. Steps to a share of the first loss: median over
+    seeds; how many reached it where not all did. Networks that were not pruned start where the others do.
+
+    Raises:
+        MissingQuantityError: no run that ended logged its loss after the last pruning.
+    """
+    table = comparisons(runs)
+    same = compared_by(table)
+    since = pd.Series([last_pruning(runs[label]) for label in table.run])
+    since = since.groupby([table[name] for name in same], dropna=False).transform("max")
+    found = [_convergence(runs[label], start) for label, start in zip(table.run, since, strict=True)]
+    if not any(found):
+        raise MissingQuantityError("convergence needs runs that ended and logged their loss: recorder.log(loss=...)")
+    table = table.assign(counts=[bool(one) for one in found]).join(pd.DataFrame(found))
+    cells = {title: partial(_mean, digits=".3g", interval=True) for title in ("area", "final loss")}
+    return _over_seeds(table, same, cells | {f"steps to {share:.0%}": _median_steps for share in SHARES})
+
+
+def agreement_over_runs(runs: Runs) -> pd.DataFrame:
+    """:func:`analysis.agreement_table` by relation, order, model and data: medians over that many runs."""
+    table = agreement_table(runs).reset_index().join(conditions(runs)[["model", "data"]], on="run")
+    groups = table.drop(columns="count").groupby(["relation", "order", "model", "data"], sort=False, observed=True)
+    return groups.median(numeric_only=True).assign(runs=groups.size())
+
+
+def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Of :func:`analysis.claims`: under how many conditions each claim has which verdict."""
+    verdict = found.verdict.str.replace(r" \(.*", "", regex=True)
+    counts = pd.crosstab([found.claim, found.says], verdict).reindex(columns=VERDICTS, fill_value=0)
+    return counts.loc[list(CLAIMS)].rename_axis(columns=None).rename_axis(["claim", "what it says"])
+
+
+def claims_table(found: pd.DataFrame) -> pd.DataFrame:
+    """:func:`analysis.claims` in print: effect and interval, as a ratio or in per cent of accuracy."""
+    names = [name for name in found if name not in ("says", "value", "low", "high", "null", "seeds", "verdict")]
+    printed = found.set_index(_telling(found, names))
+    printed["effect"] = [_effect(row) for row in found.itertuples()]
+    return printed[["effect", "seeds", "verdict"]]
+
+
+def chance(found: pd.DataFrame) -> str:
+    """How many verdicts to expect by chance alone, in a sentence."""
+    judged = (found.seeds > 1).sum()
+    by_chance = (1 - CONFIDENCE) * judged
+    return (
+        f"If there were no effects at all, about {by_chance:.1f} of {judged} intervals would give a verdict by chance."
+    )
+
+
+def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callable[[pd.Series], str]]) -> pd.DataFrame:
+    """A row for each comparison and measure; each cell from its column, of the runs that count."""
+    by = [*_telling(table, same), "measure"]
+    rows = {}
+    for key, group in table.groupby(by, sort=False, dropna=False):
+        counted = group[group.counts]
+        seeds = str(len(group)) if len(counted) == len(group) else f"{len(counted)} of {len(group)}"
+        rows[(*key[:-1], name_of(key[-1]))] = {title: cell(counted[title]) for title, cell in cells.items()} | {
+            "seeds": seeds
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(by)
+
+
+def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:
+    """What :func:`convergence_table` prints of a run; nothing of one that did not end or log its loss."""
+    try:
+        found = convergence(run, since=since) if ended(run) else None
+    except MissingQuantityError:
+        found = None
+    if found is None:
+        return {}
+    steps = {f"steps to {share:.0%}": float(found.steps_to_loss.sel(share=share)) for share in SHARES}
+    return {"area": float(found.area), "final loss": float(found.final_loss)} | steps
+
+
+def _mean(values: pd.Series, *, digits: str, interval: bool) -> str:
+    if not values.notna().any():
+        return MISSING
+    half = half_width(values.dropna()) if interval else np.nan
+    return f"{values.mean():{digits}}" + (f" ± {half:{digits}}" if np.isfinite(half) else "")
+
+
+def _median_steps(values: pd.Series) -> str:
+    if not len(values):
+        return MISSING
+    reached = int(np.isfinite(values).sum())
+    said = f"{values.median():.0f}" if np.isfinite(values.median()) else "not reached"
+    return said if reached in (0, len(values)) else f"{said} ({reached} of {len(values)})"
+
+
+def _effect(row: tuple) -> str:
+    scale, form = (1, ".3g") if row.null else (100, "+.2f")
+    if np.isnan(row.value):
+        return MISSING
+    value, low, high = (f"{scale * number:{form}}" for number in (row.value, row.low, row.high))
+    return (value if np.isnan(row.low) else f"{value} [{low}, {high}]") + ("" if row.null else " %")
+
+
+def _telling(table: pd.DataFrame, names: list[str]) -> list[str]:
+    """The columns that tell rows apart: all but a sparsity that all pruned networks have in common."""
+    common = "sparsity" in names and table.sparsity[table.sparsity > 0].nunique() < 2
+    return [name for name in names if not (common and name == "sparsity")]

@@ -1,0 +1,149 @@
+"""Tables over seeds say what the runs came to: numbers done by hand, and nothing of runs that did not end."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from test_claims import record, runs
+
+import analysis
+from analysis.overview import overview
+from analysis.seed_tables import claims_table, several_seeds, verdict_table
+from analysis.typeset import FORMATS, as_latex, as_markdown, page
+
+
+def unpruned(seed: int, *, accuracy: float) -> xr.DataTree:
+    nodes = record("none", seed, accuracy=accuracy).to_dict()
+    nodes["/steps"] = nodes["/steps"].assign(loss=("step", [3.0] * 4 + [1.0, 2.0, 3.0, 6.0]))
+    return xr.DataTree.from_dict({name: node for name, node in nodes.items() if name != "/pruning"})
+
+
+@pytest.fixture
+def some() -> dict[str, xr.DataTree]:
+    """Magnitude at 80, 82, 84 % and a run without pruning at 90 %, all of 1 round; one more of 2 rounds."""
+    found = {f"magnitude {seed}": record("magnitude", seed, accuracy=0.8 + 0.02 * seed, area=0.25) for seed in range(3)}
+    found |= {"none": unpruned(0, accuracy=0.9), "more": record("magnitude", 0, rounds=2, accuracy=0.5, area=2.0)}
+    return found
+
+
+def test_accuracies_are_means_with_students_interval(some: dict[str, xr.DataTree]) -> None:
+    table = analysis.accuracy_table(some)
+    assert table.index.names == ["model", "data", "rounds", "measure"]
+    accuracies = table["test accuracy, %"].to_dict()
+    half = 4.303 * 2 / np.sqrt(3)  # Student's quantile of 2 degrees of freedom, s = 2
+    assert accuracies == {
+        ("vgg13", "digits", 1, "not pruned"): "90.0",
+        ("vgg13", "digits", 1, "magnitude"): f"82.0 ± {half:.1f}",
+        ("vgg13", "digits", 2, "not pruned"): "90.0",
+        ("vgg13", "digits", 2, "magnitude"): "50.0",
+    }
+    assert table.seeds.tolist() == ["1", "3", "1", "1"]
+    assert table["parameters pruned, %"].tolist() == ["0.0", "25.0", "0.0", "25.0"]
+    assert table["multiply-adds pruned, %"].tolist() == ["0.0", "–", "0.0", "–"]
+
+
+def test_what_was_not_pruned_converges_from_where_the_others_do(some: dict[str, xr.DataTree]) -> None:
+    table = analysis.convergence_table(some).xs(1, level="rounds").droplevel(["model", "data"])
+    assert table.loc["not pruned", ["area", "steps to 75%", "steps to 10%"]].tolist() == [
+        "3",
+        "not reached",
+        "not reached",
+    ]
+    assert table.loc["magnitude", ["area", "steps to 25%", "steps to 10%"]].tolist() == ["0.25 ± 0", "4", "4"]
+
+
+def test_a_share_that_some_seeds_reach_says_how_many(some: dict[str, xr.DataTree]) -> None:
+    slow = some | {"magnitude 1": record("magnitude", 1, area=2.0)}
+    table = analysis.convergence_table(slow).xs((1, "magnitude"), level=("rounds", "measure"))
+    assert table["steps to 50%"].item() == "4 (2 of 3)"
+
+
+def test_a_run_that_did_not_end_is_said_not_counted(some: dict[str, xr.DataTree]) -> None:
+    broken = some | {
+        "magnitude 1": record("magnitude", 1, ended=False),
+        "more": record("magnitude", 0, rounds=2, ended=False),
+    }
+    for table in (analysis.accuracy_table(broken), analysis.convergence_table(broken)):
+        assert table.seeds.tolist() == ["1", "2 of 3", "1", "0 of 1"]
+        assert set(table.iloc[-1, :-1]) == {"–"}
+
+
+def test_the_sparsity_stands_where_it_differs(some: dict[str, xr.DataTree]) -> None:
+    sparser = record("magnitude", 0)
+    sparser.attrs["experiment"] = json.dumps(json.loads(sparser.attrs["experiment"]) | {"sparsity": 0.9})
+    table = analysis.accuracy_table(some | {"sparser": sparser})
+    assert table.index.names == ["model", "data", "rounds", "sparsity", "measure"]
+    assert table.loc[("vgg13", "digits", 1)].index.tolist() == [
+        (0.5, "not pruned"), (0.5, "magnitude"), (0.9, "not pruned"), (0.9, "magnitude"),
+    ]  # fmt: skip
+
+
+def test_verdicts_are_counted_over_conditions() -> None:
+    one = runs(magnitude={"area": 0.5})
+    other = {f"{label}, 2": record(label[:-2], int(label[-1]), rounds=2) for label in one}
+    found = analysis.claims(one | other)
+    counts = verdict_table(found).droplevel("what it says")
+    assert counts.loc["i.c"].to_dict() == {"supported": 1, "contradicted": 0, "inconclusive": 1, "no verdict": 0}
+    assert (counts.sum(axis=1) == [1 if name == "ii.c" else 2 for name in counts.index]).all()
+    printed = claims_table(found)
+    assert printed.index.names == ["claim", "model", "data", "rounds"]
+    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", printed.effect[("i.c", "vgg13", "digits", 1)])
+    assert re.fullmatch(r"[+-]\d\.\d\d \[-\d\.\d\d, \+\d\.\d\d\] %", printed.effect[("ii.c", "vgg13", "digits", 1)])
+
+
+def test_runs_of_one_seed_stay_rows_of_their_own(some: dict[str, xr.DataTree]) -> None:
+    assert several_seeds(some)
+    single = {label: some[label] for label in ("magnitude 0", "none", "more")}
+    assert not several_seeds(single)
+    # (what theory says of a run needs more than these records hold)
+    over_seeds = overview(some, brief=True)
+    assert [len(table) for table in over_seeds.values()] == [4, 13]
+
+
+def test_an_overview_holds_every_definition() -> None:
+    parts = overview(runs(seeds=2))
+    text = page(parts, "text")
+    for name, claim in analysis.CLAIMS.items():
+        assert f"{name}: {claim.statistic} of" in text
+        assert " ".join(claim.reason.split()) in " ".join(text.split())
+    assert all(f"\n{name}: " in text for name in analysis.STATISTICS)
+    with pytest.raises(ValueError, match="unknown format 'pdf': choose one of text, markdown, latex"):
+        page(parts, "pdf")
+
+
+TABLE = pd.DataFrame(
+    {"θᵀHg, %": ["1 ± 2", "|a|"], "share": [0.12345, np.nan]},
+    index=pd.MultiIndex.from_tuples([("vgg_13", "b"), ("vgg_13", "c")], names=["model", None]),
+)
+
+
+def test_markdown_is_a_table() -> None:
+    assert as_markdown(TABLE).splitlines() == [
+        "| model |  | θᵀHg, % | share |",
+        "| --- | --- | --- | --- |",
+        "| vgg_13 | b | 1 ± 2 | 0.123 |",
+        r"|  | c | \|a\| | – |",
+    ]
+
+
+def test_latex_is_plain_but_for_mathematics() -> None:
+    lines = as_latex(TABLE).splitlines()
+    assert lines[0] == r"\begin{tabular}{llll}"
+    assert lines[4] == r"vgg\_13 & b & 1 \ensuremath{\pm} 2 & 0.123 \\"
+    assert lines[2] == r"model &  & \ensuremath{\theta}\ensuremath{^\top}Hg, \% & share \\"
+
+
+def test_latex_tables_need_no_unicode(some: dict[str, xr.DataTree]) -> None:
+    many = runs()
+    found = analysis.claims(many)
+    for table in (
+        analysis.accuracy_table(many),
+        analysis.convergence_table(some),
+        claims_table(found),
+        verdict_table(found),
+    ):
+        assert as_latex(table).isascii()
+    assert set(FORMATS) == {"text", "markdown", "latex"}

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import schema
 from .curvature import Expansion
+from .identities import as_original, identities
 from .layers import Layers
 from .processes import Processes
 from .quantities import Vectors
@@ -18,15 +19,30 @@ from .quantities import Vectors
 class Event:
     """What the body of ``with recorder.event(...) as event`` may add to the record."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.alive: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
         self.studies: dict[str, xr.Dataset] = {}
 
     def units(self, *, alive: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> None:
-        """Record which units (filters) of each layer are left, boolean (unit,), and the scores where there are any."""
-        self.alive = {layer: kept.detach().cpu().clone() for layer, kept in alive.items()}
-        self.scores = {layer: score.detach().cpu() for layer, score in (scores or {}).items()}
+        """Record which units (filters) of each layer are left, boolean (unit,), and the scores where there are any.
+
+        Where the network was made smaller before, they may be given for the units it has now: they are recorded as
+        those of the original network that they were, with False and NaN for those that are gone.
+
+        Raises:
+            ValueError: masks of single weights: how many of them are left, ``/pruning`` counts by layer.
+        """
+        for layer, kept in alive.items():
+            if kept.ndim != 1:
+                raise ValueError(
+                    f"event.units() takes one boolean a filter, (unit,), got shape {tuple(kept.shape)} for {layer!r}: "
+                    "single weights are counted by layer in /pruning, as removed and remaining"
+                )
+        known = identities(self._model)
+        self.alive = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
+        self.scores = {layer: score.detach().cpu() for layer, score in as_original(scores or {}, known).items()}
 
     def add(self, node: str, study: xr.Dataset) -> None:
         """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.

@@ -51,6 +51,14 @@ def identity(module: nn.Module) -> Identity:
     return getattr(module, _ATTRIBUTE, whole)
 
 
+def as_original(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> dict[str, Tensor]:
+    """:func:`expand` for those layers that have as many units as are given; the others' values are as they are."""
+    of_now = {
+        layer: value for layer, value in values.items() if layer in known and len(value) == len(known[layer].index)
+    }
+    return {**values, **expand(of_now, known)}
+
+
 def expand(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> dict[str, Tensor]:
     """Values of the units of now, (unit,) by layer → of all original units: False or NaN for those that are gone.
 

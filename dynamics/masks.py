@@ -91,6 +91,14 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.o
                 _zero(state, mask)
 
 
+def lift_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
+    """Unprune: where ``keep`` is True a parameter is free again. It goes on from zero; its mask stays where it was."""
+    masks = parameter_masks(model)
+    for name, kept in keep.items():
+        if name in masks:
+            masks[name].logical_or_(kept.to(masks[name].device))
+
+
 def _zero(tensor: Tensor, mask: Tensor) -> None:
     """Zero where not kept; assigned, not multiplied: no −0, and NaN goes too."""
     tensor.masked_fill_(~mask, 0)

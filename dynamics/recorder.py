@@ -212,7 +212,7 @@ class Recorder:
         self._attachment.end()
         moments = [Moment(self._model, self._layers.device)] * len(probe)
         before = self._stage(probe, mode, moments)
-        yield (event := Event())
+        yield (event := Event(self._model))
         after = self._stage(probe, mode, moments)
         row = {"event": self._events, "kind": kind, "mode": mode, "step": self._step, "epoch": self._epoch}
         self._rows.add("pruning", row | attributes | effect(self._layers, before, after))

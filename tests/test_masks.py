@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from prunable import NETWORKS, OPTIMIZERS, batch, goes_with, parameters_with, train, trained
 from torch import Tensor, nn
 
-from dynamics.masks import apply_masks, parameter_masks
+from dynamics.masks import apply_masks, lift_masks, parameter_masks
 from dynamics.models import VGG, MobileNet
 from dynamics.pruning import Pruner
 
@@ -144,6 +144,18 @@ def test_masks_only_grow() -> None:
     apply_masks(model, {"weight": second})
     assert torch.equal(parameter_masks(model)["weight"], first & second)
     assert torch.equal(model.weight != 0, first & second)
+
+
+def test_what_is_lifted_trains_again_from_zero() -> None:
+    model, optimizer = linear()
+    apply_masks(model, {"weight": torch.tensor([[True, False, True], [True, False, True]])})
+    lift_masks(model, {"weight": torch.tensor([[False, True, False], [False, False, False]]), "bias": torch.ones(2)})
+    assert torch.equal(parameter_masks(model)["weight"], torch.tensor([[True, True, True], [True, False, True]]))
+    assert (model.weight[:, 1] == 0).all()
+    F.mse_loss(model(torch.ones(1, 3)), torch.zeros(1, 2) - 9).backward()
+    optimizer.step()
+    assert model.weight[0, 1] != 0
+    assert model.weight[1, 1] == 0
 
 
 def test_not_a_number_goes_too() -> None:

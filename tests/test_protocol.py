@@ -225,3 +225,17 @@ def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol()
         run.attrs["protocol"] = json.dumps(asdict(PROTOCOLS[name]))
         accuracies[name] = float(counted(run).test_accuracy)
     assert accuracies == {"default": 0.6, "select_on_test": 0.7}  # the best before the last pruning does not count
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "keeps"),
+    [
+        ("vgg13", "default", "5% of its filters, at least one,"),
+        ("vgg13", "floor_by_index", "the last 5% of its filters, rounded down, and one more,"),
+        ("resnet", "reference", "one of its filters,"),
+    ],
+)
+def test_what_every_layer_keeps_is_said_as_it_is(name: str, protocol: str, keeps: str) -> None:
+    model, optimizer = trained(name, steps=1)
+    with pytest.raises(ValueError, match=f"only \\d+ can: every layer keeps {keeps} and protected layers keep all"):
+        Pruner(model, optimizer, "magnitude", protocol=protocol).prune(0.99)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from operator import is_
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,6 +290,8 @@ def test_a_later_event_is_recorded_in_the_original_units(tmp_path: Path) -> None
         with recorder.event("prune", probe=probe) as event:
             second = Pruner(model, optimizer, "magnitude").prune(0.3)
             event.units(alive=shrunk.expand(second.alive), scores=shrunk.expand(second.scores))
+        with recorder.event("look", probe=probe) as event:
+            event.units(alive=second.alive, scores=second.scores)
     units = open_run(tmp_path / "run.zarr").units
     alive, score = units.alive.values, units.score.values
     assert alive.shape[1] == sum(len(kept) for kept in first.alive.values())
@@ -296,10 +299,42 @@ def test_a_later_event_is_recorded_in_the_original_units(tmp_path: Path) -> None
     assert alive[1].sum() == sum(int(kept.sum()) for kept in second.alive.values())
     assert (torch.tensor(score[1]).isnan() == torch.tensor(~alive[0])).all()
     assert score[1][alive[0]].tolist() == torch.cat(list(second.scores.values())).tolist()
+    np.testing.assert_array_equal(alive[2], alive[1])  # given for the units it has, they are the same
+    np.testing.assert_array_equal(score[2], score[1])
     with pytest.raises(ValueError, match=r"layer 'features.0' was given values of shape \(1,\), but: \d+ units"):
         shrunk.expand({"features.0": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"layer 'conv' was given values of shape .* but: known are .*'features.0'"):
         shrunk.expand({"conv": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_a_pruner_or_plan_of_before_says_so_and_leaves_all_alone(granularity: str) -> None:
+    model, optimizer = trained("vgg13")
+    old = Pruner(model, optimizer, "magnitude", granularity=granularity)
+    plan = old.plan(0.7)
+    Pruner(model, optimizer, "magnitude").prune(0.4)
+    shrink(model, optimizer)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), parameter_masks(model)))
+    stale = r"^layer 'features.\d+' had units of shape \(.*\) when .* was made, and has \(.*\) now: make a new Pruner"
+    for use in (lambda: old.plan(0.6), lambda: old.prune(0.6), lambda: old.apply(plan)):
+        with pytest.raises(ValueError, match=stale):
+            use()
+    with pytest.raises(ValueError, match=stale):
+        Pruner(model, optimizer, "magnitude", granularity=granularity).apply(plan)
+    after = (model.state_dict(), optimizer.state_dict(), parameter_masks(model))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_new_pruner_knows_what_is_silent_and_could_not_go() -> None:
+    model, optimizer = trained("resnet")
+    silence(model, optimizer, {"blocks.1.conv2": [0, 2], "blocks.1.norm2": [0, 2]})
+    shrink(model, optimizer)
+    pruner = Pruner(model, optimizer, "random", seed=0)
+    assert pruner.alive["blocks.1.conv2"].tolist() == [False, True, False, True, True, True]
+    total = sum(map(len, pruner.alive.values()))
+    assert sum(int(kept.sum()) for kept in pruner.prune(5 / total).alive.values()) == total - 5  # 3 more
+    weights = Pruner(model, optimizer, "magnitude", granularity="weight").alive["blocks.1.conv2"]
+    assert torch.equal(weights.flatten(1).any(1), pruner.alive["blocks.1.conv2"])
 
 
 def test_channels_are_followed_through_flattening_and_concatenation() -> None:

@@ -60,6 +60,17 @@ def test_a_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert not open_run(tmp_path / "run")["scores"].data_vars
 
 
+def test_units_are_filters(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(1)
+    pruning = Pruner(model, None, "magnitude", granularity="weight").plan(0.5)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=batches) as event:
+            with pytest.raises(
+                ValueError, match=r"one boolean a filter, \(unit,\), got shape \(5, 4\) for '0': single"
+            ):
+                event.units(alive=pruning.alive, scores=pruning.scores)
+
+
 def test_going_back_takes_studies_back_as_well(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -81,7 +92,7 @@ def test_protected_layers_are_not_studied_and_a_curve_ends_where_layers_do() -> 
     model, optimizer = trained("resnet")
     for sparsity, studied in ((0.2, {"curve", "scores", "invariance"}), (0.7, {"scores", "invariance"})):
         planned = Pruner(model, optimizer, "magnitude").plan(sparsity)
-        add_studies(event := Event(), model, planned, [batch(1)], cross_entropy_objective)
+        add_studies(event := Event(model), model, planned, [batch(1)], cross_entropy_objective)
         assert set(event.studies) == studied
         for study in ("scores", "invariance"):
             assert "stem" not in event.studies[study].layer

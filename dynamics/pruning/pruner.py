@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks import apply_masks, parameter_masks
+from ..masks import apply_masks, lift_masks, parameter_masks
 from ..probe import sample_count, unwrap
 from .cost import Cost, network_cost
 from .importance import initial_weights, scores
@@ -54,7 +54,8 @@ class Pruner:
 
     Exactly as many go as asked; ties are broken by layer, then index. A unit once silenced never revives. Every layer
     keeps its best units down to ``floor`` of its size, at least one. Filters of the model's ``protected`` layers, and
-    of a convolution that is the network's output, count in the whole but never go.
+    of a convolution that is the network's output, count in the whole but never go. The whole is the network as it is
+    when the Pruner is made, where masked units are gone and shrunk ones no longer count.
 
     Args:
         model: see :func:`scores`.
@@ -115,7 +116,7 @@ class Pruner:
         self._units = self._find_units(granularity)
         initial_weights(unwrap(model), list(self._units), [self._measure], self._settings["initial"])
         self._dense: Cost | None = None
-        self.alive = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes(granularity).items()}
+        self.alive = {name: self._standing(name, granularity) for name in self._units}
 
     def _find_units(self, granularity: str) -> dict[str, UnitLayer | None]:
         """Layer → what is known of its filters, None where single weights are pruned."""
@@ -124,9 +125,22 @@ class Pruner:
             return dict.fromkeys(weight_layers(model, self._protected))
         return {layer.name: layer for layer in unit_layers(model, self._protected)}
 
-    def _shapes(self, granularity: str) -> dict[str, torch.Size]:
-        weights = {name: unwrap(self._model).get_parameter(f"{name}.weight") for name in self._units}
-        return {name: weight.shape if granularity == "weight" else weight.shape[:1] for name, weight in weights.items()}
+    def _standing(self, name: str, granularity: str) -> Tensor:
+        """Which units of a layer are not pruned: as its weight's mask has them, if it has one."""
+        weight, masks = f"{name}.weight", parameter_masks(unwrap(self._model))
+        kept = masks.get(weight, torch.ones(unwrap(self._model).get_parameter(weight).shape, dtype=torch.bool)).cpu()
+        return kept.clone() if granularity == "weight" else kept.flatten(1).any(1)
+
+    def _check_sizes(self, alive: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where ``alive`` is of other units than the model has now."""
+        layers = dict(unwrap(self._model).named_modules())
+        for name, kept in alive.items():
+            shape = getattr(getattr(layers.get(name), "weight", None), "shape", torch.Size())
+            if shape[: kept.ndim] != kept.shape:
+                raise ValueError(
+                    f"layer {name!r} had units of shape {tuple(kept.shape)} when this Pruner or plan was made, and has "
+                    f"{tuple(shape[: kept.ndim])} now: make a new Pruner after a shrink"
+                )
 
     @property
     def residual(self) -> bool:
@@ -149,20 +163,20 @@ class Pruner:
         Nothing goes where as much is gone already.
 
         Raises:
-            ValueError: sparsity outside [0, 1), more than the floors allow, a measure without the data it needs, or
-                scores that are not numbers.
+            ValueError: sparsity outside [0, 1), more than the floors allow, a measure without the data it needs,
+                scores that are not numbers, or a model that was made smaller since this Pruner was made.
         """
         check_sparsity(sparsity)
+        self._check_sizes(self.alive)
         shape, batches = _input_shape(batches)
         found = scores(self._model, batches, self._measure.name, protected=self._protected, **self._settings)
         ranked = {name: self._ranked(name, values.cpu().double().flatten()) for name, values in found.items()}
         standing = {name: layer.standing for name, layer in ranked.items()}
         quota = self._quota(ranked, sparsity)
         if quota > (most := capacity(ranked)):
-            units = f"{self._settings['granularity']}s"
             raise ValueError(
                 f"sparsity {sparsity} asks for {quota} units more to go, but only {most} can: every layer keeps "
-                f"{self._floor:.0%} of its {units}, at least one, and protected layers keep all; ask for less"
+                f"{self._kept_anyway()}, and protected layers keep all; ask for less"
             )
         gone = lowest(ranked, quota, ties=self._protocol.prune_ties)
         alive = {name: kept.view(self.alive[name].shape) for name, kept in without(standing, gone).items()}
@@ -171,21 +185,27 @@ class Pruner:
         return Pruning(found, alive, sparsity, reached, *self._costs(alive, shape), self._described(batches))
 
     def apply(self, pruning: Pruning) -> None:
-        """Silence what a plan says is to go, for good, and mask or drop the optimizer's state."""
+        """Silence what a plan says is to go, for good, and mask or drop the optimizer's state.
+
+        Raises:
+            ValueError: the model was made smaller since. It is then untouched.
+        """
+        self._check_sizes(pruning.alive)
         model = unwrap(self._model)
         if self._protocol.revive_silenced:
-            self._revive(pruning.alive)
+            lift_masks(model, self._parameter_masks(pruning.alive, whole=True))
         apply_masks(model, self._parameter_masks(pruning.alive), self._optimizer)
         if not self._keep_state:
             self._optimizer.state.clear()
         self.alive = {name: kept.clone() for name, kept in pruning.alive.items()}
 
-    def _revive(self, alive: dict[str, Tensor]) -> None:
-        """Lift the masks of silenced filters that are alive again; their parameters start from zero."""
-        masks = parameter_masks(unwrap(self._model))
-        for name, kept in self._parameter_masks(alive, whole=True).items():
-            if name in masks:
-                masks[name].logical_or_(kept)
+    def _kept_anyway(self) -> str:
+        """What every layer keeps, in words."""
+        units = f"of its {self._settings['granularity']}s"
+        if self._protocol.floor_by_index and not self.residual:
+            return f"the last 5% {units}, rounded down, and one more"
+        floor = 0 if self._protocol.floor_by_index else self._floor
+        return f"{floor:.0%} {units}, at least one" if floor else f"one {units}"
 
     def _ranked(self, name: str, values: Tensor) -> Ranked:
         """A layer as the ranking sees it, by the protocol's rules; ``values`` are its scores, (unit,)."""

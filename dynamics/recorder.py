@@ -156,7 +156,7 @@ class Recorder:
         self._attachment.end()
         if self._attachment:
             self._batches.add(batch, due=self._curvature.due(self._step), stays=stays)
-            self._rows.batch(first=len(self._batches) == 1)
+            self._rows.logged.batch(first=len(self._batches) == 1)
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
@@ -168,7 +168,7 @@ class Recorder:
         for name, value in scalars.items():
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
-            self._rows.log(name, value, self._batches.mark)
+            self._rows.logged.add(name, value, self._batches.mark)
 
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 import xarray as xr
 
-from .record import experiment, has
+from .record import experiment
 
 MEASURES = (
     "none",
@@ -28,7 +28,7 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
     Runs that agree in all but ``measure`` differ in nothing else: one seed is one initialisation and one order of the
     data. ``sparsity`` is the one asked for. A run that was not pruned has measure "none", 0 rounds and sparsity 0. A
-    loop that someone instrumented has its label for a measure, and no model and data ("").
+    loop that someone instrumented has its label for a measure, no model and data (""), 0 rounds and sparsity NaN.
 
     Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
     where a run does not depend on it.
@@ -58,6 +58,34 @@ def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return found.assign(rank=rank).sort_values([*where, "rank", "seed"], ignore_index=True).drop(columns="rank")
 
 
+def first_comparison(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """The rows of the first of :func:`comparisons` that has a network that was pruned, else of the first."""
+    table = comparisons(runs)
+    groups = [group for _, group in table.groupby(compared_by(table), dropna=False)]
+    return next((group for group in groups if (group.measure != "none").any()), groups[0])
+
+
+def mean_by_measure(runs: Mapping[str, xr.DataTree], values: Mapping[str, float]) -> pd.Series:
+    """Mean of each run's value by measure: over seeds, then over the conditions in which most measures have one.
+
+    A measure that lacks a condition is not compared by the others'.
+    """
+    table = comparisons({label: runs[label] for label in values})
+    found = table.run.map(dict(values)).groupby(
+        [table[name] for name in (*compared_by(table), "measure")], dropna=False
+    )
+    wide = found.mean().unstack("measure")
+    counts = wide.notna().sum(axis=1)
+    whole = wide[counts == counts.max()].dropna(axis=1).mean()
+    return whole.reindex([name for name in table.measure.unique() if name in whole])
+
+
+def several_seeds(runs: Mapping[str, xr.DataTree]) -> bool:
+    """Whether some runs differ in nothing but their seed, so that they are to be read over seeds."""
+    table = conditions(runs)
+    return bool(table.duplicated([name for name in table if name != "seed"]).any())
+
+
 def compared_by(table: pd.DataFrame) -> list[str]:
     """The columns of a table of conditions in which all runs of a comparison agree."""
     return [name for name in table if name not in ("run", "measure", "seed")]
@@ -66,11 +94,8 @@ def compared_by(table: pd.DataFrame) -> list[str]:
 def _row(label: str, run: xr.DataTree) -> dict:
     settings = experiment(run)
     if not settings:
-        events = run["pruning"].sizes["event"] if has(run, "pruning") else 0
-        return {
-            "model": "", "data": "", "measure": label, "rounds": events, "sparsity": float("nan"),
-            "seed": run.attrs.get("seed", 0),
-        }  # fmt: skip
+        seed = run.attrs.get("seed", 0)
+        return {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": seed}
     row = {name: value for name, value in settings.items() if name not in _OF_THE_RECORD}
     if row["measure"] == "none":
         row = {name: value for name, value in row.items() if name not in _OF_PRUNING} | {"rounds": 0, "sparsity": 0.0}

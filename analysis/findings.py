@@ -8,10 +8,11 @@ import numpy as np
 import xarray as xr
 
 from .agreement import ORDERS, agree, network_norm_rate
+from .conditions import first_comparison, mean_by_measure, several_seeds
 from .effect import filters_left, pruning_effect
 from .loss import loss_decrease, stability
 from .outcome import outcome
-from .record import MissingQuantityError, name_of, node
+from .record import MissingQuantityError, ended, name_of, node
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -79,29 +80,40 @@ def layer_spread(runs: Runs) -> str:
 
 
 def final_accuracy(runs: Runs) -> str:
-    """Final accuracies, and how far pruning cost any."""
-    last = {label: float(outcome(run).test_accuracy) for label, run in runs.items()}
-    pruned = {label: accuracy for label, accuracy in last.items() if float(outcome(runs[label]).sparsity) > 0}
-    whole = ", ".join(f"{accuracy:.1%} without pruning" for label, accuracy in last.items() if label not in pruned)
-    if not pruned:
-        return f"Final test accuracy: {whole}."
-    best, worst = max(pruned, key=pruned.get), min(pruned, key=pruned.get)
-    spread = f"{pruned[worst]:.1%} ({name_of(worst)}) to {pruned[best]:.1%} ({name_of(best)})"
-    return f"Final test accuracy of the pruned networks: {spread}" + (f"; {whole}." if whole else ".") + _seeds(runs)
+    """Final accuracies, and how far pruning cost any: means of each measure, over seeds and conditions."""
+    found = {label: outcome(run) for label, run in runs.items() if ended(run)}
+    if not found:
+        raise MissingQuantityError("no run ended: an accuracy is final after the last epoch of the experiment")
+    last = mean_by_measure(runs, {label: float(values.test_accuracy) for label, values in found.items()})
+    gone = mean_by_measure(runs, {label: float(values.sparsity) for label, values in found.items()})
+    whole = ", ".join(f"{last[name]:.1%} without pruning" for name in last.index if not gone[name])
+    mean = ", means over conditions and seeds" * (len(found) > len(last))
+    pruned = last[gone > 0]
+    if pruned.empty:
+        return f"Final test accuracy{mean}: {whole}."
+    best, worst = pruned.idxmax(), pruned.idxmin()
+    spread = f"{last[worst]:.1%} ({name_of(worst)}) to {last[best]:.1%} ({name_of(best)})"
+    said = f"Final test accuracy of the pruned networks{mean}: {spread}"
+    return said + (f"; {whole}." if whole else ".") + _seeds(runs)
 
 
 def layer_choice(runs: Runs) -> str:
-    """Where the measures disagree most about which layer to prune."""
-    left = {label: found.share.isel(event=-1) for label, found in each(runs, filters_left).items()}
-    if len(left) < 2:
-        (share,) = left.values()
+    """Where the measures disagree most about which layer to prune, under the first condition, means over seeds."""
+    first = first_comparison(runs)
+    found = each({label: runs[label] for label in first.run}, filters_left)
+    shares = {
+        measure: xr.concat([found[label].share.isel(event=-1) for label in labels], "seed", join="outer").mean("seed")
+        for measure, labels in first[first.run.isin(found)].groupby("measure", sort=False).run
+    }
+    if len(shares) < 2:
+        (share,) = shares.values()
         least = share.layer.values[np.argmin(share.values)]
         return f"Layer {least} keeps the least, {float(share.min()):.0%}."
-    shares = xr.concat(list(left.values()), xr.Variable("run", list(left)), join="outer")
-    spread = shares.max("run") - shares.min("run")
+    left = xr.concat(list(shares.values()), xr.Variable("measure", list(shares)), join="outer")
+    spread = left.max("measure") - left.min("measure")
     layer = spread.layer.values[np.argmax(spread.values)]
-    there = shares.sel(layer=layer)
-    low, high = there.run.values[np.argmin(there.values)], there.run.values[np.argmax(there.values)]
+    there = left.sel(layer=layer)
+    low, high = there.measure.values[np.argmin(there.values)], there.measure.values[np.argmax(there.values)]
     return (
         f"They differ most in layer {layer}: {name_of(low)} leaves {float(there.min()):.0%} of its filters, "
         f"{name_of(high)} {float(there.max()):.0%}."
@@ -148,11 +160,7 @@ def _errors(pooled: xr.Dataset) -> str:
 
 
 def _seeds(runs: Runs) -> str:
-    return (
-        " One seed each: no verdict about the measures."
-        if len({run.attrs.get("seed") for run in runs.values()}) == 1
-        else ""
-    )
+    return "" if several_seeds(runs) else " One seed each: no verdict about the measures."
 
 
 def _rounded(value: float) -> str:

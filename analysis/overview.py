@@ -9,6 +9,7 @@ import xarray as xr
 
 from . import seed_tables
 from .claims import CLAIMS, claims
+from .conditions import several_seeds
 from .record import MissingQuantityError
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
@@ -22,7 +23,7 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
     Raises:
         MissingQuantityError: the runs recorded too little for any.
     """
-    if not seed_tables.several_seeds(runs):
+    if not several_seeds(runs):
         return _of_runs(runs, brief)
     accuracy = {"Accuracy: mean ± half of its 95 % interval over seeds": seed_tables.accuracy_table(runs)}
     return accuracy | (_of_claims(runs, brief) if brief else _of_seeds(runs))
@@ -37,7 +38,10 @@ def _of_runs(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
 def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
     parts: Parts = {}
     for title, table in (
-        ("Convergence: training loss after the last pruning", seed_tables.convergence_table),
+        (
+            "Convergence: training loss after the last pruning, and steps to a share of the first loss",
+            seed_tables.convergence_table,
+        ),
         ("Theory against measurement: medians over runs", seed_tables.agreement_over_runs),
     ):
         try:

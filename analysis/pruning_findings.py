@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from .agreement import agree, residuals
+from .conditions import mean_by_measure
 from .effect import pruning_effect_per_layer, removal_curve, removed_decrease
 from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
@@ -31,11 +32,13 @@ def layers_moved(runs: Runs) -> str:
 
 
 def decrease_removed(runs: Runs) -> str:
-    """Each run's removed share of ‖g‖² beside that of the parameters, over all its prunings."""
-    parts = []
-    for label, found in each(runs, removed_decrease).items():
-        total = found[["decrease", "parameters"]].sum("layer").mean("event")
-        parts.append(f"{name_of(label)} {float(total.decrease):.1%} with {float(total.parameters):.1%}")
+    """Each measure's removed share of ‖g‖² beside that of the parameters, over all prunings of its runs."""
+    found = {label: shares.sum("layer").mean("event") for label, shares in each(runs, removed_decrease).items()}
+    decrease, parameters = (
+        mean_by_measure(runs, {label: float(shares[name]) for label, shares in found.items()})
+        for name in ("decrease", "parameters")
+    )
+    parts = [f"{name_of(name)} {decrease[name]:.1%} with {parameters[name]:.1%}" for name in decrease.index]
     return f"Mean share of ‖g‖² removed in a pruning, with the share of the parameters: {', '.join(parts)}."
 
 

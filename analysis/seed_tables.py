@@ -23,12 +23,6 @@ Runs = Mapping[str, xr.DataTree]
 VERDICTS = ("supported", "contradicted", "inconclusive", "no verdict")
 
 
-def several_seeds(runs: Runs) -> bool:
-    """Whether some runs differ in nothing but their seed, so that tables are to be read over seeds."""
-    table = conditions(runs)
-    return bool(table.duplicated([name for name in table if name != "seed"]).any())
-
-
 def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Test accuracy by model, data, rounds and measure: mean ± half of its 95 % interval over seeds.
 

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 import analysis
+from analysis.conditions import first_comparison, several_seeds
 
 SETTINGS = {
     "model": "vgg13", "data": "digits", "measure": "magnitude", "sparsity": 0.5, "rounds": 3, "granularity": "filter",
@@ -40,3 +41,24 @@ def test_an_instrumented_loop_is_told_by_its_label() -> None:
     table = analysis.conditions({"mine": xr.DataTree(xr.Dataset(attrs={"seed": 7}))})
     assert table.loc["mine", ["model", "data", "measure", "rounds", "seed"]].tolist() == ["", "", "mine", 0, 7]
     assert np.isnan(table.sparsity["mine"])
+
+
+def test_runs_that_were_not_pruned_belong_to_every_comparison_of_their_model() -> None:
+    runs = {
+        "more": record(rounds=5), "taylor": record(measure="taylor"), "none": record(measure="none"),
+        "magnitude": record(), "other model": record(measure="none", model="resnet56"),
+    }  # fmt: skip
+    table = analysis.comparisons(runs)
+    assert table[["model", "rounds", "run"]].values.tolist() == [
+        ["resnet56", 0, "other model"], ["vgg13", 3, "none"], ["vgg13", 3, "magnitude"], ["vgg13", 3, "taylor"],
+        ["vgg13", 5, "none"], ["vgg13", 5, "more"],
+    ]  # fmt: skip
+    assert first_comparison(runs).run.tolist() == ["none", "magnitude", "taylor"]
+    assert first_comparison({"one": record(measure="none")}).run.tolist() == ["one"]
+    assert not several_seeds(runs)
+    assert several_seeds(runs | {"again": record(seed=2)})
+
+
+def test_instrumented_loops_are_one_comparison() -> None:
+    loops = {name: xr.DataTree() for name in ("one", "other", "none")}
+    assert first_comparison(loops).run.tolist() == ["none", "one", "other"]

@@ -10,8 +10,9 @@ import xarray as xr
 from test_claims import record, runs
 
 import analysis
+from analysis.conditions import several_seeds
 from analysis.overview import overview
-from analysis.seed_tables import claims_table, several_seeds, verdict_table
+from analysis.seed_tables import claims_table, verdict_table
 from analysis.typeset import FORMATS, as_latex, as_markdown, page
 
 

@@ -1,0 +1,61 @@
+"""What is said of many runs is their mean by measure, not a list of runs."""
+
+import pytest
+import xarray as xr
+from test_claims import record
+
+from analysis import MissingQuantityError, findings, pruning_findings
+from analysis.conditions import mean_by_measure
+
+
+def units(run: xr.DataTree, alive: list[int]) -> xr.DataTree:
+    nodes = run.to_dict()
+    layers = ["a"] * 2 + ["b"] * 2
+    nodes["/units"] = xr.Dataset({"alive": (("event", "unit"), [alive])}, coords={"layer": ("unit", layers)})
+    return xr.DataTree.from_dict(nodes)
+
+
+@pytest.fixture
+def runs() -> dict[str, xr.DataTree]:
+    return {
+        "m0": units(record("magnitude", 0, accuracy=0.8, removed_grad=0.4), [1, 1, 1, 0]),
+        "m1": units(record("magnitude", 1, accuracy=0.6, removed_grad=0.8), [1, 0, 1, 0]),
+        "l0": units(record("loss_preservation", 0, accuracy=0.5, removed_grad=2.0), [0, 0, 1, 1]),
+        "of another condition": units(record("loss_preservation", 0, rounds=2, accuracy=0.7), [1, 1, 1, 1]),
+        "broken": units(record("loss_preservation", 2, ended=False), [1, 1, 0, 0]),
+    }
+
+
+def test_a_mean_is_over_conditions_that_measures_have_in_common(runs: dict[str, xr.DataTree]) -> None:
+    values = dict(zip(runs, [1.0, 3.0, 5.0, 100.0, 9.0], strict=True))
+    assert mean_by_measure(runs, values).to_dict() == {"magnitude": 2, "loss_preservation": 7}
+
+
+def test_accuracies_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
+    assert findings.final_accuracy(runs) == (
+        "Final test accuracy of the pruned networks, means over conditions and seeds: 50.0% (loss preservation) to "
+        "70.0% (magnitude)."
+    )
+    single = {name: runs[name] for name in ("m0", "l0")}
+    assert findings.final_accuracy(single) == (
+        "Final test accuracy of the pruned networks: 50.0% (loss preservation) to 80.0% (magnitude). One seed each: no "
+        "verdict about the measures."
+    )
+    with pytest.raises(MissingQuantityError, match="no run ended"):
+        findings.final_accuracy({"broken": runs["broken"]})
+
+
+def test_layers_are_compared_under_one_condition(runs: dict[str, xr.DataTree]) -> None:
+    del runs["broken"]
+    assert findings.layer_choice(runs) == (
+        "They differ most in layer a: loss preservation leaves 0% of its filters, magnitude 75%."
+    )
+    assert findings.layer_choice({"m1": runs["m1"]}) == "Layer a keeps the least, 50%."
+
+
+def test_shares_removed_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
+    some = {name: runs[name] for name in ("m0", "m1", "l0")}
+    assert pruning_findings.decrease_removed(some) == (
+        "Mean share of ‖g‖² removed in a pruning, with the share of the parameters: magnitude 15.0% with 25.0%, "
+        "loss preservation 50.0% with 25.0%."
+    )

@@ -53,6 +53,8 @@ def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
 
 def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     found = claims(runs)
+    if found.empty:  # nothing was pruned
+        return {}
     counts: Parts = {"Claims: number of conditions by verdict": seed_tables.verdict_table(found)}
     if brief:
         return counts

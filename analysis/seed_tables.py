@@ -74,9 +74,10 @@ def agreement_over_runs(runs: Runs) -> pd.DataFrame:
 
 def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
     """Of :func:`analysis.claims`: under how many conditions each claim has which verdict."""
-    verdict = found.verdict.str.replace(r" \(.*", "", regex=True)
-    counts = pd.crosstab([found.claim, found.says], verdict).reindex(columns=VERDICTS, fill_value=0)
-    return counts.loc[list(CLAIMS)].rename_axis(columns=None).rename_axis(["claim", "what it says"])
+    rows = pd.MultiIndex.from_tuples(((claim.name, claim.says) for claim in CLAIMS.values()), names=["claim", "says"])
+    counts = pd.crosstab([found.claim, found.says], found.verdict.str.replace(r" \(.*", "", regex=True))
+    counts = counts.reindex(index=rows, columns=VERDICTS, fill_value=0)
+    return counts.rename_axis(columns=None).rename_axis(["claim", "what it says"])
 
 
 def claims_table(found: pd.DataFrame) -> pd.DataFrame:

@@ -95,6 +95,18 @@ def test_verdicts_are_counted_over_conditions() -> None:
     assert re.fullmatch(r"[+-]\d\.\d\d \[-\d\.\d\d, \+\d\.\d\d\] %", printed.effect[("ii.c", "vgg13", "digits", 1)])
 
 
+def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:
+    found = analysis.claims({label: record(label[:-2], int(label[-1]), rounds=2) for label in runs()})
+    counts = verdict_table(found).droplevel("what it says")
+    assert counts.sum(axis=1).to_dict() == {name: int(name != "ii.c") for name in analysis.CLAIMS}
+
+
+def test_networks_that_were_not_pruned_make_no_claims() -> None:
+    parts = overview({str(seed): unpruned(seed, accuracy=0.5) for seed in range(2)}, brief=True)
+    (table,) = parts.values()
+    assert table["test accuracy, %"].tolist() == ["50.0 ± 0.0"]
+
+
 def test_runs_of_one_seed_stay_rows_of_their_own(some: dict[str, xr.DataTree]) -> None:
     assert several_seeds(some)
     single = {label: some[label] for label in ("magnitude 0", "none", "more")}

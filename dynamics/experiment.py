@@ -62,6 +62,9 @@ class Experiment:
         train_samples: Training samples, as many of each class, that there are at all; 0 means the whole set.
         curvature_every: Measure curvature and the loss decrease at every such step; 0 means never.
         seed: Seed of initialisation, data order and augmentation.
+        precision: Precision of the training's passes: "float32", or "bfloat16" by autocast. Parameters, evaluation,
+            importance and what the recorder evaluates itself stay in full precision.
+        compile: Run the training's steps compiled by torch, which takes a C++ compiler, and minutes at the first step.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         root: Folder of the data sets; by default $THETADOT_DATA, else ~/.cache/thetadot.
         download: Let torchvision download a data set that is not on disk.
@@ -92,6 +95,8 @@ class Experiment:
     train_samples: int = 0
     curvature_every: int = 64
     seed: int = 0
+    precision: str = "float32"
+    compile: bool = False
     device: str = "auto"
     root: str | None = None
     download: bool = False
@@ -112,6 +117,7 @@ class Experiment:
             ("measure", self.measure, ("none", *MEASURES)),
             ("granularity", self.granularity, ("filter", "weight")),
             ("protocol", self.protocol, PROTOCOLS),
+            ("precision", self.precision, ("float32", "bfloat16")),
         ):
             if value not in options:
                 raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(options)}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint
+from .compiling import compiled
 from .data import Data, load
 from .experiment import Experiment
 from .masks import apply_masks, parameter_masks
@@ -81,7 +82,7 @@ def run(
         "seed": experiment.seed,
     }
     with Recorder(
-        path, model, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
+        path, training.trained, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
         attributes=configuration, resume="rewind", step=training.steps,
     ) as recorder:  # fmt: skip
         training.run(recorder, path, report, progress=progress)
@@ -133,6 +134,11 @@ def _chosen(data: Data, experiment: Experiment) -> Data:
     return dataclasses.replace(data, train=data.train.class_balanced(per_class, generator=drawn))
 
 
+def steps_of(experiment: Experiment, data: Data) -> int:
+    """Steps of a whole run, with all the data there is."""
+    return len(experiment.schedule()) * -(-len(_chosen(data, experiment).train) // experiment.batch_size)
+
+
 class _Training:
     """The state of one experiment while it runs."""
 
@@ -146,6 +152,7 @@ class _Training:
     ) -> None:
         self.experiment, self.data, self.device = experiment, data, device
         self.model, self.optimizer = model, optimizer
+        self.trained = compiled(model, device) if experiment.compile else model  # the same, as training steps run it
         self.objective: Objective = partial(cross_entropy_objective, temperature=experiment.temperature)
         self._epochs = 0  # that are done
         # Generators of their own, so that every measure sees the same training batches in the same order.
@@ -153,7 +160,7 @@ class _Training:
         self._choice = torch.Generator().manual_seed(experiment.seed + 1)
         sample = data.train.sample(experiment.probe_samples, generator=self._choice)
         self._probe = list(sample.batches(experiment.batch_size, device=device))
-        self._test = data.test.batches(1024, device=device)
+        self._test = data.test.batches(EVALUATED_AT_ONCE, device=device)
         self._train = data.train.batches(
             experiment.batch_size, shuffle=True, augment=experiment.augment, generator=self._order, device=device
         )
@@ -229,8 +236,9 @@ class _Training:
         loss_sum, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for inputs, labels in self.recorder.watch(self._train):
             self.optimizer.zero_grad()
-            logits = self.model(inputs)
-            loss = nn.functional.cross_entropy(logits / self.experiment.temperature, labels)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.experiment.precision == "bfloat16"):
+                logits = self.trained(inputs)
+                loss = nn.functional.cross_entropy(logits / self.experiment.temperature, labels)
             loss.backward()
             self.optimizer.step()
             self.recorder.log(loss=loss)

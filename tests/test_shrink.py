@@ -405,6 +405,7 @@ def tied() -> nn.Module:
 
 UNKNOWN = {
     "'between' \\(GroupNorm": lambda: Odd(nn.GroupNorm(2, 4)),
+    "'between' \\(ConvTranspose2d": lambda: Odd(nn.ConvTranspose2d(4, 4, 3, padding=1)),
     "'between' \\(Conv2d.*groups=2": lambda: Odd(nn.Conv2d(4, 4, 3, padding=1, groups=2)),
     "meet SigmoidBackward0": lambda: Odd(torch.sigmoid),
     "meet FlipBackward0": lambda: Odd(lambda hidden: hidden.flip(1)),
@@ -419,6 +420,25 @@ UNKNOWN = {
     "does not run: .*to have 4 channels, but got 3": OnlyInTraining,
     "second.weight and between.weight are one parameter": tied,
 }
+
+
+@pytest.mark.parametrize("slopes", [1, 4])
+def test_slopes_of_an_activation_go_with_their_channel(slopes: int) -> None:
+    model = Odd(nn.Sequential(nn.PReLU(slopes), nn.BatchNorm2d(4), nn.PReLU(slopes)))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    train(model, optimizer, 2)
+    silence(model, optimizer, {"first": [1, 2], "between.1": [1, 2]})
+    masked, of_masked = twin(model, optimizer)
+    shrunk = shrink(model, optimizer)
+    assert shrunk.units["first"].tolist() == [0, 3]
+    for one in (model.between[0], model.between[2]):
+        assert one.num_parameters == len(one.weight) == min(slopes, 2)
+    for _ in range(2):
+        assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+        train(model, optimizer, 1)
+        train(masked, of_masked, 1)
+    kept = [0, 3] if slopes == 4 else [0]
+    assert_same(model.between[0].weight, masked.between[0].weight[kept])
 
 
 @pytest.mark.parametrize("message", UNKNOWN)

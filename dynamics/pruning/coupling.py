@@ -98,7 +98,7 @@ def _staying(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[in
     node, puts_out = item.dep.target, graph.is_out_channel_pruning_fn(item.dep.handler)
     if puts_out and not node.outputs:
         yield from item.root_idxs
-    elif puts_out and isinstance(node.module, nn.Module) and node.module in graph._module2name:
+    elif puts_out and node.module in graph._module2name and not isinstance(node.module, nn.PReLU):
         gone = silent.get(graph._module2name[node.module], torch.empty(0))
         yield from (
             root for index, root in zip(item.idxs, item.root_idxs, strict=True) if index >= len(gone) or not gone[index]
@@ -123,7 +123,7 @@ def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
         return f"the parameter {graph._param_to_name[module]!r}", False
     if module in graph._module2name:
         plain = is_layer(module) and (getattr(module, "groups", 1) == 1 or is_depthwise(module))
-        known = plain or isinstance(module, _NORMALISATIONS)
+        known = plain or isinstance(module, (*_NORMALISATIONS, nn.PReLU))
         return f"{graph._module2name[module]!r} ({module})", known
     operation = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
     of_a_weight = operation == "TBackward0" and not node.inputs  # as a linear layer transposes its own

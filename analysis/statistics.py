@@ -89,7 +89,8 @@ STATISTICS: dict[str, Callable[[xr.DataTree], float]] = {
 def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
 
-    NaN where a record lacks what a statistic needs, and in a run that did not end: what it came to is not known.
+    NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
+    and in a run that did not end: what it came to is not known.
     """
     return conditions(runs).join(pd.DataFrame([_values(run) for run in runs.values()], index=list(runs)))
 
@@ -108,5 +109,6 @@ def _values(run: xr.DataTree) -> dict[str, float]:
     found = dict.fromkeys(STATISTICS, np.nan)
     for name, statistic in STATISTICS.items() if ended(run) else ():
         with suppress(MissingQuantityError):
-            found[name] = statistic(run)
+            value = statistic(run)
+            found[name] = value if np.isfinite(value) else np.nan
     return found

@@ -180,6 +180,12 @@ def test_a_run_that_did_not_end_and_its_seed_do_not_count() -> None:
     assert (found["i.c"], found["iii.f"]) == (2, 3)
 
 
+def test_a_change_from_nothing_is_not_known() -> None:
+    row = analysis.statistics({"dead": record("magnitude", 0, grad=(0.0, 1.0))}).loc["dead"]
+    assert np.isnan(row[["grad_sqnorm_ratio", "grad_sqnorm_change", "decrease_per_parameter"]].astype(float)).all()
+    assert row.loss_change == 0.25
+
+
 def test_one_run_counts_once() -> None:
     again = runs() | {"again": record("magnitude", 0)}
     with pytest.raises(ValueError, match="give one run of each measure, seed and condition, got magnitude-0, again"):

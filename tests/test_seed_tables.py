@@ -10,6 +10,7 @@ import xarray as xr
 from test_claims import record, runs
 
 import analysis
+from analysis.__main__ import main
 from analysis.conditions import several_seeds
 from analysis.overview import overview
 from analysis.seed_tables import claims_table, verdict_table
@@ -125,6 +126,19 @@ def test_an_overview_holds_every_definition() -> None:
     assert all(f"\n{name}: " in text for name in analysis.STATISTICS)
     with pytest.raises(ValueError, match="unknown format 'pdf': choose one of text, markdown, latex"):
         page(parts, "pdf")
+
+
+def test_the_command_line_prints_it_in_each_format(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("analysis.__main__.open_runs", lambda paths: runs())
+    for form, start in (("text", "Accuracy: mean"), ("markdown", "## Accuracy: mean"), ("latex", "% Accuracy: mean")):
+        assert main(["runs", "--format", form]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(start)
+        assert "i.c: training_area of magnitude" in " ".join(said.split())
+    assert main(["runs", "--format", "pdf"]) == 2
+    assert "error: unknown format 'pdf'" in capsys.readouterr().err
 
 
 TABLE = pd.DataFrame(

@@ -8,38 +8,22 @@ from typing import Any
 
 import torch
 
+from .steps import Steps
+
 
 class Attachment:
-    """Hooks on one optimizer or on several that train one model.
+    """Hooks on one optimizer or on several that train one model, which tell ``steps`` of each step.
 
     A step is one step of each optimizer; it also ends where one of them steps again, or at :meth:`end`. A closure is
     wrapped: its gradient is there when it first returns. A step that an exception ends is none, but for those of other
     optimizers that were through. Other hooks on an optimizer come before these, from the next step or :meth:`end` on.
-
-    Args:
-        optimizers: the torch optimizers.
-        begin: called before the first of them steps.
-        ready: called with an optimizer's number when the gradient that it will apply is there.
-        stepped: called with an optimizer's number right after it stepped.
-        done: called after the step with the numbers of those that took it.
-        asleep: while it is true, hooks do nothing.
+    While ``steps`` is busy, hooks do nothing.
     """
 
-    def __init__(
-        self,
-        optimizers: Sequence[torch.optim.Optimizer],
-        *,
-        begin: Callable[[], None],
-        ready: Callable[[int], None],
-        stepped: Callable[[int], None],
-        done: Callable[[list[int]], None],
-        asleep: Callable[[], bool],
-    ) -> None:
-        self._begin, self._ready, self._is_through, self._done, self._asleep = begin, ready, stepped, done, asleep
-        self._count = len(optimizers)
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], steps: Steps) -> None:
+        self._optimizers, self._steps = list(optimizers), steps
         self._stepping: int | None = None  # the optimizer whose step has begun
         self._stepped: set[int] = set()  # those that are through
-        self._optimizers = list(optimizers)
         self._pre_hooks = [
             one.register_step_pre_hook(partial(self._before, number)) for number, one in enumerate(optimizers)
         ]
@@ -53,16 +37,16 @@ class Attachment:
     def _before(
         self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        if self._asleep():
+        if self._steps.busy:
             return None
         if self._stepping is not None or number in self._stepped:
             self._finish()
         self._stepping = number
         if not self._stepped:
-            self._begin()
+            self._steps.begin()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
-            self._ready(number)
+            self._steps.take_gradient(number)
             return None
         measuring = self._measuring(closure, number)
         return (args, {**kwargs, "closure": measuring}) if "closure" in kwargs else ((args[0], measuring), kwargs)
@@ -77,18 +61,18 @@ class Attachment:
                 self._finish()
                 raise
             if waiting:
-                self._ready(waiting.pop())
+                self._steps.take_gradient(waiting.pop())
             return loss
 
         return measured
 
     def _after(self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._asleep() or self._stepping is None:
+        if self._steps.busy or self._stepping is None:
             return
         self._stepping = None
         self._stepped.add(number)
-        self._is_through(number)
-        if len(self._stepped) == self._count:
+        self._steps.take_update(number)
+        if len(self._stepped) == len(self._optimizers):
             self.end()
 
     def end(self) -> None:
@@ -102,7 +86,7 @@ class Attachment:
         self._stepping = None
         if self._stepped:
             stepped, self._stepped = sorted(self._stepped), set()
-            self._done(stepped)
+            self._steps.end(stepped)
 
     def _come_last(self) -> None:
         """Take gradients when all other hooks are through: they may change them."""

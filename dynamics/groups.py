@@ -68,6 +68,11 @@ class Groups:
         if scale is not None:
             torch._foreach_div_([into.views[index] for index in grads], scale)
 
+    def skips(self, number: int) -> Tensor | None:
+        """1 where a gradient scaler makes an optimizer skip its step, else 0; known during a fused step only."""
+        found = getattr(self._optimizers[number], "found_inf", None)
+        return None if found is None else found.detach().reshape(()).to(self._layers.sums_dtype)
+
     def trained(self, stepped: Sequence[int]) -> dict[int, Group]:
         """Group of each parameter that the optimizers which stepped have trained, by the parameter's index."""
         return {index: group for number in stepped for index, group in self._trained[number].items()}

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,7 @@ from .batches import Batches
 from .buffer import Buffer
 from .errors import named
 from .event import Event, Stage, effect
-from .groups import Group, Groups
+from .groups import Groups
 from .layers import Layers
 from .moment import Moment
 from .probe import Objective, Probe, cross_entropy_objective, unwrap
@@ -41,6 +40,7 @@ from .resuming import begin
 from .rows import Rows
 from .step import Measurement
 from .step_curvature import StepCurvature
+from .steps import Steps
 from .termination import on_termination
 
 
@@ -96,51 +96,27 @@ class Recorder:
     ) -> None:
         check_arguments(model, optimizer, objective, every, curvature_every)
         check_resume(resume, step)
-        self._steps, curvature = wanted("steps", quantities), wanted("curvature", quantities)
-        self._processes = Processes(model)
-        self._model, self._optimizers, self._objective = unwrap(model), optimizers(optimizer), objective
-        self._every = every
+        names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
+        held, self._path, self._passes = optimizers(optimizer), path, 0
+        self._model, self._objective, self._processes = unwrap(model), objective, Processes(model)
         self._layers = Layers(self._model)
-        self._groups = Groups(self._optimizers, self._layers)
-        self._measurement = Measurement(self._layers, self._groups, self._processes, self._steps, curvature)
-        self._passes = 0
-        self._path, self._busy, self._begun = path, False, False
-        self._skips: dict[int, Tensor] = {}
+        groups = Groups(held, self._layers)
+        measurement = Measurement(self._layers, groups, self._processes, names, curvature_names)
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
-        present = self._measurement.present()
-        begun = self._processes.first(lambda: begin(path, origin, present, resume, step))
-        store, place = begun or (None, None)
-        self._step, self._epoch, self._events, self._flow_time = astuple(self._processes.told(place))
-        self._measurement.start_from(store, begins=self._step == 0)
+        present = measurement.present()
+        store, place = self._processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
+        place = self._processes.told(place)
+        measurement.start_from(store, begins=place.step == 0)
+        self._events = place.events
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = [] if self._processes.replicated else self._layers.parameters
         self._batches = Batches(model, self._layers.device, counted)
-        self._curvature = StepCurvature(
-            self._model,
-            objective,
-            self._batches,
-            self._measurement,
-            self._processes,
-            curvature_every if curvature else 0,
-        )
-        self._attachment = Attachment(
-            self._optimizers,
-            begin=self._begin_step,
-            ready=self._take_gradient,
-            stepped=self._take_update,
-            done=self._end_step,
-            asleep=lambda: self._busy,
-        )
-        self._await_forward()
+        probing = self._model, objective, self._batches, measurement, self._processes
+        curvature = StepCurvature(*probing, curvature_every if curvature_names else 0)
+        self._steps = Steps(groups, measurement, curvature, self._batches, self._rows, place, names, every)
+        self._attachment = Attachment(held, self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
-        if self._processes.sharded and self._curvature.due(0):
-            self._curvature.stop()
-            warnings.warn(
-                "curvature is not recorded: it needs all parameters in one process, and FSDP2 spreads them; "
-                "give curvature_every=0 to record first-order quantities only",
-                stacklevel=2,
-            )
 
     # what the loop calls
 
@@ -155,8 +131,7 @@ class Recorder:
     def _observe(self, batch: Any, *, stays: bool) -> None:
         self._attachment.end()
         if self._attachment:
-            self._batches.add(batch, due=self._curvature.due(self._step), stays=stays)
-            self._rows.logged.batch(first=len(self._batches) == 1)
+            self._steps.see(batch, stays=stays)
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
@@ -168,18 +143,18 @@ class Recorder:
         for name, value in scalars.items():
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
-            self._rows.logged.add(name, value, self._batches.mark)
+            self._steps.log(name, value)
 
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""
         check_epoch(scalars)
-        self._rows.add("epochs", {"epoch": self._epoch, **scalars})
+        self._rows.add("epochs", {"epoch": self._steps.epoch, **scalars})
 
     def begin_epoch(self) -> None:
         """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""
         self._attachment.end()
         self._batches.begin_epoch()
-        self._epoch += int(self._passes > 0 or self._step > 0)
+        self._steps.epoch += int(self._passes > 0 or self._steps.number > 0)
         self._passes += 1
 
     @contextmanager
@@ -214,7 +189,8 @@ class Recorder:
         before = self._stage(probe, mode, moments)
         yield (event := Event(self._model))
         after = self._stage(probe, mode, moments)
-        row = {"event": self._events, "kind": kind, "mode": mode, "step": self._step, "epoch": self._epoch}
+        now = {"step": self._steps.number, "epoch": self._steps.epoch}
+        row = {"event": self._events, "kind": kind, "mode": mode, **now}
         self._rows.add("pruning", row | attributes | effect(self._layers, before, after))
         self._rows.add_units(self._events, event)
         self._events += 1
@@ -241,7 +217,7 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        unstepped = bool(self._batches) and not self._step
+        unstepped = bool(self._batches) and not self._steps.number
         self.close()
         if unstepped and exception[0] is None:
             warnings.warn(
@@ -252,7 +228,7 @@ class Recorder:
 
     def __repr__(self) -> str:
         state = "recording" if self._attachment else "closed"
-        return f"<Recorder {self._path}: {state}, {self._step} steps, {len(self._layers)} layers>"
+        return f"<Recorder {self._path}: {state}, {self._steps.number} steps, {len(self._layers)} layers>"
 
     @property
     def failure(self) -> Exception | None:
@@ -262,83 +238,10 @@ class Recorder:
     @property
     def measuring(self) -> bool:
         """Whether the recorder itself is evaluating the model right now: hooks of one's own may want to wait."""
-        return self._busy
-
-    # around a step
-
-    def _begin_step(self) -> None:
-        """Keep θ as it is before the step, and what the curvature needs of this moment."""
-        self._batches.repeat(due=self._curvature.due(self._step))
-        self._begun, self._skips = self._curvature.ready(self._step) or self._records(), {}
-        if not self._begun:
-            return
-        with self._measuring_now("first-order quantities"):
-            self._layers.refresh()
-            self._groups.refresh()
-            self._measurement.begin()
-            self._curvature.begin(self._step)
-
-    def _take_gradient(self, number: int) -> None:
-        """Keep g before the optimizer applies it: it may overwrite it."""
-        if self._begun:
-            with self._measuring_now("first-order quantities"):
-                self._measurement.take_gradient(number)
-
-    def _take_update(self, number: int) -> None:
-        """Take what the optimizer did, before anything else changes θ."""
-        found = getattr(self._optimizers[number], "found_inf", None)  # set during a fused step of a gradient scaler
-        if found is not None:
-            self._skips[number] = found.detach().reshape(()).to(self._layers.sums_dtype)
-        if self._begun:
-            with self._measuring_now("first-order quantities"):
-                self._measurement.take_update(number)
-
-    def _end_step(self, stepped: list[int]) -> None:
-        """All optimizers have stepped, or a new step begins: measure what the step did."""
-        row = None
-        if self._begun:
-            with self._measuring_now("first-order quantities"):
-                self._measurement.end(stepped)
-                if self._records():
-                    trained = self._groups.trained(stepped)
-                    values = self._processes.total(self._measurement.step_values(trained))
-                    row = self._scalars(trained, stepped) | values
-            with self._measuring_now("curvature"):
-                if (curvature := self._curvature.end(self._step)) is not None:
-                    self._rows.add("curvature", {"step": self._step, **curvature})
-        if 0 in stepped:
-            moved = 1 - self._skips.get(0, 0.0)
-            self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
-        self._begun = False
-        self._rows.step(row, self._batches.mark)
-        self._step += 1
-        self._batches.clear()
-        self._await_forward()
-
-    def _await_forward(self) -> None:
-        if self._curvature.due(self._step):
-            self._batches.await_forward(lambda: self._busy)
-
-    def _scalars(self, trained: Mapping[int, Group], stepped: list[int]) -> dict[str, Any]:
-        skips = [self._skips.get(number) for number in stepped]
-        scalars = {
-            "learning_rate": lambda: self._groups.learning_rate(trained),
-            "flow_step": lambda: self._groups.flow_step(trained),
-            "flow_time": lambda: self._flow_time,
-            "epoch": lambda: self._epoch,
-            "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 where all were
-        }
-        return {"step": self._step} | {name: value() for name, value in scalars.items() if name in self._steps}
-
-    # small things
-
-    def _records(self) -> bool:
-        """Whether this step has a row; a replica that does not write has nothing to add to first-order quantities."""
-        due = bool(self._every) and self._step % self._every == 0
-        return due and not (self._processes.replicated and not self._processes.writes)
+        return self._steps.busy
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
-        with self._measuring_now():
+        with self._steps.measuring():
             self._layers.refresh()
             probe = Probe(self._model, self._objective, batches, mode=mode, moments=moments)
             try:
@@ -346,28 +249,6 @@ class Recorder:
             except Exception as error:
                 raise ValueError(f"event(): the objective failed on the probe's batches with {named(error)}") from error
             return Stage(self._layers, self._processes, expansion)
-
-    @contextmanager
-    def _measuring_now(self, what: str = "") -> Iterator[None]:
-        """Inside, no graph is built but the probes' own, and hooks that a measurement sets off do nothing.
-
-        With ``what``, an exception ends the recording of steps with a warning, not the training.
-        """
-        self._busy = True
-        try:
-            with torch.no_grad():
-                yield
-        except Exception as error:
-            if not what:
-                raise
-            self._every, self._begun = 0, False
-            self._curvature.stop()
-            warnings.warn(
-                f"steps are not recorded from step {self._step} on: measuring {what} failed with {named(error)}",
-                stacklevel=2,
-            )
-        finally:
-            self._busy = False
 
 
 class _Watched:

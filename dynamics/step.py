@@ -75,8 +75,15 @@ class Measurement:
             for old, new in zip(start.views, self._start.views, strict=True):
                 new.copy_(old) if old.shape == new.shape else new.fill_(torch.nan)
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process is needed for first-order quantities: a replica is not, unless it writes."""
+        return self._processes.writes or not self._processes.replicated
+
     def begin(self) -> None:
         """Keep θ as it is before the step; no gradient is known yet."""
+        self._layers.refresh()
+        self._groups.refresh()
         if self._version != self._layers.version:
             self._adapt()
         self._layers.theta(self._theta)
@@ -96,8 +103,8 @@ class Measurement:
         self._update.take([self._theta.views[index] for index in rest], among=rest)
         self._update.blocks.sub_(self._theta.blocks)
 
-    def step_values(self, trained: Mapping[int, Group]) -> dict[str, Tensor]:
-        """The layers' quantities of ``/steps``, each (layer,)."""
+    def step_values(self, trained: Mapping[int, Group]) -> Mapping[str, Tensor]:
+        """The layers' quantities of ``/steps``, each (layer,), over all processes."""
         vectors = Vectors(
             theta=self._theta.blocks,
             grad=self._grad.blocks,
@@ -105,7 +112,7 @@ class Measurement:
             start=None if self._start is None else self._start.blocks,
             decay=self._groups.decay(trained) if "decay_sqnorm" in self._steps else None,
         )
-        return self._layers.evaluate(self._steps, vectors)
+        return self._processes.total(self._layers.evaluate(self._steps, vectors))
 
     def gradient(self, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss before the step and its own gradient g, by parameter name."""

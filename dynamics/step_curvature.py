@@ -41,6 +41,13 @@ class StepCurvature:
         self._measurement, self._processes, self._every = measurement, processes, every
         self._probes: list[Probe] = []
         self._said: set[str] = set()
+        if every and processes.sharded:
+            self.stop()
+            warnings.warn(
+                "curvature is not recorded: it needs all parameters in one process, and FSDP2 spreads them; "
+                "give curvature_every=0 to record first-order quantities only",
+                stacklevel=3,
+            )
 
     def due(self, step: int) -> bool:
         """Whether a step is to be measured."""

@@ -1,0 +1,144 @@
+"""The steps of a training as they are recorded: when to measure around each, and what its row is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Batches
+from .errors import named
+from .groups import Group, Groups
+from .resuming import Place
+from .rows import Rows
+from .step import Measurement
+from .step_curvature import StepCurvature
+
+
+class Steps:
+    """Measures steps, and sends the rows of every so-manieth.
+
+    Args:
+        groups, measurement, curvature, batches: of the training.
+        rows: where the rows go.
+        place: where the training is: ``number`` is the step to come, ``epoch`` the present one.
+        names: quantities of ``/steps`` that a row has.
+        every: record at every such step.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        measurement: Measurement,
+        curvature: StepCurvature,
+        batches: Batches,
+        rows: Rows,
+        place: Place,
+        names: Sequence[str],
+        every: int,
+    ) -> None:
+        self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
+        self._rows, self._names, self._every = rows, names, every
+        self.number, self.epoch, self._flow_time = place.step, place.epoch, place.flow_time
+        self.busy, self._begun = False, False
+        self._skips: dict[int, Tensor] = {}
+        self._await_forward()
+
+    def see(self, batch: Any, *, stays: bool) -> None:
+        """A batch of the step to come; one that stays is also that of further steps."""
+        self._batches.add(batch, due=self._curvature.due(self.number), stays=stays)
+        self._rows.logged.batch(first=len(self._batches) == 1)
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """A scalar for a row."""
+        self._rows.logged.add(name, value, self._batches.mark)
+
+    def begin(self) -> None:
+        """Keep θ as it is before the step, and what the curvature needs of this moment."""
+        self._batches.repeat(due=self._curvature.due(self.number))
+        self._begun, self._skips = self._curvature.ready(self.number) or self._records(), {}
+        if not self._begun:
+            return
+        with self.measuring("first-order quantities"):
+            self._measurement.begin()
+            self._curvature.begin(self.number)
+
+    def take_gradient(self, number: int) -> None:
+        """Keep g before an optimizer applies it: it may overwrite it."""
+        if self._begun:
+            with self.measuring("first-order quantities"):
+                self._measurement.take_gradient(number)
+
+    def take_update(self, number: int) -> None:
+        """Take what an optimizer did, before anything else changes θ."""
+        if (skips := self._groups.skips(number)) is not None:
+            self._skips[number] = skips
+        if self._begun:
+            with self.measuring("first-order quantities"):
+                self._measurement.take_update(number)
+
+    def end(self, stepped: list[int]) -> None:
+        """All optimizers have stepped, or a new step begins: measure what the step did."""
+        row = None
+        if self._begun:
+            with self.measuring("first-order quantities"):
+                self._measurement.end(stepped)
+                if self._records():
+                    trained = self._groups.trained(stepped)
+                    row = self._scalars(trained, stepped) | self._measurement.step_values(trained)
+            with self.measuring("curvature"):
+                if (curvature := self._curvature.end(self.number)) is not None:
+                    self._rows.add("curvature", {"step": self.number, **curvature})
+        if 0 in stepped:
+            moved = 1 - self._skips.get(0, 0.0)
+            self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
+        self._begun = False
+        self._rows.step(row, self._batches.mark)
+        self.number += 1
+        self._batches.clear()
+        self._await_forward()
+
+    @contextmanager
+    def measuring(self, what: str = "") -> Iterator[None]:
+        """Inside, no graph is built but the probes' own, and hooks that a measurement sets off do nothing.
+
+        With ``what``, an exception ends the recording of steps with a warning, not the training.
+        """
+        self.busy = True
+        try:
+            with torch.no_grad():
+                yield
+        except Exception as error:
+            if not what:
+                raise
+            self._every, self._begun = 0, False
+            self._curvature.stop()
+            warnings.warn(
+                f"steps are not recorded from step {self.number} on: measuring {what} failed with {named(error)}",
+                stacklevel=2,
+            )
+        finally:
+            self.busy = False
+
+    def _await_forward(self) -> None:
+        if self._curvature.due(self.number):
+            self._batches.await_forward(lambda: self.busy)
+
+    def _records(self) -> bool:
+        """Whether this step has a row, and this process a part in it."""
+        return bool(self._every) and self.number % self._every == 0 and self._measurement.takes_part
+
+    def _scalars(self, trained: Mapping[int, Group], stepped: list[int]) -> dict[str, Any]:
+        skips = [self._skips.get(number) for number in stepped]
+        scalars = {
+            "learning_rate": lambda: self._groups.learning_rate(trained),
+            "flow_step": lambda: self._groups.flow_step(trained),
+            "flow_time": lambda: self._flow_time,
+            "epoch": lambda: self.epoch,
+            "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 where all were
+        }
+        return {"step": self.number} | {name: value() for name, value in scalars.items() if name in self._names}

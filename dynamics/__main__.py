@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from .data import DataError
 from .errors import one_line
 from .experiment import Experiment
+from .grid import grid
 from .protocols import Comparison, compare
 from .reading import open_run
 from .summary import summary
-from .sweep import grid, sweep
+from .sweep import sweep
 from .training import run
 
 
@@ -60,10 +61,20 @@ def _protocols_parser() -> ArgumentParser:
 
 def _sweep_parser() -> ArgumentParser:
     many = ArgumentParser(
-        description="Run the grid of experiments that a YAML file spans with its lists.", exit_on_error=False
+        description="Run the grid of experiments that a YAML file spans with its lists, on Dask. What is recorded "
+        "already is skipped, what was interrupted goes on from its last epoch.",
+        exit_on_error=False,
     )
     many.add_argument("configuration", help="YAML file: settings of `run`, where a list stands for each of its values")
     many.add_argument("-o", "--output", required=True, help="folder for the records")
+    many.add_argument(
+        "--workers", type=int | None, default=None,
+        help="Processes on this machine, of one thread; 0 runs all in this one. By default one a GPU, else one a core.",
+    )  # fmt: skip
+    many.add_argument(
+        "--scheduler", type=str | None, default=None,
+        help="Address of a Dask scheduler whose workers run the experiments, say tcp://10.0.0.1:8786.",
+    )  # fmt: skip
     return many
 
 
@@ -88,7 +99,7 @@ def _configuration(path: str) -> dict:
     return settings
 
 
-def _execute(arguments: list[str] | None) -> None:
+def _execute(arguments: list[str] | None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     command = parsed.command
@@ -97,9 +108,7 @@ def _execute(arguments: list[str] | None) -> None:
         experiment = Experiment(**{name: settings[name] for name in Experiment.__dataclass_fields__})
         print(f"recorded {run(experiment, settings.output)}; see it with: python -m analysis {settings.output}")
     elif command == "sweep":
-        folder = Path(parsed.sweep.output)
-        paths = sweep(grid(_configuration(parsed.sweep.configuration)), folder)
-        print(f"recorded {len(paths)} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
+        return _sweep(parsed.sweep)
     elif command == "protocols":
         settings = parsed.protocols
         comparison = Comparison(**{name: settings[name] for name in Comparison.__dataclass_fields__})
@@ -108,12 +117,26 @@ def _execute(arguments: list[str] | None) -> None:
         print(f"see them with: python -m analysis protocol-diff {folder}/default.zarr {folder}/*.zarr")
     else:
         print(summary(open_run(parsed.show.record)))
+    return 0
+
+
+def _sweep(settings: Namespace) -> int:
+    """Run a grid; 1 if not all of it is recorded, with a line on stderr for each run that failed."""
+    experiments, folder = grid(_configuration(settings.configuration)), Path(settings.output)
+    failed = sweep(experiments, folder, workers=settings.workers, scheduler=settings.scheduler)
+    for name, error in failed.items():
+        print(f"failed: {name}: {error}", file=sys.stderr)
+    recorded = len(experiments) - len(failed)
+    print(f"recorded {recorded} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
+    return 1 if failed else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
+    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend, 1 if some of
+    several runs failed.
+    """
     try:
-        _execute(arguments)
+        return _execute(arguments)
     except ArgumentError as error:
         print(f"error: {_plain(error)}; --help says what there is", file=sys.stderr)
         return 2
@@ -121,9 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was recorded until now is kept", file=sys.stderr)
+        print("interrupted; what was recorded until now is kept, the same command goes on", file=sys.stderr)
         return 130
-    return 0
 
 
 def _plain(error: ArgumentError) -> str:

@@ -36,6 +36,12 @@ def load(record: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} cannot be read ({reason}); remove it, and the run begins anew") from error
 
 
+def saved_at(record: Path) -> int | None:
+    """When a state was kept last, in nanoseconds; None if there is none."""
+    path = record / _NAME
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def remove(record: Path) -> None:
     """Let the state go."""
     (record / _NAME).unlink(missing_ok=True)

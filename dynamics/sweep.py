@@ -1,62 +1,97 @@
-"""Many experiments from one configuration: the grid of all its lists."""
+"""Many experiments, each recorded once: what is finished is skipped, what was interrupted goes on."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
-from .data import load
 from .experiment import Experiment
-from .training import find_device, run
-
-_LISTS = ("epochs", "learning_rates")
-
-
-def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
-    """All experiments of a configuration: a mapping of Experiment's fields, where a list stands for each of its values.
-
-    Raises:
-        ValueError: a field that Experiment does not have, or an impossible value.
-    """
-    known = [field.name for field in dataclasses.fields(Experiment)]
-    if unknown := sorted(map(str, set(configuration) - set(known))):
-        raise ValueError(f"unknown settings {', '.join(unknown)}: an experiment has {', '.join(known)}")
-    varied: dict[str, list[Any]] = {}
-    for name, value in configuration.items():
-        if value == []:
-            raise ValueError(f"{name} is an empty list: give at least one value, or leave the setting out")
-        varied[name] = value if isinstance(value, list) and name not in _LISTS else [value]
-    experiments = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    return [Experiment(**{name: _tuple(value) for name, value in settings.items()}) for settings in experiments]
+from .training import find_device, is_finished, steps_of
+from .workers import connected, data_of, here, on_dask
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def sweep(
+    experiments: Iterable[Experiment], folder: Path, *, workers: int | None = None, scheduler: str | None = None
+) -> dict[str, str]:
+    """Run all experiments that are not finished; each is recorded at ``folder / NAME.zarr``.
 
+    Args:
+        experiments: see :func:`~dynamics.grid.grid`.
+        folder: where the records go; on several machines a folder that all of them have.
+        workers: processes on this machine, each with one thread; 0: this process; None: as many as it has GPUs, or
+            cores if the runs are on none.
+        scheduler: address of a Dask scheduler whose workers run the experiments instead, e.g. ``tcp://10.0.0.1:8786``.
 
-def sweep(experiments: list[Experiment], folder: Path) -> list[Path]:
-    """Run the experiments one after the other; each record goes to ``folder / NAME.zarr``. Returns their paths.
+    Returns:
+        What went wrong, by the name of the run; the others went on. Empty if all are recorded.
 
     Raises:
-        FileExistsError: one of the records exists; then none is run.
+        FileExistsError: something else is at one of the paths; then none is run.
         ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
+        FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
     """
-    paths = [folder / f"{experiment.name}.zarr" for experiment in experiments]
-    if len(set(paths)) < len(paths):
+    if workers is not None and (workers < 0 or scheduler is not None):
+        raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
+    experiments = list(experiments)
+    paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
+    if len(set(paths.values())) < len(experiments):
         raise ValueError(
             "two experiments of the grid would write the same record: vary model, data, measure, ... or seed"
         )
-    if existing := [path for path in paths if path.exists()]:
-        raise FileExistsError(f"{existing[0]} exists already: choose another folder, or remove it first")
-    for name in sorted({experiment.device for experiment in experiments}):
+    left = {experiment: path for experiment, path in paths.items() if not is_finished(path, experiment)}
+    for name in sorted({experiment.device for experiment in left} if scheduler is None else ()):
         find_device(name)
-    keys = {(experiment.data, experiment.root, experiment.download) for experiment in experiments}
-    data = {key: load(key[0], root=key[1], download=key[2]) for key in keys}
-    for experiment, path in tqdm(list(zip(experiments, paths, strict=True)), desc="experiments", unit="run"):
-        run(experiment, path, data=data[experiment.data, experiment.root, experiment.download])
-    return paths
+    if not left:
+        return {}
+    steps, failed = {experiment: _steps(experiment) for experiment in left}, {}
+    with ExitStack() as stack:
+        on = here
+        if workers != 0:
+            on = partial(on_dask, stack.enter_context(connected(left, workers=workers, scheduler=scheduler)))
+        bar = stack.enter_context(closing(_Bar(steps, len(paths))))
+        for experiment, error in on(left, bar.report):
+            bar.end(experiment, error)
+            if error:
+                failed[experiment.name] = error
+    return failed
+
+
+def _steps(experiment: Experiment) -> int:
+    return steps_of(experiment, data_of(experiment.data, experiment.root, experiment.download))
+
+
+class _Bar:
+    """One bar over the steps of all runs."""
+
+    def __init__(self, steps: Mapping[Experiment, int], runs: int) -> None:
+        self._steps, self._done = steps, dict.fromkeys(steps, 0)
+        self._ended, self._runs, self._failed = set(), runs, 0
+        self._bar = tqdm(total=sum(steps.values()), desc="sweep", unit="step")
+        self._say()
+
+    def report(self, experiment: Experiment, steps: int) -> None:
+        """A run has done so many steps."""
+        if experiment not in self._ended:
+            self._bar.update(steps - self._done[experiment])
+            self._done[experiment] = steps
+
+    def end(self, experiment: Experiment, error: str) -> None:
+        """A run has ended."""
+        if not error:
+            self.report(experiment, self._steps[experiment])
+        self._ended.add(experiment)
+        self._failed += bool(error)
+        self._say()
+
+    def close(self) -> None:
+        """Leave it as it is."""
+        self._bar.close()
+
+    def _say(self) -> None:
+        failed = f", {self._failed} failed" if self._failed else ""
+        ended = self._runs - len(self._steps) + len(self._ended) - self._failed
+        self._bar.set_postfix_str(f"{ended} of {self._runs} runs recorded{failed}")

@@ -91,7 +91,7 @@ def test_from_nothing_to_a_report(
 def test_a_sweep_writes_a_record_each(tmp_path: Path) -> None:
     configuration = tmp_path / "grid.yaml"
     configuration.write_text(TINY_FILE + "measure: [none, random]\ncurvature_every: 0\n")
-    assert MAINS["dynamics"](["sweep", str(configuration), "-o", str(tmp_path / "out")]) == 0
+    assert MAINS["dynamics"](["sweep", str(configuration), "-o", str(tmp_path / "out"), "--workers", "0"]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["vgg13-digits-none-seed0.zarr", "vgg13-digits-random-0.75-1r-seed0.zarr"]
 
@@ -100,8 +100,11 @@ def experiments_run(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> li
     """What the command line would run: nothing is trained."""
     seen: list[Experiment] = []
     monkeypatch.setattr("dynamics.__main__.run", lambda experiment, path: seen.append(experiment))
-    monkeypatch.setattr("dynamics.sweep.run", lambda experiment, path, data: seen.append(experiment))
-    assert MAINS["dynamics"](arguments) == 0
+    monkeypatch.setattr("dynamics.workers.run", lambda experiment, path, **settings: seen.append(experiment))
+    monkeypatch.setattr("dynamics.workers.data_of", lambda *names: None)
+    monkeypatch.setattr("dynamics.sweep.steps_of", lambda experiment, data: 1)
+    in_this_process = ["--workers", "0"] if arguments[0] == "sweep" else []
+    assert MAINS["dynamics"]([*arguments, *in_this_process]) == 0
     return seen
 
 
@@ -137,7 +140,6 @@ def test_flags_and_files_say_the_same(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_configurations_that_ship_are_valid(
     configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dynamics.sweep.load", lambda *arguments, **settings: None)
     assert experiments_run(monkeypatch, ["sweep", str(configuration), "-o", str(tmp_path)])
 
 
@@ -197,6 +199,7 @@ MISTAKES = {
     "grid on no device": ("dynamics", ["sweep", "{abacus}", "-o", "{new}"], "device 'abacus' cannot be used"),
     "grid exists": ("dynamics", ["sweep", "{seed}", "-o", "{folder}"], "none-seed3.zarr exists already"),
     "grid twice": ("dynamics", ["sweep", "{twice}", "-o", "{new}"], "would write the same record: vary model"),
+    "grid on too few": ("dynamics", ["sweep", "{seed}", "-o", "{new}", "--workers", "-1"], "workers must be 0 or more"),
     "existing": ("dynamics", ["run", "-o", "{record}", *TINY], "exists already"),
     "no data": ("dynamics", ["run", "-o", "{new}", "--data", "cifar10", "--root", "{folder}"], "--download"),
     "no configuration": ("dynamics", ["run", "-o", "{new}", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -228,7 +231,7 @@ FILES = {
     "latin": "model: größe\n".encode("latin-1"),
     "abacus": b"device: abacus\n",
     "seed": b"measure: none\nseed: [3, 4]\n",
-    "twice": b"width: [1, 2]\n",
+    "twice": b"width: [1, 2]\nmeasure: magnitude\n",
 }
 
 

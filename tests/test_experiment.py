@@ -22,7 +22,6 @@ from dynamics.data import Data, load
 from dynamics.experiment import Experiment
 from dynamics.models import build
 from dynamics.pruning import MEASURES, PROTOCOLS, share_left
-from dynamics.sweep import grid, sweep
 from dynamics.training import run
 
 TINY = Experiment(
@@ -239,26 +238,6 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
 def test_impossible_settings_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **change)
-
-
-def test_a_grid_is_the_product_of_its_lists(tmp_path: Path) -> None:
-    experiments = grid({"measure": ["none", "magnitude"], "seed": [0, 1], "epochs": [2, 1], "learning_rates": [1, 0.1],
-                        "rounds": 1})  # fmt: skip
-    assert [(e.measure, e.seed) for e in experiments] == [("none", 0), ("none", 1), ("magnitude", 0), ("magnitude", 1)]
-    assert all(e.epochs == (2, 1) for e in experiments)
-    with pytest.raises(ValueError, match="unknown settings colour: an experiment has model, data"):
-        grid({"colour": "red"})
-    with pytest.raises(ValueError, match="measure is an empty list: give at least one value"):
-        grid({"measure": []})
-    with pytest.raises(ValueError, match="epochs must be a list of whole numbers, got 3"):
-        grid({"epochs": 3})
-    with pytest.raises(ValueError, match="device 'abacus' cannot be used"):
-        sweep([replace(TINY, device="abacus")], tmp_path)
-    with pytest.raises(ValueError, match="would write the same record"):
-        sweep([TINY, TINY], tmp_path)
-    (tmp_path / f"{TINY.name}.zarr").mkdir()
-    with pytest.raises(FileExistsError, match="exists already: choose another folder"):
-        sweep([TINY], tmp_path)
 
 
 def test_an_existing_record_is_not_touched(tmp_path: Path, data: Data) -> None:

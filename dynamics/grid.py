@@ -1,0 +1,47 @@
+"""The experiments of a configuration: the grid that its lists span."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .experiment import Experiment
+
+_LISTS = ("epochs", "learning_rates")
+
+
+def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
+    """All experiments of a configuration: a mapping of Experiment's fields, where a list stands for each of its values.
+
+    ``grids`` may hold a list of such mappings: each is a grid of its own, with the other settings in common. What would
+    compute the same, e.g. measure "none" with several sparsities, is one experiment.
+
+    Raises:
+        ValueError: a field that Experiment does not have, or an impossible value.
+    """
+    grids = configuration.get("grids", [{}])
+    if not isinstance(grids, list) or not grids or not all(isinstance(part, Mapping) for part in grids):
+        raise ValueError(f"grids must be a list of settings like `- model: vgg13`, got {grids!r:.80}")
+    common = {name: value for name, value in configuration.items() if name != "grids"}
+    found = [experiment for part in grids for experiment in _product({**common, **part})]
+    return list({json.dumps(experiment.identity): experiment for experiment in reversed(found)}.values())[::-1]
+
+
+def _product(settings: Mapping[str, Any]) -> list[Experiment]:
+    known = [field.name for field in dataclasses.fields(Experiment)]
+    if unknown := sorted(map(str, set(settings) - set(known))):
+        raise ValueError(f"unknown settings {', '.join(unknown)}: an experiment has {', '.join(known)}")
+    varied: dict[str, list[Any]] = {}
+    for name, value in settings.items():
+        if value == []:
+            raise ValueError(f"{name} is an empty list: give at least one value, or leave the setting out")
+        varied[name] = value if isinstance(value, list) and name not in _LISTS else [value]
+    points = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+    return [Experiment(**{name: _tuple(value) for name, value in point.items()}) for point in points]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,173 @@
+"""A sweep records each experiment of its grid once, whatever happens to its workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import dask
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from test_experiment_resumes import assert_same_records, contents
+
+from dynamics import checkpoint, open_run
+from dynamics.__main__ import main
+from dynamics.experiment import Experiment
+from dynamics.grid import grid
+from dynamics.sweep import sweep
+from dynamics.training import run
+
+TINY = Experiment(
+    width=0.05, rounds=1, epochs=(3,), learning_rates=(0.1,), sparsity=0.5, batch_size=32, train_samples=60,
+    importance_samples=60, probe_samples=32, curvature_every=2,
+)  # fmt: skip
+DIVERGING = replace(TINY, learning_rates=(1e30,), seed=9)
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as POSIX has it"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_workers_do() -> None:
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """Two worker processes; whoever dies with a run is to blame at once."""
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        LocalCluster(n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address=":0") as cluster,
+    ):
+        yield cluster.scheduler_address
+
+
+def arm(fuse: Path) -> None:
+    """Have the first process that has done two epochs of a run die before its checkpoint, once."""
+    save = checkpoint.save
+
+    def save_or_die(record: Path, state: dict) -> None:
+        if state["epochs"] == 2 and not fuse.exists():
+            fuse.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(record, state)
+
+    checkpoint.save = save_or_die
+
+
+def test_a_grid_is_the_product_of_its_lists() -> None:
+    experiments = grid({"measure": ["none", "magnitude"], "seed": [0, 1], "epochs": [2, 1], "learning_rates": [1, 0.1],
+                        "rounds": 1})  # fmt: skip
+    assert [(e.measure, e.seed) for e in experiments] == [("none", 0), ("none", 1), ("magnitude", 0), ("magnitude", 1)]
+    assert all(e.epochs == (2, 1) for e in experiments)
+
+
+def test_what_computes_the_same_is_one_experiment() -> None:
+    experiments = grid({"measure": ["none", "magnitude"], "rounds": [1, 5], "sparsity": [0.5, 0.75]})
+    assert [(e.measure, e.rounds, e.sparsity) for e in experiments] == [
+        ("none", 1, 0.5), ("magnitude", 1, 0.5), ("magnitude", 1, 0.75), ("magnitude", 5, 0.5), ("magnitude", 5, 0.75),
+    ]  # fmt: skip
+
+
+def test_several_grids_share_what_they_have_in_common() -> None:
+    experiments = grid(
+        {"seed": [0, 1], "grids": [{"model": "vgg13", "width": 0.125}, {"model": "resnet56", "seed": 2}]}
+    )
+    assert [(e.model, e.width, e.seed) for e in experiments] == [
+        ("vgg13", 0.125, 0), ("vgg13", 0.125, 1), ("resnet56", 1.0, 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("configuration", "message"),
+    [
+        ({"colour": "red"}, "unknown settings colour: an experiment has model, data"),
+        ({"measure": []}, "measure is an empty list: give at least one value"),
+        ({"epochs": 3}, "epochs must be a list of whole numbers, got 3"),
+        ({"grids": {"model": "vgg13"}}, "grids must be a list of settings like `- model: vgg13`, got {'model'"),
+        ({"grids": []}, r"grids must be a list of settings like `- model: vgg13`, got \[\]"),
+        ({"grids": [{"colour": "red"}]}, "unknown settings colour"),
+    ],
+)
+def test_an_impossible_grid_is_refused(configuration: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grid(configuration)
+
+
+def test_nothing_runs_where_not_all_could(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used"):
+        sweep([TINY, replace(TINY, device="abacus", seed=1)], tmp_path)
+    with pytest.raises(ValueError, match="would write the same record"):
+        sweep([TINY, replace(TINY, width=0.1)], tmp_path)
+    (tmp_path / f"{TINY.name}.zarr").mkdir()
+    with pytest.raises(FileExistsError, match="exists already: choose another path"):
+        sweep([replace(TINY, seed=1), TINY], tmp_path)
+    assert not list((tmp_path / f"{TINY.name}.zarr").iterdir())
+
+
+def test_a_scheduler_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with dask.config.set({"distributed.comm.timeouts.connect": "100ms"}):
+        with pytest.raises(OSError, match=r"no scheduler answers at tcp://127.0.0.1:1: give the address that `dask"):
+            sweep([TINY], tmp_path, scheduler="tcp://127.0.0.1:1")
+        with pytest.raises(OSError, match="no scheduler answers at there: give the address"):
+            sweep([TINY], tmp_path, scheduler="there")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == ""
+
+
+def test_the_same_in_this_process_and_on_workers(tmp_path: Path, scheduler: str) -> None:
+    experiments = [TINY, replace(TINY, measure="none")]
+    assert sweep(experiments, tmp_path / "here", workers=0) == {}
+    assert sweep(experiments, tmp_path / "there", scheduler=scheduler) == {}
+    for experiment in experiments:
+        assert_same_records(*(tmp_path / place / f"{experiment.name}.zarr" for place in ("here", "there")))
+
+
+def test_what_is_recorded_is_left_as_it_is(tmp_path: Path) -> None:
+    assert sweep([TINY], tmp_path, workers=0) == {}
+    before = contents(tmp_path)
+    assert sweep([TINY, replace(TINY, seed=1)], tmp_path, workers=0) == {}
+    after = contents(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_worker_costs_an_epoch(tmp_path: Path, scheduler: str) -> None:
+    with Client(scheduler) as client:
+        client.run(arm, tmp_path / "fuse")
+    failed = sweep([TINY, replace(TINY, seed=1)], tmp_path / "swept", scheduler=scheduler)
+    assert (tmp_path / "fuse").exists()
+    assert failed == {}
+    resumed = []
+    for experiment in (TINY, replace(TINY, seed=1)):
+        path = tmp_path / "swept" / f"{experiment.name}.zarr"
+        resumed += [trace["step"] for trace in open_run(path).attrs.get("resumed", [])]
+        assert_same_records(path, run(experiment, tmp_path / f"{experiment.seed}.zarr", progress=False))
+    assert resumed == [2]  # the second of three epochs was lost
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path, scheduler: str) -> None:
+    failed = sweep([DIVERGING, TINY], tmp_path, scheduler=scheduler)
+    assert list(failed) == [DIVERGING.name]
+    assert "has the training diverged?" in failed[DIVERGING.name]
+    assert open_run(tmp_path / f"{TINY.name}.zarr").attrs["finished"]
+    assert "finished" not in open_run(tmp_path / f"{DIVERGING.name}.zarr").attrs
+
+
+def test_the_command_line_says_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On new processes, as by default."""
+    settings = {name: value for name, value in TINY.identity.items() if name not in ("learning_rates", "seed")}
+    lines = [f"{name}: {list(value) if isinstance(value, tuple) else value}\n" for name, value in settings.items()]
+    lines += ["grids:\n", "- learning_rates: [0.1]\n", "- {learning_rates: [1.0e+30], seed: 9}\n"]
+    (tmp_path / "grid.yaml").write_text("".join(lines).replace("True", "true").replace("False", "false"))
+    assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "recorded 1 runs in" in shown.out
+    assert f"failed: {DIVERGING.name}: magnitude has scores that are not finite" in shown.err
+    assert "100%" not in shown.err.splitlines()[-1]

@@ -222,7 +222,8 @@ class Recorder:
         if unstepped and exception[0] is None:
             warnings.warn(
                 "batches were seen, but no step of the optimizer: the one that trains is not the one that was given "
-                "(a copy of an optimizer has no hooks)",
+                "(a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: its "
+                "base_optimizer)",
                 stacklevel=2,
             )
 

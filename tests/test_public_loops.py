@@ -436,6 +436,18 @@ class SAM(torch.optim.Optimizer):
         self.second_step()
 
 
+def test_sam_steps_by_its_base_optimizer(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.warns(UserWarning, match="of one that steps by another, such as SAM, give that: its base_optimizer"):
+        with Recorder(tmp_path / "run", model, optimizer) as recorder:
+            for inputs, labels in recorder.watch(vectors(2)):
+                F.cross_entropy(model(inputs), labels).backward()
+                optimizer.first_step(zero_grad=True)
+                F.cross_entropy(model(inputs), labels).backward()
+                optimizer.second_step(zero_grad=True)
+
+
 @pytest.mark.parametrize("way", ["two steps", "closure"])
 def test_sam(tmp_path: Path, way: str) -> None:
     model = smooth_network()

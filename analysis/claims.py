@@ -76,7 +76,8 @@ CLAIMS: dict[str, Claim] = {
             "i.c", "Models pruned by magnitude converge faster than by magnitude-agnostic measures",
             "training_area", "magnitude", _AGNOSTIC, -1, "ratio",
             "The area under the training curve after the last pruning needs no threshold and is known for every run; "
-            "all runs of a seed train the same number of steps after it, on the same batches.",
+            "all runs of a seed train the same number of steps after it, on the same batches. Recovering from the "
+            "pruning is a part of it.",
         ),
         Claim(
             "i.d", "Loss preservation × magnitude converges faster than loss preservation",
@@ -210,6 +211,7 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
 
 def _effects(claim: Claim, values: pd.DataFrame) -> np.ndarray:
     """Of each seed that has all measures: ln a − mean ln b of ratios, a − mean b of differences."""
-    chosen = values[[claim.measure, *claim.others]].dropna().to_numpy()
+    chosen = values[[claim.measure, *claim.others]].to_numpy()
+    chosen = chosen[np.isfinite(chosen).all(1)]
     scaled = log(chosen) if claim.compare == "ratio" else chosen
     return scaled[:, 0] - (scaled[:, 1:].mean(1) if claim.others else 0)

@@ -2,7 +2,7 @@
 
 import pytest
 import xarray as xr
-from test_claims import record
+from synthetic_runs import record
 
 from analysis import MissingQuantityError, findings, pruning_findings
 from analysis.conditions import mean_by_measure

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from test_claims import record, runs
+from synthetic_runs import record, runs
 
 import analysis
 from analysis.__main__ import main

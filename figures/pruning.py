@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 import analysis
 from analysis.measures import WHOLE
@@ -91,8 +91,9 @@ def removal_curve(runs: Runs) -> Figure:
     _draw_directions(axes[1, 1], error)
     axes[1, 1].set(xscale="log", yscale="log", ylabel="relative error of Δloss")
     for ax in axes[1]:
-        ax.set(xlabel="share of the filters removed")
+        ax.set(xlabel="share of the filters removed", xticks=curve.fraction.values)
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.xaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_title(name_of(name))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip
@@ -131,6 +132,7 @@ def measure_agreement(runs: Runs) -> Figure:
             layers = ours.isel(event=0).drop_sel(layer=WHOLE)
             panels.draw_over_layers(layers.rank_correlation, ax=axes[2], **style, linewidth=1)
     axes[1].axhline(_OVERLAP_SHARE, color="0.7", zorder=0)
+    axes[1].set_ylim(bottom=0)
     for ax, title in zip(axes, ("all layers", f"lowest {_OVERLAP_SHARE:.0%}", "each layer", "itself"), strict=True):
         ax.set_title(title)
         ax.set(ylabel="in common" if ax is axes[1] else "rank correlation")

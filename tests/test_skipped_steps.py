@@ -15,6 +15,15 @@ import analysis
 SKIPPED = (0, 3)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[xr.DataTree, xr.DataTree]:
+    """A training with skipped steps, and the same on the other batches alone."""
+    torch.set_default_dtype(torch.float64)
+    path, batches = tmp_path_factory.mktemp("runs"), vectors(7)
+    kept = [batch for number, batch in enumerate(batches) if number not in SKIPPED]
+    return trained(path / "with", batches, SKIPPED), trained(path / "without", kept, ())
+
+
 def trained(path: Path, batches: list[Batch], skipped: tuple[int, ...]) -> xr.DataTree:
     torch.manual_seed(0)
     model = smooth_network()
@@ -36,16 +45,13 @@ def trained(path: Path, batches: list[Batch], skipped: tuple[int, ...]) -> xr.Da
 
 
 @pytest.mark.parametrize("name", ["loss_decrease", "stability", "norm_rate", "norm_balance"])
-def test_a_skipped_step_is_left_out(tmp_path: Path, name: str) -> None:
-    batches = vectors(7)
-    kept = [batch for number, batch in enumerate(batches) if number not in SKIPPED]
-    with_it = getattr(analysis, name)(trained(tmp_path / "with", batches, SKIPPED))
-    without = getattr(analysis, name)(trained(tmp_path / "without", kept, ()))
+def test_a_skipped_step_is_left_out(runs: tuple[xr.DataTree, xr.DataTree], name: str) -> None:
+    with_it, without = (getattr(analysis, name)(run) for run in runs)
     assert with_it.step.values.tolist() == [1, 2, 4, 5, 6]
     for variable, expected in without.items():
         np.testing.assert_allclose(with_it[variable], expected, rtol=1e-9, atol=1e-13, err_msg=variable)
 
 
-def test_a_window_reaches_over_a_skipped_step(tmp_path: Path) -> None:
-    rate = analysis.norm_rate(trained(tmp_path / "run", vectors(7), SKIPPED), window=3)
+def test_a_window_reaches_over_a_skipped_step(runs: tuple[xr.DataTree, xr.DataTree]) -> None:
+    rate = analysis.norm_rate(runs[0], window=3)
     assert np.isfinite(rate.first_order[1:-1]).all()

@@ -17,6 +17,8 @@ _AGNOSTIC = ("loss_preservation", "gradient_norm_increase", "gradient_norm_prese
 _NOT_FIRST_ORDER = ("magnitude", "gradient_norm_increase", "gradient_norm_preservation")
 _NOT_INCREASE = ("magnitude", "loss_preservation", "loss_preservation_times_magnitude", "gradient_norm_preservation")
 
+_NEGLIGIBLE = {"ratio": np.log(1.01), "difference": 0.001}
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -148,9 +150,13 @@ def claims(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     ==============  ===================================================================
     supported       the interval lies on the side of ``null`` that the claim says
     contradicted    it lies on the other side
-    inconclusive    it holds ``null``
+    negligible      it lies within 1 % of ``null`` (0.1 % of accuracy), whichever side
+    inconclusive    it holds ``null``, and is wider
     no verdict ...  fewer than two seeds have ended runs of all the measures; the reason follows
     ==============  ===================================================================
+
+    Negligible is what measures come to that all take everything: where each of them leaves a network that answers at
+    random, the changes of loss and gradient are as large as the loss and the gradient were, and alike to any digit.
 
     Each interval stands for itself: of claims that say nothing true, one in twenty gets a verdict by chance, half of
     them "supported". Count the conditions that agree before believing one. And seeds vary the initialisation and the
@@ -196,12 +202,15 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
     mean = effects.mean() if len(effects) else np.nan
     half = half_width(effects)
     bounds = mean, mean - half, mean + half
+    negligible = np.abs(bounds).max() <= _NEGLIGIBLE[claim.compare]
     value, low, high, null = (*np.exp(bounds), 1.0) if claim.compare == "ratio" else (*bounds, 0.0)
     if lacking:
         more = f" and {len(lacking) - 1} more" * (len(lacking) > 1)
         verdict = f"no verdict (no run of {lacking[0]}{more})"
     elif len(effects) < 2:
         verdict = "no verdict (1 seed)" if len(effects) else f"no verdict ({claim.statistic} not known)"
+    elif negligible:
+        verdict = "negligible"
     elif low <= null <= high:
         verdict = "inconclusive"
     else:

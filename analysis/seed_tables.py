@@ -20,7 +20,7 @@ from .typeset import MISSING
 
 Runs = Mapping[str, xr.DataTree]
 
-VERDICTS = ("supported", "contradicted", "inconclusive", "no verdict")
+VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdict")
 
 
 def accuracy_table(runs: Runs) -> pd.DataFrame:

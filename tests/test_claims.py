@@ -101,6 +101,14 @@ def test_a_ratio_is_paired_within_a_seed() -> None:
     assert (row.value, row.low, row.high, row.verdict) == pytest.approx((0.9, 0.9, 0.9, "supported"))
 
 
+@pytest.mark.parametrize(("factor", "verdict"), [(1.002, "negligible"), (0.998, "negligible"), (1.02, "contradicted")])
+def test_a_difference_in_the_last_digit_is_no_verdict(factor: float, verdict: str) -> None:
+    """Prunings that each take all of the gradient differ by nothing, however often they do so."""
+    table = random_statistics(conditions=1, seeds=3, rounds=1)
+    table["loss_change"] = np.where(table.measure == "loss_preservation", factor, 1.0) * (1 + 0.001 * table.seed)
+    assert verdicts(judged(table))["ii.a"] == verdict
+
+
 def test_no_verdict_from_one_seed() -> None:
     found = analysis.claims(runs(seeds=1, magnitude={"area": 0.1}))
     assert set(found.verdict) == {"no verdict (1 seed)"}

@@ -1,10 +1,10 @@
 """Masks: which parameters are pruned, and what keeps them at exactly zero while training goes on.
 
-A mask is a boolean buffer ``<parameter>_mask`` on the module that owns the parameter; it moves with the module, is
-copied with it, and stays out of the state dict. While it is there, three things hold a pruned parameter at zero under
-any optimizer whose update of a parameter with zero value, gradient and state is zero (SGD with momentum and weight
-decay, Adam, AdamW, ...): its value is zero, its gradient is masked as it arrives, and its optimizer state is masked
-once.
+The masks of a module's own parameters are a dictionary in an attribute of the module: copied with it, and out of the
+state dict. They are no buffers, since an averaged copy of a model (torch.optim.swa_utils) pairs those by position.
+While a mask is there, three things hold a pruned parameter at zero under any optimizer whose update of a parameter with
+zero value, gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...): its value is zero, its
+gradient is masked as it arrives, and its optimizer state is masked once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SUFFIX = "_mask"
+_MASKS = "_parameter_masks"
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -28,19 +28,29 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
 
     Those of ``torch.nn.utils.prune`` as well, whose parameters are called ``<parameter>_orig``.
     """
-    buffers = dict(model.named_buffers())
-    names = {name: name.removesuffix("_orig") + _SUFFIX for name, _ in model.named_parameters()}
-    found = {name: buffers[mask] for name, mask in names.items() if mask in buffers}
-    return {name: mask.bool() for name, mask in found.items() if mask.dtype == torch.bool or name.endswith("_orig")}
+    buffers, found = dict(model.named_buffers()), {}
+    for name, _ in model.named_parameters():
+        mask = _mask(*_owner(model, name))
+        if mask is None and name.endswith("_orig"):
+            mask = buffers.get(f"{name.removesuffix('_orig')}_mask")
+        if mask is not None:
+            found[name] = mask.bool()
+    return found
 
 
-def _register(owner: nn.Module, leaf: str) -> Tensor:
-    mask = torch.ones_like(getattr(owner, leaf), dtype=torch.bool)
-    owner.register_buffer(leaf + _SUFFIX, mask, persistent=False)
+def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
+    """A parameter's own mask, which follows it to its device."""
+    masks, device = owner.__dict__.get(_MASKS, {}), getattr(owner, leaf).device
+    if leaf in masks and masks[leaf].device != device:
+        masks[leaf] = masks[leaf].to(device)
+    return masks.get(leaf)
+
+
+def _register(owner: nn.Module, leaf: str, mask: Tensor) -> None:
+    owner.__dict__.setdefault(_MASKS, {})[leaf] = mask
     _mask_gradient(owner, leaf)
     if not any(hook is _mask_gradients for hook in owner._forward_pre_hooks.values()):
         owner.register_forward_pre_hook(_mask_gradients)
-    return mask
 
 
 class _Masking:
@@ -50,7 +60,7 @@ class _Masking:
         self._owner, self._leaf = owner, leaf
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return grad * getattr(self._owner, self._leaf + _SUFFIX)
+        return grad * _mask(self._owner, self._leaf)
 
 
 def _mask_gradient(owner: nn.Module, leaf: str) -> None:
@@ -66,7 +76,7 @@ def _mask_gradients(owner: nn.Module, inputs: tuple) -> None:
     if not torch.compiler.is_compiling():
         for leaf, parameter in owner._parameters.items():
             own = isinstance(parameter, nn.Parameter)  # not what functional_call puts in its place
-            if own and parameter.requires_grad and leaf + _SUFFIX in owner._buffers:
+            if own and parameter.requires_grad and leaf in owner.__dict__.get(_MASKS, {}):
                 _mask_gradient(owner, leaf)
 
 
@@ -78,11 +88,11 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.o
     """
     for name, kept in keep.items():
         owner, leaf = _owner(model, name)
-        mask = getattr(owner, leaf + _SUFFIX, None)
+        parameter, mask = getattr(owner, leaf), _mask(owner, leaf)
         if mask is None:
-            mask = _register(owner, leaf)
+            mask = torch.ones_like(parameter, dtype=torch.bool)
+            _register(owner, leaf, mask)
         mask.logical_and_(kept.to(mask.device))
-        parameter = getattr(owner, leaf)
         _zero(parameter, mask)
         if parameter.grad is not None:
             _zero(parameter.grad, mask)
@@ -107,14 +117,13 @@ def _zero(tensor: Tensor, mask: Tensor) -> None:
 def replace_mask(model: nn.Module, name: str, kept: Tensor | None) -> None:
     """Put a mask in place of a parameter's own, after the parameter got another shape, say; None takes it away."""
     owner, leaf = _owner(model, name)
-    parameter, mask = getattr(owner, leaf), leaf + _SUFFIX
     if kept is not None:
-        setattr(owner, mask, kept)
-        _mask_gradient(owner, leaf)
+        _register(owner, leaf, kept)
         return
-    delattr(owner, mask)
-    _drop(parameter._backward_hooks, lambda hook: isinstance(hook, _Masking))
-    if not any(other + _SUFFIX in owner._buffers for other in owner._parameters):
+    masks = owner.__dict__[_MASKS]
+    del masks[leaf]
+    _drop(getattr(owner, leaf)._backward_hooks, lambda hook: isinstance(hook, _Masking))
+    if not masks:
         _drop(owner._forward_pre_hooks, lambda hook: hook is _mask_gradients)
 
 

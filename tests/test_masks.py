@@ -180,6 +180,16 @@ def test_masks_stay_out_of_the_state_dict() -> None:
     assert list(model.state_dict()) == keys
 
 
+def test_an_average_begun_before_the_pruning_goes_on() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    apply_masks(model, {"0.weight": torch.tensor([[False, True, True], [True, True, True]])})
+    model(torch.ones(4, 3) * torch.arange(4).view(4, 1))
+    average.update_parameters(model)
+    assert torch.equal(average.module[1].running_mean, model[1].running_mean)
+    assert torch.equal(average.module[0].weight, model[0].weight)
+
+
 def test_a_copy_is_masked_too() -> None:
     model, _ = linear()
     keep = torch.tensor([[False, True, True], [True, True, True]])

@@ -7,6 +7,7 @@ slice that did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -38,9 +39,23 @@ def dependency_graph(model: nn.Module, inputs: Any) -> Any:
     """
     tools = _torch_pruning()
     try:
-        return tools.DependencyGraph().build_dependency(model, inputs, verbose=False)
+        with _contiguous(model):
+            return tools.DependencyGraph().build_dependency(model, inputs, verbose=False)
     except Exception as error:
         raise ValueError(f"torch-pruning cannot follow the channels of {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def _contiguous(model: nn.Module) -> Iterator[None]:
+    """Weights in torch's usual order: a global average of channels-last activations ends in a view of unknown kind."""
+    lent = {parameter: parameter.data for parameter in model.parameters()}
+    for parameter, data in lent.items():
+        parameter.data = data.clone(memory_format=torch.contiguous_format)
+    try:
+        yield
+    finally:
+        for parameter, data in lent.items():
+            parameter.data = data
 
 
 def _torch_pruning() -> ModuleType:

@@ -1,9 +1,10 @@
 # Two commands: `make demo` and `make test`. Both create .venv and install into it first.
 PYTHON ?= python3
 BIN := .venv/bin
+RECORDS ?= docs/records/*.zarr.zip
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test faults lint clean
+.PHONY: demo figures test faults lint clean
 
 demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 	rm -rf out/demo
@@ -12,6 +13,10 @@ demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 	@echo && $(BIN)/python -m analysis --brief out/demo/*.zarr && echo
 	@echo "Next: open out/demo/report.html, run python -m analysis out/demo/*.zarr for all figures of agreement,"
 	@echo "or explore a record with xarray.open_datatree(\"out/demo/....zarr\") as notebooks/instrument.ipynb does."
+
+figures: .venv/installed  ## redraw every figure and the report from the records at hand; RECORDS="out/demo/*.zarr" for others
+	$(BIN)/python -m figures $(RECORDS) -o out/figures
+	@echo "Next: open out/figures/report.html, or run python -m analysis $(RECORDS) for the tables and claims."
 
 test: .venv/installed-test lint  ## tests and linter
 	$(BIN)/python -m pytest

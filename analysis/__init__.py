@@ -2,6 +2,8 @@
 
 from .agreement import agree, agreement, network_norm_rate, residuals
 from .claims import CLAIMS, claims
+from .comparison import compare, compare_convergence, mean_and_interval, side_by_side
+from .condensed import condense, expand
 from .conditions import comparisons, conditions
 from .convergence import convergence
 from .effect import filters_left, pruning_effect, pruning_effect_per_layer, removal_curve, removed_decrease
@@ -27,14 +29,19 @@ __all__ = [
     "agreement_table",
     "claims",
     "claims_table",
+    "compare",
+    "compare_convergence",
     "comparisons",
+    "condense",
     "conditions",
     "convergence",
     "convergence_table",
     "each",
+    "expand",
     "filters_left",
     "grasp_and_gradient",
     "loss_decrease",
+    "mean_and_interval",
     "network_norm_rate",
     "norm_balance",
     "norm_rate",
@@ -52,6 +59,7 @@ __all__ = [
     "residuals",
     "scale_invariance",
     "score_noise",
+    "side_by_side",
     "stability",
     "statistics",
     "training_curve",

@@ -1,6 +1,8 @@
 """``python -m analysis RUN...``: print what the runs came to, and theory against measurement.
 
 ``python -m analysis protocol-diff [RUN...]``: print what protocols made of the same rounds of pruning.
+
+``python -m analysis condense RUN... -o FILE``: write them into one small file, which stands for them all.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import sys
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from .condensed import SUFFIX, condense
 from .overview import overview
 from .protocol import fresh_runs, protocol_table
 from .record import open_runs
@@ -56,12 +59,34 @@ def _protocol_diff(arguments: list[str]) -> None:
     print(as_text(protocol_table(open_runs(settings.runs) if settings.runs else fresh_runs(fresh))))
 
 
+def _condense_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m analysis condense",
+        description="Write records into one small file, from which all tables, claims and figures can be made again: "
+        "steps summed over the layers, in single precision; one run with its layers and studies.",
+        exit_on_error=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/sweep/*.zarr")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=f"the file, *{SUFFIX}")
+    return parser
+
+
+def _condense(arguments: list[str]) -> None:
+    settings = _condense_parser().parse_args(arguments)
+    runs = open_runs(settings.runs)
+    path = condense(runs, settings.output)
+    print(f"wrote {len(runs)} runs to {path}, {path.stat().st_size / 1e6:.2f} MB")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if given[:1] == ["protocol-diff"]:
             _protocol_diff(given[1:])
+            return 0
+        if given[:1] == ["condense"]:
+            _condense(given[1:])
             return 0
         settings = _parser().parse_args(arguments)
         runs = open_runs(settings.runs)

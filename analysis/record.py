@@ -12,6 +12,8 @@ import xarray as xr
 from dynamics.reading import RecordError, open_run
 from dynamics.schema import QUANTITIES
 
+from .condensed import SUFFIX, expand
+
 _HOW = {
     "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",
     "curvature": "Record with curvature_every > 0, and watch the loader or observe the batches.",
@@ -81,11 +83,18 @@ def ended(run: xr.DataTree) -> bool:
 def open_runs(paths: Iterable[str]) -> dict[str, xr.DataTree]:
     """Open records under short labels that tell them apart: their measures where these differ, else their file names.
 
+    A file of condensed records (:func:`analysis.condense`) stands for all the records in it.
+
     Raises:
         RecordError: a path is no record, or two paths are the same.
     """
-    paths = list(dict.fromkeys(str(Path(path)) for path in paths))
-    runs = {path: open_run(path) for path in paths}
+    runs: dict[str, xr.DataTree] = {}
+    for path in dict.fromkeys(str(Path(path)) for path in paths):
+        if path.endswith(SUFFIX):
+            runs |= {f"{path}/{name}": run for name, run in expand(path).items()}
+        else:
+            runs[path] = open_run(path)
+    paths = list(runs)
     measures = [experiment(run).get("measure") for run in runs.values()]
     stems = [Path(path).name.removesuffix(".zarr") for path in paths]
     for labels in (measures, stems, paths):

@@ -82,6 +82,15 @@ def read_metadata(path: Path) -> Metadata:
         text = (path / METADATA).read_bytes()
     except OSError as error:
         raise _foreign(path, f"it has no {METADATA} ({error.strerror})") from error
+    return checked_metadata(path, text)
+
+
+def checked_metadata(path: Path, text: bytes) -> Metadata:
+    """What a file of metadata says, after a check that it is harmless to obey.
+
+    Raises:
+        RecordError: it is damaged, or holds what no record holds.
+    """
     try:
         found = json.loads(text)["metadata"]
         for key, entry in found.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis.comparison import by_condition
+from analysis.conditions import comparisons, conditions
+
 from . import panels
+from .style import named_styles
 
 
 def event_steps(run: xr.DataTree) -> list[int]:
@@ -65,7 +69,35 @@ def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.D
     figure.supylabel(ylabel, fontsize=9)
 
 
-def legend_below(figure: Figure, ax: Axes, *others: Line2D) -> None:
-    """The legend of one panel, for all, under them; with further entries."""
-    handles = [*ax.get_legend_handles_labels()[0], *others]
+def legend_below(figure: Figure, *others: Line2D) -> None:
+    """One legend for all panels, under them: every label once; with further entries."""
+    drawn = [handle for ax in figure.axes for handle in ax.get_legend_handles_labels()[0]]
+    handles = list({handle.get_label(): handle for handle in [*drawn, *others][::-1]}.values())[::-1]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
+
+
+def rows_of(
+    count: int, columns: int, *, width: float, height: float, least: float = 0
+) -> tuple[Figure, list[list[Axes]]]:
+    """Panels in ``count`` rows of ``columns`` each."""
+    size = (max(width * columns, least), height * count + 0.6)
+    figure, axes = plt.subplots(count, columns, figsize=size, squeeze=False)
+    return figure, axes.tolist()
+
+
+def events_of(runs: Mapping[str, xr.DataTree], condition: str, name: str = "step") -> list[int]:
+    """Steps (or epochs) of the events of all runs of a condition."""
+    rows = by_condition(comparisons(runs))[condition]
+    found = event_steps if name == "step" else event_epochs
+    return sorted({value for label in rows.run for value in found(runs[label])})
+
+
+def by_measure(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, dict[str, object]]:
+    """Style of each run: that of its measure, whose name stands in the legend once."""
+    measures = conditions(runs).measure[list(labels)]
+    styles = named_styles(measures)
+    unnamed = {measure: style | {"label": None} for measure, style in styles.items()}
+    of_label = {label: unnamed[measure] for label, measure in measures.items()}
+    named = {measures[measures == measure].index[0]: style for measure, style in styles.items()}
+    order = [label for measure in styles for label in measures.index[measures == measure]]
+    return {label: named.get(label, of_label[label]) for label in order}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from analysis.comparison import mean_and_interval
 from dynamics.schema import label
 
 from .style import FIRST, MEASURED, SECOND
@@ -74,6 +75,48 @@ def draw_curve(curve: xr.DataArray, *, ax: Axes | None = None, **style: object) 
     return ax
 
 
+def draw_mean(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
+    """The mean over seeds of a quantity over its one dimension, in the band of its interval; a dozen markers."""
+    ax = ax or plt.gca()
+    (dim,) = summary["mean"].dims
+    every = max(1, summary.sizes[dim] // 12)
+    ax.plot(summary[dim], summary["mean"], **{"markevery": every, "alpha": 0.9, "markersize": 3.5, **style})
+    draw_band(summary, ax=ax, color=style.get("color"))
+    ax.set(xlabel=dim)
+    return ax
+
+
+def draw_band(summary: xr.Dataset, *, ax: Axes | None = None, color: object = None) -> Axes:
+    """The interval of a mean over seeds, as a band; nothing where there is none."""
+    ax = ax or plt.gca()
+    (dim,) = summary["mean"].dims
+    if summary.low.notnull().any():
+        ax.fill_between(summary[dim], summary.low, summary.high, color=color, alpha=0.13, linewidth=0)
+    return ax
+
+
+def draw_seeds(
+    values: Mapping[str, xr.DataArray], styles: Mapping[str, Mapping[str, object]], *, ax: Axes | None = None
+) -> Axes:
+    """A row a measure: its value in each seed (small), and their mean with its interval (large)."""
+    ax = ax or plt.gca()
+    rows = list(styles)
+    for measure, of_seeds in values.items():
+        row, style = rows.index(measure), dict(styles[measure])
+        if not of_seeds.size:
+            continue
+        summary = mean_and_interval(of_seeds)
+        half = [[float(summary.high - summary["mean"])]]
+        ax.plot(of_seeds, np.full(of_seeds.size, row), **style | {"label": None, "alpha": 0.5, "markersize": 2.5},
+                linestyle="none")  # fmt: skip
+        ax.errorbar(
+            [float(summary["mean"])], [row], xerr=np.repeat(half, 2, axis=0), **style, markersize=5.5, capsize=2
+        )
+    ax.set_yticks(range(len(rows)), [style["label"] for style in styles.values()])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    return ax
+
+
 def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, **style: object) -> Axes:
     """A value a layer, over ``layer`` in the network's order."""
     ax = ax or plt.gca()
@@ -118,6 +161,17 @@ def scale_axis(axis: Axis, values: np.ndarray) -> None:
     decades = [10.0**power for power in range(highest, lowest, -max(1, -(-(highest - lowest) // 3)))]
     axis.set_major_locator(FixedLocator([-decade for decade in decades] + [0.0] + decades[::-1]))
     axis.set_minor_locator(NullLocator())
+
+
+def fit_axis(axis: Axis, values: np.ndarray) -> None:
+    """Limits that hold the values with a margin, whatever else is drawn."""
+    shown = values[np.isfinite(values) & ((values > 0) | (axis.get_scale() != "log"))]
+    if shown.size:
+        transform = axis.get_transform()
+        low, high = (transform.transform(bound) for bound in (shown.min(), shown.max()))
+        margin = 0.06 * (high - low) or 0.06
+        bounds = transform.inverted().transform(np.array([low - margin, high + margin]))
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(*bounds)
 
 
 def _axis(variable: xr.DataArray) -> str:

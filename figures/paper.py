@@ -12,12 +12,13 @@ from matplotlib.lines import Line2D
 
 import analysis
 from analysis import MissingQuantityError
+from analysis.conditions import conditions
 from analysis.record import name_of
 from dynamics.schema import label as label_of
 
-from . import panels, pruning
-from .layout import compared, event_epochs, event_steps, grid, legend_below, shared_axes, symmetric
-from .style import FIRST, SECOND, run_styles, theme
+from . import comparison, panels, pruning
+from .layout import by_measure, compared, event_steps, grid, legend_below, shared_axes, symmetric
+from .style import FIRST, SECOND, theme
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -31,16 +32,14 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
     predictions = analysis.each(runs, analysis.loss_decrease)
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), sharex=True, sharey=True)
     for ax, order in zip(axes, ("first_order", "second_order"), strict=True):
-        for label, style in run_styles(predictions).items():
-            panels.draw_predicted_measured(
-                predictions[label], order, ax=ax, label=name_of(label), alpha=0.75, markersize=3.5, **style
-            )  # fmt: skip
+        for label, style in by_measure(runs, predictions).items():
+            panels.draw_predicted_measured(predictions[label], order, ax=ax, alpha=0.6, markersize=3.5, **style)
         ax.set_title(order.replace("_", " "))
     for ax in axes:
         symmetric(ax, np.concatenate([compared(prediction) for prediction in predictions.values()]))
     axes[0].set(xlabel="predicted loss decrease  [L]", ylabel="measured loss decrease  [L]")
     axes[1].set(xlabel="predicted loss decrease  [L]", ylabel="")
-    legend_below(figure, axes[0])
+    legend_below(figure)
     return figure
 
 
@@ -83,41 +82,6 @@ def quantities_per_layer(runs: Runs) -> Figure:
     return figure
 
 
-def training_curves(runs: Runs) -> Figure:
-    """Pruned early, a network trains on to nearly the accuracy of the whole one.
-
-    Training loss and test accuracy after each epoch, before that epoch's pruning if any. Prunings, dotted.
-    """
-    curves = analysis.each(runs, analysis.training_curve)
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4))
-    for label, style in run_styles(curves).items():
-        for ax, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):
-            if name in curves[label]:
-                panels.draw_curve(curves[label][name], ax=ax, label=name_of(label), alpha=0.9, **style)
-    for ax in axes:
-        panels.draw_events({epoch + 2 for label in curves for epoch in event_epochs(runs[label])}, ax=ax)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    panels.scale_axis(axes[0].yaxis, axes[0].lines[0].get_ydata())
-    axes[1].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
-    legend_below(figure, axes[0])
-    return figure
-
-
-def filters_left(runs: Runs) -> Figure:
-    """At the same sparsity the measures take their filters from different layers.
-
-    Share of each layer's filters that is left after the last pruning.
-    """
-    left = {label: found.share.isel(event=-1) for label, found in analysis.each(runs, analysis.filters_left).items()}
-    layers = max(share.sizes["layer"] for share in left.values())
-    figure, ax = plt.subplots(figsize=(max(7.2, 0.2 * layers + 2), 3.8))
-    for label, style in run_styles(left).items():
-        panels.draw_filters_left(left[label], ax=ax, label=name_of(label), alpha=0.9, **style)
-    ax.tick_params(axis="x", labelsize=8 if layers <= 30 else 5)
-    legend_below(figure, ax)
-    return figure
-
-
 def pruning_effect(runs: Runs) -> Figure:
     """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
 
@@ -128,33 +92,18 @@ def pruning_effect(runs: Runs) -> Figure:
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
     for ax, quantity in zip(axes.flat, next(iter(effects.values())).quantity.values, strict=True):
         chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}
-        for label, style in run_styles(chosen).items():
-            style = style | {"markersize": 5.5}
-            panels.draw_predicted_measured(chosen[label], "first_order", ax=ax, filled=False, **style)
-            panels.draw_predicted_measured(chosen[label], "second_order", ax=ax, label=name_of(label), **style)
+        for label, style in by_measure(runs, chosen).items():
+            style = style | {"markersize": 5.5 if len(chosen) <= 10 else 4}
+            first = style | {"label": None}
+            panels.draw_predicted_measured(chosen[label], "first_order", ax=ax, filled=False, **first)
+            panels.draw_predicted_measured(chosen[label], "second_order", ax=ax, **style)
         symmetric(ax, np.concatenate([compared(effect) for effect in chosen.values()]))
         ax.set(xlabel=f"predicted Δ{label_of(quantity)}", ylabel=f"measured Δ{label_of(quantity)}")
     orders = [
         Line2D([], [], marker="o", linestyle="none", color="0.3", markerfacecolor=face, label=name)
         for face, name in (("none", FIRST["label"]), ("0.3", SECOND["label"]))
     ]
-    legend_below(figure, axes[0, 0], *orders)
-    return figure
-
-
-def stability(runs: Runs) -> Figure:
-    """Where Δt gᵀHg/‖g‖² is above 2 the quadratic model says that a step of that flow time raises the loss.
-
-    The ratio at each measured step; the line marks 2. With momentum a step's flow time is η/(1−β).
-    """
-    found = analysis.each(runs, analysis.stability)
-    figure, ax = plt.subplots(figsize=(7.2, 3.8))
-    for label, style in run_styles(found).items():
-        panels.draw_curve(found[label].stability, ax=ax, label=name_of(label), alpha=0.85, linewidth=0.9, **style)
-    ax.axhline(2, color="0.3", linewidth=1)
-    panels.scale_axis(ax.yaxis, np.concatenate([ratio.stability.values for ratio in found.values()]))
-    ax.set(ylabel="Δt gᵀHg/‖g‖²")
-    legend_below(figure, ax)
+    legend_below(figure, *orders)
     return figure
 
 
@@ -164,16 +113,20 @@ FIGURES: dict[str, Callable[[Runs], Figure]] = {
         loss_decrease_scatter,
         loss_decrease_over_time,
         norm_rate,
+        comparison.norms,
         quantities_per_layer,
-        training_curves,
-        filters_left,
+        comparison.training_curves,
+        comparison.accuracy,
+        comparison.convergence,
+        comparison.filters_left,
         pruning_effect,
+        comparison.loss_and_gradient_at_pruning,
         pruning.pruning_effect_per_layer,
         pruning.removed_decrease,
         pruning.removal_curve,
         pruning.measure_agreement,
         pruning.scale_invariance,
-        stability,
+        comparison.stability,
     )
 }
 
@@ -212,12 +165,16 @@ def caption(name: str) -> str:
 
 
 def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> Figure:
-    """Measured and predicted values over the steps, a panel a run, with the prunings marked."""
+    """Measured and predicted values over the steps, a panel a measure in one seed, with the prunings marked."""
+    title, chosen = analysis.side_by_side({label: runs[label] for label in predictions})
+    predictions = {label: predictions[label] for label in chosen}
     figure, axes = grid(len(predictions), sharey=True)
+    measures = conditions(chosen).measure
     for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
         panels.draw_over_time(prediction, ax=ax)
         panels.draw_events(event_steps(runs[label]), ax=ax)
-        ax.set_title(name_of(label))
+        ax.set_title(name_of(measures[label]))
+    figure.suptitle(title or None, x=0.01, ha="left", fontsize=10)
     shared_axes(figure, axes, predictions, ylabel=ylabel)
-    legend_below(figure, axes[0])
+    legend_below(figure)
     return figure

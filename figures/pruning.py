@@ -17,7 +17,7 @@ from analysis.record import name_of
 from dynamics.schema import label
 
 from . import panels
-from .layout import grid, legend_below
+from .layout import by_measure, grid, legend_below
 from .style import FIRST, MEASURED, MODES, SECOND, run_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -52,22 +52,25 @@ def removed_decrease(runs: Runs) -> Figure:
 
     Along gradient flow dL/dt = −‖g‖². Left: each pruning's share of ‖g‖² at its probe against its share of the
     parameters; on the grey line the removed parameters carried as much as the average one. Right: share of each
-    layer's own ‖g‖² that went with the first pruning.
+    layer's own ‖g‖² that went with the first pruning, in one run of each measure.
     """
     found = analysis.each(runs, analysis.removed_decrease)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.8, 4.2), width_ratios=(1, 1.25))
-    for name, style in run_styles(found).items():
+    for name, style in by_measure(runs, found).items():
         total = found[name][["decrease", "parameters"]].sum("layer")
-        left.plot(total.parameters, total.decrease, linestyle="none", label=name_of(name), **style)
+        left.plot(total.parameters, total.decrease, linestyle="none", alpha=0.8, **style)
+    title, chosen = analysis.side_by_side({name: runs[name] for name in found})
+    for name, style in by_measure(chosen, chosen).items():
         of_layer = found[name].of_layer.isel(event=0)
         panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
+    right.set_title(title)
     end = 1.1 * max(left.dataLim.x1, left.dataLim.y1) or 1
     left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, end), ylim=(0, end))
     panels.draw_identity(left)
     for axis in (left.xaxis, left.yaxis, right.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
     right.set(ylabel="removed share of the layer's ‖g‖²")
-    legend_below(figure, left)
+    legend_below(figure)
     return figure
 
 
@@ -97,7 +100,7 @@ def removal_curve(runs: Runs) -> Figure:
     axes[0, 0].set_title(name_of(name))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip
-    legend_below(figure, axes[0, 0], *twice)
+    legend_below(figure, *twice)
     return figure
 
 
@@ -139,7 +142,7 @@ def measure_agreement(runs: Runs) -> Figure:
     for ax in (axes[0], axes[1], axes[3]):
         ax.set(xlabel="step", xticks=steps)
     figure.suptitle(f"with {name_of(reference)}", x=0.01, ha="left", fontsize=10)
-    legend_below(figure, axes[3])
+    legend_below(figure)
     return figure
 
 
@@ -173,5 +176,5 @@ def scale_invariance(runs: Runs) -> Figure:
     left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale="log")
     right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale="log")
     right.set_yscale("symlog", linthresh=2)
-    legend_below(figure, left)
+    legend_below(figure)
     return figure

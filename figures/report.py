@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import MissingQuantityError, agreement_table, findings, outcome_table, pruning_findings
+from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
+from analysis.overview import overview
 from analysis.record import experiment, name_of
 
 from .paper import FIGURES, Runs, caption, claim, draw
@@ -23,10 +24,14 @@ FINDINGS: dict[str, Callable[[Runs], str]] = {
     "loss_decrease_scatter": findings.loss_prediction,
     "loss_decrease_over_time": findings.loss_over_time,
     "norm_rate": findings.norm_prediction,
+    "norms": comparison_findings.norm_growth,
     "quantities_per_layer": findings.layer_spread,
     "training_curves": findings.final_accuracy,
+    "accuracy": findings.final_accuracy,
+    "convergence": comparison_findings.fastest,
     "filters_left": findings.layer_choice,
     "pruning_effect": findings.effect_prediction,
+    "loss_and_gradient_at_pruning": comparison_findings.moved_at_pruning,
     "pruning_effect_per_layer": pruning_findings.layers_moved,
     "removed_decrease": pruning_findings.decrease_removed,
     "removal_curve": pruning_findings.curve_errors,
@@ -90,37 +95,58 @@ def _save(figure: Figure, stem: Path, origin: str) -> str:
 def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list[str]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    first = overview(runs, brief=True)
+    rest = {title: part for title, part in overview(runs).items() if title not in first}
     return template.render(
         title="Training dynamics: theory against measurement",
         done=_done(runs),
-        outcomes=_html(outcome_table(runs)),
+        first=_parts(first),
         figures=drawn,
-        agreements=_html(agreement_table(runs)),
+        rest=_parts(rest),
         missing=missing,
         records=records,
         origin=_origin(runs),
     )
 
 
+def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, str | list[str]]:
+    """Tables as HTML, sentences as they are."""
+    return {title: _html(part) if isinstance(part, pd.DataFrame) else part for title, part in parts.items()}
+
+
 def _html(table: pd.DataFrame) -> str:
     """A table in print: run names in words, three digits."""
-    named = table.rename(index=name_of, level="run") if table.index.nlevels > 1 else table.rename(index=name_of)
+    named = table
+    if "run" in table.index.names:
+        named = table.rename(index=name_of, level="run") if table.index.nlevels > 1 else table.rename(index=name_of)
     return named.to_html(border=0, na_rep="–", float_format=lambda value: f"{value:.3g}")
 
 
 def _done(runs: Runs) -> str:
-    """What was trained and pruned, in two sentences, from the records' own configuration."""
+    """What was trained and pruned, in a few sentences, from the records' own configuration."""
     settings = [experiment(run) for run in runs.values()]
     steps = sum(run["steps"].sizes.get("step", 0) for run in runs.values())
     extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded steps"
     if not all(settings):
         return f"{extent} of instrumented training."
-    first = settings[0]
-    trained = f"{first['model']} at width {first['width']:g} on {first['data']}, {sum(first['epochs'])} epochs of SGD"
-    pruned = next((setting for setting in settings if setting["measure"] != "none"), None)
-    measures = ", ".join(name_of(label) for label in runs)
-    how = f" Pruned to {1 - pruned['sparsity']:.0%} of the filters in {pruned['rounds']} rounds." if pruned else ""
-    return f"{extent}: {trained}, from one initialisation and one order of the data per seed.{how} Runs: {measures}."
+    trained = _listed(
+        f"{one['model']} at width {one['width']:g} on {one['data']}, {sum(one['epochs'])} epochs of SGD"
+        for one in settings
+    )
+    pruned = [one for one in settings if one["measure"] != "none"]
+    left = _listed(f"{1 - one['sparsity']:.0%}" for one in pruned)
+    rounds = _listed(str(one["rounds"]) for one in pruned)
+    how = f" Pruned to {left} of the filters in {rounds} round{'s' * (rounds != '1')}." if pruned else ""
+    seeds = len({one["seed"] for one in settings})
+    measures = _listed((name_of(one["measure"]) for one in settings), ", ")
+    return (
+        f"{extent}: {trained}. {seeds} seed{'s' * (seeds > 1)}, each one initialisation and one order of data.{how} "
+        f"Measures: {measures}."
+    )
+
+
+def _listed(values: Iterable[str], between: str = "; ") -> str:
+    return between.join(dict.fromkeys(values))
 
 
 def _origin(runs: Runs) -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import seaborn as sns
 
+from analysis.conditions import MEASURES
+from analysis.record import name_of
+
 _THEME = Path(__file__).with_name("thetadot.mplstyle")
 
 # measured = dots, first order = dashed, second order = solid
@@ -22,14 +25,6 @@ MODES = {
     "eval": {"linestyle": "none", "marker": "x", "color": "#cc78bc", "markersize": 3, "label": "eval mode"},
 }
 
-_MEASURES = (
-    "none",
-    "magnitude",
-    "loss_preservation",
-    "loss_preservation_times_magnitude",
-    "gradient_norm_increase",
-    "gradient_norm_preservation",
-)
 _MARKERS = "osD^vPX*<>"
 
 
@@ -44,10 +39,16 @@ def theme() -> Iterator[None]:
 def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
     """Colour and marker of each run: one a measure, the same in every figure; others take what is left."""
     labels = list(labels)
-    order = [*_MEASURES, *(label for label in labels if label not in _MEASURES)]
+    order = [*MEASURES, *(label for label in labels if label not in MEASURES)]
     colours = ["0.35", *sns.color_palette("colorblind", len(order) - 1)]
     return {
         label: {"color": colours[i], "marker": _MARKERS[i % len(_MARKERS)]}
         for i, label in enumerate(order)
         if label in labels
     }
+
+
+def named_styles(measures: Iterable[str]) -> dict[str, dict[str, object]]:
+    """:func:`run_styles` of the measures, each once, with its name for the legend."""
+    styles = run_styles(dict.fromkeys(measures))
+    return {measure: style | {"label": name_of(measure)} for measure, style in styles.items()}

@@ -7,15 +7,10 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 import xarray as xr
-from networks import Batch, convolutional_network, images, plain_step, smooth_network, vectors
-from torch import nn
+from recorded_runs import recorded
 
 import analysis
-from dynamics import Recorder, open_run
-from dynamics.event import Event
-from dynamics.pruning import removal_curve, resampled_scores, scale_invariance, scores
 from dynamics.schema import label
 from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_time, write_report
 from figures.report import FINDINGS
@@ -24,37 +19,9 @@ from figures.style import run_styles
 mpl.use("agg")
 
 
-def look(event: Event, model: nn.Module, batches: list[Batch]) -> None:
-    """Add all studies to an event, before anything is pruned."""
-    measures = ["magnitude", "loss_preservation", "taylor"]
-    event.add("scores", resampled_scores(model, batches, measures, draws=3))
-    event.add("curve", removal_curve(model, batches[:2], scores(model, None, "magnitude"), [0.3, 0.6]))
-    event.add("invariance", scale_invariance(model, batches[:2]))
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
-    """Two small runs, the second with everything in it."""
-    torch.set_default_dtype(torch.float64)
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    for seed, (measure, make, data) in enumerate(
-        [("none", smooth_network, vectors), ("magnitude", convolutional_network, images)]
-    ):
-        torch.manual_seed(seed)
-        model, batches = make(), data(12)
-        optimizer = torch.optim.SGD(model.parameters(), 0.5)
-        path = folder / f"{measure}.zarr"
-        with Recorder(path, model, optimizer, curvature_every=3, attributes={"seed": 0}) as recorder:
-            for batch in recorder.watch(batches):
-                recorder.log(loss=plain_step(model, optimizer, batch))
-            for epoch in range(2 if measure == "magnitude" else 0):
-                with recorder.event("prune", probe=batches[:2]) as event, torch.no_grad():
-                    look(event, model, batches)
-                    model[0].weight[epoch] = 0
-                    event.units(alive={"0": torch.arange(4) > epoch}, scores={"0": torch.rand(4)})
-            recorder.log_epoch(train_loss=1.0 + seed, train_accuracy=0.5, test_loss=1.2, test_accuracy=0.4, seconds=1.0)
-        found[measure] = open_run(path)
-    return found
+    return recorded(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +48,19 @@ def test_every_figure_draws_and_says_what_it_claims(name: str, runs: dict[str, x
 def test_every_figure_draws_one_run_alone(name: str, runs: dict[str, xr.DataTree]) -> None:
     draw(name, {"magnitude": runs["magnitude"]}).canvas.draw()
     assert FINDINGS[name]({"magnitude": runs["magnitude"]})
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_of_condensed_records_are_those_of_the_records(
+    name: str, runs: dict[str, xr.DataTree], tmp_path: Path
+) -> None:
+    condensed = analysis.expand(analysis.condense(runs, tmp_path / "condensed.zarr.zip"))
+    whole, ours = (
+        [line.get_xydata() for ax in draw(name, those).axes for line in ax.lines] for those in (runs, condensed)
+    )
+    assert len(ours) == len(whole)
+    for one, other in zip(ours, whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6 * np.nanmax(np.abs(other), initial=0))
 
 
 def test_scatter_points_are_the_analysis(runs: dict[str, xr.DataTree]) -> None:

@@ -1,0 +1,146 @@
+"""Runs side by side: an analysis by condition and measure, over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .agreement import network_norm_rate
+from .conditions import compared_by, comparisons, first_comparison
+from .convergence import convergence, last_pruning
+from .findings import each
+from .intervals import half_width
+from .outcome import outcome
+from .record import MissingQuantityError, columns, ended
+
+Runs = Mapping[str, xr.DataTree]
+ByMeasure = dict[str, xr.Dataset]
+
+
+def compare(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, ByMeasure]:
+    """The analysis of all runs: by condition, then by measure, over the new first dim ``seed``.
+
+    Conditions are those of :func:`analysis.comparisons`, by their names in print. Runs that lack what the analysis
+    needs are left out; of indices that are not all runs', all are there, with NaN.
+
+    Raises:
+        MissingQuantityError: all runs lack it.
+    """
+    return _compared(runs, {name: (rows, analyse) for name, rows in by_condition(comparisons(runs)).items()})
+
+
+def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of :func:`analysis.comparisons` by their condition in print: ``vgg13, digits, 70 % pruned in 5 rounds``."""
+    by = compared_by(table)
+    return {_name(rows[by].iloc[0]): rows for _, rows in table.groupby(by, sort=False, dropna=False)}
+
+
+def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
+    """:func:`compare` of :func:`analysis.convergence` in runs that ended, from the last pruning of the condition on.
+
+    With it ``loss`` over ``step`` from there on: the logged loss, each the mean of as many steps as an epoch has.
+
+    Raises:
+        MissingQuantityError: no run that ended logged its loss.
+    """
+    jobs = {}
+    for name, rows in by_condition(comparisons(runs)).items():
+        since = max(last_pruning(runs[label]) for label in rows.run)
+        jobs[name] = rows, partial(_training_after, since=since)
+    return _compared(runs, jobs)
+
+
+def final(run: xr.DataTree) -> xr.Dataset:
+    """:func:`analysis.outcome` of a run that ended.
+
+    Raises:
+        MissingQuantityError: it did not, or logged no accuracy.
+    """
+    found = outcome(run)
+    if not ended(run) or np.isnan(found.test_accuracy):
+        raise MissingQuantityError("no run ended with a test accuracy: call recorder.log_epoch(test_accuracy=...)")
+    return found
+
+
+def network_norm(run: xr.DataTree) -> xr.Dataset:
+    """‖θ‖² of the whole network and its measured velocity, :func:`analysis.network_norm_rate`, over ``step``.
+
+    Raises:
+        MissingQuantityError: /steps lacks a quantity.
+    """
+    sqnorm = columns(run, "steps", ["param_sqnorm"]).param_sqnorm.sum("layer", skipna=False, keep_attrs=True)
+    return xr.merge([sqnorm, network_norm_rate(run).measured.rename("param_sqnorm_rate")], join="inner")
+
+
+def at_pruning(run: xr.DataTree) -> xr.Dataset:
+    """Loss and ‖g‖² right after each pruning over those right before it, at its probe.
+
+    Variables ``loss`` and ``grad_sqnorm`` over ``event``, pure numbers; coordinate ``removed_share``, the parameters
+    that went as a share of those that were left. ‖g‖² after is that of the parameters that stay.
+
+    Raises:
+        MissingQuantityError: no event was recorded.
+    """
+    events = columns(run, "pruning", ["loss", "grad_sqnorm", "removed", "remaining"])
+    layered = events[["grad_sqnorm", "removed", "remaining"]].sum("layer", skipna=False)
+    staged = layered[["grad_sqnorm"]].assign(loss=events.loss)
+    before = staged.sel(stage="before", drop=True)
+    ratio = staged.sel(stage="after", drop=True) / before.where(before > 0)
+    share = layered.removed / layered.remaining.sel(stage="before", drop=True)
+    return ratio.assign_coords(removed_share=share)
+
+
+def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
+    """``mean`` over ``seed``, and the bounds ``low`` and ``high`` of its 95 % interval, NaN for one seed.
+
+    The interval is Student's: :func:`analysis.intervals.half_width`.
+    """
+    mean = values.mean("seed")
+    half = mean.copy(data=half_width(values.transpose("seed", ...).values, axis=0))
+    return xr.Dataset({"mean": mean, "low": mean - half, "high": mean + half})
+
+
+def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
+    """One run a measure, of the first condition that has a pruned network, in the first seed; and what they are."""
+    rows = first_comparison(runs)
+    chosen = rows.drop_duplicates("measure")
+    names = by_condition(rows)
+    seeds = f", seed {chosen.seed.iloc[0]}" if len(chosen) < len(rows) and chosen.seed.nunique() == 1 else ""
+    return f"{next(iter(names))}{seeds}", {label: runs[label] for label in runs if label in set(chosen.run)}
+
+
+def _name(condition: pd.Series) -> str:
+    model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
+    pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * (rounds != 1)}" if rounds else ""
+    others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
+    parts = [model, data, pruned, *(f"{name.replace('_', ' ')} {value}" for name, value in others.items())]
+    return ", ".join(part for part in parts if part)
+
+
+def _compared(runs: Runs, jobs: Mapping[str, tuple[pd.DataFrame, Callable]]) -> dict[str, ByMeasure]:
+    found, missing = {}, MissingQuantityError("no runs given")
+    for name, (rows, analyse) in jobs.items():
+        for measure, labels in rows.groupby("measure", sort=False).run:
+            try:
+                analysed = each({label: runs[label] for label in labels}, analyse)
+            except MissingQuantityError as error:
+                missing = error
+                continue
+            found.setdefault(name, {})[measure] = xr.concat(analysed.values(), "seed", join="outer")
+    if not found:
+        raise missing
+    return found
+
+
+def _training_after(run: xr.DataTree, since: int) -> xr.Dataset:
+    if not ended(run):
+        raise MissingQuantityError("no run ended: how fast it converged is known after the experiment's last epoch")
+    found = convergence(run, since=since)
+    steps = columns(run, "steps", ["loss", "epoch"])
+    after = steps.loss.sel(step=slice(since, None))
+    window = min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
+    return found.assign(loss=after.rolling(step=window, center=True, min_periods=max(1, window // 2)).mean())

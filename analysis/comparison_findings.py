@@ -1,0 +1,50 @@
+"""What was found about the measures side by side, in a sentence each, computed from the runs at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .comparison import at_pruning, network_norm
+from .conditions import comparisons, mean_by_measure
+from .convergence import convergence
+from .findings import each
+from .record import MissingQuantityError, ended, name_of
+
+Runs = Mapping[str, xr.DataTree]
+
+
+def fastest(runs: Runs) -> str:
+    """The mean training loss after the last pruning of each measure, over seeds and conditions."""
+    measure = comparisons(runs).set_index("run").measure.to_dict()
+    pruned = {label: run for label, run in runs.items() if measure[label] != "none" and ended(run)}
+    if not pruned:
+        raise MissingQuantityError("no run was pruned and ended: how fast it trained on is not known")
+    areas = mean_by_measure(runs, {label: float(found.area) for label, found in each(pruned, convergence).items()})
+    return f"Mean training loss after the last pruning, lowest first: {_listed(areas.sort_values(), '.3g')}."
+
+
+def norm_growth(runs: Runs) -> str:
+    """How far ‖θ‖² came from where it began, by measure."""
+    growth = {
+        label: float(found.param_sqnorm[-1] / found.param_sqnorm[0])
+        for label, found in each(runs, network_norm).items()
+    }
+    return f"‖θ‖² in the last step over that in the first: {_listed(mean_by_measure(runs, growth), '.2f')}."
+
+
+def moved_at_pruning(runs: Runs) -> str:
+    """What a pruning multiplied loss and ‖g‖² by, the median over prunings, by measure."""
+    found = {label: ratio.median("event") for label, ratio in each(runs, at_pruning).items()}
+    loss, norm = (
+        mean_by_measure(runs, {label: float(ratio[name]) for label, ratio in found.items()})
+        for name in ("loss", "grad_sqnorm")
+    )
+    return f"After over before a pruning: loss {_listed(loss, '.2f')}; ‖g‖² {_listed(norm, '.2f')}."
+
+
+def _listed(values: pd.Series, form: str) -> str:
+    return ", ".join(f"{name_of(name)} {value:{form}}" for name, value in values.items() if np.isfinite(value))

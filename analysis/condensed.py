@@ -1,0 +1,216 @@
+"""Many records in one small file, which tables, claims and figures read as they read the records themselves."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+import zarr
+from numcodecs import Blosc
+
+from dynamics.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
+from dynamics.schema import NODES, SCHEMA_VERSION, STUDIES
+
+SUFFIX = ".zarr.zip"
+
+_SUMMED = ("steps", "curvature")
+_SPEEDS = ("learning_rate", "flow_step")  # the layers have them in common: a sum would multiply them
+_ROUNDED = ("steps", "units", "scores")
+_EXACT = ("param_sqnorm",)
+_CODEC = Blosc(cname="zstd", clevel=9, shuffle=Blosc.SHUFFLE)
+
+
+def condense(runs: Mapping[str, xr.DataTree], path: str | Path) -> Path:
+    """Write runs into one file ``*.zarr.zip``, which :func:`expand` makes runs of again.
+
+    =====================  ======================================================================================
+    /steps and /curvature  of the whole network: what is stored adds up over ``layer``, whose one entry is "network"
+    /pruning /units        whole
+    /epochs                whole
+    /curve /scores ...     of one run: the first that has most of these studies
+    numbers                of /steps and the filters' scores in single precision, in which networks are trained; but
+                           ‖θ‖², whose change over a step is a small difference of large numbers, and all others as
+                           they were: differences of theirs are laid beside predictions
+    attributes             all: they say where each record comes from
+    =====================  ======================================================================================
+
+    Layers stay in that run and in the first that was pruned, whose layers are drawn; and where they cannot be summed
+    because their learning rates differ. Rows of runs with the same layers stand in one array, with ``run``
+    saying whose they are: a hundred runs are a few hundred arrays.
+
+    Raises:
+        ValueError: no runs, or the file's name does not end as it must.
+    """
+    path = Path(path)
+    if not runs or not path.name.endswith(SUFFIX):
+        raise ValueError(f"condense needs records and a file named *{SUFFIX}, got {len(runs)} records and {path}")
+    tree = xr.DataTree.from_dict(_stacked(runs))
+    names = [{"name": label, **run.attrs} for label, run in runs.items()]
+    tree.attrs = {"schema_version": SCHEMA_VERSION, "runs": json.dumps(names)}
+    encoding = {
+        group.path: {name: {"chunks": values.shape, "compressors": _CODEC} for name, values in group.variables.items()}
+        for group in tree.children.values()
+    }
+    files: dict = {}
+    with zarr.config.set({"array.write_empty_chunks": True}):  # so that a chunk that is not there is one that was lost
+        tree.to_zarr(zarr.storage.MemoryStore(files), zarr_format=2, consolidated=True, encoding=encoding)
+    _write(path, {name: content.to_bytes() for name, content in files.items()})
+    return path
+
+
+def expand(path: str | Path) -> dict[str, xr.DataTree]:
+    """The runs in a file that :func:`condense` wrote, in memory, by the names they had.
+
+    Raises:
+        RecordError: nothing there, another file, one of another schema version, or a damaged one.
+    """
+    path = Path(path)
+    named = _names(path, _check(path))
+    with zarr.storage.ZipStore(path, mode="r") as store:
+        tree = xr.open_datatree(store, engine="zarr", consolidated=True, zarr_format=2, chunks=None).load()
+    nodes = {name: {"/": xr.Dataset(attrs=attributes)} for name, attributes in named.items()}
+    nodes = {name: of_run | {node: xr.Dataset() for node in NODES} for name, of_run in nodes.items()}
+    for group, stack in tree.children.items():
+        node = group.partition(".")[0]
+        rows, owner = stack.to_dataset().drop_vars("run"), stack["run"].values
+        for number, of_run in enumerate(nodes.values()):
+            if (owner == number).any():
+                of_run[node] = rows.isel({NODES[node][0]: np.flatnonzero(owner == number)})
+    return {name: xr.DataTree.from_dict(of_run) for name, of_run in nodes.items()}
+
+
+def _stacked(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.Dataset]:
+    """``node.0``, ``node.1``, ...: the rows of all runs in which a node is laid out alike."""
+    whole, stacks = _whole(runs), {}
+    for number, (label, run) in enumerate(runs.items()):
+        for node, rows in _condensed(run, layers=label in whole):
+            index = NODES[node][0]
+            owned = rows.assign_coords(run=(index, np.full(rows.sizes[index], number)))
+            stacks.setdefault((node, _layout(rows, index)), []).append(owned)
+    numbers: dict[str, int] = {}
+    named = {}
+    for (node, _), parts in stacks.items():
+        number = numbers[node] = numbers.get(node, -1) + 1
+        stack = xr.concat(parts, NODES[node][0], coords="minimal", compat="override", join="exact")
+        named[f"{node}.{number}"] = stack.assign_coords(_texts_of_fixed_size(stack))
+    return named
+
+
+def _texts_of_fixed_size(rows: xr.Dataset) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """The texts among the coordinates as a record holds them: what concatenates them may have made objects of them."""
+    return {name: (of.dims, of.values.astype(str)) for name, of in rows.coords.items() if of.dtype.kind in "OTU"}
+
+
+def _whole(runs: Mapping[str, xr.DataTree]) -> set[str]:
+    """The runs whose layers and studies are kept: those that figures of one run draw."""
+    studies = {label: sum(bool(run[node].data_vars) for node in STUDIES if node in run.children)
+               for label, run in runs.items()}  # fmt: skip
+    pruned = [label for label, run in runs.items() if "pruning" in run.children and run["pruning"].data_vars]
+    candidates = pruned or list(runs)
+    return {candidates[0], max(candidates, key=studies.get)}
+
+
+def _condensed(run: xr.DataTree, *, layers: bool) -> Iterator[tuple[str, xr.Dataset]]:
+    for node, child in run.children.items():
+        if child.data_vars and (layers or node not in STUDIES):
+            rows = child.to_dataset().load()
+            if node in _SUMMED and not layers and _moves_as_one(run):
+                rows = _network(rows)
+            yield node, rows.map(_rounded, keep_attrs=True) if node in _ROUNDED else rows
+
+
+def _moves_as_one(run: xr.DataTree) -> bool:
+    """Whether all layers that move at all have one learning rate at every step, so that sums lose nothing."""
+    rows = run["steps"].to_dataset()
+    moves = rows.update_sqnorm != 0 if "update_sqnorm" in rows else True
+    for name in _SPEEDS:
+        if name in rows:
+            speed = rows[name].where((rows[name] != 0) | moves)
+            if not ((speed.max("layer") == speed.min("layer")) | ~moves).all() or rows[name].isnull().any():
+                return False
+    return True
+
+
+def _network(rows: xr.Dataset) -> xr.Dataset:
+    """The rows of the whole network, as those of its one layer."""
+    summed = rows.map(
+        lambda values: (
+            values
+            if "layer" not in values.dims
+            else (values.max("layer") if values.name in _SPEEDS else values.sum("layer", skipna=False))
+        ),
+        keep_attrs=True,
+    )
+    layered = [name for name in rows if "layer" in rows[name].dims]
+    one = {name: summed[name].expand_dims(layer=["network"], axis=1) for name in layered}
+    return summed.drop_vars("layer", errors="ignore").assign(one)
+
+
+def _rounded(values: xr.DataArray) -> xr.DataArray:
+    single = values.dtype == np.float64 and values.name not in _EXACT
+    return values.astype(np.float32) if single else values
+
+
+def _layout(rows: xr.Dataset, index: str) -> str:
+    """What rows must have in common to stand in one array: names, types, and all dimensions but the first."""
+    variables = [(name, values.dtype.str, values.dims) for name, values in sorted(rows.variables.items())]
+    sizes = [(dim, size) for dim, size in sorted(rows.sizes.items()) if dim != index]
+    labels = [values.values.tolist() for _, values in sorted(rows.coords.items()) if index not in values.dims]
+    return json.dumps([variables, sizes, labels])
+
+
+def _write(path: Path, files: Mapping[str, bytes]) -> None:
+    """A zip whose bytes depend on its content alone; complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(files):
+            archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
+    partial.replace(path)
+
+
+def _check(path: Path) -> Metadata:
+    """The file's metadata, after a check that it is complete and harmless to obey."""
+    if not path.exists():
+        raise RecordError(f"no records at {path}: give a file that `python -m analysis condense RUN... -o FILE` wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged, names, text = archive.testzip(), set(archive.namelist()), archive.read(METADATA)
+    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, KeyError, NotImplementedError, OSError) as error:
+        raise RecordError(f"{path} is no file of condensed records: {' '.join(str(error).split())}") from error
+    if damaged:
+        raise RecordError(f"{path} is damaged: {damaged} does not have its checksum; copy the file again")
+    found = checked_metadata(path, text)
+    version = found.get(".zattrs", {}).get("schema_version", "none")
+    if version != SCHEMA_VERSION:
+        raise RecordError(f"{path} has schema version {version!s:.20}, this thetadot reads version {SCHEMA_VERSION}: "
+                          "condense the records again")  # fmt: skip
+    for key, entry in found.items():
+        folder, _, leaf = key.rpartition("/")
+        if leaf == ".zarray":
+            for chunk in chunk_keys(entry["shape"], entry["chunks"]):
+                if f"{folder}/{chunk}" not in names:
+                    raise RecordError(f"{path} is damaged: {folder}/{chunk} is missing; copy the file again")
+    return found
+
+
+def _names(path: Path, metadata: Metadata) -> dict[str, dict]:
+    """Attributes of each run by its name, in the order of ``run``."""
+    try:
+        listed = [dict(entry) for entry in json.loads(metadata[".zattrs"]["runs"])]
+        names = {entry.pop("name"): entry for entry in listed}
+        known = all(group.partition(".")[0] in NODES for group in _groups(metadata))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path} is no file of condensed records: it does not say of which runs") from error
+    if len(names) != len(listed) or not known:
+        raise RecordError(f"{path} is no file of condensed records: it holds what `condense` does not write")
+    return names
+
+
+def _groups(metadata: Metadata) -> set[str]:
+    """Names of the groups below the root."""
+    return {key.partition("/")[0] for key in metadata if "/" in key}

@@ -1,0 +1,192 @@
+"""The figures of the measures side by side, over seeds: runs in, figure out. A docstring opens with its claim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+import analysis
+from analysis import comparison
+from analysis.conditions import conditions
+from dynamics.schema import label as label_of
+
+from . import panels
+from .layout import by_measure, events_of, grid, legend_below, rows_of
+from .style import named_styles
+
+Runs = Mapping[str, xr.DataTree]
+
+
+def accuracy(runs: Runs) -> Figure:
+    """Which measure gives the best network depends on model, data and rounds, and often they differ by less than seeds.
+
+    Final test accuracy, a panel a condition. Small: each seed; large: their mean with its 95 % interval (Student's).
+    Grey line: the mean of the networks that were not pruned.
+    """
+    found = comparison.compare(runs, comparison.final)
+    figure, axes = grid(len(found), width=3.9, height=1.9, columns=2, sharex=False, sharey=True)
+    styles = named_styles([measure for of in found.values() for measure in of])
+    for ax, (name, of) in zip(axes, found.items(), strict=True):
+        panels.draw_seeds({measure: values.test_accuracy for measure, values in of.items()}, styles, ax=ax)
+        if "none" in of:
+            ax.axvline(float(of["none"].test_accuracy.mean()), color="0.7", linewidth=0.9, zorder=0)
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.set_title(name, fontsize=8)
+    figure.supxlabel("test accuracy", fontsize=9)
+    return figure
+
+
+def convergence(runs: Runs) -> Figure:
+    """After the last pruning some measures leave networks that train on faster than others.
+
+    A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch; mean over seeds,
+    with its 95 % interval (Student's). Middle: the area under that curve, per step. Right: steps until an epoch's mean
+    loss is the given share of the first loss, the least share that all runs of the condition reached; without any, 75 %
+    and only the runs that did. Small: each seed; large: their mean with its interval.
+    """
+    found = comparison.compare_convergence(runs)
+    figure, rows = rows_of(len(found), 3, width=3.6, height=2.3)
+    for axes, (name, of) in zip(rows, found.items(), strict=True):
+        _draw_means(axes[0], of, "loss")
+        axes[0].set(ylabel="training loss  [L]")
+        share, steps = _reached(of)
+        panels.draw_seeds({measure: values.area for measure, values in of.items()}, named_styles(of), ax=axes[1])
+        panels.draw_seeds(steps, named_styles(of), ax=axes[2])
+        axes[1].set(xlabel="mean training loss  [L]")
+        axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
+        axes[0].set_title(name, fontsize=8)
+    legend_below(figure)
+    return figure
+
+
+def norms(runs: Runs) -> Figure:
+    """A pruning takes its part of ‖θ‖², and from then on the norm of what is left moves by the same law.
+
+    A row a condition: ‖θ‖² of the whole network over training, and its measured velocity in flow time, averaged over
+    windows of steps; mean over seeds, with its 95 % interval (Student's). Prunings, dotted.
+    """
+    found = comparison.compare(runs, comparison.network_norm)
+    figure, rows = rows_of(len(found), 2, width=3.9, height=2.2)
+    for axes, (name, of) in zip(rows, found.items(), strict=True):
+        for ax, quantity in zip(axes, ("param_sqnorm", "param_sqnorm_rate"), strict=True):
+            _draw_means(ax, of, quantity)
+            panels.draw_events(events_of(runs, name), ax=ax)
+            ax.set(ylabel=label_of(quantity))
+        axes[0].set_title(name, fontsize=8)
+    legend_below(figure)
+    return figure
+
+
+def training_curves(runs: Runs) -> Figure:
+    """Pruned early, a network trains on to nearly the accuracy of the whole one.
+
+    A row a condition: training loss and test accuracy after each epoch, before that epoch's pruning if any. Mean over
+    seeds, with its 95 % interval (Student's). Prunings, dotted.
+    """
+    found = comparison.compare(runs, analysis.training_curve)
+    figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
+    for axes, (name, of) in zip(rows, found.items(), strict=True):
+        for ax, quantity in zip(axes, ("train_loss", "test_accuracy"), strict=True):
+            _draw_means(ax, {measure: values for measure, values in of.items() if quantity in values}, quantity)
+            panels.draw_events([epoch + 2 for epoch in events_of(runs, name, "epoch")], ax=ax)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.set(ylabel=label_of(quantity))
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+        axes[0].set_title(name, fontsize=8)
+    legend_below(figure)
+    return figure
+
+
+def filters_left(runs: Runs) -> Figure:
+    """At the same sparsity the measures take their filters from different layers.
+
+    Share of each layer's filters that is left after the last pruning, a panel a condition. Mean over seeds, with its
+    95 % interval (Student's).
+    """
+    found = comparison.compare(runs, _left_in_the_end)
+    layers = max(values.sizes["layer"] for of in found.values() for values in of.values())
+    figure, axes = grid(len(found), width=max(7.2, 0.2 * layers + 2), height=3.0, columns=1, sharex=False)
+    for ax, (name, of) in zip(axes, found.items(), strict=True):
+        for measure, style in named_styles(of).items():
+            share = comparison.mean_and_interval(of[measure].share)
+            panels.draw_filters_left(share["mean"], ax=ax, alpha=0.9, **style)
+            panels.draw_band(share.assign_coords(layer=np.arange(share.sizes["layer"])), ax=ax, color=style["color"])
+        ax.tick_params(axis="x", labelsize=8 if ax.get_xticks().size <= 30 else 5)
+        ax.set_title(name, fontsize=8)
+    legend_below(figure)
+    return figure
+
+
+def stability(runs: Runs) -> Figure:
+    """Where Δt gᵀHg/‖g‖² is above 2 the quadratic model says that a step of that flow time raises the loss.
+
+    The ratio at each measured step, a panel a condition: mean over seeds, with its 95 % interval (Student's). The line
+    marks 2. With momentum a step's flow time is η/(1−β). Prunings, dotted.
+    """
+    found = comparison.compare(runs, analysis.stability)
+    figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
+    for ax, (name, of) in zip(axes, found.items(), strict=True):
+        _draw_means(ax, of, "stability")
+        ax.axhline(2, color="0.3", linewidth=1)
+        panels.draw_events(events_of(runs, name), ax=ax)
+        ax.set(ylabel="Δt gᵀHg/‖g‖²")
+        ax.set_title(name, fontsize=8)
+    legend_below(figure)
+    return figure
+
+
+def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
+    """A pruning moves loss and gradient norm; which measure it used matters more than how large a share went.
+
+    Loss (top) and ‖g‖² (bottom) right after each pruning over those right before it, at its probe, against the share
+    of the parameters left that it removed; a column a model and data set. On the grey line nothing changed. ‖g‖² after
+    is that of the parameters that stay.
+    """
+    found = analysis.each(runs, comparison.at_pruning)
+    table = conditions(runs).loc[list(found)]
+    groups = list(table.groupby(["model", "data"], sort=False).groups.items())
+    figure, rows = rows_of(2, len(groups), width=3.4, height=2.7, least=5.4)
+    for column, ((model, data), labels) in enumerate(groups):
+        for axes, quantity in zip(rows, ("loss", "grad_sqnorm"), strict=True):
+            ax = axes[column]
+            for label, style in by_measure(runs, labels).items():
+                ax.plot(found[label].removed_share, found[label][quantity], linestyle="none", alpha=0.8, **style)
+            ax.axhline(1, color="0.7", linewidth=0.9, zorder=0)
+            panels.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
+            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        rows[1][column].set(xlabel="share of the parameters removed")
+        rows[0][column].set_title(", ".join(part for part in (model, data) if part), fontsize=8)
+    rows[0][0].set(ylabel="loss after / before")
+    rows[1][0].set(ylabel="‖g‖² after / before")
+    legend_below(figure)
+    return figure
+
+
+def _draw_means(ax: Axes, of: comparison.ByMeasure, quantity: str) -> None:
+    """The mean over seeds of each measure, with its interval; the axis holds the means, intervals may leave it."""
+    for measure, style in named_styles(of).items():
+        panels.draw_mean(comparison.mean_and_interval(of[measure][quantity]), ax=ax, **style)
+    means = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
+    if quantity != "test_accuracy":
+        panels.scale_axis(ax.yaxis, means)
+    panels.fit_axis(ax.yaxis, means)
+
+
+def _left_in_the_end(run: xr.DataTree) -> xr.Dataset:
+    return analysis.filters_left(run).isel(event=-1, drop=True)
+
+
+def _reached(of: comparison.ByMeasure) -> tuple[float, dict[str, xr.DataArray]]:
+    """Steps to the smallest share of the first loss that all runs reached, else to the largest by those that did."""
+    shares = next(iter(of.values())).share.values
+    finite = [
+        share for share in shares if all(np.isfinite(v.steps_to_loss.sel(share=share)).all() for v in of.values())
+    ]
+    share = min(finite, default=max(shares))
+    chosen = {measure: values.steps_to_loss.sel(share=share) for measure, values in of.items()}
+    return share, {measure: steps.where(np.isfinite(steps), drop=True) for measure, steps in chosen.items()}

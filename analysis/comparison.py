@@ -115,7 +115,7 @@ def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
 
 def _name(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
-    pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * (rounds != 1)}" if rounds else ""
+    pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
     parts = [model, data, pruned, *(f"{name.replace('_', ' ')} {value}" for name, value in others.items())]
     return ", ".join(part for part in parts if part)

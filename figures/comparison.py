@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import analysis
 from analysis import comparison
@@ -35,6 +35,7 @@ def accuracy(runs: Runs) -> Figure:
         panels.draw_seeds({measure: values.test_accuracy for measure, values in of.items()}, styles, ax=ax)
         if "none" in of:
             ax.axvline(float(of["none"].test_accuracy.mean()), color="0.7", linewidth=0.9, zorder=0)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         ax.set_title(name, fontsize=8)
     figure.supxlabel("test accuracy", fontsize=9)
@@ -59,6 +60,7 @@ def convergence(runs: Runs) -> Figure:
         panels.draw_seeds(steps, named_styles(of), ax=axes[2])
         axes[1].set(xlabel="mean training loss  [L]")
         axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
+        axes[2].set_visible(any(reached.size for reached in steps.values()))
         axes[0].set_title(name, fontsize=8)
     legend_below(figure)
     return figure
@@ -83,7 +85,7 @@ def norms(runs: Runs) -> Figure:
 
 
 def training_curves(runs: Runs) -> Figure:
-    """Pruned early, a network trains on to nearly the accuracy of the whole one.
+    """What a pruning costs in loss and accuracy, training on makes up for in part.
 
     A row a condition: training loss and test accuracy after each epoch, before that epoch's pruning if any. Mean over
     seeds, with its 95 % interval (Student's). Prunings, dotted.
@@ -141,7 +143,7 @@ def stability(runs: Runs) -> Figure:
 
 
 def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
-    """A pruning moves loss and gradient norm; which measure it used matters more than how large a share went.
+    """A pruning moves loss and gradient norm either way, the gradient norm by orders of magnitude.
 
     Loss (top) and ‖g‖² (bottom) right after each pruning over those right before it, at its probe, against the share
     of the parameters left that it removed; a column a model and data set. On the grey line nothing changed. ‖g‖² after

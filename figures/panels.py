@@ -137,7 +137,7 @@ def draw_filters_left(share: xr.DataArray, *, ax: Axes | None = None, **style: o
 
 
 def scale_axis(axis: Axis, values: np.ndarray) -> None:
-    """Logarithmic where no value is negative; else symmetric, linear below the first decile and 10⁻⁵ of the largest.
+    """Logarithmic where no value is negative; else symmetric, linear below the first decile and 10⁻⁵ of the ninth.
 
     Linear altogether where some are negative and their sizes span less than a factor 30.
     At most three ticks a side of zero, none so close to it that labels would meet.
@@ -155,7 +155,7 @@ def scale_axis(axis: Axis, values: np.ndarray) -> None:
         return
     if sizes.max() / np.quantile(sizes, 0.1) < 30:
         return
-    lowest = int(np.floor(np.log10(max(np.quantile(sizes, 0.1), sizes.max() * 1e-5))))
+    lowest = int(np.floor(np.log10(max(np.quantile(sizes, 0.1), np.quantile(sizes, 0.9) * 1e-5))))
     highest = int(np.floor(np.log10(sizes.max())))
     set_scale("symlog", linthresh=10.0**lowest, linscale=0.6)
     decades = [10.0**power for power in range(highest, lowest, -max(1, -(-(highest - lowest) // 3)))]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
 
 from . import checkpoint
 from .data import Data, DataError, load
@@ -48,7 +50,9 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
     """
     with ExitStack() as stack:
         if scheduler is None:
-            yield stack.enter_context(Client(stack.enter_context(_cluster(workers or _fitting(runs)))))
+            client = stack.enter_context(Client(stack.enter_context(_cluster(workers or _fitting(runs)))))
+            client.register_plugin(_Uninterrupted())
+            yield client
             return
         try:
             client = stack.enter_context(Client(scheduler))
@@ -79,8 +83,10 @@ def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experi
         error = future.exception()
         if isinstance(error, KilledWorker) and checkpoint.saved_at(runs[experiment]) != before:
             completed.add(submit(experiment))
+        elif future.status == "finished":
+            yield experiment, future.result()
         else:
-            yield experiment, future.result() if error is None else named(error)
+            yield experiment, "the scheduler has lost it" if error is None else named(error)
 
 
 def _cluster(workers: int) -> LocalCluster:
@@ -90,6 +96,14 @@ def _cluster(workers: int) -> LocalCluster:
     )
 
 
+class _Uninterrupted(WorkerPlugin):
+    """Ctrl-C in the terminal reaches all processes, and is for the first of them to hear."""
+
+    def setup(self, worker: Worker) -> None:
+        """Called in each worker's main thread."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _fitting(runs: Runs) -> int:
     """One worker a GPU if that is where the runs go, else one a core; not more than runs."""
     on_gpu = any(find_device(name).type == "cuda" for name in {experiment.device for experiment in runs})
@@ -97,7 +111,7 @@ def _fitting(runs: Runs) -> int:
 
 
 def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
-    """A task: run, on this worker's GPU if there are several, and end when nobody waits for it any more."""
+    """A task: run, and end when nobody waits for it any more."""
     worker, said = get_worker(), 0.0
     key = worker.get_current_task()
 
@@ -105,17 +119,19 @@ def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
         nonlocal said
         task = worker.state.tasks.get(key)
         if task is None or task.state == "cancelled":
-            raise KeyboardInterrupt
+            raise CancelledError("nobody waits for this run any more")
         if time.monotonic() - said > _SECONDS:
             worker.log_event(topic, {"run": experiment.name, "steps": steps})
             said = time.monotonic()
 
-    gpus = torch.cuda.device_count()
-    if (
-        gpus > 1 and experiment.device in ("auto", "cuda") and isinstance(worker.name, int)
-    ):  # a LocalCluster counts them
-        experiment = replace(experiment, device=f"cuda:{worker.name % gpus}")
-    return _attempt(experiment, path, report)
+    return _attempt(_placed(experiment, worker.name, torch.cuda.device_count()), path, report)
+
+
+def _placed(experiment: Experiment, worker: object, gpus: int) -> Experiment:
+    """The experiment on a worker's own GPU, where a machine has several and its workers are numbered."""
+    if gpus > 1 and isinstance(worker, int) and experiment.device in ("auto", "cuda"):
+        return replace(experiment, device=f"cuda:{worker % gpus}")
+    return experiment
 
 
 def _attempt(experiment: Experiment, path: Path, report: Callable[[int], object]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +15,11 @@ from pathlib import Path
 import dask
 import pytest
 import torch
+import yaml
 from distributed import Client, LocalCluster
 from test_experiment_resumes import assert_same_records, contents
 
-from dynamics import checkpoint, open_run
+from dynamics import checkpoint, open_run, workers
 from dynamics.__main__ import main
 from dynamics.experiment import Experiment
 from dynamics.grid import grid
@@ -160,14 +164,40 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, scheduler: str) -> None
     assert "finished" not in open_run(tmp_path / f"{DIVERGING.name}.zarr").attrs
 
 
+def write(path: Path, settings: dict) -> None:
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
+
+
 def test_the_command_line_says_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On new processes, as by default."""
-    settings = {name: value for name, value in TINY.identity.items() if name not in ("learning_rates", "seed")}
-    lines = [f"{name}: {list(value) if isinstance(value, tuple) else value}\n" for name, value in settings.items()]
-    lines += ["grids:\n", "- learning_rates: [0.1]\n", "- {learning_rates: [1.0e+30], seed: 9}\n"]
-    (tmp_path / "grid.yaml").write_text("".join(lines).replace("True", "true").replace("False", "false"))
-    assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "1"]) == 1
+    varied = [{"learning_rates": [0.1]}, {"learning_rates": [1e30], "seed": 9}]
+    write(tmp_path / "grid.yaml", {**TINY.identity, "grids": varied})
+    assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "0"]) == 1
     shown = capsys.readouterr()
     assert "recorded 1 runs in" in shown.out
     assert f"failed: {DIVERGING.name}: magnitude has scores that are not finite" in shown.err
     assert "100%" not in shown.err.splitlines()[-1]
+
+
+def test_interrupted_it_goes_on_later(tmp_path: Path) -> None:
+    """Ctrl-C in a terminal: all processes get the signal; as by default, the runs are on new ones."""
+    long = replace(TINY, epochs=(40,))
+    write(tmp_path / "grid.yaml", long.identity)
+    command = [sys.executable, "-m", "dynamics", "sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        path = tmp_path / f"{long.name}.zarr"
+        while checkpoint.saved_at(path) is None:
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "interrupted; what was recorded until now is kept, the same command goes on" in said.splitlines()
+    assert "Traceback" not in said
+    assert 0 < open_run(path)["epochs"].sizes["epoch"] < 40
+
+
+def test_each_worker_has_a_gpu_of_its_own() -> None:
+    assert [workers._placed(TINY, name, 2).device for name in (0, 1, 2)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert workers._placed(TINY, 1, 1) == workers._placed(TINY, "tcp://10.0.0.1:1", 2) == TINY  # it sees one, its own
+    chosen = replace(TINY, device="cuda:1")
+    assert workers._placed(chosen, 0, 2) == chosen

@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both create .venv and install into it first.
+# Commands: `make demo`, `make figures`, `make test`. All create .venv and install into it first.
 PYTHON ?= python3
 BIN := .venv/bin
 RECORDS ?= docs/records/*.zarr.zip

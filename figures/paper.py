@@ -76,8 +76,12 @@ def quantities_per_layer(runs: Runs) -> Figure:
         panels.draw_layers(quantity, ax=ax)
         panels.draw_events(event_steps(run), ax=ax)
         panels.scale_axis(ax.yaxis, quantity.values)
-    layers = axes[0].get_legend_handles_labels()
-    figure.legend(*layers, loc="outside right center", title="layer", fontsize=7, handlelength=1.2)
+    handles, layers = axes[0].get_legend_handles_labels()
+    every = -(-len(layers) // 24)  # their colours are in the network's order, so that some of many are enough
+    figure.legend(
+        handles[::every], layers[::every], loc="outside right center", title="layer" + f", 1 in {every}" * (every > 1),
+        fontsize=7, handlelength=1.2,
+    )  # fmt: skip
     figure.suptitle(name_of(label), x=0.01, ha="left", fontsize=10)
     return figure
 

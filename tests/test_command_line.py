@@ -101,7 +101,8 @@ def experiments_run(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> li
     seen: list[Experiment] = []
     monkeypatch.setattr("dynamics.__main__.run", lambda experiment, path: seen.append(experiment))
     monkeypatch.setattr("dynamics.workers.run", lambda experiment, path, **settings: seen.append(experiment))
-    monkeypatch.setattr("dynamics.workers.data_of", lambda *names: None)
+    for user in ("workers", "sweep"):
+        monkeypatch.setattr(f"dynamics.{user}.data_of", lambda *names: None)
     monkeypatch.setattr("dynamics.sweep.steps_of", lambda experiment, data: 1)
     in_this_process = ["--workers", "0"] if arguments[0] == "sweep" else []
     assert MAINS["dynamics"]([*arguments, *in_this_process]) == 0

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import dask
 import torch
 from dask.system import CPU_COUNT
 from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
@@ -89,11 +90,20 @@ def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experi
             yield experiment, "the scheduler has lost it" if error is None else named(error)
 
 
-def _cluster(workers: int) -> LocalCluster:
-    """Processes on this machine, of one thread each. No limit on memory: a network's is not Dask's to manage."""
-    return LocalCluster(
-        n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0", silence_logs=logging.ERROR
-    )
+@contextmanager
+def _cluster(workers: int) -> Iterator[LocalCluster]:
+    """Processes on this machine, of one thread each. No limit on memory: a network's is not Dask's to manage.
+
+    Dask has them give freed memory back to the system at once, and a training would ask for it again at each step.
+    """
+    trim = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"
+    with (
+        dask.config.set({trim: None}),
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0", silence_logs=logging.ERROR
+        ) as cluster,
+    ):
+        yield cluster
 
 
 class _Uninterrupted(WorkerPlugin):

@@ -29,6 +29,7 @@ def test_examples_run_as_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for line in ("#SBATCH -p gpu", "#SBATCH -t 08:00:00", "#SBATCH --gres=gpu:1", "export THETADOT_DATA=$HOME/data"):
         assert line in shown
     assert "--nthreads 1" in shown
+    assert "--no-nanny" in shown
     assert "all are recorded" in shown
     (scheduler,) = {*asked} - {"minimum_jobs", "maximum_jobs"}
     assert scheduler.startswith("tcp://")

@@ -19,7 +19,7 @@ figures: .venv/installed  ## redraw every figure and the report from the records
 	@echo "Next: open out/figures/report.html, or run python -m analysis $(RECORDS) for the tables and claims."
 
 test: .venv/installed-test lint  ## tests and linter
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 faults: .venv/installed-test  ## kill writers of records 100 times at random; `make test` does it 8 times
 	THETADOT_KILLS=100 $(BIN)/python -m pytest tests/faults

@@ -11,7 +11,7 @@ import xarray as xr
 
 from .agreement import network_norm_rate
 from .conditions import compared_by, comparisons, first_comparison
-from .convergence import convergence, last_pruning
+from .convergence import convergence, epoch_window, last_pruning
 from .findings import each
 from .intervals import half_width
 from .outcome import outcome
@@ -142,5 +142,5 @@ def _training_after(run: xr.DataTree, since: int) -> xr.Dataset:
     found = convergence(run, since=since)
     steps = columns(run, "steps", ["loss", "epoch"])
     after = steps.loss.sel(step=slice(since, None))
-    window = min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
+    window = epoch_window(steps, after)
     return found.assign(loss=after.rolling(step=window, center=True, min_periods=max(1, window // 2)).mean())

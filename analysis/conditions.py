@@ -7,19 +7,13 @@ from collections.abc import Mapping
 import pandas as pd
 import xarray as xr
 
+from dynamics.schema import PAPER_MEASURES, PRUNING_SETTINGS
+
 from .record import experiment
 
-MEASURES = (
-    "none",
-    "magnitude",
-    "loss_preservation",
-    "loss_preservation_times_magnitude",
-    "gradient_norm_increase",
-    "gradient_norm_preservation",
-)  # the order in which the paper's are listed; others follow
+MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
-# Settings that a network which is not pruned does not feel, and those that none does.
-_OF_PRUNING = ("rounds", "sparsity", "granularity", "protocol", "keep_momentum", "importance_samples")
+# Settings that no network feels.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
 
@@ -49,7 +43,7 @@ def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     table = conditions(runs).reset_index()
     pruned, whole = table[table.measure != "none"], table[table.measure == "none"]
     where = compared_by(table)
-    own = [name for name in where if name not in _OF_PRUNING]
+    own = [name for name in where if name not in PRUNING_SETTINGS]
     repeated = whole[["run", "measure", "seed", *own]].merge(pruned[where].drop_duplicates(), on=own)
     alone = whole[~whole.run.isin(repeated.run)]
     order = [*MEASURES, *(name for name in table.measure if name not in MEASURES)]
@@ -98,5 +92,8 @@ def _row(label: str, run: xr.DataTree) -> dict:
         return {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": seed}
     row = {name: value for name, value in settings.items() if name not in _OF_THE_RECORD}
     if row["measure"] == "none":
-        row = {name: value for name, value in row.items() if name not in _OF_PRUNING} | {"rounds": 0, "sparsity": 0.0}
+        row = {name: value for name, value in row.items() if name not in PRUNING_SETTINGS} | {
+            "rounds": 0,
+            "sparsity": 0.0,
+        }
     return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}

@@ -39,8 +39,7 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     after = steps.loss.sel(step=slice(start, None))
     if not after.size:
         raise MissingQuantityError(f"/steps needs rows from step {start} on, and ends before: train on after pruning")
-    window = min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
-    epoch_mean = after.rolling(step=window).mean()
+    epoch_mean = after.rolling(step=epoch_window(steps, after)).mean()
     share = xr.DataArray(list(SHARES), dims="share", coords={"share": list(SHARES)})
     reached = epoch_mean <= share * steps.loss[0]
     taken = after.step.where(reached).min("step") - start + 1
@@ -52,6 +51,11 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
         found.drop_vars("step", errors="ignore").assign_attrs(since=start, steps=int(after.step[-1]) - start + 1),
         "loss", area="mean training loss after pruning", final_loss="final training loss",
     )  # fmt: skip
+
+
+def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
+    """How many steps an epoch has, not more than there are ``after`` the start."""
+    return min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
 
 
 def last_pruning(run: xr.DataTree) -> int:

@@ -16,6 +16,11 @@ from .tables import agreement_table, brief_table, outcome_table
 
 Parts = dict[str, pd.DataFrame | list[str]]
 
+_OUTCOME = "What the runs came to"
+_ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
+_VERDICTS = "Claims: number of conditions by verdict"
+SUMMARY = (_OUTCOME, _ACCURACY, _VERDICTS)  # what a report begins with
+
 
 def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
     """Tables by title, and the claims with their definitions where there are seeds to judge them by.
@@ -25,14 +30,14 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
     """
     if not several_seeds(runs):
         return _of_runs(runs, brief)
-    accuracy = {"Accuracy: mean ± half of its 95 % interval over seeds": seed_tables.accuracy_table(runs)}
+    accuracy = {_ACCURACY: seed_tables.accuracy_table(runs)}
     return accuracy | (_of_claims(runs, brief) if brief else _of_seeds(runs))
 
 
 def _of_runs(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     if brief:
         return {"What the runs came to, and the median errors of what theory says": brief_table(runs)}
-    return {"What the runs came to": outcome_table(runs), "Theory against measurement": agreement_table(runs)}
+    return {_OUTCOME: outcome_table(runs), "Theory against measurement": agreement_table(runs)}
 
 
 def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
@@ -55,7 +60,7 @@ def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     found = claims(runs)
     if found.empty:  # nothing was pruned
         return {}
-    counts: Parts = {"Claims: number of conditions by verdict": seed_tables.verdict_table(found)}
+    counts: Parts = {_VERDICTS: seed_tables.verdict_table(found)}
     if brief:
         return counts
     return counts | {

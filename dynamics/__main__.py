@@ -15,9 +15,8 @@ from .experiment import Experiment
 from .grid import grid
 from .protocols import Comparison, compare
 from .reading import open_run
+from .running import run
 from .summary import summary
-from .sweep import sweep
-from .training import run
 
 
 def _parser() -> ArgumentParser:
@@ -122,6 +121,8 @@ def _execute(arguments: list[str] | None) -> int:
 
 def _sweep(settings: Namespace) -> int:
     """Run a grid; 1 if not all of it is recorded, with a line on stderr for each run that failed."""
+    from .sweep import sweep  # and with it Dask, which no other command needs
+
     experiments, folder = grid(_configuration(settings.configuration)), Path(settings.output)
     failed = sweep(experiments, folder, workers=settings.workers, scheduler=settings.scheduler)
     for name, error in failed.items():

@@ -27,6 +27,7 @@ class Seen:
     moment: Moment | None
     passed: bool = False
     again: bool = False  # a step of it has been taken already
+    evaluated_at: int | None = None  # the number of backward passes before its forward pass, if that was in eval mode
 
 
 class Mark(NamedTuple):
@@ -77,13 +78,19 @@ class Batches:
             if not self._awaits or not torch.is_grad_enabled() or asleep():
                 return
             self.repeat(due=True)
-            if (waiting := next((seen for seen in self._seen if not seen.passed), None)) is not None:
+            if (waiting := self._next_to_pass(module)) is not None:
                 waiting.moment, waiting.passed = self._moment(), True
+                waiting.evaluated_at = None if module.training else self.mark.backwards
 
         self._awaits = True
         self._seen = [replace(one, batch=copied(one.batch), moment=self._moment()) for one in self._seen]
         if self._hook is None and not self._compiled:
             self._hook = self._model.register_forward_pre_hook(passes)
+
+    def _next_to_pass(self, module: nn.Module) -> Seen | None:
+        """The batch whose forward pass begins: the first that had none, or that was only evaluated, as all trains."""
+        only_evaluated = self.mark.backwards if module.training else -1
+        return next((seen for seen in self._seen if not seen.passed or seen.evaluated_at == only_evaluated), None)
 
     def add(self, batch: Any, *, due: bool, stays: bool = False) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""

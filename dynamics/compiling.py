@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .errors import first_line
+
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as ``torch.compile`` runs it, with the same parameters; what calls ``model`` itself still runs eagerly.
@@ -18,9 +20,8 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         torch.compile(_doubled)(torch.zeros(1, device=device))
     except Exception as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"torch cannot compile here: {reason}; install a C++ compiler, such as g++, or leave compile off"
+            f"torch cannot compile here: {first_line(error)}; install a C++ compiler, such as g++, or leave compile off"
         ) from error
     return torch.compile(model, dynamic=False)
 

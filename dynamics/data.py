@@ -19,6 +19,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
+from .errors import first_line
+
 Batch = tuple[Tensor, Tensor]
 Splits = tuple[Batch, Batch]
 
@@ -214,8 +216,7 @@ def one_line(problem: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{problem} ({reason}); {remedy}") from error
+        raise DataError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
 def splits(kind: type[CIFAR10] | type[FashionMNIST], root: Path, *, download: bool) -> Splits:

@@ -8,6 +8,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def first_line(error: BaseException) -> str:
+    """The message's first line, or the exception's type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def named(error: BaseException) -> str:
     """The message after the exception's type."""
     return f"{type(error).__name__}: {one_line(error)}"

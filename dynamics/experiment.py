@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .data import DATASETS
 from .models import MODELS
 from .pruning import MEASURES, PROTOCOLS, share_left
+from .schema import PRUNING_SETTINGS
 from .studies import PARTS
 
 # What a setting of each type takes, and how a message says it.
@@ -24,7 +26,6 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 _PLACES = ("device", "root", "download")
-_PRUNING = ("sparsity", "rounds", "granularity", "protocol", "keep_momentum", "importance_samples", "studies")
 
 
 def _all_are(kind: str, values: object) -> bool:
@@ -150,6 +151,11 @@ class Experiment:
         if self.seed >= 2**63 - 1:
             raise ValueError(f"seed must be less than 2**63 - 1, got {self.seed}")
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Experiment:
+        """The experiment of settings as a file holds them, with lists for tuples."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+
     @property
     def name(self) -> str:
         """A name that tells the runs of a comparison apart, e.g. ``vgg13-digits-magnitude-0.75-5r-seed0``."""
@@ -160,7 +166,7 @@ class Experiment:
     @property
     def identity(self) -> dict[str, object]:
         """The settings that decide what a run computes: not where it does, nor how it would prune if it prunes not."""
-        ignored = _PLACES if self.measure != "none" else (*_PLACES, *_PRUNING)
+        ignored = _PLACES if self.measure != "none" else (*_PLACES, *PRUNING_SETTINGS)
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in ignored}
 
     def schedule(self) -> list[float]:

@@ -40,8 +40,4 @@ def _product(settings: Mapping[str, Any]) -> list[Experiment]:
             raise ValueError(f"{name} is an empty list: give at least one value, or leave the setting out")
         varied[name] = value if isinstance(value, list) and name not in _LISTS else [value]
     points = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    return [Experiment(**{name: _tuple(value) for name, value in point.items()}) for point in points]
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return [Experiment.of(point) for point in points]

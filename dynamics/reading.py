@@ -15,6 +15,7 @@ from typing import Any
 
 import xarray as xr
 
+from .errors import one_line
 from .schema import SCHEMA_VERSION
 
 METADATA = ".zmetadata"
@@ -163,4 +164,4 @@ def _foreign(path: Path, reason: str) -> RecordError:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)[:200] or type(error).__name__

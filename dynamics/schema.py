@@ -23,6 +23,24 @@ NODES: dict[str, tuple[str, ...]] = {
 STAGES = ("before", "after")
 STUDIES = ("curve", "scores", "invariance")  # what an event may add, each computed by dynamics.pruning
 
+# Of an experiment's record: the paper's measures in its order, and the settings that matter only where one prunes.
+PAPER_MEASURES = (
+    "magnitude",
+    "loss_preservation",
+    "loss_preservation_times_magnitude",
+    "gradient_norm_increase",
+    "gradient_norm_preservation",
+)
+PRUNING_SETTINGS = (
+    "rounds",
+    "sparsity",
+    "granularity",
+    "protocol",
+    "keep_momentum",
+    "importance_samples",
+    "studies",
+)
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

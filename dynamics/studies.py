@@ -11,16 +11,10 @@ from .event import Event
 from .probe import Objective
 from .pruning import MEASURES, Pruning, removal_curve, resampled_scores, scale_invariance
 from .pruning.invariance import standing
+from .schema import PAPER_MEASURES
 
 PARTS = 8
 _FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-_COMPARED = (
-    "magnitude",
-    "loss_preservation",
-    "loss_preservation_times_magnitude",
-    "gradient_norm_increase",
-    "gradient_norm_preservation",
-)
 
 
 def add_studies(
@@ -44,5 +38,5 @@ def add_studies(
         event.add("curve", curve)
     inputs, labels = (torch.cat(parts) for parts in zip(*probe, strict=True))
     parts = list(zip(inputs.tensor_split(PARTS), labels.tensor_split(PARTS), strict=True))
-    event.add("scores", resampled_scores(model, parts, _COMPARED, protected=protected))
+    event.add("scores", resampled_scores(model, parts, PAPER_MEASURES, protected=protected))
     event.add("invariance", scale_invariance(model, probe, objective=objective, protected=protected))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .device import find_device
 from .experiment import Experiment
-from .training import find_device, is_finished, steps_of
+from .running import is_finished
+from .training import steps_of
 from .workers import connected, data_of, here, on_dask
 
 

@@ -1,10 +1,8 @@
-"""The paper's protocol as one function of an experiment: train, prune in rounds, train on, record everything."""
+"""The paper's protocol: train, prune in rounds, train on; all of it recorded, with a checkpoint after each epoch."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -19,15 +17,12 @@ from tqdm.auto import tqdm
 
 from . import checkpoint
 from .compiling import compiled
-from .data import Data, load
+from .data import Data
 from .experiment import Experiment
 from .masks import apply_masks, parameter_masks
-from .models import build
 from .probe import Objective, cross_entropy_objective, mode_of
 from .pruning import MEASURES, PROTOCOLS, Pruner, share_left
-from .reading import check
 from .recorder import Recorder
-from .store import Store
 from .studies import add_studies
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -35,97 +30,7 @@ Batches = list[tuple[Tensor, Tensor]]
 EVALUATED_AT_ONCE = 256  # images; activations of more leave a processor's cache, and take two to three times as long
 
 
-def run(
-    experiment: Experiment,
-    path: str | os.PathLike,
-    *,
-    data: Data | None = None,
-    progress: bool = True,
-    report: Callable[[int], object] = lambda steps: None,
-) -> Path:
-    """Run an experiment and record it at ``path``; returns the path.
-
-    What is there of the same experiment is gone on with, from the end of its last epoch, as if it had never been
-    interrupted: the record is the same, bit for bit, on the same machine. A finished record is left as it is.
-
-    Args:
-        experiment: what to run.
-        path: where the record goes.
-        data: the data set, if it is loaded already.
-        progress: show a bar, one tick a step.
-        report: called with the number of steps that are done, at the start and after each.
-
-    Raises:
-        FileExistsError: something else is at ``path``. BlockingIOError: another process runs the experiment there.
-        FileNotFoundError: the data set is not on disk and ``download`` is off.
-        ValueError: the training diverged, so that nothing can be ranked. What was recorded until then is kept.
-    """
-    path = Path(path)
-    if is_finished(path, experiment):
-        return path
-    device = find_device(experiment.device)
-    data = _chosen(data or load(experiment.data, root=experiment.root, download=experiment.download), experiment)
-    torch.manual_seed(experiment.seed)
-    model = build(
-        experiment.model, num_classes=data.num_classes, in_channels=data.channels, width=experiment.width
-    ).to(device)  # fmt: skip
-    optimizer = torch.optim.SGD(
-        model.parameters(), experiment.learning_rates[0], experiment.momentum, weight_decay=experiment.weight_decay,
-        fused=True,
-    )  # fmt: skip
-    training = _Training(experiment, data, device, model, optimizer)
-    if (state := checkpoint.load(path)) is not None:
-        training.restore(state)
-    configuration = {
-        "experiment": json.dumps(dataclasses.asdict(experiment)),
-        "protocol": json.dumps(dataclasses.asdict(PROTOCOLS[experiment.protocol])),
-        "seed": experiment.seed,
-    }
-    with Recorder(
-        path, training.trained, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
-        attributes=configuration, resume="rewind", step=training.steps,
-    ) as recorder:  # fmt: skip
-        training.run(recorder, path, report, progress=progress)
-    if recorder.failure is not None:
-        raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
-    _finish(path)
-    return path
-
-
-def is_finished(path: Path, experiment: Experiment) -> bool:
-    """Whether the record of an experiment is complete; False where there is none.
-
-    Raises:
-        FileExistsError: what is at ``path`` is not the record of this experiment.
-    """
-    if not path.exists():
-        return False
-    try:
-        attributes = check(path)[".zattrs"]
-        settings = json.loads(attributes["experiment"])
-        recorded = Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}).identity
-    except (KeyError, TypeError, ValueError) as error:  # not a record, or not an experiment's
-        raise FileExistsError(f"{path} exists already: choose another path, or remove it first") from error
-    asked = experiment.identity
-    differing = [name for name in asked if recorded.get(name) != asked[name]]
-    if other := [f"{name} {recorded.get(name)!r}, not {asked[name]!r}" for name in differing]:
-        raise FileExistsError(
-            f"{path} is another experiment's, with {', '.join(other)}; choose another path, or remove it first"
-        )
-    return bool(attributes.get("finished"))
-
-
-def _finish(path: Path) -> None:
-    """Say in the record that nothing is missing."""
-    store = Store.reopen(path)
-    try:
-        store.note("finished", True)
-    finally:
-        store.close()
-    checkpoint.remove(path)
-
-
-def _chosen(data: Data, experiment: Experiment) -> Data:
+def chosen(data: Data, experiment: Experiment) -> Data:
     """The data set with the training samples of the experiment, drawn by its seed."""
     if not experiment.train_samples:
         return data
@@ -136,10 +41,10 @@ def _chosen(data: Data, experiment: Experiment) -> Data:
 
 def steps_of(experiment: Experiment, data: Data) -> int:
     """Steps of a whole run, with all the data there is."""
-    return len(experiment.schedule()) * -(-len(_chosen(data, experiment).train) // experiment.batch_size)
+    return len(experiment.schedule()) * -(-len(chosen(data, experiment).train) // experiment.batch_size)
 
 
-class _Training:
+class Training:
     """The state of one experiment while it runs."""
 
     def __init__(
@@ -282,22 +187,3 @@ class _Training:
         else:
             images = self.data.train.sample(count, generator=self._choice)
         return list(images.batches(self.experiment.batch_size, device=self.device))
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device here, or nothing can be computed on it.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {name!r} cannot be used: {reason}; choose auto, cpu, or cuda where there is one"
-        ) from error
-    return device

@@ -20,9 +20,10 @@ from distributed import Client, Future, KilledWorker, LocalCluster, Worker, Work
 
 from . import checkpoint
 from .data import Data, DataError, load
+from .device import find_device
 from .errors import named, one_line
 from .experiment import Experiment
-from .training import find_device, run
+from .running import run
 
 _SECONDS = 0.5  # between two messages of a run
 

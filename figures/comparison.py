@@ -16,7 +16,7 @@ from analysis.conditions import conditions
 from dynamics.schema import label as label_of
 
 from . import panels
-from .layout import by_measure, events_of, grid, legend_below, rows_of
+from .layout import by_measure, event_epochs, events_of, grid, legend_below, rows_of
 from .style import named_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -72,12 +72,12 @@ def norms(runs: Runs) -> Figure:
     A row a condition: ‖θ‖² of the whole network over training, and its measured velocity in flow time, averaged over
     windows of steps; mean over seeds, with its 95 % interval (Student's). Prunings, dotted.
     """
-    found = comparison.compare(runs, comparison.network_norm)
+    found, events = comparison.compare(runs, comparison.network_norm), events_of(runs)
     figure, rows = rows_of(len(found), 2, width=3.9, height=2.2)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("param_sqnorm", "param_sqnorm_rate"), strict=True):
             _draw_means(ax, of, quantity)
-            panels.draw_events(events_of(runs, name), ax=ax)
+            panels.draw_events(events[name], ax=ax)
             ax.set(ylabel=label_of(quantity))
         axes[0].set_title(name, fontsize=8)
     legend_below(figure)
@@ -90,12 +90,12 @@ def training_curves(runs: Runs) -> Figure:
     A row a condition: training loss and test accuracy after each epoch, before that epoch's pruning if any. Mean over
     seeds, with its 95 % interval (Student's). Prunings, dotted.
     """
-    found = comparison.compare(runs, analysis.training_curve)
+    found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, event_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("train_loss", "test_accuracy"), strict=True):
             _draw_means(ax, {measure: values for measure, values in of.items() if quantity in values}, quantity)
-            panels.draw_events([epoch + 2 for epoch in events_of(runs, name, "epoch")], ax=ax)
+            panels.draw_events([epoch + 2 for epoch in events[name]], ax=ax)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set(ylabel=label_of(quantity))
         axes[1].yaxis.set_major_formatter(PercentFormatter(1))
@@ -130,12 +130,12 @@ def stability(runs: Runs) -> Figure:
     The ratio at each measured step, a panel a condition: mean over seeds, with its 95 % interval (Student's). The line
     marks 2. With momentum a step's flow time is η/(1−β). Prunings, dotted.
     """
-    found = comparison.compare(runs, analysis.stability)
+    found, events = comparison.compare(runs, analysis.stability), events_of(runs)
     figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
     for ax, (name, of) in zip(axes, found.items(), strict=True):
         _draw_means(ax, of, "stability")
         ax.axhline(2, color="0.3", linewidth=1)
-        panels.draw_events(events_of(runs, name), ax=ax)
+        panels.draw_events(events[name], ax=ax)
         ax.set(ylabel="Δt gᵀHg/‖g‖²")
         ax.set_title(name, fontsize=8)
     legend_below(figure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -85,11 +85,14 @@ def rows_of(
     return figure, axes.tolist()
 
 
-def events_of(runs: Mapping[str, xr.DataTree], condition: str, name: str = "step") -> list[int]:
-    """Steps (or epochs) of the events of all runs of a condition."""
-    rows = by_condition(comparisons(runs))[condition]
-    found = event_steps if name == "step" else event_epochs
-    return sorted({value for label in rows.run for value in found(runs[label])})
+def events_of(
+    runs: Mapping[str, xr.DataTree], when: Callable[[xr.DataTree], list[int]] = event_steps
+) -> dict[str, list[int]]:
+    """By condition, when the events of all its runs were: in steps, or :func:`event_epochs`."""
+    return {
+        condition: sorted({value for label in rows.run for value in when(runs[label])})
+        for condition, rows in by_condition(comparisons(runs)).items()
+    }
 
 
 def by_measure(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, dict[str, object]]:

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
-from analysis.overview import overview
+from analysis.overview import SUMMARY, overview
 from analysis.record import experiment, name_of
 
 from .paper import FIGURES, Runs, caption, claim, draw
@@ -95,14 +95,13 @@ def _save(figure: Figure, stem: Path, origin: str) -> str:
 def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list[str]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    first = overview(runs, brief=True)
-    rest = {title: part for title, part in overview(runs).items() if title not in first}
+    parts = _parts(overview(runs))
     return template.render(
         title="Training dynamics: theory against measurement",
         done=_done(runs),
-        first=_parts(first),
+        first={title: part for title, part in parts.items() if title in SUMMARY},
         figures=drawn,
-        rest=_parts(rest),
+        rest={title: part for title, part in parts.items() if title not in SUMMARY},
         missing=missing,
         records=records,
         origin=_origin(runs),

@@ -62,8 +62,8 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     return loss
 
 
-def closure_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
-    """One training step whose gradient a closure takes; returns the loss."""
+def closure_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, by_name: bool = False) -> Tensor:
+    """One training step whose gradient a closure takes, handed by its place or by its name; returns the loss."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -71,7 +71,7 @@ def closure_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
         loss.backward()
         return loss
 
-    return optimizer.step(closure)
+    return optimizer.step(closure=closure) if by_name else optimizer.step(closure)
 
 
 def recorded(

@@ -74,7 +74,7 @@ def test_from_nothing_to_a_report(
 ) -> None:
     digits = load("digits")
     few = replace(digits, train=digits.train.sample(512), test=digits.test.sample(64))
-    monkeypatch.setattr("dynamics.training.load", lambda name, **settings: few)
+    monkeypatch.setattr("dynamics.running.load", lambda name, **settings: few)
     run, again, drawn = (str(tmp_path / name) for name in ("run.zarr", "again.zarr", "drawn"))
     settings = tmp_path / "settings.yaml"
     settings.write_text(TINY_FILE + "measure: taylor\n")

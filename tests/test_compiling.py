@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import xarray as xr
+from experiments import assert_agree
 from networks import convolutional_network, images
 from torch import nn
 from torch._inductor import config
@@ -37,13 +37,7 @@ def recorded(path: Path, *, compile: bool) -> xr.DataTree:
 def test_a_compiled_training_is_recorded_as_the_eager_one(tmp_path: Path) -> None:
     eager, fast = (recorded(tmp_path / f"{compile}.zarr", compile=compile) for compile in (False, True))
     assert torch._dynamo.utils.counters["inductor"]  # it did run compiled
-    for node in ("steps", "curvature", "pruning"):
-        for name, values in eager[node].data_vars.items():
-            if values.dtype.kind == "f":
-                scale = float(np.abs(values).max())  # some are differences of what nearly cancels
-                np.testing.assert_allclose(fast[node][name], values, rtol=1e-9, atol=1e-11 * scale, err_msg=name)
-            else:
-                np.testing.assert_array_equal(fast[node][name], values, err_msg=name)
+    assert_agree(fast, eager, ["steps", "curvature", "pruning"])
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from experiments import few_digits, recorded
 
 from analysis import (
     filters_left,
@@ -17,12 +18,11 @@ from analysis import (
     score_noise,
     training_curve,
 )
-from dynamics import open_run
-from dynamics.data import Data, load
+from dynamics.data import Data
 from dynamics.experiment import Experiment
 from dynamics.models import build
 from dynamics.pruning import MEASURES, PROTOCOLS, share_left
-from dynamics.training import run
+from dynamics.running import run
 
 TINY = Experiment(
     width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,
@@ -32,12 +32,7 @@ TINY = Experiment(
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    digits = load("digits")
-    return replace(digits, train=digits.train.sample(64), test=digits.test.sample(64))
-
-
-def recorded(path: Path, experiment: Experiment, data: Data) -> xr.DataTree:
-    return open_run(run(experiment, path, data=data, progress=False))
+    return few_digits(64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +57,7 @@ def test_the_record_of_a_run(record: xr.DataTree) -> None:
 
 
 def test_the_record_says_its_configuration(record: xr.DataTree) -> None:
-    configuration = json.loads(record.attrs["experiment"])
-    configuration |= {name: tuple(configuration[name]) for name in ("epochs", "learning_rates")}
-    assert Experiment(**configuration) == TINY
+    assert Experiment.of(json.loads(record.attrs["experiment"])) == TINY
     assert record.attrs["seed"] == 0
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import xarray as xr
+from experiments import few_digits
 
 from dynamics import checkpoint, open_run
-from dynamics.data import Data, load
+from dynamics.data import Data
 from dynamics.experiment import Experiment
-from dynamics.training import run
+from dynamics.running import run
 
 TINY = Experiment(
     width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,
@@ -30,15 +31,9 @@ class Interruption(BaseException):
     """What ends a run in the middle."""
 
 
-def small() -> Data:
-    """Digits, always the same few."""
-    digits, drawn = load("digits"), torch.Generator().manual_seed(0)
-    return replace(digits, train=digits.train.sample(64, drawn), test=digits.test.sample(64, drawn))
-
-
 @pytest.fixture(scope="module")
 def data() -> Data:
-    return small()
+    return few_digits(64, 64)
 
 
 def killed(experiment: Experiment, path: Path, data: Data, step: int) -> None:
@@ -103,7 +98,7 @@ def test_with_each_kind_of_measure(tmp_path: Path, data: Data, measure: str) -> 
 PROGRAM = """
 import os, signal, sys
 import test_experiment_resumes as tests, torch
-from dynamics import training
+from dynamics import running
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 instant, kill = sys.argv[2], lambda *given: os.kill(os.getpid(), signal.SIGKILL)
@@ -111,9 +106,9 @@ if instant == "step":
     report = lambda done: kill() if done == 3 else None
 else:
     report = lambda done: None
-    module, name = {"checkpoint": (tests.checkpoint, "save"), "end": (training, "_finish")}[instant]
+    module, name = {"checkpoint": (tests.checkpoint, "save"), "end": (running, "_finish")}[instant]
     setattr(module, name, kill)
-tests.run(tests.TINY, sys.argv[1], data=tests.small(), progress=False, report=report)
+tests.run(tests.TINY, sys.argv[1], data=tests.few_digits(64, 64), progress=False, report=report)
 """
 
 

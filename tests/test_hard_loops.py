@@ -244,11 +244,17 @@ def test_what_happens_after_a_step_is_not_its_doing(tmp_path: Path) -> None:
     np.testing.assert_allclose(steps.update_sqnorm, 0.01 * steps.grad_sqnorm, rtol=1e-10)
 
 
-def test_the_probe_is_in_the_mode_and_at_the_random_numbers_of_the_steps_forward_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluated", ["after the step", "before the forward pass"])
+def test_the_probe_is_in_the_mode_and_at_the_random_numbers_of_the_steps_forward_pass(
+    tmp_path: Path, evaluated: str
+) -> None:
     model, losses = convolutional_network(dropout=0.5), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
         for batch in recorder.watch(images(3)):
+            if evaluated == "before the forward pass":
+                model.eval()
+                model(batch[0])  # without no_grad: many forget it
             model.train()
             noise = torch.randn_like(batch[0]) * 0  # drawn after the batch was seen
             optimizer.zero_grad()
@@ -256,9 +262,10 @@ def test_the_probe_is_in_the_mode_and_at_the_random_numbers_of_the_steps_forward
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            model.eval()
-            with torch.no_grad():
-                model(batch[0])
+            if evaluated == "after the step":
+                model.eval()
+                with torch.no_grad():
+                    model(batch[0])
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import xarray as xr
+from experiments import assert_agree
 from networks import plain_step
 from torch import Tensor, nn
 
@@ -62,10 +62,4 @@ def test_the_record_is_the_same_in_either_format(tmp_path: Path) -> None:
     """Of a pruning too: all that is recorded, but for rounding."""
     formats = {"last": torch.channels_last, "first": torch.contiguous_format}
     last, first = (recorded(tmp_path / name, memory_format) for name, memory_format in formats.items())
-    for node in ("steps", "curvature", "pruning", "units"):
-        for name, values in first[node].data_vars.items():
-            if values.dtype.kind == "f":
-                scale = float(np.abs(values).max())  # some are differences of what nearly cancels
-                np.testing.assert_allclose(last[node][name], values, rtol=1e-9, atol=1e-11 * scale, err_msg=name)
-            else:
-                np.testing.assert_array_equal(last[node][name], values, err_msg=name)
+    assert_agree(last, first, ["steps", "curvature", "pruning", "units"])

@@ -1,13 +1,24 @@
 """What the recorder says of a loop is what a plain computation beside the loop says."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, convolutional_network, dense, flat, images, plain_step, recorded, smooth_network, vectors
+from networks import (
+    closure_step,
+    convolutional_network,
+    dense,
+    flat,
+    images,
+    plain_step,
+    recorded,
+    smooth_network,
+    vectors,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,26 +69,14 @@ def test_a_closure_is_measured_at_its_first_return(tmp_path: Path) -> None:
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].grad_sqnorm.sum("layer"), first, rtol=1e-12)
 
 
-def by_closure(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
-    """A step that hands its closure by name."""
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(batch[0]), batch[1])
-        loss.backward()
-        return loss
-
-    return optimizer.step(closure=closure)
-
-
 STEPS: dict[str, tuple[Callable[[Iterable[Tensor]], torch.optim.Optimizer], Callable[..., Tensor]]] = {
     "sgd": (lambda theta: torch.optim.SGD(theta, 0.1), plain_step),
     "momentum": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, weight_decay=0.1), plain_step),
     "nesterov": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9, nesterov=True, foreach=True), plain_step),
     "adam fused": (lambda theta: torch.optim.Adam(theta, 0.01, fused=True), plain_step),
     "adamw": (lambda theta: torch.optim.AdamW(theta, 0.01), plain_step),
-    "closure": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), by_closure),
-    "lbfgs": (lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=3), by_closure),
+    "closure": (lambda theta: torch.optim.SGD(theta, 0.1, momentum=0.9), partial(closure_step, by_name=True)),
+    "lbfgs": (lambda theta: torch.optim.LBFGS(theta, 0.1, max_iter=3), partial(closure_step, by_name=True)),
 }
 
 

@@ -23,8 +23,8 @@ from dynamics import checkpoint, open_run, workers
 from dynamics.__main__ import main
 from dynamics.experiment import Experiment
 from dynamics.grid import grid
+from dynamics.running import run
 from dynamics.sweep import sweep
-from dynamics.training import run
 
 TINY = Experiment(
     width=0.05, rounds=1, epochs=(3,), learning_rates=(0.1,), sparsity=0.5, batch_size=32, train_samples=60,

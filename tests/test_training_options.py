@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from experiments import few_digits, recorded
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from dynamics import open_run, training
-from dynamics.data import Data, load
+from dynamics import training
+from dynamics.data import Data
 from dynamics.experiment import Experiment
 from dynamics.models import build
-from dynamics.training import run
 
 TINY = Experiment(
     width=0.05, rounds=1, epochs=(2,), learning_rates=(0.1,), sparsity=0.5, batch_size=32, measure="grasp",
@@ -25,12 +25,7 @@ TINY = Experiment(
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    digits = load("digits")
-    return replace(digits, train=digits.train.sample(50), test=digits.test.sample(20))
-
-
-def recorded(path: Path, experiment: Experiment, data: Data) -> xr.DataTree:
-    return open_run(run(experiment, path, data=data, progress=False))
+    return few_digits(50, 20)
 
 
 def test_bfloat16_is_for_training_alone(tmp_path: Path, data: Data) -> None:

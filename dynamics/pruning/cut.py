@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import one_line
 from ..identities import is_layer
 from ..moment import random_numbers_untouched
 from .coupling import dependency_graph, plan, silent_units
@@ -126,7 +127,7 @@ def _run(model: nn.Module, inputs: Any, otherwise: str) -> dict[str, list[Tensor
             outputs.clear()
             outputs[_OUTPUT] = list(_tensors(model.eval()(inputs)))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ValueError(f"{otherwise} ({type(error).__name__}: {reason})") from error
     finally:
         for hook in hooks:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..errors import first_line
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
 from .weights import not_plain
 
@@ -113,7 +114,7 @@ def _traced(model: nn.Module) -> fx.Graph:
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            f"{first_line(error)}; "
             "granularity='weight' needs no tracing"
         ) from error
 

@@ -1,0 +1,35 @@
+"""Small experiments, and what to hold their records to."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from dynamics import open_run
+from dynamics.data import Data, load
+from dynamics.experiment import Experiment
+from dynamics.running import run
+
+
+def few_digits(train: int, test: int) -> Data:
+    """Digits, always the same few."""
+    digits, drawn = load("digits"), torch.Generator().manual_seed(0)
+    return replace(digits, train=digits.train.sample(train, drawn), test=digits.test.sample(test, drawn))
+
+
+def recorded(path: Path, experiment: Experiment, data: Data) -> xr.DataTree:
+    return open_run(run(experiment, path, data=data, progress=False))
+
+
+def assert_agree(found: xr.DataTree, expected: xr.DataTree, nodes: Iterable[str]) -> None:
+    """Equal but for rounding in double precision."""
+    for node in nodes:
+        for name, values in expected[node].data_vars.items():
+            if values.dtype.kind == "f":
+                scale = float(np.abs(values).max())  # some are differences of what nearly cancels
+                np.testing.assert_allclose(found[node][name], values, rtol=1e-9, atol=1e-11 * scale, err_msg=name)
+            else:
+                np.testing.assert_array_equal(found[node][name], values, err_msg=name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+from .higher_order import HigherOrder
 
 _NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
 
@@ -135,7 +138,8 @@ def _gradient(
     loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     with torch.enable_grad():
-        loss = loss_of(theta)
+        with HigherOrder() if create_graph else nullcontext():
+            loss = loss_of(theta)
         grad = torch.autograd.grad(
             loss, list(theta.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
         )

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .convolution import geometry
 from .gated_affine import Affine, Gated, Linear, Phase
 from .gated_batch_norm import BatchNorm
+from .higher_order import is_ordinary, is_transformed
 
 
 class Operations(TorchFunctionMode):
@@ -37,7 +39,7 @@ class Operations(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         own = _OWN.get(function)
-        if own is not None and not _transformed():
+        if own is not None and not is_transformed():
             result = own(self, function, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
@@ -62,26 +64,8 @@ class Operations(TorchFunctionMode):
         return y + bias.view((-1,) + (1,) * (y.ndim - 1 - operation.channel % y.ndim))
 
 
-def _transformed() -> bool:
-    """Whether torch.func sees this operation, or a checkpoint that will repeat it, or anything that stores tensors."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _plain(x: Any, weight: Tensor) -> bool:
-    """Whether both are ordinary real tensors of one type, and stay so."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.dtype == weight.dtype
-        and x.layout is weight.layout is torch.strided
-        and x.is_floating_point()
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
 def _linear(operations: Operations, function: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if operations.find(weight) is None or not _plain(input, weight):
+    if operations.find(weight) is None or not is_ordinary(input, weight):
         return NotImplemented
     return operations.affine(Linear(F.linear, lambda d, x, W: d @ W, channel=-1), input, weight, bias)
 
@@ -92,41 +76,14 @@ def _convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | tuple[int, ...] = 1,
-    padding: int | tuple[int, ...] | str = 0,
-    dilation: int | tuple[int, ...] = 1,
-    groups: int = 1,
+    *where: Any,
+    **named: Any,
 ) -> Any:
-    if operations.find(weight) is None or not _plain(input, weight) or input.ndim != weight.ndim:
+    known = operations.find(weight) is not None and is_ordinary(input, weight)
+    how = geometry(input, weight, *where, **named) if known else None
+    if how is None:
         return NotImplemented
-    size = weight.shape[2:]
-    stride, dilation = _each(stride, len(size)), _each(dilation, len(size))
-    if padding == "same":
-        if any(one != 1 for one in stride):
-            return NotImplemented  # an error, in torch's words
-        padding, input = _same(input, size, dilation)
-    padding = _each(0 if padding == "valid" else padding, len(size))
-
-    def forward(x: Tensor, W: Tensor, shift: Tensor | None) -> Tensor:
-        return function(x, W, shift, stride, padding, dilation, groups)
-
-    def transpose(d: Tensor, x: Tensor, W: Tensor) -> Tensor:
-        how = (stride, padding, dilation, False, [0] * len(size), groups, (True, False, False))
-        return torch.ops.aten.convolution_backward(d, x, W, None, *how)[0]
-
-    return operations.affine(Linear(forward, transpose, channel=1), input, weight, bias)
-
-
-def _each(number: int | tuple[int, ...], dimensions: int) -> list[int]:
-    numbers = [number] if isinstance(number, int) else list(number)
-    return numbers * dimensions if len(numbers) == 1 else numbers
-
-
-def _same(x: Tensor, size: torch.Size, dilation: list[int]) -> tuple[list[int], Tensor]:
-    """Padding on both sides, and x with what is more on the right, so that y has the shape of x."""
-    total = [step * (length - 1) for step, length in zip(dilation, size, strict=True)]
-    more = [number for one in reversed(total) for number in (0, one % 2)]
-    return [one // 2 for one in total], F.pad(x, more) if any(more) else x
+    return operations.affine(Linear(how[0].forward, how[0].transpose, channel=1), how[1], weight, bias)
 
 
 def _batch_norm(
@@ -142,7 +99,9 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     own = (training or running_mean is None) and input.device.type == "cpu"  # where it was measured to be faster
-    own = own and all(_plain(input, one) for one in (weight, bias) if one is not None) and _plain(input, input)
+    own = (
+        own and all(is_ordinary(input, one) for one in (weight, bias) if one is not None) and is_ordinary(input, input)
+    )
     if not own or input.dtype not in (torch.float32, torch.float64) or input.numel() <= input.shape[1]:
         return NotImplemented
     return BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps)

@@ -1,4 +1,4 @@
-"""Convolution and BatchNorm of the probes, against torch's own derivatives, and finite differences where it has none."""
+"""Convolution and BatchNorm of the probes, against torch's own derivatives, or finite differences where it has none."""
 
 from collections.abc import Callable
 

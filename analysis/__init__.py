@@ -1,6 +1,6 @@
 """Theory against measurement: each function takes a record and returns a dataset. Nothing here needs torch."""
 
-from .agreement import agree, agreement, network_norm_rate, residuals
+from .agreement import agree, agreement, residuals
 from .claims import CLAIMS, claims
 from .comparison import compare, compare_convergence, mean_and_interval, side_by_side
 from .condensed import condense, expand
@@ -11,7 +11,7 @@ from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .loss import loss_decrease, stability
 from .measures import rank_agreement, removed_overlap, score_noise
-from .norm import norm_balance, norm_rate
+from .norm import layer_norm_rate, network_norm_rate, norm_balance, norm_rate
 from .outcome import outcome, training_curve
 from .protocol import protocol_diff, protocol_table
 from .record import MissingQuantityError, open_runs
@@ -40,6 +40,7 @@ __all__ = [
     "expand",
     "filters_left",
     "grasp_and_gradient",
+    "layer_norm_rate",
     "loss_decrease",
     "mean_and_interval",
     "network_norm_rate",

@@ -8,7 +8,7 @@ from scipy import stats
 
 from .effect import pruning_effect
 from .loss import loss_decrease
-from .norm import norm_rate
+from .norm import network_norm_rate
 from .record import MissingQuantityError
 
 ORDERS = ("first_order", "second_order")
@@ -61,14 +61,6 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
     if not relations:
         raise reason
     return xr.concat(relations.values(), xr.Variable("relation", list(relations)))
-
-
-def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
-    """:func:`analysis.norm_rate` of the whole network over ``step``, averaged over 1/20 of the run, >= 10 steps."""
-    window = max(10, run["steps"].sizes.get("step", 0) // 20)
-    total = norm_rate(run).sum("layer", skipna=False, keep_attrs=True)
-    averaged = total.rolling(step=min(window, max(total.sizes["step"], 1)), center=True).mean(keep_attrs=True)
-    return averaged.assign_attrs(window=window)
 
 
 _RELATIONS = {

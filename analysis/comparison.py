@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .agreement import network_norm_rate
-from .conditions import compared_by, comparisons, first_comparison
+from .conditions import compared_by, comparisons, conditions, first_comparison
 from .convergence import convergence, epoch_window, last_pruning
 from .findings import each
 from .intervals import half_width
+from .norm import network_norm_rate
 from .outcome import outcome
-from .record import MissingQuantityError, columns, ended
+from .record import MissingQuantityError, columns, ended, name_of
 
 Runs = Mapping[str, xr.DataTree]
 ByMeasure = dict[str, xr.Dataset]
@@ -111,6 +111,13 @@ def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
     names = by_condition(rows)
     seeds = f", seed {chosen.seed.iloc[0]}" if len(chosen) < len(rows) and chosen.seed.nunique() == 1 else ""
     return f"{next(iter(names))}{seeds}", {label: runs[label] for label in runs if label in set(chosen.run)}
+
+
+def title(label: str, run: xr.DataTree) -> str:
+    """One run in print: ``vgg13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; its label if none of our own."""
+    table = conditions({label: run})
+    of = table.iloc[0]
+    return ", ".join([_name(of[compared_by(table)]), name_of(of.measure), f"seed {of.seed}"]) if of.model else label
 
 
 def _name(condition: pd.Series) -> str:

@@ -47,6 +47,17 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     )
 
 
+def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
+    """:func:`norm_rate` of the whole network over ``step``, averaged over 1/20 of the run, at least 10 steps."""
+    window = _window(run)
+    return norm_rate(run, window=window).sum("layer", skipna=False, keep_attrs=True).assign_attrs(window=window)
+
+
+def layer_norm_rate(run: xr.DataTree) -> xr.DataArray:
+    """The velocity of ‖θ‖² per step and layer that was measured, averaged like :func:`network_norm_rate`'s."""
+    return norm_rate(run, window=_window(run)).measured.rename("param_sqnorm_rate")
+
+
 def norm_balance(run: xr.DataTree) -> xr.Dataset:
     """The exact change of ‖θ‖² over each step, and what makes it up, per step and layer.
 
@@ -87,6 +98,11 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
     ).transpose("step", "layer")
     balance = taken(run, balance)
     return described(balance, "param_sqnorm", **{name: name.replace("_", " ") for name in balance})
+
+
+def _window(run: xr.DataTree) -> int:
+    count = run["steps"].sizes.get("step", 0) if "steps" in run.children else 0
+    return min(max(10, count // 20), max(count, 1))
 
 
 def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import pandas as pd
 
 MISSING = "–"
+_A_PAGE = 45  # rows
 _LATEX = {
     "‖": r"\|", "θ": r"\theta", "²": "^2", "ᵀ": r"^\top", "Δ": r"\Delta", "±": r"\pm", "×": r"\times", "−": "-",
     "∞": r"\infty", ">": ">", "<": "<", "≥": r"\geq",
@@ -26,12 +27,15 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def as_latex(table: pd.DataFrame) -> str:
-    """A table in LaTeX, for ``booktabs``: plain text but for symbols, which are set as mathematics."""
+    """A table in LaTeX, for ``booktabs``, and ``longtable`` where it is longer than a page.
+
+    Plain text but for symbols, which are set as mathematics.
+    """
     head, *rows = [" & ".join(map(_latex, row)) + r" \\" for row in _cells(table)]
     columns = "l" * (table.index.nlevels + len(table.columns))
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
-    )
+    kind, heading = ("longtable", [r"\midrule", r"\endhead"]) if len(rows) > _A_PAGE else ("tabular", [r"\midrule"])
+    body = [r"\toprule", head, *heading, *rows, r"\bottomrule"]
+    return "\n".join([rf"\begin{{{kind}}}{{{columns}}}", *body, rf"\end{{{kind}}}"])
 
 
 def page(parts: Mapping[str, pd.DataFrame | list[str]], form: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 import analysis
 from analysis import comparison
@@ -25,8 +25,8 @@ Runs = Mapping[str, xr.DataTree]
 def accuracy(runs: Runs) -> Figure:
     """Which measure gives the best network depends on model, data and rounds, and often they differ by less than seeds.
 
-    Final test accuracy, a panel a condition. Small: each seed; large: their mean with its 95 % interval (Student's).
-    Grey line: the mean of the networks that were not pruned.
+    Final test accuracy, a panel a condition. Small: each seed; large: their mean with its 95 % interval (Student's),
+    which may leave the panel. Grey line: the mean of the networks that were not pruned.
     """
     found = comparison.compare(runs, comparison.final)
     figure, axes = grid(len(found), width=3.9, height=1.9, columns=2, sharex=False, sharey=True)
@@ -36,7 +36,7 @@ def accuracy(runs: Runs) -> Figure:
         if "none" in of:
             ax.axvline(float(of["none"].test_accuracy.mean()), color="0.7", linewidth=0.9, zorder=0)
         ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        panels.percent(ax.xaxis)
         ax.set_title(name, fontsize=8)
     figure.supxlabel("test accuracy", fontsize=9)
     return figure
@@ -98,7 +98,7 @@ def training_curves(runs: Runs) -> Figure:
             panels.draw_events([epoch + 2 for epoch in events[name]], ax=ax)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set(ylabel=label_of(quantity))
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+        panels.percent(axes[1].yaxis)
         axes[0].set_title(name, fontsize=8)
     legend_below(figure)
     return figure
@@ -160,7 +160,7 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
                 ax.plot(found[label].removed_share, found[label][quantity], linestyle="none", alpha=0.8, **style)
             ax.axhline(1, color="0.7", linewidth=0.9, zorder=0)
             panels.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
-            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            panels.percent(ax.xaxis)
         rows[1][column].set(xlabel="share of the parameters removed")
         rows[0][column].set_title(", ".join(part for part in (model, data) if part), fontsize=8)
     rows[0][0].set(ylabel="loss after / before")

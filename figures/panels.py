@@ -98,7 +98,7 @@ def draw_band(summary: xr.Dataset, *, ax: Axes | None = None, color: object = No
 def draw_seeds(
     values: Mapping[str, xr.DataArray], styles: Mapping[str, Mapping[str, object]], *, ax: Axes | None = None
 ) -> Axes:
-    """A row a measure: its value in each seed (small), and their mean with its interval (large)."""
+    """A row a measure: its value in each seed (small), and their mean with its interval (large), which may leave."""
     ax = ax or plt.gca()
     rows = list(styles)
     for measure, of_seeds in values.items():
@@ -114,6 +114,7 @@ def draw_seeds(
         )
     ax.set_yticks(range(len(rows)), [style["label"] for style in styles.values()])
     ax.set_ylim(len(rows) - 0.5, -0.5)
+    fit_axis(ax.xaxis, np.concatenate([np.ravel(of_seeds) for of_seeds in values.values()] or [[]]))
     return ax
 
 
@@ -169,9 +170,14 @@ def fit_axis(axis: Axis, values: np.ndarray) -> None:
     if shown.size:
         transform = axis.get_transform()
         low, high = (transform.transform(bound) for bound in (shown.min(), shown.max()))
-        margin = 0.06 * (high - low) or 0.06
+        margin = 0.06 * ((high - low) or abs(high) or 1)
         bounds = transform.inverted().transform(np.array([low - margin, high + margin]))
         getattr(axis.axes, f"set_{axis.axis_name}lim")(*bounds)
+
+
+def percent(axis: Axis) -> None:
+    """Shares in per cent, with as many decimals as they need."""
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
 
 
 def _axis(variable: xr.DataArray) -> str:

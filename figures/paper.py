@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.lines import Line2D
 
 import analysis
 from analysis import MissingQuantityError
+from analysis.comparison import title
 from analysis.conditions import conditions
 from analysis.record import name_of
 from dynamics.schema import label as label_of
@@ -63,16 +65,16 @@ def norm_rate(runs: Runs) -> Figure:
 def quantities_per_layer(runs: Runs) -> Figure:
     """Norm, gradient and curvature differ by orders of magnitude between layers, and a pruning moves them at once.
 
-    The quantities of each layer of the first pruned run over its steps. Prunings, dotted.
+    The quantities of each layer of the first pruned run over its steps; d‖θ‖²/dt as measured, averaged over windows of
+    steps. Prunings, dotted.
     """
     label = next((label for label, run in runs.items() if event_steps(run)), next(iter(runs)))
     run = runs[label]
-    found = [(node, name) for node, name in _PER_LAYER if node in run.children and name in run[node].data_vars]
+    found = _per_layer(run)
     if not found:
         raise MissingQuantityError("no quantity per layer in the record: record /steps or /curvature")
     figure, axes = grid(len(found), width=3.6, columns=2)
-    for ax, (node, name) in zip(axes, found, strict=True):
-        quantity = run[node][name].load()
+    for ax, quantity in zip(axes, found, strict=True):
         panels.draw_layers(quantity, ax=ax)
         panels.draw_events(event_steps(run), ax=ax)
         panels.scale_axis(ax.yaxis, quantity.values)
@@ -82,7 +84,7 @@ def quantities_per_layer(runs: Runs) -> Figure:
         handles[::every], layers[::every], loc="outside right center", title="layer" + f", 1 in {every}" * (every > 1),
         fontsize=7, handlelength=1.2,
     )  # fmt: skip
-    figure.suptitle(name_of(label), x=0.01, ha="left", fontsize=10)
+    figure.suptitle(title(label, run), x=0.01, ha="left", fontsize=10)
     return figure
 
 
@@ -136,7 +138,6 @@ FIGURES: dict[str, Callable[[Runs], Figure]] = {
 
 _PER_LAYER = (
     ("steps", "param_sqnorm"),
-    ("steps", "param_sqnorm_rate"),
     ("steps", "grad_sqnorm"),
     ("steps", "distance_sqnorm"),
     ("curvature", "grad_hess_grad"),
@@ -168,9 +169,19 @@ def caption(name: str) -> str:
     return " ".join(FIGURES[name].__doc__.split("\n", 1)[1].split())
 
 
+def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:
+    """What the record has of norm, gradient and curvature by layer, over its steps."""
+    found = [
+        run[node][name].load() for node, name in _PER_LAYER if node in run.children and name in run[node].data_vars
+    ]
+    with suppress(MissingQuantityError):
+        found.insert(1, analysis.layer_norm_rate(run))
+    return found
+
+
 def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> Figure:
     """Measured and predicted values over the steps, a panel a measure in one seed, with the prunings marked."""
-    title, chosen = analysis.side_by_side({label: runs[label] for label in predictions})
+    what, chosen = analysis.side_by_side({label: runs[label] for label in predictions})
     predictions = {label: predictions[label] for label in chosen}
     figure, axes = grid(len(predictions), sharey=True)
     measures = conditions(chosen).measure
@@ -178,7 +189,7 @@ def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str
         panels.draw_over_time(prediction, ax=ax)
         panels.draw_events(event_steps(runs[label]), ax=ax)
         ax.set_title(name_of(measures[label]))
-    figure.suptitle(title or None, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(what or None, x=0.01, ha="left", fontsize=10)
     shared_axes(figure, axes, predictions, ylabel=ylabel)
     legend_below(figure)
     return figure

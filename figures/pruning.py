@@ -9,9 +9,10 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator
 
 import analysis
+from analysis.comparison import title
 from analysis.measures import WHOLE
 from analysis.record import name_of
 from dynamics.schema import label
@@ -41,7 +42,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
                 panels.draw_over_layers(chosen[order], ax=ax, **style)
         ax.axhline(0, color="0.7", linewidth=0.9, zorder=0)
         ax.set(ylabel=f"Δ{label(quantity)}")
-    axes[0].set_title(f"{name_of(name)}, first pruning")
+    axes[0].set_title(f"{title(name, runs[name])}, first pruning")
     styles = [Line2D([], [], **style) for style in (MEASURED, FIRST, SECOND)]
     figure.legend(handles=styles, loc="outside lower center", ncols=3)
     return figure
@@ -59,16 +60,16 @@ def removed_decrease(runs: Runs) -> Figure:
     for name, style in by_measure(runs, found).items():
         total = found[name][["decrease", "parameters"]].sum("layer")
         left.plot(total.parameters, total.decrease, linestyle="none", alpha=0.8, **style)
-    title, chosen = analysis.side_by_side({name: runs[name] for name in found})
+    what, chosen = analysis.side_by_side({name: runs[name] for name in found})
     for name, style in by_measure(chosen, chosen).items():
         of_layer = found[name].of_layer.isel(event=0)
         panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
-    right.set_title(title)
+    right.set_title(what)
     end = 1.1 * max(left.dataLim.x1, left.dataLim.y1) or 1
     left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, end), ylim=(0, end))
     panels.draw_identity(left)
     for axis in (left.xaxis, left.yaxis, right.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
+        panels.percent(axis)
     right.set(ylabel="removed share of the layer's ‖g‖²")
     legend_below(figure)
     return figure
@@ -95,9 +96,9 @@ def removal_curve(runs: Runs) -> Figure:
     axes[1, 1].set(xscale="log", yscale="log", ylabel="relative error of Δloss")
     for ax in axes[1]:
         ax.set(xlabel="share of the filters removed", xticks=curve.fraction.values)
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panels.percent(ax.xaxis)
         ax.xaxis.set_minor_locator(NullLocator())
-    axes[0, 0].set_title(name_of(name))
+    figure.suptitle(title(name, runs[name]), x=0.01, ha="left", fontsize=10)
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip
     legend_below(figure, *twice)
@@ -121,7 +122,7 @@ def measure_agreement(runs: Runs) -> Figure:
     the lowest fifth of the filters in common with it, grey by chance, over training; the correlation in each layer at
     the first event; and of each measure's scores with those from batches drawn again. Bars: one standard error.
     """
-    reference, agreement, overlap, noise, steps = _compared_measures(runs)
+    what, reference, agreement, overlap, noise, steps = _compared_measures(runs)
     figure, axes = grid(4, width=3.9, columns=2, height=2.7, sharex=False)
     styles = run_styles(noise.measure.values.tolist())
     for measure, style in styles.items():
@@ -136,25 +137,29 @@ def measure_agreement(runs: Runs) -> Figure:
             panels.draw_over_layers(layers.rank_correlation, ax=axes[2], **style, linewidth=1)
     axes[1].axhline(_OVERLAP_SHARE, color="0.7", zorder=0)
     axes[1].set_ylim(bottom=0)
-    for ax, title in zip(axes, ("all layers", f"lowest {_OVERLAP_SHARE:.0%}", "each layer", "itself"), strict=True):
-        ax.set_title(title)
+    with_other = [
+        f"with {name_of(reference)}, {which}"
+        for which in ("all filters", f"the lowest {_OVERLAP_SHARE:.0%}", "in each layer")
+    ]
+    for ax, compared in zip(axes, [*with_other, "with itself, on other batches"], strict=True):
+        ax.set_title(compared, fontsize=9)
         ax.set(ylabel="in common" if ax is axes[1] else "rank correlation")
     for ax in (axes[0], axes[1], axes[3]):
         ax.set(xlabel="step", xticks=steps)
-    figure.suptitle(f"with {name_of(reference)}", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(what, x=0.01, ha="left", fontsize=10)
     legend_below(figure)
     return figure
 
 
-def _compared_measures(runs: Runs) -> tuple[str, xr.Dataset, xr.Dataset, xr.Dataset, np.ndarray]:
-    """The reference measure, what the first run that has scores says of all, and the steps at which it compared."""
+def _compared_measures(runs: Runs) -> tuple[str, str, xr.Dataset, xr.Dataset, xr.Dataset, np.ndarray]:
+    """The first run that has scores, in print; the reference measure; what it says of all; the steps it compared at."""
     name = next(iter(analysis.each(runs, analysis.score_noise)))
     noise = analysis.score_noise(runs[name])
     measures = noise.measure.values.tolist()
     reference = "loss_preservation" if "loss_preservation" in measures else measures[0]
     overlap = analysis.removed_overlap(runs[name], share=_OVERLAP_SHARE)
     steps = runs[name]["pruning"].to_dataset().step.sel(event=noise.event).values
-    return reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
+    return title(name, runs[name]), reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
 
 
 def scale_invariance(runs: Runs) -> Figure:

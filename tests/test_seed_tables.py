@@ -163,6 +163,13 @@ def test_latex_is_plain_but_for_mathematics() -> None:
     assert lines[2] == r"model &  & \ensuremath{\theta}\ensuremath{^\top}Hg, \% & share \\"
 
 
+def test_a_long_latex_table_breaks_between_pages_under_its_head() -> None:
+    lines = as_latex(pd.DataFrame({"x": range(50)})).splitlines()
+    assert (lines[0], lines[-1]) == (r"\begin{longtable}{ll}", r"\end{longtable}")
+    assert lines[4] == r"\endhead"
+    assert lines[5:-2] == [rf"{i} & {i} \\" for i in range(50)]
+
+
 def test_latex_tables_need_no_unicode(some: dict[str, xr.DataTree]) -> None:
     many = runs()
     found = analysis.claims(many)

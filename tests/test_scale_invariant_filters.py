@@ -109,7 +109,9 @@ def test_in_training_mode_grasp_ranks_by_the_gradient_in_the_papers_networks(tmp
     run = studied(tmp_path / "run", model, [batch(1)])
     filters = run["invariance"].to_dataset().isel(event=0).load()
     grasp = scores(model, [batch(1)], "gradient_norm_increase", mode="train")
-    np.testing.assert_allclose(filters.param_hess_grad.sel(mode="train"), torch.cat(list(grasp.values())), rtol=1e-9)
+    ours, theirs = filters.param_hess_grad.sel(mode="train"), torch.cat(list(grasp.values()))
+    # their gradients are of other operations: of filters nearly dead, rounding is seen at so small an ε
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-13 * float(theirs.abs().max()))
     seen = filters.grad_sqnorm.sel(mode="train") > 1e-12 * float(filters.grad_sqnorm.max())  # not dead behind a ReLU
     gap = (filters.param_hess_grad + filters.grad_sqnorm).sel(mode="train")[seen]
     assert float(np.abs(gap / filters.grad_sqnorm.sel(mode="train")[seen]).max()) < 1e-3

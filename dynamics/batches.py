@@ -80,7 +80,7 @@ class Batches:
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
                 waiting.moment, waiting.passed = self._moment(), True
-                waiting.evaluated_at = None if module.training else self.mark.backwards
+                waiting.evaluated_at = None if _trains(module) else self.mark.backwards
 
         self._awaits = True
         self._seen = [replace(one, batch=copied(one.batch), moment=self._moment()) for one in self._seen]
@@ -88,9 +88,16 @@ class Batches:
             self._hook = self._model.register_forward_pre_hook(passes)
 
     def _next_to_pass(self, module: nn.Module) -> Seen | None:
-        """The batch whose forward pass begins: the first that had none, or that was only evaluated, as all trains."""
-        only_evaluated = self.mark.backwards if module.training else -1
-        return next((seen for seen in self._seen if not seen.passed or seen.evaluated_at == only_evaluated), None)
+        """The batch whose forward pass begins: the first that had none.
+
+        Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
+        """
+        if _trains(module):
+            gone = all(passes.parameter.grad is None for passes in self._passes)
+            for seen in self._seen:
+                if seen.evaluated_at is not None and (gone or seen.evaluated_at == self.mark.backwards):
+                    seen.passed, seen.evaluated_at = False, None
+        return next((seen for seen in self._seen if not seen.passed), None)
 
     def add(self, batch: Any, *, due: bool, stays: bool = False) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
@@ -193,10 +200,16 @@ class Batches:
             passes.remove()
 
 
+def _trains(module: nn.Module) -> bool:
+    """Whether a part of it is in training mode."""
+    return any(part.training for part in module.modules())
+
+
 class _Passes:
     """Counts the backward passes that have added up in a parameter's gradient."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
         self.count = self.total = 0
         self._before: tuple[weakref.ref, int] | None = None
         self._hook = parameter.register_post_accumulate_grad_hook(self._arrived)

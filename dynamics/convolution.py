@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,12 @@ class Geometry(NamedTuple):
         """∂⟨d, W ∗ x⟩/∂W, of W's shape; no value of W matters."""
         return self._backward(d, x, W, (False, True, False))[1]
 
+    def product(self, wanted: str, d: Tensor | None, W: Tensor, x: Tensor) -> Tensor:
+        """The derivative of ⟨d, W ∗ x⟩ by the ``wanted`` one of "d", "W" and "x", of which only the shape matters."""
+        if wanted == "d":
+            return self.forward(x, W)
+        return self.transpose(d, x, W) if wanted == "x" else self.weight_gradient(d, x, W)
+
     def _backward(self, d: Tensor, x: Tensor, W: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
         how = (*self[:3], False, [0] * len(self.stride), self.groups, wanted)
         return torch.ops.aten.convolution_backward(d, x, W, None, *how)
@@ -44,23 +50,51 @@ def geometry(
 ) -> tuple[Geometry, Tensor] | None:
     """The geometry of ``F.conv2d``'s arguments and its kin's, and the input, padded where "same" is not symmetric.
 
-    None for an input without a batch, and for arguments that torch refuses.
+    None for an input without a batch, and for arguments that torch might refuse.
     """
     size = weight.shape[2:]
-    if input.ndim != weight.ndim:
-        return None
-    stride, dilation = _each(stride, len(size)), _each(dilation, len(size))
-    if padding == "same":
-        if any(one != 1 for one in stride):
-            return None
+    stride, dilation = _each(stride, size), _each(dilation, size)
+    if padding == "same" and stride == [1] * len(size) and dilation:
         padding, input = _same(input, size, dilation)
-    padding = _each(0 if padding == "valid" else padding, len(size))
-    return Geometry(stride, padding, dilation, groups), input
+    padding = _each(0 if padding == "valid" else padding, size)
+    known = input.ndim == weight.ndim and stride and padding and dilation
+    return (Geometry(stride, padding, dilation, groups), input) if known else None
 
 
-def _each(number: int | tuple[int, ...], dimensions: int) -> list[int]:
-    numbers = [number] if isinstance(number, int) else list(number)
-    return numbers * dimensions if len(numbers) == 1 else numbers
+def transposed_geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> tuple[Geometry, Tensor] | None:
+    """The geometry of the convolution whose transpose ``F.conv_transpose2d`` or one of its kin is, and an x of it.
+
+    None for an input without a batch, and for arguments that torch might refuse.
+    """
+    size = weight.shape[2:]
+    stride, padding, more, dilation = (_each(given, size) for given in (stride, padding, output_padding, dilation))
+    if input.ndim != weight.ndim or len(weight) != input.shape[1] or not (stride and padding and more and dilation):
+        return None
+    if any(extra >= max(s, d) for extra, s, d in zip(more, stride, dilation, strict=True)):
+        return None
+    lengths = [
+        (length - 1) * s - 2 * p + d * (k - 1) + extra + 1
+        for length, s, p, d, k, extra in zip(input.shape[2:], stride, padding, dilation, size, more, strict=True)
+    ]
+    if min(lengths) < 1:
+        return None
+    x = input.new_empty(()).expand(len(input), weight.shape[1] * groups, *lengths)
+    return Geometry(stride, padding, dilation, groups), x
+
+
+def _each(given: Any, size: torch.Size) -> list[int]:
+    """One number a dimension; empty where they are not given as torch takes them."""
+    numbers = [given] if isinstance(given, int) else list(given) if isinstance(given, tuple | list) else []
+    numbers = numbers * len(size) if len(numbers) == 1 else numbers
+    return numbers if len(numbers) == len(size) else []
 
 
 def _same(x: Tensor, size: torch.Size, dilation: list[int]) -> tuple[list[int], Tensor]:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from .convolution import geometry
 from .gated_affine import Affine, Gated, Linear, Phase
 from .gated_batch_norm import BatchNorm
-from .higher_order import is_ordinary, is_transformed
+from .ordinary import is_ordinary, is_transformed
 
 
 class Operations(TorchFunctionMode):
@@ -98,10 +98,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    own = (training or running_mean is None) and input.device.type == "cpu"  # where it was measured to be faster
-    own = (
-        own and all(is_ordinary(input, one) for one in (weight, bias) if one is not None) and is_ordinary(input, input)
-    )
+    given = [one for one in (weight, bias) if one is not None]
+    own = (training or running_mean is None) and is_ordinary(input, *given)
+    own = own and input.device.type == "cpu"  # where it was measured to be faster
     if not own or input.dtype not in (torch.float32, torch.float64) or input.numel() <= input.shape[1]:
         return NotImplemented
     return BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps)

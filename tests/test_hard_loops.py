@@ -244,28 +244,49 @@ def test_what_happens_after_a_step_is_not_its_doing(tmp_path: Path) -> None:
     np.testing.assert_allclose(steps.update_sqnorm, 0.01 * steps.grad_sqnorm, rtol=1e-10)
 
 
-@pytest.mark.parametrize("evaluated", ["after the step", "before the forward pass"])
+@pytest.mark.parametrize(
+    "evaluated",
+    [
+        "after the step",
+        "before the forward pass",
+        "before the forward passes of two batches",
+        "in an attack",
+        "in parts",
+    ],
+)
 def test_the_probe_is_in_the_mode_and_at_the_random_numbers_of_the_steps_forward_pass(
     tmp_path: Path, evaluated: str
 ) -> None:
-    model, losses = convolutional_network(dropout=0.5), []
+    model, losses, pending = convolutional_network(dropout=0.5), [], []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def trained(inputs: Tensor, labels: Tensor) -> float:
+        model.train(evaluated != "in parts")
+        for part in model:
+            part.train()
+        noise = torch.randn_like(inputs) * 0  # drawn after the batch was seen
+        loss = F.cross_entropy(model(inputs + noise), labels)
+        loss.backward()
+        return loss.item()
+
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
-        for batch in recorder.watch(images(3)):
-            if evaluated == "before the forward pass":
-                model.eval()
-                model(batch[0])  # without no_grad: many forget it
-            model.train()
-            noise = torch.randn_like(batch[0]) * 0  # drawn after the batch was seen
+        for inputs, labels in recorder.watch(images(4)):
+            model.eval()
+            if evaluated not in ("after the step", "in an attack"):
+                model(inputs)  # without no_grad: many forget it
+            if evaluated == "in an attack":
+                F.cross_entropy(model(inputs.clone().requires_grad_()), labels).backward()
+            pending.append((inputs, labels))
+            if evaluated == "before the forward passes of two batches" and len(pending) < 2:
+                continue
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(batch[0] + noise), batch[1])
-            loss.backward()
+            losses.append(sum(trained(*batch) for batch in pending) / len(pending))
             optimizer.step()
-            losses.append(loss.item())
+            pending = []
             if evaluated == "after the step":
                 model.eval()
                 with torch.no_grad():
-                    model(batch[0])
+                    model(inputs)
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 

@@ -1,12 +1,16 @@
 """Convolution and BatchNorm of the probes, against torch's own derivatives, or finite differences where it has none."""
 
+import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import flat
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from dynamics.curvature import Expansion
 from dynamics.higher_order import HigherOrder
@@ -26,6 +30,14 @@ CONVOLUTIONS = {
     "one dimension": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 6, 3, groups=2)),
     "three dimensions": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 4, (1, 3, 3))),
     "transposed": lambda: nn.ConvTranspose2d(4, 6, 3),
+    "transposed, padded, in groups": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2, dilation=2),
+    "a decoder's": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
+    "transposed, one dimension": lambda: nn.Sequential(
+        nn.Flatten(2), nn.ConvTranspose1d(4, 6, 3, stride=3, output_padding=2, bias=False)
+    ),
+    "transposed, three dimensions": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.ConvTranspose3d(2, 4, (1, 3, 3), stride=(1, 2, 1), output_padding=(0, 1, 0))
+    ),
 }
 NORMS = {
     "batch": lambda: nn.BatchNorm2d(4),
@@ -112,17 +124,169 @@ def test_running_statistics_move_as_torchs(momentum: float | None) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
-def test_what_torch_refuses_it_goes_on_to_refuse_in_its_own_words() -> None:
-    with HigherOrder():
-        with pytest.raises(ValueError, match="more than 1 value per channel"):
-            F.batch_norm(torch.randn(1, 4), None, None, training=True)
-        with pytest.raises(RuntimeError, match="strided convolutions"):
-            F.conv2d(torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3), stride=2, padding="same")
-        with pytest.raises(RuntimeError, match="scalar type"):
-            F.conv2d(torch.randn(1, 2, 4, 4).float(), torch.randn(2, 2, 3, 3))
+def test_statistics_of_one_network_in_both_modes() -> None:
+    norm, inputs = nn.BatchNorm2d(4), torch.randn(6, 4, 5, 5)
+
+    def loss(theta: dict[str, Tensor]) -> Tensor:
+        running = norm.running_mean.clone(), norm.running_var.clone()
+        own = theta["weight"], theta["bias"]
+        evaluated, trained = (F.batch_norm(inputs * theta["before"], *running, *own, mode) for mode in (False, True))
+        return (torch.tanh(evaluated) * trained).pow(2).mean()
+
+    theta = {"before": torch.rand(4, 1, 1) + 0.5, "weight": torch.rand(4), "bias": torch.rand(4)}
+    gradient, direction = Expansion([loss], [1.0], theta).grad[0], torch.randn(4, 1, 1)
+    ahead, behind = (loss(theta | {"before": theta["before"] + step * direction}) for step in (1e-5, -1e-5))
+    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind) / 2e-5, rtol=1e-7, atol=0)
 
 
-def test_an_image_without_a_batch_is_torchs() -> None:
-    image, weight = torch.randn(2, 4, 4), torch.randn(2, 2, 3, 3)
+def jacobian_by_batched_gradients(outputs: Tensor, inputs: Tensor) -> Tensor:
+    directions = torch.eye(outputs.numel()).view(-1, *outputs.shape)
+    return torch.autograd.grad(outputs, inputs, directions, is_grads_batched=True, create_graph=True)[0]
+
+
+def jacobian_by_mapped_gradients(outputs: Tensor, inputs: Tensor) -> Tensor:
+    def row(v: Tensor) -> Tensor:
+        return torch.autograd.grad(outputs, inputs, v, create_graph=True)[0]
+
+    return torch.func.vmap(row)(torch.eye(outputs.numel()).view(-1, *outputs.shape))
+
+
+@pytest.mark.parametrize("jacobian", [jacobian_by_batched_gradients, jacobian_by_mapped_gradients])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_loss_of_a_jacobian(kind: type[nn.Module], jacobian: Callable[[Tensor, Tensor], Tensor]) -> None:
+    layer, images = kind(2, 2, 2, stride=2, bias=False), torch.randn(2, 2, 4, 4)
+
+    def loss(theta: dict[str, Tensor]) -> Tensor:
+        inputs = torch.tanh(images * theta["before"])
+        outputs = torch.tanh(torch.func.functional_call(layer, {"weight": theta["weight"]}, (inputs,)))
+        return jacobian(outputs, inputs).pow(2).mean()
+
+    check(loss, {"weight": torch.randn_like(layer.weight), "before": torch.rand(2, 1, 1) + 0.5})
+
+
+def test_derivatives_that_go_forward_are_torchs() -> None:
+    inputs, weight, tangent = torch.randn(2, 2, 4, 4), torch.randn(3, 2, 3, 3), torch.randn(2, 2, 4, 4)
+    with HigherOrder(), forward_ad.dual_level():
+        primal, slope = forward_ad.unpack_dual(F.conv2d(forward_ad.make_dual(inputs, tangent), weight))
+    torch.testing.assert_close(primal, F.conv2d(inputs, weight))
+    torch.testing.assert_close(slope, F.conv2d(tangent, weight))
+
+
+class Doubled(TorchFunctionMode):
+    """The weights of convolutions count twice, as a mode for quantised training would change them."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Tensor:
+        if function is F.conv2d:
+            args = (args[0], 2 * args[1], *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_another_mode_sees_what_it_would_see(outside: bool) -> None:
+    inputs, weight = torch.randn(2, 2, 4, 4), torch.randn(3, 2, 3, 3)
+    modes = [Doubled(), HigherOrder()] if outside else [HigherOrder(), Doubled()]
+    with modes[0], modes[1]:
+        outputs = F.conv2d(inputs, weight)
+    torch.testing.assert_close(outputs, F.conv2d(inputs, 2 * weight))
+
+
+FORMATS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "channels in between": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", ["convolution", "transposed", "batch", "batch, eval"])
+def test_results_lie_in_memory_as_torchs(kind: str, name: str) -> None:
+    layer = nn.ConvTranspose2d(4, 4, 3) if kind == "transposed" else nn.BatchNorm2d(4).train(kind == "batch")
+    layer, inputs = nn.Conv2d(4, 4, 3) if kind == "convolution" else layer, FORMATS[name](torch.randn(3, 4, 5, 6))
     with HigherOrder():
-        torch.testing.assert_close(F.conv2d(image, weight), F.conv2d(image[None], weight)[0])
+        ours = layer(inputs)
+    assert ours.stride() == layer(inputs).stride()
+
+
+@pytest.mark.parametrize("constant", [0.3, 1000.1])
+def test_a_dead_channel_costs_no_digits(constant: float) -> None:
+    images, weight, bias, target = (
+        torch.randn(16, 3, 4, 4),
+        torch.rand(3) + 0.5,
+        torch.randn(3),
+        torch.randn(16, 3, 4, 4),
+    )
+    images[:, 1] = constant
+
+    def derivatives(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        inputs = images.float().to(kind)
+
+        def loss(theta: dict[str, Tensor]) -> Tensor:
+            normed = F.batch_norm(inputs + theta["before"], None, None, theta["weight"], theta["bias"], training=True)
+            return (torch.tanh(normed) * target.to(kind)).sum()
+
+        theta = {"before": torch.zeros(3, 1, 1, dtype=kind), "weight": weight.to(kind), "bias": bias.to(kind)}
+        expansion = Expansion([loss], [1.0], theta)
+        return flat(expansion.grad[1:]), flat(expansion.hessian_product([one.sign() for one in expansion.grad])[1:])
+
+    for ours, truth in zip(derivatives(torch.float32), derivatives(torch.float64), strict=True):
+        assert (ours.double() - truth).norm() < 1e-5 * truth.norm()
+
+
+def images() -> Tensor:
+    return torch.linspace(-1, 1, 64).view(2, 2, 4, 4)
+
+
+def weight() -> Tensor:
+    return torch.linspace(-1, 1, 54).view(3, 2, 3, 3)
+
+
+REFUSED = {
+    "one value a channel": lambda: F.batch_norm(torch.randn(1, 4), None, None, training=True),
+    "a strided same": lambda: F.conv2d(images(), weight(), stride=2, padding="same"),
+    "another type": lambda: F.conv2d(images().float(), weight()),
+    "a bias of another type": lambda: F.conv2d(images(), weight(), torch.ones(3).float()),
+    "a bias of another size": lambda: F.conv2d(images(), weight(), torch.ones(1)),
+    "an unknown padding": lambda: F.conv2d(images(), weight(), padding="foo"),
+    "too many dilations": lambda: F.conv2d(images(), weight(), padding="same", dilation=(1, 1, 1)),
+    "too many dimensions": lambda: F.conv2d(images()[..., None], weight()[..., None]),
+    "too few dimensions": lambda: F.conv1d(images(), weight()),
+    "too much output padding": lambda: F.conv_transpose2d(
+        images(), torch.randn(2, 3, 3, 3), stride=2, output_padding=2
+    ),
+    "other channels, transposed": lambda: F.conv_transpose2d(images(), weight()),
+    "no statistics": lambda: F.batch_norm(images(), None, None, training=False),
+    "one statistic for all": lambda: F.batch_norm(images(), torch.zeros(1), torch.ones(1)),
+    "other channels": lambda: F.batch_norm(images(), torch.ones(3), torch.ones(3)),
+    "a weight of another size": lambda: F.batch_norm(images(), None, None, torch.ones(1), None, training=True),
+    "no epsilon": lambda: F.batch_norm(images(), None, None, training=True, eps=0.0),
+    "no channels' dimension": lambda: F.batch_norm(torch.randn(4), None, None, training=True),
+}
+TAKEN = {
+    "an image without a batch": lambda: F.conv2d(images()[0], weight()),
+    "an empty batch": lambda: F.conv2d(images()[:0], weight()),
+    "a number of numpy's": lambda: F.conv2d(images(), weight(), stride=np.int64(2)),
+    "no channels": lambda: F.batch_norm(torch.randn(2, 0, 4), None, None, training=True),
+    "a weight in a matrix": lambda: F.batch_norm(images(), torch.ones(2), torch.ones(2), torch.ones(2, 1)),
+    "no data": lambda: F.conv2d(images().to("meta"), weight().to("meta")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_it_goes_on_to_refuse_in_its_own_words(name: str) -> None:
+    with pytest.raises(Exception) as torchs:  # noqa: PT011 - of whatever type torch's is
+        REFUSED[name]()
+    with HigherOrder(), pytest.raises(torchs.type, match=re.escape(str(torchs.value).splitlines()[0])):
+        REFUSED[name]()
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_torch_takes_it_goes_on_to_take(name: str) -> None:
+    with HigherOrder():
+        ours = TAKEN[name]()
+    torchs = TAKEN[name]()
+    assert (ours.shape, ours.device) == (torchs.shape, torchs.device)
+    if ours.device.type != "meta":
+        torch.testing.assert_close(ours, torchs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import convolutional_network, dense, flat, images, smooth_network, vectors
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from analysis import pruning_effect, pruning_effect_per_layer, removed_decrease
@@ -18,6 +19,18 @@ Vector = Callable[[torch.Tensor], torch.Tensor]
 SHRINKAGES = (0.08, 0.04, 0.02, 0.01)
 
 
+def decoder() -> nn.Sequential:
+    """A convolution, a normalisation on the batch's statistics, and a transposed convolution as decoders have it."""
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, stride=2), nn.BatchNorm2d(3), nn.Tanh(),
+        nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1, output_padding=1), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3),
+    )  # fmt: skip
+
+
+NETWORKS = {"layers": (smooth_network, vectors, "eval"), "a decoder": (decoder, images, "train")}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
     ("quantity", "order", "expected"),
     [
@@ -30,15 +43,16 @@ SHRINKAGES = (0.08, 0.04, 0.02, 0.01)
         ("param_hess_grad", "first_order", 2),
     ],
 )
-def test_effect_of_a_vanishing_pruning(tmp_path: Path, quantity: str, order: str, expected: int) -> None:
-    errors = []
+def test_effect_of_a_vanishing_pruning(tmp_path: Path, network: str, quantity: str, order: str, expected: int) -> None:
+    errors, (build, data, mode) = [], NETWORKS[network]
     for shrinkage in SHRINKAGES:
         torch.manual_seed(0)
-        model, batches = smooth_network(), vectors(2)
+        model, batches = build(), data(2)
+        model(batches[0][0])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         path = tmp_path / str(shrinkage)
         with Recorder(path, model, optimizer) as recorder:
-            with recorder.event("shrink", probe=batches), torch.no_grad():
+            with recorder.event("shrink", probe=batches, mode=mode), torch.no_grad():
                 for parameter in model.parameters():
                     parameter *= 1 - shrinkage
         effect = pruning_effect(open_run(path)).sel(quantity=quantity).isel(event=0)

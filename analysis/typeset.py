@@ -67,13 +67,14 @@ def _cells(table: pd.DataFrame) -> list[list[str]]:
     for key, values in zip(table.index, table.itertuples(index=False, name=None), strict=True):
         key = key if isinstance(key, tuple) else (key,)
         same = next((i for i, (one, other) in enumerate(zip(key, above, strict=False)) if one != other), len(above))
-        rows.append([*("" if i < min(same, len(key) - 1) else _cell(name) for i, name in enumerate(key)),
-                     *map(_cell, values)])  # fmt: skip
+        rows.append([*("" if i < min(same, len(key) - 1) else cell(name) for i, name in enumerate(key)),
+                     *map(cell, values)])  # fmt: skip
         above = key
     return rows
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value in print, with three digits."""
     if isinstance(value, float):
         return MISSING if pd.isna(value) else _number(value)
     return str(value)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.overview import SUMMARY, overview
 from analysis.record import experiment, name_of
+from analysis.typeset import cell
 
 from .paper import FIGURES, Runs, caption, claim, draw
 from .style import theme
@@ -108,17 +109,41 @@ def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list
     )
 
 
-def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, str | list[str]]:
-    """Tables as HTML, sentences as they are."""
-    return {title: _html(part) if isinstance(part, pd.DataFrame) else part for title, part in parts.items()}
+@dataclass(frozen=True)
+class Table:
+    """A table of the report: its rows, each a name and cells, under headings that they have in common."""
+
+    head: list[str]
+    groups: dict[str, list[list[str]]]
 
 
-def _html(table: pd.DataFrame) -> str:
-    """A table in print: run names in words, three digits."""
-    named = table
-    if "run" in table.index.names:
-        named = table.rename(index=name_of, level="run") if table.index.nlevels > 1 else table.rename(index=name_of)
-    return named.to_html(border=0, na_rep="–", float_format=lambda value: f"{value:.3g}")
+def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, Table | list[str]]:
+    """Tables for the page, sentences as they are."""
+    return {title: _table(part) if isinstance(part, pd.DataFrame) else part for title, part in parts.items()}
+
+
+def _table(table: pd.DataFrame) -> Table:
+    """A table on a narrow page: what the rows of a condition, a claim or a run have in common stands over them."""
+    names = list(table.index.names)
+    common = names.index("measure") if "measure" in names else len(names) > 2
+    groups: dict[str, list[list[str]]] = {}
+    for key, values in zip(table.index, table.itertuples(index=False, name=None), strict=True):
+        key = [name_of(part) if name == "run" else part for name, part in zip(names, _tuple(key), strict=True)]
+        over, row = (_said(names[part], key[part]) for part in (slice(common), slice(common, None)))
+        groups.setdefault(over, []).append([row, *map(cell, values)])
+    return Table([" ".join(map(str, _tuple(column))) for column in table.columns], groups)
+
+
+def _tuple(key: object) -> tuple:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _said(names: list[str], values: list[object]) -> str:
+    """Values in print, numbers with their names."""
+    return ", ".join(
+        value if isinstance(value, str) else f"{name} {cell(value)}"
+        for name, value in zip(names, values, strict=True)
+    )  # fmt: skip
 
 
 def _done(runs: Runs) -> str:

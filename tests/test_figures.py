@@ -6,14 +6,18 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from recorded_runs import recorded
 
 import analysis
+from analysis.overview import overview
+from analysis.typeset import cell
 from dynamics.schema import label
 from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_time, write_report
 from figures.report import FINDINGS
+from figures.report import _table as report_table
 from figures.style import run_styles
 
 mpl.use("agg")
@@ -109,6 +113,26 @@ def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -
     assert page.count("data:image/png;base64,") == len(FIGURES)
     assert "<script" not in page
     assert not any(link in page for link in ('src="http', "href="))
+
+
+def test_a_table_of_the_report_says_once_what_its_rows_have_in_common() -> None:
+    table = pd.DataFrame(
+        {"accuracy": ["77 ± 2", "59"], ("share", "left"): [0.12345, np.nan]},
+        index=pd.MultiIndex.from_tuples(
+            [("vgg13", "digits", 5, "magnitude"), ("vgg13", "digits", 5, "grasp")],
+            names=["model", "data", "rounds", "measure"],
+        ),
+    )
+    said = report_table(table)
+    assert said.head == ["accuracy", "share left"]
+    assert said.groups == {"vgg13, digits, rounds 5": [["magnitude", "77 ± 2", "0.123"], ["grasp", "59", "–"]]}
+
+
+def test_the_report_has_every_number_of_the_tables(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
+    page = write_report({"magnitude": runs["magnitude"]}, tmp_path, records=["a.zarr"]).read_text(encoding="utf-8")
+    parts = overview({"magnitude": runs["magnitude"]})
+    for table in parts.values():
+        assert all(f"<td>{cell(value)}</td>" in page for value in table.to_numpy().ravel())
 
 
 def test_a_curve_holds_the_predictions_along_both_directions(runs: dict[str, xr.DataTree]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from .errors import named
 from .higher_order import HigherOrder
 
 _NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
@@ -18,6 +20,12 @@ LossFunction = Callable[[dict[str, Tensor]], Tensor]
 def lacks_derivative(error: RuntimeError) -> bool:
     """Whether it says that autograd has no further derivative of an operation."""
     return any(reason in str(error) for reason in _NOT_TWICE)
+
+
+def _say(which: str, error: RuntimeError) -> None:
+    """That a derivative failed, unless it is known not to be there."""
+    if not lacks_derivative(error):
+        warnings.warn(f"the {which} derivative of the loss failed with {named(error)}", stacklevel=4)
 
 
 class Expansion:
@@ -58,9 +66,10 @@ class Expansion:
         if self.exact:
             try:
                 return self._second_backward(vector)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                if not lacks_derivative(error):
-                    raise
+                _say("second", error)
                 self.exact, self._graph = False, None
         return self._difference(vector)
 
@@ -75,9 +84,10 @@ class Expansion:
                 parts = self._third_backward(loss_of, direction, vectors)
                 for total, part in zip(totals, parts, strict=True):
                     torch._foreach_add_(total, part, alpha=weight)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if not lacks_derivative(error):
-                raise
+            _say("third", error)
             return [[torch.full_like(leaf, torch.nan) for leaf in self._leaves] for _ in vectors]
         return totals
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from .curvature import LossFunction, _has_none
 from .gated_affine import Gated, NestedGradientError, Parameter, sums_dtype
 from .gated_operations import Operations
+from .higher_order import HigherOrder
 
 Direction = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -119,7 +120,7 @@ class _Gates:
 
 
 def _evaluate(loss_of: LossFunction, theta: Mapping[str, Tensor], gated: Mapping[str, Gated]) -> Tensor:
-    """L(p), with torch's own operations alone where the loss takes gradients itself."""
+    """L(p), without cheaper derivatives where the loss takes gradients itself."""
     parameters = {
         name: Parameter.apply(gated[name], gated[name].scale, *gated[name].steps)
         if name in gated
@@ -129,4 +130,5 @@ def _evaluate(loss_of: LossFunction, theta: Mapping[str, Tensor], gated: Mapping
     try:
         return Operations(parameters, gated).evaluate(loss_of, parameters)
     except NestedGradientError:
-        return loss_of(parameters)
+        with HigherOrder():
+            return loss_of(parameters)

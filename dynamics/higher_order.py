@@ -1,7 +1,7 @@
-"""Convolution and BatchNorm with derivatives of every order, each as fast as a first one.
+"""Convolutions and normalisations with derivatives of every order, each right, and as fast as a first one.
 
 Torch's own convolution in groups goes through them one by one at its second derivative, which is most of the time of a
-depthwise one, and has no third where it is transposed with an output padding; its BatchNorm has none in training mode.
+depthwise one, and has no third where it is transposed with an output padding; of normalisations see there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .composed_batch_norm import batch_norm
+from .composed_norms import batch_norm, instance_norm, layer_norm, weight_norm
 from .convolution import Geometry, geometry, transposed_geometry
 from .ordinary import is_batched, is_ordinary, is_transformed, memory_format
 
@@ -90,4 +90,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     F.conv_transpose2d: partial(_transposed_convolution, 2),
     F.conv_transpose3d: partial(_transposed_convolution, 3),
     F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    F.layer_norm: layer_norm,
+    torch._weight_norm: weight_norm,
 }

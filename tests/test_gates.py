@@ -224,6 +224,20 @@ def test_masked_parameters_keep_their_gates(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(applied) == 2
 
 
+def test_the_weight_norm_whose_own_second_derivative_is_wrong() -> None:
+    x, v, g = torch.randn(4, 3), torch.randn(2, 3), torch.rand(2, 1) + 0.5
+
+    def loss_of(weight: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+        return lambda theta: mean_square(F.linear(x, weight(theta["v"], theta["g"])))
+
+    by_hand, torchs = loss_of(lambda v, g: v * g / v.norm(dim=1, keepdim=True)), loss_of(torch._weight_norm)
+    theta, directions = {"v": v, "g": g}, [{"v": torch.randn_like(v), "g": torch.randn_like(g)}]
+    check(by_hand, theta)
+    found = (gated_products(loss, theta, directions, {"v": 0, "g": 1}, 2) for loss in (by_hand, torchs))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 def test_a_weight_times_a_variable_is_no_gated_parameter() -> None:
     theta = {"scale": torch.randn(2, 3), "weight": torch.randn(2, 3)}
     x = torch.randn(4, 3)
@@ -254,6 +268,23 @@ def loss_after_a_step(module: nn.Module, x: Tensor) -> Loss:
 def test_a_loss_may_take_gradients_itself(loss: Callable[[nn.Module, Tensor], Loss]) -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     check(loss(module, torch.randn(5, 3)), parameters(module))
+
+
+def test_a_gradient_penalty_through_a_layer_norm_whose_own_third_derivative_is_wrong() -> None:
+    def root(y: Tensor) -> Tensor:
+        y = y - y.mean(-1, keepdim=True)
+        return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    by_hand, torchs = (
+        Lambda(lambda m, x, norm=norm: m.b(norm(torch.tanh(m.a(x)))), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+        for norm in (root, lambda y: F.layer_norm(y, (4,)))
+    )
+    x, theta = torch.randn(5, 3), parameters(by_hand)
+    check(slope_by_input(by_hand, x), theta)
+    directions, layer_of = [{name: torch.randn_like(tensor) for name, tensor in theta.items()}], dict.fromkeys(theta, 0)
+    found = (gated_products(slope_by_input(m, x), theta, directions, layer_of, 1) for m in (by_hand, torchs))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_theta_stays_where_an_operation_changes_its_parameter() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from networks import flat
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode
 
 from dynamics.curvature import Expansion
@@ -29,6 +30,9 @@ CONVOLUTIONS = {
     "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2),
     "one dimension": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 6, 3, groups=2)),
     "three dimensions": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 4, (1, 3, 3))),
+    "of normed weights": lambda: weight_norm(nn.Conv2d(4, 6, 3)),
+    "of weights normed together": lambda: weight_norm(nn.Conv2d(4, 6, 3), dim=None),
+    "of weights normed the older way": lambda: torch.nn.utils.weight_norm(nn.Conv2d(4, 6, 3), dim=1),
     "transposed": lambda: nn.ConvTranspose2d(4, 6, 3),
     "transposed, padded, in groups": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2, dilation=2),
     "a decoder's": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
@@ -39,12 +43,18 @@ CONVOLUTIONS = {
         nn.Unflatten(1, (2, 2)), nn.ConvTranspose3d(2, 4, (1, 3, 3), stride=(1, 2, 1), output_padding=(0, 1, 0))
     ),
 }
-NORMS = {
+NORMALISATIONS = {
     "batch": lambda: nn.BatchNorm2d(4),
     "not affine": lambda: nn.BatchNorm2d(4, affine=False),
     "no running statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
     "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
     "one dimension": lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(100)),
+    "instances": lambda: nn.InstanceNorm2d(4, affine=True),
+    "instances, not affine": lambda: nn.InstanceNorm2d(4),
+    "layers": lambda: nn.LayerNorm((4, 5, 5)),
+    "rows, without a bias": lambda: nn.LayerNorm(5, bias=False),
+    "root mean squares": lambda: nn.RMSNorm(5),
+    "groups": lambda: nn.GroupNorm(2, 4),
 }
 
 
@@ -72,15 +82,22 @@ def parameters(layer: nn.Module) -> dict[str, Tensor]:
     return theta | {"before": torch.rand(4, 1, 1) + 0.5}
 
 
-def hessian_product(loss: Callable[[dict[str, Tensor]], Tensor], theta: dict[str, Tensor], v: list[Tensor]) -> Tensor:
-    """Hv by torch's own operations."""
+def value_and_gradient(loss: Callable[[dict[str, Tensor]], Tensor], theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """L and ∇L by torch's own operations, whose first derivatives are right."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
-    grad = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
-    slope = sum((part * one).sum() for part, one in zip(grad, v, strict=True))
-    return flat(torch.autograd.grad(slope, list(leaves.values())))
+    value = loss(leaves)
+    return value.detach(), flat(torch.autograd.grad(value, list(leaves.values())))
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def gradient(loss: Callable[[dict[str, Tensor]], Tensor], theta: dict[str, Tensor]) -> Tensor:
+    return value_and_gradient(loss, theta)[1]
+
+
+def moved(theta: dict[str, Tensor], direction: list[Tensor], distance: float) -> dict[str, Tensor]:
+    return {name: tensor + distance * one for (name, tensor), one in zip(theta.items(), direction, strict=True)}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel", "ignore:.*weight_norm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name: str) -> None:
     layer, inputs = CONVOLUTIONS[name](), torch.randn(3, 4, 6, 6)
@@ -88,29 +105,27 @@ def test_convolutions(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", NORMS)
-def test_norms(name: str, mode: str) -> None:
-    layer, inputs = NORMS[name]().train(mode == "train"), torch.randn(6, 4, 5, 5)
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_normalisations(name: str, mode: str) -> None:
+    layer, inputs = NORMALISATIONS[name]().train(mode == "train"), torch.randn(6, 4, 5, 5)
     check(loss_of(layer, inputs), parameters(layer))
 
 
 def check(loss: Callable[[dict[str, Tensor]], Tensor], theta: dict[str, Tensor]) -> None:
-    """Value, gradient and Hv are those of torch's operations, T[u,v] a central difference of that Hv."""
+    """Value and gradient are those of torch's operations; Hv and T[u,v] central differences of that gradient."""
     expansion, (u, v) = Expansion([loss], [1.0], theta), directions(theta, 2)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
-    own = loss(leaves)
-    torch.testing.assert_close(expansion.loss, own.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(flat(expansion.grad), flat(torch.autograd.grad(own, list(leaves.values()))))
-    torch.testing.assert_close(flat(expansion.hessian_product(v)), hessian_product(loss, theta, v))
-    ahead, behind = (
-        hessian_product(
-            loss, {name: tensor + step * one for (name, tensor), one in zip(theta.items(), u, strict=True)}, v
-        )
-        for step in (1e-5, -1e-5)
-    )
-    third = flat(expansion.third_products(u, [v])[0])
-    difference = (ahead - behind) / 2e-5
-    assert (third - difference).norm() < 1e-7 * difference.norm()
+    value, grad = value_and_gradient(loss, theta)
+    torch.testing.assert_close(expansion.loss, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(flat(expansion.grad), grad)
+    ahead, behind = (gradient(loss, moved(theta, v, step)) for step in (1e-5, -1e-5))
+    assert_near(flat(expansion.hessian_product(v)), (ahead - behind) / 2e-5, 1e-7)
+    small, corners = 5e-4, [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+    second = sum(i * j * gradient(loss, moved(moved(theta, u, i * small), v, j * small)) for i, j in corners)
+    assert_near(flat(expansion.third_products(u, [v])[0]), second / (4 * small**2), 1e-4)
+
+
+def assert_near(ours: Tensor, difference: Tensor, tolerance: float) -> None:
+    assert (ours - difference).norm() < tolerance * difference.norm()
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
@@ -192,6 +207,14 @@ def test_another_mode_sees_what_it_would_see(outside: bool) -> None:
     torch.testing.assert_close(outputs, F.conv2d(inputs, 2 * weight))
 
 
+LAYERS = {
+    "convolution": lambda: nn.Conv2d(4, 4, 3),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+    "batch": lambda: nn.BatchNorm2d(4),
+    "batch, eval": lambda: nn.BatchNorm2d(4).eval(),
+    "instances": lambda: nn.InstanceNorm2d(4, affine=True),
+    "rows": lambda: nn.LayerNorm(6),
+}
 FORMATS = {
     "contiguous": lambda x: x,
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -201,10 +224,9 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("kind", ["convolution", "transposed", "batch", "batch, eval"])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_results_lie_in_memory_as_torchs(kind: str, name: str) -> None:
-    layer = nn.ConvTranspose2d(4, 4, 3) if kind == "transposed" else nn.BatchNorm2d(4).train(kind == "batch")
-    layer, inputs = nn.Conv2d(4, 4, 3) if kind == "convolution" else layer, FORMATS[name](torch.randn(3, 4, 5, 6))
+    layer, inputs = LAYERS[kind](), FORMATS[name](torch.randn(3, 4, 5, 6))
     with HigherOrder():
         ours = layer(inputs)
     assert ours.stride() == layer(inputs).stride()
@@ -262,6 +284,9 @@ REFUSED = {
     "other channels": lambda: F.batch_norm(images(), torch.ones(3), torch.ones(3)),
     "a weight of another size": lambda: F.batch_norm(images(), None, None, torch.ones(1), None, training=True),
     "no epsilon": lambda: F.batch_norm(images(), None, None, training=True, eps=0.0),
+    "one value a channel of an instance": lambda: F.instance_norm(torch.randn(3, 4, 1)),
+    "a row of another size": lambda: F.layer_norm(images(), (3,)),
+    "a shorter weight of a row": lambda: F.layer_norm(images(), (4,), torch.ones(1)),
     "no channels' dimension": lambda: F.batch_norm(torch.randn(4), None, None, training=True),
 }
 TAKEN = {
@@ -270,6 +295,8 @@ TAKEN = {
     "a number of numpy's": lambda: F.conv2d(images(), weight(), stride=np.int64(2)),
     "no channels": lambda: F.batch_norm(torch.randn(2, 0, 4), None, None, training=True),
     "a weight in a matrix": lambda: F.batch_norm(images(), torch.ones(2), torch.ones(2), torch.ones(2, 1)),
+    "instances with statistics": lambda: F.instance_norm(images(), torch.zeros(2), torch.ones(2)),
+    "no rows": lambda: F.layer_norm(torch.randn(0, 4), (4,)),
     "no data": lambda: F.conv2d(images().to("meta"), weight().to("meta")),
 }
 

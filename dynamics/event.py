@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -90,9 +91,38 @@ class Stage:
         return self._vector(self._expansion.hessian_product(self._layers.tensors(blocks, self._names)))
 
     def third_products(self, removal: Tensor, *others: Tensor) -> list[Tensor]:
-        """T[δ,v] at this stage for each v, T the derivative of H, for vectors and as vectors."""
+        """T[δ,v] at this stage for each v, T the derivative of H, for vectors and as vectors.
+
+        NaN where T is not symmetric, for then it is wrong.
+        """
         direction, *vectors = (self._layers.tensors(blocks, self._names) for blocks in (removal, *others))
-        return [self._vector(product) for product in self._expansion.third_products(direction, vectors)]
+        products = [self._vector(product) for product in self._expansion.third_products(direction, vectors)]
+        pairs = list(zip(others, products, strict=True))
+        if all(self._is_symmetric("third", pairs[0], pair) for pair in pairs[1:]):
+            return products
+        return [torch.full_like(product, torch.nan) for product in products]
+
+    def removal_product(self, removal: Tensor) -> Tensor:
+        """Hδ at this stage."""
+        product = self.hessian_product(removal)
+        if self._expansion.exact:
+            self._is_symmetric("second", (self.grad, self._hess_grad), (removal, product))
+        return product
+
+    @staticmethod
+    def _is_symmetric(which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+        """Whether uᵀ(Av) = vᵀ(Au), but for rounding, for (u, Au) and (v, Av): else a derivative of torch's is wrong."""
+        forth, back = (one[0] * other[1]).sum(), (other[0] * one[1]).sum()
+        size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
+        rounding = torch.finfo(size.dtype).eps ** 0.5 * size
+        if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + rounding:
+            warnings.warn(
+                f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the other): "
+                "an operation of the network has a wrong derivative, and what an event predicts by it is wrong",
+                stacklevel=2,
+            )
+            return False
+        return True
 
     def vectors(self, **others: Tensor) -> Vectors:
         """θ, g, Hg and what is kept, with further vectors."""
@@ -131,7 +161,7 @@ def measured(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
 def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node: str = "pruning") -> dict[str, Tensor]:
     """The quantities of a node that are of a removal δ, (layer,): from the network before, and R."""
     names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
-    removed, hess_removal = before.kept * (1 - after.kept), before.hessian_product(removal)
+    removed, hess_removal = before.kept * (1 - after.kept), before.removal_product(removal)
     vectors = {"removal": removal, "hess_removal": hess_removal, "removed": removed}
     if "param_hess_grad_first_order" in names:  # the change of Hg is H((Hδ)_K − g_R) + T[δ]g_K
         third, third_grad = before.third_products(removal, removal, before.grad * (1 - removed))

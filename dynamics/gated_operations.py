@@ -121,6 +121,17 @@ def _product(operations: Operations, function: Any, input: Any, other: Any) -> A
     return result
 
 
+def _restrided(operations: Operations, function: Any, input: Tensor, *how: Any) -> Any:
+    """A gated parameter that lies otherwise in memory is still one."""
+    gated = operations.find(input)
+    if gated is None:
+        return NotImplemented
+    result = function(input, *how)
+    if result.shape == gated.theta.shape and input.is_contiguous() and result.is_contiguous():
+        operations.add(result, gated)
+    return result
+
+
 _OWN: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.conv1d: _convolution,
@@ -130,4 +141,5 @@ _OWN: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: lambda operations, function, *given: weight_norm(*given),
     torch.mul: _product,
     Tensor.mul: _product,
+    Tensor.as_strided: _restrided,
 }

@@ -1,4 +1,4 @@
-"""Which operations are ordinary ones, that may be replaced by others with the same result and derivatives."""
+"""What is ordinary: operations that others may replace, and how their operands and results lie in memory."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """How the results of torch's convolutions and BatchNorm lie in memory, by their input."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
     return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x times a mask, with x's own strides.
+
+    Where a dimension has one entry, a product has others, by which torch would choose another kernel for a convolution.
+    """
+    y = x * mask
+    alike = y.stride() == x.stride() or not (y.is_contiguous() and x.is_contiguous())
+    return y if alike else y.as_strided(x.shape, x.stride())

@@ -18,6 +18,7 @@ from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
 from .gates import Products, gated_products
 from .masks import parameter_masks
 from .moment import Moment
+from .ordinary import masked
 
 _RECOMPUTED = (
     "the model recomputes or moves activations (torch.utils.checkpoint, save_on_cpu), and would do so with the wrong "
@@ -141,8 +142,8 @@ class Probe:
 
     def _loss(self, batch: Any, moment: Moment, theta: Theta) -> Tensor:
         free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
-        masked = {name: t * self._masks[name] if name in self._masks else t for name, t in free.items()}
-        values = {f"model.{name}": tensor for name, tensor in (masked | moment.buffers()).items()}
+        kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
+        values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
         with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
             given = to_device(copied(batch), self._device)
             loss = torch.func.functional_call(self._stateless, values, (given,))

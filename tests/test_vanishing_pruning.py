@@ -1,5 +1,6 @@
 """What a pruning does is predicted the better, the less it removes; a real one is accounted for to the parameter."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,3 +251,54 @@ def test_a_second_pruning_is_predicted_from_the_network_before_it(tmp_path: Path
     kept[part] = False
     changed = theta[kept] @ (grad + hessian @ removal)[kept] - theta @ grad
     np.testing.assert_allclose(total.param_grad_first_order, changed, rtol=1e-10)
+
+
+class Square(torch.autograd.Function):
+    """x², whose derivatives are wrong from the given order on."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor, order: int) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.order = order
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: object, cotangent: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        if ctx.order == 2:
+            return 2 * x * cotangent.detach(), None
+        return 2 * Slip.apply(x, cotangent), None
+
+
+class Slip(torch.autograd.Function):
+    """x times a cotangent, whose derivative takes the cotangent for a constant."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, cotangent)
+        return x * cotangent
+
+    @staticmethod
+    def backward(ctx: object, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, cotangent = ctx.saved_tensors
+        return outer * cotangent.detach(), outer * x
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_wrong_derivative_of_an_operation_is_found_out(tmp_path: Path, order: int) -> None:
+    class Squares(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Square.apply(x, order)
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Squares(), nn.Linear(5, 3))
+    which = "second" if order == 2 else "third"
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with warnings.catch_warnings(record=True) as said, torch.no_grad():
+            warnings.simplefilter("always")
+            with recorder.event("shrink", probe=vectors(1)):
+                model[0].weight *= 0.5
+                model[3].weight *= 0.9
+    assert any(f"the {which} derivatives of the loss are not symmetric" in str(one.message) for one in said)
+    effect = pruning_effect(open_run(tmp_path / "run")).isel(event=0)
+    assert bool(effect.second_order.sel(quantity="grad_sqnorm").isnull())
+    assert bool(effect.second_order.sel(quantity="loss").notnull())

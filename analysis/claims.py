@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .intervals import half_width
+from .intervals import half_width, p_value
 from .record import name_of
 from .statistics import STATISTICS, log, statistics
 
@@ -68,28 +68,37 @@ CLAIMS: dict[str, Claim] = {
             "different numbers of parameters at the same number of filters; 1 is what a random choice removes.",
         ),
         Claim(
-            "i.b", "What magnitude pruning removes contributes less than what magnitude-agnostic measures remove",
-            "decrease_per_parameter", "magnitude", _AGNOSTIC, -1, "ratio",
-            "The abstract says least. Magnitude-agnostic are the measures of first and second order; loss preservation "
-            "× magnitude is not. Against their mean: against the lowest of them, picked after the fact, noise alone "
-            "would contradict the claim.",
+            "i.b", "What magnitude pruning removes contributes less than the average parameters of the same layers",
+            "decrease_within_layers", "magnitude", (), -1, "ratio",
+            "The part of i.a that is the choice of filters: a measure that took whole layers of small gradients, and "
+            "any filters of them, would show in i.a alone.",
+        ),
+        *(
+            Claim(
+                name, f"What magnitude pruning removes contributes less than what {name_of(other)} removes",
+                "decrease_per_parameter", "magnitude", (other,), -1, "ratio",
+                "The abstract says least. Against each magnitude-agnostic measure by itself: they may differ by orders "
+                "of magnitude, to both sides, and their mean is nobody's. Loss preservation × magnitude is not one.",
+            )
+            for name, other in zip(("i.c", "i.d", "i.e"), _AGNOSTIC, strict=True)
         ),
         Claim(
-            "i.c", "Models pruned by magnitude converge faster than by magnitude-agnostic measures",
+            "i.f", "Models pruned by magnitude converge faster than by magnitude-agnostic measures",
             "training_area", "magnitude", _AGNOSTIC, -1, "ratio",
             "The area under the training curve after the last pruning needs no threshold and is known for every run; "
             "all runs of a seed train the same number of steps after it, on the same batches. Recovering from the "
             "pruning is a part of it.",
         ),
         Claim(
-            "i.d", "Loss preservation × magnitude converges faster than loss preservation",
+            "i.g", "Loss preservation × magnitude converges faster than loss preservation",
             "training_area", "loss_preservation_times_magnitude", ("loss_preservation",), -1, "ratio",
             "The paper's own measure, by (i): the two differ in nothing but the magnitude.",
         ),
         Claim(
             "ii.a", "Loss preservation changes the loss less than measures of other orders",
             "loss_change", "loss_preservation", _NOT_FIRST_ORDER, -1, "ratio",
-            "What its name says: what it sums, |θg|, bounds the first-order change |gᵀδ| of the loss. Measures of "
+            "What its name says: what it sums, |θg|, bounds the first-order change |gᵀδ| of the loss. A change is "
+            "|ln(after/before)|: a loss may grow without end, and fall by no more than all of it. Measures of "
             "other orders are magnitude (0) and gradient norm (2); loss preservation × magnitude is of its own.",
         ),
         Claim(
@@ -123,7 +132,8 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "iii.d", "Gradient-norm preservation changes the gradient norm less than increase does",
             "grad_sqnorm_change", "gradient_norm_preservation", ("gradient_norm_increase",), -1, "ratio",
-            "Both rank by θ(Hg), and differ in its sign: that preserving preserves is what makes them comparable.",
+            "Both rank by θ(Hg), and differ in its sign: that preserving preserves is what makes them comparable. A "
+            "change is |ln(after/before)|, for it may be by orders of magnitude, up or down.",
         ),
         Claim(
             "iii.e", "Increasing the gradient norm gives worse models than other measures",
@@ -163,7 +173,7 @@ def claims(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     order of the data (and which samples, where an experiment takes a part), not the data set or the settings.
 
     Columns: claim, says, the condition, any other setting that differs (:func:`analysis.conditions`), value, low, high,
-    null, seeds, verdict.
+    null, p (that of Student's test of the null), seeds, verdict.
 
     Raises:
         ValueError: two runs are of the same measure, seed and condition.
@@ -192,7 +202,9 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
         for condition, values in groups
         if claim.rounds in (None, condition["rounds"])
     ]
-    return pd.DataFrame(rows, columns=["claim", "says", *where, "value", "low", "high", "null", "seeds", "verdict"])
+    return pd.DataFrame(
+        rows, columns=["claim", "says", *where, "value", "low", "high", "null", "p", "seeds", "verdict"]
+    )
 
 
 def _judge(claim: Claim, values: pd.DataFrame) -> dict:
@@ -215,7 +227,8 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
         verdict = "inconclusive"
     else:
         verdict = "supported" if (low > null) == (claim.expected > 0) else "contradicted"
-    return {"value": value, "low": low, "high": high, "null": null, "seeds": len(effects), "verdict": verdict}
+    numbers = {"value": value, "low": low, "high": high, "null": null, "p": p_value(effects)}
+    return numbers | {"seeds": len(effects), "verdict": verdict}
 
 
 def _effects(claim: Claim, values: pd.DataFrame) -> np.ndarray:

@@ -22,3 +22,13 @@ def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
     if count < 2:
         return np.full(values.sum(axis).shape, np.nan)
     return stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis, ddof=1) / np.sqrt(count)
+
+
+def p_value(values: ArrayLike) -> float:
+    """Of Student's two-sided test that the mean is 0, which :func:`half_width`'s interval inverts; NaN for n < 2."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.abs(values.mean()) / (values.std(ddof=1) / np.sqrt(len(values)))
+    return float(2 * stats.t.sf(np.nan_to_num(t, nan=0.0, posinf=np.inf), len(values) - 1))

@@ -13,7 +13,8 @@ from .record import has, node
 def outcome(run: xr.DataTree) -> xr.Dataset:
     """Scalars of a run: test and training accuracy and loss of the epoch that counts (NaN where not recorded), and the
     shares of units (``sparsity``), of parameters (``removed_parameters``) and of multiply-adds
-    (``removed_multiply_adds``, NaN where they were not counted) that pruning removed.
+    (``removed_multiply_adds``) that pruning removed: of the network without what reads silent channels only. Where an
+    event did not count them, the parameters are those that are masked, and the multiply-adds NaN.
 
     The last epoch counts, but for a run whose protocol selects on the test set: :func:`analysis.protocol.counted`.
     """
@@ -29,18 +30,16 @@ def outcome(run: xr.DataTree) -> xr.Dataset:
 
 def _pruned(run: xr.DataTree) -> dict[str, float]:
     events = node(run, "pruning", ["remaining"])
-    left = events.remaining.sum("layer")
-    costs = {"multiply_adds_left", "dense_multiply_adds"} <= set(events)
-    values = {
-        "removed_parameters": 1 - float(left[-1, 1] / left[0, 0]),
-        "removed_multiply_adds": 1
-        - float((events.multiply_adds_left / events.dense_multiply_adds)[-1] if costs else np.nan),
-    }
+    masked, last = events.remaining.sum("layer"), events.isel(event=-1)
+    values = {"removed_parameters": 1 - float(masked[-1, 1] / masked[0, 0]), "removed_multiply_adds": np.nan}
+    for name in ("parameters", "multiply_adds"):
+        if {f"{name}_left", f"dense_{name}"} <= set(last):
+            values[f"removed_{name}"] = 1 - float(last[f"{name}_left"] / last[f"dense_{name}"])
     if "sparsity" in events:  # of weights, there is no row in /units
-        values["sparsity"] = float(events.sparsity[-1])
+        values["sparsity"] = float(last.sparsity)
     elif has(run, "units"):
-        last = filters_left(run).isel(event=-1)
-        values["sparsity"] = 1 - float(last.left.sum() / last.total.sum())
+        filters = filters_left(run).isel(event=-1)
+        values["sparsity"] = 1 - float(filters.left.sum() / filters.total.sum())
     return values
 
 

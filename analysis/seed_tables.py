@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy import stats
 
 from .claims import CLAIMS
 from .conditions import compared_by, comparisons, conditions
@@ -66,34 +67,45 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
 
 
 def agreement_over_runs(runs: Runs) -> pd.DataFrame:
-    """:func:`analysis.agreement_table` by relation, order, model and data: medians over that many runs."""
+    """:func:`analysis.agreement_table` by relation, order, model and data: medians over that many runs.
+
+    Slope, R² and rank correlation are of those runs alone that have more than two points: a single pruning has none.
+    """
     table = agreement_table(runs).reset_index().join(conditions(runs)[["model", "data"]], on="run")
     groups = table.drop(columns="count").groupby(["relation", "order", "model", "data"], sort=False, observed=True)
-    return groups.median(numeric_only=True).assign(runs=groups.size())
+    counts = {"runs": groups.size(), "of them with > 2 points": groups["rank correlation"].count()}
+    return groups.median(numeric_only=True).assign(**counts)
 
 
 def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
-    """Of :func:`analysis.claims`: under how many conditions each claim has which verdict."""
+    """Of :func:`analysis.claims`: under how many conditions each claim has which verdict.
+
+    Behind that, under how many the mean over seeds lies on the side that the claim says, whatever its interval.
+    """
     rows = pd.MultiIndex.from_tuples(((claim.name, claim.says) for claim in CLAIMS.values()), names=["claim", "says"])
     counts = pd.crosstab([found.claim, found.says], found.verdict.str.replace(r" \(.*", "", regex=True))
     counts = counts.reindex(index=rows, columns=VERDICTS, fill_value=0)
+    side = np.sign(found.value - found.null) == found.claim.map({name: one.expected for name, one in CLAIMS.items()})
+    counts["mean as claimed"] = side.groupby([found.claim, found.says]).sum().reindex(rows, fill_value=0)
     return counts.rename_axis(columns=None).rename_axis(["claim", "what it says"])
 
 
 def claims_table(found: pd.DataFrame) -> pd.DataFrame:
     """:func:`analysis.claims` in print: effect and interval, as a ratio or in per cent of accuracy."""
-    names = [name for name in found if name not in ("says", "value", "low", "high", "null", "seeds", "verdict")]
+    names = [name for name in found if name not in ("says", "value", "low", "high", "null", "p", "seeds", "verdict")]
     printed = found.set_index(_telling(found, names))
     printed["effect"] = [_effect(row) for row in found.itertuples()]
     return printed[["effect", "seeds", "verdict"]]
 
 
 def chance(found: pd.DataFrame) -> str:
-    """How many verdicts to expect by chance alone, in a sentence."""
-    judged = (found.seeds > 1).sum()
-    by_chance = (1 - CONFIDENCE) * judged
+    """How many verdicts to expect by chance alone, and how many stand corrected for that, in two sentences."""
+    p = found.p.dropna()
+    stand = (stats.false_discovery_control(p) <= 1 - CONFIDENCE).sum() if len(p) else 0
     return (
-        f"If there were no effects at all, about {by_chance:.1f} of {judged} intervals would give a verdict by chance."
+        f"If there were no effects at all, about {(1 - CONFIDENCE) * len(p):.1f} of {len(p)} intervals would give a "
+        f"verdict by chance. Corrected for their number (false discovery rate {1 - CONFIDENCE:.0%}, Benjamini and "
+        f"Hochberg 1995), {stand} of them would stand."
     )
 
 

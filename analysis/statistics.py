@@ -25,10 +25,24 @@ def decrease_per_parameter(run: xr.DataTree) -> float:
     return float(share.decrease / share.parameters)
 
 
+def decrease_within_layers(run: xr.DataTree) -> float:
+    """‖g_R‖² / Σₗ (|Rₗ|/nₗ) ‖gₗ‖²: the removed parameters' part in ‖g‖², as a multiple of their layers' average ones'.
+
+    Both as shares of ‖g‖², means over the prunings. 1 is what removing as many of each layer at random comes to: a
+    measure may choose layers or filters, and this is the filters' part.
+    """
+    events = columns(run, "pruning", ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining"])
+    before = events[["grad_sqnorm", "remaining"]].sel(stage="before", drop=True)
+    average = events.removed * before.grad_sqnorm / before.remaining.where(before.remaining > 0, 1)
+    whole = before.grad_sqnorm.sum("layer", skipna=False)
+    shares = [part.sum("layer", skipna=False) / whole for part in (events.removed_grad_sqnorm, average)]
+    found, expected = (float(share.mean(skipna=False)) for share in shares)
+    return found / expected if expected else np.nan
+
+
 def loss_change(run: xr.DataTree) -> float:
-    """|L_after − L_before| / L_before at the probe, mean over the prunings."""
-    events = columns(run, "pruning", ["loss"])
-    return _mean_change(events.loss, events.loss.sel(stage="before"))
+    """|ln(L_after / L_before)| at the probe, mean over the prunings: doubled and halved are as far from preserved."""
+    return _mean_log_change(columns(run, "pruning", ["loss"]).loss)
 
 
 def norm_rate_change(run: xr.DataTree) -> float:
@@ -50,9 +64,8 @@ def norm_acceleration_change(run: xr.DataTree) -> float:
 
 
 def grad_sqnorm_change(run: xr.DataTree) -> float:
-    """|Δ‖g‖²| / ‖g‖², mean over the prunings; ‖g‖² after is that of the parameters that stay."""
-    total = columns(run, "pruning", ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False)
-    return _mean_change(total, total.sel(stage="before"))
+    """|ln(‖g‖²_after / ‖g‖²_before)|, mean over the prunings; ‖g‖² after is that of the parameters that stay."""
+    return _mean_log_change(columns(run, "pruning", ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False))
 
 
 def grad_sqnorm_ratio(run: xr.DataTree) -> float:
@@ -75,6 +88,7 @@ STATISTICS: dict[str, Callable[[xr.DataTree], float]] = {
     statistic.__name__: statistic
     for statistic in (
         decrease_per_parameter,
+        decrease_within_layers,
         loss_change,
         norm_rate_change,
         norm_acceleration_change,
@@ -96,8 +110,13 @@ def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
 
 def log(ratio: np.ndarray | xr.DataArray) -> np.ndarray | xr.DataArray:
-    """ln of a ratio, down to 2⁻²³: records are made in single precision, which cannot tell less from nothing."""
+    """ln of a ratio, down to 2⁻²³: where nothing is left, it is as far from 1 as single precision tells."""
     return np.log(np.maximum(ratio, np.finfo(np.float32).eps))
+
+
+def _mean_log_change(staged: xr.DataArray) -> float:
+    before = staged.sel(stage="before")
+    return float(np.abs(log(staged.sel(stage="after") / before.where(before > 0))).mean(skipna=False))
 
 
 def _mean_change(staged: xr.DataArray, scale: xr.DataArray) -> float:

@@ -9,7 +9,7 @@ from synthetic_runs import MEASURES, record, runs
 
 import analysis
 from analysis.claims import judged
-from analysis.intervals import half_width
+from analysis.intervals import half_width, p_value
 
 
 def verdicts(found: pd.DataFrame) -> dict[str, str]:
@@ -19,18 +19,33 @@ def verdicts(found: pd.DataFrame) -> dict[str, str]:
 def test_statistics_done_by_hand() -> None:
     row = analysis.statistics({"run": record("magnitude", 0, rounds=2)}).loc["run"]
     assert row.decrease_per_parameter == pytest.approx((0.5 / 4) / (25 / 100))
-    assert row.loss_change == pytest.approx(0.5 / 2)
+    assert row.loss_change == pytest.approx(np.log(2.5 / 2))
     assert row.norm_rate_change == pytest.approx(0.75 / 10)
     assert row.norm_acceleration_change == pytest.approx(((4 + 1) - (3 + 0)) / 4)
-    assert row.grad_sqnorm_change == pytest.approx(1 / 4)
+    assert row.grad_sqnorm_change == pytest.approx(np.log(4 / 3))
     assert row.grad_sqnorm_ratio == pytest.approx(3 / 4)
     assert (row.training_area, row.accuracy) == (1.0, 0.9)
 
 
-def test_the_interval_is_scipys() -> None:
+def test_what_is_removed_is_compared_within_its_layers() -> None:
+    run, by_layer = record("magnitude", 0, rounds=2), {"dims": "layer", "coords": {"layer": ["a", "b"]}}
+    events = run["pruning"].to_dataset()
+    events["grad_sqnorm"] *= xr.DataArray([1, 5], **by_layer)  # 3 and 5 before
+    events["removed"] *= xr.DataArray([0.5, 2], **by_layer)  # 1/8 and 1/2 of the layers
+    run["pruning"] = xr.DataTree(events)
+    row = analysis.statistics({"run": run}).loc["run"]
+    assert row.decrease_within_layers == pytest.approx(0.5 / (3 / 8 + 5 / 2))
+    assert row.decrease_per_parameter == pytest.approx((0.5 / 8) / (21.875 / 100))
+
+
+def test_interval_and_test_are_scipys() -> None:
     values = np.random.default_rng(1).normal(2, 3, 7)
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = stats.ttest_1samp(values, 0)
+    low, high = found.confidence_interval(0.95)
     assert half_width(values) == pytest.approx((high - low) / 2, rel=1e-12)
+    assert p_value(values) == pytest.approx(found.pvalue, rel=1e-12)
+    assert (p_value([0.5, 0.5]), p_value([0.0, 0.0])) == (0, 1)
+    assert np.isnan(p_value([1.0]))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -44,23 +59,24 @@ def test_the_interval_covers_the_mean_nineteen_times_in_twenty(count: int) -> No
 def test_a_known_effect_is_found_with_its_size() -> None:
     found = analysis.claims(runs(magnitude={"area": 0.5, "accuracy": 0.7}, gradient_norm_increase={"accuracy": 0.4}))
     assert found.columns.tolist() == [
-        "claim", "says", "model", "data", "rounds", "sparsity", "value", "low", "high", "null", "seeds", "verdict",
+        "claim", "says", "model", "data", "rounds", "sparsity", "value", "low", "high", "null", "p", "seeds",
+        "verdict",
     ]  # fmt: skip
     assert found.claim.tolist() == list(analysis.CLAIMS)
     of = found.set_index("claim")
-    assert of.loc["i.c", ["null", "seeds", "verdict"]].tolist() == [1, 3, "supported"]
-    assert of.low["i.c"] < 0.5 < of.high["i.c"]
+    assert of.loc["i.f", ["null", "seeds", "verdict"]].tolist() == [1, 3, "supported"]
+    assert of.low["i.f"] < 0.5 < of.high["i.f"]
     assert of.loc["ii.c", ["null", "verdict"]].tolist() == [0, "supported"]
     assert of.low["ii.c"] < 0.1 < of.high["ii.c"]
     assert verdicts(found)["iii.e"] == verdicts(found)["iii.f"] == "supported"
-    assert verdicts(found)["i.d"] == "inconclusive"
+    assert verdicts(found)["i.g"] == "inconclusive"
 
 
 def test_the_sign_of_the_effect_turns_the_verdict() -> None:
     found = verdicts(
         analysis.claims(runs(magnitude={"area": 2, "accuracy": 0.9}, gradient_norm_increase={"accuracy": 1}))
     )
-    assert {found[name] for name in ("i.c", "ii.c", "iii.e", "iii.f")} == {"contradicted"}
+    assert {found[name] for name in ("i.f", "ii.c", "iii.e", "iii.f")} == {"contradicted"}
 
 
 def test_every_claim_turns_with_its_sign() -> None:
@@ -97,7 +113,7 @@ def test_a_ratio_is_paired_within_a_seed() -> None:
     """Seeds that differ tenfold do not hide a measure that is a tenth less in each of them."""
     table = random_statistics(conditions=1, seeds=3, rounds=1)
     table["training_area"] = 10.0**table.seed * np.where(table.measure == "magnitude", 0.9, 1.0)
-    row = judged(table).set_index("claim").loc["i.c"]
+    row = judged(table).set_index("claim").loc["i.f"]
     assert (row.value, row.low, row.high, row.verdict) == pytest.approx((0.9, 0.9, 0.9, "supported"))
 
 
@@ -113,14 +129,14 @@ def test_no_verdict_from_one_seed() -> None:
     found = analysis.claims(runs(seeds=1, magnitude={"area": 0.1}))
     assert set(found.verdict) == {"no verdict (1 seed)"}
     assert found.low.isna().all()
-    assert found.set_index("claim").value["i.c"] == pytest.approx(0.1, rel=0.05)
+    assert found.set_index("claim").value["i.f"] == pytest.approx(0.1, rel=0.05)
 
 
 def test_what_is_missing_is_said_in_place_of_a_verdict() -> None:
     some = {label: run for label, run in runs().items() if not label.startswith("gradient_norm_increase")}
     found = verdicts(analysis.claims(some))
-    assert found["i.c"] == "no verdict (no run of gradient_norm_increase)"
-    assert found["i.d"] == "inconclusive"
+    assert found["i.f"] == "no verdict (no run of gradient_norm_increase)"
+    assert found["i.g"] == "inconclusive"
     unlogged = {label: xr.DataTree.from_dict({k: v for k, v in run.to_dict().items() if k != "/pruning"})
                 for label, run in runs().items()}  # fmt: skip
     found = verdicts(analysis.claims(unlogged))
@@ -131,13 +147,13 @@ def test_what_is_missing_is_said_in_place_of_a_verdict() -> None:
 def test_a_run_that_did_not_end_and_its_seed_do_not_count() -> None:
     some = runs(magnitude={"area": 0.5}) | {"magnitude-1": record("magnitude", 1, ended=False)}
     found = analysis.claims(some).set_index("claim").seeds
-    assert (found["i.c"], found["iii.f"]) == (2, 3)
+    assert (found["i.f"], found["iii.f"]) == (2, 3)
 
 
 def test_a_change_from_nothing_is_not_known() -> None:
     row = analysis.statistics({"dead": record("magnitude", 0, grad=(0.0, 1.0))}).loc["dead"]
     assert np.isnan(row[["grad_sqnorm_ratio", "grad_sqnorm_change", "decrease_per_parameter"]].astype(float)).all()
-    assert row.loss_change == 0.25
+    assert row.loss_change == np.log(1.25)
 
 
 def test_one_run_counts_once() -> None:
@@ -150,10 +166,10 @@ def test_only_like_is_compared_with_like() -> None:
     one = runs(seeds=2)
     other = {f"{label}, more rounds": record(label[:-2], int(label[-1]), rounds=2, area=7.0) for label in one}
     found = analysis.claims(one | other)
-    assert found[found.claim == "i.c"].rounds.tolist() == [1, 2]
+    assert found[found.claim == "i.f"].rounds.tolist() == [1, 2]
     assert found[found.claim == "ii.c"].rounds.tolist() == [1]
     assert set(found.seeds) == {2}
-    assert found.value[(found.claim == "i.c") & (found.rounds == 2)].item() == pytest.approx(1)
+    assert found.value[(found.claim == "i.f") & (found.rounds == 2)].item() == pytest.approx(1)
 
 
 def test_each_claim_says_why() -> None:

@@ -13,7 +13,7 @@ import analysis
 from analysis.__main__ import main
 from analysis.conditions import several_seeds
 from analysis.overview import overview
-from analysis.seed_tables import VERDICTS, claims_table, verdict_table
+from analysis.seed_tables import VERDICTS, chance, claims_table, verdict_table
 from analysis.typeset import FORMATS, as_latex, as_markdown, page
 
 
@@ -88,18 +88,28 @@ def test_verdicts_are_counted_over_conditions() -> None:
     other = {f"{label}, 2": record(label[:-2], int(label[-1]), rounds=2) for label in one}
     found = analysis.claims(one | other)
     counts = verdict_table(found).droplevel("what it says")
-    assert counts.loc["i.c"].to_dict() == dict.fromkeys(VERDICTS, 0) | {"supported": 1, "negligible": 1}
-    assert (counts.sum(axis=1) == [1 if name == "ii.c" else 2 for name in counts.index]).all()
+    one_each = {"supported": 1, "negligible": 1, "mean as claimed": 1}
+    assert counts.loc["i.f"].to_dict() == dict.fromkeys(VERDICTS, 0) | one_each
+    assert (counts[[*VERDICTS]].sum(axis=1) == [1 if name == "ii.c" else 2 for name in counts.index]).all()
     printed = claims_table(found)
     assert printed.index.names == ["claim", "model", "data", "rounds"]
-    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", printed.effect[("i.c", "vgg13", "digits", 1)])
+    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", printed.effect[("i.f", "vgg13", "digits", 1)])
     assert re.fullmatch(r"[+-]\d\.\d\d \[-\d\.\d\d, \+\d\.\d\d\] %", printed.effect[("ii.c", "vgg13", "digits", 1)])
 
 
 def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:
     found = analysis.claims({label: record(label[:-2], int(label[-1]), rounds=2) for label in runs()})
     counts = verdict_table(found).droplevel("what it says")
-    assert counts.sum(axis=1).to_dict() == {name: int(name != "ii.c") for name in analysis.CLAIMS}
+    assert counts[[*VERDICTS]].sum(axis=1).to_dict() == {name: int(name != "ii.c") for name in analysis.CLAIMS}
+
+
+def test_verdicts_are_corrected_for_their_number() -> None:
+    found = analysis.claims(runs())
+    found["p"] = [0.001, *[0.04] * (len(found) - 1)]
+    assert "about 0.8 of 16 intervals" in chance(found)
+    assert "16 of them would stand" in chance(found)  # at 0.04 all, at 0.06 the first alone
+    found["p"] = [0.001, *[0.06] * (len(found) - 1)]
+    assert "1 of them would stand" in chance(found)
 
 
 def test_networks_that_were_not_pruned_make_no_claims() -> None:
@@ -114,7 +124,7 @@ def test_runs_of_one_seed_stay_rows_of_their_own(some: dict[str, xr.DataTree]) -
     assert not several_seeds(single)
     # (what theory says of a run needs more than these records hold)
     over_seeds = overview(some, brief=True)
-    assert [len(table) for table in over_seeds.values()] == [4, 13]
+    assert [len(table) for table in over_seeds.values()] == [4, 16]
 
 
 def test_an_overview_holds_every_definition() -> None:
@@ -136,7 +146,7 @@ def test_the_command_line_prints_it_in_each_format(
         assert main(["runs", "--format", form]) == 0
         said = capsys.readouterr().out
         assert said.startswith(start)
-        assert "i.c: training_area of magnitude" in " ".join(said.split())
+        assert "i.f: training_area of magnitude" in " ".join(said.split())
     assert main(["runs", "--format", "pdf"]) == 2
     assert "error: unknown format 'pdf'" in capsys.readouterr().err
 

@@ -58,6 +58,8 @@ class Experiment:
         keep_momentum: Keep the optimizer's momentum over a pruning; by default it is dropped, as in the paper.
         importance_samples: Training samples that an importance measure looks at.
         probe_samples: Training samples at which everything is measured before and after each pruning.
+        probe_mode: Mode in which that is done: "eval", in which importance is scored, or "train", where BatchNorm
+            normalises each batch by itself, as in training.
         studies: Study the network before the first and the last pruning, at those samples: what pruning 1/32 to 1/4 of
             the filters would do, how far the paper's measures agree, which filters are scale-invariant.
         train_samples: Training samples, as many of each class, that there are at all; 0 means the whole set.
@@ -92,6 +94,7 @@ class Experiment:
     keep_momentum: bool = False
     importance_samples: int = 2560
     probe_samples: int = 512
+    probe_mode: str = "eval"
     studies: bool = False
     train_samples: int = 0
     curvature_every: int = 64
@@ -118,6 +121,7 @@ class Experiment:
             ("measure", self.measure, ("none", *MEASURES)),
             ("granularity", self.granularity, ("filter", "weight")),
             ("protocol", self.protocol, PROTOCOLS),
+            ("probe_mode", self.probe_mode, ("eval", "train")),
             ("precision", self.precision, ("float32", "bfloat16")),
         ):
             if value not in options:

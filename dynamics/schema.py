@@ -38,6 +38,7 @@ PRUNING_SETTINGS = (
     "protocol",
     "keep_momentum",
     "importance_samples",
+    "probe_mode",
     "studies",
 )
 

@@ -173,7 +173,7 @@ class Training:
         left = protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
         pruning = self._pruner.plan(1 - left, self._importance_batches())
         described = pruning.attributes | {"target": target}
-        with self.recorder.event("prune", probe=self._probe, **described) as event:
+        with self.recorder.event("prune", probe=self._probe, mode=chosen.probe_mode, **described) as event:
             if chosen.studies and round_number in (1, chosen.rounds):
                 add_studies(event, self.model, pruning, self._probe, self.objective)
             self._pruner.apply(pruning)

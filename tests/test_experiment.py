@@ -89,6 +89,16 @@ def test_how_a_measure_was_evaluated_is_recorded(tmp_path: Path, data: Data) -> 
     assert events.score_samples.item() == 20  # 2 of each class
 
 
+def test_where_a_pruning_is_measured_changes_the_measurement_alone(
+    tmp_path: Path, data: Data, record: xr.DataTree
+) -> None:
+    other = recorded(tmp_path / "run.zarr", replace(TINY, probe_mode="train"), data)
+    assert set(record["pruning"]["mode"].values) == {"eval"}
+    assert set(other["pruning"]["mode"].values) == {"train"}
+    assert_agree(other, record, ["steps", "units"])
+    assert not np.isclose(other["pruning"].loss, record["pruning"].loss).any()
+
+
 def test_single_weights_are_pruned_too(tmp_path: Path, data: Data) -> None:
     weights = replace(TINY, granularity="weight", measure="snip", sparsity=0.8, curvature_every=0)
     record = recorded(tmp_path / "run.zarr", weights, data)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from experiments import few_digits, recorded
+from experiments import assert_agree, few_digits, recorded
 
 from analysis import (
     filters_left,

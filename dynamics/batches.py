@@ -21,10 +21,11 @@ _IDLE = 128  # batches in a row whose gradients come to nothing
 
 @dataclass
 class Seen:
-    """A batch, and the moment at which its forward pass starts."""
+    """A batch, the moment at which its forward pass starts, and the one at which it was seen."""
 
     batch: Any
     moment: Moment | None
+    first_moment: Moment | None = None
     passed: bool = False
     again: bool = False  # a step of it has been taken already
     evaluated_at: int | None = None  # the number of backward passes before its forward pass, if that was in eval mode
@@ -83,9 +84,9 @@ class Batches:
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
 
         self._awaits = True
-        self._seen = [replace(one, batch=copied(one.batch), moment=self._moment()) for one in self._seen]
+        self._seen = [self._kept(one) for one in self._seen]
         if self._hook is None and not self._compiled:
-            self._hook = self._model.register_forward_pre_hook(passes)
+            self._hook = self._model.register_forward_pre_hook(_OfOneModel(passes))
 
     def _next_to_pass(self, module: nn.Module) -> Seen | None:
         """The batch whose forward pass begins: the first that had none.
@@ -125,8 +126,13 @@ class Batches:
         self._staying = []
 
     def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
-        moment = self._moment() if due else None
-        self._seen.append(Seen(copied(batch) if due else batch, moment, again=again))
+        seen = Seen(batch, None, again=again)
+        self._seen.append(self._kept(seen) if due else seen)
+
+    def _kept(self, seen: Seen) -> Seen:
+        """With a copy of the batch, and the moment it is."""
+        moment = self._moment()
+        return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
 
     def _moment(self) -> Moment:
         return Moment(self._model, self._device)
@@ -156,12 +162,12 @@ class Batches:
         return start, start + count
 
     def _choose(self) -> None:
-        """From the first step on count at one parameter only, one that has a gradient."""
+        """From the first step on count at one parameter only, the last that has a gradient: first ones get frozen."""
         if len(self._passes) > 1 and (counting := [passes for passes in self._passes if passes.count]):
             for passes in self._passes:
-                if passes is not counting[0]:
+                if passes is not counting[-1]:
                     passes.remove()
-            self._passes = counting[:1]
+            self._passes = counting[-1:]
 
     @property
     def mark(self) -> Mark:
@@ -198,6 +204,19 @@ class Batches:
             self._hook.remove()
         for passes in self._passes:
             passes.remove()
+
+
+class _OfOneModel:
+    """A hook before forward passes that copies of the model, and what is saved of it, have no part in."""
+
+    def __init__(self, passes: Callable[[nn.Module, tuple], None]) -> None:
+        self._passes = passes
+
+    def __call__(self, module: nn.Module, inputs: tuple) -> None:
+        self._passes(module, inputs)
+
+    def __reduce__(self) -> tuple:
+        return getattr, ({}, "get")  # a copy's gives the inputs back as they are
 
 
 def _trains(module: nn.Module) -> bool:

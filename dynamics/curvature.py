@@ -192,5 +192,6 @@ def _norm(vector: Sequence[Tensor]) -> Tensor:
 def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> Tensor:
     """Σ_b w_b L_b(θ), a scalar without graph; with gradients allowed, for a loss may take some itself."""
     with torch.enable_grad():
-        leaves = {name: tensor.detach().requires_grad_(tensor.is_floating_point()) for name, tensor in theta.items()}
+        copies = {name: tensor.detach().clone() for name, tensor in theta.items()}  # which the loss may change
+        leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in copies.items()}
         return sum(weight * loss_of(leaves).detach() for loss_of, weight in zip(losses, weights, strict=True))

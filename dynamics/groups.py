@@ -31,7 +31,8 @@ class Groups:
 
     def refresh(self) -> None:
         """Look up which group each parameter is in, if a group or the model changed."""
-        now = (self._layers.version, *(len(group["params"]) for one in self._optimizers for group in one.param_groups))
+        groups = [group for one in self._optimizers for group in one.param_groups]  # others, if a state was loaded
+        now = (self._layers.version, *((id(group), *map(id, group["params"])) for group in groups))
         if now == self._of:
             return
         self._of = now
@@ -78,8 +79,11 @@ class Groups:
         return {index: group for number in stepped for index, group in self._trained[number].items()}
 
     def learning_rate(self, trained: Mapping[int, Group]) -> np.ndarray:
-        """η of each layer, (layer,): 0 where nothing is trained, NaN where a layer's parameters differ in it."""
-        return self._by_layer(trained, lambda group: float(group["lr"]))
+        """η of each layer, (layer,): 0 where nothing is trained, NaN where a layer's parameters differ in it.
+
+        NaN, too, where the optimizer has none to tell.
+        """
+        return self._by_layer(trained, _rate)
 
     def flow_step(self, trained: Mapping[int, Group]) -> np.ndarray:
         """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`."""
@@ -117,8 +121,12 @@ class Groups:
         return self._decay
 
 
+def _rate(group: Group) -> float:
+    return np.nan if group.get("lr") is None else float(group["lr"])
+
+
 def _flow_step(group: Group) -> float:
     """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β); ascent goes back."""
     momentum = float(group.get("momentum") or 0.0)
-    rate = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    rate = -_rate(group) if group.get("maximize") else _rate(group)
     return rate * (1 - float(group.get("dampening") or 0.0)) / (1 - momentum) if 0 < momentum < 1 else rate

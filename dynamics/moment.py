@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import Dataset
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
 
@@ -25,6 +26,17 @@ class RandomState:
         self._device = device if device.type == "cuda" else None
         self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if self._device else None
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they would draw the same numbers."""
+        if not isinstance(other, RandomState):
+            return NotImplemented
+        pairs = ((self._cpu, other._cpu), (self._cuda, other._cuda))
+        tensors = all((one is None) == (two is None) and (one is None or torch.equal(one, two)) for one, two in pairs)
+        (_, keys, *rest), (_, other_keys, *other_rest) = self._numpy, other._numpy
+        return tensors and self._python == other._python and rest == other_rest and np.array_equal(keys, other_keys)
+
+    __hash__ = None
 
     def restore(self) -> None:
         """Set the generators to the kept state."""
@@ -48,14 +60,19 @@ def random_numbers_untouched(device: torch.device) -> Iterator[None]:
 class Moment:
     """Buffers, random numbers and what modules keep in plain attributes, such as a hidden state, as they are now.
 
-    Attributes are put back as the objects they were, and the contents of tensors, lists, dictionaries, sets, deques
-    and generators, nested ones too, in place: whoever shares such an object goes on sharing it.
+    Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
+    deques and generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are those of
+    objects whose class comes from where a module's does, but for data sets.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
         self._random, self._attributes = RandomState(device), _kept_attributes(model.modules())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def draws_as(self, other: Moment) -> bool:
+        """Whether what is drawn from here on is what was drawn from the other on."""
+        return self._random == other._random
 
     def buffers(self) -> dict[str, Tensor]:
         """A fresh copy of each buffer, by name."""
@@ -96,10 +113,11 @@ def _lent_buffers(module: nn.Module) -> PutBack:
 
 def _kept_attributes(modules: Iterator[nn.Module] | list[nn.Module]) -> PutBack:
     seen: set[int] = set()
-    kept = []
+    kept, modules = [], list(modules)
+    packages = {_package(module) for module in modules} - {"torch"}
     for module in modules:
         own = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
-        kept.append((module, own, [_kept(value, seen) for value in own.values()]))
+        kept.append((module, own, [_kept(value, seen, packages) for value in own.values()]))
 
     def put_back() -> None:
         for module, own, contents in kept:
@@ -113,7 +131,11 @@ def _kept_attributes(modules: Iterator[nn.Module] | list[nn.Module]) -> PutBack:
     return put_back
 
 
-def _kept(value: Any, seen: set[int]) -> PutBack:
+def _package(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _kept(value: Any, seen: set[int], packages: set[str]) -> PutBack:
     """What puts the contents of an object back, in place."""
     if id(value) in seen:
         return _nothing
@@ -126,17 +148,30 @@ def _kept(value: Any, seen: set[int]) -> PutBack:
     if isinstance(value, np.random.Generator):
         numbers = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", numbers)
+    if isinstance(value, np.ndarray):
+        numbers = value.copy()
+        return lambda: np.copyto(value, numbers) if value.flags.writeable else None
     if isinstance(value, dict):
-        return _kept_container(value, dict(value), list(value.values()), value.update, seen)
+        return _kept_container(value, dict(value), list(value.values()), value.update, seen, packages)
     if isinstance(value, list | deque):
-        return _kept_container(value, list(value), list(value), value.extend, seen)
+        return _kept_container(value, list(value), list(value), value.extend, seen, packages)
     if isinstance(value, set):
-        return _kept_container(value, set(value), [], value.update, seen)
+        return _kept_container(value, set(value), [], value.update, seen, packages)
+    if _package(value) in packages and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Dataset):
+        own = vars(value)
+        return _kept_container(own, dict(own), list(own.values()), own.update, seen, packages)
     return _nothing
 
 
-def _kept_container(value: Any, content: Any, inner: list[Any], fill: Callable[[Any], None], seen: set[int]) -> PutBack:
-    parts = [_kept(one, seen) for one in inner]
+def _kept_container(
+    value: Any,
+    content: Any,
+    inner: list[Any],
+    fill: Callable[[Any], None],
+    seen: set[int],
+    packages: set[str],
+) -> PutBack:
+    parts = [_kept(one, seen, packages) for one in inner]
 
     def put_back() -> None:
         value.clear()

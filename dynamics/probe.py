@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,7 +62,12 @@ def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _mapped(value, function) for key, value in batch.items()}
+        mapped = {key: _mapped(value, function) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return mapped
+        batch = copy.copy(batch)  # of a class of its own, such as a tokenizer's
+        batch.update(mapped)
+        return batch
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_mapped(value, function) for value in batch))
     if isinstance(batch, tuple | list):
@@ -70,11 +76,12 @@ def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def sample_count(batch: Any) -> int:
-    """Length of the first tensor in the batch; 1 where there is none."""
+    """Length of the first tensor in the batch, or of a list that is a part of it; 1 where there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((sample_count(value) for value in values if isinstance(value, Tensor | Mapping | tuple | list)), 1)
+    parts = (value for value in values if isinstance(value, Tensor | Mapping | tuple | list))
+    return next((len(part) if isinstance(part, list) else sample_count(part) for part in parts), 1)
 
 
 @contextmanager

@@ -261,6 +261,12 @@ class _Watched:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def __getattr__(self, name: str) -> Any:
+        """The loader's own: its data set, say."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
     def __iter__(self) -> Iterator:
         self._recorder.begin_epoch()
         try:

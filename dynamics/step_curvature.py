@@ -5,19 +5,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from .batches import Batches
+from .batches import Batches, Seen
 from .errors import named
+from .moment import Moment
 from .probe import Objective, Probe
 from .processes import Processes
 from .step import Measurement
 
 _Measured = TypeVar("_Measured")
 _DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
+_SURE = 1 - 1e-6
+
+
+class _Candidate(NamedTuple):
+    """Batches that a step may be of, by number, and random numbers: those of when they were seen, if ``early``."""
+
+    number: int
+    early: bool
+    probe: Probe
 
 
 class StepCurvature:
@@ -39,7 +49,8 @@ class StepCurvature:
     ) -> None:
         self._model, self._objective, self._batches = model, objective, batches
         self._measurement, self._processes, self._every = measurement, processes, every
-        self._probes: list[Probe] = []
+        self._probes: list[_Candidate] = []
+        self._early = False  # whether random numbers are drawn before the network runs
         self._said: set[str] = set()
         if every and processes.sharded:
             self.stop()
@@ -67,23 +78,45 @@ class StepCurvature:
         if self.ready(step):
             self._probes = self._or_give_up(self._make_probes, step) or []
 
-    def _make_probes(self) -> list[Probe]:
-        return [
-            Probe(self._model, self._objective, [one.batch for one in seen], moments=[one.moment for one in seen])
-            for seen in self._batches.candidates()
+    def _make_probes(self) -> list[_Candidate]:
+        """Probes of what the step may be of, the likeliest first.
+
+        Random numbers are those of the network's forward pass, or, of the likeliest batches, those of the moment when
+        these were seen: a loss may draw some before it runs the network.
+        """
+        candidates = self._batches.candidates()
+        found = [
+            _Candidate(number, False, self._probe(seen, [one.moment for one in seen]))
+            for number, seen in enumerate(candidates)
         ]
+        if not self._processes.replicated and not all(one.moment.draws_as(one.first_moment) for one in candidates[0]):
+            early = _Candidate(0, True, self._probe(candidates[0], [one.first_moment for one in candidates[0]]))
+            found.insert(0 if self._early else 1, early)
+        return found
+
+    def _probe(self, seen: list[Seen], moments: list[Moment]) -> Probe:
+        return Probe(self._model, self._objective, [one.batch for one in seen], moments=moments)
 
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
         probes, self._probes = self._probes, []
-        found = [self._or_give_up(partial(self._measurement.gradient, probe), step) for probe in probes]
-        if not found or any(one is None for one in found):
+        found, cosines = [], []
+        for one in probes:
+            measured = self._or_give_up(partial(self._measurement.gradient, one.probe), step)
+            if measured is None:
+                return None
+            loss, grad = measured
+            found.append((loss, self._measurement.mean(grad)))
+            cosines.append(self._measurement.alignment(found[-1][1]))
+            if cosines[-1] > _SURE:
+                break
+        if not found:
             return None
-        found = [(loss, self._measurement.mean(grad)) for loss, grad in found]
-        cosines = [self._measurement.alignment(grad) for _, grad in found]
         best = int(np.nanargmax([*cosines, -2.0])) % len(found)  # all NaN: the first
-        self._batches.chosen(best)
-        values = self._or_give_up(partial(self._measurement.curvature_values, probes[best], *found[best]), step)
+        chosen = probes[best]
+        self._early = chosen.early or (self._early and not any(one.early for one in probes))
+        self._batches.chosen(chosen.number)
+        values = self._or_give_up(partial(self._measurement.curvature_values, chosen.probe, *found[best]), step)
         if values is None:
             return None
         if cosines[best] < _DOUBTFUL:

@@ -1,0 +1,220 @@
+"""What everyday loops do beside training: they save, copy, load, freeze, draw numbers, and keep state in odd places."""
+
+import copy
+import io
+from collections import UserDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import vectors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynamics import Recorder, open_run
+from dynamics.probe import copied, sample_count
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+class MovingKey(nn.Module):
+    """A key encoder that each forward pass moves in place, as momentum contrast does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                key.mul_(0.9).add_(query, alpha=0.1)
+        return self.query(x) - self.key(x)
+
+
+class RunningMean:
+    """A plain object with state, as reinforcement learning normalises observations."""
+
+    def __init__(self) -> None:
+        self.mean, self.count = torch.zeros(4), 0
+
+    def update(self, x: Tensor) -> None:
+        self.count += len(x)
+        self.mean = self.mean + (x.mean(0) - self.mean) * len(x) / self.count
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.running, self.array, self.layer = RunningMean(), np.zeros(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.running.update(x)
+        self.array *= 0.9
+        self.array += 0.1 * x.mean(0).numpy()
+        return self.layer(x - self.running.mean - torch.from_numpy(self.array.copy()))
+
+
+@pytest.mark.parametrize("build", [MovingKey, Normalised])
+def test_state_that_a_forward_pass_changes_is_left_alone(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
+    def trained(record: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recorder = Recorder(tmp_path / "run", model, optimizer, curvature_every=1) if record else None
+        for inputs, labels in vectors(3):
+            if recorder:
+                recorder.observe((inputs, labels))
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        if recorder:
+            recorder.close()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert all(torch.equal(one, other) for one, other in zip(trained(True), trained(False), strict=True))
+
+
+def test_a_model_is_saved_and_copied_while_it_is_recorded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.2), nn.Linear(9, 3))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+            best = copy.deepcopy(model)
+            F.cross_entropy(best(inputs), labels).backward()  # draws a mask, and is not the model's forward pass
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            torch.save(model, io.BytesIO())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+    saved = io.BytesIO()
+    torch.save(best, saved)
+    saved.seek(0)
+    again = torch.load(saved, weights_only=False).eval()
+    assert torch.equal(again(inputs), best.eval()(inputs))
+
+
+def test_an_optimizer_whose_state_is_loaded_midway(tmp_path: Path) -> None:
+    model = small()
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.2}], 0.1, weight_decay=0.5
+    )
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, (inputs, labels) in enumerate(recorder.watch(vectors(4))):
+            if number == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.param_groups[0].update(lr=0.01, weight_decay=0.0)
+            if number == 3:
+                first, second = optimizer.param_groups
+                first["params"], second["params"] = second["params"], first["params"]
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+    steps = open_run(tmp_path / "run")["steps"]
+    np.testing.assert_allclose(steps.learning_rate, [[0.1, 0.2], [0.01, 0.2], [0.01, 0.2], [0.2, 0.01]])
+    np.testing.assert_allclose(
+        steps.decay_sqnorm / steps.param_sqnorm, [[0.5, 0.5], [0, 0.5], [0, 0.5], [0.5, 0]], atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("rate", ["none", "absent"])
+def test_an_optimizer_without_a_learning_rate(tmp_path: Path, rate: str) -> None:
+    class Optimizer(torch.optim.Optimizer):
+        def __init__(self, parameters: object) -> None:
+            super().__init__(parameters, {"lr": None} if rate == "none" else {})
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(0.1 * parameter.grad)
+
+    model = small()
+    optimizer = Optimizer(model.parameters())
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for inputs, labels in recorder.watch(vectors(2)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.learning_rate.isnull().all()
+    np.testing.assert_allclose(steps.update_sqnorm, 0.01 * steps.grad_sqnorm, rtol=1e-12)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_loss_that_draws_before_the_network_runs(tmp_path: Path, noisy: bool) -> None:
+    """Denoising diffusion; and with noise that the loop itself adds once the batch is there."""
+    network = nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Dropout(0.3), nn.Linear(8, 4))
+    optimizer, losses = torch.optim.SGD(network.parameters(), 0.1), []
+
+    def denoising(model: nn.Module, x: Tensor) -> Tensor:
+        time, noise = (0.5, x) if noisy else (torch.rand(len(x), 1), torch.randn_like(x))
+        blurred = (1 - time) * x + time * noise
+        return F.mse_loss(model(torch.cat([blurred, blurred[:, :1]], 1)), noise)
+
+    with Recorder(tmp_path / "run", network, optimizer, objective=denoising, curvature_every=1) as recorder:
+        for x in recorder.watch([inputs for inputs, _ in vectors(4)]):
+            if noisy:
+                torch.randn(3)
+            loss = denoising(network, x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("when", ["before the backward pass", "before the step", "after the step"])
+def test_losses_stay_with_their_steps_when_the_first_layer_is_frozen(tmp_path: Path, watched: bool, when: str) -> None:
+    model, losses = small(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, (inputs, labels) in enumerate(recorder.watch(vectors(6)) if watched else vectors(6)):
+            optimizer.zero_grad()
+            if number == 2:
+                model[0].requires_grad_(False)
+            loss = F.cross_entropy(model(inputs), labels)
+            if when == "before the backward pass":
+                recorder.log(loss=loss)
+            loss.backward()
+            if when == "before the step":
+                recorder.log(loss=loss)
+            optimizer.step()
+            if when == "after the step":
+                recorder.log(loss=loss)
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, losses, rtol=1e-6)
+
+
+def test_a_watched_loader_is_asked_what_the_loader_knows(tmp_path: Path) -> None:
+    model = small()
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        loader = DataLoader(TensorDataset(torch.zeros(6, 4)), batch_size=2)
+        watched = recorder.watch(loader)
+        assert (watched.batch_size, watched.dataset, len(watched)) == (2, loader.dataset, 3)
+        with pytest.raises(AttributeError, match="nothing"):
+            watched.nothing  # noqa: B018
+
+
+class Encoding(UserDict):
+    def __getattr__(self, name: str) -> Tensor:
+        return self.data[name]
+
+
+def test_a_batch_keeps_its_kind_and_counts_its_samples() -> None:
+    tokens = Encoding({"input_ids": torch.zeros(2, 3)})
+    other = copied(tokens)
+    other.input_ids.fill_(1)
+    assert isinstance(other, Encoding)
+    assert not tokens.input_ids.any()
+    pictures = [torch.zeros(3, 8, 8) for _ in range(5)]
+    assert sample_count((pictures, [{} for _ in pictures])) == 5
+    assert sample_count([torch.zeros(4, 2), torch.zeros(4)]) == 4

@@ -25,6 +25,7 @@ class Groups:
         self._optimizers, self._layers = optimizers, layers
         self._of: tuple | None = None
         self._rest: dict[tuple[int, ...], list[int]] = {}
+        self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
         self._decays: list[float] = []
         self._decay = torch.empty(0)
@@ -46,6 +47,8 @@ class Groups:
             }
             for one in self._optimizers
         ]
+        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        self.outside = [parameter for key, parameter in held.items() if key not in index_of]
         self._rest = {}
 
     def held(self, number: int) -> list[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,7 @@ class Measurement:
         self._others = [name for name in curvature if name not in FORMULAS]
         self._make_vectors()
         self._start: Vector | None = None
+        self._outside: list[tuple[Tensor, Tensor]] = []
         self._said = False
 
     def present(self) -> Present:
@@ -116,7 +118,23 @@ class Measurement:
 
     def gradient(self, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss before the step and its own gradient g, by parameter name."""
-        return probe.gradient(self._layers.named(self._theta))
+        with self._outside_as_before():
+            return probe.gradient(self._layers.named(self._theta))
+
+    def keep_outside(self) -> None:
+        """Keep what the optimizers train beside the model: the step moves it, and the loss may depend on it."""
+        self._outside = [(parameter, parameter.detach().clone()) for parameter in self._groups.outside]
+
+    @contextmanager
+    def _outside_as_before(self) -> Iterator[None]:
+        after = [(parameter, parameter.detach().clone()) for parameter, _ in self._outside]
+        try:
+            for parameter, before in self._outside:
+                parameter.copy_(before)
+            yield
+        finally:
+            for parameter, present in after:
+                parameter.copy_(present)
 
     def mean(self, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The mean of a gradient over replicas."""
@@ -143,16 +161,22 @@ class Measurement:
         )
         values = self._layers.evaluate([name for name in self._curvature if name not in _SECOND], vectors)
         if second := [name for name in self._curvature if name in _SECOND]:
-            try:
-                values |= self._by_gates(probe, grad, second)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if not lacks_derivative(error):
-                    self._say_once(f"by gates failed with {named(error)}; Hessian products, slower, take their place")
-                values |= self._by_products(probe, grad, vectors, second)
+            with self._outside_as_before():
+                values |= self._second_order(probe, grad, vectors, second)
         others = {"loss_before": lambda: loss, "loss_after": probe.loss, "approximate": lambda: torch.zeros(())}
         return {name: others[name]() for name in self._others} | values
+
+    def _second_order(
+        self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]
+    ) -> dict[str, Tensor]:
+        try:
+            return self._by_gates(probe, grad, names)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not lacks_derivative(error):
+                self._say_once(f"by gates failed with {named(error)}; Hessian products, slower, take their place")
+            return self._by_products(probe, grad, vectors, names)
 
     def _say_once(self, what: str) -> None:
         if not self._said:

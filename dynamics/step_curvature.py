@@ -76,6 +76,7 @@ class StepCurvature:
         """Keep what the measurement needs of the moment before the step."""
         self._probes = []
         if self.ready(step):
+            self._measurement.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []
 
     def _make_probes(self) -> list[_Candidate]:

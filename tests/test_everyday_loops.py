@@ -171,6 +171,26 @@ def test_a_loss_that_draws_before_the_network_runs(tmp_path: Path, noisy: bool) 
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
+def test_a_loss_with_parameters_of_its_own(tmp_path: Path) -> None:
+    """Learned weights of several tasks: the step moves them, too."""
+    model, weights = nn.Linear(4, 2), nn.Parameter(torch.zeros(2))
+    optimizer, losses = torch.optim.Adam([*model.parameters(), weights], 0.1), []
+
+    def weighted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]).square().mean(0) * torch.exp(-weights) + weights).sum()
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=weighted, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            loss = weighted(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += [(loss.item(), weighted(model, batch).item())]
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(np.stack([curvature.loss_before, curvature.loss_after], 1), losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
+
+
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("when", ["before the backward pass", "before the step", "after the step"])
 def test_losses_stay_with_their_steps_when_the_first_layer_is_frozen(tmp_path: Path, watched: bool, when: str) -> None:

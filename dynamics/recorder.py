@@ -217,11 +217,12 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        unstepped = bool(self._batches) and not self._steps.number
+        trained = bool(self._batches) or self._batches.mark.backwards > 0
+        unstepped = trained and not self._steps.number
         self.close()
         if unstepped and exception[0] is None:
             warnings.warn(
-                "batches were seen, but no step of the optimizer: the one that trains is not the one that was given "
+                "batches or gradients were seen, but no step of the optimizer: the one that trains is not the one that was given "
                 "(a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: its "
                 "base_optimizer)",
                 stacklevel=2,

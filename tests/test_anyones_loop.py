@@ -535,12 +535,13 @@ def test_parameters_that_are_replaced_are_found_by_name(tmp_path: Path) -> None:
             np.testing.assert_allclose(last[name].sel(layer=layer), values[name], rtol=1e-10, err_msg=name)
 
 
-def test_an_optimizer_that_never_steps_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("watched", [True, False])
+def test_an_optimizer_that_never_steps_is_said(tmp_path: Path, watched: bool) -> None:
     model, batches = smooth_network(), vectors(2)
     recorded, trains = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
-    with pytest.warns(UserWarning, match="batches were seen, but no step of the optimizer"):
+    with pytest.warns(UserWarning, match="batches or gradients were seen, but no step of the optimizer"):
         with Recorder(tmp_path / "run", model, recorded) as recorder:
-            for batch in recorder.watch(batches):
+            for batch in recorder.watch(batches) if watched else batches:
                 plain_step(model, trains, batch)
 
 

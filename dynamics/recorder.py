@@ -222,9 +222,9 @@ class Recorder:
         self.close()
         if unstepped and exception[0] is None:
             warnings.warn(
-                "batches or gradients were seen, but no step of the optimizer: the one that trains is not the one that was given "
-                "(a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: its "
-                "base_optimizer)",
+                "batches or gradients were seen, but no step of the optimizer: the one that trains is not the one that "
+                "was given (a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: "
+                "its base_optimizer)",
                 stacklevel=2,
             )
 

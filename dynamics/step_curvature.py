@@ -30,6 +30,15 @@ class _Candidate(NamedTuple):
     probe: Probe
 
 
+class _Found(NamedTuple):
+    """The loss and its gradient in a candidate's probe, and the gradient's cosine with the one applied."""
+
+    probe: Probe
+    loss: Tensor
+    grad: dict[str, Tensor]
+    cosine: float
+
+
 class StepCurvature:
     """Measures the curvature of every so-manieth step, 0 for none.
 
@@ -101,29 +110,16 @@ class StepCurvature:
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
         probes, self._probes = self._probes, []
-        found, cosines = [], []
-        for one in probes:
-            measured = self._or_give_up(partial(self._measurement.gradient, one.probe), step)
-            if measured is None:
-                return None
-            loss, grad = measured
-            found.append((loss, self._measurement.mean(grad)))
-            cosines.append(self._measurement.alignment(found[-1][1]))
-            if cosines[-1] > _SURE:
-                break
-        if not found:
+        best = self._best(probes, step)
+        if best is None:
             return None
-        best = int(np.nanargmax([*cosines, -2.0])) % len(found)  # all NaN: the first
-        chosen = probes[best]
-        self._early = chosen.early or (self._early and not any(one.early for one in probes))
-        self._batches.chosen(chosen.number)
-        values = self._or_give_up(partial(self._measurement.curvature_values, chosen.probe, *found[best]), step)
+        values = self._or_give_up(partial(self._measurement.curvature_values, best.probe, best.loss, best.grad), step)
         if values is None:
             return None
-        if cosines[best] < _DOUBTFUL:
+        if best.cosine < _DOUBTFUL:
             self._say_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
-                f"gradient and the one applied have cosine {cosines[best]:.2f} (grad_applied_grad tells at each step). "
+                f"gradient and the one applied have cosine {best.cosine:.2f} (grad_applied_grad tells at each step). "
                 "Unless the loop itself changes gradients before they are applied, give the recorder its own loss: "
                 "Recorder(..., objective=lambda model, batch: <scalar loss>)",
                 "doubtful",
@@ -135,6 +131,25 @@ class StepCurvature:
                 "approximate",
             )
         return self._processes.mean_values(values)
+
+    def _best(self, probes: list[_Candidate], step: int) -> _Found | None:
+        """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""
+        found: list[_Found] = []
+        for one in probes:
+            measured = self._or_give_up(partial(self._measurement.gradient, one.probe), step)
+            if measured is None:
+                return None
+            grad = self._measurement.mean(measured[1])
+            found.append(_Found(one.probe, measured[0], grad, self._measurement.alignment(grad)))
+            if found[-1].cosine > _SURE:
+                break
+        if not found:
+            return None
+        best = int(np.nanargmax([*(one.cosine for one in found), -2.0])) % len(found)  # all NaN: the first
+        if any(one.early for one in probes):
+            self._early = probes[best].early
+        self._batches.chosen(probes[best].number)
+        return found[best]
 
     def _say_once(self, text: str, what: str) -> None:
         if what not in self._said:

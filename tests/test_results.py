@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import xarray as xr
 
 import analysis
 from analysis.overview import overview
@@ -28,9 +29,30 @@ def test_its_tables_are_those_of_the_records(parts: dict[str, pd.DataFrame | lis
 
 
 def test_its_pictures_are_figures_with_their_claims() -> None:
-    shown = re.findall(r"!\[(.*)\]\(results/(\w+)\.png\)", PAGE)
+    shown = re.findall(r"!\[(.*)\]\((results/(?:training_mode/)?(\w+)\.png)\)", PAGE)
     assert shown
-    for text, name in shown:
+    for text, path, name in shown:
         assert text == claim(name)
-        assert (DOCS / "results" / f"{name}.png").is_file()
+        assert (DOCS / path).is_file()
         assert name in FIGURES
+
+
+def test_the_two_modes_are_compared_on_the_same_prunings() -> None:
+    """Median relative error of what was predicted, in eval and in training mode, of the same measures and seeds."""
+    inside = analysis.open_runs([str(DOCS / "records" / "training_mode" / "prunings.zarr.zip")])
+    records = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
+    both = [{label: records[label] for label in inside}, inside]
+    errors = [median_errors(runs) for runs in both]
+    for (relation, order), of in errors[0].iterrows():
+        cells = [f"{of[model]:.2g}, {errors[1].loc[(relation, order), model]:.2g}" for model in of.index]
+        quantity = relation.removeprefix("effect of pruning on ").removeprefix("the ")
+        assert f"| {quantity} | {order} | {' | '.join(cells)} |" in PAGE
+
+
+def median_errors(runs: dict[str, xr.DataTree]) -> pd.DataFrame:
+    """By relation and order, of each network."""
+    table = analysis.agreement_table(runs).reset_index()
+    table["model"] = [label.partition("-")[0] for label in table.run]
+    effects = table[table.relation.str.startswith("effect")]
+    by = effects.groupby(["relation", "order", "model"], sort=False, observed=True)["median relative error"].median()
+    return by.unstack("model").dropna().sort_index(axis=1)

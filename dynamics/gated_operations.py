@@ -99,8 +99,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    given = [one for one in (weight, bias) if one is not None]
-    own = (training or running_mean is None) and is_ordinary(input, *given)
+    own = (training or running_mean is None) and is_ordinary(input, weight, bias)
     own = own and input.device.type == "cpu"  # where it was measured to be faster
     if not own or input.dtype not in (torch.float32, torch.float64) or input.numel() <= input.shape[1]:
         return NotImplemented

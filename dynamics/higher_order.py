@@ -75,7 +75,7 @@ def _transposed_convolution(
 
 
 def _is_known(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return is_ordinary(input, weight, *([] if bias is None else [bias])) and weight.ndim == dimensions + 2
+    return is_ordinary(input, weight, bias) and weight.ndim == dimensions + 2
 
 
 def _shifted(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,11 +33,12 @@ def is_batched(*tensors: Tensor | None) -> bool:
 
 
 def is_ordinary(x: Any, *others: Any) -> bool:
-    """Whether all are ordinary real tensors of one type, and stay so."""
-    if not all(type(one) in (Tensor, nn.Parameter) for one in (x, *others)):
+    """Whether all are ordinary real tensors of one type, and stay so; others may be None, where nothing was given."""
+    given = [x, *(one for one in others if one is not None)]
+    if not all(type(one) in (Tensor, nn.Parameter) for one in given):
         return False
     autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
-    alike = all(one.dtype == x.dtype and one.layout is torch.strided for one in (x, *others))
+    alike = all(one.dtype == x.dtype and one.layout is torch.strided for one in given)
     return alike and x.is_floating_point() and not autocast
 
 

@@ -5,8 +5,9 @@
 
 Three ways to train a network on pictures of CIFAR's shape, in turns, all with the paper's settings:
 
-    recorded     thetadot's: data on the device, channels-last, fused SGD; first order at every step, curvature at every
-                 64th, computed from turns without curvature and turns with it at every step
+    recorded     thetadot's: data on the device, channels-last, fused SGD, on a GPU both passes as one CUDA graph; first
+                 order at every step, curvature at every 64th, computed from turns without curvature and turns with it
+                 at every step
     unrecorded   the same without recorder
     bare         torchvision's transforms of one picture after the other in 2 workers, and a loop that asks for loss and
                  accuracy at every step: as the paper's published code does
@@ -45,6 +46,7 @@ from dynamics.data import ImageSet
 from dynamics.experiment import Experiment
 from dynamics.grid import grid
 from dynamics.models import build
+from dynamics.passes import Passes
 from dynamics.probe import cross_entropy_objective
 from dynamics.pruning import Pruner
 from dynamics.training import EVALUATED_AT_ONCE
@@ -75,6 +77,8 @@ class Trained:
             self.model.parameters(), 0.01, settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
         self.objective = partial(cross_entropy_objective, temperature=settings.temperature)
+        low = settings.precision == "bfloat16"
+        self.passes = Passes(self.forward, temperature=settings.temperature, low=low)
 
     def record(self, folder: str, curvature_every: int) -> Recorder:
         """A recorder of the training, into the folder."""
@@ -83,20 +87,16 @@ class Trained:
 
     def steps(self, recorder: Recorder | None) -> Steps:
         """The loop of ``dynamics.training``."""
-        settings, low = self.experiment, self.experiment.precision == "bfloat16"
+        settings = self.experiment
         loader = self.images.batches(settings.batch_size, shuffle=True, augment=True, device=self.device)
         loss_sum, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for inputs, labels in recorder.watch(loader) if recorder else loader:
-            self.optimizer.zero_grad()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-                logits = self.forward(inputs)
-                loss = F.cross_entropy(logits / settings.temperature, labels)
-            loss.backward()
+            loss, hits = self.passes(inputs, labels)
             self.optimizer.step()
             if recorder:
                 recorder.log(loss=loss)
-            loss_sum += loss.detach() * len(labels)
-            right += (logits.argmax(1) == labels).sum()
+            loss_sum += loss * len(labels)
+            right += hits
             yield
 
     @torch.no_grad()

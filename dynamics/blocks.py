@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024
+_OWN = {Tensor, torch.nn.Parameter}
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -19,6 +20,8 @@ def plain(tensor: Tensor) -> Tensor:
 
     Of a tensor that is replicated over processes only the first holds it.
     """
+    if type(tensor) in _OWN and tensor.layout is torch.strided:  # asked of every parameter at every step
+        return tensor
     if hasattr(tensor, "to_local"):
         placed = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
         local = tensor.to_local()

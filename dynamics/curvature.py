@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import named
 from .higher_order import HigherOrder
+from .precision import full_precision
 
 _NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
 
@@ -48,6 +49,7 @@ class Expansion:
         self.exact = True
         self.loss, self.grad = self._loss_and_grad()
 
+    @full_precision()
     def _loss_and_grad(self) -> tuple[Tensor, list[Tensor]]:
         keep = len(self._losses) == 1
         total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
@@ -58,6 +60,7 @@ class Expansion:
             self._graph = grad if keep else None
         return total_loss, total_grad
 
+    @full_precision()
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """Hv, one tensor a parameter, by a second backward pass: H v = ∂(gᵀv)/∂θ (Pearlmutter 1994).
 
@@ -73,6 +76,7 @@ class Expansion:
                 self.exact, self._graph = False, None
         return self._difference(vector)
 
+    @full_precision()
     def third_products(self, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """T[u, v] = ∂(vᵀHu)/∂θ for a constant direction u and each v: how Hv changes along u, by a third backward pass.
 
@@ -157,6 +161,7 @@ def _gradient(
 
 
 @torch.no_grad()
+@full_precision()
 def mean_gradient(
     losses: Sequence[LossFunction], weights: Sequence[float], theta: Mapping[str, Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
@@ -189,6 +194,7 @@ def _norm(vector: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(vector))))
 
 
+@full_precision()
 def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> Tensor:
     """Σ_b w_b L_b(θ), a scalar without graph; with gradients allowed, for a loss may take some itself."""
     with torch.enable_grad():

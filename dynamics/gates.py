@@ -23,6 +23,7 @@ from .curvature import LossFunction, _has_none
 from .gated_affine import Gated, NestedGradientError, Parameter, sums_dtype
 from .gated_operations import Operations
 from .higher_order import HigherOrder
+from .precision import full_precision
 
 Direction = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -36,6 +37,7 @@ class Products(NamedTuple):
     hess: Tensor
 
 
+@full_precision()
 def gated_products(
     loss_of: LossFunction,
     theta: Mapping[str, Tensor],

@@ -27,6 +27,7 @@ class Groups:
         self._rest: dict[tuple[int, ...], list[int]] = {}
         self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
+        self._known: dict[Callable, tuple[dict[int, int], dict[int, float], np.ndarray]] = {}  # the last of each kind
         self._decays: list[float] = []
         self._decay = torch.empty(0)
 
@@ -65,12 +66,13 @@ class Groups:
     def gradient(self, number: int, into: Vector) -> None:
         """Copy g of the parameters that an optimizer holds as it will apply it, without a gradient scaler's factor."""
         groups, parameters = self._group_of[number], self._layers.parameters
-        grads = {index: parameters[index].grad for index in groups}
-        into.take(list(grads.values()), among=list(grads))
-        self._trained[number] = {index: groups[index] for index, grad in grads.items() if grad is not None}
+        grads = [parameters[index].grad for index in groups]
+        into.take(grads, among=groups)
+        pairs = zip(groups.items(), grads, strict=True)
+        self._trained[number] = {index: group for (index, group), grad in pairs if grad is not None}
         scale = getattr(self._optimizers[number], "grad_scale", None)  # set during a fused step only
         if scale is not None:
-            torch._foreach_div_([into.views[index] for index in grads], scale)
+            torch._foreach_div_([into.views[index] for index in groups], scale)
 
     def skips(self, number: int) -> Tensor | None:
         """1 where a gradient scaler makes an optimizer skip its step, else 0; known during a fused step only."""
@@ -93,11 +95,17 @@ class Groups:
         return self._by_layer(trained, _flow_step)
 
     def _by_layer(self, trained: Mapping[int, Group], value: Callable[[Group], float]) -> np.ndarray:
-        values = {id(group): value(group) for group in {id(group): group for group in trained.values()}.values()}
+        ids = {index: id(group) for index, group in trained.items()}
+        values = {id(group): value(group) for group in dict(zip(ids.values(), trained.values(), strict=True)).values()}
+        known = self._known.get(value)
+        if known is not None and known[:2] == (ids, values):
+            return known[2]
         found: list[set[float]] = [set() for _ in self._layers.names]
-        for index, group in trained.items():
-            found[self._layers.layer_of_parameter[index]].add(values[id(group)])
-        return np.array([0.0 if not rates else rates.pop() if len(rates) == 1 else np.nan for rates in found])
+        for index, key in ids.items():
+            found[self._layers.layer_of_parameter[index]].add(values[key])
+        rates = np.array([0.0 if not rates else rates.pop() if len(rates) == 1 else np.nan for rates in found])
+        self._known[value] = ids, values, rates
+        return rates
 
     def first(self) -> tuple[int, float]:
         """Layer of the first parameter of the first group that the model knows, and the flow time of its step."""

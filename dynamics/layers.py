@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,7 @@ def plain_name(name: str) -> str:
     return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name).removesuffix("_orig")
 
 
-def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return parameter.shape, parameter.dtype, parameter.device
+_kind = attrgetter("shape", "dtype", "device")
 
 
 class Layers:
@@ -51,25 +51,27 @@ class Layers:
 
     def refresh(self) -> None:
         """Look the parameters up again if one, or a module, was replaced, added, removed or given another type."""
+        tables, keys, values = self._slots
         if (
-            any(len(table) != size for table, size in self._sizes)
-            or any(table.get(key) is not value for table, key, value in self._slots)
-            or any(_kind(parameter) != kind for parameter, kind in zip(self.parameters, self._kinds, strict=True))
+            list(map(len, self._tables)) != self._sizes
+            or not all(map(is_, map(dict.get, tables, keys), values))
+            or list(map(_kind, self.parameters)) != self._kinds
         ):
             self._look_up()
             self.version += 1
 
     def _look_up(self) -> None:
-        tables = [table for module in self._model.modules() for table in (module._modules, module._parameters)]
-        self._sizes = [(table, len(table)) for table in tables]
-        self._slots = [(table, key, value) for table in tables for key, value in table.items()]
+        self._tables = [table for module in self._model.modules() for table in (module._modules, module._parameters)]
+        self._sizes = list(map(len, self._tables))
+        slots = [(table, key, value) for table in self._tables for key, value in table.items()]
+        self._slots = [*zip(*slots, strict=True)]  # tables, keys, values
         found = {plain_name(name): (name, parameter) for name, parameter in self._model.named_parameters()}
         if added := [name for name in found if name not in self._known]:
             warnings.warn(f"parameters that came after recording began are not recorded: {added}", stacklevel=5)
         absent = (None, torch.empty(0))
         self._found = [found.get(name, absent) for name in self._known]
         self.parameters = [parameter for _, parameter in self._found]
-        self._kinds = [_kind(parameter) for parameter in self.parameters]
+        self._kinds = list(map(_kind, self.parameters))
         self._layout = Layout(self.parameters)
         layer_of = torch.tensor(self.layer_of_parameter)
         self.layer_of_block = layer_of.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)

@@ -20,6 +20,7 @@ from .compiling import compiled
 from .data import Data
 from .experiment import Experiment
 from .masks import apply_masks, parameter_masks
+from .passes import Passes
 from .probe import Objective, cross_entropy_objective, mode_of
 from .pruning import MEASURES, PROTOCOLS, Pruner, share_left
 from .recorder import Recorder
@@ -59,6 +60,7 @@ class Training:
         self.model, self.optimizer = model, optimizer
         self.trained = compiled(model, device) if experiment.compile else model  # the same, as training steps run it
         self.objective: Objective = partial(cross_entropy_objective, temperature=experiment.temperature)
+        self._passes = Passes(self.trained, temperature=experiment.temperature, low=experiment.precision == "bfloat16")
         self._epochs = 0  # that are done
         # Generators of their own, so that every measure sees the same training batches in the same order.
         self._order = torch.Generator().manual_seed(experiment.seed)
@@ -140,15 +142,11 @@ class Training:
         self.model.train()
         loss_sum, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for inputs, labels in self.recorder.watch(self._train):
-            self.optimizer.zero_grad()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.experiment.precision == "bfloat16"):
-                logits = self.trained(inputs)
-                loss = nn.functional.cross_entropy(logits / self.experiment.temperature, labels)
-            loss.backward()
+            loss, hits = self._passes(inputs, labels)
             self.optimizer.step()
             self.recorder.log(loss=loss)
-            loss_sum += loss.detach() * len(labels)
-            right += (logits.argmax(1) == labels).sum()
+            loss_sum += loss * len(labels)
+            right += hits
             tick()
         samples = len(self.data.train)
         return (loss_sum / samples).item(), (right / samples).item()
@@ -177,6 +175,7 @@ class Training:
             if chosen.studies and round_number in (1, chosen.rounds):
                 add_studies(event, self.model, pruning, self._probe, self.objective)
             self._pruner.apply(pruning)
+            self._passes.forget()
             if chosen.granularity == "filter":
                 event.units(alive=pruning.alive, scores=pruning.scores)
 

@@ -49,11 +49,12 @@ CASES: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], Loop]] =
 }
 
 
-def state_after(case: str, path: Path | None) -> tuple[list[Tensor], Tensor]:
+def state_after(case: str, path: Path | None, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """All tensors of a training's state after it, and its random state; recorded where a path is given."""
     make, step = CASES[case]
     torch.manual_seed(3)
-    model, batches = convolutional_network(dropout=0.3), images(5)
+    model = convolutional_network(dropout=0.3).to(device)
+    batches = [tuple(part.to(device) for part in batch) for batch in images(5)]
     optimizer = make(list(model.parameters()))
     recorder = Recorder(path, model, optimizer, curvature_every=1) if path else None
     with recorder or nullcontext():
@@ -80,23 +81,6 @@ def test_recording_is_invisible(tmp_path: Path, case: str) -> None:
         assert torch.equal(one, other)
     assert torch.equal(random_without, random_with)
     assert open_run(tmp_path / "run")["curvature"].sizes["step"] == 5
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", ["momentum", "adamw fused"])
-def test_the_hot_path_does_not_wait_for_the_gpu(tmp_path: Path, case: str) -> None:
-    make, step = CASES[case]
-    model = convolutional_network().cuda()
-    optimizer = make(list(model.parameters()))
-    batches = [(inputs.cuda(), labels.cuda()) for inputs, labels in images(8)]
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-        step(model, optimizer, batches[0])
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for batch in recorder.watch(batches):
-                step(model, optimizer, batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_an_exception_in_the_loop_loses_nothing(tmp_path: Path) -> None:

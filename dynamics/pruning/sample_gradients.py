@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..moment import random_numbers_untouched
+from ..precision import full_precision
 from ..probe import Objective, mode_of
 
 
+@full_precision()
 def squared_sample_grads(
     model: nn.Module, layers: list[str], count: int, objective: Objective, mode: str
 ) -> dict[str, Tensor]:

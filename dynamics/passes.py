@@ -1,0 +1,100 @@
+"""What a training step computes before its optimizer steps: loss, hits and gradient. On a GPU it is one CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .moment import random_numbers_untouched
+
+_WARM_UPS = 3  # what torch recommends before a capture: libraries choose their kernels and take their memory then
+
+
+class Passes:
+    """The forward and the backward pass of a classifier on a batch, into the parameters' ``grad``.
+
+    On a GPU the kernels of both are captured at the first batch, and launched all at once from then on, for batches of
+    its shape; others run one by one. Networks of CIFAR's size are so small that a GPU computes faster than Python
+    launches. The gradients are those of the capture, written over by each pass: ``zero_grad`` has nothing to do.
+
+    Args:
+        model: what maps inputs to logits; its parameters are stepped in place.
+        temperature: T of the loss, the cross-entropy of logits / T.
+        low: run both passes in bfloat16, by autocast.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float, low: bool = False) -> None:
+        self._model, self._temperature, self._low = model, temperature, low
+        self._parameters = list(model.parameters())
+        self._captured: _Captured | None = None
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and how many of it are classified right; valid until the next."""
+        if not inputs.is_cuda:
+            return self._run(inputs, labels)
+        if self._captured is None:
+            self._captured = self._capture(inputs, labels)
+        return self._captured(inputs, labels) if self._captured.fits(inputs) else self._run(inputs, labels)
+
+    def forget(self) -> None:
+        """The network's masks, hooks or mode have changed: what was captured is of no use any more."""
+        self._captured = None
+
+    def _run(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self._drop_gradients()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._low):
+            logits = self._model(inputs)
+            loss = cross_entropy(logits / self._temperature, labels)
+        loss.backward()
+        return loss.detach(), (logits.argmax(1) == labels).sum()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _capture(self, inputs: Tensor, labels: Tensor) -> _Captured:
+        inputs, labels, device = inputs.clone(), labels.clone(), inputs.device
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        with torch.cuda.device(device), random_numbers_untouched(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    self._run(inputs, labels)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._drop_gradients()
+            # other threads, such as the recorder's, may go on using the device meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                found = self._run(inputs, labels)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return _Captured(graph, inputs, labels, found, [(one, one.grad) for one in self._parameters])
+
+
+class _Captured:
+    """A graph, and the places in memory that it reads and writes."""
+
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        inputs: Tensor,
+        labels: Tensor,
+        found: tuple[Tensor, Tensor],
+        grads: list[tuple[nn.Parameter, Tensor | None]],
+    ) -> None:
+        self._graph, self._inputs, self._labels, self._found, self._grads = graph, inputs, labels, found, grads
+
+    def fits(self, inputs: Tensor) -> bool:
+        """Whether it is for a batch of this size."""
+        return inputs.shape == self._inputs.shape
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self._inputs.copy_(inputs)
+        self._labels.copy_(labels)
+        self._graph.replay()
+        for parameter, grad in self._grads:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        return self._found

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import describe
+from machine import Stopwatch, describe
 from torch import Tensor, nn
 
 from dynamics import Recorder
@@ -162,26 +161,23 @@ CONTENDERS: dict[str, Callable[[Training, ExitStack], Step]] = {
 }
 
 
-def seconds(step: Step, device: torch.device) -> float:
-    """Time of one step, with the device idle before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def seconds(step: Step, watch: Stopwatch) -> float:
+    """Time of one step; on a GPU, which a loop hands work to without waiting for it, the mean of some in a row."""
+    count = 8 if watch.device.type == "cuda" else 1
+    return watch.seconds(lambda: [step() for _ in range(count)]) / count
 
 
 def ratios(name: str, batch: int, device: torch.device, contender: str, repetitions: int) -> np.ndarray:
     """Time of the contender's step over that of the bare step beside it, one a repetition."""
+    watch = Stopwatch(device)
     with ExitStack() as stack:
         bare = Training(name, batch, device).step
         step = CONTENDERS[contender](Training(name, batch, device), stack)
-        bare(), step()
+        for one in (bare, step):
+            seconds(one, watch)
         found = []
         for repetition in range(repetitions):
-            pair = [seconds(one, device) for one in ((bare, step) if repetition % 2 else (step, bare))]
+            pair = [seconds(one, watch) for one in ((bare, step) if repetition % 2 else (step, bare))]
             found.append(pair[1] / pair[0] if repetition % 2 else pair[0] / pair[1])
     return np.array(found)
 

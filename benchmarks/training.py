@@ -83,7 +83,8 @@ class Trained:
     def record(self, folder: str, curvature_every: int) -> Recorder:
         """A recorder of the training, into the folder."""
         path = Path(folder) / f"{curvature_every}.zarr"
-        return Recorder(path, self.forward, self.optimizer, objective=self.objective, curvature_every=curvature_every)
+        how = {"objective": self.objective, "curvature_every": curvature_every, "capture": True}
+        return Recorder(path, self.forward, self.optimizer, **how)
 
     def steps(self, recorder: Recorder | None) -> Steps:
         """The loop of ``dynamics.training``."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import Layout, Vector
 from .masks import parameter_masks
-from .quantities import Vectors, evaluate
+from .quantities import Vectors, evaluate, sums
 
 
 def plain_name(name: str) -> str:
@@ -147,3 +147,7 @@ class Layers:
     def evaluate(self, names: Iterable[str], vectors: Vectors) -> dict[str, Tensor]:
         """The named quantities, each a tensor (layer,)."""
         return evaluate(names, vectors, self.layer_of_block, len(self))
+
+    def sums(self, names: Sequence[str], vectors: Vectors) -> Tensor:
+        """The named quantities, (name, layer)."""
+        return sums(names, vectors, self.layer_of_block, len(self))

@@ -78,6 +78,15 @@ class Moment:
         """A fresh copy of each buffer, by name."""
         return {name: buffer.clone() for name, buffer in self._buffers.items()}
 
+    def drawn(self) -> bool:
+        """Whether random numbers were drawn since."""
+        return RandomState(self._device) != self._random
+
+    def take_buffers(self, other: Moment) -> None:
+        """Copy the other's buffers into this one's, in place."""
+        for name, buffer in self._buffers.items():
+            buffer.copy_(other._buffers[name])
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .captured import Captured
 from .moment import random_numbers_untouched
 
 _WARM_UPS = 3  # what torch recommends before a capture: libraries choose their kernels and take their memory then
@@ -27,7 +30,7 @@ class Passes:
     def __init__(self, model: nn.Module, *, temperature: float, low: bool = False) -> None:
         self._model, self._temperature, self._low = model, temperature, low
         self._parameters = list(model.parameters())
-        self._captured: _Captured | None = None
+        self._captured: _OneShape | None = None
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and how many of it are classified right; valid until the next."""
@@ -53,38 +56,34 @@ class Passes:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _capture(self, inputs: Tensor, labels: Tensor) -> _Captured:
+    def _capture(self, inputs: Tensor, labels: Tensor) -> _OneShape:
         inputs, labels, device = inputs.clone(), labels.clone(), inputs.device
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)
         with torch.cuda.device(device), random_numbers_untouched(device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     self._run(inputs, labels)
             torch.cuda.current_stream().wait_stream(stream)
-            self._drop_gradients()
-            # other threads, such as the recorder's, may go on using the device meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                found = self._run(inputs, labels)
+            passes = Captured(partial(self._run, inputs, labels), stream)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return _Captured(graph, inputs, labels, found, [(one, one.grad) for one in self._parameters])
+        return _OneShape(passes, inputs, labels, [(one, one.grad) for one in self._parameters])
 
 
-class _Captured:
-    """A graph, and the places in memory that it reads and writes."""
+class _OneShape:
+    """Captured passes, and where they read a batch and write gradients."""
 
     def __init__(
         self,
-        graph: torch.cuda.CUDAGraph,
+        passes: Captured[tuple[Tensor, Tensor]],
         inputs: Tensor,
         labels: Tensor,
-        found: tuple[Tensor, Tensor],
         grads: list[tuple[nn.Parameter, Tensor | None]],
     ) -> None:
-        self._graph, self._inputs, self._labels, self._found, self._grads = graph, inputs, labels, found, grads
+        self._passes, self._inputs, self._labels, self._grads = passes, inputs, labels, grads
 
     def fits(self, inputs: Tensor) -> bool:
         """Whether it is for a batch of this size."""
@@ -93,8 +92,7 @@ class _Captured:
     def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self._inputs.copy_(inputs)
         self._labels.copy_(labels)
-        self._graph.replay()
         for parameter, grad in self._grads:
             if parameter.grad is not grad:
                 parameter.grad = grad
-        return self._found
+        return self._passes()

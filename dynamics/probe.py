@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -56,6 +56,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def copied(batch: Any) -> Any:
     """The batch with a copy of every tensor."""
     return _mapped(batch, lambda tensor: tensor.detach().clone())
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors in the batch."""
+    found: list[Tensor] = []
+    _mapped(batch, lambda tensor: found.append(tensor) or tensor)
+    return found
 
 
 def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -141,6 +148,40 @@ class Probe:
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._at = list(zip(batches, moments, strict=True))
+        self._fixed = False
+        self.draws = False  # whether an evaluation has drawn random numbers
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is evaluated."""
+        return self._device
+
+    @property
+    def kind(self) -> Hashable:
+        """What decides, with model and objective, of which operations an evaluation consists."""
+        batches = [
+            (tensor.shape, tensor.stride(), tensor.dtype) for batch, _ in self._at for tensor in tensors_of(batch)
+        ]
+        modes = [module.training for module in self._model.modules()]
+        return tuple(batches), tuple(modes), self._mode, tuple(self._masks), frozenset(self._trained)
+
+    def fixed(self) -> Probe:
+        """The probe, from now on with all it reads in fixed places on the device, and without the random numbers.
+
+        Its evaluations may be captured then, of a model that draws none and keeps nothing outside its buffers.
+        """
+        self._fixed = True
+        self._at = [(to_device(batch, self._device), moment) for batch, moment in self._at]
+        return self
+
+    def take(self, other: Probe) -> None:
+        """Copy what another probe of the same kind is evaluated at into the places of this one."""
+        for (batch, moment), (from_batch, from_moment) in zip(self._at, other._at, strict=True):
+            for into, tensor in zip(tensors_of(batch), tensors_of(from_batch), strict=True):
+                into.copy_(tensor, non_blocking=True)
+            moment.take_buffers(from_moment)
+        for name, mask in self._masks.items():
+            mask.copy_(other._masks[name])
 
     @property
     def _losses(self) -> list[LossFunction]:
@@ -151,9 +192,11 @@ class Probe:
         free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
         kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
         values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
-        with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
+        again = nullcontext() if self._fixed else moment.again()
+        with again, mode_of(self._model, self._mode), _differentiable_twice():
             given = to_device(copied(batch), self._device)
             loss = torch.func.functional_call(self._stateless, values, (given,))
+            self.draws = self.draws or (not self._fixed and moment.drawn())
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
             raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")

@@ -1,12 +1,12 @@
 """The formulas of the recorded quantities: pure functions of θ, g, Δθ and of Hessian products.
 
 Each vector is a tensor (block, entry) that holds all parameters. A formula gives one number a block, and
-:func:`evaluate` adds them up over the layers; so every quantity adds up over ``layer`` to that of the whole network.
+:func:`sums` adds them up over the layers; so every quantity adds up over ``layer`` to that of the whole network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -41,6 +41,10 @@ class Vectors:
         if (left, right) not in self._dots:
             self._dots[left, right] = self.product(getattr(self, left), getattr(self, right)).sum(-1)
         return self._dots[left, right]
+
+    def given(self) -> list[Tensor]:
+        """The vectors that there are."""
+        return [vector for part in fields(self) if part.init and (vector := getattr(self, part.name)) is not None]
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Entrywise product, until the next one."""
@@ -107,16 +111,18 @@ FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
 
 
 def evaluate(names: Iterable[str], vectors: Vectors, layer_of: Tensor, layers: int) -> dict[str, Tensor]:
-    """The named quantities per layer: name → tensor of shape (layer,).
+    """The named quantities per layer: name → tensor of shape (layer,)."""
+    names = list(names)
+    return dict(zip(names, sums(names, vectors, layer_of, layers).unbind(), strict=True)) if names else {}
+
+
+def sums(names: Sequence[str], vectors: Vectors, layer_of: Tensor, layers: int) -> Tensor:
+    """The named quantities, one or more, per layer: (name, layer).
 
     ``layer_of`` (block,) holds the index of the layer that owns each block's parameter. Blocks are added up in float64
     where the device has it. On a processor all formulas read a piece of the vectors while it is in the cache.
     """
-    names = list(names)
-    if not names:
-        return {}
     pieces = [vectors] if layer_of.is_cuda else vectors.split(_CACHED_BLOCKS)
     values = torch.cat([torch.stack([FORMULAS[name](piece) for name in names]) for piece in pieces], dim=-1)
     values = values if values.is_mps else values.double()
-    sums = values.new_zeros(len(names), layers).index_add_(-1, layer_of, values)
-    return dict(zip(names, sums.unbind(), strict=True))
+    return values.new_zeros(len(names), layers).index_add_(-1, layer_of, values)

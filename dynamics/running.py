@@ -70,7 +70,7 @@ def run(
     }
     with Recorder(
         path, training.trained, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
-        attributes=configuration, resume="rewind", step=training.steps,
+        capture=True, attributes=configuration, resume="rewind", step=training.steps,
     ) as recorder:  # fmt: skip
         training.run(recorder, path, report, progress=progress)
     if recorder.failure is not None:

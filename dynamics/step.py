@@ -7,12 +7,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import schema
 from .blocks import Vector
+from .captured import Repeated
 from .curvature import Expansion, lacks_derivative
 from .errors import named
 from .groups import Group, Groups
@@ -68,6 +70,7 @@ class Measurement:
     def _make_vectors(self) -> None:
         self._theta, self._grad, self._update = (self._layers.zeros() for _ in range(3))
         self._version = self._layers.version
+        self._repeated = Repeated()
 
     def _adapt(self) -> None:
         """The model changed: vectors of its new shapes. θ₀ is unknown (NaN) where a shape is new."""
@@ -81,6 +84,13 @@ class Measurement:
     def takes_part(self) -> bool:
         """Whether this process is needed for first-order quantities: a replica is not, unless it writes."""
         return self._processes.writes or not self._processes.replicated
+
+    @property
+    def places(self) -> tuple[int, ...] | None:
+        """Where in memory a probe finds the parameters; None where the loss has some of its own, put back each time."""
+        if self._outside:
+            return None
+        return self._layers.version, *(parameter.data_ptr() for parameter in self._layers.parameters)
 
     def begin(self) -> None:
         """Keep θ as it is before the step; no gradient is known yet."""
@@ -114,7 +124,10 @@ class Measurement:
             start=None if self._start is None else self._start.blocks,
             decay=self._groups.decay(trained) if "decay_sqnorm" in self._steps else None,
         )
-        return self._processes.total(self._layers.evaluate(self._steps, vectors))
+        if not self._steps:
+            return {}
+        sums = self._repeated(partial(self._layers.sums, self._steps, vectors), vectors.given())
+        return self._processes.total(dict(zip(self._steps, sums.unbind(), strict=True)))
 
     def gradient(self, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss before the step and its own gradient g, by parameter name."""

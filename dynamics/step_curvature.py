@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from .batches import Batches, Seen
+from .captured_curvature import CapturedCurvature
 from .errors import named
 from .moment import Moment
 from .probe import Objective, Probe
@@ -33,6 +34,7 @@ class _Candidate(NamedTuple):
 class _Found(NamedTuple):
     """The loss and its gradient in a candidate's probe, and the gradient's cosine with the one applied."""
 
+    by: Measurement | CapturedCurvature
     probe: Probe
     loss: Tensor
     grad: dict[str, Tensor]
@@ -55,9 +57,12 @@ class StepCurvature:
         measurement: Measurement,
         processes: Processes,
         every: int,
+        *,
+        capture: bool,
     ) -> None:
         self._model, self._objective, self._batches = model, objective, batches
         self._measurement, self._processes, self._every = measurement, processes, every
+        self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
         self._probes: list[_Candidate] = []
         self._early = False  # whether random numbers are drawn before the network runs
         self._said: set[str] = set()
@@ -113,7 +118,7 @@ class StepCurvature:
         best = self._best(probes, step)
         if best is None:
             return None
-        values = self._or_give_up(partial(self._measurement.curvature_values, best.probe, best.loss, best.grad), step)
+        values = self._or_give_up(partial(best.by.curvature_values, best.probe, best.loss, best.grad), step)
         if values is None:
             return None
         if best.cosine < _DOUBTFUL:
@@ -135,12 +140,13 @@ class StepCurvature:
     def _best(self, probes: list[_Candidate], step: int) -> _Found | None:
         """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""
         found: list[_Found] = []
+        by = self._captured if len(probes) == 1 else self._measurement  # graphs write over what they found before
         for one in probes:
-            measured = self._or_give_up(partial(self._measurement.gradient, one.probe), step)
+            measured = self._or_give_up(partial(by.gradient, one.probe), step)
             if measured is None:
                 return None
             grad = self._measurement.mean(measured[1])
-            found.append(_Found(one.probe, measured[0], grad, self._measurement.alignment(grad)))
+            found.append(_Found(by, one.probe, measured[0], grad, self._measurement.alignment(grad)))
             if found[-1].cosine > _SURE:
                 break
         if not found:

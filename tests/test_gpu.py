@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from experiments import assert_agree, few_digits, recorded
 from networks import Batch, convolutional_network, images, smooth_network, vectors
 from prunable import NETWORKS
 from test_anyones_loop import MODELS, OPTIMIZERS, trained
+from test_captured_curvature import CHANGES, record
 from test_experiment_resumes import TINY, killed
 from test_recording_is_invisible import CASES, state_after
 from torch import Tensor, nn
@@ -226,6 +227,15 @@ def test_a_capture_draws_no_random_numbers_and_may_be_in_bfloat16() -> None:
     assert all("running" in name or "num_batches" in name for name in moved)
     assert all(int(one) == 1 for name, one in model.state_dict().items() if name.endswith("num_batches_tracked"))
     torch.testing.assert_close(passes(*batch)[0], first, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_captured_curvature_is_that_of_the_step(tmp_path: Path, change: Callable[[int, nn.Module], None]) -> None:
+    model, other = convolutional_network(), convolutional_network()
+    other.load_state_dict(model.state_dict())
+    found = record(tmp_path / "captured", model, change, capture=True, device="cuda")
+    expected = record(tmp_path / "plain", other, change, capture=False, device="cuda")
+    assert_agree(found, expected, ["steps", "curvature"])
 
 
 # Experiments

@@ -7,9 +7,12 @@ and over layers, whatever the number of parameters, their shapes, memory formats
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from .captured import Repeated
 
 BLOCK = 1024
 _OWN = {Tensor, torch.nn.Parameter}
@@ -45,6 +48,7 @@ class Layout:
         double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
         self.dtype = torch.float64 if double else torch.float32
         self.device = tensors[0].device
+        self._on_one_gpu = self.device.type == "cuda" and all(tensor.device == self.device for tensor in tensors)
 
     def zeros(self) -> Vector:
         """A new vector, zero everywhere."""
@@ -57,14 +61,15 @@ class Layout:
             part = torch.view_as_complex(part.view(-1, 2)) if is_complex else part
             views.append(part.as_strided(shape, stride))
             start += count
-        return Vector(blocks, views)
+        return Vector(blocks, views, on_one_gpu=self._on_one_gpu)
 
 
 class Vector:
     """One vector over all parameters: ``blocks`` (block, 1024), and ``views`` of it, one in each parameter's shape."""
 
-    def __init__(self, blocks: Tensor, views: list[Tensor]) -> None:
-        self.blocks, self.views = blocks, views
+    def __init__(self, blocks: Tensor, views: list[Tensor], *, on_one_gpu: bool) -> None:
+        self.blocks, self.views, self._on_one_gpu = blocks, views, on_one_gpu
+        self._repeated = Repeated()
 
     def take(self, tensors: Sequence[Tensor | None], among: Sequence[int] | None = None) -> Vector:
         """Copy tensors, one a parameter, into the vector; None counts as zero. ``among`` names the parameters."""
@@ -75,5 +80,13 @@ class Vector:
             views = [view for view, tensor in zip(views, tensors, strict=True) if tensor is not None]
             tensors = [tensor for tensor in tensors if tensor is not None]
         if tensors:
-            torch._foreach_copy_(views, [plain(tensor) for tensor in tensors])
+            self._copy(views, [plain(tensor) for tensor in tensors], among)
         return self
+
+    def _copy(self, views: list[Tensor], tensors: list[Tensor], among: Sequence[int] | None) -> None:
+        copy = partial(torch._foreach_copy_, views, tensors)
+        if not self._on_one_gpu:
+            copy()
+            return
+        places = [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *(among or ())]
+        self._repeated(copy, places, self.blocks.device)

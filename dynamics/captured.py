@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 _Result = TypeVar("_Result")
+_MOST = 16  # captures of a piece of work: one takes as long as several steps of what it saves
 
 
 class Captured(Generic[_Result]):
@@ -37,21 +37,27 @@ class Captured(Generic[_Result]):
 
 
 class Repeated:
-    """A tensor that is computed again and again: captured when it is asked for in the same places the second time."""
+    """Work that comes again and again: captured when it comes to the same places in memory twice in a row.
+
+    It is done one kernel after the other on a processor, within a capture of somebody else's, and where places keep
+    changing.
+    """
 
     def __init__(self) -> None:
-        self._places: list[int] = []
-        self._captured: Captured[Tensor] | None = None
+        self._places: list[Hashable] = []
+        self._captured: Captured | None = None
+        self._captures = 0
 
-    def __call__(self, work: Callable[[], Tensor], reads: Sequence[Tensor]) -> Tensor:
-        """What ``work()`` returns; it ``reads`` these tensors, all of one device, and whatever else never changes."""
-        device = reads[0].device
+    def __call__(self, work: Callable[[], _Result], places: list[Hashable], device: torch.device) -> _Result:
+        """What ``work()`` does, and returns; ``places`` says where it reads and writes whatever may ever move."""
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return work()
-        places = [tensor.data_ptr() for tensor in reads]
         if places != self._places:
             self._places, self._captured = places, None
             return work()
         if self._captured is None:
+            if self._captures == _MOST:
+                return work()
+            self._captures += 1
             self._captured = Captured(work, torch.cuda.Stream(device))
-        return self._captured().clone()
+        return self._captured()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,15 @@ from .blocks import Vector
 from .layers import Layers
 
 Group = Mapping[str, Any]
+
+
+class _Rates(NamedTuple):
+    """A number for each group of what is trained, and by layer: kept, for they seldom change."""
+
+    trained: Mapping[int, Group]
+    groups: list[Group]
+    values: list[float] | None = None
+    by_layer: np.ndarray | None = None
 
 
 class Groups:
@@ -27,7 +36,7 @@ class Groups:
         self._rest: dict[tuple[int, ...], list[int]] = {}
         self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
-        self._known: dict[Callable, tuple[dict[int, int], dict[int, float], np.ndarray]] = {}  # the last of each kind
+        self._known: dict[Callable, _Rates] = {}  # the last of each kind
         self._decays: list[float] = []
         self._decay = torch.empty(0)
 
@@ -68,11 +77,13 @@ class Groups:
         groups, parameters = self._group_of[number], self._layers.parameters
         grads = [parameters[index].grad for index in groups]
         into.take(grads, among=groups)
-        pairs = zip(groups.items(), grads, strict=True)
-        self._trained[number] = {index: group for (index, group), grad in pairs if grad is not None}
+        if any(grad is None for grad in grads):
+            pairs = zip(groups.items(), grads, strict=True)
+            groups = {index: group for (index, group), grad in pairs if grad is not None}
+        self._trained[number] = groups
         scale = getattr(self._optimizers[number], "grad_scale", None)  # set during a fused step only
         if scale is not None:
-            torch._foreach_div_([into.views[index] for index in groups], scale)
+            torch._foreach_div_([into.views[index] for index in self._group_of[number]], scale)
 
     def skips(self, number: int) -> Tensor | None:
         """1 where a gradient scaler makes an optimizer skip its step, else 0; known during a fused step only."""
@@ -81,6 +92,8 @@ class Groups:
 
     def trained(self, stepped: Sequence[int]) -> dict[int, Group]:
         """Group of each parameter that the optimizers which stepped have trained, by the parameter's index."""
+        if len(stepped) == 1:
+            return self._trained[stepped[0]]
         return {index: group for number in stepped for index, group in self._trained[number].items()}
 
     def learning_rate(self, trained: Mapping[int, Group]) -> np.ndarray:
@@ -95,17 +108,20 @@ class Groups:
         return self._by_layer(trained, _flow_step)
 
     def _by_layer(self, trained: Mapping[int, Group], value: Callable[[Group], float]) -> np.ndarray:
-        ids = {index: id(group) for index, group in trained.items()}
-        values = {id(group): value(group) for group in dict(zip(ids.values(), trained.values(), strict=True)).values()}
         known = self._known.get(value)
-        if known is not None and known[:2] == (ids, values):
-            return known[2]
+        if known is None or known.trained is not trained:
+            known = _Rates(trained, list({id(group): group for group in trained.values()}.values()))
+        values = [value(group) for group in known.groups]
+        if known.values != values:
+            known = self._known[value] = known._replace(values=values, by_layer=self._rates(known, values))
+        return known.by_layer
+
+    def _rates(self, known: _Rates, values: list[float]) -> np.ndarray:
+        by_group = dict(zip(map(id, known.groups), values, strict=True))
         found: list[set[float]] = [set() for _ in self._layers.names]
-        for index, key in ids.items():
-            found[self._layers.layer_of_parameter[index]].add(values[key])
-        rates = np.array([0.0 if not rates else rates.pop() if len(rates) == 1 else np.nan for rates in found])
-        self._known[value] = ids, values, rates
-        return rates
+        for index, group in known.trained.items():
+            found[self._layers.layer_of_parameter[index]].add(by_group[id(group)])
+        return np.array([0.0 if not rates else rates.pop() if len(rates) == 1 else np.nan for rates in found])
 
     def first(self) -> tuple[int, float]:
         """Layer of the first parameter of the first group that the model knows, and the flow time of its step."""

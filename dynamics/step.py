@@ -126,8 +126,9 @@ class Measurement:
         )
         if not self._steps:
             return {}
-        sums = self._repeated(partial(self._layers.sums, self._steps, vectors), vectors.given())
-        return self._processes.total(dict(zip(self._steps, sums.unbind(), strict=True)))
+        places = [vector.data_ptr() for vector in vectors.given()]
+        sums = self._repeated(partial(self._layers.sums, self._steps, vectors), places, self._layers.device)
+        return self._processes.total(dict(zip(self._steps, sums.clone().unbind(), strict=True)))
 
     def gradient(self, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss before the step and its own gradient g, by parameter name."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def on_gpu(batches: list) -> list:
     return [tuple(part.cuda() for part in batch) for batch in batches]
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Inside, whatever waits for the GPU raises, as far as PyTorch knows of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that not all of it is known
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # Invisible
 
 
@@ -65,13 +79,10 @@ def test_the_hot_path_does_not_wait_for_the_gpu(tmp_path: Path, case: str) -> No
     batches = on_gpu(images(8)) * 40  # more than a block of rows
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
         step(model, optimizer, batches[0])
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             for batch in recorder.watch(batches):
                 step(model, optimizer, batch)
                 recorder.log(loss=batch[0].sum())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 1 + len(batches)
 
 
@@ -156,7 +167,8 @@ def test_a_gradient_scaler_in_half_precision(tmp_path: Path, fused: bool) -> Non
 
 def test_a_probe_does_not_round_as_the_training_does() -> None:
     torch.backends.cudnn.deterministic = False
-    model, batch = NETWORKS["resnet"]().cuda(), (torch.randn(64, 1, 32, 32).cuda(), torch.arange(64).cuda() % 4)
+    layers = nn.Conv2d(8, 64, 3), nn.Tanh(), nn.Conv2d(64, 64, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64 * 144, 4)
+    model, batch = nn.Sequential(*layers).cuda(), (torch.randn(64, 8, 16, 16).cuda(), torch.arange(64).cuda() % 4)
     exact = Probe(model, cross_entropy_objective, [batch], mode="train").expand()
     model.float()
     single = (batch[0].float(), batch[1])
@@ -247,10 +259,13 @@ def test_an_experiment_is_that_of_a_processor(tmp_path: Path, measure: str) -> N
     found, expected = (
         recorded(tmp_path / f"{device}.zarr", replace(experiment, device=device), data) for device in ("cuda", "cpu")
     )
-    assert_agree(
-        found, expected, ["steps", "curvature"] if measure == "none" else ["steps", "curvature", "pruning", "units"]
-    )
-    np.testing.assert_allclose(found["epochs"].train_loss, expected["epochs"].train_loss, rtol=1e-9)
+    nodes = ["curvature"] if measure == "none" else ["curvature", "pruning", "units"]
+    first = slice(
+        0, 3
+    )  # before the first pruning; differences of rounding grow with every step, a thousandfold in nine
+    assert_agree({"steps": found["steps"].isel(step=first)}, {"steps": expected["steps"].isel(step=first)}, ["steps"])
+    assert_agree(found, expected, ["steps", *nodes], rtol=1e-6)
+    np.testing.assert_allclose(found["epochs"].train_loss, expected["epochs"].train_loss, rtol=1e-7)
     assert not np.isnan(found["steps"].loss).any()
 
 
@@ -262,6 +277,7 @@ def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
     assert_agree(open_run(tmp_path / "run.zarr"), whole, ["steps", "curvature", "pruning"])
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch's compiler recommends rounding
 @pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"compile": True}], ids=str)
 def test_an_experiment_in_bfloat16_or_compiled(tmp_path: Path, options: dict[str, object]) -> None:
     torch.set_default_dtype(torch.float32)

@@ -17,7 +17,8 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
     """All experiments of a configuration: a mapping of Experiment's fields, where a list stands for each of its values.
 
     ``grids`` may hold a list of such mappings: each is a grid of its own, with the other settings in common. What would
-    compute the same, e.g. measure "none" with several sparsities, is one experiment.
+    compute the same, e.g. measure "none" with several sparsities, is one experiment. What is listed first varies slowest;
+    so do, over all grids, the common settings up to the first that a grid has anew.
 
     Raises:
         ValueError: a field that Experiment does not have, or an impossible value.
@@ -26,11 +27,17 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
     if not isinstance(grids, list) or not grids or not all(isinstance(part, Mapping) for part in grids):
         raise ValueError(f"grids must be a list of settings like `- model: vgg13`, got {grids!r:.80}")
     common = {name: value for name, value in configuration.items() if name != "grids"}
-    found = [experiment for part in grids for experiment in _product({**common, **part})]
+    leading = dict(itertools.takewhile(lambda setting: not any(setting[0] in part for part in grids), common.items()))
+    found = [
+        Experiment.of(point)
+        for outer in _product(leading)
+        for part in grids
+        for point in _product({**common, **outer, **part})
+    ]
     return list({json.dumps(experiment.identity): experiment for experiment in reversed(found)}.values())[::-1]
 
 
-def _product(settings: Mapping[str, Any]) -> list[Experiment]:
+def _product(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     known = [field.name for field in dataclasses.fields(Experiment)]
     if unknown := sorted(map(str, set(settings) - set(known))):
         raise ValueError(f"unknown settings {', '.join(unknown)}: an experiment has {', '.join(known)}")
@@ -39,5 +46,4 @@ def _product(settings: Mapping[str, Any]) -> list[Experiment]:
         if value == []:
             raise ValueError(f"{name} is an empty list: give at least one value, or leave the setting out")
         varied[name] = value if isinstance(value, list) and name not in _LISTS else [value]
-    points = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    return [Experiment.of(point) for point in points]
+    return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]

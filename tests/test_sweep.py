@@ -88,6 +88,14 @@ def test_several_grids_share_what_they_have_in_common() -> None:
     ]  # fmt: skip
 
 
+def test_what_is_listed_first_varies_slowest_over_all_grids() -> None:
+    configuration = {"seed": [0, 1], "epochs": [9], "rounds": [2, 3], "learning_rates": [0.1]}
+    experiments = grid({**configuration, "grids": [{"model": "vgg13"}, {"model": "resnet56", "rounds": 5}]})
+    assert [(e.seed, e.model, e.rounds) for e in experiments] == [
+        (0, "vgg13", 2), (0, "vgg13", 3), (0, "resnet56", 5), (1, "vgg13", 2), (1, "vgg13", 3), (1, "resnet56", 5),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("configuration", "message"),
     [

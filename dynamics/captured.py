@@ -61,3 +61,8 @@ class Repeated:
             self._captures += 1
             self._captured = Captured(work, torch.cuda.Stream(device))
         return self._captured()
+
+
+def release_memory() -> None:
+    """Give back what graphs held that are gone: until then PyTorch keeps it, gigabytes a graph, for nobody."""
+    torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .captured import Captured
+from .captured import Captured, release_memory
 from .probe import Probe
 from .step import Measurement
 
@@ -33,7 +33,7 @@ class CapturedCurvature:
         """The loss before the step and its own gradient, by parameter name; valid until the next."""
         kind = probe.kind, self._measurement.places
         if kind != self._kind:
-            self._probe = self._gradient = self._values = self._kind = None
+            self._drop()
             found = self._measurement.gradient(probe)
             if self._may_capture(probe):
                 self._kind = kind
@@ -52,6 +52,12 @@ class CapturedCurvature:
         if self._values is None:
             self._values = self._captured(partial(self._measurement.curvature_values, self._probe, loss, grad))
         return {name: value.clone() for name, value in self._values().items()}
+
+    def _drop(self) -> None:
+        captured = self._gradient is not None
+        self._probe = self._gradient = self._values = self._kind = None
+        if captured:
+            release_memory()
 
     def _may_capture(self, probe: Probe) -> bool:
         return self._on_gpu(probe) and not probe.draws and self._measurement.places is not None

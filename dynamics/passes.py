@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .captured import Captured
+from .captured import Captured, release_memory
 from .moment import random_numbers_untouched
 
 _WARM_UPS = 3  # what torch recommends before a capture: libraries choose their kernels and take their memory then
@@ -43,6 +43,7 @@ class Passes:
     def forget(self) -> None:
         """The network's masks, hooks or mode have changed: what was captured is of no use any more."""
         self._captured = None
+        release_memory()
 
     def _run(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self._drop_gradients()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .batches import Batches, Seen
@@ -21,6 +22,8 @@ from .step import Measurement
 _Measured = TypeVar("_Measured")
 _DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
 _SURE = 1 - 1e-6
+_OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., objective=lambda model, batch: <scalar loss>)"
+_MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
 
 
 class _Candidate(NamedTuple):
@@ -164,18 +167,18 @@ class StepCurvature:
 
     def _or_give_up(self, measure: Callable[[], _Measured], step: int) -> _Measured | None:
         """What a probe measures; where it fails in any process, the training goes on without curvature in all."""
-        measured, reason = None, "another process failed"
+        measured, reason, advice = None, "another process failed", _OBJECTIVE
         try:
             measured = measure()
         except Exception as error:
             reason = named(error)
+            advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
         if self._processes.all_agree(measured is not None, next(self._model.parameters()).device):
             return measured
         self.stop()
         warnings.warn(
             f"curvature is not recorded from step {step} on: the objective failed on this step's batch with "
-            f"{reason}. Give the recorder what fits model and loader: "
-            "Recorder(..., objective=lambda model, batch: <scalar loss>), or curvature_every=0",
+            f"{reason}. {advice}, or curvature_every=0",
             stacklevel=2,
         )
         return None

@@ -29,7 +29,7 @@ def test_its_tables_are_those_of_the_records(parts: dict[str, pd.DataFrame | lis
 
 
 def test_its_pictures_are_figures_with_their_claims() -> None:
-    shown = re.findall(r"!\[(.*)\]\((results/(?:training_mode/)?(\w+)\.png)\)", PAGE)
+    shown = re.findall(r"!\[(.*)\]\((results/(?:training_mode/|full_width/)?(\w+)\.png)\)", PAGE)
     assert shown
     for text, path, name in shown:
         assert text == claim(name)
@@ -56,3 +56,35 @@ def median_errors(runs: dict[str, xr.DataTree]) -> pd.DataFrame:
     effects = table[table.relation.str.startswith("effect")]
     by = effects.groupby(["relation", "order", "model"], sort=False, observed=True)["median relative error"].median()
     return by.unstack("model").dropna().sort_index(axis=1)
+
+
+def test_the_wide_networks_are_predicted_as_it_says() -> None:
+    runs = analysis.open_runs([str(DOCS / "records" / "full_width" / "h200.zarr.zip")])
+    assert all("H200" in run.attrs["device"] for run in runs.values())
+    table = analysis.agreement_table(runs).reset_index()
+    table["model"] = [label.partition("-")[0] for label in table.run]
+    steps = table[table.relation == "loss decrease"].groupby(["order", "model"], sort=False, observed=True)
+    prunings = pd.concat([loss_changes(label, run) for label, run in runs.items() if run["pruning"].data_vars])
+    assert len(prunings) == 37
+    assert (prunings.second * prunings.measured > 0).all()
+    by_model = prunings.groupby("model")
+    for order in ("first", "second"):
+        decreases = steps["median relative error"].median()[order]
+        row = " | ".join(f"{decreases[model]:.2g}" for model in ("mobilenet_v1", "vgg13"))
+        assert f"| the loss decrease of a step | {order} | {row} |" in PAGE
+        errors = by_model.apply(lambda of, order=order: ((of[order] - of.measured) / of.measured).abs().median())
+        row = " | ".join(f"{errors[model]:.2g}" for model in ("mobilenet_v1", "vgg13"))
+        assert f"| the loss change of a pruning | {order} | {row} |" in PAGE
+
+
+def loss_changes(label: str, run: xr.DataTree) -> pd.DataFrame:
+    """Of each pruning of a run: as measured, and as the first and the second order predict it."""
+    pruning = run["pruning"].to_dataset()
+    first = pruning.grad_removal.sum("layer")
+    second = first + pruning.removal_hess_removal.sum("layer") / 2
+    measured = pruning.loss.sel(stage="after", drop=True) - pruning.loss.sel(stage="before", drop=True)
+    return (
+        xr.Dataset({"measured": measured, "first": first, "second": second})
+        .to_dataframe()[["measured", "first", "second"]]
+        .assign(model=label.partition("-")[0])
+    )

@@ -68,7 +68,7 @@ class Vector:
     """One vector over all parameters: ``blocks`` (block, 1024), and ``views`` of it, one in each parameter's shape."""
 
     def __init__(self, blocks: Tensor, views: list[Tensor], *, on_one_gpu: bool) -> None:
-        self.blocks, self.views, self._on_one_gpu = blocks, views, on_one_gpu
+        self.blocks, self.views, self.on_one_gpu = blocks, views, on_one_gpu
         self._repeated = Repeated()
 
     def take(self, tensors: Sequence[Tensor | None], among: Sequence[int] | None = None) -> Vector:
@@ -80,13 +80,14 @@ class Vector:
             views = [view for view, tensor in zip(views, tensors, strict=True) if tensor is not None]
             tensors = [tensor for tensor in tensors if tensor is not None]
         if tensors:
-            self._copy(views, [plain(tensor) for tensor in tensors], among)
+            self._copy(views, [plain(tensor) for tensor in tensors])
         return self
 
-    def _copy(self, views: list[Tensor], tensors: list[Tensor], among: Sequence[int] | None) -> None:
+    def _copy(self, views: list[Tensor], tensors: list[Tensor]) -> None:
         copy = partial(torch._foreach_copy_, views, tensors)
-        if not self._on_one_gpu:
+        if not self.on_one_gpu or not _OWN.issuperset(map(type, tensors)):  # of others a pointer may say nothing
             copy()
             return
-        places = [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *(among or ())]
-        self._repeated(copy, places, self.blocks.device)
+        pointers = [*map(Tensor.data_ptr, views), *map(Tensor.data_ptr, tensors)]
+        layouts = [*map(Tensor.stride, tensors), *(tensor.dtype for tensor in tensors)]
+        self._repeated(copy, pointers + layouts, self.blocks.device)

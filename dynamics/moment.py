@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,23 +82,28 @@ class Moment:
         """Whether random numbers were drawn since."""
         return RandomState(self._device) != self._random
 
+    def layout(self) -> tuple[Hashable, ...]:
+        """Name, shape and type of each buffer."""
+        return tuple((name, buffer.shape, buffer.dtype) for name, buffer in self._buffers.items())
+
     def take_buffers(self, other: Moment) -> None:
         """Copy the other's buffers into this one's, in place."""
         for name, buffer in self._buffers.items():
             buffer.copy_(other._buffers[name])
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> Iterator[set[nn.Module]]:
         """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before.
 
-        So are the buffers and attributes of other modules that run inside, such as a teacher.
+        So are the buffers and attributes of other modules that run inside, such as a teacher. Yields the set that these
+        are added to.
         """
         put_back = [_kept_attributes(self._model.modules())]
-        ours = set(self._model.modules())
+        ours, others = set(self._model.modules()), set()
 
         def keep_another(module: nn.Module, inputs: tuple) -> None:
-            if module not in ours:
-                ours.add(module)
+            if module not in ours and module not in others:
+                others.add(module)
                 put_back.extend([_kept_attributes([module]), _lent_buffers(module)])
 
         with random_numbers_untouched(self._device):
@@ -106,7 +111,7 @@ class Moment:
             try:
                 self._attributes()
                 self._random.restore()
-                yield
+                yield others
             finally:
                 hook.remove()
                 for one in put_back:

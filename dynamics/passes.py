@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .captured import Captured, release_memory
+from .errors import named
 from .moment import random_numbers_untouched
 
 _WARM_UPS = 3  # what torch recommends before a capture: libraries choose their kernels and take their memory then
@@ -31,14 +33,15 @@ class Passes:
         self._model, self._temperature, self._low = model, temperature, low
         self._parameters = list(model.parameters())
         self._captured: _OneShape | None = None
+        self._refused = False
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and how many of it are classified right; valid until the next."""
-        if not inputs.is_cuda:
-            return self._run(inputs, labels)
-        if self._captured is None:
+        if inputs.is_cuda and self._captured is None and not self._refused:
             self._captured = self._capture(inputs, labels)
-        return self._captured(inputs, labels) if self._captured.fits(inputs) else self._run(inputs, labels)
+        if self._captured is not None and self._captured.fits(inputs):
+            return self._captured(inputs, labels)
+        return self._run(inputs, labels)
 
     def forget(self) -> None:
         """The network's masks, hooks or mode have changed: what was captured is of no use any more."""
@@ -57,20 +60,26 @@ class Passes:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _capture(self, inputs: Tensor, labels: Tensor) -> _OneShape:
+    def _capture(self, inputs: Tensor, labels: Tensor) -> _OneShape | None:
         inputs, labels, device = inputs.clone(), labels.clone(), inputs.device
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         stream = torch.cuda.Stream(device)
-        with torch.cuda.device(device), random_numbers_untouched(device):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    self._run(inputs, labels)
-            torch.cuda.current_stream().wait_stream(stream)
-            passes = Captured(partial(self._run, inputs, labels), stream)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        try:
+            with torch.cuda.device(device), random_numbers_untouched(device):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UPS):
+                        self._run(inputs, labels)
+                torch.cuda.current_stream().wait_stream(stream)
+                passes = Captured(partial(self._run, inputs, labels), device)
+        except RuntimeError as error:
+            self._refused = True
+            warnings.warn(f"training steps cannot be captured ({named(error)}): they run as they are", stacklevel=3)
+            return None
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
         return _OneShape(passes, inputs, labels, [(one, one.grad) for one in self._parameters])
 
 

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
-from torch.backends import cuda, cudnn
+import torch
+from torch.backends import cuda, cudnn, mkldnn
+
+_lock, _undo, _inside = threading.Lock(), ExitStack(), 0
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, float32 convolutions, recurrent layers and matrix products on a GPU are computed in float32.
+    """Inside, float32 convolutions, recurrent layers and matrix products are computed in float32.
 
-    PyTorch convolves in TF32 unless told otherwise, with rounding errors of 2⁻¹¹ a factor: more than many a step's
-    decrease of the loss. On a processor nothing changes.
+    PyTorch convolves in TF32 on a GPU unless told otherwise, with rounding errors of 2⁻¹¹ a factor: more than many a
+    step's decrease of the loss. The setting is the whole program's: it is as it was when nobody is inside any more.
     """
-    with ExitStack() as stack:
-        _set_for_now(stack, cudnn, [cudnn.conv, cudnn.rnn])
-        _set_for_now(stack, cuda.matmul, [cuda.matmul])
-        yield
-
-
-def _set_for_now(stack: ExitStack, library: Any, kinds: Sequence[Any]) -> None:
-    """PyTorch keeps the setting twice, by an older and by newer names, and some of its code asks whether they agree."""
-    precisions = [kind.fp32_precision for kind in kinds]
-    if "tf32" not in precisions:
-        return
-    for kind, precision in zip(kinds, precisions, strict=True):
-        stack.callback(setattr, kind, "fp32_precision", precision)
+    global _inside
+    with _lock:
+        if not _inside:
+            _set()
+        _inside += 1
     try:
-        stack.callback(setattr, library, "allow_tf32", library.allow_tf32)
-        library.allow_tf32 = False
-    except RuntimeError:  # they did not agree before
-        pass
-    for kind in kinds:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _undo.close()
+
+
+def _set() -> None:
+    """PyTorch keeps the setting twice, by older and by newer names, and some of its code asks whether they agree."""
+    convolving = [kind for kind in (cudnn.conv, cudnn.rnn) if kind.fp32_precision == "tf32"]
+    multiplying = [cuda.matmul] if cuda.matmul.fp32_precision == "tf32" else []
+    for kind in (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.matmul):
+        _undo.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
+    with suppress(RuntimeError):  # they did not agree before
+        if convolving:
+            _undo.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            cudnn.allow_tf32 = False
+    with suppress(RuntimeError):
+        if multiplying:
+            _undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+    for kind in convolving + multiplying:
         kind.fp32_precision = "ieee"

@@ -58,6 +58,23 @@ def copied(batch: Any) -> Any:
     return _mapped(batch, lambda tensor: tensor.detach().clone())
 
 
+def layout(batch: Any) -> Hashable:
+    """What a batch consists of: everything but the numbers in its tensors.
+
+    Raises:
+        TypeError: it holds what is neither a dense tensor, nor a collection of such, nor a text or a number.
+    """
+    if type(batch) in (Tensor, nn.Parameter) and batch.layout is torch.strided:
+        return batch.shape, batch.stride(), batch.dtype
+    if isinstance(batch, Mapping):
+        return type(batch), tuple((key, layout(value)) for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return type(batch), tuple(layout(value) for value in batch)
+    if batch is None or isinstance(batch, str | int | float):
+        return type(batch), batch
+    raise TypeError(f"a batch holds a {type(batch).__name__}")
+
+
 def tensors_of(batch: Any) -> list[Tensor]:
     """All tensors in the batch."""
     found: list[Tensor] = []
@@ -149,7 +166,7 @@ class Probe:
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._at = list(zip(batches, moments, strict=True))
         self._fixed = False
-        self.draws = False  # whether an evaluation has drawn random numbers
+        self.repeatable = True  # whether no evaluation drew random numbers, or ran other modules that have buffers
 
     @property
     def device(self) -> torch.device:
@@ -158,10 +175,11 @@ class Probe:
 
     @property
     def kind(self) -> Hashable:
-        """What decides, with model and objective, of which operations an evaluation consists."""
-        batches = [
-            (tensor.shape, tensor.stride(), tensor.dtype) for batch, _ in self._at for tensor in tensors_of(batch)
-        ]
+        """What decides, with model and objective, of which operations an evaluation consists; None if unknown."""
+        try:
+            batches = [(layout(batch), moment.layout()) for batch, moment in self._at]
+        except TypeError:
+            return None
         modes = [module.training for module in self._model.modules()]
         return tuple(batches), tuple(modes), self._mode, tuple(self._masks), frozenset(self._trained)
 
@@ -173,6 +191,10 @@ class Probe:
         self._fixed = True
         self._at = [(to_device(batch, self._device), moment) for batch, moment in self._at]
         return self
+
+    def free(self) -> None:
+        """Not :meth:`fixed` any more."""
+        self._fixed = False
 
     def take(self, other: Probe) -> None:
         """Copy what another probe of the same kind is evaluated at into the places of this one."""
@@ -192,11 +214,12 @@ class Probe:
         free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
         kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
         values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
-        again = nullcontext() if self._fixed else moment.again()
-        with again, mode_of(self._model, self._mode), _differentiable_twice():
+        again = nullcontext(()) if self._fixed else moment.again()
+        with again as others, mode_of(self._model, self._mode), _differentiable_twice():
             given = to_device(copied(batch), self._device)
             loss = torch.func.functional_call(self._stateless, values, (given,))
-            self.draws = self.draws or (not self._fixed and moment.drawn())
+            if self.repeatable and not self._fixed:
+                self.repeatable = not moment.drawn() and not any(module._buffers for module in others)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
             raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")

@@ -92,6 +92,11 @@ class Measurement:
             return None
         return self._layers.version, *(parameter.data_ptr() for parameter in self._layers.parameters)
 
+    @property
+    def on_one_gpu(self) -> bool:
+        """Whether all parameters are on one GPU."""
+        return self._theta.on_one_gpu
+
     def begin(self) -> None:
         """Keep θ as it is before the step; no gradient is known yet."""
         self._layers.refresh()

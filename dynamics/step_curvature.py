@@ -88,6 +88,8 @@ class StepCurvature:
     def stop(self) -> None:
         """Measure no more."""
         self._every, self._probes = 0, []
+        if isinstance(self._captured, CapturedCurvature):
+            self._captured.drop()
 
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""

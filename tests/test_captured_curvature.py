@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import xarray as xr
-from networks import convolutional_network, images, plain_step
+from networks import Batch, convolutional_network, images, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
 from dynamics.captured_curvature import CapturedCurvature
 from dynamics.masks import apply_masks
+from dynamics.probe import cross_entropy_objective
 
 
 class Again:
@@ -46,7 +50,7 @@ def tensors(found: Any) -> list[Tensor]:
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     Again.made = 0
     monkeypatch.setattr(CapturedCurvature, "_captured", lambda self, work: Again(work))
-    monkeypatch.setattr(CapturedCurvature, "_on_gpu", lambda self, probe: True)
+    monkeypatch.setattr(CapturedCurvature, "_on_gpu", lambda self: True)
 
 
 def record(
@@ -108,3 +112,105 @@ def test_it_is_that_of_the_step(tmp_path: Path, change: Callable[[int, nn.Module
 def test_what_draws_random_numbers_is_not_captured(tmp_path: Path) -> None:
     record(tmp_path / "run", convolutional_network(dropout=0.5), keep, capture=True)
     assert not Again.made
+
+
+@dataclass
+class Pair:
+    """A batch of a class of its own."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+class Growing(nn.Module):
+    """A buffer that gets another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.passes = nn.Linear(4, 3), 0
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs) * self.scale
+
+
+def grow(number: int, model: nn.Module) -> None:
+    if number == 3:
+        model.scale = torch.tensor([2.0, 1.0, 0.5])
+
+
+def weighted(model: nn.Module, batch: tuple[Tensor, Tensor, float]) -> Tensor:
+    return batch[2] * F.cross_entropy(model(batch[0]), batch[1])
+
+
+def of_pair(model: nn.Module, batch: Pair) -> Tensor:
+    return F.cross_entropy(model(batch.inputs), batch.labels)
+
+
+class WithCentre:
+    """An objective with a module of its own that moves."""
+
+    def __init__(self) -> None:
+        self.centre = nn.BatchNorm1d(3, affine=False)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.centre(model(batch[0])), batch[1])
+
+
+def averaging() -> nn.Module:
+    """Its BatchNorm asks for the number of batches so far."""
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, momentum=None), nn.Tanh(), nn.Linear(5, 3))
+
+
+class Waiting(Again):
+    """As a capture, in which to wait for the GPU is an error."""
+
+    def __call__(self) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+LOOPS = {
+    "number": (smooth_network, lambda: [(*b, float(1 + n % 2)) for n, b in enumerate(vectors(6))], weighted, keep, 0),
+    "class": (smooth_network, lambda: [Pair(*batch) for batch in vectors(6)], of_pair, keep, 0),
+    "centre": (smooth_network, lambda: vectors(6), None, keep, 0),
+    "buffer": (Growing, lambda: vectors(6), cross_entropy_objective, grow, 4),
+}
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+@pytest.mark.parametrize("name", LOOPS)
+def test_what_may_change_between_steps(tmp_path: Path, name: str) -> None:
+    make, batches, loss_of, change, captures = LOOPS[name]
+    found, states = [], []
+    for capture in (True, False):
+        torch.manual_seed(1)
+        model, objective = make(), loss_of or WithCentre()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        path = tmp_path / f"{capture}"
+        with Recorder(path, model, optimizer, objective=objective, curvature_every=1, capture=capture) as recorder:
+            for number, batch in enumerate(recorder.watch(batches())):
+                change(number, model)
+                optimizer.zero_grad()
+                objective(model, batch).backward()
+                optimizer.step()
+        found.append(open_run(path)["curvature"].to_dataset())
+        states.append(
+            [*model.state_dict().values(), *getattr(objective, "centre", nn.Identity()).state_dict().values()]
+        )
+    xr.testing.assert_identical(*found)
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+    assert Again.made == captures
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_where_a_capture_fails_it_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CapturedCurvature, "_captured", lambda self, work: Waiting(work)())
+    found = []
+    for capture in (True, False):
+        torch.manual_seed(1)
+        model = averaging()
+        optimizer, path = torch.optim.SGD(model.parameters(), 0.1), tmp_path / f"{capture}"
+        with pytest.warns(match="cannot be captured") if capture else nullcontext():
+            found.append(recorded(path, model, optimizer, vectors(6), curvature_every=1, capture=capture)["curvature"])
+    xr.testing.assert_identical(*(one.to_dataset() for one in found))
+    assert Again.made == 1

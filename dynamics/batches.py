@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .moment import Moment
@@ -61,6 +62,8 @@ class Batches:
         self._counts = bool(counted)
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
+        self._others_hook: RemovableHandle | None = None
+        self._keeps_frozen = _frozen_are_few(self._model)  # until a step tells whether its forward pass moves them
         self._awaits = False
         self._at_step = 0
         self._idle = False
@@ -80,13 +83,32 @@ class Batches:
                 return
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
+                others = waiting.moment.others
                 waiting.moment, waiting.passed = self._moment(), True
+                waiting.moment.others = others
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
+
+        ours = set(self._model.modules())
+
+        @torch.compiler.disable
+        def another_passes(module: nn.Module, inputs: tuple) -> None:
+            if module not in ours and not asleep():
+                self.repeat(due=True)
+                if (seen := self._lacks(module)) is not None:
+                    seen.moment.keep_another(module)
 
         self._awaits = True
         self._seen = [self._kept(one) for one in self._seen]
+        if self._others_hook is None and not self._compiled:
+            self._others_hook = register_module_forward_pre_hook(another_passes)
         if self._hook is None and not self._compiled:
             self._hook = self._model.register_forward_pre_hook(_OfOneModel(passes))
+
+    def _lacks(self, module: nn.Module) -> Seen | None:
+        """The batch that a module outside the model is about to run on: the last that passed, or the next to do so."""
+        passed = [seen for seen in self._seen if seen.passed][-1:]
+        waiting = [seen for seen in self._seen if not seen.passed][:1]
+        return next((seen for seen in passed + waiting if module not in seen.moment.others), None)
 
     def _next_to_pass(self, module: nn.Module) -> Seen | None:
         """The batch whose forward pass begins: the first that had none.
@@ -135,7 +157,7 @@ class Batches:
         return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
 
     def _moment(self) -> Moment:
-        return Moment(self._model, self._device)
+        return Moment(self._model, self._device, keep_frozen=self._keeps_frozen)
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first.
@@ -144,6 +166,7 @@ class Batches:
         ahead; the last m; the first m; the last one, with m backward passes; all of this pass over the data; all.
         """
         self._choose()
+        self._keeps_frozen = any(seen.moment.moved for seen in self._seen)
         total, count = len(self._seen), self._passes[0].count if self._passes else 0
         windows = [self._window(count), (total - count, total), (0, count), (total - 1, total)] if count else []
         windows += [(self._of_epoch, total)] if self._passes else []
@@ -195,6 +218,12 @@ class Batches:
         count = self._passes[0].count if self._passes else 0
         self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
         self._of_epoch, self._awaits = 0, False
+        self._remove_others_hook()
+
+    def _remove_others_hook(self) -> None:
+        if self._others_hook is not None:
+            self._others_hook.remove()
+            self._others_hook = None
 
     def close(self) -> None:
         """Remove the hooks, and let the batches go."""
@@ -204,6 +233,14 @@ class Batches:
             self._hook.remove()
         for passes in self._passes:
             passes.remove()
+
+
+def _frozen_are_few(model: nn.Module) -> bool:
+    """Whether the parameters that are not trained are no more than those that are."""
+    sizes = {True: 0, False: 0}
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    return sizes[False] <= sizes[True]
 
 
 class _OfOneModel:

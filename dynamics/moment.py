@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,12 +63,29 @@ class Moment:
     Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
     deques and generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are those of
     objects whose class comes from where a module's does, but for data sets.
+
+    Attributes:
+        frozen: the parameters that are not trained, if they were to be kept: a forward pass may move them.
+        others: modules outside the model that were about to run for the first time since, with what they kept then.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, *, keep_frozen: bool = False) -> None:
         self._model, self._device = model, device
         self._random, self._attributes = RandomState(device), _kept_attributes(model.modules())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self._places = [(parameter, _place(parameter)) for parameter in frozen.values()]
+        self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
+        self.others: dict[nn.Module, tuple[PutBack, dict[str, Tensor | None]]] = {}
+
+    def keep_another(self, module: nn.Module) -> None:
+        """Keep what a module outside the model has."""
+        self.others[module] = _kept_attributes([module]), _copies(module)
+
+    @property
+    def moved(self) -> bool:
+        """Whether a parameter that is not trained has changed since."""
+        return any(_place(parameter) != place for parameter, place in self._places)
 
     def draws_as(self, other: Moment) -> bool:
         """Whether what is drawn from here on is what was drawn from the other on."""
@@ -83,20 +100,21 @@ class Moment:
         return RandomState(self._device) != self._random
 
     def layout(self) -> tuple[Hashable, ...]:
-        """Name, shape and type of each buffer."""
-        return tuple((name, buffer.shape, buffer.dtype) for name, buffer in self._buffers.items())
+        """Name, shape and type of each tensor that is kept by name."""
+        return tuple((name, one.shape, one.dtype) for name, one in (self._buffers | self.frozen).items())
 
-    def take_buffers(self, other: Moment) -> None:
-        """Copy the other's buffers into this one's, in place."""
-        for name, buffer in self._buffers.items():
-            buffer.copy_(other._buffers[name])
+    def take(self, other: Moment) -> None:
+        """Copy the other's buffers and frozen parameters into this one's, in place."""
+        theirs = other._buffers | other.frozen
+        for name, ours in (self._buffers | self.frozen).items():
+            ours.copy_(theirs[name])
 
     @contextmanager
     def again(self) -> Iterator[set[nn.Module]]:
         """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before.
 
-        So are the buffers and attributes of other modules that run inside, such as a teacher. Yields the set that these
-        are added to.
+        So are the buffers and attributes of other modules that run inside, such as a teacher: those of the moment, if
+        they were kept. Yields the set that these modules are added to.
         """
         put_back = [_kept_attributes(self._model.modules())]
         ours, others = set(self._model.modules()), set()
@@ -104,7 +122,9 @@ class Moment:
         def keep_another(module: nn.Module, inputs: tuple) -> None:
             if module not in ours and module not in others:
                 others.add(module)
-                put_back.extend([_kept_attributes([module]), _lent_buffers(module)])
+                attributes, buffers = self.others.get(module, (_nothing, module._buffers))
+                put_back.extend([_kept_attributes([module]), _lent_buffers(module, buffers)])
+                attributes()
 
         with random_numbers_untouched(self._device):
             hook = register_module_forward_pre_hook(keep_another)
@@ -118,10 +138,20 @@ class Moment:
                     one()
 
 
-def _lent_buffers(module: nn.Module) -> PutBack:
-    """Give a module copies of its buffers; what puts its own back. In place, a graph could not be gone back through."""
+def _place(parameter: Tensor) -> tuple[int, int]:
+    """What changes when a parameter does."""
+    return parameter.data_ptr(), parameter._version
+
+
+def _copies(module: nn.Module, buffers: Mapping[str, Tensor | None] | None = None) -> dict[str, Tensor | None]:
+    given = module._buffers if buffers is None else buffers
+    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in given.items()}
+
+
+def _lent_buffers(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> PutBack:
+    """Give a module copies of buffers; what puts its own back. In place, a graph could not be gone back through."""
     own = dict(module._buffers)
-    module._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in own.items()})
+    module._buffers.update(_copies(module, buffers))
     return lambda: module._buffers.update(own)
 
 

@@ -166,7 +166,9 @@ class Probe:
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._at = list(zip(batches, moments, strict=True))
         self._fixed = False
-        self.repeatable = True  # whether no evaluation drew random numbers, or ran other modules that have buffers
+        self.repeatable = (
+            True  # whether no evaluation drew random numbers, or ran other modules that may keep something
+        )
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +203,7 @@ class Probe:
         for (batch, moment), (from_batch, from_moment) in zip(self._at, other._at, strict=True):
             for into, tensor in zip(tensors_of(batch), tensors_of(from_batch), strict=True):
                 into.copy_(tensor, non_blocking=True)
-            moment.take_buffers(from_moment)
+            moment.take(from_moment)
         for name, mask in self._masks.items():
             mask.copy_(other._masks[name])
 
@@ -211,7 +213,8 @@ class Probe:
         return [partial(self._loss, batch, moment) for batch, moment in self._at]
 
     def _loss(self, batch: Any, moment: Moment, theta: Theta) -> Tensor:
-        free = {name: t if name in self._trained else t.detach() for name, t in theta.items()}
+        fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
+        free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
         kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
         values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
         again = nullcontext(()) if self._fixed else moment.again()
@@ -219,7 +222,7 @@ class Probe:
             given = to_device(copied(batch), self._device)
             loss = torch.func.functional_call(self._stateless, values, (given,))
             if self.repeatable and not self._fixed:
-                self.repeatable = not moment.drawn() and not any(module._buffers for module in others)
+                self.repeatable = not moment.drawn() and not any(map(_keeps, others))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
             raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")
@@ -260,6 +263,11 @@ class Probe:
             parts = [weight * part for part in parts]
             total = parts if total is None else [one + other for one, other in zip(total, parts, strict=True)]
         return Products(*total)
+
+
+def _keeps(module: nn.Module) -> bool:
+    """Whether it may keep something from one forward pass to the next."""
+    return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
 
 
 class _Recomputing:

@@ -150,11 +150,21 @@ def of_pair(model: nn.Module, batch: Pair) -> Tensor:
 class WithCentre:
     """An objective with a module of its own that moves."""
 
-    def __init__(self) -> None:
-        self.centre = nn.BatchNorm1d(3, affine=False)
+    def __init__(self, centre: nn.Module) -> None:
+        self.centre = centre
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(self.centre(model(batch[0])), batch[1])
+
+
+class Counting(nn.Module):
+    """A number outside the buffers."""
+
+    count = 1
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        self.count += 1
+        return outputs / self.count
 
 
 def averaging() -> nn.Module:
@@ -172,7 +182,8 @@ class Waiting(Again):
 LOOPS = {
     "number": (smooth_network, lambda: [(*b, float(1 + n % 2)) for n, b in enumerate(vectors(6))], weighted, keep, 0),
     "class": (smooth_network, lambda: [Pair(*batch) for batch in vectors(6)], of_pair, keep, 0),
-    "centre": (smooth_network, lambda: vectors(6), None, keep, 0),
+    "buffer of another": (smooth_network, lambda: vectors(6), lambda: nn.BatchNorm1d(3, affine=False), keep, 0),
+    "number of another": (smooth_network, lambda: vectors(6), Counting, keep, 0),
     "buffer": (Growing, lambda: vectors(6), cross_entropy_objective, grow, 4),
 }
 
@@ -184,7 +195,7 @@ def test_what_may_change_between_steps(tmp_path: Path, name: str) -> None:
     found, states = [], []
     for capture in (True, False):
         torch.manual_seed(1)
-        model, objective = make(), loss_of or WithCentre()
+        model, objective = make(), WithCentre(loss_of()) if "another" in name else loss_of
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         path = tmp_path / f"{capture}"
         with Recorder(path, model, optimizer, objective=objective, curvature_every=1, capture=capture) as recorder:

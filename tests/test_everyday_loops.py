@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import vectors
+from networks import recorded, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
+from dynamics.moment import Moment
 from dynamics.probe import copied, sample_count
 
 
@@ -78,6 +79,102 @@ def test_state_that_a_forward_pass_changes_is_left_alone(tmp_path: Path, build: 
         return [parameter.detach() for parameter in model.parameters()]
 
     assert all(torch.equal(one, other) for one, other in zip(trained(True), trained(False), strict=True))
+
+
+class MovedKey(MovingKey):
+    """The same, as it is published: new tensors in place of the old."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
+            key.data = key.data * 0.9 + query.data * 0.1
+        return self.query(x) - self.key(x)
+
+
+@pytest.mark.parametrize("build", [MovingKey, MovedKey])
+def test_what_a_forward_pass_moves_is_measured_as_the_step_had_it(tmp_path: Path, build: Callable) -> None:
+    torch.manual_seed(0)
+    model, before, after = build(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(4)):
+            as_it_was = copy.deepcopy(model.key.state_dict())
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            before.append(loss.item())
+            again = copy.deepcopy(model)
+            again.key.load_state_dict(as_it_was)
+            after.append(F.cross_entropy(again(inputs), labels).item())
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, before, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_after, after, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
+
+
+def test_frozen_parameters_that_stay_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    take = Moment.__init__
+    monkeypatch.setattr(
+        Moment, "__init__", lambda self, *given, **how: (take(self, *given, **how), kept.append(len(self.frozen)))[0]
+    )
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 9), nn.Linear(9, 3))
+    optimizer = torch.optim.SGD(model[1:].parameters(), 0.1)
+    recorded(tmp_path / "run", model, optimizer, vectors(4), curvature_every=1)
+    assert max(kept) == 2
+    assert not any(kept[3:])  # the first step has told
+    kept.clear()
+    large = nn.Sequential(nn.Linear(4, 40).requires_grad_(False), nn.Linear(40, 3))
+    recorded(tmp_path / "large", large, torch.optim.SGD(large[1].parameters(), 0.1), vectors(4), curvature_every=1)
+    assert not any(kept)
+
+
+class Centred(nn.Module):
+    """A loss that centres the teacher's outputs on their running mean, as self-distillation does."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3)) if buffer else setattr(self, "centre", torch.zeros(3))
+        self.count = 0
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        loss = -(F.softmax((teacher - self.centre) * 3, -1) * F.log_softmax(student, -1)).sum(-1).mean()
+        self.centre = self.centre * 0.5 + teacher.mean(0) * 0.5
+        self.count += 1
+        return loss / self.count
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_state_of_the_loss_and_of_a_teacher_is_that_of_the_step(
+    tmp_path: Path, buffer: bool, micro_batches: int
+) -> None:
+    model, teacher, loss_of = small(), nn.Sequential(nn.BatchNorm1d(4), small()), Centred(buffer)
+    teacher.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses: list[float] = []
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.no_grad():
+            target = teacher(batch[0])
+        return loss_of(model(batch[0]), target)
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(6))):
+            loss = objective(model, batch) / micro_batches
+            loss.backward()
+            losses.append(loss.item())
+            if (number + 1) % micro_batches == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                assert loss_of.count == number + 1
+                with torch.no_grad():
+                    for ours, theirs in zip(model.parameters(), teacher[1].parameters(), strict=True):
+                        theirs.lerp_(ours, 0.1)
+    run = open_run(tmp_path / "run")
+    expected = np.reshape(losses, (-1, micro_batches)).sum(1)
+    np.testing.assert_allclose(run["curvature"].loss_before, expected, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
 
 
 def test_a_model_is_saved_and_copied_while_it_is_recorded(tmp_path: Path) -> None:

@@ -166,9 +166,7 @@ class Probe:
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._at = list(zip(batches, moments, strict=True))
         self._fixed = False
-        self.repeatable = (
-            True  # whether no evaluation drew random numbers, or ran other modules that may keep something
-        )
+        self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
 
     @property
     def device(self) -> torch.device:
@@ -217,12 +215,12 @@ class Probe:
         free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
         kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
         values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
-        again = nullcontext(()) if self._fixed else moment.again()
+        again = nullcontext(set()) if self._fixed else moment.again()
         with again as others, mode_of(self._model, self._mode), _differentiable_twice():
             given = to_device(copied(batch), self._device)
             loss = torch.func.functional_call(self._stateless, values, (given,))
             if self.repeatable and not self._fixed:
-                self.repeatable = not moment.drawn() and not any(map(_keeps, others))
+                self.repeatable = not moment.drawn() and not any(map(_keeps, others - {self._stateless}))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
             raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")

@@ -64,10 +64,10 @@ class Recorder:
         every: record first-order quantities at every such step.
         curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never.
         capture: on a GPU, launch what curvature takes as CUDA graphs, from its second measurement on. It takes less
-            time then, most so in deep networks of small layers, and the memory of its activations all the while. For models
-            that keep nothing but their buffers, and objectives that keep nothing; neither may decide anything in Python
-            that changes from step to step, nor use tensors that are replaced by others, such as a teacher's that is
-            copied anew.
+            time then, most so in deep networks of small layers, and the memory of its activations all the while. For
+            models that keep nothing but their buffers, and objectives that keep nothing; neither may decide anything
+            in Python that changes from step to step, nor use tensors that are replaced by others, such as a teacher's
+            that is copied anew.
         quantities: names of the quantities of ``/steps`` and ``/curvature`` to record; None means all. Nothing that
             was not asked for is computed.
         attributes: further attributes of the record, e.g. a configuration: numbers, strings, or lists of them.

@@ -139,8 +139,9 @@ class Moment:
 
 
 def _place(parameter: Tensor) -> tuple[int, int]:
-    """What changes when a parameter does."""
-    return parameter.data_ptr(), parameter._version
+    """What changes when a parameter does, as far as it can be told."""
+    told = parameter.layout is torch.strided and not parameter.is_inference()
+    return (parameter.data_ptr(), parameter._version) if told else (0, 0)
 
 
 def _copies(module: nn.Module, buffers: Mapping[str, Tensor | None] | None = None) -> dict[str, Tensor | None]:

@@ -87,8 +87,11 @@ class Measurement:
 
     @property
     def places(self) -> tuple[int, ...] | None:
-        """Where in memory a probe finds the parameters; None where the loss has some of its own, put back each time."""
-        if self._outside:
+        """Where in memory a probe finds the parameters; None where these places do not tell all.
+
+        The loss may have parameters of its own, which are put back each time, and sparse ones have several places.
+        """
+        if self._outside or any(parameter.layout is not torch.strided for parameter in self._layers.parameters):
             return None
         return self._layers.version, *(parameter.data_ptr() for parameter in self._layers.parameters)
 

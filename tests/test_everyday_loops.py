@@ -129,6 +129,32 @@ def test_frozen_parameters_that_stay_are_not_copied(tmp_path: Path, monkeypatch:
     assert not any(kept)
 
 
+class OnAGraph(nn.Module):
+    """A frozen sparse matrix between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(5).to_sparse(), requires_grad=False)
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sparse.mm(self.mix, torch.tanh(self.first(x)).T).T)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_frozen_sparse_parameter(tmp_path: Path, capture: bool) -> None:
+    model, dense = OnAGraph(), OnAGraph()
+    dense.load_state_dict(model.state_dict())
+    dense.mix = nn.Parameter(torch.eye(5), requires_grad=False)
+    found = []
+    for name, one in (("sparse", model), ("dense", dense)):
+        optimizer = torch.optim.SGD([*one.first.parameters(), *one.last.parameters()], 0.1)
+        found.append(recorded(tmp_path / name, one, optimizer, vectors(3), curvature_every=1, capture=capture))
+    assert found[0]["curvature"].sizes["step"] == 3
+    for quantity in ("loss_before", "loss_after", "grad_hess_grad"):
+        np.testing.assert_allclose(found[0]["curvature"][quantity], found[1]["curvature"][quantity], rtol=1e-10)
+
+
 class Centred(nn.Module):
     """A loss that centres the teacher's outputs on their running mean, as self-distillation does."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ class Batches:
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
         self._others_hook: RemovableHandle | None = None
+        self._others: weakref.WeakSet[nn.Module] | None = None  # those in the objective, once that is known
         self._keeps_frozen = _frozen_are_few(self._model)  # until a step tells whether its forward pass moves them
         self._awaits = False
         self._at_step = 0
@@ -92,23 +94,29 @@ class Batches:
 
         @torch.compiler.disable
         def another_passes(module: nn.Module, inputs: tuple) -> None:
-            if module not in ours and not asleep():
-                self.repeat(due=True)
-                if (seen := self._lacks(module)) is not None:
+            if module in ours or asleep() or not (self._others is None or module in self._others):
+                return
+            self.repeat(due=True)
+            if (seen := self._lacks(module)) is not None:
+                with suppress(Exception):  # it may be anything; then what it keeps by the time of the probe has to do
                     seen.moment.keep_another(module)
 
         self._awaits = True
         self._seen = [self._kept(one) for one in self._seen]
-        if self._others_hook is None and not self._compiled:
+        if self._others_hook is None and not self._compiled and (self._others is None or len(self._others)):
             self._others_hook = register_module_forward_pre_hook(another_passes)
         if self._hook is None and not self._compiled:
             self._hook = self._model.register_forward_pre_hook(_OfOneModel(passes))
+
+    def of_objective(self, others: Iterable[nn.Module]) -> None:
+        """Say which modules outside the model the objective runs: what others keep is none of its business."""
+        self._others = weakref.WeakSet(others)
 
     def _lacks(self, module: nn.Module) -> Seen | None:
         """The batch that a module outside the model is about to run on: the last that passed, or the next to do so."""
         passed = [seen for seen in self._seen if seen.passed][-1:]
         waiting = [seen for seen in self._seen if not seen.passed][:1]
-        return next((seen for seen in passed + waiting if module not in seen.moment.others), None)
+        return next((one for one in passed + waiting if one.moment and module not in one.moment.others), None)
 
     def _next_to_pass(self, module: nn.Module) -> Seen | None:
         """The batch whose forward pass begins: the first that had none.

@@ -166,6 +166,7 @@ class Probe:
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._at = list(zip(batches, moments, strict=True))
         self._fixed = False
+        self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
         self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
 
     @property
@@ -219,8 +220,9 @@ class Probe:
         with again as others, mode_of(self._model, self._mode), _differentiable_twice():
             given = to_device(copied(batch), self._device)
             loss = torch.func.functional_call(self._stateless, values, (given,))
+            self.others |= others - {self._stateless}
             if self.repeatable and not self._fixed:
-                self.repeatable = not moment.drawn() and not any(map(_keeps, others - {self._stateless}))
+                self.repeatable = not moment.drawn() and not any(map(_keeps, self.others))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
             raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")

@@ -203,6 +203,20 @@ def test_the_state_of_the_loss_and_of_a_teacher_is_that_of_the_step(
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
 
 
+def test_what_the_objective_does_not_run_is_looked_at_once(tmp_path: Path) -> None:
+    model, another = small(), nn.BatchNorm1d(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hooks = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+            hooks.append(len(torch.nn.modules.module._global_forward_pre_hooks))
+            optimizer.zero_grad()
+            F.cross_entropy(model(another(inputs)), labels).backward()
+            optimizer.step()
+    assert hooks == [1, 0, 0]
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
 def test_a_model_is_saved_and_copied_while_it_is_recorded(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.2), nn.Linear(9, 3))
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []

@@ -67,6 +67,12 @@ def test_the_wide_networks_are_predicted_as_it_says() -> None:
     prunings = pd.concat([loss_changes(label, run) for label, run in runs.items() if run["pruning"].data_vars])
     assert len(prunings) == 37
     assert (prunings.second * prunings.measured > 0).all()
+    assert (prunings.second / prunings.measured > 1).sum() == 2
+    cosines = {label: alignment(run) for label, run in runs.items()}
+    assert {(label[:3], f"{float(cosine[0]):.3f}") for label, cosine in cosines.items()} == {
+        ("mob", "0.954"), ("mob", "0.956"), ("vgg", "0.995"),
+    }  # fmt: skip
+    assert min(float(cosine[1:].min()) for cosine in cosines.values()) >= 0.999
     by_model = prunings.groupby("model")
     for order in ("first", "second"):
         decreases = steps["median relative error"].median()[order]
@@ -75,6 +81,12 @@ def test_the_wide_networks_are_predicted_as_it_says() -> None:
         errors = by_model.apply(lambda of, order=order: ((of[order] - of.measured) / of.measured).abs().median())
         row = " | ".join(f"{errors[model]:.2g}" for model in ("mobilenet_v1", "vgg13"))
         assert f"| the loss change of a pruning | {order} | {row} |" in PAGE
+
+
+def alignment(run: xr.DataTree) -> xr.DataArray:
+    """Cosine of the gradient that was applied with the loss's own, (step,)."""
+    whole = run["curvature"].to_dataset().sum("layer")
+    return whole.grad_applied_grad / (whole.grad_sqnorm * whole.applied_grad_sqnorm) ** 0.5
 
 
 def loss_changes(label: str, run: xr.DataTree) -> pd.DataFrame:

@@ -51,6 +51,10 @@ class Batches:
     scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
     the gradient decides. The moment of a batch is that of the first forward pass with gradients after it was seen.
     A batch that stays is that of all further steps until the next one is seen.
+
+    Attributes:
+        lost: whether, by the last :meth:`candidates`, the step cannot be measured: its forward pass moved parameters
+            that are not trained, unexpectedly. From the next step on they are kept.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, counted: Sequence[nn.Parameter]) -> None:
@@ -65,7 +69,10 @@ class Batches:
         self._hook: RemovableHandle | None = None
         self._others_hook: RemovableHandle | None = None
         self._others: weakref.WeakSet[nn.Module] | None = None  # those in the objective, once that is known
-        self._keeps_frozen = _frozen_are_few(self._model)  # until a step tells whether its forward pass moves them
+        self._trained = sum(one.numel() for one in self._model.parameters() if one.requires_grad)
+        frozen = sum(one.numel() for one in self._model.parameters() if not one.requires_grad)
+        self._keeps_frozen = frozen <= self._trained  # until a step tells whether its forward pass moves them
+        self._moves_frozen = self.lost = False
         self._awaits = False
         self._at_step = 0
         self._idle = False
@@ -99,7 +106,7 @@ class Batches:
             self.repeat(due=True)
             if (seen := self._lacks(module)) is not None:
                 with suppress(Exception):  # it may be anything; then what it keeps by the time of the probe has to do
-                    seen.moment.keep_another(module)
+                    seen.moment.keep_another(module, parameters=self._are_few(module))
 
         self._awaits = True
         self._seen = [self._kept(one) for one in self._seen]
@@ -107,6 +114,17 @@ class Batches:
             self._others_hook = register_module_forward_pre_hook(another_passes)
         if self._hook is None and not self._compiled:
             self._hook = self._model.register_forward_pre_hook(_OfOneModel(passes))
+
+    def _are_moved(self) -> bool:
+        """Whether forward passes moved parameters that are not trained, and nothing is left of how they were."""
+        moved = any(seen.first_moment.moved for seen in self._seen if seen.first_moment)
+        lost = moved and not self._keeps_frozen
+        self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
+        return lost
+
+    def _are_few(self, module: nn.Module) -> bool:
+        """Whether a module's own parameters are no more than those that are trained."""
+        return sum(one.numel() for one in module._parameters.values() if one is not None) <= self._trained
 
     def of_objective(self, others: Iterable[nn.Module]) -> None:
         """Say which modules outside the model the objective runs: what others keep is none of its business."""
@@ -174,7 +192,7 @@ class Batches:
         ahead; the last m; the first m; the last one, with m backward passes; all of this pass over the data; all.
         """
         self._choose()
-        self._keeps_frozen = any(seen.moment.moved for seen in self._seen)
+        self.lost = self._are_moved()
         total, count = len(self._seen), self._passes[0].count if self._passes else 0
         windows = [self._window(count), (total - count, total), (0, count), (total - 1, total)] if count else []
         windows += [(self._of_epoch, total)] if self._passes else []
@@ -241,14 +259,6 @@ class Batches:
             self._hook.remove()
         for passes in self._passes:
             passes.remove()
-
-
-def _frozen_are_few(model: nn.Module) -> bool:
-    """Whether the parameters that are not trained are no more than those that are."""
-    sizes = {True: 0, False: 0}
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    return sizes[False] <= sizes[True]
 
 
 class _OfOneModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
 
 PutBack = Callable[[], None]
+Tensors = Mapping[str, Tensor | None]
 
 
 class RandomState:
@@ -73,23 +74,30 @@ class Moment:
         self._model, self._device = model, device
         self._random, self._attributes = RandomState(device), _kept_attributes(model.modules())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self._places = [(parameter, _place(parameter)) for parameter in frozen.values()]
+        frozen = self._frozen()
+        self._norms = _norms(frozen.values())
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
-        self.others: dict[nn.Module, tuple[PutBack, dict[str, Tensor | None]]] = {}
+        self.others: dict[nn.Module, tuple[PutBack, Tensors, Tensors]] = {}
 
-    def keep_another(self, module: nn.Module) -> None:
-        """Keep what a module outside the model has."""
-        self.others[module] = _kept_attributes([module]), _copies(module)
+    def _frozen(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
+
+    def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
+        """Keep what a module outside the model has, with its parameters if they are few: they may be trained, too."""
+        held = _copies(module._parameters) if parameters else {}
+        self.others[module] = _kept_attributes([module]), _copies(module._buffers), held
 
     @property
     def moved(self) -> bool:
         """Whether a parameter that is not trained has changed since."""
-        return any(_place(parameter) != place for parameter, place in self._places)
+        return _norms(self._frozen().values()) != self._norms
 
-    def draws_as(self, other: Moment) -> bool:
-        """Whether what is drawn from here on is what was drawn from the other on."""
-        return self._random == other._random
+    def is_as(self, other: Moment) -> bool:
+        """Whether a forward pass from here on is one from the other on, as far as is kept of both."""
+        theirs = other._buffers | other.frozen
+        dense = {name: one for name, one in (self._buffers | self.frozen).items() if one.layout is torch.strided}
+        same = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
+        return same and self._random == other._random
 
     def buffers(self) -> dict[str, Tensor]:
         """A fresh copy of each buffer, by name."""
@@ -122,8 +130,9 @@ class Moment:
         def keep_another(module: nn.Module, inputs: tuple) -> None:
             if module not in ours and module not in others:
                 others.add(module)
-                attributes, buffers = self.others.get(module, (_nothing, module._buffers))
-                put_back.extend([_kept_attributes([module]), _lent_buffers(module, buffers)])
+                attributes, buffers, parameters = self.others.get(module, (_nothing, module._buffers, {}))
+                put_back.extend([_kept_attributes([module]), _lent(module._buffers, buffers)])
+                put_back.append(_lent(module._parameters, parameters))
                 attributes()
 
         with random_numbers_untouched(self._device):
@@ -138,27 +147,42 @@ class Moment:
                     one()
 
 
-def _place(parameter: Tensor) -> tuple[int, int]:
-    """What changes when a parameter does, as far as it can be told."""
-    told = parameter.layout is torch.strided and not parameter.is_inference()
-    return (parameter.data_ptr(), parameter._version) if told else (0, 0)
+def _storage(tensor: Tensor | None) -> tuple[str, int]:
+    """Which memory a tensor lies in, as far as it can be told."""
+    try:
+        return "storage", tensor.untyped_storage().data_ptr() or id(tensor)
+    except (AttributeError, NotImplementedError, RuntimeError):  # none, sparse, or one that only stands for others
+        return "storage", id(tensor)
 
 
-def _copies(module: nn.Module, buffers: Mapping[str, Tensor | None] | None = None) -> dict[str, Tensor | None]:
-    given = module._buffers if buffers is None else buffers
-    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in given.items()}
+@torch.no_grad()
+def _norms(tensors: Iterable[Tensor]) -> list[float]:
+    """What changes when tensors do, from one look at them."""
+    dense = [tensor.detach() for tensor in tensors if tensor.layout is torch.strided and tensor.is_floating_point()]
+    precise = [torch.promote_types(tensor.dtype, torch.float32) for tensor in dense]
+    norms = [torch.linalg.vector_norm(one, dtype=dtype).cpu() for one, dtype in zip(dense, precise, strict=True)]
+    return [norm.item() for norm in norms]
 
 
-def _lent_buffers(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> PutBack:
-    """Give a module copies of buffers; what puts its own back. In place, a graph could not be gone back through."""
-    own = dict(module._buffers)
-    module._buffers.update(_copies(module, buffers))
-    return lambda: module._buffers.update(own)
+def _copies(tensors: Tensors) -> dict[str, Tensor | None]:
+    return {name: None if tensor is None else _copy(tensor) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
+    """Put copies of tensors into a module's table; what puts its own back. In place, a graph could not be gone back."""
+    own = {name: table[name] for name in tensors if name in table}
+    table.update({name: copy for name, copy in _copies(tensors).items() if name in own})
+    return lambda: table.update(own)
 
 
 def _kept_attributes(modules: Iterator[nn.Module] | list[nn.Module]) -> PutBack:
-    seen: set[int] = set()
     kept, modules = [], list(modules)
+    seen = {_storage(parameter) for module in modules for parameter in module._parameters.values()}
     packages = {_package(module) for module in modules} - {"torch"}
     for module in modules:
         own = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
@@ -185,8 +209,8 @@ def _kept(value: Any, seen: set[int], packages: set[str]) -> PutBack:
     if id(value) in seen:
         return _nothing
     seen.add(id(value))
-    if isinstance(value, Tensor):
-        return _kept_tensor(value)
+    if isinstance(value, Tensor):  # one that shares a parameter's memory, as with spectral_norm, is the optimizer's
+        return _nothing if _storage(value) in seen else _kept_tensor(value)
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: value.set_state(state)

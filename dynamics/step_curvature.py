@@ -101,15 +101,22 @@ class StepCurvature:
     def _make_probes(self) -> list[_Candidate]:
         """Probes of what the step may be of, the likeliest first.
 
-        Random numbers are those of the network's forward pass, or, of the likeliest batches, those of the moment when
-        these were seen: a loss may draw some before it runs the network.
+        Random numbers and buffers are those of the network's forward pass, or, of the likeliest batches, those of the
+        moment when these were seen: a loss may draw some, or move them, before it runs the network.
         """
         candidates = self._batches.candidates()
+        if self._batches.lost:
+            self._say_once(
+                "the model's forward pass moves parameters that are not trained: curvature is measured from the next "
+                "step on that is due",
+                "lost",
+            )
+            return []
         found = [
             _Candidate(number, False, self._probe(seen, [one.moment for one in seen]))
             for number, seen in enumerate(candidates)
         ]
-        if not self._processes.replicated and not all(one.moment.draws_as(one.first_moment) for one in candidates[0]):
+        if not self._processes.replicated and not all(one.moment.is_as(one.first_moment) for one in candidates[0]):
             early = _Candidate(0, True, self._probe(candidates[0], [one.first_moment for one in candidates[0]]))
             found.insert(0 if self._early else 1, early)
         return found
@@ -132,7 +139,9 @@ class StepCurvature:
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
                 f"gradient and the one applied have cosine {best.cosine:.2f} (grad_applied_grad tells at each step). "
                 "Unless the loop itself changes gradients before they are applied, give the recorder its own loss: "
-                "Recorder(..., objective=lambda model, batch: <scalar loss>)",
+                "Recorder(..., objective=lambda model, batch: <scalar loss>). If it has that, something that the loss "
+                "uses changed between forward pass and step: with several networks, call observe() right before the "
+                "forward pass of each, and give all optimizers that step meanwhile",
                 "doubtful",
             )
         if values.get("approximate"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,13 @@ from .resuming import Place
 from .rows import Rows
 from .step import Measurement
 from .step_curvature import StepCurvature
+
+_of_thread = threading.local()
+
+
+def anyone_measures() -> int:
+    """How many recorders evaluate a model right now in this thread: it may be another one's model."""
+    return getattr(_of_thread, "measuring", 0)
 
 
 class Steps:
@@ -109,6 +117,7 @@ class Steps:
         With ``what``, an exception ends the recording of steps with a warning, not the training.
         """
         self.busy = True
+        _of_thread.measuring = anyone_measures() + 1
         try:
             with torch.no_grad():
                 yield
@@ -123,10 +132,11 @@ class Steps:
             )
         finally:
             self.busy = False
+            _of_thread.measuring = anyone_measures() - 1
 
     def _await_forward(self) -> None:
         if self._curvature.due(self.number):
-            self._batches.await_forward(lambda: self.busy)
+            self._batches.await_forward(lambda: bool(anyone_measures()))
 
     def _records(self) -> bool:
         """Whether this step has a row, and this process a part in it."""

@@ -29,6 +29,7 @@ class Seen:
     moment: Moment | None
     first_moment: Moment | None = None
     passed: bool = False
+    passed_at: int = 0  # the number of backward passes before its forward pass
     again: bool = False  # a step of it has been taken already
     evaluated_at: int | None = None  # the number of backward passes before its forward pass, if that was in eval mode
 
@@ -53,8 +54,8 @@ class Batches:
     A batch that stays is that of all further steps until the next one is seen.
 
     Attributes:
-        lost: whether, by the last :meth:`candidates`, the step cannot be measured: its forward pass moved parameters
-            that are not trained, unexpectedly. From the next step on they are kept.
+        lost: whether, by the last :meth:`candidates`, the step cannot be measured: parameters that are not trained have
+            moved, unexpectedly. From the next step on they are kept.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, counted: Sequence[nn.Parameter]) -> None:
@@ -94,7 +95,7 @@ class Batches:
             if (waiting := self._next_to_pass(module)) is not None:
                 others = waiting.moment.others
                 waiting.moment, waiting.passed = self._moment(), True
-                waiting.moment.others = others
+                waiting.moment.others, waiting.passed_at = others, self.mark.backwards
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
 
         ours = set(self._model.modules())
@@ -104,7 +105,7 @@ class Batches:
             if module in ours or asleep() or not (self._others is None or module in self._others):
                 return
             self.repeat(due=True)
-            if (seen := self._lacks(module)) is not None:
+            if (seen := self._runs_on()) is not None and seen.moment is not None:
                 with suppress(Exception):  # it may be anything; then what it keeps by the time of the probe has to do
                     seen.moment.keep_another(module, parameters=self._are_few(module))
 
@@ -116,7 +117,7 @@ class Batches:
             self._hook = self._model.register_forward_pre_hook(_OfOneModel(passes))
 
     def _are_moved(self) -> bool:
-        """Whether forward passes moved parameters that are not trained, and nothing is left of how they were."""
+        """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
         moved = any(seen.first_moment.moved for seen in self._seen if seen.first_moment)
         lost = moved and not self._keeps_frozen
         self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
@@ -130,11 +131,12 @@ class Batches:
         """Say which modules outside the model the objective runs: what others keep is none of its business."""
         self._others = weakref.WeakSet(others)
 
-    def _lacks(self, module: nn.Module) -> Seen | None:
-        """The batch that a module outside the model is about to run on: the last that passed, or the next to do so."""
-        passed = [seen for seen in self._seen if seen.passed][-1:]
-        waiting = [seen for seen in self._seen if not seen.passed][:1]
-        return next((one for one in passed + waiting if one.moment and module not in one.moment.others), None)
+    def _runs_on(self) -> Seen | None:
+        """The batch that a module outside the model runs on: the last that passed, until its gradient is there."""
+        last = next((seen for seen in reversed(self._seen) if seen.passed), None)
+        if last is not None and last.passed_at == self.mark.backwards:
+            return last
+        return next((seen for seen in self._seen if not seen.passed), None)
 
     def _next_to_pass(self, module: nn.Module) -> Seen | None:
         """The batch whose forward pass begins: the first that had none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ class Moment:
 
     Attributes:
         frozen: the parameters that are not trained, if they were to be kept: a forward pass may move them.
-        others: modules outside the model that were about to run for the first time since, with what they kept then.
+        others: modules outside the model that have run since, with what they had when they last began to.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, keep_frozen: bool = False) -> None:
@@ -75,7 +75,7 @@ class Moment:
         self._random, self._attributes = RandomState(device), _kept_attributes(model.modules())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         frozen = self._frozen()
-        self._norms = _norms(frozen.values())
+        self._norms = _norms(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.others: dict[nn.Module, tuple[PutBack, Tensors, Tensors]] = {}
 
@@ -83,14 +83,18 @@ class Moment:
         return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
 
     def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
-        """Keep what a module outside the model has, with its parameters if they are few: they may be trained, too."""
+        """Keep what a module outside the model has as it runs, with its parameters if they are few: it may be trained.
+
+        What counts is the last time: a network may run for its own loss, step, and then run for this one.
+        """
         held = _copies(module._parameters) if parameters else {}
         self.others[module] = _kept_attributes([module]), _copies(module._buffers), held
 
     @property
     def moved(self) -> bool:
         """Whether a parameter that is not trained has changed since."""
-        return _norms(self._frozen().values()) != self._norms
+        now = _norms(self._frozen())
+        return any(now.get(name, norm) != norm for name, norm in self._norms.items())
 
     def is_as(self, other: Moment) -> bool:
         """Whether a forward pass from here on is one from the other on, as far as is kept of both."""
@@ -156,12 +160,12 @@ def _storage(tensor: Tensor | None) -> tuple[str, int]:
 
 
 @torch.no_grad()
-def _norms(tensors: Iterable[Tensor]) -> list[float]:
-    """What changes when tensors do, from one look at them."""
-    dense = [tensor.detach() for tensor in tensors if tensor.layout is torch.strided and tensor.is_floating_point()]
-    precise = [torch.promote_types(tensor.dtype, torch.float32) for tensor in dense]
-    norms = [torch.linalg.vector_norm(one, dtype=dtype).cpu() for one, dtype in zip(dense, precise, strict=True)]
-    return [norm.item() for norm in norms]
+def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """By name what changes when a tensor does, as far as one look can tell."""
+    told = {name: one for name, one in tensors.items() if one.layout is torch.strided and one.is_floating_point()}
+    precise = {name: torch.promote_types(one.dtype, torch.float32) for name, one in told.items()}
+    norms = {name: torch.linalg.vector_norm(one, dtype=precise[name]).cpu() for name, one in told.items()}
+    return {name: norm.item() for name, norm in norms.items()}
 
 
 def _copies(tensors: Tensors) -> dict[str, Tensor | None]:

@@ -107,8 +107,8 @@ class StepCurvature:
         candidates = self._batches.candidates()
         if self._batches.lost:
             self._say_once(
-                "the model's forward pass moves parameters that are not trained: curvature is measured from the next "
-                "step on that is due",
+                "parameters of the model that are not trained move within a step: curvature is measured from the next "
+                "step on that is due, when they are kept",
                 "lost",
             )
             return []

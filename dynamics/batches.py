@@ -74,7 +74,7 @@ class Batches:
         frozen = sum(one.numel() for one in self._model.parameters() if not one.requires_grad)
         self._keeps_frozen = frozen <= self._trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
-        self._awaits = False
+        self._awaits, self._asleep = False, bool
         self._at_step = 0
         self._idle = False
 
@@ -98,21 +98,8 @@ class Batches:
                 waiting.moment.others, waiting.passed_at = others, self.mark.backwards
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
 
-        ours = set(self._model.modules())
-
-        @torch.compiler.disable
-        def another_passes(module: nn.Module, inputs: tuple) -> None:
-            if module in ours or asleep() or not (self._others is None or module in self._others):
-                return
-            self.repeat(due=True)
-            if (seen := self._runs_on()) is not None and seen.moment is not None:
-                with suppress(Exception):  # it may be anything; then what it keeps by the time of the probe has to do
-                    seen.moment.keep_another(module, parameters=self._are_few(module))
-
-        self._awaits = True
+        self._awaits, self._asleep = True, asleep
         self._seen = [self._kept(one) for one in self._seen]
-        if self._others_hook is None and not self._compiled and (self._others is None or len(self._others)):
-            self._others_hook = register_module_forward_pre_hook(another_passes)
         if self._hook is None and not self._compiled:
             self._hook = self._model.register_forward_pre_hook(_OfOneModel(passes))
 
@@ -130,6 +117,23 @@ class Batches:
     def of_objective(self, others: Iterable[nn.Module]) -> None:
         """Say which modules outside the model the objective runs: what others keep is none of its business."""
         self._others = weakref.WeakSet(others)
+
+    def _watch_others(self) -> None:
+        """Until the step is taken, keep what modules outside the model have as they run, of those that may matter."""
+        if self._others_hook is not None or self._compiled or not (self._others is None or len(self._others)):
+            return
+        ours, asleep = set(self._model.modules()), self._asleep
+
+        @torch.compiler.disable
+        def another_passes(module: nn.Module, inputs: tuple) -> None:
+            if module in ours or asleep() or not (self._others is None or module in self._others):
+                return
+            self.repeat(due=True)
+            if (seen := self._runs_on()) is not None and seen.moment is not None:
+                with suppress(Exception):  # it may be anything; then what it keeps by the time of the probe has to do
+                    seen.moment.keep_another(module, parameters=self._are_few(module))
+
+        self._others_hook = register_module_forward_pre_hook(another_passes)
 
     def _runs_on(self) -> Seen | None:
         """The batch that a module outside the model runs on: the last that passed, until its gradient is there."""
@@ -178,6 +182,8 @@ class Batches:
     def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
         seen = Seen(batch, None, again=again)
         self._seen.append(self._kept(seen) if due else seen)
+        if due and self._awaits:
+            self._watch_others()
 
     def _kept(self, seen: Seen) -> Seen:
         """With a copy of the batch, and the moment it is."""

@@ -9,6 +9,7 @@ import xarray as xr
 
 import analysis
 from analysis.overview import overview
+from analysis.seed_tables import chance
 from analysis.typeset import as_markdown
 from figures import FIGURES, claim
 
@@ -56,6 +57,27 @@ def median_errors(runs: dict[str, xr.DataTree]) -> pd.DataFrame:
     effects = table[table.relation.str.startswith("effect")]
     by = effects.groupby(["relation", "order", "model"], sort=False, observed=True)["median relative error"].median()
     return by.unstack("model").dropna().sort_index(axis=1)
+
+
+def test_the_prunings_in_one_round_are_summed_up_as_they_are() -> None:
+    runs = analysis.open_runs([str(DOCS / "records" / "training_mode" / "prunings_1r.zarr.zip")])
+    claims = analysis.claims(runs)
+    verdicts = claims.verdict.value_counts()
+    assert f"of {verdicts.sum()} intervals {verdicts['supported']} support a claim" in PAGE
+    assert "contradicted" not in verdicts
+    assert "8 of them would stand" in chance(claims)
+    assert "and 8 stand when corrected" in PAGE
+    errors = median_errors(runs).loc["effect of pruning on the loss"]
+    for order, text in (
+        ("second", "22 % (MobileNet-V1), 33 %\n(ResNet-56) and 66 % (VGG-13)"),
+        ("first", "68, 69 and 97 %"),
+    ):
+        found = [f"{100 * errors.loc[order, model]:.0f}" for model in ("mobilenet_v1", "resnet56", "vgg13")]
+        assert text in PAGE
+        assert re.findall(r"(\d+)(?: %|,| and)", text) == found
+    eval_mode = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
+    same = [run["epochs"].test_loss.identical(eval_mode[label]["epochs"].test_loss) for label, run in runs.items()]
+    assert f"of its {len(same)} trainings {sum(same)} are those of eval mode" in PAGE
 
 
 def test_the_wide_networks_are_predicted_as_it_says() -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from .bystanders import Bystanders
 from .moment import Moment
 from .probe import copied, is_compiled, unwrap
 
@@ -54,6 +53,7 @@ class Batches:
     A batch that stays is that of all further steps until the next one is seen.
 
     Attributes:
+        bystanders: the modules outside the model.
         lost: whether, by the last :meth:`candidates`, the step cannot be measured: parameters that are not trained have
             moved, unexpectedly. From the next step on they are kept.
     """
@@ -68,11 +68,12 @@ class Batches:
         self._counts = bool(counted)
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
-        self._others_hook: RemovableHandle | None = None
-        self._others: weakref.WeakSet[nn.Module] | None = None  # those in the objective, once that is known
-        self._trained = sum(one.numel() for one in self._model.parameters() if one.requires_grad)
-        frozen = sum(one.numel() for one in self._model.parameters() if not one.requires_grad)
-        self._keeps_frozen = frozen <= self._trained  # until a step tells whether its forward pass moves them
+        self.bystanders = Bystanders(self._model)
+        trained, frozen = (
+            sum(one.numel() for one in self._model.parameters() if one.requires_grad == wanted)
+            for wanted in (True, False)
+        )
+        self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
         self._awaits, self._asleep = False, bool
         self._at_step = 0
@@ -110,37 +111,13 @@ class Batches:
         self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
         return lost
 
-    def _are_few(self, module: nn.Module) -> bool:
-        """Whether a module's own parameters are no more than those that are trained."""
-        return sum(one.numel() for one in module._parameters.values() if one is not None) <= self._trained
-
-    def of_objective(self, others: Iterable[nn.Module]) -> None:
-        """Say which modules outside the model the objective runs: what others keep is none of its business."""
-        self._others = weakref.WeakSet(others)
-
-    def _watch_others(self) -> None:
-        """Until the step is taken, keep what modules outside the model have as they run, of those that may matter."""
-        if self._others_hook is not None or self._compiled or not (self._others is None or len(self._others)):
-            return
-        ours, asleep = set(self._model.modules()), self._asleep
-
-        @torch.compiler.disable
-        def another_passes(module: nn.Module, inputs: tuple) -> None:
-            if module in ours or asleep() or not (self._others is None or module in self._others):
-                return
-            self.repeat(due=True)
-            if (seen := self._runs_on()) is not None and seen.moment is not None:
-                with suppress(Exception):  # it may be anything; then what it keeps by the time of the probe has to do
-                    seen.moment.keep_another(module, parameters=self._are_few(module))
-
-        self._others_hook = register_module_forward_pre_hook(another_passes)
-
-    def _runs_on(self) -> Seen | None:
-        """The batch that a module outside the model runs on: the last that passed, until its gradient is there."""
+    def _moment_of_last(self) -> Moment | None:
+        """Of the batch that a module outside the model runs on: the last that passed, until its gradient is there."""
+        self.repeat(due=True)
         last = next((seen for seen in reversed(self._seen) if seen.passed), None)
-        if last is not None and last.passed_at == self.mark.backwards:
-            return last
-        return next((seen for seen in self._seen if not seen.passed), None)
+        if last is None or last.passed_at != self.mark.backwards:
+            last = next((seen for seen in self._seen if not seen.passed), None)
+        return None if last is None else last.moment
 
     def _next_to_pass(self, module: nn.Module) -> Seen | None:
         """The batch whose forward pass begins: the first that had none.
@@ -182,8 +159,8 @@ class Batches:
     def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
         seen = Seen(batch, None, again=again)
         self._seen.append(self._kept(seen) if due else seen)
-        if due and self._awaits:
-            self._watch_others()
+        if due and self._awaits and not self._compiled:
+            self.bystanders.watch(self._moment_of_last, self._asleep)
 
     def _kept(self, seen: Seen) -> Seen:
         """With a copy of the batch, and the moment it is."""
@@ -252,12 +229,7 @@ class Batches:
         count = self._passes[0].count if self._passes else 0
         self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
         self._of_epoch, self._awaits = 0, False
-        self._remove_others_hook()
-
-    def _remove_others_hook(self) -> None:
-        if self._others_hook is not None:
-            self._others_hook.remove()
-            self._others_hook = None
+        self.bystanders.leave()
 
     def close(self) -> None:
         """Remove the hooks, and let the batches go."""

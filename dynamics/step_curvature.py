@@ -133,7 +133,7 @@ class StepCurvature:
         values = self._or_give_up(partial(best.by.curvature_values, best.probe, best.loss, best.grad), step)
         if values is None:
             return None
-        self._batches.of_objective(best.probe.others)
+        self._batches.bystanders.of_objective(best.probe.others)
         if best.cosine < _DOUBTFUL:
             self._say_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "

@@ -1,0 +1,57 @@
+"""Modules outside the model: what a loss, a teacher or another network has as it runs is part of a step's moment."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from .moment import Moment
+
+
+class Bystanders:
+    """Keeps what modules outside the model have as they run, in the moment of the batch that they run on.
+
+    The first time all that run are kept, afterwards those that the objective was found to run: what others have is none
+    of its business. Their parameters are kept where they are no more than those that the model trains.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._most = sum(one.numel() for one in model.parameters() if one.requires_grad)
+        self._known: weakref.WeakSet[nn.Module] | None = None
+        self._hook: RemovableHandle | None = None
+
+    def watch(self, moment: Callable[[], Moment | None], asleep: Callable[[], bool]) -> None:
+        """From now until :meth:`leave`; ``moment()`` is that of the batch in question, if there is one."""
+        if self._hook is not None or not (self._known is None or len(self._known)):
+            return
+        ours = set(self._model.modules())
+
+        @torch.compiler.disable
+        def runs(module: nn.Module, inputs: tuple) -> None:
+            if module in ours or asleep() or not (self._known is None or module in self._known):
+                return
+            if (at := moment()) is not None:
+                with suppress(Exception):  # it may be anything; then what it has by the time of the probe has to do
+                    at.keep_another(module, parameters=self._are_few(module))
+
+        self._hook = register_module_forward_pre_hook(runs)
+
+    def _are_few(self, module: nn.Module) -> bool:
+        return sum(one.numel() for one in module._parameters.values() if one is not None) <= self._most
+
+    def of_objective(self, modules: Iterable[nn.Module]) -> None:
+        """Say which ones the objective runs."""
+        self._known = weakref.WeakSet(modules)
+
+    def leave(self) -> None:
+        """Look no more."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None

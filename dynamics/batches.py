@@ -106,7 +106,8 @@ class Batches:
 
     def _are_moved(self) -> bool:
         """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
-        moved = any(seen.first_moment.moved for seen in self._seen if seen.first_moment)
+        first = self._seen[0].first_moment if self._seen else None  # what moved since a later one moved since this, too
+        moved = first is not None and first.moved
         lost = moved and not self._keeps_frozen
         self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
         return lost

@@ -38,7 +38,7 @@ class CapturedCurvature:
         if kind != self._kind:
             self.drop()
             found = self._measurement.gradient(probe)
-            self._kind = kind if self._may_capture(probe) else None
+            self._kind = kind if None not in kind and self._may_capture(probe) else None
             return found
         if self._gradient is not None:
             self._probe.take(probe)
@@ -68,8 +68,7 @@ class CapturedCurvature:
             release_memory()
 
     def _may_capture(self, probe: Probe) -> bool:
-        known = probe.kind is not None and self._measurement.places is not None
-        return known and probe.repeatable and not self._refused and self._on_gpu()
+        return probe.repeatable and not self._refused and self._on_gpu()
 
     def _on_gpu(self) -> bool:
         return self._measurement.on_one_gpu

@@ -31,7 +31,6 @@ class Passes:
 
     def __init__(self, model: nn.Module, *, temperature: float, low: bool = False) -> None:
         self._model, self._temperature, self._low = model, temperature, low
-        self._parameters = list(model.parameters())
         self._captured: _OneShape | None = None
         self._refused = False
 
@@ -49,16 +48,12 @@ class Passes:
         release_memory()
 
     def _run(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        self._drop_gradients()
+        self._model.zero_grad()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._low):
             logits = self._model(inputs)
             loss = cross_entropy(logits / self._temperature, labels)
         loss.backward()
         return loss.detach(), (logits.argmax(1) == labels).sum()
-
-    def _drop_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def _capture(self, inputs: Tensor, labels: Tensor) -> _OneShape | None:
         inputs, labels, device = inputs.clone(), labels.clone(), inputs.device
@@ -80,7 +75,7 @@ class Passes:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-        return _OneShape(passes, inputs, labels, [(one, one.grad) for one in self._parameters])
+        return _OneShape(passes, inputs, labels, [(one, one.grad) for one in self._model.parameters()])
 
 
 class _OneShape:

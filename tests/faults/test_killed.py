@@ -22,6 +22,7 @@ import xarray as xr
 from dynamics.store import Store
 
 KILLS = int(os.environ.get("THETADOT_KILLS", "8"))
+_KILLS_OF_A_RECORD = 20  # after each the whole record is compared: one of a hundred kills would take minutes to read
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +82,19 @@ class Reader(threading.Thread):
         self.join()
 
 
+@pytest.mark.parametrize("first", range(0, KILLS, _KILLS_OF_A_RECORD))
 @pytest.mark.parametrize("program", sorted(writers.PROGRAMS))
-def test_killed_at_any_time(tmp_path: Path, processes: multiprocessing.context.BaseContext, program: str) -> None:
-    path, random, committed = tmp_path / "run.zarr", np.random.default_rng(KILLS), 0
+def test_killed_at_any_time(
+    tmp_path: Path, processes: multiprocessing.context.BaseContext, program: str, first: int
+) -> None:
+    path, random, committed = tmp_path / "run.zarr", np.random.default_rng([KILLS, first]), 0
     with Reader(path) as reader:
-        for kill in range(KILLS):
+        for kill in range(first, min(first + _KILLS_OF_A_RECORD, KILLS)):
             ours, theirs = processes.Pipe(duplex=False)
             writer = processes.Process(target=writers.PROGRAMS[program], args=(path, theirs, kill), daemon=True)
             writer.start()
             theirs.close()
-            if kill:  # the first may also be killed before it has made the record
+            if kill > first:  # the first may also be killed before it has made the record
                 assert ours.recv() == committed  # gone on with where it was left
             time.sleep(random.uniform(0, 0.1))
             writer.kill()

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from .intervals import half_width, p_value
-from .record import name_of
+from .names import name_of
 from .statistics import STATISTICS, log, statistics
 
 _AGNOSTIC = ("loss_preservation", "gradient_norm_increase", "gradient_norm_preservation")

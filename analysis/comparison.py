@@ -13,9 +13,10 @@ from .conditions import compared_by, comparisons, conditions, first_comparison
 from .convergence import convergence, epoch_window, last_pruning
 from .findings import each
 from .intervals import half_width
+from .names import name_of
 from .norm import network_norm_rate
 from .outcome import outcome
-from .record import MissingQuantityError, columns, ended, name_of
+from .record import MissingQuantityError, columns, ended
 
 Runs = Mapping[str, xr.DataTree]
 ByMeasure = dict[str, xr.Dataset]
@@ -34,7 +35,7 @@ def compare(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[st
 
 
 def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Rows of :func:`analysis.comparisons` by their condition in print: ``vgg13, digits, 70 % pruned in 5 rounds``."""
+    """Rows of :func:`analysis.comparisons` by their condition in print: ``VGG-13, digits, 70 % pruned in 5 rounds``."""
     by = compared_by(table)
     return {_name(rows[by].iloc[0]): rows for _, rows in table.groupby(by, sort=False, dropna=False)}
 
@@ -114,7 +115,7 @@ def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
 
 
 def title(label: str, run: xr.DataTree) -> str:
-    """One run in print: ``vgg13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; its label if none of our own."""
+    """One run in print: ``VGG-13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; else its label."""
     table = conditions({label: run})
     of = table.iloc[0]
     return ", ".join([_name(of[compared_by(table)]), name_of(of.measure), f"seed {of.seed}"]) if of.model else label
@@ -124,7 +125,8 @@ def _name(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
     pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
-    parts = [model, data, pruned, *(f"{name.replace('_', ' ')} {value}" for name, value in others.items())]
+    settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
+    parts = [name_of(model), name_of(data), pruned, *settings]
     return ", ".join(part for part in parts if part)
 
 

@@ -12,7 +12,8 @@ from .comparison import at_pruning, network_norm
 from .conditions import comparisons, mean_by_measure
 from .convergence import convergence
 from .findings import each
-from .record import MissingQuantityError, ended, name_of
+from .names import name_of
+from .record import MissingQuantityError, ended
 
 Runs = Mapping[str, xr.DataTree]
 

@@ -11,8 +11,9 @@ from .agreement import ORDERS, agree, network_norm_rate
 from .conditions import first_comparison, mean_by_measure, several_seeds
 from .effect import filters_left, pruning_effect
 from .loss import loss_decrease, stability
+from .names import name_of
 from .outcome import outcome
-from .record import MissingQuantityError, ended, name_of, node
+from .record import MissingQuantityError, ended, node
 
 Runs = Mapping[str, xr.DataTree]
 

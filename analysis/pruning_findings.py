@@ -13,7 +13,7 @@ from .effect import pruning_effect_per_layer, removal_curve, removed_decrease
 from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .measures import WHOLE, rank_agreement, score_noise
-from .record import name_of
+from .names import name_of
 
 Runs = Mapping[str, xr.DataTree]
 

@@ -103,11 +103,6 @@ def open_runs(paths: Iterable[str]) -> dict[str, xr.DataTree]:
     raise RecordError(f"the records cannot be told apart: {paths}")
 
 
-def name_of(label: str) -> str:
-    """A run's label in print, e.g. ``loss preservation × magnitude``."""
-    return {"none": "not pruned"}.get(label, str(label).replace("_times_", " × ").replace("_", " "))
-
-
 def described(dataset: xr.Dataset, like: str, **symbols: str) -> xr.Dataset:
     """The dataset with a symbol for each named variable, and the unit of the quantity ``like``."""
     for name, symbol in symbols.items():

@@ -14,8 +14,9 @@ from .claims import CLAIMS
 from .conditions import compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
+from .names import name_of
 from .outcome import outcome
-from .record import MissingQuantityError, ended, name_of
+from .record import MissingQuantityError, ended
 from .tables import agreement_table
 from .typeset import MISSING
 
@@ -74,7 +75,7 @@ def agreement_over_runs(runs: Runs) -> pd.DataFrame:
     table = agreement_table(runs).reset_index().join(conditions(runs)[["model", "data"]], on="run")
     groups = table.drop(columns="count").groupby(["relation", "order", "model", "data"], sort=False, observed=True)
     counts = {"runs": groups.size(), "of them with > 2 points": groups["rank correlation"].count()}
-    return groups.median(numeric_only=True).assign(**counts)
+    return _in_print(groups.median(numeric_only=True).assign(**counts))
 
 
 def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
@@ -95,7 +96,7 @@ def claims_table(found: pd.DataFrame) -> pd.DataFrame:
     names = [name for name in found if name not in ("says", "value", "low", "high", "null", "p", "seeds", "verdict")]
     printed = found.set_index(_telling(found, names))
     printed["effect"] = [_effect(row) for row in found.itertuples()]
-    return printed[["effect", "seeds", "verdict"]]
+    return _in_print(printed[["effect", "seeds", "verdict"]])
 
 
 def chance(found: pd.DataFrame) -> str:
@@ -116,10 +117,8 @@ def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callab
     for key, group in table.groupby(by, sort=False, dropna=False):
         counted = group[group.counts]
         seeds = str(len(group)) if len(counted) == len(group) else f"{len(counted)} of {len(group)}"
-        rows[(*key[:-1], name_of(key[-1]))] = {title: cell(counted[title]) for title, cell in cells.items()} | {
-            "seeds": seeds
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(by)
+        rows[key] = {title: cell(counted[title]) for title, cell in cells.items()} | {"seeds": seeds}
+    return _in_print(pd.DataFrame.from_dict(rows, orient="index").rename_axis(by))
 
 
 def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:
@@ -155,6 +154,13 @@ def _effect(row: tuple) -> str:
         return MISSING
     value, low, high = (f"{scale * number:{form}}" for number in (row.value, row.low, row.high))
     return (value if np.isnan(row.low) else f"{value} [{low}, {high}]") + ("" if row.null else " %")
+
+
+def _in_print(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the names in print of its models, data sets and measures."""
+    for level in {"model", "data", "measure"} & set(table.index.names):
+        table = table.rename(index=name_of, level=level)
+    return table
 
 
 def _telling(table: pd.DataFrame, names: list[str]) -> list[str]:

@@ -3,9 +3,9 @@
 from .panels import (
     draw_curve,
     draw_events,
-    draw_filters_left,
     draw_identity,
     draw_layers,
+    draw_over_layers,
     draw_over_time,
     draw_predicted_measured,
 )
@@ -19,9 +19,9 @@ __all__ = [
     "draw",
     "draw_curve",
     "draw_events",
-    "draw_filters_left",
     "draw_identity",
     "draw_layers",
+    "draw_over_layers",
     "draw_over_time",
     "draw_predicted_measured",
     "write_report",

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 import analysis
 from analysis import comparison
 from analysis.conditions import conditions
+from analysis.names import name_of
 from dynamics.schema import label as label_of
 
 from . import panels
@@ -29,7 +30,7 @@ def accuracy(runs: Runs) -> Figure:
     which may leave the panel. Grey line: the mean of the networks that were not pruned.
     """
     found = comparison.compare(runs, comparison.final)
-    figure, axes = grid(len(found), width=3.9, height=1.9, columns=2, sharex=False, sharey=True)
+    figure, axes = grid(len(found), width=4.1, height=1.9, columns=2, sharex=False, sharey=True)
     styles = named_styles([measure for of in found.values() for measure in of])
     for ax, (name, of) in zip(axes, found.items(), strict=True):
         panels.draw_seeds({measure: values.test_accuracy for measure, values in of.items()}, styles, ax=ax)
@@ -111,14 +112,13 @@ def filters_left(runs: Runs) -> Figure:
     95 % interval (Student's).
     """
     found = comparison.compare(runs, _left_in_the_end)
-    layers = max(values.sizes["layer"] for of in found.values() for values in of.values())
-    figure, axes = grid(len(found), width=max(7.2, 0.2 * layers + 2), height=3.0, columns=1, sharex=False)
+    figure, axes = grid(len(found), width=7.2, height=2.7, columns=1, sharex=False)
     for ax, (name, of) in zip(axes, found.items(), strict=True):
         for measure, style in named_styles(of).items():
             share = comparison.mean_and_interval(of[measure].share)
-            panels.draw_filters_left(share["mean"], ax=ax, alpha=0.9, **style)
+            panels.draw_over_layers(share["mean"], ax=ax, alpha=0.9, **style | {"markersize": 3.5})
             panels.draw_band(share.assign_coords(layer=np.arange(share.sizes["layer"])), ax=ax, color=style["color"])
-        ax.tick_params(axis="x", labelsize=8 if ax.get_xticks().size <= 30 else 5)
+        ax.set(ylim=(0, 1.04), ylabel="share of filters left")
         ax.set_title(name, fontsize=8)
     legend_below(figure)
     return figure
@@ -162,7 +162,7 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
             panels.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
             panels.percent(ax.xaxis)
         rows[1][column].set(xlabel="share of the parameters removed")
-        rows[0][column].set_title(", ".join(part for part in (model, data) if part), fontsize=8)
+        rows[0][column].set_title(", ".join(name_of(part) for part in (model, data) if part), fontsize=8)
     rows[0][0].set(ylabel="loss after / before")
     rows[1][0].set(ylabel="‖g‖² after / before")
     legend_below(figure)

@@ -16,6 +16,8 @@ from dynamics.schema import label
 
 from .style import FIRST, MEASURED, SECOND
 
+_LAYER_SIZE = 7  # points
+
 _ORDERS = {"first_order": FIRST, "second_order": SECOND}
 
 
@@ -119,21 +121,14 @@ def draw_seeds(
 
 
 def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, **style: object) -> Axes:
-    """A value a layer, over ``layer`` in the network's order."""
+    """A value a layer, over ``layer`` in the network's order; as many layers are named as there is room for."""
     ax = ax or plt.gca()
-    positions = np.arange(values.sizes["layer"])
-    ax.plot(positions, values, **style)
-    ax.set_xticks(positions, values.layer.values, rotation=90, fontsize=7 if len(positions) <= 30 else 4)
-    return ax
-
-
-def draw_filters_left(share: xr.DataArray, *, ax: Axes | None = None, **style: object) -> Axes:
-    """Share of filters left over ``layer``, in the network's order."""
-    ax = ax or plt.gca()
-    positions = np.arange(share.sizes["layer"])
-    ax.plot(positions, share, **style)
-    ax.set_xticks(positions, share.layer.values, rotation=45, ha="right")
-    ax.set(ylim=(0, 1.04), ylabel="share of filters left")
+    layers = values.layer.values
+    ax.plot(np.arange(len(layers)), values, **style)
+    room = 72 * ax.figure.get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
+    labelled = np.arange(0, len(layers), -(-len(layers) // int(room)))
+    ax.set_xticks(labelled, layers[labelled], rotation=90, fontsize=_LAYER_SIZE)
+    ax.set_xticks(np.arange(len(layers)), minor=True)
     return ax
 
 

@@ -15,7 +15,7 @@ import analysis
 from analysis import MissingQuantityError
 from analysis.comparison import title
 from analysis.conditions import conditions
-from analysis.record import name_of
+from analysis.names import name_of
 from dynamics.schema import label as label_of
 
 from . import comparison, panels, pruning

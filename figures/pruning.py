@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 import analysis
 from analysis.comparison import title
 from analysis.measures import WHOLE
-from analysis.record import name_of
+from analysis.names import name_of
 from dynamics.schema import label
 
 from . import panels
@@ -64,7 +64,7 @@ def removed_decrease(runs: Runs) -> Figure:
     for name, style in by_measure(chosen, chosen).items():
         of_layer = found[name].of_layer.isel(event=0)
         panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
-    right.set_title(what)
+    right.set_title(what, fontsize=8)
     end = 1.1 * max(left.dataLim.x1, left.dataLim.y1) or 1
     left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, end), ylim=(0, end))
     panels.draw_identity(left)
@@ -181,5 +181,6 @@ def scale_invariance(runs: Runs) -> Figure:
     left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale="log")
     right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale="log")
     right.set_yscale("symlog", linthresh=2)
+    figure.suptitle(title(name, runs[name]), x=0.01, ha="left", fontsize=10)
     legend_below(figure)
     return figure

@@ -14,8 +14,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
+from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
-from analysis.record import experiment, name_of
+from analysis.record import experiment
 from analysis.typeset import cell
 
 from .paper import FIGURES, Runs, caption, claim, draw
@@ -154,7 +155,8 @@ def _done(runs: Runs) -> str:
     if not all(settings):
         return f"{extent} of instrumented training."
     trained = _listed(
-        f"{one['model']} at width {one['width']:g} on {one['data']}, {sum(one['epochs'])} epochs of SGD"
+        f"{name_of(one['model'])} at width {one['width']:g} on {name_of(one['data'])}, "
+        f"{sum(one['epochs'])} epochs of SGD"
         for one in settings
     )
     pruned = [one for one in settings if one["measure"] != "none"]

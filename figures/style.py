@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 
 from analysis.conditions import MEASURES
-from analysis.record import name_of
+from analysis.names import name_of
 
 _THEME = Path(__file__).with_name("thetadot.mplstyle")
 

@@ -1,6 +1,7 @@
 """A figure shows the numbers of its analysis: its artists hold them, and its axes carry the table's symbols."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,7 +16,7 @@ import analysis
 from analysis.overview import overview
 from analysis.typeset import cell
 from dynamics.schema import label
-from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_time, write_report
+from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_layers, draw_over_time, write_report
 from figures.report import FINDINGS
 from figures.report import _table as report_table
 from figures.style import run_styles
@@ -95,6 +96,17 @@ def test_layers_are_labelled_by_the_table(runs: dict[str, xr.DataTree]) -> None:
     assert [line.get_label() for line in ax.lines] == ["0", "2"]
     for line, layer in zip(ax.lines, ("0", "2"), strict=True):
         np.testing.assert_array_equal(line.get_ydata(), quantity.sel(layer=layer))
+
+
+@pytest.mark.parametrize("count", [1, 10, 57, 400])
+def test_the_names_of_layers_do_not_meet(count: int) -> None:
+    names = [f"blocks.{number}.conv" for number in range(count)]
+    ax = draw_over_layers(xr.DataArray(np.arange(count), {"layer": names}, ["layer"]))
+    ax.figure.draw_without_rendering()
+    shown = {tick.get_text(): tick.get_window_extent() for tick in ax.get_xticklabels()}
+    assert list(shown) == names[:: -(-count // len(shown))]
+    assert all(one.x1 < other.x0 for one, other in pairwise(shown.values()))
+    assert len(shown) >= min(count, 25)
 
 
 def test_a_measure_has_one_colour_whatever_it_is_drawn_with() -> None:

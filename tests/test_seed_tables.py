@@ -37,10 +37,10 @@ def test_accuracies_are_means_with_students_interval(some: dict[str, xr.DataTree
     accuracies = table["test accuracy, %"].to_dict()
     half = 4.303 * 2 / np.sqrt(3)  # Student's quantile of 2 degrees of freedom, s = 2
     assert accuracies == {
-        ("vgg13", "digits", 1, "not pruned"): "90.0",
-        ("vgg13", "digits", 1, "magnitude"): f"82.0 ± {half:.1f}",
-        ("vgg13", "digits", 2, "not pruned"): "90.0",
-        ("vgg13", "digits", 2, "magnitude"): "50.0",
+        ("VGG-13", "digits", 1, "not pruned"): "90.0",
+        ("VGG-13", "digits", 1, "magnitude"): f"82.0 ± {half:.1f}",
+        ("VGG-13", "digits", 2, "not pruned"): "90.0",
+        ("VGG-13", "digits", 2, "magnitude"): "50.0",
     }
     assert table.seeds.tolist() == ["1", "3", "1", "1"]
     assert table["parameters pruned, %"].tolist() == ["0.0", "25.0", "0.0", "25.0"]
@@ -78,7 +78,7 @@ def test_the_sparsity_stands_where_it_differs(some: dict[str, xr.DataTree]) -> N
     sparser.attrs["experiment"] = json.dumps(json.loads(sparser.attrs["experiment"]) | {"sparsity": 0.9})
     table = analysis.accuracy_table(some | {"sparser": sparser})
     assert table.index.names == ["model", "data", "rounds", "sparsity", "measure"]
-    assert table.loc[("vgg13", "digits", 1)].index.tolist() == [
+    assert table.loc[("VGG-13", "digits", 1)].index.tolist() == [
         (0.5, "not pruned"), (0.5, "magnitude"), (0.9, "not pruned"), (0.9, "magnitude"),
     ]  # fmt: skip
 
@@ -93,8 +93,8 @@ def test_verdicts_are_counted_over_conditions() -> None:
     assert (counts[[*VERDICTS]].sum(axis=1) == [1 if name == "ii.c" else 2 for name in counts.index]).all()
     printed = claims_table(found)
     assert printed.index.names == ["claim", "model", "data", "rounds"]
-    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", printed.effect[("i.f", "vgg13", "digits", 1)])
-    assert re.fullmatch(r"[+-]\d\.\d\d \[-\d\.\d\d, \+\d\.\d\d\] %", printed.effect[("ii.c", "vgg13", "digits", 1)])
+    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", printed.effect[("i.f", "VGG-13", "digits", 1)])
+    assert re.fullmatch(r"[+-]\d\.\d\d \[-\d\.\d\d, \+\d\.\d\d\] %", printed.effect[("ii.c", "VGG-13", "digits", 1)])
 
 
 def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:

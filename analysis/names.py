@@ -1,0 +1,14 @@
+"""What models, data and measures are called in print."""
+
+from __future__ import annotations
+
+_PROPER = {
+    "none": "not pruned",
+    "vgg13": "VGG-13", "mobilenet_v1": "MobileNet-V1", "resnet56": "ResNet-56",
+    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST",
+}  # fmt: skip
+
+
+def name_of(name: str) -> str:
+    """A model, a data set, a measure, or any label of a run in print, e.g. ``loss preservation × magnitude``."""
+    return _PROPER.get(name, str(name).replace("_times_", " × ").replace("_", " "))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import schema
 from .buffer import LONGEST_TEXT
 
+_WITHIN = ("optimizer", "base_optimizer", "_base_optimizer")  # what wrappers call the optimizer by which they step
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
@@ -48,21 +49,31 @@ def check_resume(resume: Any, step: Any) -> None:
 
 
 def optimizers(given: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers of what was given: one, several, or some that a library wrapped (their ``.optimizer``).
+    """The torch optimizers of what was given: one, several, or those by which wrappers step.
 
     Raises:
         TypeError: something else.
     """
-    several = list(given) if isinstance(given, list | tuple) else [given]
-    for index, one in enumerate(several):
-        while not _has_hooks(one) and isinstance(getattr(one, "optimizer", None), torch.optim.Optimizer):
-            one = one.optimizer
-        several[index] = one
-        if not _has_hooks(one):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(one).__name__}")
-    if not several:
+    found = [_stepping(one) for one in as_given(given)]
+    if not found:
         raise TypeError("optimizer must be a torch.optim.Optimizer, or a list of them, got an empty list")
-    return several
+    return found
+
+
+def as_given(given: Any) -> list[Any]:
+    """What was given, one or several, as a list."""
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _stepping(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer with hooks that this is, or that it wraps."""
+    given = optimizer
+    while not _has_hooks(optimizer):
+        within = (getattr(optimizer, name, None) for name in _WITHIN)
+        optimizer = next((one for one in within if isinstance(one, torch.optim.Optimizer)), None)
+        if optimizer is None:
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(given).__name__}")
+    return optimizer
 
 
 def _has_hooks(optimizer: Any) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 
 from .steps import Steps
+
+_OF_TORCH = sys.modules[torch.optim.Optimizer.__module__].__file__
 
 
 class Attachment:
@@ -17,13 +22,20 @@ class Attachment:
     A step is one step of each optimizer; it also ends where one of them steps again, or at :meth:`end`. A closure is
     wrapped: its gradient is there when it first returns. A step that an exception ends is none, but for those of other
     optimizers that were through. Other hooks on an optimizer come before these, from the next step or :meth:`end` on.
-    While ``steps`` is busy, hooks do nothing.
+    While ``steps`` is busy, hooks do nothing. ``given`` are the optimizers as they were given: what a wrapper does
+    around the step of the one within, such as to look ahead, is a part of the step.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], steps: Steps) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], given: Sequence[Any], steps: Steps) -> None:
         self._optimizers, self._steps = list(optimizers), steps
         self._stepping: int | None = None  # the optimizer whose step has begun
+        self._nested = 0  # how many more times: a subclass may step by its parent's step
         self._stepped: set[int] = set()  # those that are through
+        self._wrappers = {
+            number: _Wrapper(outer, partial(self._through, number))
+            for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
+            if outer is not one
+        }
         self._pre_hooks = [
             one.register_step_pre_hook(partial(self._before, number)) for number, one in enumerate(optimizers)
         ]
@@ -34,10 +46,14 @@ class Attachment:
     def __bool__(self) -> bool:
         return bool(self._hooks)
 
+    @torch.compiler.disable
     def _before(
         self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         if self._steps.busy:
+            return None
+        if self._stepping == number and (self._is_wrapped(number) or _is_within_a_step_of(optimizer)):
+            self._nested += 1
             return None
         if self._stepping is not None or number in self._stepped:
             self._finish()
@@ -45,11 +61,13 @@ class Attachment:
         if not self._stepped:
             self._steps.begin()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
-        if closure is None:
+        if not callable(closure):
             self._steps.take_gradient(number)
             return None
         measuring = self._measuring(closure, number)
-        return (args, {**kwargs, "closure": measuring}) if "closure" in kwargs else ((args[0], measuring), kwargs)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": measuring}
+        return (args[0], measuring, *args[2:]), kwargs
 
     def _measuring(self, closure: Callable[[], Any], number: int) -> Callable[[], Any]:
         waiting = [number]
@@ -66,8 +84,22 @@ class Attachment:
 
         return measured
 
+    @torch.compiler.disable
     def _after(self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._steps.busy or self._stepping is None:
+            return
+        if self._nested:
+            self._nested -= 1
+        elif not self._is_wrapped(number):
+            self._through(number)
+
+    def _is_wrapped(self, number: int) -> bool:
+        """Whether what steps right now is a wrapper around the optimizer."""
+        return number in self._wrappers and self._wrappers[number].steps
+
+    def _through(self, number: int) -> None:
+        """An optimizer's step is done, if one has begun."""
+        if self._stepping is None:
             return
         self._stepping = None
         self._stepped.add(number)
@@ -83,7 +115,7 @@ class Attachment:
 
     def _finish(self) -> None:
         """End the step of those that are through. One that has begun was ended by an exception."""
-        self._stepping = None
+        self._stepping, self._nested = None, 0
         if self._stepped:
             stepped, self._stepped = sorted(self._stepped), set()
             self._steps.end(stepped)
@@ -100,4 +132,51 @@ class Attachment:
         self._finish()
         for hook in self._hooks:
             hook.remove()
+        for wrapper in self._wrappers.values():
+            wrapper.close()
         self._hooks = []
+
+
+class _Wrapper:
+    """What steps by another optimizer: ``through()`` is called when its own step is done.
+
+    Attributes:
+        steps: whether it is stepping right now.
+    """
+
+    def __init__(self, wrapper: Any, through: Callable[[], None]) -> None:
+        self.steps, self._wrapper, self._open = False, wrapper, True
+        own = wrapper.step
+
+        @functools.wraps(own)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.steps = self._open
+            try:
+                result = own(*args, **kwargs)
+            finally:
+                self.steps = False
+            if self._open:
+                through()
+            return result
+
+        self._step = wrapper.step = step
+
+    def close(self) -> None:
+        """Give the wrapper its own step back; where something else has wrapped that since, only pass it on."""
+        self._open = False
+        if vars(self._wrapper).get("step") is self._step:
+            del self._wrapper.step
+
+
+def _is_within_a_step_of(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of the optimizer was begun before the one that is beginning and still runs.
+
+    Torch hooks the steps of a class and of its parent each, and both call an optimizer's hooks.
+    """
+    frame: FrameType | None = sys._getframe()
+    running = 0
+    while frame is not None and running < 2:
+        of_torch = frame.f_code.co_filename == _OF_TORCH
+        running += of_torch and frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return running == 2

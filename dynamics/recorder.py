@@ -11,13 +11,16 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import provenance
 from .arguments import (
+    as_given,
     check_arguments,
     check_description,
     check_epoch,
@@ -42,6 +45,7 @@ from .step import Measurement
 from .step_curvature import StepCurvature
 from .steps import Steps
 from .termination import on_termination
+from .watched import Watched, watched
 
 
 class Recorder:
@@ -120,15 +124,15 @@ class Recorder:
         probing = self._model, objective, self._batches, measurement, self._processes
         curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
         self._steps = Steps(groups, measurement, curvature, self._batches, self._rows, place, names, every)
-        self._attachment = Attachment(held, self._steps)
+        self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
 
     # what the loop calls
 
-    def watch(self, loader: Iterable) -> _Watched:
+    def watch(self, loader: Iterable) -> Watched:
         """Yield what the loader yields and remember each batch for the steps it leads to. Each pass is an epoch."""
-        return _Watched(self, loader)
+        return watched(loader, self.begin_epoch, partial(self._observe, stays=True), self._batches.leave)
 
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, where there is no loader to watch. Several batches accumulate."""
@@ -139,7 +143,7 @@ class Recorder:
         if self._attachment:
             self._steps.see(batch, stays=stays)
 
-    def log(self, **scalars: float | Tensor) -> None:
+    def log(self, **scalars: float | Tensor | np.ndarray) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
 
         What is logged for each of several micro-batches of a step is averaged. A loop that says nothing of its batches
@@ -147,6 +151,7 @@ class Recorder:
         value is taken to be of the step before.
         """
         for name, value in scalars.items():
+            value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
             self._steps.log(name, value)
@@ -257,31 +262,6 @@ class Recorder:
             except Exception as error:
                 raise ValueError(f"event(): the objective failed on the probe's batches with {named(error)}") from error
             return Stage(self._layers, self._processes, expansion)
-
-
-class _Watched:
-    """A loader under watch: as long as the loader, and yields what it yields."""
-
-    def __init__(self, recorder: Recorder, loader: Iterable) -> None:
-        self._recorder, self._loader = recorder, loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        """The loader's own: its data set, say."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-    def __iter__(self) -> Iterator:
-        self._recorder.begin_epoch()
-        try:
-            for batch in self._loader:
-                self._recorder._observe(batch, stays=True)
-                yield batch
-        finally:
-            self._recorder._batches.leave()
 
 
 def _device_name(device: torch.device) -> str:

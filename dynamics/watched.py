@@ -1,0 +1,59 @@
+"""A loader under watch: it yields what the loader yields, and each batch is told of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+
+def watched(
+    loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[[], None]
+) -> Watched:
+    """The loader, such that each pass over it ``begins`` and ``ends``, and ``sees`` every batch before it is used.
+
+    Of an iterator, an iterator. The loader is asked for an iterator, and for batches, when a loop asks for them, so
+    that random numbers are drawn in the order in which they would be drawn without.
+    """
+    kind = WatchedIterator if isinstance(loader, Iterator) else Watched
+    return kind(loader, begins, sees, ends)
+
+
+class Watched:
+    """As long as the loader; what else the loader has is asked of it."""
+
+    def __init__(
+        self, loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[[], None]
+    ) -> None:
+        self._loader, self._begins, self._sees, self._ends = loader, begins, sees, ends
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        """The loader's own: its data set, say."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator:
+        return self._one_pass(iter(self._loader))
+
+    def _one_pass(self, batches: Iterator) -> Iterator:
+        self._begins()
+        try:
+            for batch in batches:
+                self._sees(batch)
+                yield batch
+        finally:
+            self._ends()
+
+
+class WatchedIterator(Watched):
+    """One from which ``next()`` takes batches, too: all that are taken so are of one pass."""
+
+    _taken: Iterator | None = None
+
+    def __next__(self) -> Any:
+        if self._taken is None:
+            self._taken = iter(self)
+        return next(self._taken)

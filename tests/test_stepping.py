@@ -1,0 +1,158 @@
+"""Where a step begins and ends: optimizers that step by their parent's step or by another optimizer, and odd calls."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import ByHand
+from networks import vectors
+from torch import nn
+
+from dynamics import Recorder, open_run
+
+
+class Projected(torch.optim.SGD):
+    """Decays before its parent's step, and projects after it."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        for group in self.param_groups:
+            torch._foreach_mul_(group["params"], 0.95)
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.clamp_(-0.3, 0.3)
+        return loss
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As published: never called its parent's ``__init__``, so that it has no hooks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, within: str) -> None:
+        setattr(self, within, optimizer)
+        self.inner, self.param_groups, self.state, self.taken = optimizer, optimizer.param_groups, defaultdict(dict), 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        loss = self.inner.step(closure)
+        self.taken += 1
+        for parameter in (one for group in self.param_groups for one in group["params"] if self.taken % 2 == 0):
+            slow = self.state[parameter].setdefault("slow", torch.zeros_like(parameter))
+            parameter.copy_(slow.add_(parameter - slow, alpha=0.5))
+        return loss
+
+
+class Noam:
+    """No optimizer at all: sets the learning rate, and steps by one; twice if asked."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, times: int = 1) -> None:
+        self.optimizer, self.times, self.taken = optimizer, times, 0
+
+    def step(self) -> None:
+        for _ in range(self.times):
+            self.taken += 1
+            self.optimizer.param_groups[0]["lr"] = 0.1 / self.taken
+            self.optimizer.step()
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)  # one that is made has the step of its class hooked for good
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "subclass": lambda parameters: (sgd(parameters), Projected(parameters, 0.1))[1],
+    "lookahead": lambda parameters: Lookahead(sgd(parameters), "optimizer"),
+    "lookahead of timm": lambda parameters: Lookahead(sgd(parameters), "_base_optimizer"),
+    "noam": lambda parameters: Noam(sgd(parameters)),
+    "noam, twice": lambda parameters: Noam(sgd(parameters), 2),
+}
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_done_around_a_step_is_part_of_it(tmp_path: Path, name: str, closure: bool) -> None:
+    if closure and "noam" in name:
+        pytest.skip("takes none")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer, hand = OPTIMIZERS[name](list(model.parameters())), ByHand(model)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in vectors(6):
+            recorder.observe((inputs.double(), labels))
+            model.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            hand.before()
+            optimizer.step(*[lambda: None] * closure)
+            hand.after()
+    run = open_run(tmp_path / "run")
+    hand.agrees_with(run.steps)
+    np.testing.assert_allclose(run.curvature.grad_applied_grad, run.curvature.grad_sqnorm, 1e-9)
+    assert "step" not in vars(optimizer)
+    taken = optimizer.step.__func__  # its class's own
+    assert taken in (type(optimizer).step, getattr(type(optimizer).step, "__wrapped__", None))
+
+
+def test_a_wrapper_that_something_else_wraps_meanwhile_goes_on(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = Noam(sgd(list(model.parameters())))
+    with Recorder(tmp_path / "run", model, optimizer):
+        inner, calls = optimizer.step, []
+        optimizer.step = lambda: (calls.append(1), inner())
+        optimizer.step()
+    optimizer.step()
+    assert len(calls) == optimizer.taken == 2
+    assert open_run(tmp_path / "run").steps.sizes["step"] == 1
+
+
+def test_a_wrapped_step_that_fails_is_none(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = Noam(sgd(list(model.parameters())))
+    optimizer.optimizer.register_step_post_hook(lambda *given: 1 / 0 if optimizer.taken == 1 else None)
+    with Recorder(tmp_path / "run", model, optimizer):
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        optimizer.step()
+        optimizer.step()
+    assert open_run(tmp_path / "run").steps.sizes["step"] == 2
+
+
+def test_what_is_given_to_a_step_need_not_be_a_closure(tmp_path: Path) -> None:
+    class Polyak(torch.optim.SGD):
+        def step(self, loss: float) -> None:  # its step size is by the loss
+            self.param_groups[0]["lr"] = 0.1 * loss
+            super().step()
+
+    model = nn.Linear(4, 3)
+    optimizer = Polyak(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step(loss.item())
+            recorder.log(loss=loss.detach().numpy(), accuracy=np.array([0.5]))
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run.curvature.loss_before, run.steps.loss, 1e-6)
+    assert (run.steps.accuracy == 0.5).all()
+
+
+def test_a_compiled_step_is_recorded_as_any(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer, hand = sgd(list(model.parameters())), ByHand(model)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            hand.before()
+            step()
+            hand.after()
+    run = open_run(tmp_path / "run")
+    hand.agrees_with(run.steps)
+    np.testing.assert_allclose(run.curvature.grad_applied_grad, run.curvature.grad_sqnorm, 1e-9)

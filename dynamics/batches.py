@@ -75,7 +75,7 @@ class Batches:
         )
         self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
-        self._awaits, self._asleep = False, bool
+        self._awaits, self._asleep, self._passing = False, bool, None
         self._at_step = 0
         self._idle = False
 
@@ -85,12 +85,12 @@ class Batches:
     def await_forward(self, asleep: Callable[[], bool]) -> None:
         """Until the step is taken, keep the moments of forward passes; not of a compiled model, which hooks slow down.
 
-        The hook stays once it is there, for to come and go would have the model compiled again.
+        The hook is there from a batch to its step: those who script the model otherwise do not meet it.
         """
 
         @torch.compiler.disable
         def passes(module: nn.Module, inputs: tuple) -> None:
-            if not self._awaits or not torch.is_grad_enabled() or asleep():
+            if not torch.is_grad_enabled() or asleep():
                 return
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
@@ -99,10 +99,14 @@ class Batches:
                 waiting.moment.others, waiting.passed_at = others, self.mark.backwards
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
 
-        self._awaits, self._asleep = True, asleep
+        self._awaits, self._asleep, self._passing = True, asleep, _OfOneModel(passes)
         self._seen = [self._kept(one) for one in self._seen]
-        if self._hook is None and not self._compiled:
-            self._hook = self._model.register_forward_pre_hook(_OfOneModel(passes))
+        if self._seen or self._staying:
+            self._look_for_passes()
+
+    def _look_for_passes(self) -> None:
+        if self._hook is None and self._awaits and not self._compiled:
+            self._hook = self._model.register_forward_pre_hook(self._passing)
 
     def _are_moved(self) -> bool:
         """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
@@ -160,6 +164,8 @@ class Batches:
     def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
         seen = Seen(batch, None, again=again)
         self._seen.append(self._kept(seen) if due else seen)
+        if due:
+            self._look_for_passes()
         if due and self._awaits and not self._compiled:
             self.bystanders.watch(self._moment_of_last, self._asleep)
 
@@ -230,14 +236,15 @@ class Batches:
         count = self._passes[0].count if self._passes else 0
         self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
         self._of_epoch, self._awaits = 0, False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         self.bystanders.leave()
 
     def close(self) -> None:
         """Remove the hooks, and let the batches go."""
         self.clear()
         self.leave()
-        if self._hook is not None:
-            self._hook.remove()
         for passes in self._passes:
             passes.remove()
 

@@ -33,9 +33,14 @@ class Bystanders:
             return
         ours = set(self._model.modules())
 
-        @torch.compiler.disable
         def runs(module: nn.Module, inputs: tuple) -> None:
-            if module in ours or asleep() or not (self._known is None or module in self._known):
+            if torch.compiler.is_compiling() or module in ours or asleep():
+                return
+            if getattr(module, "_orig_mod", None) is self._model:  # compiled with the hook, it would be compiled twice
+                self._known = weakref.WeakSet()
+                self.leave()
+                return
+            if not (self._known is None or module in self._known):
                 return
             if (at := moment()) is not None:
                 with suppress(Exception):  # it may be anything; then what it has by the time of the probe has to do

@@ -395,6 +395,51 @@ def test_a_compiled_model(tmp_path: Path, way: str) -> None:
     assert not run["curvature"].approximate.any()
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("own_class", [False, True])  # torch runs the hooks of its own classes' instances compiled
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # at modules outside the model, once
+def test_a_model_that_the_loop_runs_compiled_is_compiled_once(tmp_path: Path, every: int, own_class: bool) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = smooth_network()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.layers(inputs)
+
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = Network() if own_class else smooth_network()
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
+        compiled = torch.compile(model, backend=backend)
+        for batch in recorder.watch(vectors(4)):
+            optimizer.zero_grad()
+            loss = cross_entropy(compiled, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert len(graphs) == 1
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses[::every], rtol=1e-12)
+
+
+def test_a_model_has_no_hook_between_steps_that_are_measured(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=5) as recorder:
+        assert not model._forward_pre_hooks
+        for inputs, labels in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            cross_entropy(model, (inputs, labels)).backward()
+            optimizer.step()
+            assert torch.equal(torch.jit.script(model)(inputs), model(inputs))
+
+
 class OnceDifferentiable(torch.autograd.Function):
     """The square, with a backward pass that has no derivative, as some fused kernels."""
 

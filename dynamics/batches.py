@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .bystanders import Bystanders
 from .moment import Moment
-from .probe import copied, is_compiled, unwrap
+from .probe import Objective, copied, is_compiled, unwrap
 
 _MOST = 4096  # batches of one step
 _IDLE = 128  # batches in a row whose gradients come to nothing
@@ -58,8 +58,11 @@ class Batches:
             moved, unexpectedly. From the next step on they are kept.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, counted: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, objective: Objective, counted: Sequence[nn.Parameter]
+    ) -> None:
         self._model, self._device, self._compiled = unwrap(model), device, is_compiled(model)
+        self._objective = objective
         self._seen: list[Seen] = []
         self._staying: list[Any] = []  # the batch that stays, if one does
         self._of_epoch = 0
@@ -68,7 +71,7 @@ class Batches:
         self._counts = bool(counted)
         self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
         self._hook: RemovableHandle | None = None
-        self.bystanders = Bystanders(self._model)
+        self.bystanders = Bystanders(self._model, objective)
         trained, frozen = (
             sum(one.numel() for one in self._model.parameters() if one.requires_grad == wanted)
             for wanted in (True, False)
@@ -175,7 +178,7 @@ class Batches:
         return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
 
     def _moment(self) -> Moment:
-        return Moment(self._model, self._device, keep_frozen=self._keeps_frozen)
+        return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first.

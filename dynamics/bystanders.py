@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .moment import Moment
+from .probe import Objective, cross_entropy_objective
 
 
 class Bystanders:
@@ -21,10 +22,11 @@ class Bystanders:
     of its business. Their parameters are kept where they are no more than those that the model trains.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
         self._model = model
         self._most = sum(one.numel() for one in model.parameters() if one.requires_grad)
-        self._known: weakref.WeakSet[nn.Module] | None = None
+        runs_others = objective is not cross_entropy_objective
+        self._known: weakref.WeakSet[nn.Module] | None = None if runs_others else weakref.WeakSet()
         self._hook: RemovableHandle | None = None
 
     def watch(self, moment: Callable[[], Moment | None], asleep: Callable[[], bool]) -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.data import Dataset
 
-_REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
+from .kept import PutBack, kept
 
-PutBack = Callable[[], None]
 Tensors = Mapping[str, Tensor | None]
 
 
@@ -61,18 +57,23 @@ def random_numbers_untouched(device: torch.device) -> Iterator[None]:
 class Moment:
     """Buffers, random numbers and what modules keep in plain attributes, such as a hidden state, as they are now.
 
-    Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
-    deques and generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are those of
-    objects whose class comes from where a module's does, but for data sets.
+    So is what the ``objective`` refers to, such as a generator of its own: :func:`dynamics.kept.kept` says what.
 
     Attributes:
         frozen: the parameters that are not trained, if they were to be kept: a forward pass may move them.
         others: modules outside the model that have run since, with what they had when they last began to.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, keep_frozen: bool = False) -> None:
-        self._model, self._device = model, device
-        self._random, self._attributes = RandomState(device), _kept_attributes(model.modules())
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        objective: Callable | None = None,
+        *,
+        keep_frozen: bool = False,
+    ) -> None:
+        self._model, self._device, self._objective = model, device, objective
+        self._random, self._attributes = RandomState(device), kept(model.modules(), objective)
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         frozen = self._frozen()
         self._norms = _norms(frozen)
@@ -88,7 +89,7 @@ class Moment:
         What counts is the last time: a network may run for its own loss, step, and then run for this one.
         """
         held = _copies(module._parameters) if parameters else {}
-        self.others[module] = _kept_attributes([module]), _copies(module._buffers), held
+        self.others[module] = kept([module]).put_back, _copies(module._buffers), held
 
     @property
     def moved(self) -> bool:
@@ -101,7 +102,7 @@ class Moment:
         theirs = other._buffers | other.frozen
         dense = {name: one for name, one in (self._buffers | self.frozen).items() if one.layout is torch.strided}
         same = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
-        return same and self._random == other._random
+        return same and self._random == other._random and self._attributes.are_as(other._attributes)
 
     def buffers(self) -> dict[str, Tensor]:
         """A fresh copy of each buffer, by name."""
@@ -128,35 +129,27 @@ class Moment:
         So are the buffers and attributes of other modules that run inside, such as a teacher: those of the moment, if
         they were kept. Yields the set that these modules are added to.
         """
-        put_back = [_kept_attributes(self._model.modules())]
+        put_back = [kept(self._model.modules(), self._objective).put_back]
         ours, others = set(self._model.modules()), set()
 
         def keep_another(module: nn.Module, inputs: tuple) -> None:
             if module not in ours and module not in others:
                 others.add(module)
                 attributes, buffers, parameters = self.others.get(module, (_nothing, module._buffers, {}))
-                put_back.extend([_kept_attributes([module]), _lent(module._buffers, buffers)])
+                put_back.extend([kept([module]).put_back, _lent(module._buffers, buffers)])
                 put_back.append(_lent(module._parameters, parameters))
                 attributes()
 
         with random_numbers_untouched(self._device):
             hook = register_module_forward_pre_hook(keep_another)
             try:
-                self._attributes()
+                self._attributes.put_back()
                 self._random.restore()
                 yield others
             finally:
                 hook.remove()
-                for one in put_back:
+                for one in reversed(put_back):
                     one()
-
-
-def _storage(tensor: Tensor | None) -> tuple[str, int]:
-    """Which memory a tensor lies in, as far as it can be told."""
-    try:
-        return "storage", tensor.untyped_storage().data_ptr() or id(tensor)
-    except (AttributeError, NotImplementedError, RuntimeError):  # none, sparse, or one that only stands for others
-        return "storage", id(tensor)
 
 
 @torch.no_grad()
@@ -182,97 +175,6 @@ def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
     own = {name: table[name] for name in tensors if name in table}
     table.update({name: copy for name, copy in _copies(tensors).items() if name in own})
     return lambda: table.update(own)
-
-
-def _kept_attributes(modules: Iterator[nn.Module] | list[nn.Module]) -> PutBack:
-    kept, modules = [], list(modules)
-    seen = {_storage(parameter) for module in modules for parameter in module._parameters.values()}
-    packages = {_package(module) for module in modules} - {"torch"}
-    for module in modules:
-        own = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
-        kept.append((module, own, [_kept(value, seen, packages) for value in own.values()]))
-
-    def put_back() -> None:
-        for module, own, contents in kept:
-            now = vars(module)
-            for name in now.keys() - own.keys() - _REGISTRIES:
-                del now[name]
-            now.update(own)
-            for one in contents:
-                one()
-
-    return put_back
-
-
-def _package(value: Any) -> str:
-    return type(value).__module__.partition(".")[0]
-
-
-def _kept(value: Any, seen: set[int], packages: set[str]) -> PutBack:
-    """What puts the contents of an object back, in place."""
-    if id(value) in seen:
-        return _nothing
-    seen.add(id(value))
-    if isinstance(value, Tensor):  # one that shares a parameter's memory, as with spectral_norm, is the optimizer's
-        return _nothing if _storage(value) in seen else _kept_tensor(value)
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state)
-    if isinstance(value, np.random.Generator):
-        numbers = value.bit_generator.state
-        return lambda: setattr(value.bit_generator, "state", numbers)
-    if isinstance(value, np.ndarray):
-        numbers = value.copy()
-        return lambda: np.copyto(value, numbers) if value.flags.writeable else None
-    if isinstance(value, dict):
-        return _kept_container(value, dict(value), list(value.values()), value.update, seen, packages)
-    if isinstance(value, list | deque):
-        return _kept_container(value, list(value), list(value), value.extend, seen, packages)
-    if isinstance(value, set):
-        return _kept_container(value, set(value), [], value.update, seen, packages)
-    if _package(value) in packages and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Dataset):
-        own = vars(value)
-        return _kept_container(own, dict(own), list(own.values()), own.update, seen, packages)
-    return _nothing
-
-
-def _kept_container(
-    value: Any,
-    content: Any,
-    inner: list[Any],
-    fill: Callable[[Any], None],
-    seen: set[int],
-    packages: set[str],
-) -> PutBack:
-    parts = [_kept(one, seen, packages) for one in inner]
-
-    def put_back() -> None:
-        value.clear()
-        fill(content)
-        for part in parts:
-            part()
-
-    return put_back
-
-
-@torch.no_grad()
-def _kept_tensor(tensor: Tensor | None) -> PutBack:
-    if (
-        tensor is None
-        or isinstance(tensor, nn.Parameter)
-        or tensor.layout is not torch.strided
-        or tensor.is_inference()
-    ):
-        return _nothing
-    content, version = tensor.detach().clone(), tensor._version
-
-    @torch.no_grad()
-    def put_back() -> None:
-        # Torch's BatchNorm changes its statistics without a new version.
-        if tensor._version != version or not torch.equal(tensor, content):
-            tensor.detach().copy_(content)
-
-    return put_back
 
 
 def _nothing() -> None:

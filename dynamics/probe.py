@@ -159,7 +159,7 @@ class Probe:
         self._mode = mode
         self._stateless = _Stateless(self._model, objective)
         self._device = next(self._model.parameters()).device
-        moments = moments or [Moment(self._model, self._device)] * len(batches)
+        moments = moments or [Moment(self._model, self._device, objective)] * len(batches)
         counts = [sample_count(batch) for batch in batches]
         self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}

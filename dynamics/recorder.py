@@ -120,7 +120,7 @@ class Recorder:
         self._events = place.events
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = [] if self._processes.replicated else self._layers.parameters
-        self._batches = Batches(model, self._layers.device, counted)
+        self._batches = Batches(model, self._layers.device, objective, counted)
         probing = self._model, objective, self._batches, measurement, self._processes
         curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
         self._steps = Steps(groups, measurement, curvature, self._batches, self._rows, place, names, every)
@@ -196,7 +196,7 @@ class Recorder:
             raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
         check_description(kind, attributes)
         self._attachment.end()
-        moments = [Moment(self._model, self._layers.device)] * len(probe)
+        moments = [Moment(self._model, self._layers.device, self._objective)] * len(probe)
         before = self._stage(probe, mode, moments)
         yield (event := Event(self._model))
         after = self._stage(probe, mode, moments)

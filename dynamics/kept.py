@@ -26,6 +26,7 @@ PutBack = Callable[[], None]
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
 _OF_OTHERS = (nn.Module, Dataset, DataLoader, Sampler, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_OURS = __name__.partition(".")[0]
 _MOST = 10_000  # entries of a container that a function refers to
 
 
@@ -73,7 +74,7 @@ class _Keeper:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.numbers: list[Any] = []
         self._seen: set[Any] = {storage(one) for module in modules for one in module._parameters.values()}
-        self._packages = {_package(type(module)) for module in modules} - {"torch"}
+        self._packages = {_package(type(module)) for module in modules} - {"torch", _OURS}
 
     def attributes(self, module: nn.Module) -> PutBack:
         """The plain attributes of a module."""
@@ -259,7 +260,7 @@ def _is_users(module: str | None) -> bool:
     if name == "__main__":
         return True
     file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None or name.partition(".")[0] == __package__.partition(".")[0]:
+    if file is None or name.partition(".")[0] == _OURS:
         return False
     installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
     return not installed and not file.startswith(sysconfig.get_path("stdlib"))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .backward_passes import BackwardPasses
 from .bystanders import Bystanders
 from .moment import Moment
 from .probe import Objective, copied, is_compiled, unwrap
@@ -22,11 +22,12 @@ _IDLE = 128  # batches in a row whose gradients come to nothing
 
 @dataclass
 class Seen:
-    """A batch, the moment at which its forward pass starts, and the one at which it was seen."""
+    """A batch, and the moments at which its forward pass starts, it was seen, and a further pass starts, if one did."""
 
     batch: Any
     moment: Moment | None
     first_moment: Moment | None = None
+    last_moment: Moment | None = None
     passed: bool = False
     passed_at: int = 0  # the number of backward passes before its forward pass
     again: bool = False  # a step of it has been taken already
@@ -69,7 +70,7 @@ class Batches:
         self._ahead = 0  # how many batches the loop reads before it uses them
         self._windows: list[tuple[int, int]] = []  # the candidates
         self._counts = bool(counted)
-        self._passes = [_Passes(parameter) for parameter in counted if parameter.requires_grad]
+        self._passes = BackwardPasses(counted)
         self._hook: RemovableHandle | None = None
         self.bystanders = Bystanders(self._model, objective)
         trained, frozen = (
@@ -79,7 +80,6 @@ class Batches:
         self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
         self._awaits, self._asleep, self._passing = False, bool, None
-        self._at_step = 0
         self._idle = False
 
     def __len__(self) -> int:
@@ -101,6 +101,9 @@ class Batches:
                 waiting.moment, waiting.passed = self._moment(), True
                 waiting.moment.others, waiting.passed_at = others, self.mark.backwards
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
+            elif self._seen:
+                self._seen[-1].last_moment = again = self._moment()
+                again.others = self._seen[-1].moment.others
 
         self._awaits, self._asleep, self._passing = True, asleep, _OfOneModel(passes)
         self._seen = [self._kept(one) for one in self._seen]
@@ -133,7 +136,7 @@ class Batches:
         Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
         """
         if _trains(module):
-            gone = all(passes.parameter.grad is None for passes in self._passes)
+            gone = self._passes.are_gone
             for seen in self._seen:
                 if seen.evaluated_at is not None and (gone or seen.evaluated_at == self.mark.backwards):
                     seen.passed, seen.evaluated_at = False, None
@@ -184,14 +187,15 @@ class Batches:
         """What the step that is about to be taken may be made of, the likeliest first.
 
         With m the number of backward passes since the gradients were zero: m batches before those that were read
-        ahead; the last m; the first m; the last one, with m backward passes; all of this pass over the data; all.
+        ahead; the last m; the first m; the last one, with m backward passes; all of this pass over the data; all; the
+        last one, whatever is known of m.
         """
-        self._choose()
+        self._passes.choose()
         self.lost = self._are_moved()
-        total, count = len(self._seen), self._passes[0].count if self._passes else 0
+        total, count = len(self._seen), self._passes.count
         windows = [self._window(count), (total - count, total), (0, count), (total - 1, total)] if count else []
         windows += [(self._of_epoch, total)] if self._passes else []
-        windows = dict.fromkeys([*windows, (0, total)])
+        windows = dict.fromkeys([*windows, (0, total), (total - 1, total)])
         self._windows = [(start, end) for start, end in windows if 0 <= start < end <= total]
         return [self._seen[start:end] for start, end in self._windows]
 
@@ -205,25 +209,14 @@ class Batches:
         start = max(len(self._seen) - self._ahead - count, 0)
         return start, start + count
 
-    def _choose(self) -> None:
-        """From the first step on count at one parameter only, the last that has a gradient: first ones get frozen."""
-        if len(self._passes) > 1 and (counting := [passes for passes in self._passes if passes.count]):
-            for passes in self._passes:
-                if passes is not counting[-1]:
-                    passes.remove()
-            self._passes = counting[-1:]
-
     @property
     def mark(self) -> Mark:
         """Where the loop is now."""
-        batches = len(self._seen) or len(self._staying)
-        counting = next((passes for passes in self._passes if passes.count), None)
-        if counting is None:
-            total = max((passes.total for passes in self._passes), default=0)
-            return Mark(batches, 0, total, 0, total > self._at_step, self._counts)
-        total, first = counting.total, counting.total - counting.count + 1
-        first_batch = max(batches - self._ahead - counting.count, 0)
-        return Mark(batches, first_batch, total, first, total > self._at_step, True)
+        batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count
+        if not count:
+            return Mark(batches, 0, total, 0, self._passes.pending, self._counts)
+        first_batch = max(batches - self._ahead - count, 0)
+        return Mark(batches, first_batch, total, total - count + 1, self._passes.pending, True)
 
     def begin_epoch(self) -> None:
         """A pass over the data begins."""
@@ -234,9 +227,8 @@ class Batches:
 
     def clear(self) -> None:
         """Forget the batches whose step is taken: all but those that were read ahead."""
-        self._choose()
-        self._at_step = self.mark.backwards
-        count = self._passes[0].count if self._passes else 0
+        count = self._passes.count
+        self._passes.stepped()
         self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
         self._of_epoch, self._awaits = 0, False
         if self._hook is not None:
@@ -248,8 +240,7 @@ class Batches:
         """Remove the hooks, and let the batches go."""
         self.clear()
         self.leave()
-        for passes in self._passes:
-            passes.remove()
+        self._passes.close()
 
 
 class _OfOneModel:
@@ -268,24 +259,3 @@ class _OfOneModel:
 def _trains(module: nn.Module) -> bool:
     """Whether a part of it is in training mode."""
     return any(part.training for part in module.modules())
-
-
-class _Passes:
-    """Counts the backward passes that have added up in a parameter's gradient."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
-        self.count = self.total = 0
-        self._before: tuple[weakref.ref, int] | None = None
-        self._hook = parameter.register_post_accumulate_grad_hook(self._arrived)
-        self.remove = self._hook.remove
-
-    def _arrived(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        self.total += 1
-        if grad is None or grad.layout is not torch.strided or grad.requires_grad:
-            self.count = 0  # gone already, or a new tensor at each pass: it does not tell
-            return
-        gone = self._before is None or self._before[0]() is not grad or self._before[1] + 1 != grad._version
-        self.count = 1 if gone else self.count + 1
-        self._before = weakref.ref(grad), grad._version

@@ -143,7 +143,7 @@ class Probe:
     random numbers as they are (a BatchNorm in training mode moves no running statistics), draws the moment's random
     numbers (the same dropout mask as the training step's), and multiplies the parameters by the masks: a pruned
     parameter is the constant zero, so it has no gradient; nor has a frozen one (``requires_grad=False``). Batches count
-    by their number of samples. Nothing runs compiled: that has no second derivative.
+    by their number of samples, or equally. Nothing runs compiled: that has no second derivative.
     """
 
     def __init__(
@@ -154,13 +154,14 @@ class Probe:
         *,
         mode: str | None = None,
         moments: Sequence[Moment] | None = None,
+        by_samples: bool = True,
     ) -> None:
         self._model = unwrap(model)
         self._mode = mode
         self._stateless = _Stateless(self._model, objective)
         self._device = next(self._model.parameters()).device
         moments = moments or [Moment(self._model, self._device, objective)] * len(batches)
-        counts = [sample_count(batch) for batch in batches]
+        counts = [sample_count(batch) if by_samples else 1 for batch in batches]
         self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
@@ -182,7 +183,8 @@ class Probe:
         except TypeError:
             return None
         modes = [module.training for module in self._model.modules()]
-        return tuple(batches), tuple(modes), self._mode, tuple(self._masks), frozenset(self._trained)
+        settings = tuple(modes), self._mode, tuple(self._masks), frozenset(self._trained)
+        return tuple(batches), tuple(self._weights), *settings
 
     def fixed(self) -> Probe:
         """The probe, from now on with all it reads in fixed places on the device, and without the random numbers.

@@ -15,7 +15,7 @@ from .batches import Batches, Seen
 from .captured_curvature import CapturedCurvature
 from .errors import named
 from .moment import Moment
-from .probe import Objective, Probe
+from .probe import Objective, Probe, sample_count
 from .processes import Processes
 from .step import Measurement
 
@@ -27,11 +27,20 @@ _MEMORY = "A second derivative takes several times a step's memory: give smaller
 
 
 class _Candidate(NamedTuple):
-    """Batches that a step may be of, by number, and random numbers: those of when they were seen, if ``early``."""
+    """Batches that a step may be of, by number, in one of :data:`_WAYS`."""
 
     number: int
-    early: bool
+    way: str
     probe: Probe
+
+
+# Which moment of a batch is the step's, and how batches of different numbers of samples count.
+_WAYS: dict[str, Callable[[Seen], Moment | None]] = {
+    "forward pass": lambda seen: seen.moment,
+    "seen": lambda seen: seen.first_moment,  # a loss may draw random numbers before it runs the network
+    "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not for the step's sake
+    "equal weights": lambda seen: seen.moment,
+}
 
 
 class _Found(NamedTuple):
@@ -67,7 +76,7 @@ class StepCurvature:
         self._measurement, self._processes, self._every = measurement, processes, every
         self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
         self._probes: list[_Candidate] = []
-        self._early = False  # whether random numbers are drawn before the network runs
+        self._way = "forward pass"  # the likeliest
         self._said: set[str] = set()
         if every and processes.sharded:
             self.stop()
@@ -101,8 +110,7 @@ class StepCurvature:
     def _make_probes(self) -> list[_Candidate]:
         """Probes of what the step may be of, the likeliest first.
 
-        Random numbers and buffers are those of the network's forward pass, or, of the likeliest batches, those of the
-        moment when these were seen: a loss may draw some, or move them, before it runs the network.
+        The likeliest batches are tried in all ways in which they differ.
         """
         candidates = self._batches.candidates()
         if self._batches.lost:
@@ -112,17 +120,20 @@ class StepCurvature:
                 "lost",
             )
             return []
-        found = [
-            _Candidate(number, False, self._probe(seen, [one.moment for one in seen]))
-            for number, seen in enumerate(candidates)
-        ]
-        if not self._processes.replicated and not all(one.moment.is_as(one.first_moment) for one in candidates[0]):
-            early = _Candidate(0, True, self._probe(candidates[0], [one.first_moment for one in candidates[0]]))
-            found.insert(0 if self._early else 1, early)
-        return found
+        if self._processes.replicated:  # each has to try as many
+            alone = self._processes.all_agree(len(candidates) == 1, next(self._model.parameters()).device)
+            numbered = [(0, candidates[0]), (len(candidates) - 1, candidates[-1])][: 1 if alone else 2]
+            return [self._candidate(number, seen) for number, seen in numbered]
+        ways = sorted(_ways_that_differ(candidates[0]), key=self._way.__ne__)
+        found = [self._candidate(0, candidates[0], way) for way in ways]
+        return found + [self._candidate(number, seen) for number, seen in enumerate(candidates) if number]
 
-    def _probe(self, seen: list[Seen], moments: list[Moment]) -> Probe:
-        return Probe(self._model, self._objective, [one.batch for one in seen], moments=moments)
+    def _candidate(self, number: int, seen: list[Seen], way: str = "forward pass") -> _Candidate:
+        batches, moments = [one.batch for one in seen], [_WAYS[way](one) for one in seen]
+        by_samples = way != "equal weights"
+        return _Candidate(
+            number, way, Probe(self._model, self._objective, batches, moments=moments, by_samples=by_samples)
+        )
 
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
@@ -167,8 +178,8 @@ class StepCurvature:
         if not found:
             return None
         best = int(np.nanargmax([*(one.cosine for one in found), -2.0])) % len(found)  # all NaN: the first
-        if any(one.early for one in probes):
-            self._early = probes[best].early
+        if probes[best].number == 0:
+            self._way = probes[best].way
         self._batches.chosen(probes[best].number)
         return found[best]
 
@@ -194,3 +205,15 @@ class StepCurvature:
             stacklevel=2,
         )
         return None
+
+
+def _ways_that_differ(seen: list[Seen]) -> list[str]:
+    """Of :data:`_WAYS` those in which the batches are not what they are by the first."""
+    ways = ["forward pass"]
+    if not all(one.moment.is_as(one.first_moment) for one in seen):
+        ways.append("seen")
+    if not all(one.last_moment is None or one.moment.is_as(one.last_moment) for one in seen):
+        ways.append("further forward pass")
+    if len({sample_count(one.batch) for one in seen}) > 1:
+        ways.append("equal weights")
+    return ways

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
-from networks import recorded, smooth_network, vectors
+from networks import Batch, recorded, smooth_network, vectors
 
 from dynamics import open_run
 
@@ -25,11 +25,11 @@ def together(path: Path, kind: str, count: int = 2) -> tuple[xr.DataTree, str]:
     return open_run(path), done.stderr
 
 
-def alone(path: Path) -> xr.DataTree:
+def alone(path: Path, batches: list[Batch]) -> xr.DataTree:
     """The record of one process on the whole batches."""
     torch.manual_seed(0)
     model = smooth_network()
-    return recorded(path, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), vectors(3), curvature_every=1)
+    return recorded(path, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), batches, curvature_every=1)
 
 
 def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1e-9) -> None:
@@ -41,12 +41,18 @@ def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1
 
 def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "ddp")
-    expected = alone(tmp_path / "alone")
+    expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
     assert_same(run, expected, "curvature")
     assert run["pruning"].sizes["event"] == 1
     refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
     assert all("exists already" in text for text in refused)
+
+
+def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path) -> None:
+    run, _ = together(tmp_path / "run", "ddp with skips")
+    batches = [batch for number, batch in enumerate(vectors(5)) if number not in (1, 3)]
+    assert_same(run, alone(tmp_path / "alone", batches), "curvature")
 
 
 def test_replicas_with_batchnorm_have_curvature(tmp_path: Path) -> None:
@@ -56,7 +62,7 @@ def test_replicas_with_batchnorm_have_curvature(tmp_path: Path) -> None:
 
 def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "fsdp")
-    assert_same(run, alone(tmp_path / "alone"), "steps")
+    assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
     refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
     assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in refused)

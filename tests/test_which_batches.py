@@ -94,3 +94,42 @@ def test_a_model_that_changes_its_precision(tmp_path: Path) -> None:
         expected = np.array([[row[layer][name] for layer in ("0", "2")] for row in rows])
         np.testing.assert_allclose(steps[name][2:], expected[2:], rtol=1e-12, err_msg=name)
     assert steps.distance_sqnorm.notnull().all()
+
+
+def test_a_forward_pass_for_another_sake_comes_first(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, scale = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.3), nn.Linear(9, 3)), nn.Parameter(torch.ones(()))
+    optimizer, other = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD([scale], 0.1)
+    losses = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch, held_out in zip(recorder.watch(vectors(6)), vectors(6, seed=2), strict=True):
+            other.zero_grad()  # as architectures are searched for
+            (scale * F.cross_entropy(model(held_out[0]), held_out[1])).backward()
+            other.step()
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_micro_batches_of_different_sizes_count_as_the_loop_counts_them(tmp_path: Path, weighted: bool) -> None:
+    torch.manual_seed(0)
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = [(x[:size], y[:size]) for (x, y), size in zip(vectors(6), (16, 3) * 3, strict=True)]
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, (x, y) in enumerate(recorder.watch(batches)):
+            loss = F.cross_entropy(model(x), y) * (len(x) / 19 if weighted else 0.5)
+            loss.backward()
+            losses.append(loss.item())
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, np.reshape(losses, (-1, 2)).sum(1), rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)

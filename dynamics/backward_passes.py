@@ -1,0 +1,114 @@
+"""Counts backward passes: how many there were, and of how many the gradients that are there now have added up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class BackwardPasses:
+    """The backward passes that arrive at parameters, counted at few of them: to count at each would cost time.
+
+    From the first step on these are the first and the last to which gradients came. Where none came to either, for
+    they are frozen or of another part of the network, all are looked at once more, and one of those that have is added.
+
+    Attributes:
+        total: how many there were so far.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self.total, self._at_step, self._pass = 0, 0, None
+        self._counters: list[_Counter] = []
+        self._chosen: list[_Counter] = []
+        self._look_at_all()
+
+    def __bool__(self) -> bool:
+        return bool(self._counters)
+
+    @property
+    def count(self) -> int:
+        """How many the gradients that are there now come from; 0 where that is not known, or there are none."""
+        arrived = [counter.count for counter in self._counters if counter.last > self._at_step and counter.count]
+        return max(arrived, default=next((counter.count for counter in self._counters if counter.count), 0))
+
+    @property
+    def pending(self) -> bool:
+        """Whether one came since the last step."""
+        return self.total > self._at_step
+
+    @property
+    def are_gone(self) -> bool:
+        """Whether there are no gradients."""
+        return all(counter.parameter.grad is None for counter in self._counters)
+
+    def stepped(self) -> None:
+        """A step is taken of the gradients that are there."""
+        self.choose()
+        if self._chosen and all(counter.is_idle for counter in self._chosen):
+            self._look_at_all()
+        self._at_step = self.total
+
+    def choose(self) -> None:
+        """Count at few parameters from now on, if gradients have come."""
+        if len(self._counters) <= len(self._chosen):
+            return
+        arrived = [counter for counter in self._counters if counter.last > self._at_step]
+        if new := [counter for counter in arrived if counter not in self._chosen]:
+            added = new[-1:] if self._chosen else [new[0], *new[1:][-1:]]
+            for counter in self._counters:
+                if counter not in self._chosen and counter not in added:
+                    counter.remove()
+            self._chosen = self._counters = self._chosen + added
+
+    def _look_at_all(self) -> None:
+        known = {id(counter.parameter) for counter in self._counters}
+        self._counters = self._counters + [
+            _Counter(parameter, self)
+            for parameter in self._parameters
+            if parameter.requires_grad and id(parameter) not in known
+        ]
+
+    def arrives(self) -> int:
+        """A gradient came: the number of the backward pass that it is of."""
+        now = torch._C._current_graph_task_id()
+        if now != self._pass:
+            self._pass, self.total = now, self.total + 1
+        return self.total
+
+    def close(self) -> None:
+        """Count no more."""
+        for counter in self._counters:
+            counter.remove()
+
+
+class _Counter:
+    """Counts the backward passes that have added up in a parameter's gradient; ``last`` is the number of the last."""
+
+    def __init__(self, parameter: nn.Parameter, passes: BackwardPasses) -> None:
+        self.parameter, self._passes = parameter, weakref.ref(passes)
+        self.count = self.last = 0
+        self._before: tuple[weakref.ref, int] | None = None
+        self._hook = parameter.register_post_accumulate_grad_hook(self._arrived)
+        self.remove = self._hook.remove
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the parameter has no part in what is trained right now."""
+        return self.parameter.grad is None or not self.parameter.requires_grad
+
+    def _arrived(self, parameter: Tensor) -> None:
+        grad: Any = parameter.grad
+        if (passes := self._passes()) is None:
+            return
+        self.last = passes.arrives()
+        if grad is None or grad.layout is not torch.strided or grad.requires_grad:
+            self.count = 0  # gone already, or a new tensor at each pass: it does not tell
+            return
+        gone = self._before is None or self._before[0]() is not grad or self._before[1] + 1 != grad._version
+        self.count = 1 if gone else self.count + 1
+        self._before = weakref.ref(grad), grad._version

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 
 from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
 from .gates import Products, gated_products
@@ -49,13 +50,25 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in its tuples, lists and mappings on the device."""
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    """The batch with every tensor in its tuples, lists and mappings on the device, and what else can be sent there."""
+
+    def sent(other: Any) -> Any:
+        return other.to(device) if callable(getattr(other, "to", None)) else other
+
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), sent)
 
 
 def copied(batch: Any) -> Any:
-    """The batch with a copy of every tensor."""
-    return _mapped(batch, lambda tensor: tensor.detach().clone())
+    """The batch with a copy of every tensor, and of what else a loop may change in place."""
+    return _mapped(batch, lambda tensor: tensor.detach().clone(), _copy)
+
+
+def _copy(value: Any) -> Any:
+    """A copy of an array or an object; itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # it may be anything
+        return value
 
 
 def layout(batch: Any) -> Hashable:
@@ -82,21 +95,27 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return found
 
 
-def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(
+    batch: Any, function: Callable[[Tensor], Tensor], of_others: Callable[[Any], Any] = lambda other: other
+) -> Any:
+    """The batch with the function of every tensor in its collections, and another function of all else in them."""
+    inner = partial(_mapped, function=function, of_others=of_others)
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, PackedSequence):  # how many samples each of its steps has stays on the processor
+        return type(batch)(inner(batch.data), batch.batch_sizes, *map(inner, batch[2:]))
     if isinstance(batch, Mapping):
-        mapped = {key: _mapped(value, function) for key, value in batch.items()}
+        mapped = {key: inner(value) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return mapped
         batch = copy.copy(batch)  # of a class of its own, such as a tokenizer's
         batch.update(mapped)
         return batch
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, function) for value in batch))
+        return type(batch)(*map(inner, batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(_mapped(value, function) for value in batch)
-    return batch
+        return type(batch)(map(inner, batch))
+    return batch if isinstance(batch, str | bytes | int | float | None) else of_others(batch)
 
 
 def sample_count(batch: Any) -> int:

@@ -61,10 +61,11 @@ class Recorder:
         path: where the record goes, a new folder. Open it with :func:`dynamics.open_run`, or with xarray alone, which
             knows it by the name's end in ``.zarr`` (or by ``engine="zarr"``).
         model: any module. Layers are the modules that own parameters, by qualified name.
-        optimizer: a torch optimizer over the model's parameters, or a list of several. Steps are counted from 0; with
+        optimizer: a torch optimizer over the model's parameters, one that wraps it, or a list of several. Steps are counted from 0; with
             several optimizers one step is a step of each, or of those that step on the same batch.
         objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
-            measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``.
+            measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``. Of
+            several batches of a step it is their mean that is measured, by samples or equally, as the gradient says.
         every: record first-order quantities at every such step.
         curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never.
         capture: on a GPU, launch what curvature takes as CUDA graphs, from its second measurement on. It takes less
@@ -135,7 +136,10 @@ class Recorder:
         return watched(loader, self.begin_epoch, partial(self._observe, stays=True), self._batches.leave)
 
     def observe(self, batch: Any) -> None:
-        """Say what the next step's batch is, where there is no loader to watch. Several batches accumulate."""
+        """Say what the next step's batch is, before its forward pass, where there is no loader to watch.
+
+        Several batches accumulate.
+        """
         self._observe(batch, stays=False)
 
     def _observe(self, batch: Any, *, stays: bool) -> None:

@@ -5,6 +5,7 @@ import io
 from collections import UserDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
 from dynamics.moment import Moment
-from dynamics.probe import copied, sample_count
+from dynamics.probe import copied, sample_count, to_device
 
 
 def small() -> nn.Sequential:
@@ -498,3 +499,44 @@ def test_a_batch_keeps_its_kind_and_counts_its_samples() -> None:
     pictures = [torch.zeros(3, 8, 8) for _ in range(5)]
     assert sample_count((pictures, [{} for _ in pictures])) == 5
     assert sample_count([torch.zeros(4, 2), torch.zeros(4)]) == 4
+
+
+@dataclass
+class Graphs:
+    nodes: Tensor
+    labels: Tensor
+    on: str = "cpu"
+
+    def to(self, device: torch.device) -> "Graphs":
+        return replace(self, on=str(device))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "an object"])
+def test_a_batch_that_the_loop_changes_in_place(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model, losses = nn.Linear(4, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: object) -> Tensor:
+        x, y = (batch.nodes, batch.labels) if kind == "an object" else map(torch.as_tensor, batch)
+        return F.cross_entropy(model(x), y)
+
+    batches = [(x.clone(), y) for x, y in vectors(3)]
+    if kind != "tensors":
+        batches = [(x.numpy(), y.numpy()) if kind == "arrays" else Graphs(x, y) for x, y in batches]
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            optimizer.zero_grad()
+            loss = objective(model, batch)
+            loss.backward()
+            (batch.nodes if kind == "an object" else batch[0])[:] = 0
+            optimizer.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_what_a_device_is_sent() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)], enforce_sorted=False)
+    sent = to_device({"packed": packed, "graphs": Graphs(torch.ones(2), torch.ones(2))}, torch.device("meta"))
+    assert (sent["packed"].data.device.type, sent["packed"].batch_sizes.device.type) == ("meta", "cpu")
+    assert sent["graphs"].on == "meta"

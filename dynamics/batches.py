@@ -93,7 +93,7 @@ class Batches:
 
         @torch.compiler.disable
         def passes(module: nn.Module, inputs: tuple) -> None:
-            if not torch.is_grad_enabled() or asleep():
+            if not torch.is_grad_enabled() or torch.jit.is_tracing() or asleep():
                 return
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:

@@ -43,7 +43,7 @@ class Kept:
 
 
 def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept:
-    """Keep the plain attributes of modules, and what their forward passes and a function refer to.
+    """Keep the plain attributes of modules and of their classes, and what their forward passes and a function refer to.
 
     Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
     deques and random generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are
@@ -53,6 +53,7 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
     modules = list(modules)
     keeper = _Keeper(modules)
     parts = [keeper.attributes(module) for module in modules]
+    parts += [keeper.of_class(kind) for kind in {type(module) for module in modules} if _is_users(kind.__module__)]
     keeper.most = sum(one.numel() for module in modules for one in module._parameters.values() if one is not None)
     parts.append(keeper.all([*(type(module).forward for module in modules), function]))
     return Kept(_in_turn(parts), keeper.numbers)
@@ -87,6 +88,22 @@ class _Keeper:
             for name in now.keys() - own.keys() - _REGISTRIES:
                 del now[name]
             now.update(own)
+            contents()
+
+        return put_back
+
+    def of_class(self, kind: type) -> PutBack:
+        """The data among the attributes of a class."""
+        own = _data(kind)
+        contents = self.all(own.values())
+        self._note(own.values())
+
+        def put_back() -> None:
+            for name in _data(kind).keys() - own.keys():
+                delattr(kind, name)
+            for name, value in own.items():
+                if vars(kind).get(name, kind) is not value:
+                    setattr(kind, name, value)
             contents()
 
         return put_back
@@ -271,6 +288,11 @@ def _names(code: CodeType) -> frozenset[str]:
     """What code refers to by name, that of functions in it too."""
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(code.co_names).union(*inner)
+
+
+def _data(kind: type) -> dict[str, Any]:
+    """The attributes of a class that are neither functions, properties and their like, nor Python's own."""
+    return {name: one for name, one in vars(kind).items() if not (name.startswith("__") or hasattr(one, "__get__"))}
 
 
 def _slots(kind: type) -> list[str]:

@@ -61,8 +61,8 @@ class Recorder:
         path: where the record goes, a new folder. Open it with :func:`dynamics.open_run`, or with xarray alone, which
             knows it by the name's end in ``.zarr`` (or by ``engine="zarr"``).
         model: any module. Layers are the modules that own parameters, by qualified name.
-        optimizer: a torch optimizer over the model's parameters, one that wraps it, or a list of several. Steps are counted from 0; with
-            several optimizers one step is a step of each, or of those that step on the same batch.
+        optimizer: a torch optimizer over the model's parameters, one that wraps it, or a list of several. Steps are
+            counted from 0; with several optimizers one step is a step of each, or of those that step on the same batch.
         objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
             measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``. Of
             several batches of a step it is their mean that is measured, by samples or equally, as the gradient says.

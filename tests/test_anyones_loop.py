@@ -428,6 +428,20 @@ def test_a_model_that_the_loop_runs_compiled_is_compiled_once(tmp_path: Path, ev
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses[::every], rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_a_model_is_traced_while_it_is_recorded(tmp_path: Path) -> None:
+    model = nn.Sequential(smooth_network(), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            cross_entropy(model, (inputs, labels)).backward()
+            traced = torch.jit.trace(model.eval(), inputs)
+            assert "norm" not in str(traced.inlined_graph).replace("batch_norm", "")
+            model.train()
+            optimizer.step()
+
+
 def test_a_model_has_no_hook_between_steps_that_are_measured(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

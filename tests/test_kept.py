@@ -49,6 +49,21 @@ class OfItsModule(nn.Module):
         return self.layer(x) * RANDOM.rand()
 
 
+class Counting(nn.Module):
+    """Counts in its class how often it ran, as some do."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counting.calls += 1
+        type(self).last = Counting.calls
+        return self.layer(x) / Counting.calls
+
+
 def drawn_tuple() -> Callable[[], float]:
     kept_in_tuple = (torch.zeros(()), [])
 
@@ -135,6 +150,16 @@ def test_what_a_forward_pass_finds_in_its_module(tmp_path: Path) -> None:
     for path in (None, tmp_path / "run"):
         RANDOM.seed(0)
         results.append(trained(path, OfItsModule(), cross_entropy, RANDOM.rand))
+    assert results[0] == results[1]
+
+
+def test_what_a_forward_pass_counts_in_its_class(tmp_path: Path) -> None:
+    results = []
+    for path in (None, tmp_path / "run"):
+        Counting.calls = 0
+        if "last" in vars(Counting):
+            del Counting.last
+        results.append(trained(path, Counting(), cross_entropy, lambda: (Counting.calls, Counting.last)))
     assert results[0] == results[1]
 
 

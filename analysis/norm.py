@@ -17,7 +17,8 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     second_order  −2θᵀg − 2λ‖θ‖² + Δt ‖g‖²          with what a step of length Δt adds to the flow
     ============  ====================================================
 
-    Dims (step, layer); unit of the loss. ``window`` averages all three over so many steps. The prediction is for a step
+    Dims (step, layer); unit of the loss. ``window`` averages all three over so many steps, over no less than half as
+    many at the ends of the run and beside a pruning, which no window reaches over. The prediction is for a step
     of gradient descent, up to terms in λΔt; with momentum, whose steps carry earlier gradients, it holds on average
     over windows longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant θᵀg = 0: the flow keeps
     their norm, and all their growth is the last term. Skipped steps are left out.
@@ -37,7 +38,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
             "second_order": first + steps.flow_step * steps.grad_sqnorm,
         }
     ).transpose("step", "layer")
-    rates = rates if window == 1 else rates.rolling(step=window, center=True).mean()
+    rates = rates if window == 1 else _averaged(run, rates, window)
     return described(
         rates,
         "param_sqnorm_rate",
@@ -105,6 +106,19 @@ def _window(run: xr.DataTree) -> int:
     return min(max(10, count // 20), max(count, 1))
 
 
+def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
+    """Means over windows of steps between which nothing was pruned."""
+    before = np.searchsorted(np.sort(_events(run)), rates.step, side="right")
+    parts = [rates.isel(step=np.flatnonzero(before == number)) for number in np.unique(before)]
+    means = [part.rolling(step=window, center=True, min_periods=(window + 1) // 2).mean() for part in parts]
+    return xr.concat(means, "step") if means else rates
+
+
+def _events(run: xr.DataTree) -> np.ndarray:
+    """The steps before which events were."""
+    return node(run, "pruning", ["step"]).step.values if has(run, "pruning") else np.empty(0)
+
+
 def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:
     """Change over the flow time; where nothing is trained both are zero, and so is the rate."""
     still = (steps.flow_step == 0) & (steps.grad_sqnorm == 0) & (change == 0)
@@ -114,5 +128,4 @@ def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:
 def _undisturbed(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:
     """True where the next row is the next step and no event lies in between."""
     following = step.shift(step=-1, fill_value=-1)
-    events = node(run, "pruning", ["step"]).step.values if has(run, "pruning") else []
-    return (following == step + 1) & ~xr.DataArray(np.isin(following, events), coords={"step": step})
+    return (following == step + 1) & ~xr.DataArray(np.isin(following, _events(run)), coords={"step": step})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
 from .agreement import agreement
 from .outcome import outcome
+from .typeset import MISSING
 
 
 def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
@@ -53,4 +55,4 @@ def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
 
 def _percent(value: xr.DataArray) -> str:
-    return f"{float(value):.1%}"
+    return f"{float(value):.1%}" if np.isfinite(value) else MISSING

@@ -36,17 +36,15 @@ class Attachment:
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
             if outer is not one
         }
-        self._pre_hooks = [
-            one.register_step_pre_hook(partial(self._before, number)) for number, one in enumerate(optimizers)
-        ]
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        self._pre_hooks = [one.register_step_pre_hook(partial(before, number)) for number, one in enumerate(optimizers)]
         self._hooks = self._pre_hooks + [
-            one.register_step_post_hook(partial(self._after, number)) for number, one in enumerate(optimizers)
+            one.register_step_post_hook(partial(after, number)) for number, one in enumerate(optimizers)
         ]
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
 
-    @torch.compiler.disable
     def _before(
         self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
@@ -84,7 +82,6 @@ class Attachment:
 
         return measured
 
-    @torch.compiler.disable
     def _after(self, number: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self._steps.busy or self._stepping is None:
             return

@@ -1,5 +1,7 @@
 """Image data sets, 32 × 32 and in memory, served as normalised batches on any device."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,18 +10,18 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 from zlib import error as DecompressionError
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
-from torchvision.datasets.utils import extract_archive
 
 from .errors import first_line
+
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
 
 Batch = tuple[Tensor, Tensor]
 Splits = tuple[Batch, Batch]
@@ -112,7 +114,7 @@ class ImageSet(Dataset[Batch]):
             generator=torch.Generator(),
         )
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> "ImageSet":
+    def sample(self, n: int, generator: torch.Generator | None = None) -> ImageSet:
         """n images drawn without replacement, all of them (in a random order) where there are fewer.
 
         Raises ValueError for n below 1.
@@ -121,7 +123,7 @@ class ImageSet(Dataset[Batch]):
             raise ValueError(f"n is {n}: a sample has 1 image or more")
         return self._subset(torch.randperm(len(self), generator=generator)[:n])
 
-    def class_balanced(self, per_class: int, generator: torch.Generator | None = None) -> "ImageSet":
+    def class_balanced(self, per_class: int, generator: torch.Generator | None = None) -> ImageSet:
         """`per_class` images of each class drawn without replacement, class after class; all where a class has fewer.
 
         Raises ValueError for per_class below 1.
@@ -132,7 +134,7 @@ class ImageSet(Dataset[Batch]):
         shuffled = self.labels[order]
         return self._subset(torch.cat([order[shuffled == label][:per_class] for label in shuffled.unique()]))
 
-    def _subset(self, indices: Tensor) -> "ImageSet":
+    def _subset(self, indices: Tensor) -> ImageSet:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
@@ -169,6 +171,9 @@ def read_digits(root: Path, download: bool) -> Splits:
 
     Nothing is read from root nor downloaded. Values 0 … 16 become 0 … 255.
     """
+    from sklearn.datasets import load_digits  # what takes seconds to import waits until it is read
+    from sklearn.model_selection import train_test_split
+
     pixels, digits = load_digits(return_X_y=True)
     grey = torch.as_tensor(pixels).view(-1, 1, 8, 8) * (255 / 16)
     images = functional.interpolate(grey, size=(SIZE, SIZE), mode="bilinear").round().to(torch.uint8)
@@ -183,29 +188,29 @@ def read_fashion_mnist(root: Path, download: bool) -> Splits:
     archives = sorted(DEBIAN_FASHION_MNIST.glob("*.gz"))
     if any(root.glob(files)) or not archives:
         elsewhere = f" (nor under {DEBIAN_FASHION_MNIST}: `apt-get install dataset-fashion-mnist` puts it there)"
-        return read_stored(root, download, kind=FashionMNIST, files=files, elsewhere=elsewhere)
+        return read_stored(root, download, kind="FashionMNIST", files=files, elsewhere=elsewhere)
     problem, remedy = f"cannot read {DEBIAN_FASHION_MNIST}", "try `apt-get install --reinstall dataset-fashion-mnist`"
+    from torchvision.datasets.utils import extract_archive
+
     with TemporaryDirectory() as folder, one_line(problem, remedy):
         raw = Path(folder, files).parent
         raw.mkdir(parents=True)
         for archive in archives:
             extract_archive(archive, raw)
-        return splits(FashionMNIST, Path(folder), download=False)
+        return splits("FashionMNIST", Path(folder), download=False)
 
 
-def read_stored(
-    root: Path, download: bool, *, kind: type[CIFAR10] | type[FashionMNIST], files: str, elsewhere: str = ""
-) -> Splits:
-    """What torchvision's reader `kind` finds under root, where `files` is the pattern of its files.
+def read_stored(root: Path, download: bool, *, kind: str, files: str, elsewhere: str = "") -> Splits:
+    """What torchvision's reader of the name `kind` finds under root, where `files` is the pattern of its files.
 
     elsewhere: where else they were looked for, for the message.
     """
     if download:
-        with one_line(f"cannot download {kind.__name__} to {root}", f"check the network, or delete {root / files}"):
+        with one_line(f"cannot download {kind} to {root}", f"check the network, or delete {root / files}"):
             return splits(kind, root, download=True)
     if not any(root.glob(files)):
         advice = "download it with --download, or name its folder with --root"
-        raise FileNotFoundError(f"{kind.__name__} is not on disk: found no {root / files}{elsewhere}; {advice}")
+        raise FileNotFoundError(f"{kind} is not on disk: found no {root / files}{elsewhere}; {advice}")
     with one_line(f"{root / files} is damaged or incomplete", "delete it and run again with --download"):
         return splits(kind, root, download=False)
 
@@ -219,13 +224,15 @@ def one_line(problem: str, remedy: str) -> Iterator[None]:
         raise DataError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
-def splits(kind: type[CIFAR10] | type[FashionMNIST], root: Path, *, download: bool) -> Splits:
+def splits(kind: str, root: Path, *, download: bool) -> Splits:
     """(images, labels) of torchvision's training and test splits, as uint8 (N, C, 32, 32) and int64."""
-    train, test = (kind(root, train=train, download=download) for train in (True, False))
+    from torchvision import datasets
+
+    train, test = (getattr(datasets, kind)(root, train=train, download=download) for train in (True, False))
     return batch(train), batch(test)
 
 
-def batch(dataset: CIFAR10 | FashionMNIST) -> Batch:
+def batch(dataset: VisionDataset) -> Batch:
     """All of a torchvision set at once: CIFAR (N, 32, 32, 3) has its channels moved, Fashion-MNIST is padded."""
     pixels = torch.as_tensor(dataset.data)
     images = pixels.movedim(3, 1) if pixels.dim() == 4 else pixels.unsqueeze(1)
@@ -244,8 +251,8 @@ class DatasetRow:
     read: Callable[[Path, bool], Splits]
 
 
-read_cifar10 = partial(read_stored, kind=CIFAR10, files="cifar-10-batches-py/*")
-read_cifar100 = partial(read_stored, kind=CIFAR100, files="cifar-100-python/*")
+read_cifar10 = partial(read_stored, kind="CIFAR10", files="cifar-10-batches-py/*")
+read_cifar100 = partial(read_stored, kind="CIFAR100", files="cifar-100-python/*")
 
 DATASETS: dict[str, DatasetRow] = {
     "digits": DatasetRow(10, 1, False, "1,797 handwritten digits, part of scikit-learn: always there", read_digits),

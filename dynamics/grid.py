@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import json
 from collections.abc import Mapping
@@ -40,7 +41,9 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
 def _product(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     known = [field.name for field in dataclasses.fields(Experiment)]
     if unknown := sorted(map(str, set(settings) - set(known))):
-        raise ValueError(f"unknown settings {', '.join(unknown)}: an experiment has {', '.join(known)}")
+        near = [name for one in unknown for name in difflib.get_close_matches(one, known, 1)]
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise ValueError(f"unknown settings {', '.join(unknown)}{meant}: an experiment has {', '.join(known)}")
     varied: dict[str, list[Any]] = {}
     for name, value in settings.items():
         if value == []:

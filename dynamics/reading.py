@@ -82,6 +82,8 @@ def read_metadata(path: Path) -> Metadata:
     try:
         text = (path / METADATA).read_bytes()
     except OSError as error:
+        if any(path.glob(f"*/{METADATA}")):
+            raise RecordError(f"{path} is a folder of records, not one itself: give {path}/*.zarr") from error
         raise _foreign(path, f"it has no {METADATA} ({error.strerror})") from error
     return checked_metadata(path, text)
 

@@ -32,12 +32,14 @@ def sweep(
         What went wrong, by the name of the run; the others went on. Empty if all are recorded.
 
     Raises:
-        FileExistsError: something else is at one of the paths; then none is run.
+        FileExistsError, NotADirectoryError: something else is at one of the paths; then none is run.
         ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
         FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
     """
     if workers is not None and (workers < 0 or scheduler is not None):
         raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: the records of a sweep go into a folder, say out/sweep")
     experiments = list(experiments)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
     if len(set(paths.values())) < len(experiments):

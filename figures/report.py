@@ -59,13 +59,17 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
 
     Args:
         runs: records by label.
-        folder: created where it is missing. Files of the same names are replaced, others stay.
+        folder: created where it is missing. Figures that are there already are replaced, or removed where the runs do
+            not allow them; other files stay.
         records: where the runs came from, in print.
         each: wraps the list of names, e.g. in a progress bar.
 
     Raises:
         MissingQuantityError: the runs allow no figure at all.
+        NotADirectoryError: there is a file in the folder's place.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: figures and report go into a folder, say out/figures")
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = [], {}
     for name in each(list(FIGURES)):
@@ -73,6 +77,8 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
             figure = draw(name, runs)
         except MissingQuantityError as error:
             missing[name] = str(error)
+            for suffix in (".png", ".pdf"):  # of other records
+                (folder / name).with_suffix(suffix).unlink(missing_ok=True)
             continue
         png = _save(figure, folder / name, _origin(runs))
         drawn.append(Drawn(name, claim(name), caption(name), FINDINGS[name](runs), png))

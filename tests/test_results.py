@@ -11,7 +11,7 @@ import analysis
 from analysis.overview import overview
 from analysis.seed_tables import chance
 from analysis.typeset import as_markdown
-from figures import FIGURES, claim
+from figures import FIGURES, caption, claim
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
@@ -34,6 +34,7 @@ def test_its_pictures_are_figures_with_their_claims() -> None:
     assert shown
     for text, path, name in shown:
         assert text == claim(name)
+        assert f"*{caption(name)}*" in " ".join(PAGE.split())
         assert (DOCS / path).is_file()
         assert name in FIGURES
 
@@ -85,7 +86,7 @@ def test_the_wide_networks_are_predicted_as_it_says() -> None:
     assert all("H200" in run.attrs["device"] for run in runs.values())
     table = analysis.agreement_table(runs).reset_index()
     table["model"] = [label.partition("-")[0] for label in table.run]
-    steps = table[table.relation == "loss decrease"].groupby(["order", "model"], sort=False, observed=True)
+    errors = table.groupby(["relation", "order", "model"], observed=True)["median relative error"].median()
     prunings = pd.concat([loss_changes(label, run) for label, run in runs.items() if run["pruning"].data_vars])
     assert len(prunings) == 37
     assert (prunings.second * prunings.measured > 0).all()
@@ -95,14 +96,13 @@ def test_the_wide_networks_are_predicted_as_it_says() -> None:
         ("mob", "0.954"), ("mob", "0.956"), ("vgg", "0.995"),
     }  # fmt: skip
     assert min(float(cosine[1:].min()) for cosine in cosines.values()) >= 0.999
-    by_model = prunings.groupby("model")
-    for order in ("first", "second"):
-        decreases = steps["median relative error"].median()[order]
-        row = " | ".join(f"{decreases[model]:.2g}" for model in ("mobilenet_v1", "vgg13"))
-        assert f"| the loss decrease of a step | {order} | {row} |" in PAGE
-        errors = by_model.apply(lambda of, order=order: ((of[order] - of.measured) / of.measured).abs().median())
-        row = " | ".join(f"{errors[model]:.2g}" for model in ("mobilenet_v1", "vgg13"))
-        assert f"| the loss change of a pruning | {order} | {row} |" in PAGE
+    for name, relation in (
+        ("the loss decrease of a step", "loss decrease"),
+        ("the loss change of a pruning", "effect of pruning on the loss"),
+    ):
+        for order in ("first", "second"):
+            row = " | ".join(f"{errors[relation, order, model]:.2g}" for model in ("mobilenet_v1", "vgg13"))
+            assert f"| {name} | {order} | {row} |" in PAGE
 
 
 def alignment(run: xr.DataTree) -> xr.DataArray:
@@ -122,3 +122,27 @@ def loss_changes(label: str, run: xr.DataTree) -> pd.DataFrame:
         .to_dataframe()[["measured", "first", "second"]]
         .assign(model=label.partition("-")[0])
     )
+
+
+def test_one_training_diverged_and_what_it_decides_is_said() -> None:
+    runs = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
+    last = analysis.statistics(runs).accuracy
+    (diverged,) = last.index[last < 0.2]
+    assert diverged == "mobilenet_v1-fashion-mnist-gradient_norm_increase-0.7-5r-seed3"
+    found = analysis.claims({label: run for label, run in runs.items() if label != diverged})
+    values = found[(found.model == "mobilenet_v1") & (found.rounds == 5)].set_index("claim").value
+    assert f"{100 * (1 - values['i.f']):.0f} % without the training that diverged" in PAGE
+    worse, better = (f"{100 * values[name]:+.1f}".replace("-", "−") for name in ("iii.e", "iii.f"))
+    assert f"the −11.6 points of iii.e become {worse}, and the +12.2 of iii.f {better}." in " ".join(PAGE.split())
+    for name, against in (("iii.e", 1), ("iii.f", -1)):
+        assert (found[found.claim == name].value * against > 0).sum() == 4
+
+
+def test_the_two_modes_have_the_verdicts_that_it_says() -> None:
+    inside = analysis.open_runs([str(DOCS / "records" / "training_mode" / "prunings.zarr.zip")])
+    records = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
+    outside = analysis.claims({label: records[label] for label in inside}).verdict.value_counts()
+    verdicts = analysis.claims(inside).verdict.value_counts()
+    assert f"Of {verdicts.sum()} intervals {verdicts['supported']} support a claim, none" in PAGE
+    assert f"eval mode {outside['supported']} support one and {outside['contradicted']} contradict one" in PAGE
+    assert "contradicted" not in verdicts

@@ -66,9 +66,28 @@ def norm_prediction(runs: Runs) -> str:
     return _errors(_pool(each(runs, network_norm_rate))) + " What is left out is the momentum."
 
 
+def in_layers(runs: Runs) -> str:
+    """Label of the first run that was recorded layer by layer, of a pruned one if there is such.
+
+    Raises:
+        MissingQuantityError: there is none.
+    """
+    several = [label for label, run in runs.items() if {"network"} != _layers(run) != set()]
+    if not several:
+        raise MissingQuantityError(
+            "no quantity per layer in the record: record /steps or /curvature; condensed records keep some runs' only"
+        )
+    return next((label for label in several if runs[label]["pruning"].data_vars), several[0])
+
+
+def _layers(run: xr.DataTree) -> set[str]:
+    nodes = (run[name] for name in ("steps", "curvature") if name in run.children)
+    return {str(layer) for of in nodes if "layer" in of.coords for layer in of.layer.values}
+
+
 def layer_spread(runs: Runs) -> str:
     """How far apart the layers are in gradient, and which of them moves the norm."""
-    run = next((run for run in runs.values() if run["pruning"].data_vars), next(iter(runs.values())))
+    run = runs[in_layers(runs)]
     steps = node(run, "steps", ["grad_sqnorm", "param_sqnorm_rate"])
     typical = steps.grad_sqnorm.median("step")
     factor = float(typical.max() / typical[typical > 0].min())

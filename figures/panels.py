@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from analysis.comparison import mean_and_interval
 from dynamics.schema import label
@@ -26,7 +26,8 @@ def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for order, style in _ORDERS.items():
         ax.plot(prediction.step, prediction[order], **style)
-    ax.plot(prediction.step, prediction.measured, **MEASURED)
+    many = prediction.sizes["step"] > 100
+    ax.plot(prediction.step, prediction.measured, **MEASURED | ({"markersize": 1.2} if many else {}))
     ax.set(xlabel="step", ylabel=_axis(prediction.measured))
     return ax
 
@@ -144,7 +145,10 @@ def scale_axis(axis: Axis, values: np.ndarray) -> None:
         return
     if np.nanmin(values) >= 0:
         set_scale("log")
-        if sizes.max() / sizes.min() < 300:
+        if sizes.max() / sizes.min() < 8:
+            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        elif sizes.max() / sizes.min() < 300:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())

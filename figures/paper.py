@@ -15,6 +15,7 @@ import analysis
 from analysis import MissingQuantityError
 from analysis.comparison import title
 from analysis.conditions import conditions
+from analysis.findings import in_layers
 from analysis.names import name_of
 from dynamics.schema import label as label_of
 
@@ -68,11 +69,9 @@ def quantities_per_layer(runs: Runs) -> Figure:
     The quantities of each layer of the first pruned run over its steps; d‖θ‖²/dt as measured, averaged over windows of
     steps. Prunings, dotted.
     """
-    label = next((label for label, run in runs.items() if event_steps(run)), next(iter(runs)))
+    label = in_layers(runs)
     run = runs[label]
     found = _per_layer(run)
-    if not found:
-        raise MissingQuantityError("no quantity per layer in the record: record /steps or /curvature")
     figure, axes = grid(len(found), width=3.6, columns=2)
     for ax, quantity in zip(axes, found, strict=True):
         panels.draw_layers(quantity, ax=ax)

@@ -18,7 +18,7 @@ from analysis.names import name_of
 from dynamics.schema import label
 
 from . import panels
-from .layout import by_measure, grid, legend_below
+from .layout import by_measure, compared, grid, legend_below
 from .style import FIRST, MEASURED, MODES, SECOND, run_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -42,6 +42,8 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
                 panels.draw_over_layers(chosen[order], ax=ax, **style)
         ax.axhline(0, color="0.7", linewidth=0.9, zorder=0)
         ax.set(ylabel=f"Δ{label(quantity)}")
+        panels.scale_axis(ax.yaxis, compared(chosen))
+        panels.fit_axis(ax.yaxis, compared(chosen))
     axes[0].set_title(f"{title(name, runs[name])}, first pruning")
     styles = [Line2D([], [], **style) for style in (MEASURED, FIRST, SECOND)]
     figure.legend(handles=styles, loc="outside lower center", ncols=3)
@@ -141,8 +143,8 @@ def measure_agreement(runs: Runs) -> Figure:
         f"with {name_of(reference)}, {which}"
         for which in ("all filters", f"the lowest {_OVERLAP_SHARE:.0%}", "in each layer")
     ]
-    for ax, compared in zip(axes, [*with_other, "with itself, on other batches"], strict=True):
-        ax.set_title(compared, fontsize=9)
+    for ax, what_with_what in zip(axes, [*with_other, "with itself, on other batches"], strict=True):
+        ax.set_title(what_with_what, fontsize=9)
         ax.set(ylabel="in common" if ax is axes[1] else "rank correlation")
     for ax in (axes[0], axes[1], axes[3]):
         ax.set(xlabel="step", xticks=steps)

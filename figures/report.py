@@ -81,12 +81,20 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
                 (folder / name).with_suffix(suffix).unlink(missing_ok=True)
             continue
         png = _save(figure, folder / name, _origin(runs))
-        drawn.append(Drawn(name, claim(name), caption(name), FINDINGS[name](runs), png))
+        drawn.append(Drawn(name, claim(name), caption(name), _finding(name, runs), png))
     if not drawn:
         raise MissingQuantityError(next(iter(missing.values())))
     page = folder / "report.html"
     page.write_text(_page(runs, drawn, missing, records), encoding="utf-8")
     return page
+
+
+def _finding(name: str, runs: Runs) -> str:
+    """What was found, in a sentence; nothing where it takes more than the figure does."""
+    try:
+        return FINDINGS[name](runs)
+    except MissingQuantityError:
+        return ""
 
 
 def _save(figure: Figure, stem: Path, origin: str) -> str:
@@ -166,9 +174,9 @@ def _done(runs: Runs) -> str:
         for one in settings
     )
     pruned = [one for one in settings if one["measure"] != "none"]
-    left = _listed(f"{1 - one['sparsity']:.0%}" for one in pruned)
-    rounds = _listed(str(one["rounds"]) for one in pruned)
-    how = f" Pruned to {left} of the filters in {rounds} round{'s' * (rounds != '1')}." if pruned else ""
+    left = _listed((f"{100 * (1 - one['sparsity']):g} %" for one in pruned), " or ")
+    rounds = _listed((str(one["rounds"]) for one in pruned), " or ")
+    how = f" Pruned to {left} of the filters, in {rounds} round{'s' * (rounds != '1')}." if pruned else ""
     seeds = len({one["seed"] for one in settings})
     measures = _listed((name_of(one["measure"]) for one in settings), ", ")
     return (
@@ -182,8 +190,10 @@ def _listed(values: Iterable[str], between: str = "; ") -> str:
 
 
 def _origin(runs: Runs) -> str:
-    run = next(iter(runs.values()))
-    parts = [
-        f"{name} {run.attrs[name]}" for name in ("thetadot", "commit", "torch", "device", "seed") if name in run.attrs
-    ]
-    return f"Recorded {run.attrs.get('created', '')} with {', '.join(parts)}."
+    said = {
+        name: _listed((str(run.attrs[name]) for run in runs.values() if name in run.attrs), " and ")
+        for name in ("thetadot", "commit", "torch", "device", "seed")
+    }
+    when = sorted(str(run.attrs["created"]) for run in runs.values() if "created" in run.attrs)
+    between = " to ".join(dict.fromkeys([*when[:1], *when[-1:]]))
+    return f"Recorded {between} with {', '.join(f'{name} {values}' for name, values in said.items() if values)}."

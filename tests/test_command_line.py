@@ -188,6 +188,16 @@ MISTAKES = {
     "settings unknown": ("dynamics", ["run", "-o", "{new}", "--config", "{unknown}"], "'colour'"),
     "settings of wrong type": ("dynamics", ["run", "-o", "{new}", "--config", "{wrong}"], "rounds"),
     "grid unknown": ("dynamics", ["sweep", "{unknown}", "-o", "{new}"], "unknown settings colour: an experiment has"),
+    "grid nearly known": (
+        "dynamics",
+        ["sweep", "{near}", "-o", "{new}"],
+        "settings measur (did you mean measure?): an",
+    ),
+    "grid on a file": (
+        "dynamics",
+        ["sweep", "{seed}", "-o", "{broken}"],
+        "broken.yaml is a file: the records of a sweep",
+    ),
     "grid of wrong type": (
         "dynamics",
         ["sweep", "{wrong}", "-o", "{new}"],
@@ -207,7 +217,8 @@ MISTAKES = {
     "no grid": ("dynamics", ["sweep", "nowhere.yaml", "-o", "{new}"], "no configuration file nowhere.yaml"),
     "broken grid": ("dynamics", ["sweep", "{broken}", "-o", "{new}"], "is not YAML"),
     "show a text": ("dynamics", ["show", "{broken}"], "is not a thetadot record"),
-    "show a folder": ("dynamics", ["show", "{folder}"], "is not a thetadot record"),
+    "show a folder": ("dynamics", ["show", "{data}"], "is not a thetadot record"),
+    "show a folder of records": ("dynamics", ["show", "{folder}"], "is a folder of records, not one itself: give"),
     "show without a record": ("dynamics", ["show"], "required: record"),
     "show nothing": ("dynamics", ["show", "{new}"], "no record at"),
     "other version": ("dynamics", ["show", "{future}"], "has schema version 99"),
@@ -218,7 +229,7 @@ MISTAKES = {
     "analyse emptiness": ("analysis", ["{empty}"], "/"),
     "draw nothing": ("figures", ["{new}", "-o", "{folder}"], "no record at"),
     "draw nowhere": ("figures", ["{record}"], "output"),
-    "draw on a file": ("figures", ["{record}", "-o", "{broken}"], "broken.yaml"),
+    "draw on a file": ("figures", ["{record}", "-o", "{broken}"], "broken.yaml is a file: figures and report go into"),
     "draw emptiness": ("figures", ["{empty}", "-o", "{folder}"], "/"),
 }
 
@@ -227,6 +238,7 @@ FILES = {
     "broken": b"a: [1\nb: {",
     "unknown": b"colour: red\n",
     "wrong": b"rounds: many\n",
+    "near": b"measur: none\n",
     "list": b"- measure\n",
     "nothing": b"measure: []\n",
     "latin": "model: größe\n".encode("latin-1"),
@@ -245,7 +257,14 @@ def prepared(folder: Path) -> dict[str, Path]:
     for taken in ("vgg13-digits-none-seed3.zarr", "cifar-100-python"):
         (folder / taken).mkdir()
         (folder / taken / "train").write_text("precious")
-    records = {"new": "new.zarr", "record": "run.zarr", "folder": "", "future": "future.zarr", "empty": "empty.zarr"}
+    records = {
+        "new": "new.zarr",
+        "record": "run.zarr",
+        "folder": "",
+        "data": "cifar-100-python",
+        "future": "future.zarr",
+        "empty": "empty.zarr",
+    }
     return {name: folder / place for name, place in (records | {name: f"{name}.yaml" for name in FILES}).items()}
 
 

@@ -127,6 +127,18 @@ def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -
     assert not any(link in page for link in ('src="http', "href="))
 
 
+def test_figures_of_other_records_do_not_stay(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
+    names = ["removal_curve.png", "removal_curve.pdf", "notes.txt", "loss_decrease_scatter.png"]
+    for name in names:
+        (tmp_path / name).write_text("of others")
+    alone = {label: run for label, run in runs.items() if "curve" not in run.children or not run["curve"].data_vars}
+    assert alone
+    write_report(alone, tmp_path, records=[])
+    assert not any((tmp_path / name).exists() for name in names[:2])
+    assert (tmp_path / "notes.txt").read_text() == "of others"
+    assert (tmp_path / "loss_decrease_scatter.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_table_of_the_report_says_once_what_its_rows_have_in_common() -> None:
     table = pd.DataFrame(
         {"accuracy": ["77 ± 2", "59"], ("share", "left"): [0.12345, np.nan]},

@@ -99,3 +99,22 @@ def test_norm_rate_says_what_it_needs(tmp_path: Path) -> None:
         norm_rate(run)
     with pytest.raises(ValueError, match="window must be a number of steps >= 1, got 0"):
         norm_rate(run, window=0)
+
+
+def test_no_window_reaches_over_a_pruning(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(16))):
+            if number == 9:
+                with recorder.event("prune", probe=[batch]), torch.no_grad():
+                    model[0].weight.zero_()
+            plain_step(model, optimizer, batch)
+    run = open_run(tmp_path / "run")
+    single, averaged = norm_rate(run), norm_rate(run, window=5)
+    for step in range(16):
+        within = range(9) if step < 9 else range(9, 16)
+        expected = single.sel(step=[other for other in within if abs(other - step) <= 2]).mean("step")
+        for name in expected:
+            np.testing.assert_allclose(averaged[name].sel(step=step), expected[name], rtol=1e-9)

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .backward_passes import BackwardPasses
+from .batch import copied
 from .bystanders import Bystanders
 from .moment import Moment
-from .probe import Objective, copied, is_compiled, unwrap
+from .probe import Objective, is_compiled, unwrap
 
 _MOST = 4096  # batches of one step
 _IDLE = 128  # batches in a row whose gradients come to nothing

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import PackedSequence
 
+from .batch import copied, layout, sample_count, tensors_of, to_device
 from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
 from .gates import Products, gated_products
 from .masks import parameter_masks
@@ -47,84 +46,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model, or a part of it, runs compiled."""
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in its tuples, lists and mappings on the device, and what else can be sent there."""
-
-    def sent(other: Any) -> Any:
-        return other.to(device) if callable(getattr(other, "to", None)) else other
-
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), sent)
-
-
-def copied(batch: Any) -> Any:
-    """The batch with a copy of every tensor, and of what else a loop may change in place."""
-    return _mapped(batch, lambda tensor: tensor.detach().clone(), _copy)
-
-
-def _copy(value: Any) -> Any:
-    """A copy of an array or an object; itself where it cannot be copied."""
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # it may be anything
-        return value
-
-
-def layout(batch: Any) -> Hashable:
-    """What a batch consists of: everything but the numbers in its tensors.
-
-    Raises:
-        TypeError: it holds what is neither a dense tensor, nor a collection of such, nor a text or a number.
-    """
-    if type(batch) in (Tensor, nn.Parameter) and batch.layout is torch.strided:
-        return batch.shape, batch.stride(), batch.dtype
-    if isinstance(batch, Mapping):
-        return type(batch), tuple((key, layout(value)) for key, value in batch.items())
-    if isinstance(batch, tuple | list):
-        return type(batch), tuple(layout(value) for value in batch)
-    if batch is None or isinstance(batch, str | int | float):
-        return type(batch), batch
-    raise TypeError(f"a batch holds a {type(batch).__name__}")
-
-
-def tensors_of(batch: Any) -> list[Tensor]:
-    """All tensors in the batch."""
-    found: list[Tensor] = []
-    _mapped(batch, lambda tensor: found.append(tensor) or tensor)
-    return found
-
-
-def _mapped(
-    batch: Any, function: Callable[[Tensor], Tensor], of_others: Callable[[Any], Any] = lambda other: other
-) -> Any:
-    """The batch with the function of every tensor in its collections, and another function of all else in them."""
-    inner = partial(_mapped, function=function, of_others=of_others)
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, PackedSequence):  # how many samples each of its steps has stays on the processor
-        return type(batch)(inner(batch.data), batch.batch_sizes, *map(inner, batch[2:]))
-    if isinstance(batch, Mapping):
-        mapped = {key: inner(value) for key, value in batch.items()}
-        if type(batch) is dict or not isinstance(batch, MutableMapping):
-            return mapped
-        batch = copy.copy(batch)  # of a class of its own, such as a tokenizer's
-        batch.update(mapped)
-        return batch
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(inner, batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(map(inner, batch))
-    return batch if isinstance(batch, str | bytes | int | float | None) else of_others(batch)
-
-
-def sample_count(batch: Any) -> int:
-    """Length of the first tensor in the batch, or of a list that is a part of it; 1 where there is none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    parts = (value for value in values if isinstance(value, Tensor | Mapping | tuple | list))
-    return next((len(part) if isinstance(part, list) else sample_count(part) for part in parts), 1)
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .batch import sample_count
 from .batches import Batches, Seen
 from .captured_curvature import CapturedCurvature
 from .errors import named
 from .moment import Moment
-from .probe import Objective, Probe, sample_count
+from .probe import Objective, Probe
 from .processes import Processes
 from .step import Measurement
 

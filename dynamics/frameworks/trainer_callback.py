@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from ..probe import Objective, sample_count
+from ..batch import sample_count
+from ..probe import Objective
 from ..recorder import Recorder
 from .recording import recording, simple_scalars
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..probe import Probe, cross_entropy_objective, sample_count, to_device
+from ..batch import sample_count, to_device
+from ..probe import Probe, cross_entropy_objective
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient
 

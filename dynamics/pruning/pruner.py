@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch import sample_count
 from ..masks import apply_masks, lift_masks, parameter_masks
-from ..probe import sample_count, unwrap
+from ..probe import unwrap
 from .cost import Cost, network_cost
 from .importance import initial_weights, scores
 from .measures import find_measure

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..probe import sample_count
+from ..batch import sample_count
 from .derivatives import Derivatives, Passing, add
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient

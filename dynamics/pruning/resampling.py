@@ -10,7 +10,8 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..probe import sample_count, unwrap
+from ..batch import sample_count
+from ..probe import unwrap
 from .importance import check_one_device, check_request, gammas, initial_weights, scores_from
 from .invariance import standing
 from .measures import Measure, find_measure

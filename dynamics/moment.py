@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ class Moment:
         So are the buffers and attributes of other modules that run inside, such as a teacher: those of the moment, if
         they were kept. Yields the set that these modules are added to.
         """
-        put_back = [kept(self._model.modules(), self._objective).put_back]
+        put_back = [kept(self._model.modules(), self._objective).put_back, self._attributes.now().put_back]
         ours, others = set(self._model.modules()), set()
 
         def keep_another(module: nn.Module, inputs: tuple) -> None:
@@ -148,8 +148,9 @@ class Moment:
                 yield others
             finally:
                 hook.remove()
-                for one in reversed(put_back):
-                    one()
+                with ExitStack() as all_of_them:  # one that fails stops no other
+                    for one in put_back:
+                        all_of_them.callback(one)
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 import functools
 import random
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,27 @@ class OfItsModule(nn.Module):
         return self.layer(x) * RANDOM.rand()
 
 
+class Privately:
+    __slots__ = ("__count",)
+
+    def __init__(self) -> None:
+        self.__count = 0
+
+    def __call__(self) -> float:
+        self.__count += 1
+        return 1 / self.__count
+
+
+class InATuple:
+    def __init__(self) -> None:
+        self.numbers = (torch.zeros(()), [], OrderedDict(a=1.0, b=2.0, c=3.0))
+
+    def __call__(self) -> float:
+        self.numbers[1].append(1)
+        self.numbers[2].move_to_end(next(iter(self.numbers[2])))
+        return self.numbers[0].add_(1).item() / len(self.numbers[1]) + next(iter(self.numbers[2].values()))
+
+
 class Counting(nn.Module):
     """Counts in its class how often it ran, as some do."""
 
@@ -64,35 +87,11 @@ class Counting(nn.Module):
         return self.layer(x) / Counting.calls
 
 
-def drawn_tuple() -> Callable[[], float]:
-    kept_in_tuple = (torch.zeros(()), [])
-
-    def draw() -> float:
-        kept_in_tuple[1].append(1)
-        return kept_in_tuple[0].add_(1).item()
-
-    return draw
-
-
-def counted() -> Callable[[], float]:
-    count = 0
-
-    def draw() -> float:
-        nonlocal count
-        count += 1
-        return 1 / count
-
-    return draw
-
-
 DRAWS: dict[str, Callable[[], Callable[[], float]]] = {
     "numpy's older generator": lambda: np.random.RandomState(0).rand,
     "numpy's generator": lambda: np.random.default_rng(0).random,
     "python's generator": lambda: random.Random(0).random,
     "torch's generator": lambda: functools.partial(torch.rand, (), generator=torch.Generator().manual_seed(0)),
-    "slots": Slots,
-    "a tuple": drawn_tuple,
-    "a variable outside": counted,
 }
 
 
@@ -130,18 +129,38 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("where", ["model", "objective"])
-def test_what_is_drawn_or_counted_is_the_steps(tmp_path: Path, name: str, where: str) -> None:
+@pytest.mark.parametrize("where", ["model", "objective", "closure", "bound method"])
+def test_what_is_drawn_is_the_steps(tmp_path: Path, name: str, where: str) -> None:
     results = []
     for path in (None, tmp_path / "run"):
         draw = Later(DRAWS[name])
+
+        class Losses:
+            def __init__(self, draw: Later) -> None:
+                self.draw = draw
+
+            def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+                return cross_entropy(model, (batch[0] * self.draw(), batch[1]))
+
+        def noisy(model: nn.Module, batch: tuple[Tensor, Tensor], losses: Losses) -> Tensor:
+            return losses.loss(model, batch)
+
+        losses = Losses(draw)
+        loss_of = {
+            "model": cross_entropy, "objective": functools.partial(noisy, losses=losses),
+            "closure": lambda model, batch, losses=losses: losses.loss(model, batch), "bound method": losses.loss,
+        }[where]  # fmt: skip
         model = Keeping(draw) if where == "model" else nn.Linear(4, 3)
-
-        def noisy(model: nn.Module, batch: tuple[Tensor, Tensor], draw: Callable = draw) -> Tensor:
-            return cross_entropy(model, (batch[0] * draw(), batch[1]))
-
-        loss_of = cross_entropy if where == "model" else functools.partial(noisy, draw=draw)
         results.append(trained(path, model, loss_of, draw))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("make", [Slots, Privately, InATuple])
+def test_what_a_models_object_counts_is_the_steps(tmp_path: Path, make: Callable[[], Callable[[], float]]) -> None:
+    results = []
+    for path in (None, tmp_path / "run"):
+        count = make()
+        results.append(trained(path, Keeping(count), cross_entropy, count))
     assert results[0] == results[1]
 
 
@@ -163,40 +182,90 @@ def test_what_a_forward_pass_counts_in_its_class(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
-def test_a_number_that_the_loop_changes_before_the_step(tmp_path: Path) -> None:
-    model = nn.Linear(4, 3)
-    optimizer, losses, weight = torch.optim.SGD(model.parameters(), 0.1), [], 0.0
+class Trainer:
+    """Holds the model, as trainers do, and is held by it."""
 
-    def annealed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return weight * cross_entropy(model, batch)
-
-    with Recorder(tmp_path / "run", model, optimizer, objective=annealed, curvature_every=1) as recorder:
-        for batch in recorder.watch(vectors(4)):
-            weight += 0.25
-            optimizer.zero_grad()
-            loss = annealed(model, batch)
-            loss.backward()
-            weight += 0.25
-            optimizer.step()
-            losses.append(loss.item())
-    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
-    assert weight == 2.0
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.stop, self.numbers = model, False, [1]
 
 
-def test_what_is_large_and_what_is_not_the_losss_business_is_left_alone() -> None:
-    model, large, small = nn.Linear(4, 3), torch.zeros(1000), torch.zeros(3)
-    optimizer, numbers = torch.optim.SGD(model.parameters(), 0.1), list(range(100_000))
+class Trap:
+    def __getattr__(self, name: str) -> object:
+        raise KeyError(name)
+
+
+class Metrics(dict):
+    def update(self, **numbers: float) -> None:
+        super().update(numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    number: float = 1.0
+
+
+def test_what_is_not_the_models_business_is_left_alone() -> None:
+    model, numbers, tensor = nn.Linear(4, 3), [1, 2], torch.zeros(3)
+    model.trainer = trainer = Trainer(model)
 
     def objective(model: nn.Module, batch: object) -> Tensor:
-        return large.sum() + small.sum() + len(numbers) + len(optimizer.param_groups)
+        return tensor.sum() + len(numbers)
 
     put_back = kept(model.modules(), objective).put_back
-    with torch.no_grad():
-        for one in (large, small):
-            one.add_(1)
-    numbers.append(0)
-    optimizer.param_groups[0]["lr"] = 0.2
+    tensor.add_(1)
+    numbers.append(3)
+    trainer.stop = True
+    trainer.numbers.append(2)
     put_back()
-    assert small.eq(0).all()
-    assert large.eq(1).all()
-    assert (len(numbers), optimizer.param_groups[0]["lr"]) == (100_001, 0.2)
+    assert (tensor.tolist(), numbers, trainer.stop, trainer.numbers) == ([1, 1, 1], [1, 2, 3], True, [1, 2])
+
+
+def test_odd_objects_are_put_back_or_left_alone() -> None:
+    model, chain = nn.Linear(4, 3), []
+    for _ in range(5000):  # deeper than Python calls itself
+        chain = [chain]
+    model.metrics, model.frozen, model.trap, model.chain = Metrics(a=1.0), Frozen(), Trap(), chain
+    model.constant = torch.tensor([1.0, torch.nan])
+    model.temperature = torch.ones((), requires_grad=True)
+    model.order = OrderedDict(a=1, b=2)
+    model.history = first = [1.0]
+    before = kept(model.modules())
+    version = model.constant._version
+    loss = model.temperature * 2
+    model.metrics.update(b=2.0)
+    model.order.move_to_end("a")
+    first.append(2.0)
+    assert not before.are_as(kept(model.modules()))
+    before.put_back()
+    assert (model.metrics, list(model.order), first) == ({"a": 1.0}, ["a", "b"], [1.0])
+    assert before.are_as(kept(model.modules()))
+    assert model.constant._version == version
+    loss.backward()
+
+
+def test_what_the_loop_has_taken_out_of_the_model_keeps_its_contents(tmp_path: Path) -> None:
+    class Collecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.parts = nn.Linear(4, 3), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.parts.append(len(x))
+            return self.layer(x)
+
+    model, history = Collecting(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            cross_entropy(model, batch).backward()
+            history.append(model.parts)
+            model.parts = []
+            optimizer.step()
+    assert history == [[16], [16], [16]]
+    assert model.parts == []
+
+
+def test_a_scripted_part_is_no_hindrance(tmp_path: Path) -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 3)), nn.Tanh())
+    assert kept(model.modules()).are_as(kept(model.modules()))

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Attachment:
         self._wrappers = {
             number: _Wrapper(outer, partial(self._through, number))
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
-            if outer is not one
+            if outer is not one and hasattr(type(outer), "step") and hasattr(outer, "__dict__")
         }
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._pre_hooks = [one.register_step_pre_hook(partial(before, number)) for number, one in enumerate(optimizers)]
@@ -143,26 +143,31 @@ class _Wrapper:
 
     def __init__(self, wrapper: Any, through: Callable[[], None]) -> None:
         self.steps, self._wrapper, self._open = False, wrapper, True
-        own = wrapper.step
+        self._own = vars(wrapper).get("step")  # something else may have wrapped it, too
+        own = type(wrapper).step if self._own is None else getattr(self._own, "__func__", None)
 
-        @functools.wraps(own)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self.steps = self._open
+        @functools.wraps(type(wrapper).step)
+        def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
+            ours = self._open and stepping is wrapper  # and no copy of it
+            self.steps = ours
             try:
-                result = own(*args, **kwargs)
+                result = self._own(*args, **kwargs) if own is None else own(stepping, *args, **kwargs)
             finally:
                 self.steps = False
-            if self._open:
+            if ours:
                 through()
             return result
 
-        self._step = wrapper.step = step
+        self._step = wrapper.step = MethodType(step, wrapper)
 
     def close(self) -> None:
         """Give the wrapper its own step back; where something else has wrapped that since, only pass it on."""
         self._open = False
         if vars(self._wrapper).get("step") is self._step:
-            del self._wrapper.step
+            if self._own is None:
+                del self._wrapper.step
+            else:
+                self._wrapper.step = self._own
 
 
 def _is_within_a_step_of(optimizer: torch.optim.Optimizer) -> bool:

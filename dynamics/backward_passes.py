@@ -15,14 +15,11 @@ class BackwardPasses:
 
     From the first step on these are the first and the last to which gradients came. Where none came to either, for
     they are frozen or of another part of the network, all are looked at once more, and one of those that have is added.
-
-    Attributes:
-        total: how many there were so far.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self.total, self._at_step, self._pass = 0, 0, None
+        self._before = 0  # the last step
         self._counters: list[_Counter] = []
         self._chosen: list[_Counter] = []
         self._look_at_all()
@@ -31,15 +28,20 @@ class BackwardPasses:
         return bool(self._counters)
 
     @property
+    def total(self) -> int:
+        """How many there were so far."""
+        return self._before + max((counter.arrived for counter in self._counters), default=0)
+
+    @property
     def count(self) -> int:
         """How many the gradients that are there now come from; 0 where that is not known, or there are none."""
-        arrived = [counter.count for counter in self._counters if counter.last > self._at_step and counter.count]
+        arrived = [counter.count for counter in self._counters if counter.arrived and counter.count]
         return max(arrived, default=next((counter.count for counter in self._counters if counter.count), 0))
 
     @property
     def pending(self) -> bool:
         """Whether one came since the last step."""
-        return self.total > self._at_step
+        return any(counter.arrived for counter in self._counters)
 
     @property
     def are_gone(self) -> bool:
@@ -49,15 +51,17 @@ class BackwardPasses:
     def stepped(self) -> None:
         """A step is taken of the gradients that are there."""
         self.choose()
+        self._before = self.total
+        for counter in self._counters:
+            counter.arrived = 0
         if self._chosen and all(counter.is_idle for counter in self._chosen):
             self._look_at_all()
-        self._at_step = self.total
 
     def choose(self) -> None:
         """Count at few parameters from now on, if gradients have come."""
         if len(self._counters) <= len(self._chosen):
             return
-        arrived = [counter for counter in self._counters if counter.last > self._at_step]
+        arrived = [counter for counter in self._counters if counter.arrived]
         if new := [counter for counter in arrived if counter not in self._chosen]:
             added = new[-1:] if self._chosen else [new[0], *new[1:][-1:]]
             for counter in self._counters:
@@ -68,17 +72,10 @@ class BackwardPasses:
     def _look_at_all(self) -> None:
         known = {id(counter.parameter) for counter in self._counters}
         self._counters = self._counters + [
-            _Counter(parameter, self)
+            _Counter(parameter)
             for parameter in self._parameters
             if parameter.requires_grad and id(parameter) not in known
         ]
-
-    def arrives(self) -> int:
-        """A gradient came: the number of the backward pass that it is of."""
-        now = torch._C._current_graph_task_id()
-        if now != self._pass:
-            self._pass, self.total = now, self.total + 1
-        return self.total
 
     def close(self) -> None:
         """Count no more."""
@@ -87,11 +84,11 @@ class BackwardPasses:
 
 
 class _Counter:
-    """Counts the backward passes that have added up in a parameter's gradient; ``last`` is the number of the last."""
+    """Counts the backward passes that have added up in a parameter's gradient; ``arrived``: since the last step."""
 
-    def __init__(self, parameter: nn.Parameter, passes: BackwardPasses) -> None:
-        self.parameter, self._passes = parameter, weakref.ref(passes)
-        self.count = self.last = 0
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.count = self.arrived = 0
         self._before: tuple[weakref.ref, int] | None = None
         self._hook = parameter.register_post_accumulate_grad_hook(self._arrived)
         self.remove = self._hook.remove
@@ -103,9 +100,7 @@ class _Counter:
 
     def _arrived(self, parameter: Tensor) -> None:
         grad: Any = parameter.grad
-        if (passes := self._passes()) is None:
-            return
-        self.last = passes.arrives()
+        self.arrived += 1
         if grad is None or grad.layout is not torch.strided or grad.requires_grad:
             self.count = 0  # gone already, or a new tensor at each pass: it does not tell
             return

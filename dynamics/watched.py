@@ -29,6 +29,9 @@ class Watched:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def __bool__(self) -> bool:
+        return True
+
     def __getattr__(self, name: str) -> Any:
         """The loader's own: its data set, say."""
         if name.startswith("_"):
@@ -56,4 +59,8 @@ class WatchedIterator(Watched):
     def __next__(self) -> Any:
         if self._taken is None:
             self._taken = iter(self)
-        return next(self._taken)
+        try:
+            return next(self._taken)
+        except StopIteration:  # some begin anew when they are asked again
+            self._taken = None
+            raise

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from networks import vectors
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
 from dynamics.backward_passes import BackwardPasses
@@ -84,6 +85,26 @@ def test_a_skipped_batch_is_no_part_of_a_step_whatever_makes_gradients(tmp_path:
             losses.append(loss.item())
         optimizer.zero_grad()
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_passes_within_a_pass_are_one(tmp_path: Path, micro_batches: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, (x, y) in enumerate(vectors(8)):
+            hidden = checkpoint(model[1:3], model[0](x), use_reentrant=True)  # runs backward passes of its own
+            loss = F.cross_entropy(model[3](hidden), y)
+            recorder.log(loss=loss)
+            (loss / micro_batches).backward()
+            losses.append(loss.item())
+            if number % micro_batches == micro_batches - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    expected = np.reshape(losses, (-1, micro_batches)).mean(1)
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, expected, rtol=1e-12)
 
 
 def test_passes_are_counted_at_few_parameters_once_it_is_known_where_they_arrive() -> None:

@@ -1,8 +1,11 @@
 """Where a step begins and ends: optimizers that step by their parent's step or by another optimizer, and odd calls."""
 
+import copy
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -107,6 +110,30 @@ def test_a_wrapper_that_something_else_wraps_meanwhile_goes_on(tmp_path: Path) -
     optimizer.step()
     assert len(calls) == optimizer.taken == 2
     assert open_run(tmp_path / "run").steps.sizes["step"] == 1
+
+
+def test_a_wrapper_is_scheduled_copied_and_saved_as_it_was(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = Lookahead(sgd(list(model.parameters())), "optimizer")
+    optimizer.defaults = optimizer.inner.defaults
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the step by its function
+        optimizer.step()
+        scheduler.step()
+    assert (optimizer.taken, open_run(tmp_path / "run").steps.sizes["step"]) == (1, 1)
+    optimizer.step()
+    other = Noam(sgd(list(model.parameters())))
+    with Recorder(tmp_path / "other", model, other):
+        copies = [copy.deepcopy(other), pickle.loads(pickle.dumps(other))]
+        for one in copies:
+            one.step()
+    assert [one.taken for one in (*copies, other)] == [1, 1, 0]
+    other.step = own = MethodType(Noam.step, other)
+    with Recorder(tmp_path / "third", model, other, curvature_every=0):
+        assert other.step is not own
+        other.step()
+    assert other.step is own
+    assert (other.taken, open_run(tmp_path / "third").steps.sizes["step"]) == (1, 1)
 
 
 def test_a_wrapped_step_that_fails_is_none(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_an_iterator_stays_one(tmp_path: Path) -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+        assert batches
         with pytest.raises(TypeError, match="not an iterator"):
             next(recorder.watch(shuffled()))
     run = open_run(tmp_path / "run")

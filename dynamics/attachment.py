@@ -34,7 +34,7 @@ class Attachment:
         self._wrappers = {
             number: _Wrapper(outer, partial(self._through, number))
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
-            if outer is not one and hasattr(type(outer), "step") and hasattr(outer, "__dict__")
+            if outer is not one and _does_more(outer)
         }
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._pre_hooks = [one.register_step_pre_hook(partial(before, number)) for number, one in enumerate(optimizers)]
@@ -146,7 +146,7 @@ class _Wrapper:
         self._own = vars(wrapper).get("step")  # something else may have wrapped it, too
         own = type(wrapper).step if self._own is None else getattr(self._own, "__func__", None)
 
-        @functools.wraps(type(wrapper).step)
+        @functools.wraps(type(wrapper).step if self._own is None else self._own)
         def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
             ours = self._open and stepping is wrapper  # and no copy of it
             self.steps = ours
@@ -168,6 +168,12 @@ class _Wrapper:
                 del self._wrapper.step
             else:
                 self._wrapper.step = self._own
+
+
+def _does_more(wrapper: Any) -> bool:
+    """Whether a wrapper has a step of its own; that of a framework's does nothing but step."""
+    framework = type(wrapper).__module__.partition(".")[0] in ("accelerate", "lightning", "pytorch_lightning")
+    return not framework and hasattr(type(wrapper), "step") and hasattr(wrapper, "__dict__")
 
 
 def _is_within_a_step_of(optimizer: torch.optim.Optimizer) -> bool:

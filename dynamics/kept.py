@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import random
-import sys
-import sysconfig
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from numbers import Number
-from pathlib import Path
-from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType
+from types import BuiltinMethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .ownership import OF_OTHERS, OURS, held, is_users, manages, package, referred, slots
 
 PutBack = Callable[[], None]
 Taken = tuple[PutBack, list[Any]]  # what puts contents back, and the numbers among them
 Take = Callable[[], Taken]
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
-_OF_OTHERS = (
-    *(nn.Module, Dataset, DataLoader, Sampler, threading.Thread),
-    *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
-)
-_OURS = __name__.partition(".")[0]
 _MISSING = object()
 _MOST = 1000  # objects in which generators are looked for
 
@@ -40,9 +32,12 @@ class Kept:
     """The contents of objects as they are now."""
 
     def __init__(self, takes: list[Take]) -> None:
-        self._takes, taken = takes, [take() for take in takes]
-        self._put_backs = [put_back for put_back, _ in taken]
-        self._numbers = [number for _, numbers in taken for number in numbers]
+        self._takes, self._put_backs, self._numbers = takes, [], []
+        for take in takes:
+            with suppress(Exception):  # it may be anything
+                put_back, numbers = take()
+                self._put_backs.append(put_back)
+                self._numbers += numbers
 
     def put_back(self) -> None:
         """Give each object the contents it had. What cannot be put back stops no other, and is raised in the end."""
@@ -86,12 +81,12 @@ class _Keeper:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.takes: list[Take] = []
         self._seen: set[Any] = {_storage(one) for module in modules for one in module._parameters.values()}
-        self._packages = {_package(type(module)) for module in modules} - {"torch", _OURS}
+        self._packages = {package(type(module)) for module in modules} - {"torch", OURS}
         waiting: deque[Any] = deque()
         for module in modules:
             self.takes.append(partial(_take_attributes, module))
             waiting.extend(_attributes(module).values())
-        for kind in {type(module) for module in modules if _is_users(type(module))}:
+        for kind in {type(module) for module in modules if is_users(type(module))}:
             self.takes.append(partial(_take_class, kind))
             waiting.extend(_data(kind).values())
         while waiting:
@@ -124,13 +119,13 @@ class _Keeper:
             return [value.func, *value.args, *value.keywords.values()]
         elif self._is_own(value):
             self.takes.append(partial(_take_object, value))
-            return _held(value)
+            return held(value)
         return ()
 
     def _is_own(self, value: Any) -> bool:
         kind = type(value)
-        known = _package(kind) in self._packages or _is_users(kind)
-        return known and not isinstance(value, (type, *_OF_OTHERS)) and not _manages(value)
+        known = package(kind) in self._packages or is_users(kind)
+        return known and not isinstance(value, (type, *OF_OTHERS)) and not manages(value)
 
     def look_for_generators(self, functions: list[Any]) -> None:
         """Keep the generators of random numbers that functions of the user's own refer to."""
@@ -147,7 +142,7 @@ class _Keeper:
                         self._seen.add(id(value))
                         self.takes.append(generator)
                 elif depth < 4:
-                    waiting.extend((inner, depth + 1) for inner in _referred(value))
+                    waiting.extend((inner, depth + 1) for inner in referred(value))
             except Exception:  # it may be anything
                 continue
 
@@ -217,18 +212,18 @@ def _flat(pairs: Callable[[], Iterable[tuple]]) -> Iterable[Any]:
 
 
 def _take_object(value: Any) -> Taken:
-    own, slots = dict(vars(value)) if hasattr(value, "__dict__") else {}, _slots(value)
+    own, members = dict(vars(value)) if hasattr(value, "__dict__") else {}, slots(value)
 
     def put_back() -> None:
         now = vars(value) if hasattr(value, "__dict__") else {}
         for name in now.keys() - own.keys():
             del now[name]
         now.update({name: one for name, one in own.items() if now.get(name, _MISSING) is not one})
-        for member, one in slots:
+        for member, one in members:
             if member.__get__(value) is not one:
                 member.__set__(value, one)
 
-    return put_back, _numbers([*own.values(), *(one for _, one in slots)])
+    return put_back, _numbers([*own.values(), *(one for _, one in members)])
 
 
 def _take_generator(get: Callable[[], Any], put: Callable[[Any], None]) -> Taken:
@@ -250,25 +245,6 @@ def _generator(value: Any) -> Take | None:
     return None
 
 
-def _referred(value: Any) -> Iterable[Any]:
-    """What a function refers to, or an object of the user's own."""
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, BuiltinMethodType):
-        return [value.__self__]
-    if isinstance(value, FunctionType):
-        if not _is_users_module(value.__globals__.get("__name__")):
-            return []
-        contents = chain.from_iterable(map(_contents, value.__closure__ or ()))
-        named = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
-        return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
-    if _is_users(type(value)) and not isinstance(value, (type, *_OF_OTHERS)):
-        return _held(value)
-    return []
-
-
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
 
@@ -278,41 +254,9 @@ def _data(kind: type) -> dict[str, Any]:
     return {name: one for name, one in vars(kind).items() if not (name.startswith("__") or hasattr(one, "__get__"))}
 
 
-def _held(value: Any) -> list[Any]:
-    """The attributes of an object."""
-    own = vars(value).values() if hasattr(value, "__dict__") else ()
-    return [*own, *(one for _, one in _slots(value))]
-
-
-def _slots(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
-    """The slots of an object of a class of Python's that have a value."""
-    members = (one for kind in type(value).__mro__ for one in vars(kind).values())
-    found = []
-    for member in members:
-        if isinstance(member, MemberDescriptorType):
-            try:
-                found.append((member, member.__get__(value)))
-            except AttributeError:
-                continue
-    return found
-
-
-def _manages(value: Any) -> bool:
-    """Whether an object holds networks, optimizers or data: a trainer is none of the model's business."""
-    return any(isinstance(one, _OF_OTHERS) for one in _held(value))
-
-
 def _may_be_kept(tensor: Tensor) -> bool:
     trained = tensor.requires_grad and tensor.is_leaf
     return not trained and tensor.layout is torch.strided and not tensor.is_inference()
-
-
-def _contents(cell: CellType) -> tuple[Any, ...]:
-    """Of a variable of a surrounding function, if it has a value yet."""
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()
 
 
 def _numbers(values: Iterable[Any]) -> list[Any]:
@@ -348,27 +292,6 @@ def _storage(tensor: Tensor | None) -> tuple[str, int]:
         return "storage", tensor.untyped_storage().data_ptr() or id(tensor)
     except (AttributeError, NotImplementedError, RuntimeError):  # none, sparse, or one that only stands for others
         return "storage", id(tensor)
-
-
-def _package(kind: type) -> str:
-    return str(kind.__module__).partition(".")[0]
-
-
-def _is_users(kind: type) -> bool:
-    return _is_users_module(kind.__module__)
-
-
-@functools.cache
-def _is_users_module(module: str | None) -> bool:
-    """Whether a module, by name, is neither Python's, nor installed, nor of this package."""
-    name = str(module or "")
-    if name == "__main__":
-        return True
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None or name.partition(".")[0] == _OURS:
-        return False
-    installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
-    return not installed and not file.startswith(sysconfig.get_path("stdlib"))
 
 
 def _is_scripted(module: nn.Module) -> bool:

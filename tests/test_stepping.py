@@ -122,6 +122,10 @@ def test_a_wrapper_is_scheduled_copied_and_saved_as_it_was(tmp_path: Path) -> No
         scheduler.step()
     assert (optimizer.taken, open_run(tmp_path / "run").steps.sizes["step"]) == (1, 1)
     optimizer.step()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with Recorder(tmp_path / "scheduled", model, optimizer, curvature_every=0):
+        optimizer.step()
+        scheduler.step()  # which looks for its own mark on the step
     other = Noam(sgd(list(model.parameters())))
     with Recorder(tmp_path / "other", model, other):
         copies = [copy.deepcopy(other), pickle.loads(pickle.dumps(other))]

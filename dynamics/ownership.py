@@ -1,0 +1,100 @@
+"""Whose an object is: the user's own, a library's, or this package's; and what it holds and refers to."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+OF_OTHERS = (
+    *(nn.Module, Dataset, DataLoader, Sampler, threading.Thread),
+    *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+)
+OURS = __name__.partition(".")[0]
+
+
+def package(kind: type) -> str:
+    """The package that a class comes from."""
+    return str(kind.__module__).partition(".")[0]
+
+
+def is_users(kind: type) -> bool:
+    """Whether a class is the user's own."""
+    return is_users_module(kind.__module__)
+
+
+@functools.cache
+def is_users_module(module: str | None) -> bool:
+    """Whether a module, by name, is neither Python's, nor installed, nor of this package."""
+    name = str(module or "")
+    if name == "__main__":
+        return True
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None or name.partition(".")[0] == OURS:
+        return False
+    installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
+    return not installed and not file.startswith(sysconfig.get_path("stdlib"))
+
+
+def held(value: Any) -> list[Any]:
+    """The attributes of an object."""
+    own = vars(value).values() if hasattr(value, "__dict__") else ()
+    return [*own, *(one for _, one in slots(value))]
+
+
+def slots(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
+    """The slots of an object of a class of Python's that have a value."""
+    members = (one for kind in type(value).__mro__ for one in vars(kind).values())
+    found = []
+    for member in members:
+        if isinstance(member, MemberDescriptorType):
+            try:
+                found.append((member, member.__get__(value)))
+            except AttributeError:
+                continue
+    return found
+
+
+def manages(value: Any) -> bool:
+    """Whether an object holds networks, optimizers or data: a trainer is none of the model's business."""
+    return any(isinstance(one, OF_OTHERS) for one in held(value))
+
+
+def referred(value: Any) -> Iterable[Any]:
+    """What a function refers to, or an object of the user's own."""
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, BuiltinMethodType):
+        return [value.__self__]
+    if isinstance(value, FunctionType):
+        if not is_users_module(value.__globals__.get("__name__")):
+            return []
+        contents = chain.from_iterable(map(_contents, value.__closure__ or ()))
+        named = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+        return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
+    if package(type(value)) == OURS:  # a callback for a framework, which passes the user's objective on
+        return [getattr(value, "_objective", None)]
+    if is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)):
+        return held(value)
+    return []
+
+
+def _contents(cell: CellType) -> tuple[Any, ...]:
+    """Of a variable of a surrounding function, if it has a value yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()

@@ -64,8 +64,8 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
 
     Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
     deques and random generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are
-    those of objects whose class comes from where a module's does, or is the user's own, but for networks, optimizers,
-    data, and what manages these. Of the function, and of the modules' forward passes, it is the generators of random
+    those of objects whose class comes from where a module's does, or is the user's own, but for networks, optimizers and
+    data, and for objects from elsewhere that hold these. Of the function, and of the modules' forward passes, it is the generators of random
     numbers that they refer to, by themselves or by objects of the user's own.
     """
     modules = list(modules)
@@ -123,9 +123,10 @@ class _Keeper:
         return ()
 
     def _is_own(self, value: Any) -> bool:
+        if isinstance(value, (type, *OF_OTHERS)):
+            return False
         kind = type(value)
-        known = package(kind) in self._packages or is_users(kind)
-        return known and not isinstance(value, (type, *OF_OTHERS)) and not manages(value)
+        return package(kind) in self._packages or (is_users(kind) and not manages(value))
 
     def look_for_generators(self, functions: list[Any]) -> None:
         """Keep the generators of random numbers that functions of the user's own refer to."""

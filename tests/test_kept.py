@@ -204,6 +204,23 @@ class Frozen:
     number: float = 1.0
 
 
+class Averaging(nn.Module):
+    """Its helper holds another network, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.helper = nn.Linear(4, 3), Trainer(nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.helper.numbers.append(1)
+        return self.layer(x) / len(self.helper.numbers)
+
+
+def test_a_helper_that_holds_another_network_counts_as_the_step_does(tmp_path: Path) -> None:
+    one, other = (trained(path, Averaging(), cross_entropy, lambda: 0) for path in (None, tmp_path / "run"))
+    assert one == other
+
+
 def test_what_is_not_the_models_business_is_left_alone() -> None:
     model, numbers, tensor = nn.Linear(4, 3), [1, 2], torch.zeros(3)
     model.trainer = trainer = Trainer(model)

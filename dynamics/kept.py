@@ -64,9 +64,9 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
 
     Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
     deques and random generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are
-    those of objects whose class comes from where a module's does, or is the user's own, but for networks, optimizers and
-    data, and for objects from elsewhere that hold these. Of the function, and of the modules' forward passes, it is the generators of random
-    numbers that they refer to, by themselves or by objects of the user's own.
+    those of objects whose class comes from where a module's does, or is the user's own, but for networks, optimizers
+    and data, and for objects from elsewhere that hold these. Of the function, and of the modules' forward passes, it is
+    the generators of random numbers that they refer to, by themselves or by objects of the user's own.
     """
     modules = list(modules)
     keeper = _Keeper(modules)

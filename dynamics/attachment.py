@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType, MethodType
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Attachment:
         self._nested = 0  # how many more times: a subclass may step by its parent's step
         self._stepped: set[int] = set()  # those that are through
         self._wrappers = {
-            number: _Wrapper(outer, partial(self._through, number))
+            number: _Wrapper(outer, partial(self._wrapper_done, number))
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
             if outer is not one and _does_more(outer)
         }
@@ -87,8 +88,17 @@ class Attachment:
             return
         if self._nested:
             self._nested -= 1
-        elif not self._is_wrapped(number):
+        elif self._is_wrapped(number):
+            self._wrappers[number].within = True
+        else:
             self._through(number)
+
+    def _wrapper_done(self, number: int, *, within: bool) -> None:
+        """The step of a wrapper is done, and the one within has stepped, or has begun to and failed, or has not."""
+        if within:
+            self._through(number)
+        elif self._stepping == number:
+            self._finish()
 
     def _is_wrapped(self, number: int) -> bool:
         """Whether what steps right now is a wrapper around the optimizer."""
@@ -135,45 +145,52 @@ class Attachment:
 
 
 class _Wrapper:
-    """What steps by another optimizer: ``through()`` is called when its own step is done.
+    """What steps by another optimizer: ``done(within=...)`` is called when its step is done, or has failed.
 
     Attributes:
         steps: whether it is stepping right now.
+        within: whether the one within has stepped meanwhile.
     """
 
-    def __init__(self, wrapper: Any, through: Callable[[], None]) -> None:
-        self.steps, self._wrapper, self._open = False, wrapper, True
-        self._own = vars(wrapper).get("step")  # something else may have wrapped it, too
-        own = type(wrapper).step if self._own is None else getattr(self._own, "__func__", None)
+    def __init__(self, wrapper: Any, done: Callable[..., None]) -> None:
+        self.steps = self.within = False
+        self._wrapper, self.is_open = wrapper, True
+        self.own = vars(wrapper).get("step")  # something else may have wrapped it, too
 
-        @functools.wraps(type(wrapper).step if self._own is None else self._own)
+        @functools.wraps(type(wrapper).step if self.own is None else self.own)
         def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
-            ours = self._open and stepping is wrapper  # and no copy of it
-            self.steps = ours
+            own = type(stepping).step.__get__(stepping) if self.own is None else self.own
+            if stepping is not wrapper or not self.is_open:  # a copy of it, say
+                return (getattr(own, "__func__", None) or own)(*[stepping] * hasattr(own, "__func__"), *args, **kwargs)
+            self.steps, self.within = True, False
             try:
-                result = self._own(*args, **kwargs) if own is None else own(stepping, *args, **kwargs)
+                return own(*args, **kwargs)
             finally:
                 self.steps = False
-            if ours:
-                through()
-            return result
+                done(within=self.within)
 
-        self._step = wrapper.step = MethodType(step, wrapper)
+        step.of = self
+        self._step = vars(wrapper)["step"] = MethodType(step, wrapper)
 
     def close(self) -> None:
         """Give the wrapper its own step back; where something else has wrapped that since, only pass it on."""
-        self._open = False
-        if vars(self._wrapper).get("step") is self._step:
-            if self._own is None:
-                del self._wrapper.step
-            else:
-                self._wrapper.step = self._own
+        self.is_open = False
+        if vars(self._wrapper).get("step") is not self._step:
+            return
+        own = self.own
+        while (of := getattr(own, "of", None)) is not None and not of.is_open:  # closed in another order
+            own = of.own
+        if own is None:
+            del vars(self._wrapper)["step"]
+        else:
+            vars(self._wrapper)["step"] = own
 
 
 def _does_more(wrapper: Any) -> bool:
     """Whether a wrapper has a step of its own; that of a framework's does nothing but step."""
     framework = type(wrapper).__module__.partition(".")[0] in ("accelerate", "lightning", "pytorch_lightning")
-    return not framework and hasattr(type(wrapper), "step") and hasattr(wrapper, "__dict__")
+    own = inspect.getattr_static(type(wrapper), "step", None)
+    return not framework and isinstance(own, FunctionType) and isinstance(getattr(wrapper, "__dict__", None), dict)
 
 
 def _is_within_a_step_of(optimizer: torch.optim.Optimizer) -> bool:

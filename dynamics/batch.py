@@ -16,7 +16,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in its tuples, lists and mappings on the device, and what else can be sent there."""
 
     def sent(other: Any) -> Any:
-        return other.to(device) if callable(getattr(other, "to", None)) else other
+        return other.to(device) if callable(getattr(type(other), "to", None)) else other
 
     return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), sent)
 

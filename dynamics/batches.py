@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from .backward_passes import BackwardPasses
 from .batch import copied
 from .bystanders import Bystanders
-from .moment import Moment
+from .errors import named
+from .moment import Moment, random_numbers_untouched
 from .probe import Objective, is_compiled, unwrap
 
 _MOST = 4096  # batches of one step
@@ -56,6 +58,7 @@ class Batches:
 
     Attributes:
         bystanders: the modules outside the model.
+        failure: why batches and moments are not kept any more, if they are not.
         lost: whether, by the last :meth:`candidates`, the step cannot be measured: parameters that are not trained have
             moved, unexpectedly. From the next step on they are kept.
     """
@@ -80,6 +83,7 @@ class Batches:
         )
         self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
+        self.failure: str | None = None
         self._awaits, self._asleep, self._passing = False, bool, None
         self._idle = False
 
@@ -94,8 +98,12 @@ class Batches:
 
         @torch.compiler.disable
         def passes(module: nn.Module, inputs: tuple) -> None:
-            if not torch.is_grad_enabled() or torch.jit.is_tracing() or asleep():
+            if not torch.is_grad_enabled() or torch.jit.is_tracing() or asleep() or self.failure:
                 return
+            with self._not_in_the_loop():
+                passed(module)
+
+        def passed(module: nn.Module) -> None:
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
                 others = waiting.moment.others
@@ -178,8 +186,18 @@ class Batches:
 
     def _kept(self, seen: Seen) -> Seen:
         """With a copy of the batch, and the moment it is."""
-        moment = self._moment()
-        return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
+        with self._not_in_the_loop(), random_numbers_untouched(self._device):
+            moment = self._moment()
+            return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
+        return seen
+
+    @contextmanager
+    def _not_in_the_loop(self) -> Iterator[None]:
+        """What cannot be kept is noted for the step, instead of an exception in the user's loop."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = named(error)
 
     def _moment(self) -> Moment:
         return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)

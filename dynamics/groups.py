@@ -141,7 +141,7 @@ class Groups:
         """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
         decays = [0.0] * len(self._layers.parameters)
         for index, group in trained.items():
-            decays[index] = float(group.get("weight_decay") or 0.0)
+            decays[index] = _number(group.get("weight_decay"))
         if [self._of, *decays] != self._decays:
             self._decays = [self._of, *decays]
             self._decay = self._layers.per_block(decays)
@@ -149,11 +149,19 @@ class Groups:
 
 
 def _rate(group: Group) -> float:
-    return np.nan if group.get("lr") is None else float(group["lr"])
+    return _number(group.get("lr"), np.nan)
+
+
+def _number(value: Any, absent: float = 0.0) -> float:
+    """What an optimizer says as a number; NaN where it is none."""
+    try:
+        return absent if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return np.nan
 
 
 def _flow_step(group: Group) -> float:
     """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β); ascent goes back."""
-    momentum = float(group.get("momentum") or 0.0)
+    momentum = _number(group.get("momentum"))
     rate = -_rate(group) if group.get("maximize") else _rate(group)
-    return rate * (1 - float(group.get("dampening") or 0.0)) / (1 - momentum) if 0 < momentum < 1 else rate
+    return rate * (1 - _number(group.get("dampening"))) / (1 - momentum) if 0 < momentum < 1 else rate

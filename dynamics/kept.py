@@ -252,7 +252,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _data(kind: type) -> dict[str, Any]:
     """The attributes of a class that are neither functions, properties and their like, nor Python's own."""
-    return {name: one for name, one in vars(kind).items() if not (name.startswith("__") or hasattr(one, "__get__"))}
+    return {
+        name: one for name, one in vars(kind).items() if not (name.startswith("__") or hasattr(type(one), "__get__"))
+    }
 
 
 def _may_be_kept(tensor: Tensor) -> bool:

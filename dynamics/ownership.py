@@ -40,7 +40,10 @@ def is_users_module(module: str | None) -> bool:
     name = str(module or "")
     if name == "__main__":
         return True
-    file = getattr(sys.modules.get(name), "__file__", None)
+    try:
+        file = sys.modules[name].__file__
+    except Exception:  # it may be anything
+        file = None
     if file is None or name.partition(".")[0] == OURS:
         return False
     installed = {"site-packages", "dist-packages"} & set(Path(file).parts)

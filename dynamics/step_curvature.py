@@ -113,6 +113,8 @@ class StepCurvature:
 
         The likeliest batches are tried in all ways in which they differ.
         """
+        if self._batches.failure is not None:
+            raise RuntimeError(f"what the step starts from cannot be kept: {self._batches.failure}")
         candidates = self._batches.candidates()
         if self._batches.lost:
             self._say_once(

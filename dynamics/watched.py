@@ -39,15 +39,35 @@ class Watched:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator:
-        return self._one_pass(iter(self._loader))
+        return _Pass(iter(self._loader), self._begins, self._sees, self._ends)
 
-    def _one_pass(self, batches: Iterator) -> Iterator:
-        self._begins()
+
+class _Pass:
+    """One pass over a loader; it goes on after an exception if the loader's own does."""
+
+    def __init__(
+        self, batches: Iterator, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[[], None]
+    ) -> None:
+        self._batches, self._begins, self._sees, self._ends = batches, begins, sees, ends
+        self._begun = False
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._begun:
+            self._begun = True
+            self._begins()
         try:
-            for batch in batches:
-                self._sees(batch)
-                yield batch
-        finally:
+            batch = next(self._batches)
+        except StopIteration:
+            self._ends()
+            raise
+        self._sees(batch)
+        return batch
+
+    def __del__(self) -> None:
+        if self._begun:
             self._ends()
 
 

@@ -540,3 +540,65 @@ def test_what_a_device_is_sent() -> None:
     sent = to_device({"packed": packed, "graphs": Graphs(torch.ones(2), torch.ones(2))}, torch.device("meta"))
     assert (sent["packed"].data.device.type, sent["packed"].batch_sizes.device.type) == ("meta", "cpu")
     assert sent["graphs"].on == "meta"
+
+
+class Named(list):
+    """Cannot be made of its parts."""
+
+    def __init__(self, name: str, *parts: object) -> None:
+        super().__init__(parts)
+        self.name = name
+
+
+class Fixed(UserDict):
+    def update(self, *given: object, **named: object) -> None:
+        raise TypeError("it is fixed")
+
+
+class Trap:
+    def __getattr__(self, name: str) -> object:
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("kind", ["named", "fixed", "cyclic", "trap"])
+def test_a_batch_that_cannot_be_kept_costs_the_curvature_at_most(tmp_path: Path, kind: str, watched: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+
+    def batch_of(x: Tensor, y: Tensor) -> object:
+        fixed: object = [x, y]
+        if kind == "named":
+            fixed = Named("batch", x, y)
+        elif kind == "fixed":
+            fixed = Fixed()
+            fixed.data = {0: x, 1: y}
+        else:
+            fixed.append(fixed if kind == "cyclic" else Trap())
+        return fixed
+
+    batches = [batch_of(x, y) for x, y in vectors(3)]
+    warned = nullcontext() if kind == "trap" else pytest.warns(UserWarning, match="curvature is not recorded from")
+    with (
+        warned,
+        Recorder(
+            tmp_path / "run",
+            model,
+            optimizer,
+            objective=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            curvature_every=1,
+        ) as recorder,
+    ):
+        for batch in recorder.watch(batches) if watched else batches:
+            if not watched:
+                recorder.observe(batch)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            optimizer.step()
+            recorder.log(loss=loss)
+            losses.append(loss.item())
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].loss, losses, rtol=1e-12)
+    assert kind != "trap" or run["curvature"].loss_before.values == pytest.approx(losses)

@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -138,6 +139,83 @@ def test_a_wrapper_is_scheduled_copied_and_saved_as_it_was(tmp_path: Path) -> No
         other.step()
     assert other.step is own
     assert (other.taken, open_run(tmp_path / "third").steps.sizes["step"]) == (1, 1)
+
+
+class Forwarding:
+    """Forwards what it is given to the optimizer within."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__dict__["optimizer"] = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["optimizer"], name, value)
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+class ByProperty:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def step(self) -> Callable:
+        return self.optimizer.step
+
+
+@pytest.mark.parametrize("kind", [Forwarding, Frozen, ByProperty])
+def test_a_wrapper_of_any_make(tmp_path: Path, kind: Callable) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = kind(sgd(list(model.parameters())))
+    recorders = [Recorder(tmp_path / name, model, optimizer, curvature_every=0) for name in ("one", "other")]
+    for _ in range(3):
+        optimizer.step()
+    for recorder in recorders:  # in the order in which they were made
+        recorder.close()
+    assert [open_run(tmp_path / name).steps.sizes["step"] for name in ("one", "other")] == [3, 3]
+    assert "step" not in vars(optimizer)
+    assert "step" not in vars(optimizer.optimizer)
+
+
+def test_a_wrapper_that_fails_after_the_step_within_has_stepped(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = Noam(sgd(list(model.parameters())))
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
+        optimizer.step()
+        Noam.step, plain = lambda self: (plain(self), 1 / 0), Noam.step
+        try:
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step()
+        finally:
+            Noam.step = plain
+        optimizer.step()
+    assert optimizer.taken == open_run(tmp_path / "run").steps.sizes["step"] == 3
+
+
+@pytest.mark.parametrize("setting", [{"lr": torch.tensor([0.1, 0.2])}, {"momentum": (0.9, 0.99)}])
+def test_settings_that_are_no_numbers(tmp_path: Path, setting: dict) -> None:
+    class Own(torch.optim.SGD):
+        def step(self) -> None:
+            pass
+
+    model = nn.Linear(4, 3)
+    optimizer = Own(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
+        optimizer.step()
+        optimizer.param_groups[0].update(setting)
+        optimizer.step()
+    assert open_run(tmp_path / "run").steps.sizes["step"] == 2
 
 
 def test_a_wrapped_step_that_fails_is_none(tmp_path: Path) -> None:

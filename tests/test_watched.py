@@ -73,3 +73,31 @@ def test_an_iterator_stays_one(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     assert run.curvature.loss_before.values == pytest.approx(losses)
     assert run.steps.epoch.values.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("of_iterator", [True, False])
+def test_a_loader_that_fails_once_goes_on(tmp_path: Path, of_iterator: bool) -> None:
+    class Failing:
+        def __init__(self) -> None:
+            self.number = 0
+
+        def __iter__(self) -> "Failing":
+            return self
+
+        def __next__(self) -> int:
+            self.number += 1
+            if self.number == 2:
+                raise OSError("a file that cannot be read")
+            if self.number > 4:
+                raise StopIteration
+            return self.number
+
+    model = nn.Linear(4, 3)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1), curvature_every=0) as recorder:
+        batches = recorder.watch(Failing())
+        batches = batches if of_iterator else iter(batches)
+        assert next(batches) == 1
+        with pytest.raises(OSError, match="cannot be read"):
+            next(batches)
+        assert list(batches) == [3, 4]
+        recorder.close()

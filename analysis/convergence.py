@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import MissingQuantityError, columns, described, has
+from .record import MissingQuantityError, columns, described, event_steps
 
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
@@ -60,4 +60,4 @@ def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
 
 def last_pruning(run: xr.DataTree) -> int:
     """The step before which the last event was; 0 without any."""
-    return int(columns(run, "pruning", ["step"]).step[-1]) if has(run, "pruning") else 0
+    return next(reversed(event_steps(run)), 0)

@@ -72,7 +72,7 @@ def in_layers(runs: Runs) -> str:
     Raises:
         MissingQuantityError: there is none.
     """
-    several = [label for label, run in runs.items() if {"network"} != _layers(run) != set()]
+    several = [label for label, run in runs.items() if _layers(run) - {"network"}]
     if not several:
         raise MissingQuantityError(
             "no quantity per layer in the record: record /steps or /curvature; condensed records keep some runs' only"

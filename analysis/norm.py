@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import described, has, node, taken
+from .record import described, event_steps, node, taken
 
 
 def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
@@ -108,15 +108,10 @@ def _window(run: xr.DataTree) -> int:
 
 def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
     """Means over windows of steps between which nothing was pruned."""
-    before = np.searchsorted(np.sort(_events(run)), rates.step, side="right")
+    before = np.searchsorted(np.sort(event_steps(run)), rates.step, side="right")
     parts = [rates.isel(step=np.flatnonzero(before == number)) for number in np.unique(before)]
     means = [part.rolling(step=window, center=True, min_periods=(window + 1) // 2).mean() for part in parts]
     return xr.concat(means, "step") if means else rates
-
-
-def _events(run: xr.DataTree) -> np.ndarray:
-    """The steps before which events were."""
-    return node(run, "pruning", ["step"]).step.values if has(run, "pruning") else np.empty(0)
 
 
 def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:
@@ -128,4 +123,4 @@ def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:
 def _undisturbed(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:
     """True where the next row is the next step and no event lies in between."""
     following = step.shift(step=-1, fill_value=-1)
-    return (following == step + 1) & ~xr.DataArray(np.isin(following, _events(run)), coords={"step": step})
+    return (following == step + 1) & ~xr.DataArray(np.isin(following, event_steps(run)), coords={"step": step})

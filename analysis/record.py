@@ -103,6 +103,20 @@ def open_runs(paths: Iterable[str]) -> dict[str, xr.DataTree]:
     raise RecordError(f"the records cannot be told apart: {paths}")
 
 
+def event_steps(run: xr.DataTree) -> list[int]:
+    """The step to come at each event of a run."""
+    return _of_events(run, "step")
+
+
+def event_epochs(run: xr.DataTree) -> list[int]:
+    """Epoch of each event of a run."""
+    return _of_events(run, "epoch")
+
+
+def _of_events(run: xr.DataTree, name: str) -> list[int]:
+    return run["pruning"][name].values.tolist() if has(run, "pruning") and name in run["pruning"].data_vars else []
+
+
 def described(dataset: xr.Dataset, like: str, **symbols: str) -> xr.Dataset:
     """The dataset with a symbol for each named variable, and the unit of the quantity ``like``."""
     for name, symbol in symbols.items():

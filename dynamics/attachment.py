@@ -159,9 +159,9 @@ class _Wrapper:
 
         @functools.wraps(type(wrapper).step if self.own is None else self.own)
         def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
-            own = type(stepping).step.__get__(stepping) if self.own is None else self.own
+            own = self._step_without(stepping)
             if stepping is not wrapper or not self.is_open:  # a copy of it, say
-                return (getattr(own, "__func__", None) or own)(*[stepping] * hasattr(own, "__func__"), *args, **kwargs)
+                return own(*args, **kwargs)
             self.steps, self.within = True, False
             try:
                 return own(*args, **kwargs)
@@ -171,6 +171,12 @@ class _Wrapper:
 
         step.of = self
         self._step = vars(wrapper)["step"] = MethodType(step, wrapper)
+
+    def _step_without(self, stepping: Any) -> Callable[..., Any]:
+        """The step that the wrapper, or a copy of it, would have without this."""
+        if self.own is None:
+            return type(stepping).step.__get__(stepping)
+        return MethodType(self.own.__func__, stepping) if hasattr(self.own, "__func__") else self.own
 
     def close(self) -> None:
         """Give the wrapper its own step back; where something else has wrapped that since, only pass it on."""

@@ -116,11 +116,11 @@ class Batches:
 
         self._awaits, self._asleep, self._passing = True, asleep, _OfOneModel(passes)
         self._seen = [self._kept(one) for one in self._seen]
-        if self._seen or self._staying:
+        if (self._seen or self._staying) and not self._compiled:
             self._look_for_passes()
 
     def _look_for_passes(self) -> None:
-        if self._hook is None and self._awaits and not self._compiled:
+        if self._hook is None:
             self._hook = self._model.register_forward_pre_hook(self._passing)
 
     def _are_moved(self) -> bool:
@@ -179,9 +179,8 @@ class Batches:
     def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
         seen = Seen(batch, None, again=again)
         self._seen.append(self._kept(seen) if due else seen)
-        if due:
-            self._look_for_passes()
         if due and self._awaits and not self._compiled:
+            self._look_for_passes()
             self.bystanders.watch(self._moment_of_last, self._asleep)
 
     def _kept(self, seen: Seen) -> Seen:

@@ -6,7 +6,7 @@ import operator
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from numbers import Number
@@ -41,14 +41,9 @@ class Kept:
 
     def put_back(self) -> None:
         """Give each object the contents it had. What cannot be put back stops no other, and is raised in the end."""
-        failures = []
-        for put_back in self._put_backs:
-            try:
-                put_back()
-            except Exception as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+        with ExitStack() as all_of_them:
+            for put_back in self._put_backs:
+                all_of_them.callback(put_back)
 
     def now(self) -> Kept:
         """What the same objects have by now."""
@@ -70,7 +65,8 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
     """
     modules = list(modules)
     keeper = _Keeper(modules)
-    forwards = (getattr(type(module), "forward", None) for module in modules if not _is_scripted(module))
+    own = (module for module in modules if not isinstance(module, torch.jit.ScriptModule))
+    forwards = (getattr(type(module), "forward", None) for module in own)
     keeper.look_for_generators([*dict.fromkeys(forwards), function])
     return Kept(keeper.takes)
 
@@ -113,10 +109,8 @@ class _Keeper:
             return list(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, tuple):
             return value
-        elif isinstance(value, BuiltinMethodType):
-            return [value.__self__]
-        elif isinstance(value, partial):
-            return [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, BuiltinMethodType | partial):
+            return referred(value)
         elif self._is_own(value):
             self.takes.append(partial(_take_object, value))
             return held(value)
@@ -195,21 +189,23 @@ def _take_array(array: np.ndarray) -> Taken:
 def _take_container(value: Any) -> Taken:
     """A dictionary, list, deque or set, by their own methods, whatever a class makes of these."""
     kind = next(one for one in (OrderedDict, dict, list, deque, set) if isinstance(value, one))
-    entries = partial(kind.items if issubclass(kind, dict) else kind.__iter__, value)
-    flat = partial(_flat, entries) if issubclass(kind, dict) else entries
+    has_keys = issubclass(kind, dict)
     fill = {list: list.extend, deque: deque.extend}.get(kind) or kind.update
-    content, held = list(entries()), list(flat())
+
+    def entries() -> list[Any]:
+        return list(kind.items(value) if has_keys else kind.__iter__(value))
+
+    def objects(entries: list[Any]) -> list[Any]:
+        return list(chain.from_iterable(entries)) if has_keys else entries
+
+    content = entries()
 
     def put_back() -> None:
-        if not _are_same(flat(), held):  # another thread may be reading it
+        if not _are_same(objects(entries()), objects(content)):  # another thread may be reading it
             kind.clear(value)
             fill(value, content)
 
-    return put_back, _numbers(held)
-
-
-def _flat(pairs: Callable[[], Iterable[tuple]]) -> Iterable[Any]:
-    return chain.from_iterable(pairs())
+    return put_back, _numbers(objects(content))
 
 
 def _take_object(value: Any) -> Taken:
@@ -266,9 +262,8 @@ def _numbers(values: Iterable[Any]) -> list[Any]:
     return [value for value in values if isinstance(value, Number)]
 
 
-def _are_same(values: Iterable[Any], others: Iterable[Any]) -> bool:
-    """Whether two sequences are of the very same objects."""
-    values, others = list(values), list(others)
+def _are_same(values: list[Any], others: list[Any]) -> bool:
+    """Whether two lists are of the very same objects."""
     return len(values) == len(others) and all(map(operator.is_, values, others))
 
 
@@ -295,7 +290,3 @@ def _storage(tensor: Tensor | None) -> tuple[str, int]:
         return "storage", tensor.untyped_storage().data_ptr() or id(tensor)
     except (AttributeError, NotImplementedError, RuntimeError):  # none, sparse, or one that only stands for others
         return "storage", id(tensor)
-
-
-def _is_scripted(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)

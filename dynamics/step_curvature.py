@@ -124,12 +124,16 @@ class StepCurvature:
             )
             return []
         if self._processes.replicated:  # each has to try as many
-            alone = self._processes.all_agree(len(candidates) == 1, next(self._model.parameters()).device)
+            alone = self._processes.all_agree(len(candidates) == 1, self._device)
             numbered = [(0, candidates[0]), (len(candidates) - 1, candidates[-1])][: 1 if alone else 2]
             return [self._candidate(number, seen) for number, seen in numbered]
         ways = sorted(_ways_that_differ(candidates[0]), key=self._way.__ne__)
         found = [self._candidate(0, candidates[0], way) for way in ways]
         return found + [self._candidate(number, seen) for number, seen in enumerate(candidates) if number]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
     def _candidate(self, number: int, seen: list[Seen], way: str = "forward pass") -> _Candidate:
         batches, moments = [one.batch for one in seen], [_WAYS[way](one) for one in seen]
@@ -199,7 +203,7 @@ class StepCurvature:
         except Exception as error:
             reason = named(error)
             advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
-        if self._processes.all_agree(measured is not None, next(self._model.parameters()).device):
+        if self._processes.all_agree(measured is not None, self._device):
             return measured
         self.stop()
         warnings.warn(

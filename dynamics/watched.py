@@ -49,7 +49,7 @@ class _Pass:
         self, batches: Iterator, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[[], None]
     ) -> None:
         self._batches, self._begins, self._sees, self._ends = batches, begins, sees, ends
-        self._begun = False
+        self._begun = self._ended = False
 
     def __iter__(self) -> Iterator:
         return self
@@ -61,14 +61,17 @@ class _Pass:
         try:
             batch = next(self._batches)
         except StopIteration:
-            self._ends()
+            self._end()
             raise
         self._sees(batch)
         return batch
 
-    def __del__(self) -> None:
-        if self._begun:
+    def _end(self) -> None:
+        if self._begun and not self._ended:  # once: another pass may have begun since
+            self._ended = True
             self._ends()
+
+    __del__ = _end
 
 
 class WatchedIterator(Watched):

@@ -14,10 +14,11 @@ import analysis
 from analysis import comparison
 from analysis.conditions import conditions
 from analysis.names import name_of
+from analysis.record import event_epochs
 from dynamics.schema import label as label_of
 
 from . import panels
-from .layout import by_measure, event_epochs, events_of, grid, legend_below, rows_of
+from .layout import by_measure, events_of, grid, legend_below, rows_of
 from .style import named_styles
 
 Runs = Mapping[str, xr.DataTree]

@@ -13,19 +13,10 @@ from matplotlib.lines import Line2D
 
 from analysis.comparison import by_condition
 from analysis.conditions import comparisons, conditions
+from analysis.record import event_steps
 
 from . import panels
 from .style import named_styles
-
-
-def event_steps(run: xr.DataTree) -> list[int]:
-    """Step of each event of a run."""
-    return run["pruning"]["step"].values.tolist() if "step" in run["pruning"].data_vars else []
-
-
-def event_epochs(run: xr.DataTree) -> list[int]:
-    """Epoch of each event of a run."""
-    return run["pruning"]["epoch"].values.tolist() if "epoch" in run["pruning"].data_vars else []
 
 
 def compared(prediction: xr.Dataset) -> np.ndarray:

@@ -17,10 +17,11 @@ from analysis.comparison import title
 from analysis.conditions import conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
+from analysis.record import event_steps
 from dynamics.schema import label as label_of
 
 from . import comparison, panels, pruning
-from .layout import by_measure, compared, event_steps, grid, legend_below, shared_axes, symmetric
+from .layout import by_measure, compared, grid, legend_below, shared_axes, symmetric
 from .style import FIRST, SECOND, theme
 
 Runs = Mapping[str, xr.DataTree]

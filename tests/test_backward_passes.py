@@ -44,18 +44,31 @@ def trunk_frozen_at_first(model: TwoHeads, number: int) -> int:
 def test_losses_stay_with_their_steps(tmp_path: Path, head_of: Callable, watched: bool, micro_batches: int) -> None:
     torch.manual_seed(0)
     model = TwoHeads()
+    how = {"watched": watched, "early": False}
+    assert_losses_stay(
+        tmp_path / "run", model, lambda number, x: model(x, head_of(model, number)), micro_batches, **how
+    )
+
+
+def assert_losses_stay(
+    path: Path, model: nn.Module, output_of: Callable, micro_batches: int, *, watched: bool, early: bool
+) -> None:
+    """Train, log before the backward pass or after it, and compare each step's loss."""
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+    with Recorder(path, model, optimizer, curvature_every=0) as recorder:
         for number, (x, y) in enumerate(recorder.watch(vectors(8)) if watched else vectors(8)):
-            loss = F.cross_entropy(model(x, head_of(model, number)), y)
+            loss = F.cross_entropy(output_of(number, x), y)
+            if early:
+                recorder.log(loss=loss)
             (loss / micro_batches).backward()
-            recorder.log(loss=loss)
+            if not early:
+                recorder.log(loss=loss)
             losses.append(loss.item())
             if number % micro_batches == micro_batches - 1:
                 optimizer.step()
                 optimizer.zero_grad()
     expected = np.reshape(losses, (-1, micro_batches)).mean(1)
-    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(open_run(path)["steps"].loss, expected, rtol=1e-12)
 
 
 def by_hand(model: nn.Module, loss: Tensor) -> None:
@@ -92,19 +105,11 @@ def test_a_skipped_batch_is_no_part_of_a_step_whatever_makes_gradients(tmp_path:
 def test_passes_within_a_pass_are_one(tmp_path: Path, micro_batches: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
-    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-        for number, (x, y) in enumerate(vectors(8)):
-            hidden = checkpoint(model[1:3], model[0](x), use_reentrant=True)  # runs backward passes of its own
-            loss = F.cross_entropy(model[3](hidden), y)
-            recorder.log(loss=loss)
-            (loss / micro_batches).backward()
-            losses.append(loss.item())
-            if number % micro_batches == micro_batches - 1:
-                optimizer.step()
-                optimizer.zero_grad()
-    expected = np.reshape(losses, (-1, micro_batches)).mean(1)
-    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, expected, rtol=1e-12)
+
+    def output_of(number: int, x: Tensor) -> Tensor:
+        return model[3](checkpoint(model[1:3], model[0](x), use_reentrant=True))  # runs backward passes of its own
+
+    assert_losses_stay(tmp_path / "run", model, output_of, micro_batches, watched=False, early=True)
 
 
 def test_passes_are_counted_at_few_parameters_once_it_is_known_where_they_arrive() -> None:

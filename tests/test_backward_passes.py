@@ -44,10 +44,11 @@ def trunk_frozen_at_first(model: TwoHeads, number: int) -> int:
 def test_losses_stay_with_their_steps(tmp_path: Path, head_of: Callable, watched: bool, micro_batches: int) -> None:
     torch.manual_seed(0)
     model = TwoHeads()
-    how = {"watched": watched, "early": False}
-    assert_losses_stay(
-        tmp_path / "run", model, lambda number, x: model(x, head_of(model, number)), micro_batches, **how
-    )
+
+    def output_of(number: int, x: Tensor) -> Tensor:
+        return model(x, head_of(model, number))
+
+    assert_losses_stay(tmp_path / "run", model, output_of, micro_batches, watched=watched, early=False)
 
 
 def assert_losses_stay(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from machine import describe
 from torch import Tensor
 
+from dynamics.captured import Captured
 from dynamics.curvature import Expansion
 from dynamics.gates import gated_products
 from dynamics.layers import Layers
@@ -66,9 +67,13 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure(name: str, batch: int, device: torch.device, repetitions: int) -> None:
+def measure(name: str, batch: int, device: torch.device, repetitions: int, *, capture: bool) -> None:
     """Print a table of one network."""
     works = contenders(name, batch, device)
+    if capture:
+        for work in works.values():
+            work()
+        works = {what: Captured(work, device) for what, work in works.items()}
     times: dict[str, list[float]] = {what: [] for what in works}
     for repetition in range(repetitions + 1):  # the first warms up
         for what in random.sample(list(works), len(works)):
@@ -90,11 +95,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--capture", action="store_true", help="launch each as a CUDA graph, the gradient, too")
     arguments = parser.parse_args()
     random.seed(0)
     print(describe(arguments.device))
     for name in arguments.models:
-        measure(name, arguments.batch, torch.device(arguments.device), arguments.repetitions)
+        measure(name, arguments.batch, torch.device(arguments.device), arguments.repetitions, capture=arguments.capture)
 
 
 if __name__ == "__main__":

@@ -46,14 +46,13 @@ class Training:
         return loss
 
 
-def thetadot(curvature_every: int) -> Callable[[Training, ExitStack], Step]:
+def thetadot(curvature_every: int, *, capture: bool = False) -> Callable[[Training, ExitStack], Step]:
     """First-order quantities at every step, curvature and measured decrease at some."""
 
     def make(training: Training, stack: ExitStack) -> Step:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        recorder = stack.enter_context(
-            Recorder(Path(folder) / "run.zarr", training.model, training.optimizer, curvature_every=curvature_every)
-        )
+        how = {"curvature_every": curvature_every, "capture": capture}
+        recorder = stack.enter_context(Recorder(Path(folder) / "run.zarr", training.model, training.optimizer, **how))
 
         def step() -> None:
             recorder.observe(training.batch)
@@ -150,9 +149,11 @@ def curvlinops(training: Training, stack: ExitStack) -> Step:
     return step
 
 
+CURVED, CAPTURED = "thetadot, curvature and decrease", "the same, captured"  # as CUDA graphs
 CONTENDERS: dict[str, Callable[[Training, ExitStack], Step]] = {
     "thetadot, first order": thetadot(0),
-    "thetadot, curvature and decrease": thetadot(1),
+    CURVED: thetadot(1),
+    CAPTURED: thetadot(1, capture=True),
     "by hand, .item()": by_item,
     "Cockpit, economy": cockpit("economy"),
     "Cockpit, full": cockpit("full"),
@@ -186,6 +187,8 @@ def compare(name: str, batch: int, device: torch.device, repetitions: int) -> No
     """Print the ratios of one network."""
     found = {}
     for contender in CONTENDERS:
+        if contender == CAPTURED and device.type != "cuda":
+            continue
         try:
             found[contender] = ratios(name, batch, device, contender, repetitions)
         except Exception as error:
@@ -193,8 +196,10 @@ def compare(name: str, batch: int, device: torch.device, repetitions: int) -> No
             print(f"  {contender:34} not measured: {type(error).__name__}: {reason:.70}")
         else:
             print(f"  {contender:34} {quartiles(found[contender])}", flush=True)
-    first, every = found["thetadot, first order"], found["thetadot, curvature and decrease"]
-    print(f"  {'thetadot, curvature every 64':34} {quartiles((63 * first + every) / 64)}   (63 × first order + 1)/64")
+    first = found["thetadot, first order"]
+    for curved, what in ((CURVED, "thetadot, curvature every 64"), (CAPTURED, "the same, captured")):
+        if curved in found:
+            print(f"  {what:34} {quartiles((63 * first + found[curved]) / 64)}   (63 × first order + 1)/64")
 
 
 def quartiles(ratios: np.ndarray) -> str:

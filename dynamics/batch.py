@@ -18,12 +18,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
     def sent(other: Any) -> Any:
         return other.to(device) if callable(getattr(type(other), "to", None)) else other
 
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), sent)
+    return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), sent)
 
 
 def copied(batch: Any) -> Any:
     """The batch with a copy of every tensor, and of what else a loop may change in place."""
-    return _mapped(batch, lambda tensor: tensor.detach().clone(), _copy)
+    return mapped(batch, lambda tensor: tensor.detach().clone(), _copy)
 
 
 def _copy(value: Any) -> Any:
@@ -54,25 +54,25 @@ def layout(batch: Any) -> Hashable:
 def tensors_of(batch: Any) -> list[Tensor]:
     """All tensors in the batch."""
     found: list[Tensor] = []
-    _mapped(batch, lambda tensor: found.append(tensor) or tensor)
+    mapped(batch, lambda tensor: found.append(tensor) or tensor)
     return found
 
 
-def _mapped(
+def mapped(
     batch: Any, function: Callable[[Tensor], Tensor], of_others: Callable[[Any], Any] = lambda other: other
 ) -> Any:
     """The batch with the function of every tensor in its collections, and another function of all else in them."""
-    inner = partial(_mapped, function=function, of_others=of_others)
+    inner = partial(mapped, function=function, of_others=of_others)
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, PackedSequence):  # how many samples each of its steps has stays on the processor
         return type(batch)(inner(batch.data), batch.batch_sizes, *map(inner, batch[2:]))
     if isinstance(batch, Mapping):
-        mapped = {key: inner(value) for key, value in batch.items()}
+        values = {key: inner(value) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
-            return mapped
+            return values
         batch = copy.copy(batch)  # of a class of its own, such as a tokenizer's
-        batch.update(mapped)
+        batch.update(values)
         return batch
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(inner, batch))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import named
 from .higher_order import HigherOrder
+from .memory_order import channels_first
 from .precision import full_precision
 
 _NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
@@ -66,6 +67,7 @@ class Expansion:
 
         Where there is none, Hv ≈ (g(θ+εv) − g(θ−εv))/2ε with ε‖v‖ = ∛u (1+‖θ‖), u the rounding unit: error O(ε²).
         """
+        vector = [channels_first(v) for v in vector]
         if self.exact:
             try:
                 return self._second_backward(vector)
@@ -83,6 +85,7 @@ class Expansion:
         NaN where autograd has no third derivative of an operation.
         """
         totals = [[torch.zeros_like(leaf) for leaf in self._leaves] for _ in vectors]
+        direction, *vectors = ([channels_first(v) for v in vector] for vector in (direction, *vectors))
         try:
             for loss_of, weight in self._losses:
                 parts = self._third_backward(loss_of, direction, vectors)

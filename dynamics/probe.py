@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .batch import copied, layout, sample_count, tensors_of, to_device
+from .batch import copied, layout, mapped, sample_count, tensors_of, to_device
 from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
 from .gates import Products, gated_products
 from .masks import parameter_masks
+from .memory_order import channels_first
 from .moment import Moment
 from .ordinary import masked
 
@@ -160,7 +161,7 @@ class Probe:
         values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
         again = nullcontext(set()) if self._fixed else moment.again()
         with again as others, mode_of(self._model, self._mode), _differentiable_twice():
-            given = to_device(copied(batch), self._device)
+            given = mapped(to_device(copied(batch), self._device), channels_first)
             loss = torch.func.functional_call(self._stateless, values, (given,))
             self.others |= others - {self._stateless}
             if self.repeatable and not self._fixed:
@@ -174,7 +175,8 @@ class Probe:
         """The model's present parameters, but for those that are given; each in the parameter's type."""
         given = theta or {}
         own = self._model.named_parameters()
-        return {name: given.get(name, parameter).detach().to(parameter.dtype) for name, parameter in own}
+        typed = {name: given.get(name, parameter).detach().to(parameter.dtype) for name, parameter in own}
+        return {name: channels_first(tensor) for name, tensor in typed.items()}
 
     def expand(self, theta: Theta | None = None) -> Expansion:
         """Loss, gradient and Hessian products around θ, by default the model's present parameters."""
@@ -198,7 +200,9 @@ class Probe:
         theta = self._theta(theta)
         frozen = {name for name in theta if name not in self._trained or name not in layer_of}
         known = [name for name in theta if name not in frozen]
-        whole = [{name: direction[name].to(theta[name].dtype) for name in known} for direction in directions]
+        whole = [
+            {name: channels_first(direction[name].to(theta[name].dtype)) for name in known} for direction in directions
+        ]
         total = None
         for loss_of, weight in zip(self._losses, self._weights, strict=True):
             parts = gated_products(loss_of, theta, whole, layer_of, layers, frozen=frozen)

@@ -79,6 +79,6 @@ class Repeated:
 
 
 def release_memory() -> None:
-    """Give back what graphs held that are gone: until then PyTorch keeps it, gigabytes a graph, for nobody."""
+    """Give back what nobody uses any more, such as graphs that are gone: PyTorch would keep it, gigabytes each."""
     with _ONE_AT_A_TIME:
         torch.cuda.empty_cache()

@@ -35,7 +35,10 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
         for part in grids
         for point in _product({**common, **outer, **part})
     ]
-    return list({json.dumps(experiment.identity): experiment for experiment in reversed(found)}.values())[::-1]
+    different: dict[str, Experiment] = {}
+    for experiment in found:
+        different.setdefault(json.dumps(experiment.identity), experiment)
+    return list(different.values())
 
 
 def _product(settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint
+from .captured import release_memory
 from .compiling import compiled
 from .data import Data
 from .experiment import Experiment
@@ -166,6 +167,7 @@ class Training:
 
     def _prune(self, round_number: int) -> None:
         """A round; the record's target is what the schedule asks for, also where a quirk makes it more."""
+        self._passes.forget()
         chosen, protocol = self.experiment, PROTOCOLS[self.experiment.protocol]
         target = 1 - share_left(chosen.sparsity, chosen.rounds, round_number)
         left = protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
@@ -175,9 +177,9 @@ class Training:
             if chosen.studies and round_number in (1, chosen.rounds):
                 add_studies(event, self.model, pruning, self._probe, self.objective)
             self._pruner.apply(pruning)
-            self._passes.forget()
             if chosen.granularity == "filter":
                 event.units(alive=pruning.alive, scores=pruning.scores)
+        release_memory()  # several times a step's, and others may share the GPU
 
     def _importance_batches(self) -> Batches:
         count, classes = self.experiment.importance_samples, self.data.num_classes

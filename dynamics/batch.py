@@ -71,14 +71,22 @@ def mapped(
         values = {key: inner(value) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return values
-        batch = copy.copy(batch)  # of a class of its own, such as a tokenizer's
-        batch.update(values)
-        return batch
+        return _with_values(batch, values)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(inner, batch))
     if isinstance(batch, tuple | list):
         return type(batch)(map(inner, batch))
     return batch if isinstance(batch, str | bytes | int | float | None) else of_others(batch)
+
+
+def _with_values(batch: MutableMapping, values: Mapping) -> MutableMapping:
+    """A copy of a mapping of a class of its own, such as a tokenizer's, with these values."""
+    other = copy.copy(batch)
+    for name, held in getattr(other, "__dict__", {}).items():
+        if type(held) is dict and held is vars(batch).get(name):  # else the batch itself would get the values
+            vars(other)[name] = dict(held)
+    other.update(values)
+    return other
 
 
 def sample_count(batch: Any) -> int:

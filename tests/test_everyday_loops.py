@@ -3,7 +3,7 @@
 import copy
 import io
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -499,6 +499,35 @@ def test_a_batch_keeps_its_kind_and_counts_its_samples() -> None:
     pictures = [torch.zeros(3, 8, 8) for _ in range(5)]
     assert sample_count((pictures, [{} for _ in pictures])) == 5
     assert sample_count([torch.zeros(4, 2), torch.zeros(4)]) == 4
+
+
+class Sample(MutableMapping):
+    """Keeps its parts in a dictionary, which a copy of it shares."""
+
+    def __init__(self, parts: dict[str, Tensor]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.parts[name]
+
+    def __setitem__(self, name: str, part: Tensor) -> None:
+        self.parts[name] = part
+
+    def __delitem__(self, name: str) -> None:
+        del self.parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def test_a_copy_of_a_batch_leaves_it_as_it_is() -> None:
+    x = torch.ones(2)
+    sample = Sample({"x": x})
+    assert copied(sample)["x"] is not x
+    assert sample["x"] is x
 
 
 @dataclass

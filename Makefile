@@ -1,7 +1,7 @@
 # Commands: `make demo`, `make figures`, `make test`. All create .venv and install into it first.
 PYTHON ?= python3
 BIN := .venv/bin
-RECORDS ?= docs/records/*.zarr.zip
+SHOWN := docs/records
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo figures test faults lint clean
@@ -14,9 +14,15 @@ demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 	@echo "Next: open out/demo/report.html, run python -m analysis out/demo/*.zarr for all figures of agreement,"
 	@echo "or explore a record with xarray.open_datatree(\"out/demo/....zarr\") as notebooks/instrument.ipynb does."
 
-figures: .venv/installed  ## redraw every figure and the report from the records at hand; RECORDS="out/demo/*.zarr" for others
+figures: .venv/installed  ## redraw every figure of docs/results.md from its records; RECORDS="out/demo/*.zarr" draws others
+ifdef RECORDS
 	$(BIN)/python -m figures $(RECORDS) -o out/figures
-	@echo "Next: open out/figures/report.html, or run python -m analysis $(RECORDS) for the tables and claims."
+else
+	$(BIN)/python -m figures $(SHOWN)/laptop.zarr.zip -o out/figures
+	$(BIN)/python -m figures $(SHOWN)/training_mode/prunings.zarr.zip -o out/figures/training_mode
+	$(BIN)/python -m figures $(SHOWN)/full_width/*.zarr.zip -o out/figures/full_width
+endif
+	@echo "Next: open out/figures/report.html, or run python -m analysis $(or $(RECORDS),$(SHOWN)/laptop.zarr.zip) for the tables and claims."
 
 test: .venv/installed-test lint  ## tests and linter
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -61,6 +61,7 @@ def convergence(runs: Runs) -> Figure:
         panels.draw_seeds({measure: values.area for measure, values in of.items()}, named_styles(of), ax=axes[1])
         panels.draw_seeds(steps, named_styles(of), ax=axes[2])
         axes[1].set(xlabel="mean training loss  [L]")
+        axes[1].xaxis.set_major_locator(MaxNLocator(5))
         axes[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
         axes[2].set_visible(any(reached.size for reached in steps.values()))

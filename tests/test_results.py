@@ -1,6 +1,7 @@
 """docs/results.md says what the records in docs/records say: its tables, and its pictures' names."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -18,9 +19,31 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
 
 
+Runs = dict[str, xr.DataTree]
+
+
+def records(name: str) -> Runs:
+    return analysis.open_runs([str(DOCS / "records" / f"{name}.zarr.zip")])
+
+
 @pytest.fixture(scope="module")
-def parts() -> dict[str, pd.DataFrame | list[str]]:
-    return overview(analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")]))
+def laptop() -> Runs:
+    return records("laptop")
+
+
+@pytest.fixture(scope="module")
+def training_mode() -> Runs:
+    return records("training_mode/prunings")
+
+
+@pytest.fixture(scope="module")
+def wide() -> Runs:
+    return records("full_width/rounds_5")
+
+
+@pytest.fixture(scope="module")
+def parts(laptop: Runs) -> dict[str, pd.DataFrame | list[str]]:
+    return overview(laptop)
 
 
 def test_its_tables_are_those_of_the_records(parts: dict[str, pd.DataFrame | list[str]]) -> None:
@@ -40,11 +63,17 @@ def test_its_pictures_are_figures_with_their_claims() -> None:
         assert name in FIGURES
 
 
-def test_the_two_modes_are_compared_on_the_same_prunings() -> None:
+def test_make_figures_draws_all_of_its_pictures() -> None:
+    commands = subprocess.run(["make", "-n", "figures"], cwd=DOCS.parent, capture_output=True, text=True, check=True)
+    drawn = dict(re.findall(r"-m figures (\S+) -o out/figures/?(\S*)", commands.stdout))
+    assert all(list(DOCS.parent.glob(record)) for record in drawn)
+    folders = re.findall(r"\(results/(?:(\w+)/)?\w+\.png\)", PAGE)
+    assert set(drawn.values()) == set(folders)
+
+
+def test_the_two_modes_are_compared_on_the_same_prunings(laptop: Runs, training_mode: Runs) -> None:
     """Median relative error of what was predicted, in eval and in training mode, of the same measures and seeds."""
-    inside = analysis.open_runs([str(DOCS / "records" / "training_mode" / "prunings.zarr.zip")])
-    records = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
-    both = [{label: records[label] for label in inside}, inside]
+    both = [{label: laptop[label] for label in training_mode}, training_mode]
     errors = [median_errors(runs) for runs in both]
     for (relation, order), of in errors[0].iterrows():
         cells = [f"{of[model]:.2g}, {errors[1].loc[(relation, order), model]:.2g}" for model in of.index]
@@ -52,7 +81,7 @@ def test_the_two_modes_are_compared_on_the_same_prunings() -> None:
         assert f"| {quantity} | {order} | {' | '.join(cells)} |" in PAGE
 
 
-def median_errors(runs: dict[str, xr.DataTree]) -> pd.DataFrame:
+def median_errors(runs: Runs) -> pd.DataFrame:
     """By relation and order, of each network."""
     table = analysis.agreement_table(runs).reset_index()
     table["model"] = [label.partition("-")[0] for label in table.run]
@@ -61,8 +90,8 @@ def median_errors(runs: dict[str, xr.DataTree]) -> pd.DataFrame:
     return by.unstack("model").dropna().sort_index(axis=1)
 
 
-def test_the_prunings_in_one_round_are_summed_up_as_they_are() -> None:
-    runs = analysis.open_runs([str(DOCS / "records" / "training_mode" / "prunings_1r.zarr.zip")])
+def test_the_prunings_in_one_round_are_summed_up_as_they_are(laptop: Runs) -> None:
+    runs = records("training_mode/prunings_1r")
     claims = analysis.claims(runs)
     verdicts = claims.verdict.value_counts()
     assert f"of {verdicts.sum()} intervals {verdicts['supported']} support a claim" in PAGE
@@ -77,20 +106,14 @@ def test_the_prunings_in_one_round_are_summed_up_as_they_are() -> None:
         found = [f"{100 * errors.loc[order, model]:.0f}" for model in ("mobilenet_v1", "resnet56", "vgg13")]
         assert text in PAGE
         assert re.findall(r"(\d+)(?: %|,| and)", text) == found
-    eval_mode = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
-    same = [run["epochs"].test_loss.identical(eval_mode[label]["epochs"].test_loss) for label, run in runs.items()]
+    same = [run["epochs"].test_loss.identical(laptop[label]["epochs"].test_loss) for label, run in runs.items()]
     assert f"of its {len(same)} trainings {sum(same)} are those of eval mode" in PAGE
 
 
 NETWORKS = ("mobilenet_v1", "resnet56", "vgg13")
 
 
-@pytest.fixture(scope="module")
-def wide() -> dict[str, xr.DataTree]:
-    return analysis.open_runs([str(DOCS / "records" / "full_width" / "rounds_5.zarr.zip")])
-
-
-def test_the_wide_networks_have_the_effects_that_it_says(wide: dict[str, xr.DataTree]) -> None:
+def test_the_wide_networks_have_the_effects_that_it_says(wide: Runs) -> None:
     claims = analysis.claims(wide)
     verdicts = claims.verdict.value_counts()
     stands = claims.p.where(claims.p.isna(), false_discovery_control(claims.p)) <= 0.05
@@ -112,7 +135,7 @@ def effect(row: tuple, stands: bool) -> str:
     return text if row.verdict == "inconclusive" else f"**{text}**" + (r"\*" if stands else "")
 
 
-def test_the_wide_networks_are_predicted_as_it_says(wide: dict[str, xr.DataTree]) -> None:
+def test_the_wide_networks_are_predicted_as_it_says(wide: Runs) -> None:
     devices = pd.Series({label: run.attrs["device"] for label, run in wide.items()})
     assert devices.str.contains("H100").sum() == 50
     assert (devices == "cpu").sum() == 4
@@ -159,12 +182,11 @@ def loss_changes(label: str, run: xr.DataTree) -> pd.DataFrame:
     )
 
 
-def test_one_training_diverged_and_what_it_decides_is_said() -> None:
-    runs = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
-    last = analysis.statistics(runs).accuracy
+def test_one_training_diverged_and_what_it_decides_is_said(laptop: Runs) -> None:
+    last = analysis.statistics(laptop).accuracy
     (diverged,) = last.index[last < 0.2]
     assert diverged == "mobilenet_v1-fashion-mnist-gradient_norm_increase-0.7-5r-seed3"
-    found = analysis.claims({label: run for label, run in runs.items() if label != diverged})
+    found = analysis.claims({label: run for label, run in laptop.items() if label != diverged})
     values = found[(found.model == "mobilenet_v1") & (found.rounds == 5)].set_index("claim").value
     assert f"{100 * (1 - values['i.f']):.0f} % without the training that diverged" in PAGE
     worse, better = (f"{100 * values[name]:+.1f}".replace("-", "−") for name in ("iii.e", "iii.f"))
@@ -173,11 +195,9 @@ def test_one_training_diverged_and_what_it_decides_is_said() -> None:
         assert (found[found.claim == name].value * against > 0).sum() == 4
 
 
-def test_the_two_modes_have_the_verdicts_that_it_says() -> None:
-    inside = analysis.open_runs([str(DOCS / "records" / "training_mode" / "prunings.zarr.zip")])
-    records = analysis.open_runs([str(DOCS / "records" / "laptop.zarr.zip")])
-    outside = analysis.claims({label: records[label] for label in inside}).verdict.value_counts()
-    verdicts = analysis.claims(inside).verdict.value_counts()
+def test_the_two_modes_have_the_verdicts_that_it_says(laptop: Runs, training_mode: Runs) -> None:
+    outside = analysis.claims({label: laptop[label] for label in training_mode}).verdict.value_counts()
+    verdicts = analysis.claims(training_mode).verdict.value_counts()
     assert f"Of {verdicts.sum()} intervals {verdicts['supported']} support a claim, none" in PAGE
     assert f"eval mode {outside['supported']} support one and {outside['contradicted']} contradict one" in PAGE
     assert "contradicted" not in verdicts

@@ -64,7 +64,9 @@ def test_its_pictures_are_figures_with_their_claims() -> None:
 
 
 def test_make_figures_draws_all_of_its_pictures() -> None:
-    commands = subprocess.run(["make", "-n", "figures"], cwd=DOCS.parent, capture_output=True, text=True, check=True)
+    commands = subprocess.run(
+        ["make", "-n", "figures", "RECORDS="], cwd=DOCS.parent, capture_output=True, text=True, check=True
+    )
     drawn = dict(re.findall(r"-m figures (\S+) -o out/figures/?(\S*)", commands.stdout))
     assert all(list(DOCS.parent.glob(record)) for record in drawn)
     folders = re.findall(r"\(results/(?:(\w+)/)?\w+\.png\)", PAGE)
@@ -125,6 +127,18 @@ def test_the_wide_networks_have_the_effects_that_it_says(wide: Runs) -> None:
     )
     for claim_name in claims.claim.unique():
         assert f"| {claim_name} | {' | '.join(cells[claim_name, model] for model in NETWORKS)} |" in PAGE
+
+
+def test_what_the_wide_networks_keep_is_what_it_says(wide: Runs) -> None:
+    table = next(part for part in overview(wide).values() if isinstance(part, pd.DataFrame)).reset_index()
+    pruned = table[table.measure != "not pruned"].assign(kept=100 - table["multiply-adds pruned, %"].astype(float))
+    kept = pruned.pivot(index="measure", columns="model", values="kept").round(1)
+    cheapest, others = kept.loc["gradient norm increase"], kept.drop("gradient norm increase")
+    assert cheapest.to_dict() == {"MobileNet-V1": 9.0, "ResNet-56": 31.2, "VGG-13": 10.5}
+    assert (int(others.min()["MobileNet-V1"]), int(others.max()["VGG-13"])) == (26, 51)
+    assert (int(others["ResNet-56"].min()), int(others["ResNet-56"].max())) == (48, 54)
+    assert others[["MobileNet-V1", "VGG-13"]].stack().between(26, 52).all()
+    assert "9.0 and 10.5 % of the multiply-adds in MobileNet-V1 and VGG-13" in " ".join(PAGE.split())
 
 
 def effect(row: tuple, stands: bool) -> str:

@@ -268,7 +268,8 @@ class _OfOneModel:
         self._passes = passes
 
     def __call__(self, module: nn.Module, inputs: tuple) -> None:
-        self._passes(module, inputs)
+        if not torch.compiler.is_compiling():  # what is compiled with it would go without it, or not be compiled at all
+            self._passes(module, inputs)
 
     def __reduce__(self) -> tuple:
         return getattr, ({}, "get")  # a copy's gives the inputs back as they are

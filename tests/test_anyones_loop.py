@@ -398,7 +398,10 @@ def test_a_compiled_model(tmp_path: Path, way: str) -> None:
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("own_class", [False, True])  # torch runs the hooks of its own classes' instances compiled
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # at modules outside the model, once
-def test_a_model_that_the_loop_runs_compiled_is_compiled_once(tmp_path: Path, every: int, own_class: bool) -> None:
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_model_that_the_loop_runs_compiled_is_compiled(
+    tmp_path: Path, every: int, own_class: bool, fullgraph: bool
+) -> None:
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -417,14 +420,37 @@ def test_a_model_that_the_loop_runs_compiled_is_compiled_once(tmp_path: Path, ev
     model = Network() if own_class else smooth_network()
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
-        compiled = torch.compile(model, backend=backend)
+        compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
         for batch in recorder.watch(vectors(4)):
             optimizer.zero_grad()
             loss = cross_entropy(compiled, batch)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert len(graphs) == 1
+    assert len(graphs) == (2 if every > 1 and not own_class else 1)  # with and without the hook of measured steps
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses[::every], rtol=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_loss_that_is_compiled_with_the_model(tmp_path: Path, every: int) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, losses = nn.Sequential(smooth_network(), nn.Dropout(0.5)), []
+    compiled = torch.compile(lambda batch: cross_entropy(model, batch), backend=backend, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            optimizer.zero_grad()
+            loss = compiled(batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert len(graphs) == every
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses[::every], rtol=1e-12)
 
 

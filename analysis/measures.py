@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -74,7 +75,7 @@ def score_noise(run: xr.DataTree) -> xr.Dataset:
     correlation = _apply(pair.rename(measure="rank", of="measure"), _rank_correlations).isel(measure=0, other=1)
     return xr.Dataset(
         {
-            "standard_error": scores.resampled_score.std("draw", ddof=1),
+            "standard_error": _standard_error(scores.resampled_score),
             "reliability": correlation.mean("draw").rename(rank="measure"),
         }
     )
@@ -83,7 +84,14 @@ def score_noise(run: xr.DataTree) -> xr.Dataset:
 def _between_measures(scores: xr.Dataset, compare: Callable[[np.ndarray], np.ndarray], name: str) -> xr.Dataset:
     """Compare every two measures on all batches and on each bootstrap sample."""
     resampled = _apply(scores.resampled_score, compare)
-    return xr.Dataset({name: _apply(scores.score, compare), "standard_error": resampled.std("draw", ddof=1)})
+    return xr.Dataset({name: _apply(scores.score, compare), "standard_error": _standard_error(resampled)})
+
+
+def _standard_error(resampled: xr.DataArray) -> xr.DataArray:
+    """The standard deviation over the draws; NaN where all are."""
+    with warnings.catch_warnings():  # that this is so, says numpy before 2.4
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return resampled.std("draw", ddof=1)
 
 
 def _apply(scores: xr.DataArray, compare: Callable[[np.ndarray], np.ndarray]) -> xr.DataArray:

@@ -1,5 +1,6 @@
 """What the callback records of Hugging Face's Trainer is what the Trainer applies, and it trains the same."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,8 @@ def nothing_is_attached(model: nn.Module) -> bool:
     return not model._forward_pre_hooks and not any(one._post_accumulate_grad_hooks for one in model.parameters())
 
 
+KNOWN = inspect.signature(transformers.TrainingArguments).parameters
+CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in KNOWN)
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "plain": (language_model, {}),
     "classifier": (classifier, {}),
@@ -89,7 +92,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "adamw": (language_model, {"optim": "adamw_torch", "weight_decay": 0.1}),
     "evaluated": (language_model, {"eval_strategy": "steps", "eval_steps": 2}),
     "mixed": (language_model, {"bf16": True}),
-    "checkpointed": (language_model, {"activation_checkpointing": True}),
+    "checkpointed": (language_model, {CHECKPOINTING: True}),
     "compiled": (classifier, {"torch_compile": True, "torch_compile_backend": "eager"}),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .device import find_device
+from .errors import check_folder
 from .experiment import Experiment
 from .running import is_finished
 from .training import steps_of
@@ -38,8 +39,7 @@ def sweep(
     """
     if workers is not None and (workers < 0 or scheduler is not None):
         raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: the records of a sweep go into a folder, say out/sweep")
+    check_folder(folder, "the records of a sweep go into a folder, say out/sweep")
     experiments = list(experiments)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
     if len(set(paths.values())) < len(experiments):

@@ -198,6 +198,11 @@ MISTAKES = {
         ["sweep", "{seed}", "-o", "{broken}"],
         "broken.yaml is a file: the records of a sweep",
     ),
+    "grid in a file": (
+        "dynamics",
+        ["sweep", "{seed}", "-o", "{broken}/new"],
+        "broken.yaml is a file: the records of a",
+    ),
     "grid of wrong type": (
         "dynamics",
         ["sweep", "{wrong}", "-o", "{new}"],
@@ -230,6 +235,7 @@ MISTAKES = {
     "draw nothing": ("figures", ["{new}", "-o", "{folder}"], "no record at"),
     "draw nowhere": ("figures", ["{record}"], "output"),
     "draw on a file": ("figures", ["{record}", "-o", "{broken}"], "broken.yaml is a file: figures and report go into"),
+    "draw in a file": ("figures", ["{record}", "-o", "{broken}/new"], "broken.yaml is a file: figures and report go"),
     "draw emptiness": ("figures", ["{empty}", "-o", "{folder}"], "/"),
 }
 

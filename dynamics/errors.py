@@ -1,8 +1,6 @@
-"""What an exception says, in one line."""
+"""What an exception said, in one line."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 
 def one_line(error: BaseException) -> str:
@@ -18,14 +16,3 @@ def first_line(error: BaseException) -> str:
 def named(error: BaseException) -> str:
     """The message after the exception's type."""
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-def check_folder(folder: Path, what: str) -> None:
-    """Whether it is a folder, or can be made.
-
-    Raises:
-        NotADirectoryError: it, or one that it would be in, is a file. ``what`` says what goes into a folder.
-    """
-    for place in (folder, *folder.parents):
-        if place.is_file():
-            raise NotADirectoryError(f"{place} is a file: {what}")

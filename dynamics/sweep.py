@@ -10,7 +10,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .device import find_device
-from .errors import check_folder
 from .experiment import Experiment
 from .running import is_finished
 from .training import steps_of
@@ -39,7 +38,8 @@ def sweep(
     """
     if workers is not None and (workers < 0 or scheduler is not None):
         raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
-    check_folder(folder, "the records of a sweep go into a folder, say out/sweep")
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        raise NotADirectoryError(f"{file} is a file: the records of a sweep go into a folder, say out/sweep")
     experiments = list(experiments)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
     if len(set(paths.values())) < len(experiments):

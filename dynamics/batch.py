@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .memory_order import channels_first
+
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in its tuples, lists and mappings on the device, and what else can be sent there."""
@@ -19,6 +21,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return other.to(device) if callable(getattr(type(other), "to", None)) else other
 
     return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), sent)
+
+
+def as_measured(batch: Any, device: torch.device) -> Any:
+    """The batch on the device, in the order in memory in which a loss is evaluated there."""
+    return mapped(to_device(batch, device), channels_first)
 
 
 def copied(batch: Any) -> Any:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .batch import copied, layout, mapped, sample_count, tensors_of, to_device
+from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
 from .gates import Products, gated_products
 from .masks import parameter_masks
@@ -161,7 +161,7 @@ class Probe:
         values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
         again = nullcontext(set()) if self._fixed else moment.again()
         with again as others, mode_of(self._model, self._mode), _differentiable_twice():
-            given = mapped(to_device(copied(batch), self._device), channels_first)
+            given = as_measured(copied(batch), self._device)
             loss = torch.func.functional_call(self._stateless, values, (given,))
             self.others |= others - {self._stateless}
             if self.repeatable and not self._fixed:

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..batch import mapped, sample_count, to_device
-from ..memory_order import channels_first
+from ..batch import as_measured, sample_count
 from ..probe import Probe, cross_entropy_objective
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient
@@ -43,8 +42,7 @@ class Passing:
 
     def __call__(self, model: nn.Module, nothing: Any) -> Tensor:
         """The objective: the batch is the one that passes by."""
-        batch = mapped(to_device(self.batch, self._device), channels_first)
-        return cross_entropy_objective(model, batch, self._temperature)
+        return cross_entropy_objective(model, as_measured(self.batch, self._device), self._temperature)
 
 
 def derivatives(

@@ -7,24 +7,32 @@ and over layers, whatever the number of parameters, their shapes, memory formats
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from .captured import Repeated
-
 BLOCK = 1024
-_OWN = {Tensor, torch.nn.Parameter}
+_OWN, _STRIDED = {Tensor, torch.nn.Parameter}, {torch.strided}
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor as this process holds it: dense, the local shard of a distributed one; one that repeats counts once.
+def is_any_missing(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one is None."""
+    return type(None) in set(map(type, tensors))
+
+
+def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors as this process holds them: dense, the local shard of a distributed one; one that repeats counts once.
 
     Of a tensor that is replicated over processes only the first holds it.
     """
-    if type(tensor) in _OWN and tensor.layout is torch.strided:  # asked of every parameter at every step
-        return tensor
+    # asked of every parameter and gradient at every step, so without a line of Python for each
+    if _OWN.issuperset(map(type, tensors)) and _STRIDED.issuperset(map(attrgetter("layout"), tensors)):
+        return tensors
+    return [_plain(tensor) for tensor in tensors]
+
+
+def _plain(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "to_local"):
         placed = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
         local = tensor.to_local()
@@ -39,7 +47,7 @@ class Layout:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        tensors = [plain(tensor.detach()) for tensor in tensors]
+        tensors = plain([tensor.detach() for tensor in tensors])
         self.shapes = [tensor.shape for tensor in tensors]
         self._strides = [torch.empty_like(tensor, device="meta").stride() for tensor in tensors]
         self._complex = [tensor.is_complex() for tensor in tensors]
@@ -48,7 +56,7 @@ class Layout:
         double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
         self.dtype = torch.float64 if double else torch.float32
         self.device = tensors[0].device
-        self._on_one_gpu = self.device.type == "cuda" and all(tensor.device == self.device for tensor in tensors)
+        self.on_one_gpu = self.device.type == "cuda" and all(tensor.device == self.device for tensor in tensors)
 
     def zeros(self) -> Vector:
         """A new vector, zero everywhere."""
@@ -61,33 +69,22 @@ class Layout:
             part = torch.view_as_complex(part.view(-1, 2)) if is_complex else part
             views.append(part.as_strided(shape, stride))
             start += count
-        return Vector(blocks, views, on_one_gpu=self._on_one_gpu)
+        return Vector(blocks, views)
 
 
 class Vector:
     """One vector over all parameters: ``blocks`` (block, 1024), and ``views`` of it, one in each parameter's shape."""
 
-    def __init__(self, blocks: Tensor, views: list[Tensor], *, on_one_gpu: bool) -> None:
-        self.blocks, self.views, self.on_one_gpu = blocks, views, on_one_gpu
-        self._repeated = Repeated()
+    def __init__(self, blocks: Tensor, views: list[Tensor]) -> None:
+        self.blocks, self.views = blocks, views
 
     def take(self, tensors: Sequence[Tensor | None], among: Sequence[int] | None = None) -> Vector:
         """Copy tensors, one a parameter, into the vector; None counts as zero. ``among`` names the parameters."""
         views = self.views if among is None else [self.views[index] for index in among]
-        if any(tensor is None for tensor in tensors):
-            absent = [view for view, tensor in zip(views, tensors, strict=True) if tensor is None]
-            torch._foreach_zero_(absent)
+        if is_any_missing(tensors):
+            torch._foreach_zero_([view for view, tensor in zip(views, tensors, strict=True) if tensor is None])
             views = [view for view, tensor in zip(views, tensors, strict=True) if tensor is not None]
             tensors = [tensor for tensor in tensors if tensor is not None]
         if tensors:
-            self._copy(views, [plain(tensor) for tensor in tensors])
+            torch._foreach_copy_(views, plain(tensors))
         return self
-
-    def _copy(self, views: list[Tensor], tensors: list[Tensor]) -> None:
-        copy = partial(torch._foreach_copy_, views, tensors)
-        if not self.on_one_gpu or not _OWN.issuperset(map(type, tensors)):  # of others a pointer may say nothing
-            copy()
-            return
-        pointers = [*map(Tensor.data_ptr, views), *map(Tensor.data_ptr, tensors)]
-        layouts = [*map(Tensor.stride, tensors), *(tensor.dtype for tensor in tensors)]
-        self._repeated(copy, pointers + layouts, self.blocks.device)

@@ -17,12 +17,11 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Mapping
 
 import numpy as np
 
 from .columns import LONGEST_TEXT as LONGEST_TEXT
-from .columns import Value, stack
+from .columns import Row, stack
 from .store import Store
 from .writer import Block, Entry, Request, Writer
 
@@ -63,8 +62,10 @@ class Buffer:
         if self._process == os.getpid():
             self._log.setdefault(("", id(given)), Entry("", given))
 
-    def add(self, node: str, row: Mapping[str, Value]) -> None:
+    def add(self, node: str, row: Row) -> None:
         """Keep one row of a node: name → number, string, or tensor over the node's further dimensions.
+
+        A tensor of several variables, one after the other, comes by the tuple of their names.
 
         The same object again is the same row of the node, so whoever was interrupted here may try again.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ LONGEST_TEXT = 64
 _COUNTS = ("step", "epoch", "event")
 
 Value = Tensor | np.ndarray | float | int | bool | str
+Row = Mapping[str | tuple[str, ...], Value]  # several names: their values one after the other, in one tensor
 Columns = dict[str, Tensor | np.ndarray]
 
 
-def stack(rows: Iterable[Mapping[str, Value]]) -> tuple[Columns, list[torch.cuda.Event]]:
+def stack(rows: Iterable[Row]) -> tuple[Columns, list[torch.cuda.Event]]:
     """Name → values over the rows, NaN where a row lacks the name; in the host's memory once the events have happened.
 
     A variable's type is that of its first block for good, so only what counts rows is whole; a 1 may be followed by ½.
@@ -23,7 +24,8 @@ def stack(rows: Iterable[Mapping[str, Value]]) -> tuple[Columns, list[torch.cuda
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     devices: set[torch.device] = set()
-    columns = {name: _to_host(_column(name, [row.get(name) for row in rows]), devices) for name in names}
+    stacked = {name: _to_host(_column(name, [row.get(name) for row in rows]), devices) for name in names}
+    columns = dict(column for name, values in stacked.items() for column in _named(name, values))
     return columns, [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
@@ -32,7 +34,11 @@ def arrays(columns: Columns) -> dict[str, np.ndarray]:
     return {name: values if isinstance(values, np.ndarray) else values.numpy() for name, values in columns.items()}
 
 
-def _column(name: str, values: list[Value | None]) -> Tensor | np.ndarray:
+def _named(name: str | tuple[str, ...], values: Tensor | np.ndarray) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+    yield from [(name, values)] if isinstance(name, str) else zip(name, values.swapaxes(0, 1), strict=True)
+
+
+def _column(name: str | tuple[str, ...], values: list[Value | None]) -> Tensor | np.ndarray:
     given = [value for value in values if value is not None]
     sample = next((value for value in given if isinstance(value, Tensor)), given[0])
     if isinstance(sample, str):

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import Vector
+from .blocks import Vector, is_any_missing
 from .layers import Layers
 
 Group = Mapping[str, Any]
 
 
-class _Rates(NamedTuple):
-    """A number for each group of what is trained, and by layer: kept, for they seldom change."""
+class _Spread(NamedTuple):
+    """A number for each group of what is trained, and spread over layers or blocks: kept, for it seldom changes."""
 
     trained: Mapping[int, Group]
     groups: list[Group]
-    values: list[float] | None = None
-    by_layer: np.ndarray | None = None
+    numbers: list[float] | None = None
+    over: Any = None
 
 
 class Groups:
@@ -36,7 +36,7 @@ class Groups:
         self._rest: dict[tuple[int, ...], list[int]] = {}
         self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
-        self._known: dict[Callable, _Rates] = {}  # the last of each kind
+        self._known: dict[Callable, _Spread] = {}  # the last of each kind
         self._decays: list[float] = []
         self._decay = torch.empty(0)
 
@@ -77,7 +77,7 @@ class Groups:
         groups, parameters = self._group_of[number], self._layers.parameters
         grads = [parameters[index].grad for index in groups]
         into.take(grads, among=groups)
-        if any(grad is None for grad in grads):
+        if is_any_missing(grads):
             pairs = zip(groups.items(), grads, strict=True)
             groups = {index: group for (index, group), grad in pairs if grad is not None}
         self._trained[number] = groups
@@ -101,27 +101,45 @@ class Groups:
 
         NaN, too, where the optimizer has none to tell.
         """
-        return self._by_layer(trained, _rate)
+        return self._spread(trained, _rate, self._by_layer)
 
     def flow_step(self, trained: Mapping[int, Group]) -> np.ndarray:
         """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`."""
-        return self._by_layer(trained, _flow_step)
+        return self._spread(trained, _flow_step, self._by_layer)
 
-    def _by_layer(self, trained: Mapping[int, Group], value: Callable[[Group], float]) -> np.ndarray:
-        known = self._known.get(value)
+    def decay(self, trained: Mapping[int, Group]) -> Tensor:
+        """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
+        return self._spread(trained, _decay, self._by_block)
+
+    def _spread(
+        self,
+        trained: Mapping[int, Group],
+        number: Callable[[Group], float],
+        over: Callable[[Mapping[int, float]], Any],
+    ) -> Any:
+        """What ``over`` makes of a group's number, by index of what is trained: made when a number changes."""
+        known = self._known.get(number)
         if known is None or known.trained is not trained:
-            known = _Rates(trained, list({id(group): group for group in trained.values()}.values()))
-        values = [value(group) for group in known.groups]
-        if known.values != values:
-            known = self._known[value] = known._replace(values=values, by_layer=self._rates(known, values))
-        return known.by_layer
+            known = _Spread(trained, list({id(group): group for group in trained.values()}.values()))
+        numbers = [number(group) for group in known.groups]
+        if known.numbers != numbers:
+            of_group = dict(zip(map(id, known.groups), numbers, strict=True))
+            found = over({index: of_group[id(group)] for index, group in trained.items()})
+            known = self._known[number] = known._replace(numbers=numbers, over=found)
+        return known.over
 
-    def _rates(self, known: _Rates, values: list[float]) -> np.ndarray:
-        by_group = dict(zip(map(id, known.groups), values, strict=True))
+    def _by_layer(self, rates: Mapping[int, float]) -> np.ndarray:
         found: list[set[float]] = [set() for _ in self._layers.names]
-        for index, group in known.trained.items():
-            found[self._layers.layer_of_parameter[index]].add(by_group[id(group)])
+        for index, rate in rates.items():
+            found[self._layers.layer_of_parameter[index]].add(rate)
         return np.array([0.0 if not rates else rates.pop() if len(rates) == 1 else np.nan for rates in found])
+
+    def _by_block(self, decays: Mapping[int, float]) -> Tensor:
+        of_each = [decays.get(index, 0.0) for index in range(len(self._layers.parameters))]
+        if [self._of, *of_each] != self._decays:
+            self._decays = [self._of, *of_each]
+            self._decay = self._layers.per_block(of_each)
+        return self._decay
 
     def first(self) -> tuple[int, float]:
         """Layer of the first parameter of the first group that the model knows, and the flow time of its step."""
@@ -137,19 +155,13 @@ class Groups:
         """Whether an optimizer steps uphill."""
         return any(group.get("maximize") for one in self._optimizers for group in one.param_groups)
 
-    def decay(self, trained: Mapping[int, Group]) -> Tensor:
-        """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
-        decays = [0.0] * len(self._layers.parameters)
-        for index, group in trained.items():
-            decays[index] = _number(group.get("weight_decay"))
-        if [self._of, *decays] != self._decays:
-            self._decays = [self._of, *decays]
-            self._decay = self._layers.per_block(decays)
-        return self._decay
-
 
 def _rate(group: Group) -> float:
     return _number(group.get("lr"), np.nan)
+
+
+def _decay(group: Group) -> float:
+    return _number(group.get("weight_decay"))
 
 
 def _number(value: Any, absent: float = 0.0) -> float:

@@ -49,6 +49,11 @@ class Layers:
         """Where the vectors are."""
         return self._layout.device
 
+    @property
+    def on_one_gpu(self) -> bool:
+        """Whether all parameters are on one GPU."""
+        return self._layout.on_one_gpu
+
     def refresh(self) -> None:
         """Look the parameters up again if one, or a module, was replaced, added, removed or given another type."""
         tables, keys, values = self._slots

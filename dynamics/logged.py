@@ -65,7 +65,7 @@ class Logged:
     def of_last(self) -> dict[str, Scalar]:
         """The scalars of the step that was."""
         self._give_back()
-        return {name: sum(values) / len(values) for name, values in self._of_last.items()}
+        return {name: _mean(values) for name, values in self._of_last.items()}
 
     def _counts(self, name: str, at: Mark, step: Mark) -> bool:
         if self._announced:
@@ -79,3 +79,7 @@ class Logged:
             if own := [one.value for one in self._upcoming[name] if not one.waited]:
                 self._of_last[name] = own
                 self._upcoming[name] = [one for one in self._upcoming[name] if one.waited]
+
+
+def _mean(values: list[Scalar]) -> Scalar:
+    return values[0] if len(values) == 1 else sum(values) / len(values)

@@ -35,7 +35,7 @@ class Measurement:
         self, layers: Layers, groups: Groups, processes: Processes, steps: Sequence[str], curvature: Sequence[str]
     ) -> None:
         self._layers, self._groups, self._processes = layers, groups, processes
-        self._steps = [name for name in steps if name in FORMULAS]
+        self._steps = tuple(name for name in steps if name in FORMULAS)
         self._curvature = [name for name in curvature if name in FORMULAS]
         self._others = [name for name in curvature if name not in FORMULAS]
         self._make_vectors()
@@ -98,7 +98,7 @@ class Measurement:
     @property
     def on_one_gpu(self) -> bool:
         """Whether all parameters are on one GPU."""
-        return self._theta.on_one_gpu
+        return self._layers.on_one_gpu
 
     def begin(self) -> None:
         """Keep θ as it is before the step; no gradient is known yet."""
@@ -123,8 +123,8 @@ class Measurement:
         self._update.take([self._theta.views[index] for index in rest], among=rest)
         self._update.blocks.sub_(self._theta.blocks)
 
-    def step_values(self, trained: Mapping[int, Group]) -> Mapping[str, Tensor]:
-        """The layers' quantities of ``/steps``, each (layer,), over all processes."""
+    def step_values(self, trained: Mapping[int, Group]) -> Mapping[tuple[str, ...], Tensor]:
+        """The layers' quantities of ``/steps`` in one tensor (name, layer), over all processes."""
         vectors = Vectors(
             theta=self._theta.blocks,
             grad=self._grad.blocks,
@@ -136,7 +136,7 @@ class Measurement:
             return {}
         places = [vector.data_ptr() for vector in vectors.given()]
         sums = self._repeated(partial(self._layers.sums, self._steps, vectors), places, self._layers.device)
-        return self._processes.total(dict(zip(self._steps, sums.clone().unbind(), strict=True)))
+        return self._processes.total({self._steps: sums.clone()})
 
     def gradient(self, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss before the step and its own gradient g, by parameter name."""

@@ -18,6 +18,7 @@ import torch
 
 from dynamics import buffer, writer
 from dynamics.buffer import Buffer
+from dynamics.columns import arrays, stack
 
 
 class Memory:
@@ -235,6 +236,15 @@ def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> Non
     with pytest.warns(UserWarning, match="is incomplete: 3 rows"):
         rows.close()
     assert store.appended == {"steps": [1.0]}
+
+
+def test_variables_that_come_in_one_tensor_are_columns_of_their_own() -> None:
+    together = {("value", "other"): torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    columns = arrays(stack([together, {"alone": 5.0}])[0])
+    assert columns.keys() == {"value", "other", "alone"}
+    np.testing.assert_array_equal(columns["value"], [[1.0, 2.0], [np.nan, np.nan]])
+    np.testing.assert_array_equal(columns["other"], [[3.0, 4.0], [np.nan, np.nan]])
+    np.testing.assert_array_equal(columns["alone"], [np.nan, 5.0])
 
 
 def test_the_same_object_is_one_row_of_a_node() -> None:

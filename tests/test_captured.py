@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import partial
-
 import pytest
 import torch
 
 from dynamics import captured
-from dynamics.blocks import Layout
 from dynamics.captured import Repeated
 
 
@@ -64,33 +60,3 @@ def test_what_cannot_be_captured_is_done_as_it_is(monkeypatch: pytest.MonkeyPatc
     repeated = Repeated()
     assert [repeated(lambda: "work", [1], torch.device("cuda")) for _ in range(9)] == ["work"] * 9
     assert Graph.made == 1
-
-
-class Copies(Graph):
-    """As a CUDA graph: copies from what is at an address now to where it copied before."""
-
-    def __init__(self, work: partial, device: object) -> None:
-        super().__init__(work, device)
-        self._pairs = [
-            (view, tensor.data_ptr(), tensor.shape, tensor.nbytes) for view, tensor in zip(*work.args, strict=True)
-        ]
-
-    def __call__(self) -> None:
-        for view, address, shape, size in self._pairs:
-            content = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=view.dtype)
-            view.copy_(content.reshape(shape))
-
-
-def test_a_gradient_is_its_own_parameters_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two heads trained in turns, whose gradients get the same block of memory."""
-    monkeypatch.setattr(captured, "Captured", Copies)
-    on_gpu = captured.Repeated.__call__
-    monkeypatch.setattr(Repeated, "__call__", lambda self, work, at, _: on_gpu(self, work, at, torch.device("cuda")))
-    layout, block = Layout([torch.zeros(3), torch.zeros(3)]), torch.zeros(3)
-    layout._on_one_gpu = True
-    vector = layout.zeros()
-    for step, head in enumerate([0, 0, 1, 1, 0, 0, 0, 1, 0]):
-        grads = [block.fill_(step) if index == head else None for index in range(2)]
-        vector.take(grads, among=[0, 1])
-        assert [float(view.sum()) for view in vector.views] == [3.0 * step * (index == head) for index in range(2)]
-    assert Graph.made == 3

@@ -121,12 +121,12 @@ def _execute(arguments: list[str] | None) -> int:
 
 def _sweep(settings: Namespace) -> int:
     """Run a grid; 1 if not all of it is recorded, with a line on stderr for each run that failed."""
-    from .sweep import sweep  # and with it Dask, which no other command needs
+    from .sweep import failure, sweep  # and with it Dask, which no other command needs
 
     experiments, folder = grid(_configuration(settings.configuration)), Path(settings.output)
     failed = sweep(experiments, folder, workers=settings.workers, scheduler=settings.scheduler)
     for name, error in failed.items():
-        print(f"failed: {name}: {error}", file=sys.stderr)
+        print(failure(name, error), file=sys.stderr)
     recorded = len(experiments) - len(failed)
     print(f"recorded {recorded} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
     return 1 if failed else 0
@@ -144,8 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was recorded until now is kept, the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        said = "interrupted; what was recorded until now is kept, the same command goes on"
+        print(*getattr(interrupt, "__notes__", ()), said, sep="\n", file=sys.stderr)
         return 130
 
 

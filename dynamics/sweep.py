@@ -33,6 +33,7 @@ def sweep(
 
     Raises:
         FileExistsError, NotADirectoryError: something else is at one of the paths; then none is run.
+        KeyboardInterrupt: as somebody wished; its notes say what went wrong until then.
         ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
         FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
     """
@@ -57,11 +58,21 @@ def sweep(
         if workers != 0:
             on = partial(on_dask, stack.enter_context(connected(left, workers=workers, scheduler=scheduler)))
         bar = stack.enter_context(closing(_Bar(steps, len(paths))))
-        for experiment, error in on(left, bar.report):
-            bar.end(experiment, error)
-            if error:
-                failed[experiment.name] = error
+        try:
+            for experiment, error in on(left, bar.report):
+                bar.end(experiment, error)
+                if error:
+                    failed[experiment.name] = error
+        except KeyboardInterrupt as interrupt:
+            for name, error in failed.items():
+                interrupt.add_note(failure(name, error))
+            raise
     return failed
+
+
+def failure(name: str, error: str) -> str:
+    """A run that failed, in one line."""
+    return f"failed: {name}: {error}"
 
 
 def _steps(experiment: Experiment) -> int:

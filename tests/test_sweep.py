@@ -186,6 +186,20 @@ def test_the_command_line_says_what_failed(tmp_path: Path, capsys: pytest.Captur
     assert "100%" not in shown.err.splitlines()[-1]
 
 
+def test_interrupted_it_says_what_failed_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(experiment: Experiment, *args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt if experiment.seed == 1 else torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(workers, "run", interrupted)
+    write(tmp_path / "grid.yaml", {**TINY.identity, "seed": [0, 1, 2]})
+    assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "0"]) == 130
+    *_, failed, last = capsys.readouterr().err.splitlines()
+    assert failed == f"failed: {TINY.name}: OutOfMemoryError: no memory"
+    assert last.startswith("interrupted")
+
+
 def test_interrupted_it_goes_on_later(tmp_path: Path) -> None:
     """Ctrl-C in a terminal: all processes get the signal; as by default, the runs are on new ones."""
     long = replace(TINY, epochs=(40,))

@@ -18,6 +18,7 @@ from .models import build
 from .pruning import PROTOCOLS
 from .reading import check
 from .recorder import Recorder
+from .reproducible import reproducible
 from .store import Store
 from .training import Training, chosen
 
@@ -33,7 +34,8 @@ def run(
     """Run an experiment and record it at ``path``; returns the path.
 
     What is there of the same experiment is gone on with, from the end of its last epoch, as if it had never been
-    interrupted: the record is the same, bit for bit, on the same machine. A finished record is left as it is.
+    interrupted: the record is the same, bit for bit, on the same machine; on a GPU but for the rounding of sums. A
+    finished record is left as it is.
 
     Args:
         experiment: what to run.
@@ -68,7 +70,7 @@ def run(
         "protocol": json.dumps(dataclasses.asdict(PROTOCOLS[experiment.protocol])),
         "seed": experiment.seed,
     }
-    with Recorder(
+    with reproducible(), Recorder(
         path, training.trained, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
         capture=True, attributes=configuration, resume="rewind", step=training.steps,
     ) as recorder:  # fmt: skip

@@ -56,6 +56,21 @@ def test_the_record_of_a_run(record: xr.DataTree) -> None:
     assert left.tolist() == record["units"].alive.sum("unit").values.tolist()
 
 
+@pytest.mark.parametrize("set_before", [True, False])
+def test_a_gpu_adds_up_in_the_same_order_each_time(tmp_path: Path, data: Data, set_before: bool) -> None:
+    torch.backends.cudnn.deterministic = set_before
+    seen = []
+    try:
+        run(
+            replace(TINY, epochs=(1,), learning_rates=(0.1,), rounds=1), tmp_path / "run.zarr", data=data,
+            progress=False, report=lambda steps: seen.append(torch.backends.cudnn.deterministic),
+        )  # fmt: skip
+        assert seen == [True] * 3
+        assert torch.backends.cudnn.deterministic is set_before
+    finally:
+        torch.backends.cudnn.deterministic = False
+
+
 def test_the_record_says_its_configuration(record: xr.DataTree) -> None:
     assert Experiment.of(json.loads(record.attrs["experiment"])) == TINY
     assert record.attrs["seed"] == 0

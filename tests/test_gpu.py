@@ -278,6 +278,20 @@ def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
     assert_agree(open_run(tmp_path / "run.zarr"), whole, ["steps", "curvature", "pruning"])
 
 
+@pytest.mark.parametrize("model", ["vgg13", "mobilenet_v1", "resnet56"])
+def test_measures_of_one_seed_prune_the_same_network(tmp_path: Path, model: str) -> None:
+    """Bit for bit, as wide and in the precision in which networks are trained."""
+    torch.backends.cudnn.deterministic = False  # the experiment asks for it by itself
+    torch.set_default_dtype(torch.float32)
+    experiment = replace(TINY, model=model, width=0.5, epochs=(2,), learning_rates=(0.1,), rounds=1, device="cuda")
+    found, other = (
+        recorded(tmp_path / f"{measure}.zarr", replace(experiment, measure=measure), few_digits(256, 64))
+        for measure in ("magnitude", "loss_preservation")
+    )
+    for name in ("train_loss", "test_loss"):
+        assert float(found["epochs"][name][0]) == float(other["epochs"][name][0])
+
+
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch's compiler recommends rounding
 @pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"compile": True}], ids=str)
 def test_an_experiment_in_bfloat16_or_compiled(tmp_path: Path, options: dict[str, object]) -> None:

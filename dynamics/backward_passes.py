@@ -39,6 +39,11 @@ class BackwardPasses:
         return max(arrived, default=next((counter.count for counter in self._counters if counter.count), 0))
 
     @property
+    def wasted(self) -> int:
+        """How many came since the last step whose gradients are gone."""
+        return max(self.total - self._before - self.count, 0)
+
+    @property
     def pending(self) -> bool:
         """Whether one came since the last step."""
         return any(counter.arrived for counter in self._counters)

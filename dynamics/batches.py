@@ -20,6 +20,7 @@ from .moment import Moment, random_numbers_untouched
 from .probe import Objective, is_compiled, unwrap
 
 _MOST = 4096  # batches of one step
+_SCRIPTED = "a ScriptModule hides what it computes; train the module that it was made of"
 _IDLE = 128  # batches in a row whose gradients come to nothing
 
 
@@ -31,6 +32,7 @@ class Seen:
     moment: Moment | None
     first_moment: Moment | None = None
     last_moment: Moment | None = None
+    begun: bool = False  # whether a part of the model has run on it by itself
     passed: bool = False
     passed_at: int = 0  # the number of backward passes before its forward pass
     again: bool = False  # a step of it has been taken already
@@ -83,8 +85,10 @@ class Batches:
         )
         self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
-        self.failure: str | None = None
-        self._awaits, self._asleep, self._passing = False, bool, None
+        self.failure = _SCRIPTED if isinstance(self._model, torch.jit.ScriptModule) else None
+        self._awaits, self._asleep = False, bool
+        self._passing, self._beginning = _OfOneModel(print), _OfOneModel(print)
+        self._of_parts: list[RemovableHandle] = []
         self._idle = False
 
     def __len__(self) -> int:
@@ -93,35 +97,66 @@ class Batches:
     def await_forward(self, asleep: Callable[[], bool]) -> None:
         """Until the step is taken, keep the moments of forward passes; not of a compiled model, which hooks slow down.
 
-        The hook is there from a batch to its step: those who script the model otherwise do not meet it.
+        The hook is there from a batch to its step: those who script the model otherwise do not meet it. Of a model that
+        cannot be called the parts have one, until the first of them runs.
         """
-
-        @torch.compiler.disable
-        def passes(module: nn.Module, inputs: tuple) -> None:
-            if not torch.is_grad_enabled() or torch.jit.is_tracing() or asleep() or self.failure:
-                return
-            with self._not_in_the_loop():
-                passed(module)
-
-        def passed(module: nn.Module) -> None:
-            self.repeat(due=True)
-            if (waiting := self._next_to_pass(module)) is not None:
-                others = waiting.moment.others
-                waiting.moment, waiting.passed = self._moment(), True
-                waiting.moment.others, waiting.passed_at = others, self.mark.backwards
-                waiting.evaluated_at = None if _trains(module) else self.mark.backwards
-            elif self._seen:
-                self._seen[-1].last_moment = again = self._moment()
-                again.others = self._seen[-1].moment.others
-
-        self._awaits, self._asleep, self._passing = True, asleep, _OfOneModel(passes)
+        self._awaits, self._asleep = True, asleep
+        self._passing, self._beginning = self._hooked(self._passed), self._hooked(self._begun)
         self._seen = [self._kept(one) for one in self._seen]
         if (self._seen or self._staying) and not self._compiled:
             self._look_for_passes()
 
+    def _hooked(self, passes: Callable[[nn.Module], None]) -> _OfOneModel:
+        """A hook that calls ``passes`` with the module whose forward pass begins, if that is one of the loop's own."""
+
+        @torch.compiler.disable
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            if not torch.is_grad_enabled() or torch.jit.is_tracing() or self._asleep() or self.failure:
+                return
+            with self._not_in_the_loop():
+                self._leave_parts()
+                self.repeat(due=True)
+                passes(module)
+
+        return _OfOneModel(hook)
+
+    def _passed(self, module: nn.Module) -> None:
+        """A forward pass of the model begins."""
+        waiting = self._next_to_pass(module)
+        self._keep_moment(waiting)
+        if waiting is not None:
+            waiting.passed, waiting.passed_at = True, self.mark.backwards
+            waiting.evaluated_at = None if _trains(module) else self.mark.backwards
+
+    def _begun(self, module: nn.Module) -> None:
+        """The first part of a model that is not called runs: from now on it stands for the model."""
+        self._of_parts = [module.register_forward_pre_hook(self._beginning)]
+        waiting = next((seen for seen in self._seen if not (seen.passed or seen.begun)), None)
+        self._keep_moment(waiting)
+        if waiting is not None:
+            waiting.begun = True
+
+    def _keep_moment(self, waiting: Seen | None) -> None:
+        """The forward pass of a batch begins, or a further one if none is waiting for its own."""
+        if waiting is not None:
+            others, waiting.moment = waiting.moment.others, self._moment()
+            waiting.moment.others = others
+        elif self._seen:
+            self._seen[-1].last_moment = again = self._moment()
+            again.others = self._seen[-1].moment.others
+
     def _look_for_passes(self) -> None:
-        if self._hook is None:
-            self._hook = self._model.register_forward_pre_hook(self._passing)
+        with self._not_in_the_loop():
+            if self._hook is None:
+                self._hook = self._model.register_forward_pre_hook(self._passing)
+            if not self._of_parts and not _has_forward(self._model):
+                parts = [part for part in self._model.modules() if part is not self._model]
+                self._of_parts = [part.register_forward_pre_hook(self._beginning) for part in parts]
+
+    def _leave_parts(self) -> None:
+        for hook in self._of_parts:
+            hook.remove()
+        self._of_parts = []
 
     def _are_moved(self) -> bool:
         """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
@@ -228,6 +263,11 @@ class Batches:
         return start, start + count
 
     @property
+    def wasted(self) -> int:
+        """How many backward passes since the last step led to nothing."""
+        return self._passes.wasted
+
+    @property
     def mark(self) -> Mark:
         """Where the loop is now."""
         batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count
@@ -252,6 +292,7 @@ class Batches:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._leave_parts()
         self.bystanders.leave()
 
     def close(self) -> None:
@@ -262,7 +303,7 @@ class Batches:
 
 
 class _OfOneModel:
-    """A hook before forward passes that copies of the model, and what is saved of it, have no part in."""
+    """A hook before forward passes that copies of the module, and what is saved of it, have no part in."""
 
     def __init__(self, passes: Callable[[nn.Module, tuple], None]) -> None:
         self._passes = passes
@@ -278,3 +319,8 @@ class _OfOneModel:
 def _trains(module: nn.Module) -> bool:
     """Whether a part of it is in training mode."""
     return any(part.training for part in module.modules())
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether it can be called: a ModuleDict cannot, nor what is trained by methods of another name alone."""
+    return type(module).forward is not nn.Module.forward

@@ -66,10 +66,11 @@ class Layers:
             self.version += 1
 
     def _look_up(self) -> None:
-        self._tables = [table for module in self._model.modules() for table in (module._modules, module._parameters)]
+        tables = (table for module in self._model.modules() for table in (module._modules, module._parameters))
+        self._tables = [table for table in tables if isinstance(table, dict)]  # a ScriptModule's stay as they are
         self._sizes = list(map(len, self._tables))
         slots = [(table, key, value) for table in self._tables for key, value in table.items()]
-        self._slots = [*zip(*slots, strict=True)]  # tables, keys, values
+        self._slots = [[slot[part] for slot in slots] for part in range(3)]  # tables, keys, values
         found = {plain_name(name): (name, parameter) for name, parameter in self._model.named_parameters()}
         if added := [name for name in found if name not in self._known]:
             warnings.warn(f"parameters that came after recording began are not recorded: {added}", stacklevel=5)

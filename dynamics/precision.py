@@ -14,7 +14,7 @@ _lock, _undo, _inside = threading.Lock(), ExitStack(), 0
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, float32 convolutions, recurrent layers and matrix products are computed in float32.
+    """Inside, float32 convolutions, recurrent layers and matrix products are computed in float32, whatever autocasts.
 
     PyTorch convolves in TF32 on a GPU unless told otherwise, with rounding errors of 2⁻¹¹ a factor: more than many a
     step's decrease of the loss. The setting is the whole program's: it is as it was when nobody is inside any more.
@@ -25,7 +25,10 @@ def full_precision() -> Iterator[None]:
             _set()
         _inside += 1
     try:
-        yield
+        with ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         with _lock:
             _inside -= 1

@@ -32,9 +32,23 @@ Theta = Mapping[str, Tensor]
 
 
 def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temperature: float = 1.0) -> Tensor:
-    """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar."""
+    """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar.
+
+    Raises:
+        ValueError: there is but one class, or there are negative probabilities: a regression has another loss.
+    """
     inputs, labels = batch
-    return F.cross_entropy(model(inputs) / temperature, labels)
+    outputs = model(inputs)
+    if outputs.ndim > 1 and outputs.shape[1] < 2:
+        raise ValueError(f"the cross-entropy of one class is always 0, got outputs of shape {tuple(outputs.shape)}")
+    if labels.is_floating_point() and _is_negative(labels):
+        raise ValueError("labels hold negative numbers, and so no probabilities of classes")
+    return F.cross_entropy(outputs / temperature, labels)
+
+
+def _is_negative(values: Tensor) -> bool:
+    """Whether some are; not asked while a GPU's work is captured, which had run before."""
+    return not (values.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((values < 0).any())
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -229,7 +243,9 @@ class _Recomputing:
 def _differentiable_twice() -> Iterator[None]:
     """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly."""
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED)
-    with sdpa_kernel(SDPBackend.MATH), hooks, mock.patch("torch.utils.checkpoint.CheckpointFunction", _Recomputing):
+    recomputing = mock.patch("torch.utils.checkpoint.CheckpointFunction", _Recomputing)
+    afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
+    with sdpa_kernel(SDPBackend.MATH), hooks, recomputing, afresh:
         if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
             yield
         else:

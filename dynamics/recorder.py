@@ -47,6 +47,8 @@ from .steps import Steps
 from .termination import on_termination
 from .watched import Watched, watched
 
+_WASTED = 16  # backward passes in the end that led to nothing: a loop may skip a few
+
 
 class Recorder:
     """Records what a network's parameters, gradients and curvature do while it trains and is pruned.
@@ -234,9 +236,17 @@ class Recorder:
 
     def __exit__(self, *exception: object) -> None:
         trained = bool(self._batches) or self._batches.mark.backwards > 0
-        unstepped = trained and not self._steps.number
+        steps, wasted = self._steps.number, self._batches.wasted
         self.close()
-        if unstepped and exception[0] is None:
+        if exception[0] is not None:
+            return
+        if steps and wasted > _WASTED:
+            warnings.warn(
+                f"{wasted} backward passes after step {steps - 1} led to no step of the optimizer: if another one took "
+                "over, give both from the start: Recorder(..., [first, second])",
+                stacklevel=2,
+            )
+        if trained and not steps:
             warnings.warn(
                 "batches or gradients were seen, but no step of the optimizer: the one that trains is not the one that "
                 "was given (a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: "

@@ -163,14 +163,16 @@ class Measurement:
         return dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
 
     def alignment(self, grad: dict[str, Tensor]) -> float:
-        """Cosine of a gradient with the one applied, over the layers that have one; NaN where it is not finite.
+        """Cosine of a gradient with the one applied, over the layers that have one; 0 if it is zero in all of them.
 
-        Its sign says nothing where an optimizer ascends: a loss may have been turned around for that.
+        NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a loss may
+        have been turned around for that.
         """
         vectors = Vectors(grad=self._layers.vector(grad), applied=self._grad.blocks)
         names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
         product, square, applied = self._layers.evaluate(names, vectors).values()
-        cosine = float(product.sum() / (square[applied != 0].sum() * applied.sum()).sqrt())
+        lengths = (square[applied != 0].sum() * applied.sum()).sqrt()
+        cosine = float(product.sum() / lengths.where((lengths != 0) | ~(applied.sum() > 0), 1.0))
         return abs(cosine) if self._groups.ascend() else cosine
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,21 +27,27 @@ _OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., object
 _MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
 
 
-class _Candidate(NamedTuple):
-    """Batches that a step may be of, by number, in one of :data:`_WAYS`."""
-
-    number: int
-    way: str
-    probe: Probe
-
-
-# Which moment of a batch is the step's, and how batches of different numbers of samples count.
-_WAYS: dict[str, Callable[[Seen], Moment | None]] = {
+# Which moment of a batch is the step's.
+_MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
     "forward pass": lambda seen: seen.moment,
     "seen": lambda seen: seen.first_moment,  # a loss may draw random numbers before it runs the network
     "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not for the step's sake
-    "equal weights": lambda seen: seen.moment,
 }
+
+
+class _Way(NamedTuple):
+    """How a step may be of its batches: from which of :data:`_MOMENTS` on, counted by their samples or equally."""
+
+    moment: str = "forward pass"
+    by_samples: bool = True
+
+
+class _Candidate(NamedTuple):
+    """Batches that a step may be of, by number, in one way."""
+
+    number: int
+    way: _Way
+    probe: Probe
 
 
 class _Found(NamedTuple):
@@ -77,7 +83,7 @@ class StepCurvature:
         self._measurement, self._processes, self._every = measurement, processes, every
         self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
         self._probes: list[_Candidate] = []
-        self._way = "forward pass"  # the likeliest
+        self._way = _Way()  # the likeliest
         self._said: set[str] = set()
         if every and processes.sharded:
             self.stop()
@@ -111,7 +117,7 @@ class StepCurvature:
     def _make_probes(self) -> list[_Candidate]:
         """Probes of what the step may be of, the likeliest first.
 
-        The likeliest batches are tried in all ways in which they differ.
+        The likeliest batches are tried in all ways in which they differ, the others from the likeliest moment on.
         """
         if self._batches.failure is not None:
             raise RuntimeError(f"what the step starts from cannot be kept: {self._batches.failure}")
@@ -126,21 +132,23 @@ class StepCurvature:
         if self._processes.replicated:  # each has to try as many
             alone = self._processes.all_agree(len(candidates) == 1, self._device)
             numbered = [(0, candidates[0]), (len(candidates) - 1, candidates[-1])][: 1 if alone else 2]
-            return [self._candidate(number, seen) for number, seen in numbered]
-        ways = sorted(_ways_that_differ(candidates[0]), key=self._way.__ne__)
-        found = [self._candidate(0, candidates[0], way) for way in ways]
-        return found + [self._candidate(number, seen) for number, seen in enumerate(candidates) if number]
+            return [self._candidate(number, seen, _Way()) for number, seen in numbered]
+        tried = [
+            (number, seen, _Way(moment, by_samples))
+            for number, seen in enumerate(candidates)
+            for moment in (_moments_that_differ(seen) if number == 0 else [self._way.moment])
+            for by_samples in _weights_that_differ(seen)
+        ]
+        return [self._candidate(*one) for one in sorted(tried, key=lambda one: (one[0], one[2] != self._way))]
 
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
-    def _candidate(self, number: int, seen: list[Seen], way: str = "forward pass") -> _Candidate:
-        batches, moments = [one.batch for one in seen], [_WAYS[way](one) for one in seen]
-        by_samples = way != "equal weights"
-        return _Candidate(
-            number, way, Probe(self._model, self._objective, batches, moments=moments, by_samples=by_samples)
-        )
+    def _candidate(self, number: int, seen: list[Seen], way: _Way) -> _Candidate:
+        batches, moments = [one.batch for one in seen], [_MOMENTS[way.moment](one) for one in seen]
+        probe = Probe(self._model, self._objective, batches, moments=moments, by_samples=way.by_samples)
+        return _Candidate(number, way, probe)
 
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
@@ -185,8 +193,7 @@ class StepCurvature:
         if not found:
             return None
         best = int(np.nanargmax([*(one.cosine for one in found), -2.0])) % len(found)  # all NaN: the first
-        if probes[best].number == 0:
-            self._way = probes[best].way
+        self._way = probes[best].way
         self._batches.chosen(probes[best].number)
         return found[best]
 
@@ -214,13 +221,16 @@ class StepCurvature:
         return None
 
 
-def _ways_that_differ(seen: list[Seen]) -> list[str]:
-    """Of :data:`_WAYS` those in which the batches are not what they are by the first."""
-    ways = ["forward pass"]
+def _moments_that_differ(seen: list[Seen]) -> list[str]:
+    """Of :data:`_MOMENTS` those that are not the first."""
+    moments = ["forward pass"]
     if not all(one.moment.is_as(one.first_moment) for one in seen):
-        ways.append("seen")
+        moments.append("seen")
     if not all(one.last_moment is None or one.moment.is_as(one.last_moment) for one in seen):
-        ways.append("further forward pass")
-    if len({sample_count(one.batch) for one in seen}) > 1:
-        ways.append("equal weights")
-    return ways
+        moments.append("further forward pass")
+    return moments
+
+
+def _weights_that_differ(seen: list[Seen]) -> list[bool]:
+    """Whether batches count by their samples, and whether that is not the same for all of them."""
+    return [True, False] if len({sample_count(one.batch) for one in seen}) > 1 else [True]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import recorded, vectors
+from by_hand import ByHand
+from networks import plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -631,3 +632,51 @@ def test_a_batch_that_cannot_be_kept_costs_the_curvature_at_most(tmp_path: Path,
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["steps"].loss, losses, rtol=1e-12)
     assert kind != "trap" or run["curvature"].loss_before.values == pytest.approx(losses)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"), [(1, "the cross-entropy of one class is always 0"), (5, "labels hold negative numbers")]
+)
+def test_a_regression_whose_objective_was_forgotten_is_said(tmp_path: Path, outputs: int, message: str) -> None:
+    model = nn.Linear(4, outputs)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = [(torch.randn(8, 4), torch.randn(8, outputs)) for _ in range(3)]
+    with pytest.warns(UserWarning, match=f"curvature is not recorded from step 0 on.*{message}.*objective=lambda"):
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+            for inputs, targets in recorder.watch(batches):
+                optimizer.zero_grad()
+                F.mse_loss(model(inputs), targets).backward()
+                optimizer.step()
+    run = open_run(tmp_path / "run")
+    assert run["steps"].sizes["step"] == 3
+    assert not run["curvature"].data_vars
+
+
+def test_an_objective_without_a_gradient_is_said(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"may be of another loss.*have cosine 0\.00"):
+        with Recorder(
+            tmp_path / "run", model, optimizer, objective=lambda model, batch: 0 * model(batch[0]).sum(),
+            curvature_every=1,
+        ) as recorder:  # fmt: skip
+            for batch in recorder.watch(vectors(2)):
+                plain_step(model, optimizer, batch)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("compiled", ["scripted", "traced"])
+def test_a_scripted_model_has_no_curvature(tmp_path: Path, compiled: str) -> None:
+    plain, ((inputs, _),) = smooth_network(), vectors(1)
+    model = torch.jit.script(plain) if compiled == "scripted" else torch.jit.trace(plain, inputs)
+    optimizer, by_hand = torch.optim.SGD(model.parameters(), 0.1), ByHand(model)
+    with pytest.warns(UserWarning, match="curvature is not recorded from step 0 on.*a ScriptModule hides"):
+        with Recorder(tmp_path / "run", model, optimizer) as recorder:
+            for inputs, labels in recorder.watch(vectors(4)):
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs), labels).backward()
+                by_hand.before()
+                optimizer.step()
+                by_hand.after()
+    by_hand.agrees_with(open_run(tmp_path / "run")["steps"])

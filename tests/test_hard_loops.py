@@ -418,6 +418,29 @@ def test_a_random_choice_in_the_loop_is_not_disturbed(tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_a_second_optimizer_that_takes_over_is_said(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"19 backward passes after step 4 led to no step of the optimizer.*both"):
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+            for number, batch in enumerate(recorder.watch(vectors(25))):
+                optimizer = torch.optim.Adam(model.parameters(), 0.01) if number == 5 else optimizer
+                plain_step(model, optimizer, batch)
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 5
+
+
+def test_parametrizations_that_the_loop_computes_once_a_step(tmp_path: Path) -> None:
+    layers = nn.utils.parametrizations.orthogonal(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)
+    model, losses = nn.Sequential(*layers), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            with nn.utils.parametrize.cached():
+                losses.append(plain_step(model, optimizer, batch))
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
+
+
 def test_an_optimizer_that_is_replaced_is_said_and_keeps_no_batches(tmp_path: Path) -> None:
     model, alive = smooth_network(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -429,7 +452,10 @@ def test_an_optimizer_that_is_replaced_is_said_and_keeps_no_batches(tmp_path: Pa
             alive.append(weakref.ref(batch))
             yield batch, labels
 
-    with pytest.warns(UserWarning, match="128 batches in a row led to no step of the optimizer"):
+    with (
+        pytest.warns(UserWarning, match="296 backward passes after step 2 led to no step of the optimizer"),
+        pytest.warns(UserWarning, match="128 batches in a row led to no step of the optimizer"),
+    ):
         with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
             for number, batch in enumerate(recorder.watch(stream())):
                 if number == 3:

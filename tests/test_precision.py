@@ -5,10 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import nn
 from torch.backends import cudnn
 
+from dynamics import Recorder, open_run
 from dynamics.precision import full_precision
 
 # Each in a process of its own: some of PyTorch's settings cannot be undone.
@@ -86,3 +92,25 @@ def test_it_ends_when_nobody_is_inside_any_more() -> None:
         assert cudnn.conv.fp32_precision == "tf32"
     finally:
         cudnn.conv.fp32_precision = before
+
+
+def test_a_step_within_autocast_is_measured_in_full_precision(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def measured(path: Path, *, inside: bool) -> xr.Dataset:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 3))
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        with Recorder(path, model, optimizer, curvature_every=1) as recorder:
+            for inputs, labels in recorder.watch([(torch.randn(8, 16), torch.randint(3, (8,))) for _ in range(3)]):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    F.cross_entropy(model(inputs), labels).backward()
+                    if inside:
+                        optimizer.step()
+                        assert torch.is_autocast_enabled("cpu")
+                if not inside:
+                    optimizer.step()
+        return open_run(path)["curvature"].to_dataset()
+
+    xr.testing.assert_equal(measured(tmp_path / "in", inside=True), measured(tmp_path / "out", inside=False))

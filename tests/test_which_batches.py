@@ -1,6 +1,6 @@
 """Which batches a step is of: those whose gradients are in it, however the loop reads and leaves them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +133,87 @@ def test_micro_batches_of_different_sizes_count_as_the_loop_counts_them(tmp_path
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["curvature"].loss_before, np.reshape(losses, (-1, 2)).sum(1), rtol=1e-12)
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
+
+
+def check(path: Path, model: nn.Module, objective: Callable, loop: Callable) -> None:
+    """The record of a loop says of each step what the loop computed: it is measured on what that was of."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(path, model, optimizer, objective=objective, curvature_every=1) as recorder:
+        losses = loop(recorder, optimizer)
+    run = open_run(path)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
+
+
+def step_of(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_two_loaders_of_different_batch_sizes_count_equally(tmp_path: Path, passes: int) -> None:
+    """As FixMatch: few labelled samples and many that are not, their two losses added up."""
+    model = smooth_network()
+
+    def objective(model: nn.Module, batch: tuple) -> torch.Tensor:
+        guess = batch[1] if len(batch) == 2 else model(batch[0]).detach().argmax(-1)
+        return F.cross_entropy(model(batch[0]), guess)
+
+    def loop(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        labelled, others = vectors(4), [(torch.cat([x, x + 1, x - 1]),) for x, _ in vectors(4, seed=5)]
+        for pair in zip(recorder.watch(labelled), recorder.watch(others), strict=True):
+            optimizer.zero_grad()
+            parts = [objective(model, batch) / 2 for batch in pair]
+            for loss in [sum(parts)] if passes == 1 else parts:
+                loss.backward()
+            optimizer.step()
+            losses.append(sum(parts).item())
+        return losses
+
+    check(tmp_path / "run", model, objective, loop)
+
+
+def test_random_numbers_before_the_network_runs_in_batches_of_different_sizes(tmp_path: Path) -> None:
+    """As diffusion models are trained: the loss draws its noise first; the last batch of an epoch is smaller."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def objective(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn_like(batch)
+        return F.mse_loss(model(batch + noise), noise)
+
+    def loop(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        batches = [x[:size] for (x, _), size in zip(vectors(4), (8, 8, 8, 2), strict=True)]
+        for number, batch in enumerate(recorder.watch(batches)):
+            loss = objective(model, batch) / 2
+            loss.backward()
+            losses.append(loss.item())
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return np.reshape(losses, (-1, 2)).sum(1)
+
+    check(tmp_path / "run", model, objective, loop)
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_a_model_whose_parts_alone_are_called(tmp_path: Path, loaders: int) -> None:
+    """An encoder with dropout and a head in a ModuleDict; something else draws before they run."""
+    encoder = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.3))
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(9, 3)})
+
+    def objective(model: nn.ModuleDict, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(model["head"](model["encoder"](batch[0])), batch[1])
+
+    def loop(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        for batches in zip(*(recorder.watch(vectors(5, seed=seed)) for seed in range(loaders)), strict=True):
+            torch.randn(3)
+            losses.append(step_of(optimizer, sum(objective(model, batch) for batch in batches) / loaders))
+        return losses
+
+    check(tmp_path / "run", model, objective, loop)
+    assert not any(part._forward_pre_hooks for part in model.modules())

@@ -231,7 +231,7 @@ class Batches:
         try:
             yield
         except Exception as error:
-            self.failure = named(error)
+            self.failure = self.failure or named(error)
 
     def _moment(self) -> Moment:
         return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .conditions import compared_by, comparisons, conditions, first_comparison
+from .conditions import by_condition, compared_by, comparisons, conditions, first_comparison, name_of_condition
 from .convergence import convergence, epoch_window, last_pruning
 from .findings import each
 from .intervals import half_width
@@ -32,12 +32,6 @@ def compare(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[st
         MissingQuantityError: all runs lack it.
     """
     return _compared(runs, {name: (rows, analyse) for name, rows in by_condition(comparisons(runs)).items()})
-
-
-def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Rows of :func:`analysis.comparisons` by their condition in print: ``VGG-13, digits, 70 % pruned in 5 rounds``."""
-    by = compared_by(table)
-    return {_name(rows[by].iloc[0]): rows for _, rows in table.groupby(by, sort=False, dropna=False)}
 
 
 def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
@@ -118,16 +112,11 @@ def title(label: str, run: xr.DataTree) -> str:
     """One run in print: ``VGG-13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; else its label."""
     table = conditions({label: run})
     of = table.iloc[0]
-    return ", ".join([_name(of[compared_by(table)]), name_of(of.measure), f"seed {of.seed}"]) if of.model else label
-
-
-def _name(condition: pd.Series) -> str:
-    model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
-    pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
-    others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
-    settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
-    parts = [name_of(model), name_of(data), pruned, *settings]
-    return ", ".join(part for part in parts if part)
+    return (
+        ", ".join([name_of_condition(of[compared_by(table)]), name_of(of.measure), f"seed {of.seed}"])
+        if of.model
+        else label
+    )
 
 
 def _compared(runs: Runs, jobs: Mapping[str, tuple[pd.DataFrame, Callable]]) -> dict[str, ByMeasure]:

@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from .comparison import at_pruning, network_norm
-from .conditions import comparisons, mean_by_measure
+from .conditions import comparisons, conditions, mean_by_measure
 from .convergence import convergence
 from .findings import each
 from .names import name_of
@@ -38,13 +38,18 @@ def norm_growth(runs: Runs) -> str:
 
 
 def moved_at_pruning(runs: Runs) -> str:
-    """What a pruning multiplied loss and ‖g‖² by, the median over prunings, by measure."""
-    found = {label: ratio.median("event") for label, ratio in each(runs, at_pruning).items()}
+    """What a pruning multiplied loss and ‖g‖² by: medians over all prunings of each measure."""
+    found = each(runs, at_pruning)
+    measure = conditions(runs).measure[list(found)]
+    pooled = {
+        name: xr.concat([found[label][["loss", "grad_sqnorm"]] for label in labels], "event").median("event")
+        for name, labels in measure.groupby(measure, sort=False).groups.items()
+    }
     loss, norm = (
-        mean_by_measure(runs, {label: float(ratio[name]) for label, ratio in found.items()})
-        for name in ("loss", "grad_sqnorm")
+        pd.Series({name: float(ratio[quantity]) for name, ratio in pooled.items()})
+        for quantity in ("loss", "grad_sqnorm")
     )
-    return f"After over before a pruning: loss {_listed(loss, '.2f')}; ‖g‖² {_listed(norm, '.2f')}."
+    return f"After over before a pruning, in the median: loss {_listed(loss, '.2f')}; ‖g‖² {_listed(norm, '.2f')}."
 
 
 def _listed(values: pd.Series, form: str) -> str:

@@ -9,9 +9,15 @@ import xarray as xr
 
 from dynamics.schema import PAPER_MEASURES, PRUNING_SETTINGS
 
+from .names import name_of
 from .record import experiment
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
+
+_MODES = {
+    "train": "training mode, where BatchNorm normalises by the batch",
+    "eval": "eval mode, where BatchNorm normalises by its running statistics",
+}
 
 # Settings that no network feels.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
@@ -52,6 +58,12 @@ def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return found.assign(rank=rank).sort_values([*where, "rank", "seed"], ignore_index=True).drop(columns="rank")
 
 
+def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of :func:`comparisons` by their condition in print: ``VGG-13, digits, 70 % pruned in 5 rounds``."""
+    by = compared_by(table)
+    return {name_of_condition(rows[by].iloc[0]): rows for _, rows in table.groupby(by, sort=False, dropna=False)}
+
+
 def first_comparison(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """The rows of the first of :func:`comparisons` that has a network that was pruned, else of the first."""
     table = comparisons(runs)
@@ -83,6 +95,24 @@ def several_seeds(runs: Mapping[str, xr.DataTree]) -> bool:
 def compared_by(table: pd.DataFrame) -> list[str]:
     """The columns of a table of conditions in which all runs of a comparison agree."""
     return [name for name in table if name not in ("run", "measure", "seed")]
+
+
+def name_of_condition(condition: pd.Series) -> str:
+    """What the runs of a comparison have in common, in print."""
+    model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
+    pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
+    others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
+    settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
+    parts = [name_of(model), name_of(data), pruned, *settings]
+    return ", ".join(part for part in parts if part)
+
+
+def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
+    """In which mode the prunings were measured, in a sentence; "" where nothing was pruned."""
+    events = (run["pruning"] for run in runs.values() if "pruning" in run.children and "mode" in run["pruning"])
+    modes = {str(mode) for event in events for mode in event["mode"].values}
+    said = [_MODES[mode] for mode in _MODES if mode in modes]
+    return f"Prunings were measured in {' or in '.join(said)}." if said else ""
 
 
 def _row(label: str, run: xr.DataTree) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from .agreement import ORDERS, agree, network_norm_rate
-from .conditions import first_comparison, mean_by_measure, several_seeds
+from .conditions import by_condition, first_comparison, mean_by_measure, several_seeds
 from .effect import filters_left, pruning_effect
 from .loss import loss_decrease, stability
 from .names import name_of
@@ -120,6 +120,7 @@ def final_accuracy(runs: Runs) -> str:
 def layer_choice(runs: Runs) -> str:
     """Where the measures disagree most about which layer to prune, under the first condition, means over seeds."""
     first = first_comparison(runs)
+    (condition,) = by_condition(first)
     found = each({label: runs[label] for label in first.run}, filters_left)
     shares = {
         measure: xr.concat([found[label].share.isel(event=-1) for label in labels], "seed", join="outer").mean("seed")
@@ -128,15 +129,15 @@ def layer_choice(runs: Runs) -> str:
     if len(shares) < 2:
         (share,) = shares.values()
         least = share.layer.values[np.argmin(share.values)]
-        return f"Layer {least} keeps the least, {float(share.min()):.0%}."
+        return f"{condition}: layer {least} keeps the least, {float(share.min()):.0%}."
     left = xr.concat(list(shares.values()), xr.Variable("measure", list(shares)), join="outer")
     spread = left.max("measure") - left.min("measure")
     layer = spread.layer.values[np.argmax(spread.values)]
     there = left.sel(layer=layer)
     low, high = there.measure.values[np.argmin(there.values)], there.measure.values[np.argmax(there.values)]
     return (
-        f"They differ most in layer {layer}: {name_of(low)} leaves {float(there.min()):.0%} of its filters, "
-        f"{name_of(high)} {float(there.max()):.0%}."
+        f"{condition}: the measures differ most in layer {layer}, where {name_of(low)} leaves "
+        f"{float(there.min()):.0%} of the filters and {name_of(high)} {float(there.max()):.0%}."
     )
 
 

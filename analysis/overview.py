@@ -9,7 +9,7 @@ import xarray as xr
 
 from . import seed_tables
 from .claims import CLAIMS, claims
-from .conditions import several_seeds
+from .conditions import probe_mode, several_seeds
 from .record import MissingQuantityError
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
@@ -18,6 +18,7 @@ Parts = dict[str, pd.DataFrame | list[str]]
 
 _OUTCOME = "What the runs came to"
 _ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
+_PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
 SUMMARY = (_OUTCOME, _ACCURACY, _VERDICTS)  # what a report begins with
 
@@ -60,7 +61,7 @@ def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     found = claims(runs)
     if found.empty:  # nothing was pruned
         return {}
-    counts: Parts = {_VERDICTS: seed_tables.verdict_table(found)}
+    counts: Parts = {_PROBES: [probe_mode(runs)], _VERDICTS: seed_tables.verdict_table(found)}
     if brief:
         return counts
     return counts | {

@@ -146,7 +146,7 @@ def stability(runs: Runs) -> Figure:
 
 
 def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
-    """A pruning moves loss and gradient norm either way, the gradient norm by orders of magnitude.
+    """A pruning mostly moves the gradient norm by a larger factor than the loss.
 
     Loss (top) and ‖g‖² (bottom) right after each pruning over those right before it, at its probe, against the share
     of the parameters left that it removed; a column a model and data set. On the grey line nothing changed. ‖g‖² after

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.comparison import by_condition
-from analysis.conditions import comparisons, conditions
+from analysis.conditions import by_condition, comparisons, conditions
 from analysis.record import event_steps
 
 from . import panels
@@ -48,15 +47,22 @@ def grid(
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=sharex, sharey=sharey, squeeze=False)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
+    for ax in axes.flat[count - columns : count]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     return figure, list(axes.flat[:count])
 
 
 def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> None:
     """One scale for all panels, and labels on the outer ones only."""
     panels.scale_axis(axes[0].yaxis, np.concatenate([compared(prediction) for prediction in predictions.values()]))
+    lowest = axes[-axes[0].get_gridspec().ncols :]
     for ax in axes:
         ax.set(ylabel="")
+        xlabel = ax.get_xlabel()
         ax.label_outer()
+        if ax in lowest:
+            ax.set_xlabel(xlabel)
+            ax.tick_params(labelbottom=True)
     figure.supylabel(ylabel, fontsize=9)
 
 

@@ -51,7 +51,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
 
 
 def removed_decrease(runs: Runs) -> Figure:
-    """The parameters that a pruning removes carry less of the first-order decrease of the loss than their number.
+    """How much of the first-order decrease of the loss a pruning takes with its parameters depends on the measure.
 
     Along gradient flow dL/dt = −‖g‖². Left: each pruning's share of ‖g‖² at its probe against its share of the
     parameters; on the grey line the removed parameters carried as much as the average one. Right: share of each

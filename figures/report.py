@@ -14,6 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
+from analysis.condensed import SUFFIX
+from analysis.conditions import probe_mode
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.record import experiment
@@ -110,6 +112,7 @@ def _save(figure: Figure, stem: Path, origin: str) -> str:
 
 def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list[str]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    condensed = any(path.endswith(SUFFIX) for path in records)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     parts = _parts(overview(runs))
     return template.render(
@@ -120,6 +123,7 @@ def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list
         rest={title: part for title, part in parts.items() if title not in SUMMARY},
         missing=missing,
         records=records,
+        opening='analysis.open_runs(["…"])' if condensed else 'xarray.open_datatree("…")',
         origin=_origin(runs),
     )
 
@@ -181,7 +185,7 @@ def _done(runs: Runs) -> str:
     measures = _listed((name_of(one["measure"]) for one in settings), ", ")
     return (
         f"{extent}: {trained}. {seeds} seed{'s' * (seeds > 1)}, each one initialisation and one order of data.{how} "
-        f"Measures: {measures}."
+        f"Measures: {measures}. {probe_mode(runs)}".strip()
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 import analysis
-from analysis.conditions import first_comparison, several_seeds
+from analysis.conditions import first_comparison, probe_mode, several_seeds
 
 SETTINGS = {
     "model": "vgg13", "data": "digits", "measure": "magnitude", "sparsity": 0.5, "rounds": 3, "granularity": "filter",
@@ -62,3 +62,15 @@ def test_runs_that_were_not_pruned_belong_to_every_comparison_of_their_model() -
 def test_instrumented_loops_are_one_comparison() -> None:
     loops = {name: xr.DataTree() for name in ("one", "other", "none")}
     assert first_comparison(loops).run.tolist() == ["none", "one", "other"]
+
+
+def test_the_mode_of_the_prunings_is_said() -> None:
+    def pruned(mode: str) -> xr.DataTree:
+        return xr.DataTree.from_dict({"/pruning": xr.Dataset({"mode": ("event", [mode, mode])})})
+
+    assert probe_mode({"whole": record(measure="none")}) == ""
+    in_training = probe_mode({"one": pruned("train"), "whole": record(measure="none")})
+    assert in_training == "Prunings were measured in training mode, where BatchNorm normalises by the batch."
+    both = probe_mode({"one": pruned("train"), "other": pruned("eval")})
+    assert both.startswith("Prunings were measured in training mode, where")
+    assert " or in eval mode, where" in both

@@ -4,7 +4,7 @@ import pytest
 import xarray as xr
 from synthetic_runs import record
 
-from analysis import MissingQuantityError, findings, pruning_findings
+from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.conditions import mean_by_measure
 
 
@@ -48,9 +48,23 @@ def test_accuracies_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
 def test_layers_are_compared_under_one_condition(runs: dict[str, xr.DataTree]) -> None:
     del runs["broken"]
     assert findings.layer_choice(runs) == (
-        "They differ most in layer a: loss preservation leaves 0% of its filters, magnitude 75%."
+        "VGG-13, digits, 50 % pruned in 1 round: the measures differ most in layer a, where loss preservation leaves "
+        "0% of the filters and magnitude 75%."
     )
-    assert findings.layer_choice({"m1": runs["m1"]}) == "Layer a keeps the least, 50%."
+    assert findings.layer_choice({"m1": runs["m1"]}) == (
+        "VGG-13, digits, 50 % pruned in 1 round: layer a keeps the least, 50%."
+    )
+
+
+def test_what_prunings_move_is_in_the_median_over_all_of_them() -> None:
+    runs = {
+        str(number): record("magnitude", number, loss=(2.0, 2.0 * factor)) for number, factor in enumerate([2, 3, 100])
+    }
+    runs["other"] = record("loss_preservation", 0, loss=(2.0, 1.0))
+    found = comparison_findings.moved_at_pruning(runs)
+    assert found.startswith(
+        "After over before a pruning, in the median: loss magnitude 3.00, loss preservation 0.50; ‖g‖²"
+    )
 
 
 def test_shares_removed_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:

@@ -11,6 +11,8 @@ import sys
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from dynamics.command_line import mistake
+
 from .condensed import SUFFIX, condense
 from .overview import overview
 from .protocol import fresh_runs, protocol_table
@@ -24,10 +26,11 @@ def _parser() -> ArgumentParser:
         description="Print what the recorded runs came to, and how well theory predicts what was measured: median "
         "relative error, slope of measured on predicted, R² and rank correlation, in first and second order. Of runs "
         "with several seeds: accuracy and convergence by model, data, rounds and measure, and the claims of the "
-        "paper's abstract with their verdicts.",
+        "paper's abstract with their verdicts. Two more commands, each with its --help: `python -m analysis condense` "
+        "writes many records into one small file *.zarr.zip, and `protocol-diff` compares what protocols prune.",
         exit_on_error=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr or sweep.zarr.zip")
     parser.add_argument(
         "--brief", action="store_true", help="what the runs came to, and median errors or verdicts only"
     )
@@ -91,7 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings = _parser().parse_args(arguments)
         runs = open_runs(settings.runs)
         print(page(overview(runs, brief=settings.brief), settings.format))
-    except (ArgumentError, ValueError, OSError) as error:
+    except ArgumentError as error:
+        print(f"error: {mistake(error)}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,7 @@ import xarray as xr
 import zarr
 from numcodecs import Blosc
 
+from dynamics.places import check_folder
 from dynamics.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
 from dynamics.schema import NODES, SCHEMA_VERSION, STUDIES
 
@@ -44,10 +45,14 @@ def condense(runs: Mapping[str, xr.DataTree], path: str | Path) -> Path:
 
     Raises:
         ValueError: no runs, or the file's name does not end as it must.
+        IsADirectoryError, NotADirectoryError, PermissionError: there can be no such file.
     """
     path = Path(path)
     if not runs or not path.name.endswith(SUFFIX):
         raise ValueError(f"condense needs records and a file named *{SUFFIX}, got {len(runs)} records and {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: condensed records are one file, say out/sweep{SUFFIX}")
+    check_folder(path.parent, "condensed records", f"out/sweep{SUFFIX}")
     tree = xr.DataTree.from_dict(_stacked(runs))
     names = [{"name": label, **run.attrs} for label, run in runs.items()]
     tree.attrs = {"schema_version": SCHEMA_VERSION, "runs": json.dumps(names)}
@@ -181,7 +186,10 @@ def _check(path: Path) -> Metadata:
         with zipfile.ZipFile(path) as archive:
             damaged, names, text = archive.testzip(), set(archive.namelist()), archive.read(METADATA)
     except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, KeyError, NotImplementedError, OSError) as error:
-        raise RecordError(f"{path} is no file of condensed records: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise RecordError(
+            f"{path} is no file of condensed records, or a damaged one ({reason}); copy it again"
+        ) from error
     if damaged:
         raise RecordError(f"{path} is damaged: {damaged} does not have its checksum; copy the file again")
     found = checked_metadata(path, text)

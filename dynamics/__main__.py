@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from .command_line import mistake
 from .data import DataError
 from .errors import one_line
 from .experiment import Experiment
@@ -128,7 +129,8 @@ def _sweep(settings: Namespace) -> int:
     for name, error in failed.items():
         print(failure(name, error), file=sys.stderr)
     recorded = len(experiments) - len(failed)
-    print(f"recorded {recorded} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
+    if recorded:
+        print(f"recorded {recorded} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
     return 1 if failed else 0
 
 
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _execute(arguments)
     except ArgumentError as error:
-        print(f"error: {_plain(error)}; --help says what there is", file=sys.stderr)
+        print(f"error: {mistake(error)}", file=sys.stderr)
         return 2
     except (ValueError, OSError, DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -148,12 +150,6 @@ def main(arguments: list[str] | None = None) -> int:
         said = "interrupted; what was recorded until now is kept, the same command goes on"
         print(*getattr(interrupt, "__notes__", ()), said, sep="\n", file=sys.stderr)
         return 130
-
-
-def _plain(error: ArgumentError) -> str:
-    """jsonargparse's message in the words of the command line."""
-    said = re.sub(r"<class '(\w+)'>", r"\1", one_line(error).rstrip(".")).replace("Parser key", "setting")
-    return re.sub(r"\b(?:run|sweep|protocols|show)\.(output|configuration|record)\b", r"\1", said)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from . import provenance
 from .data import DATASETS, load
 from .models import MODELS, build
+from .places import check_folder
 from .pruning import MEASURES, PROTOCOLS, Pruner, Pruning, share_left
 from .store import Store
 
@@ -73,6 +74,7 @@ def compare(comparison: Comparison, folder: Path) -> list[Path]:
     """
     names = [name for name in PROTOCOLS if name != "select_on_test"]  # that needs a training
     paths = [folder / f"{name}.zarr" for name in names]
+    check_folder(folder, "records", "out/protocols")
     if existing := [path for path in paths if path.exists()]:
         raise FileExistsError(f"{existing[0]} exists already: choose another folder, or remove it first")
     data = load(comparison.data)

@@ -77,6 +77,8 @@ def read_metadata(path: Path) -> Metadata:
     """
     if not path.exists():
         raise RecordError(f"no record at {path}: give the path of a run, e.g. one that `python -m dynamics run` wrote")
+    if path.is_file() and path.suffix == ".zip":
+        raise _foreign(path, "analysis.open_runs and `python -m analysis` read condensed records, named *.zarr.zip")
     if (path / "zarr.json").exists():
         raise _foreign(path, "it is a Zarr format 3 store, a record is format 2")
     try:

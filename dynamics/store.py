@@ -25,6 +25,7 @@ import numpy as np
 import zarr
 from numcodecs import Blosc
 
+from .places import check_folder
 from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, is_name, read_metadata
 from .schema import NODES, QUANTITIES, STUDIES
 
@@ -273,6 +274,7 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     taken = FileExistsError(f"{path} exists already: choose another path, or remove it first")
     if path.exists():
         raise taken
+    check_folder(path.parent, "records", "out/run.zarr")
     metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | _empty_nodes()
     files = {key: _json(entry) for key, entry in metadata.items()} | {METADATA: _consolidated(metadata)}
     sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

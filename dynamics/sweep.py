@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from .device import find_device
 from .experiment import Experiment
+from .places import check_folder
 from .running import is_finished
 from .training import steps_of
 from .workers import connected, data_of, here, on_dask
@@ -33,14 +34,14 @@ def sweep(
 
     Raises:
         FileExistsError, NotADirectoryError: something else is at one of the paths; then none is run.
+        PermissionError: the folder may not be written.
         KeyboardInterrupt: as somebody wished; its notes say what went wrong until then.
         ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
         FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
     """
     if workers is not None and (workers < 0 or scheduler is not None):
         raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
-    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
-        raise NotADirectoryError(f"{file} is a file: the records of a sweep go into a folder, say out/sweep")
+    check_folder(folder, "the records of a sweep", "out/sweep")
     experiments = list(experiments)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
     if len(set(paths.values())) < len(experiments):

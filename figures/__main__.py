@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tqdm.auto import tqdm
 
 from analysis import open_runs
+from dynamics.command_line import mistake
 
 from .paper import FIGURES
 from .report import write_report
@@ -24,7 +25,7 @@ def _parser() -> ArgumentParser:
         f"The figures: {', '.join(FIGURES)}.",
         exit_on_error=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr or sweep.zarr.zip")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the figures and report.html")
     return parser
 
@@ -38,7 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         records = [os.path.relpath(path, folder) for path in settings.runs]
         page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
         print(f"drew the figures in {folder}; read {page}")
-    except (ArgumentError, ValueError, OSError) as error:
+    except ArgumentError as error:
+        print(f"error: {mistake(error)}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

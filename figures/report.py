@@ -20,6 +20,7 @@ from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.record import experiment
 from analysis.typeset import cell
+from dynamics.places import check_folder
 
 from .paper import FIGURES, Runs, caption, claim, draw
 from .style import theme
@@ -68,10 +69,9 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
 
     Raises:
         MissingQuantityError: the runs allow no figure at all.
-        NotADirectoryError: there is a file in the folder's place.
+        NotADirectoryError: there is a file in the folder's place. PermissionError: it may not be written.
     """
-    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
-        raise NotADirectoryError(f"{file} is a file: figures and report go into a folder, say out/figures")
+    check_folder(folder, "figures and report", "out/figures")
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = [], {}
     for name in each(list(FIGURES)):

@@ -227,6 +227,28 @@ MISTAKES = {
     "show without a record": ("dynamics", ["show"], "required: record"),
     "show nothing": ("dynamics", ["show", "{new}"], "no record at"),
     "other version": ("dynamics", ["show", "{future}"], "has schema version 99"),
+    "grid on no number": (
+        "dynamics",
+        ["sweep", "{seed}", "-o", "{new}", "--workers", "x"],
+        "Expected a int. Got value: x",
+    ),
+    "run in a file": ("dynamics", ["run", "-o", "{broken}/run.zarr", *TINY], "broken.yaml is a file: records go into"),
+    "compare in a file": ("dynamics", ["protocols", "-o", "{broken}"], "broken.yaml is a file: records go into"),
+    "show condensed": ("dynamics", ["show", "{zip}"], "`python -m analysis` read condensed records, named *.zarr.zip"),
+    "analyse a zip": ("analysis", ["{zip}"], "read condensed records, named *.zarr.zip"),
+    "analyse half a zip": ("analysis", ["{half}"], "or a damaged one (File is not a zip file); copy it again"),
+    "analyse with what": ("analysis", ["{record}", "--colour"], "unrecognized arguments: --colour; --help says"),
+    "draw with what": ("figures", ["{record}", "--colour"], "--help says"),
+    "condense into a folder": (
+        "analysis",
+        ["condense", "{record}", "-o", "{folderzip}"],
+        "is a folder: condensed records",
+    ),
+    "condense into a file": (
+        "analysis",
+        ["condense", "{record}", "-o", "{broken}/x.zarr.zip"],
+        "broken.yaml is a file: condensed records go into",
+    ),
     "analyse nothing": ("analysis", ["{new}"], "no record at"),
     "analyse no runs": ("analysis", [], "required: runs"),
     "analyse a text": ("analysis", ["{broken}"], "is not a thetadot record"),
@@ -260,6 +282,9 @@ def prepared(folder: Path) -> dict[str, Path]:
         (folder / f"{name}.yaml").write_bytes(text)
     Store(folder / "future.zarr", {"schema_version": 99})
     Store(folder / "empty.zarr", {"schema_version": 1})
+    (folder / "sweep.zip").write_bytes(b"PK")
+    (folder / "half.zarr.zip").write_bytes(b"PK")
+    (folder / "folder.zarr.zip").mkdir()
     for taken in ("vgg13-digits-none-seed3.zarr", "cifar-100-python"):
         (folder / taken).mkdir()
         (folder / taken / "train").write_text("precious")
@@ -270,6 +295,9 @@ def prepared(folder: Path) -> dict[str, Path]:
         "data": "cifar-100-python",
         "future": "future.zarr",
         "empty": "empty.zarr",
+        "zip": "sweep.zip",
+        "half": "half.zarr.zip",
+        "folderzip": "folder.zarr.zip",
     }
     return {name: folder / place for name, place in (records | {name: f"{name}.yaml" for name in FILES}).items()}
 
@@ -291,3 +319,26 @@ def test_a_mistake_is_one_clear_line(
     assert len([part for part in shown.err.splitlines() if part.strip() and "figure/s" not in part]) == 1
     assert contents(tmp_path) == before
     assert xr.open_datatree(record)["steps"].sizes["step"] == 3
+
+
+OUTPUTS = {
+    "sweep": ("dynamics", ["sweep", "{seed}", "-o", "{new}"], "the records of a sweep"),
+    "run": ("dynamics", ["run", "-o", "{new}", *TINY], "records"),
+    "protocols": ("dynamics", ["protocols", "-o", "{new}"], "records"),
+    "condense": ("analysis", ["condense", "{record}", "-o", "{folder}/x.zarr.zip"], "condensed records"),
+    "figures": ("figures", ["{record}", "-o", "{new}"], "figures and report"),
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_folder_that_may_not_be_written_is_said_before_anything_is_computed(
+    command: str, tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package, arguments, what = OUTPUTS[command]
+    places, before = {name: str(path) for name, path in prepared(tmp_path).items()}, contents(tmp_path)
+    monkeypatch.setattr("dynamics.places.os.access", lambda place, how: False)
+    assert MAINS[package]([argument.format(**places) for argument in arguments]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"error: you may not write into {tmp_path}: {what} go into a folder of your own, say out/" in said[0]
+    assert contents(tmp_path) == before

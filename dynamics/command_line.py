@@ -1,0 +1,17 @@
+"""What is wrong with the arguments of a command, in one line."""
+
+from __future__ import annotations
+
+import re
+
+from jsonargparse import ArgumentError
+
+from .errors import one_line
+
+
+def mistake(error: ArgumentError) -> str:
+    """jsonargparse's message in the words of the command line, and where to look."""
+    said = re.sub(r"<class '(\w+)'>", r"\1", one_line(error).rstrip(".")).replace("Parser key", "setting")
+    said = re.sub(r"\b(?:run|sweep|protocols|show)\.(\w+)\b", r"\1", said)
+    said = re.sub(r"Does not validate against any.*? - (Expected a \w+).*Given value: ", r"\1. Got value: ", said)
+    return f"{said}; --help says what there is"

@@ -1,0 +1,20 @@
+"""Where results may go: asked before anything is computed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def check_folder(folder: Path, what: str, example: str) -> None:
+    """Whether ``what`` may go into a folder that is there or can be made.
+
+    Raises:
+        NotADirectoryError: there is a file in its place, or above it. PermissionError: it may not be written.
+    """
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    said = place if folder.is_absolute() else Path(os.path.relpath(place))
+    if not place.is_dir():
+        raise NotADirectoryError(f"{said} is a file: {what} go into a folder, say {example}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"you may not write into {said}: {what} go into a folder of your own, say {example}")

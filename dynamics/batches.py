@@ -36,6 +36,7 @@ class Seen:
     passed: bool = False
     passed_at: int = 0  # the number of backward passes before its forward pass
     again: bool = False  # a step of it has been taken already
+    certain: bool = True  # else the loop may have gone on to other batches
     evaluated_at: int | None = None  # the number of backward passes before its forward pass, if that was in eval mode
 
 
@@ -60,6 +61,7 @@ class Batches:
 
     Attributes:
         bystanders: the modules outside the model.
+        told: whether any batch was seen so far.
         failure: why batches and moments are not kept any more, if they are not.
         lost: whether, by the last :meth:`candidates`, the step cannot be measured: parameters that are not trained have
             moved, unexpectedly. From the next step on they are kept.
@@ -72,6 +74,7 @@ class Batches:
         self._objective = objective
         self._seen: list[Seen] = []
         self._staying: list[Any] = []  # the batch that stays, if one does
+        self._stays_surely = True
         self._of_epoch = 0
         self._ahead = 0  # how many batches the loop reads before it uses them
         self._windows: list[tuple[int, int]] = []  # the candidates
@@ -89,7 +92,7 @@ class Batches:
         self._awaits, self._asleep = False, bool
         self._passing, self._beginning = _OfOneModel(print), _OfOneModel(print)
         self._of_parts: list[RemovableHandle] = []
-        self._idle = False
+        self._idle = self.told = False
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -188,9 +191,10 @@ class Batches:
 
     def add(self, batch: Any, *, due: bool, stays: bool = False) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
+        self.told = True
         if self._seen and self._seen[0].again and not self.mark.pending:  # a forward pass that led to nothing
             self._seen = []
-        self._staying = [batch] if stays else []
+        self._staying, self._stays_surely = [batch] if stays else [], True
         if self.mark.first_batch == _IDLE or len(self._seen) == _MOST:
             if not self._idle:
                 warnings.warn(
@@ -207,12 +211,14 @@ class Batches:
         if self._staying and not self._seen:
             self._see(*self._staying, due=due, again=True)
 
-    def leave(self) -> None:
-        """No batch stays any longer."""
-        self._staying = []
+    def leave(self, *, whole: bool = True) -> None:
+        """No batch stays any longer; or, where the loop let go of a pass over the data, perhaps its last one."""
+        self._stays_surely = False
+        if whole:
+            self._staying = []
 
     def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
-        seen = Seen(batch, None, again=again)
+        seen = Seen(batch, None, again=again, certain=self._stays_surely or not again)
         self._seen.append(self._kept(seen) if due else seen)
         if due and self._awaits and not self._compiled:
             self._look_for_passes()

@@ -43,11 +43,12 @@ class _Way(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """Batches that a step may be of, by number, in one way."""
+    """Batches that a step may be of, by number, in one way; if not ``certain``, only the gradient can tell."""
 
     number: int
     way: _Way
     probe: Probe
+    certain: bool
 
 
 class _Found(NamedTuple):
@@ -110,6 +111,8 @@ class StepCurvature:
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""
         self._probes = []
+        if self.due(step) and not self._batches and self._batches.told:
+            self._say_unknown(step)
         if self.ready(step):
             self._measurement.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []
@@ -148,7 +151,7 @@ class StepCurvature:
     def _candidate(self, number: int, seen: list[Seen], way: _Way) -> _Candidate:
         batches, moments = [one.batch for one in seen], [_MOMENTS[way.moment](one) for one in seen]
         probe = Probe(self._model, self._objective, batches, moments=moments, by_samples=way.by_samples)
-        return _Candidate(number, way, probe)
+        return _Candidate(number, way, probe, all(one.certain for one in seen))
 
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
@@ -193,9 +196,19 @@ class StepCurvature:
         if not found:
             return None
         best = int(np.nanargmax([*(one.cosine for one in found), -2.0])) % len(found)  # all NaN: the first
+        if not (probes[best].certain or found[best].cosine > _SURE):
+            self._say_unknown(step)
+            return None
         self._way = probes[best].way
         self._batches.chosen(probes[best].number)
         return found[best]
+
+    def _say_unknown(self, step: int) -> None:
+        self._say_once(
+            f"curvature is not recorded at step {step}, whose batch is not known. Watch what the loop reads, say "
+            "itertools.cycle(loader) as a whole, or call recorder.observe(batch) before each step",
+            "unknown",
+        )
 
     def _say_once(self, text: str, what: str) -> None:
         if what not in self._said:

@@ -7,9 +7,11 @@ from typing import Any
 
 
 def watched(
-    loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[[], None]
+    loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[..., None]
 ) -> Watched:
     """The loader, such that each pass over it ``begins`` and ``ends``, and ``sees`` every batch before it is used.
+
+    It ends with ``whole=False`` if the loop has let go of it before.
 
     Of an iterator, an iterator. The loader is asked for an iterator, and for batches, when a loop asks for them, so
     that random numbers are drawn in the order in which they would be drawn without.
@@ -22,7 +24,7 @@ class Watched:
     """As long as the loader; what else the loader has is asked of it."""
 
     def __init__(
-        self, loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[[], None]
+        self, loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[..., None]
     ) -> None:
         self._loader, self._begins, self._sees, self._ends = loader, begins, sees, ends
 
@@ -46,7 +48,7 @@ class _Pass:
     """One pass over a loader; it goes on after an exception if the loader's own does."""
 
     def __init__(
-        self, batches: Iterator, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[[], None]
+        self, batches: Iterator, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[..., None]
     ) -> None:
         self._batches, self._begins, self._sees, self._ends = batches, begins, sees, ends
         self._begun = self._ended = False
@@ -61,15 +63,15 @@ class _Pass:
         try:
             batch = next(self._batches)
         except StopIteration:
-            self._end()
+            self._end(whole=True)
             raise
         self._sees(batch)
         return batch
 
-    def _end(self) -> None:
+    def _end(self, *, whole: bool = False) -> None:
         if self._begun and not self._ended:  # once: another pass may have begun since
             self._ended = True
-            self._ends()
+            self._ends(whole=whole)
 
     __del__ = _end
 

@@ -1,5 +1,8 @@
 """Several steps on one batch: each is a step of that batch, with a row and a curvature of its own."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import convolutional_network, images, smooth_network, vectors
+from networks import Batch, convolutional_network, images, plain_step, smooth_network, vectors
 
 from dynamics import Recorder, open_run
 
@@ -95,7 +98,8 @@ def test_gradients_that_pile_up_over_the_steps_of_a_batch_and_the_next(tmp_path:
 def test_an_observed_batch_is_that_of_one_step(tmp_path: Path) -> None:
     model, (batch,) = smooth_network(), vectors(1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+    unknown = pytest.warns(UserWarning, match="curvature is not recorded at step 1, whose batch is not known")
+    with unknown, Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
         for number in range(4):
             if number in (0, 2):
                 recorder.observe(batch)
@@ -103,3 +107,52 @@ def test_an_observed_batch_is_that_of_one_step(tmp_path: Path) -> None:
             F.cross_entropy(model(batch[0]), batch[1]).backward()
             optimizer.step()
     assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 2]
+
+
+def one_of(watched: object) -> Batch:
+    """The first batch of a loader, as when a network is to learn it by heart."""
+    for batch in watched:
+        return batch
+
+
+@pytest.mark.parametrize("first", [one_of, lambda watched: next(iter(watched))])
+def test_one_batch_is_learned_by_heart(tmp_path: Path, first: Callable) -> None:
+    model = convolutional_network(dropout=0.3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        batch = first(recorder.watch(images(3)))
+        for _ in range(4):
+            plain_step(model, optimizer, batch)
+    run = open_run(tmp_path / "run")
+    assert run["curvature"].step.values.tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
+
+
+def test_other_batches_after_a_pass_was_left_have_no_curvature(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    unknown = pytest.warns(UserWarning, match="curvature is not recorded at step 1, whose batch is not known")
+    with unknown, Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            plain_step(model, optimizer, batch)
+            break
+        for batch in vectors(3, seed=7):
+            plain_step(model, optimizer, batch)
+    run = open_run(tmp_path / "run")
+    assert run["curvature"].step.values.tolist() == [0]
+    assert run["steps"].sizes["step"] == 4
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_batches_that_come_again_are_watched_as_a_whole(tmp_path: Path, outside: bool) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    unknown = pytest.warns(
+        UserWarning, match=r"at step 2, whose batch is not known. Watch .* itertools.cycle\(loader\)"
+    )
+    with nullcontext() if outside else unknown:
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+            watched = recorder.watch(cycle(vectors(2))) if outside else cycle(recorder.watch(vectors(2)))
+            for batch in islice(watched, 5):
+                plain_step(model, optimizer, batch)
+    assert open_run(tmp_path / "run")["curvature"].sizes["step"] == (5 if outside else 2)

@@ -61,7 +61,8 @@ def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     found = claims(runs)
     if found.empty:  # nothing was pruned
         return {}
-    counts: Parts = {_PROBES: [probe_mode(runs)], _VERDICTS: seed_tables.verdict_table(found)}
+    said = probe_mode(runs)
+    counts: Parts = ({_PROBES: [said]} if said else {}) | {_VERDICTS: seed_tables.verdict_table(found)}
     if brief:
         return counts
     return counts | {

@@ -27,8 +27,9 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """What each run is a run of, one row a run: columns model, data, measure, rounds, sparsity, seed.
 
     Runs that agree in all but ``measure`` differ in nothing else: one seed is one initialisation and one order of the
-    data; on one machine the first pruning finds the same network, to the bit. ``sparsity`` is the one asked for. A run that was not pruned has measure "none", 0 rounds and sparsity 0. A
-    loop that someone instrumented has its label for a measure, no model and data (""), 0 rounds and sparsity NaN.
+    data; on one machine the first pruning finds the same network, to the bit. ``sparsity`` is the one asked for. A run
+    that was not pruned has measure "none", 0 rounds and sparsity 0. A loop that someone instrumented has its label for
+    a measure, no model and data (""), 0 rounds and sparsity NaN.
 
     Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
     where a run does not depend on it.

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .backward_passes import BackwardPasses
 from .batch import copied
 from .bystanders import Bystanders
 from .errors import named
+from .forward_passes import ForwardPasses
 from .moment import Moment, random_numbers_untouched
 from .probe import Objective, is_compiled, unwrap
 
@@ -32,7 +32,6 @@ class Seen:
     moment: Moment | None
     first_moment: Moment | None = None
     last_moment: Moment | None = None
-    begun: bool = False  # whether a part of the model has run on it by itself
     passed: bool = False
     passed_at: int = 0  # the number of backward passes before its forward pass
     again: bool = False  # a step of it has been taken already
@@ -80,7 +79,7 @@ class Batches:
         self._windows: list[tuple[int, int]] = []  # the candidates
         self._counts = bool(counted)
         self._passes = BackwardPasses(counted)
-        self._hook: RemovableHandle | None = None
+        self._forward_passes = ForwardPasses(self._model, self._pass_begins)
         self.bystanders = Bystanders(self._model, objective)
         trained, frozen = (
             sum(one.numel() for one in self._model.parameters() if one.requires_grad == wanted)
@@ -90,76 +89,36 @@ class Batches:
         self._moves_frozen = self.lost = False
         self.failure = _SCRIPTED if isinstance(self._model, torch.jit.ScriptModule) else None
         self._awaits, self._asleep = False, bool
-        self._passing, self._beginning = _OfOneModel(print), _OfOneModel(print)
-        self._of_parts: list[RemovableHandle] = []
         self._idle = self.told = False
 
     def __len__(self) -> int:
         return len(self._seen)
 
     def await_forward(self, asleep: Callable[[], bool]) -> None:
-        """Until the step is taken, keep the moments of forward passes; not of a compiled model, which hooks slow down.
-
-        The hook is there from a batch to its step: those who script the model otherwise do not meet it. Of a model that
-        cannot be called the parts have one, until the first of them runs.
-        """
+        """Until the step is taken, keep the moments of forward passes; not of a compiled model: hooks slow it down."""
         self._awaits, self._asleep = True, asleep
-        self._passing, self._beginning = self._hooked(self._passed), self._hooked(self._begun)
         self._seen = [self._kept(one) for one in self._seen]
         if (self._seen or self._staying) and not self._compiled:
             self._look_for_passes()
 
-    def _hooked(self, passes: Callable[[nn.Module], None]) -> _OfOneModel:
-        """A hook that calls ``passes`` with the module whose forward pass begins, if that is one of the loop's own."""
-
-        @torch.compiler.disable
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            if not torch.is_grad_enabled() or torch.jit.is_tracing() or self._asleep() or self.failure:
-                return
-            with self._not_in_the_loop():
-                self._leave_parts()
-                self.repeat(due=True)
-                passes(module)
-
-        return _OfOneModel(hook)
-
-    def _passed(self, module: nn.Module) -> None:
-        """A forward pass of the model begins."""
-        waiting = self._next_to_pass(module)
-        self._keep_moment(waiting)
-        if waiting is not None:
-            waiting.passed, waiting.passed_at = True, self.mark.backwards
-            waiting.evaluated_at = None if _trains(module) else self.mark.backwards
-
-    def _begun(self, module: nn.Module) -> None:
-        """The first part of a model that is not called runs: from now on it stands for the model."""
-        self._of_parts = [module.register_forward_pre_hook(self._beginning)]
-        waiting = next((seen for seen in self._seen if not (seen.passed or seen.begun)), None)
-        self._keep_moment(waiting)
-        if waiting is not None:
-            waiting.begun = True
-
-    def _keep_moment(self, waiting: Seen | None) -> None:
-        """The forward pass of a batch begins, or a further one if none is waiting for its own."""
-        if waiting is not None:
-            others, waiting.moment = waiting.moment.others, self._moment()
-            waiting.moment.others = others
-        elif self._seen:
-            self._seen[-1].last_moment = again = self._moment()
-            again.others = self._seen[-1].moment.others
-
     def _look_for_passes(self) -> None:
         with self._not_in_the_loop():
-            if self._hook is None:
-                self._hook = self._model.register_forward_pre_hook(self._passing)
-            if not self._of_parts and not _has_forward(self._model):
-                parts = [part for part in self._model.modules() if part is not self._model]
-                self._of_parts = [part.register_forward_pre_hook(self._beginning) for part in parts]
+            self._forward_passes.look()
 
-    def _leave_parts(self) -> None:
-        for hook in self._of_parts:
-            hook.remove()
-        self._of_parts = []
+    def _pass_begins(self, module: nn.Module) -> None:
+        """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
+        if self._asleep() or self.failure:
+            return
+        with self._not_in_the_loop():
+            self.repeat(due=True)
+            if (waiting := self._next_to_pass(module)) is not None:
+                others = waiting.moment.others
+                waiting.moment, waiting.passed = self._moment(), True
+                waiting.moment.others, waiting.passed_at = others, self.mark.backwards
+                waiting.evaluated_at = None if _trains(module) else self.mark.backwards
+            elif self._seen:
+                self._seen[-1].last_moment = again = self._moment()
+                again.others = self._seen[-1].moment.others
 
     def _are_moved(self) -> bool:
         """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
@@ -295,10 +254,7 @@ class Batches:
         self._passes.stepped()
         self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
         self._of_epoch, self._awaits = 0, False
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        self._leave_parts()
+        self._forward_passes.leave()
         self.bystanders.leave()
 
     def close(self) -> None:
@@ -308,25 +264,6 @@ class Batches:
         self._passes.close()
 
 
-class _OfOneModel:
-    """A hook before forward passes that copies of the module, and what is saved of it, have no part in."""
-
-    def __init__(self, passes: Callable[[nn.Module, tuple], None]) -> None:
-        self._passes = passes
-
-    def __call__(self, module: nn.Module, inputs: tuple) -> None:
-        if not torch.compiler.is_compiling():  # what is compiled with it would go without it, or not be compiled at all
-            self._passes(module, inputs)
-
-    def __reduce__(self) -> tuple:
-        return getattr, ({}, "get")  # a copy's gives the inputs back as they are
-
-
 def _trains(module: nn.Module) -> bool:
     """Whether a part of it is in training mode."""
     return any(part.training for part in module.modules())
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Whether it can be called: a ModuleDict cannot, nor what is trained by methods of another name alone."""
-    return type(module).forward is not nn.Module.forward

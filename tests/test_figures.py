@@ -16,7 +16,7 @@ import analysis
 from analysis.overview import overview
 from analysis.typeset import cell
 from dynamics.schema import label
-from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_layers, draw_over_time, write_report
+from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_layers, draw_over_time, layout, write_report
 from figures.report import FINDINGS
 from figures.report import _table as report_table
 from figures.style import run_styles
@@ -183,3 +183,16 @@ def test_bad_calls_are_said(runs: dict[str, xr.DataTree]) -> None:
         draw("norm_rate", {})
     with pytest.raises(analysis.MissingQuantityError, match="/units needs"):
         draw("filters_left", {"none": runs["none"]})
+
+
+def test_the_lowest_panel_of_each_column_has_ticks_and_label() -> None:
+    values = {name: ("step", [1.0, 2.0]) for name in ("measured", "first_order", "second_order")}
+    figure, axes = layout.grid(5)
+    for ax in axes:
+        ax.plot([0, 1], [1, 2])
+        ax.set_xlabel("step")
+    layout.shared_axes(figure, axes, {"run": xr.Dataset(values)}, ylabel="loss")
+    figure.canvas.draw()
+    labelled = [any(label.get_visible() and label.get_text() for label in ax.get_xticklabels()) for ax in axes]
+    assert labelled == [False, False, True, True, True]
+    assert [ax.get_xlabel() for ax in axes] == ["", "", "step", "step", "step"]

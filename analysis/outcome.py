@@ -31,6 +31,8 @@ def outcome(run: xr.DataTree) -> xr.Dataset:
 def _pruned(run: xr.DataTree) -> dict[str, float]:
     events = node(run, "pruning", ["remaining"])
     masked, last = events.remaining.sum("layer"), events.isel(event=-1)
+    if "sparsity" in events and (described := np.flatnonzero(events.sparsity.notnull())).size:
+        last = events.isel(event=described[-1])  # what came later was no pruning
     values = {"removed_parameters": 1 - float(masked[-1, 1] / masked[0, 0]), "removed_multiply_adds": np.nan}
     for name in ("parameters", "multiply_adds"):
         if {f"{name}_left", f"dense_{name}"} <= set(last):

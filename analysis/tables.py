@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from .agreement import agreement
+from .findings import each
 from .outcome import outcome
 from .typeset import MISSING
 
@@ -33,8 +34,8 @@ def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     table.columns = pd.MultiIndex.from_tuples(
         [("test", "accuracy"), ("test", "loss"), ("pruned", "filters"), ("pruned", "parameters")]
     )
-    for label, run in runs.items():
-        errors = agreement(run).median_relative_error
+    for label, found in each(runs, agreement).items():
+        errors = found.median_relative_error
         for relation in (name for name in ("loss decrease", "norm rate") if name in errors.relation):
             for order in errors.order.values:
                 column = (f"error of {relation}", order.removesuffix("_order"))
@@ -43,8 +44,12 @@ def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
 
 def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
-    """One row a run, relation and order: the summary figures of :func:`analysis.agree`."""
-    frames = [agreement(run).to_dataframe().assign(run=label) for label, run in runs.items()]
+    """One row a run, relation and order: the summary figures of :func:`analysis.agree`. Runs without any are left out.
+
+    Raises:
+        MissingQuantityError: all runs are.
+    """
+    frames = [found.to_dataframe().assign(run=label) for label, found in each(runs, agreement).items()]
     table = pd.concat(frames).reset_index()
     table = table[table["count"] > 0]
     table["order"] = table["order"].str.removesuffix("_order")

@@ -147,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        said = "interrupted; what was recorded until now is kept, the same command goes on"
+        goes_on = "what was recorded until now is kept, the same command goes on"
+        said = f"interrupted; {'nothing is kept' if 'protocols' in (arguments or sys.argv[1:])[:1] else goes_on}"
         print(*getattr(interrupt, "__notes__", ()), said, sep="\n", file=sys.stderr)
         return 130
 

@@ -111,8 +111,16 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
         raise ValueError("log_epoch() cannot take 'epoch': the recorder counts passes over the watched loader itself")
 
 
-def check_description(kind: str, attributes: Mapping[str, Any]) -> None:
-    """Raise ValueError where an event's description cannot be recorded as it is given."""
+def as_number(value: Any) -> Any:
+    """A tensor of one number without its graph and dimensions; anything else as it is."""
+    return value.detach().reshape(()) if isinstance(value, Tensor) else value
+
+
+def check_description(kind: str, attributes: Mapping[str, Any], texts: Mapping[str, bool]) -> None:
+    """Raise ValueError where an event's description cannot be recorded as it is given.
+
+    ``texts``: of what described events before, whether it was a text.
+    """
     measured = {"event", "kind", "mode", "step", "epoch", "layer", "stage"}
     measured |= {row.name for row in schema.quantities("pruning") if row.over}  # what is one number is described
     if taken := sorted(measured & attributes.keys()):
@@ -123,6 +131,9 @@ def check_description(kind: str, attributes: Mapping[str, Any]) -> None:
             raise ValueError(f"event() takes texts of up to {LONGEST_TEXT} characters, {name!r} has {len(value)}")
         if not isinstance(value, str | Real) and not (isinstance(value, Tensor) and value.ndim == 0):
             raise ValueError(f"event() takes numbers and texts, {name!r} is {value!r:.60}")
+        if texts.get(name, isinstance(value, str)) != isinstance(value, str):
+            was = "a text" if texts[name] else "a number"
+            raise ValueError(f"event() takes {name!r} as {was}, as in the event before, got {value!r:.60}")
 
 
 def wanted(node: str, names: Iterable[str] | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import xarray as xr
@@ -20,8 +20,8 @@ from .quantities import Vectors
 class Event:
     """What the body of ``with recorder.event(...) as event`` may add to the record."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, units: Sequence[tuple[str, int]] = ()) -> None:
+        self._model, self._units = model, list(units)  # those that events before told of
         self.alive: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
         self.studies: dict[str, xr.Dataset] = {}
@@ -33,17 +33,30 @@ class Event:
         those of the original network that they were, with False and NaN for those that are gone.
 
         Raises:
-            ValueError: masks of single weights: how many of them are left, ``/pruning`` counts by layer.
+            ValueError: masks of single weights: how many of them are left, ``/pruning`` counts by layer. Or other units
+                than in an event before, or scores of another shape.
         """
+        alive = {layer: torch.as_tensor(kept).bool() for layer, kept in alive.items()}
+        scores = {layer: torch.as_tensor(score) for layer, score in (scores or {}).items()}
         for layer, kept in alive.items():
             if kept.ndim != 1:
                 raise ValueError(
                     f"event.units() takes one boolean a filter, (unit,), got shape {tuple(kept.shape)} for {layer!r}: "
                     "single weights are counted by layer in /pruning, as removed and remaining"
                 )
+            if layer in scores and scores[layer].shape != kept.shape:
+                shapes = tuple(kept.shape), tuple(scores[layer].shape)
+                raise ValueError(
+                    f"event.units() takes one score a filter, layer {layer!r} has masks and scores {shapes}"
+                )
         known = identities(self._model)
-        self.alive = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
-        self.scores = {layer: score.detach().cpu() for layer, score in as_original(scores or {}, known).items()}
+        found = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
+        if self._units and (other := sorted(set(_labels(found)) ^ set(self._units))):
+            raise ValueError(
+                f"event.units() takes the same units in all events of a record, {other[0]} is in some only"
+            )
+        self.alive = {layer: found[layer] for layer in dict.fromkeys(layer for layer, _ in self._units)} or found
+        self.scores = {layer: score.detach().cpu() for layer, score in as_original(scores, known).items()}
 
     def add(self, node: str, study: xr.Dataset) -> None:
         """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.
@@ -61,13 +74,17 @@ class Event:
 
     def unit_labels(self) -> list[tuple[str, int]]:
         """Layer and index of each unit, in the order of :meth:`unit_row`."""
-        return [(layer, index) for layer, kept in self.alive.items() for index in range(len(kept))]
+        return _labels(self.alive)
 
     def unit_row(self) -> dict[str, Tensor]:
         """Scores and survival of all units, each (unit,)."""
         missing = {layer: torch.full(kept.shape, torch.nan) for layer, kept in self.alive.items()}
         scores = [self.scores.get(layer, missing[layer]).double() for layer in self.alive]
         return {"score": torch.cat(scores), "alive": torch.cat(list(self.alive.values()))}
+
+
+def _labels(alive: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    return [(layer, index) for layer, kept in alive.items() for index in range(len(kept))]
 
 
 class Stage:

@@ -10,6 +10,7 @@ gradient is masked as it arrives, and its optimizer state is masked once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ def _mask_gradients(owner: nn.Module, inputs: tuple) -> None:
 
 
 @torch.no_grad()
-def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Prune: set parameters to zero where ``keep`` is False, for good, with their gradient and optimizer state.
+def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch.optim.Optimizer) -> None:
+    """Prune: set parameters to zero where ``keep`` is False, for good, with their gradient and optimizers' state.
 
     ``keep`` maps parameter names to boolean tensors of the parameter's shape. A later call can only prune more.
     """
@@ -96,7 +97,8 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], optimizer: torch.o
         _zero(parameter, mask)
         if parameter.grad is not None:
             _zero(parameter.grad, mask)
-        for state in (optimizer.state.get(parameter, {}) if optimizer is not None else {}).values():
+        states = chain.from_iterable(one.state.get(parameter, {}).values() for one in optimizers)
+        for state in states:
             if isinstance(state, Tensor) and state.shape == mask.shape:
                 _zero(state, mask)
 

@@ -83,6 +83,12 @@ class Moment:
     def _frozen(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
 
+    def later(self) -> Moment:
+        """What there is by now, but with the random numbers of this moment."""
+        moment = Moment(self._model, self._device, self._objective)
+        moment._random = self._random
+        return moment
+
     def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
         """Keep what a module outside the model has as it runs, with its parameters if they are few: it may be trained.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def compare(comparison: Comparison, folder: Path) -> list[Path]:
     prints them side by side.
 
     Raises:
-        FileExistsError: one of the records exists; then nothing is computed.
+        FileExistsError: one of the records exists; then nothing is computed. Whatever else is raised, none is left.
         DataError: the data set is not there.
     """
     names = [name for name in PROTOCOLS if name != "select_on_test"]  # that needs a training
@@ -85,8 +86,13 @@ def compare(comparison: Comparison, folder: Path) -> list[Path]:
     chosen = torch.Generator().manual_seed(comparison.seed)
     per_class = max(comparison.samples // data.num_classes, 1)
     batches = list(data.train.class_balanced(per_class, generator=chosen).batches(128))
-    for name, path in tqdm(list(zip(names, paths, strict=True)), desc="protocols", unit="protocol"):
-        _record(path, name, comparison, rounds(copy.deepcopy(model), batches, name, comparison))
+    try:
+        for name, path in tqdm(list(zip(names, paths, strict=True)), desc="protocols", unit="protocol"):
+            _record(path, name, comparison, rounds(copy.deepcopy(model), batches, name, comparison))
+    except BaseException:  # half of a comparison is none
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
     return paths
 
 

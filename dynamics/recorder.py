@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import provenance
 from .arguments import (
     as_given,
+    as_number,
     check_arguments,
     check_description,
     check_epoch,
@@ -44,6 +45,7 @@ from .rows import Rows
 from .step import Measurement
 from .step_curvature import StepCurvature
 from .steps import Steps
+from .structure import Structure
 from .termination import on_termination
 from .watched import Watched, watched
 
@@ -122,6 +124,8 @@ class Recorder:
         place = self._processes.told(place)
         measurement.start_from(store, begins=place.step == 0)
         self._events = place.events
+        self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
+        self._units: list[tuple[str, int]] = []  # that events told of
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = [] if self._processes.replicated else self._layers.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)
@@ -166,7 +170,8 @@ class Recorder:
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""
         check_epoch(scalars)
-        self._rows.add("epochs", {"epoch": self._steps.epoch, **scalars})
+        values = {name: as_number(value) for name, value in scalars.items()}
+        self._rows.add("epochs", {"epoch": self._steps.epoch, **values})
 
     def begin_epoch(self) -> None:
         """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""
@@ -195,22 +200,28 @@ class Recorder:
 
         Raises:
             Whatever the body raises; then no row is written.
-            ValueError: an argument is not what it must be, or a parameter changes its shape inside.
+            ValueError: an argument is not what it must be, or was of another kind in an event before, or a parameter
+                changes its shape inside.
         """
         if not isinstance(probe, list | tuple) or not probe or mode not in ("train", "eval"):
             raise ValueError(f"event() needs a list of batches and mode 'train' or 'eval'; got {probe!r:.60}, {mode!r}")
         if self._processes.sharded:
             raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
-        check_description(kind, attributes)
+        check_description(kind, attributes, self._kinds)
+        attributes = {name: as_number(value) for name, value in attributes.items()}
         self._attachment.end()
-        moments = [Moment(self._model, self._layers.device, self._objective)] * len(probe)
-        before = self._stage(probe, mode, moments)
-        yield (event := Event(self._model))
-        after = self._stage(probe, mode, moments)
+        moment, structure = Moment(self._model, self._layers.device, self._objective), Structure(self._model)
+        before = self._stage(probe, mode, [moment] * len(probe))
+        yield (event := Event(self._model, self._units))
+        after = self._stage(probe, mode, [moment.later()] * len(probe))
         now = {"step": self._steps.number, "epoch": self._steps.epoch}
         row = {"event": self._events, "kind": kind, "mode": mode, **now}
-        self._rows.add("pruning", row | attributes | effect(self._layers, before, after))
+        with structure.again():  # predictions are of the network before
+            found = effect(self._layers, before, after)
+        self._rows.add("pruning", row | attributes | found)
         self._rows.add_units(self._events, event)
+        self._kinds |= {name: isinstance(value, str) for name, value in attributes.items()}
+        self._units = event.unit_labels() or self._units
         self._events += 1
 
     def flush(self) -> None:

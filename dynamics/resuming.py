@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 from collections.abc import Mapping
@@ -173,6 +174,9 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
             f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
         )
     place = record.place(*met)
+    if met == end:  # steps may be recorded seldom, or without their epoch
+        epochs = record.column("epochs", "epoch")[-1:].tolist()
+        place = dataclasses.replace(place, epoch=max([place.epoch, *epochs]))
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
     store.note("resumed", [*store.attributes.get("resumed", []), trace])
     if met < end:  # after the trace, so that a kill in between loses neither

@@ -73,6 +73,8 @@ def quantities_per_layer(runs: Runs) -> Figure:
     label = in_layers(runs)
     run = runs[label]
     found = _per_layer(run)
+    if not found:
+        raise MissingQuantityError("no quantity per layer in the record: record /steps or /curvature")
     figure, axes = grid(len(found), width=3.6, columns=2)
     for ax, quantity in zip(axes, found, strict=True):
         panels.draw_layers(quantity, ax=ax)

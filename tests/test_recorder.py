@@ -449,3 +449,94 @@ def test_recomputed_activations_cost_the_curvature_and_say_why(tmp_path: Path) -
     with pytest.warns(UserWarning, match=r"recomputes or moves activations .*: switch that off inside the objective"):
         run = recorded(tmp_path / "run", model, optimizer, batches)
     assert run["steps"].sizes["step"] == 2
+
+
+# Events
+
+
+class Masked(nn.Linear):
+    """As many write pruning: a mask in a buffer, or in an attribute."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.other = torch.ones_like(self.weight)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return F.linear(inputs, self.weight * self.mask * self.other, self.bias)
+
+
+def mask_in_place(layer: Masked, kept: torch.Tensor) -> None:
+    layer.mask.copy_(kept)
+
+
+def replace_the_mask(layer: Masked, kept: torch.Tensor) -> None:
+    layer.other = kept.to(layer.weight.dtype)
+
+
+def keep_all_but_one_row(shape: torch.Size) -> torch.Tensor:
+    kept = torch.ones(shape, dtype=torch.bool)
+    kept[1] = False
+    return kept
+
+
+@pytest.mark.parametrize("prune", [mask_in_place, replace_the_mask])
+def test_an_event_sees_what_changes_in_buffers_and_attributes(tmp_path: Path, prune: Callable) -> None:
+    model = nn.Sequential(Masked(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    batches = [(x[:size], y[:size]) for (x, y), size in zip(vectors(2), (5, 3), strict=True)]
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    losses = []
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        losses.append(F.cross_entropy(model(inputs), labels).item())
+        with recorder.event("prune", probe=batches):
+            prune(model[0], keep_all_but_one_row(model[0].weight.shape))
+        losses.append(F.cross_entropy(model(inputs), labels).item())
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(open_run(tmp_path / "run")["pruning"].loss[0], losses, rtol=1e-12)
+
+
+def test_an_event_predicts_from_the_network_before_whatever_replaces_its_parts(tmp_path: Path) -> None:
+    rows = []
+    batches = [(x[:size], y[:size]) for (x, y), size in zip(vectors(2), (5, 3), strict=True)]
+    for name, prune in {
+        "by hand": lambda layer, kept: layer.weight.data.mul_(kept),
+        "torch's": lambda layer, kept: torch.nn.utils.prune.custom_from_mask(layer, "weight", kept),
+    }.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        with Recorder(tmp_path / name, model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+            with recorder.event("prune", probe=batches):
+                prune(model[0], keep_all_but_one_row(model[0].weight.shape))
+            assert hasattr(model[0], "weight_mask") == (name == "torch's")
+        rows.append(open_run(tmp_path / name)["pruning"].to_dataset().isel(event=0))
+    for quantity in ("loss", "grad_removal", "removal_hess_removal"):
+        np.testing.assert_allclose(rows[1][quantity], rows[0][quantity], rtol=1e-10, atol=1e-15, err_msg=quantity)
+    assert float(abs(rows[0].removal_hess_removal).sum()) > 0
+
+
+def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer, probe = torch.optim.SGD(model.parameters(), 0.1), vectors(1)
+    two = torch.ones(2, dtype=torch.bool)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        loss = F.cross_entropy(model(probe[0][0]), probe[0][1])
+        recorder.log_epoch(one=torch.tensor([0.5]), with_a_graph=loss)
+        with recorder.event("prune", probe=probe, number=loss, text="a") as event:
+            with pytest.raises(ValueError, match=r"one score a filter.*\(2,\), \(3,\)"):
+                event.units(alive={"0": two}, scores={"0": torch.ones(3)})
+            event.units(alive={"0": two, "1": [1, 0, 1]})
+        for name, value in (("number", "two"), ("text", 1.0)):
+            with pytest.raises(ValueError, match=f"event\\(\\) takes '{name}' as a"), recorder.event(
+                "prune", probe=probe, **{name: value}
+            ):  # fmt: skip
+                pass
+        with recorder.event("prune", probe=probe, number=2) as event:
+            with pytest.raises(ValueError, match=r"the same (units|filters) in all events"):
+                event.units(alive={"0": two})
+            event.units(alive={"1": torch.ones(3), "0": ~two})
+        plain_step(model, optimizer, probe[0])
+    run = open_run(tmp_path / "run")
+    assert run["epochs"].one.values.tolist() == [0.5]
+    assert run["pruning"].number.values.tolist() == pytest.approx([loss.item(), 2.0])
+    assert run["units"].alive.values.tolist() == [[True, True, True, False, True], [False, False, True, True, True]]
+    assert run["steps"].sizes["step"] == 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import as_given
 from ..batch import sample_count
 from ..masks import apply_masks, lift_masks, parameter_masks
 from ..probe import unwrap
@@ -60,7 +61,9 @@ class Pruner:
 
     Args:
         model: see :func:`scores`.
-        optimizer: its state is masked along with the parameters.
+        optimizer: one, or a list of several: their state is masked along with the parameters. What is pruned stays at
+            zero if they leave zeros alone whose gradient and state are zero: torch's do, but for LBFGS, and for Muon
+            where single weights are pruned.
         measure: a name from :data:`MEASURES`.
         granularity: "filter", or "weight" for single weights of all convolutions and linear layers.
         temperature: T of the measure's loss; None means the paper's for this measure.
@@ -82,7 +85,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         measure: str,
         *,
         granularity: str = "filter",
@@ -104,7 +107,7 @@ class Pruner:
         floor = _FLOOR[granularity] if floor is None else floor
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
-        self._model, self._optimizer, self._floor, self._keep_state = model, optimizer, floor, keep_state
+        self._model, self._optimizers, self._floor, self._keep_state = model, as_given(optimizer), floor, keep_state
         self._protected = check_layer_names(unwrap(model), protected)
         self._settings: dict[str, Any] = {
             "temperature": self._measure.temperature if temperature is None else temperature,
@@ -195,9 +198,10 @@ class Pruner:
         model = unwrap(self._model)
         if self._protocol.revive_silenced:
             lift_masks(model, self._parameter_masks(pruning.alive, whole=True))
-        apply_masks(model, self._parameter_masks(pruning.alive), self._optimizer)
+        apply_masks(model, self._parameter_masks(pruning.alive), *self._optimizers)
         if not self._keep_state:
-            self._optimizer.state.clear()
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
         self.alive = {name: kept.clone() for name, kept in pruning.alive.items()}
 
     def _kept_anyway(self) -> str:

@@ -1,0 +1,42 @@
+"""What a network is made of: its modules, their parameters, buffers and hooks, to be put together again as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_TABLES = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
+
+
+class Structure:
+    """The structure of a network as it is now, whatever is replaced in it later, by ``torch.nn.utils.prune`` say."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [module for module in model.modules() if all(name in vars(module) for name in _TABLES)]
+        self._kept = [self._of(module) for module in self._modules]
+
+    @staticmethod
+    def _of(module: nn.Module) -> tuple[type, dict[str, dict[Any, Any]]]:
+        return type(module), {name: dict(vars(module)[name]) for name in _TABLES}
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, the network is made of what it was made of; afterwards it is as it was before."""
+        now = [self._of(module) for module in self._modules]
+        try:
+            self._put(self._kept)
+            yield
+        finally:
+            self._put(now)
+
+    def _put(self, kept: list[tuple[type, dict[str, dict[Any, Any]]]]) -> None:
+        for module, (kind, tables) in zip(self._modules, kept, strict=True):
+            if type(module) is not kind:  # as a parametrization changes it
+                module.__class__ = kind
+            for name, content in tables.items():
+                table = vars(module)[name]
+                table.clear()
+                table.update(content)

@@ -107,8 +107,8 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
         _check_name("log_epoch", name)
         if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
             raise ValueError(f"log_epoch() takes numbers, {name!r} is {value!r:.60}")
-    if "epoch" in scalars:
-        raise ValueError("log_epoch() cannot take 'epoch': the recorder counts passes over the watched loader itself")
+    if counted := sorted({"epoch", "step"} & scalars.keys()):
+        raise ValueError(f"log_epoch() cannot take {counted[0]!r}: it counts steps and epochs itself")
 
 
 def as_number(value: Any) -> Any:

@@ -168,10 +168,11 @@ class Recorder:
             self._steps.log(name, value)
 
     def log_epoch(self, **scalars: float) -> None:
-        """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``."""
+        """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come."""
+        self._attachment.end()
         check_epoch(scalars)
         values = {name: as_number(value) for name, value in scalars.items()}
-        self._rows.add("epochs", {"epoch": self._steps.epoch, **values})
+        self._rows.add("epochs", {"epoch": self._steps.epoch, "step": self._steps.number, **values})
 
     def begin_epoch(self) -> None:
         """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 from collections.abc import Mapping
@@ -50,6 +49,7 @@ class Record:
         self.steps, self.epochs = self.column("steps", "step"), self.column("steps", "epoch")
         self.events = self.column("pruning", "step")
         self._sqnorm = self.column("steps", "param_sqnorm")
+        self.exact: list[int] = []  # steps at which ‖θ‖² was to the bit what it is now
 
     def column(self, node: str, name: str) -> np.ndarray:
         """A variable's committed values; none where there is no such variable."""
@@ -67,8 +67,15 @@ class Record:
     def place(self, step: int, events: int) -> Place:
         """What the counters were at a step."""
         before = int(np.searchsorted(self.steps, step))
-        epoch = int(self.epochs[before - 1]) if before and len(self.epochs) else 0
+        of_rows = self.epochs[before - 1 : before].tolist() if before else []
+        logged = self.column("epochs", "epoch")[: self.logged_by(step)][-1:].tolist()  # steps may be recorded seldom
+        epoch = int(max([0, *of_rows, *logged]))
         return Place(step, epoch, events, self._flow_time(step, before))
+
+    def logged_by(self, step: int) -> int | None:
+        """How many rows of ``/epochs`` there were at a step; None if they do not say of which step they are."""
+        steps = self.column("epochs", "step")
+        return int(np.searchsorted(steps, step, side="right")) if len(steps) else None
 
     def _flow_time(self, step: int, before: int) -> float:
         times, flow_steps = self.column("steps", "flow_time"), self.column("steps", "flow_step")
@@ -98,6 +105,7 @@ class Record:
         ]
         near = [(distance, moment) for distance, moment in found if distance <= _SAME * self._present.rounding]
         exact = [moment for distance, moment in near if distance == 0]
+        self.exact = sorted({step for step, _ in exact})
         at_end = [moment for _, moment in near if moment == self.end]
         return max(exact or at_end or [min(near)[1]]) if near else None
 
@@ -166,6 +174,12 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
             f"the model's parameters are those of no step in {path}, which ends at step {end[0]}: load the checkpoint "
             "that belongs to it, or give step=<the step at which training goes on>"
         )
+    if step is None and rewind and len(record.exact) > 1:
+        first, *_, last = record.exact
+        raise ValueError(
+            f"the model's parameters are those of the steps {first} to {last} in {path}, for they did not move: give "
+            "step=<the step at which training goes on>"
+        )
     if step is not None and (met is None or met[0] != step):
         met = (step, int(np.searchsorted(record.events, step, side="right")) if step < end[0] else end[1])
     if met < end and not rewind:
@@ -174,12 +188,10 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
             f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
         )
     place = record.place(*met)
-    if met == end:  # steps may be recorded seldom, or without their epoch
-        epochs = record.column("epochs", "epoch")[-1:].tolist()
-        place = dataclasses.replace(place, epoch=max([place.epoch, *epochs]))
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
     store.note("resumed", [*store.attributes.get("resumed", []), trace])
-    if met < end:  # after the trace, so that a kill in between loses neither
+    ahead = record.column("curvature", "step") >= met[0]  # of a step that was not recorded any more
+    if met < end or ahead.any():  # after the trace, so that a kill in between loses neither
         _truncate(store, record, *met)
     return place
 
@@ -191,7 +203,9 @@ def _truncate(store: Store, record: Record, step: int, events: int) -> None:
     lengths["curvature"] = int(np.searchsorted(record.column("curvature", "step"), step))
     for node in ("units", *STUDIES):
         lengths[node] = int(np.searchsorted(record.column(node, "event"), events))
-    if before < len(record.epochs):
+    if (logged := record.logged_by(step)) is not None:
+        lengths["epochs"] = logged
+    elif before < len(record.epochs):
         lengths["epochs"] = int(np.searchsorted(record.column("epochs", "epoch"), record.epochs[before]))
     store.truncate(lengths)
 

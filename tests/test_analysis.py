@@ -10,7 +10,7 @@ from networks import recorded, smooth_network, vectors
 
 import analysis
 from dynamics import Recorder, open_run
-from dynamics.models import VGG
+from dynamics.models import VGG, build
 from dynamics.pruning import Pruner
 
 
@@ -138,3 +138,27 @@ def test_a_diverged_step_is_not_taken_for_zero(tmp_path: Path) -> None:
     decrease = analysis.loss_decrease(recorded(tmp_path / "run", model, optimizer, batches, curvature_every=1))
     for name in ("measured", "first_order", "second_order"):
         assert np.isnan(decrease[name].values).tolist() == [False, True, True]
+
+
+def test_an_event_that_prunes_nothing_leaves_the_outcome_as_it_was(tmp_path: Path) -> None:
+    model = build("vgg13", num_classes=3, in_channels=1, width=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = [(torch.randn(8, 1, 32, 32), torch.arange(8) % 3)]
+    with Recorder(tmp_path / "run.zarr", model, optimizer) as recorder:
+        pruner = Pruner(model, optimizer, "magnitude")
+        pruning = pruner.plan(0.5, batches)
+        with recorder.event("prune", probe=batches, **pruning.attributes):
+            pruner.apply(pruning)
+        with recorder.event("look", probe=batches):
+            pass
+    found = analysis.outcome(open_run(tmp_path / "run.zarr"))
+    assert float(found.sparsity) == pytest.approx(pruning.sparsity)
+    assert 0 < float(found.removed_multiply_adds) < 1
+
+
+def test_a_run_that_has_just_begun_stands_beside_the_others(tmp_path: Path, record: xr.DataTree) -> None:
+    model = torch.nn.Linear(4, 3)
+    Recorder(tmp_path / "begun.zarr", model, torch.optim.SGD(model.parameters(), 0.1)).close()
+    runs = {"whole": record, "begun": open_run(tmp_path / "begun.zarr")}
+    assert set(analysis.agreement_table(runs).index.get_level_values("run")) == {"whole"}
+    assert list(analysis.outcome_table(runs).index) == ["whole", "begun"]

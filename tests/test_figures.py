@@ -9,12 +9,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
+from networks import smooth_network, vectors
 from recorded_runs import recorded
 
 import analysis
 from analysis.overview import overview
 from analysis.typeset import cell
+from dynamics import Recorder, open_run
 from dynamics.schema import label
 from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_layers, draw_over_time, layout, write_report
 from figures.report import FINDINGS
@@ -196,3 +199,13 @@ def test_the_lowest_panel_of_each_column_has_ticks_and_label() -> None:
     labelled = [any(label.get_visible() and label.get_text() for label in ax.get_xticklabels()) for ax in axes]
     assert labelled == [False, False, True, True, True]
     assert [ax.get_xlabel() for ax in axes] == ["", "", "step", "step", "step"]
+
+
+def test_a_record_of_an_event_alone_has_a_report(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(2)
+    with Recorder(tmp_path / "event.zarr", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=batches), torch.no_grad():
+            model[0].weight[1] = 0
+    page = write_report({"event": open_run(tmp_path / "event.zarr")}, tmp_path / "drawn", records=["event.zarr"])
+    assert (tmp_path / "drawn" / "pruning_effect.png").is_file()
+    assert "quantities_per_layer</code>: no quantity per layer" in page.read_text(encoding="utf-8")

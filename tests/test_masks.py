@@ -199,3 +199,22 @@ def test_a_copy_is_masked_too() -> None:
     for network in (model, twin):
         F.mse_loss(network(torch.ones(1, 3)), torch.zeros(1, 2) - 9).backward()
         assert torch.equal(network.weight.grad != 0, keep)
+
+
+def test_several_optimizers_are_pruned_together() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4 * 4, 3))
+    optimizers = [torch.optim.Adam(part.parameters(), 0.1) for part in (model[:2], model[2:])]
+    batches = [(torch.randn(8, 1, 6, 6), torch.arange(8) % 3)]
+
+    def step() -> None:
+        F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    pruned = Pruner(model, optimizers, "magnitude").prune(0.5, batches)
+    step()
+    gone = ~pruned.alive["0"]
+    assert gone.any()
+    assert not model[0].weight[gone].any()
+    assert not optimizers[0].state[model[0].weight]["exp_avg"][gone].any()

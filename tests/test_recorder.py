@@ -20,6 +20,7 @@ from networks import (
     vectors,
 )
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
@@ -480,8 +481,8 @@ def keep_all_but_one_row(shape: torch.Size) -> torch.Tensor:
     return kept
 
 
-@pytest.mark.parametrize("prune", [mask_in_place, replace_the_mask])
-def test_an_event_sees_what_changes_in_buffers_and_attributes(tmp_path: Path, prune: Callable) -> None:
+@pytest.mark.parametrize("mask", [mask_in_place, replace_the_mask])
+def test_an_event_sees_what_changes_in_buffers_and_attributes(tmp_path: Path, mask: Callable) -> None:
     model = nn.Sequential(Masked(4, 6), nn.Tanh(), nn.Linear(6, 3))
     batches = [(x[:size], y[:size]) for (x, y), size in zip(vectors(2), (5, 3), strict=True)]
     inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -489,7 +490,7 @@ def test_an_event_sees_what_changes_in_buffers_and_attributes(tmp_path: Path, pr
     with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
         losses.append(F.cross_entropy(model(inputs), labels).item())
         with recorder.event("prune", probe=batches):
-            prune(model[0], keep_all_but_one_row(model[0].weight.shape))
+            mask(model[0], keep_all_but_one_row(model[0].weight.shape))
         losses.append(F.cross_entropy(model(inputs), labels).item())
     assert losses[0] != losses[1]
     np.testing.assert_allclose(open_run(tmp_path / "run")["pruning"].loss[0], losses, rtol=1e-12)
@@ -498,15 +499,15 @@ def test_an_event_sees_what_changes_in_buffers_and_attributes(tmp_path: Path, pr
 def test_an_event_predicts_from_the_network_before_whatever_replaces_its_parts(tmp_path: Path) -> None:
     rows = []
     batches = [(x[:size], y[:size]) for (x, y), size in zip(vectors(2), (5, 3), strict=True)]
-    for name, prune in {
+    for name, take in {
         "by hand": lambda layer, kept: layer.weight.data.mul_(kept),
-        "torch's": lambda layer, kept: torch.nn.utils.prune.custom_from_mask(layer, "weight", kept),
+        "torch's": lambda layer, kept: prune.custom_from_mask(layer, "weight", kept),
     }.items():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
         with Recorder(tmp_path / name, model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
             with recorder.event("prune", probe=batches):
-                prune(model[0], keep_all_but_one_row(model[0].weight.shape))
+                take(model[0], keep_all_but_one_row(model[0].weight.shape))
             assert hasattr(model[0], "weight_mask") == (name == "torch's")
         rows.append(open_run(tmp_path / name)["pruning"].to_dataset().isel(event=0))
     for quantity in ("loss", "grad_removal", "removal_hess_removal"):

@@ -17,6 +17,7 @@ from torch import nn
 
 from dynamics import Recorder, RecordError, open_run
 from dynamics.masks import apply_masks
+from dynamics.store import Store
 
 HERE = Path(__file__).parent
 Pair = tuple[nn.Module, torch.optim.Optimizer]
@@ -223,3 +224,49 @@ def test_sigterm_writes_what_is_left(tmp_path: Path) -> None:
         child.send_signal(signal.SIGTERM)
     assert child.returncode == -signal.SIGTERM
     assert open_run(tmp_path / "run")["steps"].sizes["step"] > 10
+
+
+@pytest.mark.parametrize("mode", [True, "rewind"])
+def test_epochs_are_counted_on_where_steps_are_recorded_seldom(tmp_path: Path, mode: bool | str) -> None:
+    states = []
+    for path in ("whole", "run"):
+        pair = fresh()
+        with Recorder(tmp_path / path, *pair, every=25, curvature_every=0) as recorder:
+            for epoch in range(6):
+                for batch in recorder.watch(vectors(10)):
+                    plain_step(*pair, batch)
+                recorder.log_epoch(test_accuracy=epoch / 10)
+                recorder.flush()
+                states.append(checkpoint(pair))
+                if path == "run" and mode is True and epoch == 3:
+                    break
+    pair = loaded(states[3])
+    with Recorder(tmp_path / "run", *pair, every=25, curvature_every=0, resume=mode, step=40) as recorder:
+        for epoch in range(4, 6):
+            for batch in recorder.watch(vectors(10)):
+                plain_step(*pair, batch)
+            recorder.log_epoch(test_accuracy=epoch / 10)
+    assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
+
+
+def test_where_parameters_stood_still_the_step_is_asked_for(tmp_path: Path) -> None:
+    pair = fresh()
+    pair[1].param_groups[0]["lr"] = 0.0
+    state = train(tmp_path / "run", pair, vectors(4))
+    with pytest.raises(ValueError, match=r"are those of the steps 0 to 4 in .*give step="):
+        Recorder(tmp_path / "run", *loaded(state), resume="rewind")
+    Recorder(tmp_path / "run", *loaded(state), resume=True).close()  # what is at the end goes on from there
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 4
+    Recorder(tmp_path / "run", *loaded(state), resume="rewind", step=2).close()
+    assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1]
+
+
+def test_curvature_of_a_step_that_was_not_recorded_any_more_is_taken_back(tmp_path: Path) -> None:
+    state = train(tmp_path / "run", fresh(), vectors(4))
+    store = Store.reopen(tmp_path / "run")
+    store.append("curvature", {"step": np.array([4])})  # as an automatic flush may leave it, and a kill
+    store.commit()
+    store.close()
+    pair = loaded(state)
+    train(tmp_path / "run", pair, vectors(2), resume=True)
+    assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 2, 4]

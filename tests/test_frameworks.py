@@ -46,5 +46,5 @@ def test_a_setting_that_the_recorder_lacks_is_refused_at_once() -> None:
 
 
 def test_metrics_get_names_that_are_variables() -> None:
-    metrics = {"val/loss": 0.5, "f1-micro": 1, "epoch": 2.0, "confusion": [[1, 0], [0, 1]], "kind": "text"}
+    metrics = {"val/loss": 0.5, "f1-micro": 1, "epoch": 2.0, "step": 7.0, "confusion": [[1, 0], [0, 1]], "kind": "text"}
     assert simple_scalars(metrics) == {"val_loss": 0.5, "f1_micro": 1.0}

@@ -30,11 +30,10 @@ def recording(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorde
 
 
 def simple_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars among metrics, ``val/loss`` as ``val_loss``; the epoch is left out, for the recorder counts it."""
+    """The scalars among metrics, ``val/loss`` as ``val_loss``; but for epoch and step, which the recorder counts."""
     scalars = {
         re.sub(r"\W", "_", name): float(value)
         for name, value in metrics.items()
         if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
     }
-    scalars.pop("epoch", None)
-    return scalars
+    return {name: value for name, value in scalars.items() if name not in ("epoch", "step")}

@@ -13,7 +13,7 @@ from .conditions import comparisons, conditions, mean_by_measure
 from .convergence import convergence
 from .findings import each
 from .names import name_of
-from .record import MissingQuantityError, ended
+from .record import MissingQuantityError, ended, has
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -21,7 +21,9 @@ Runs = Mapping[str, xr.DataTree]
 def fastest(runs: Runs) -> str:
     """The mean training loss after the last pruning of each measure, over seeds and conditions."""
     measure = comparisons(runs).set_index("run").measure.to_dict()
-    pruned = {label: run for label, run in runs.items() if measure[label] != "none" and ended(run)}
+    pruned = {
+        label: run for label, run in runs.items() if measure[label] != "none" and has(run, "pruning") and ended(run)
+    }
     if not pruned:
         raise MissingQuantityError("no run was pruned and ended: how fast it trained on is not known")
     areas = mean_by_measure(runs, {label: float(found.area) for label, found in each(pruned, convergence).items()})

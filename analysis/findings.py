@@ -121,6 +121,7 @@ def layer_choice(runs: Runs) -> str:
     """Where the measures disagree most about which layer to prune, under the first condition, means over seeds."""
     first = first_comparison(runs)
     (condition,) = by_condition(first)
+    where = f"{condition}: " if condition else ""
     found = each({label: runs[label] for label in first.run}, filters_left)
     shares = {
         measure: xr.concat([found[label].share.isel(event=-1) for label in labels], "seed", join="outer").mean("seed")
@@ -129,14 +130,14 @@ def layer_choice(runs: Runs) -> str:
     if len(shares) < 2:
         (share,) = shares.values()
         least = share.layer.values[np.argmin(share.values)]
-        return f"{condition}: layer {least} keeps the least, {float(share.min()):.0%}."
+        return f"{where}layer {least} keeps the least, {float(share.min()):.0%}."
     left = xr.concat(list(shares.values()), xr.Variable("measure", list(shares)), join="outer")
     spread = left.max("measure") - left.min("measure")
     layer = spread.layer.values[np.argmax(spread.values)]
     there = left.sel(layer=layer)
     low, high = there.measure.values[np.argmin(there.values)], there.measure.values[np.argmax(there.values)]
     return (
-        f"{condition}: the measures differ most in layer {layer}, where {name_of(low)} leaves "
+        f"{where}the measures differ most in layer {layer}, where {name_of(low)} leaves "
         f"{float(there.min()):.0%} of the filters and {name_of(high)} {float(there.max()):.0%}."
     )
 

@@ -80,7 +80,7 @@ def ended(run: xr.DataTree) -> bool:
     return not asked or (has(run, "epochs") and run["epochs"].sizes["epoch"] >= asked)
 
 
-def open_runs(paths: Iterable[str]) -> dict[str, xr.DataTree]:
+def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree]:
     """Open records under short labels that tell them apart: their measures where these differ, else their file names.
 
     A file of condensed records (:func:`analysis.condense`) stands for all the records in it.
@@ -88,6 +88,7 @@ def open_runs(paths: Iterable[str]) -> dict[str, xr.DataTree]:
     Raises:
         RecordError: a path is no record, or two paths are the same.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     runs: dict[str, xr.DataTree] = {}
     for path in dict.fromkeys(str(Path(path)) for path in paths):
         if path.endswith(SUFFIX):

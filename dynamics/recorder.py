@@ -129,6 +129,7 @@ class Recorder:
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = [] if self._processes.replicated else self._layers.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)
+        self._curvature_every = curvature_every if curvature_names and not self._processes.sharded else 0
         probing = self._model, objective, self._batches, measurement, self._processes
         curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
         self._steps = Steps(groups, measurement, curvature, self._batches, self._rows, place, names, every)
@@ -256,6 +257,12 @@ class Recorder:
             warnings.warn(
                 f"{wasted} backward passes after step {steps - 1} led to no step of the optimizer: if another one took "
                 "over, give both from the start: Recorder(..., [first, second])",
+                stacklevel=2,
+            )
+        if 0 < self._curvature_every < steps and not self._batches.told:
+            warnings.warn(
+                "no batch was seen, so no curvature was recorded: watch the loader (recorder.watch(loader)), observe "
+                "each batch, or give curvature_every=0",
                 stacklevel=2,
             )
         if trained and not steps:

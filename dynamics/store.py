@@ -271,7 +271,9 @@ _LABELS = dict.fromkeys(("units", "scores", "invariance"), ("layer", "index"))
 
 def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     """Make an empty record beside its path, and move it there whole."""
-    taken = FileExistsError(f"{path} exists already: choose another path, or remove it first")
+    taken = FileExistsError(
+        f"{path} exists already: choose another path, remove it first, or go on with it (resume=True)"
+    )
     if path.exists():
         raise taken
     check_folder(path.parent, "records", "out/run.zarr")

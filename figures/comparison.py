@@ -146,7 +146,7 @@ def stability(runs: Runs) -> Figure:
 
 
 def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
-    """A pruning mostly moves the gradient norm by a larger factor than the loss.
+    """What a pruning does to the loss and to the gradient norm depends on the measure, and on how much it removes.
 
     Loss (top) and ‖g‖² (bottom) right after each pruning over those right before it, at its probe, against the share
     of the parameters left that it removed; a column a model and data set. On the grey line nothing changed. ‖g‖² after

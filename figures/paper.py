@@ -155,6 +155,8 @@ def draw(name: str, runs: Runs) -> Figure:
     """
     if name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
+    if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
+        raise ValueError(f"draw() takes runs by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
     if not runs:
         raise ValueError("no runs to draw: give at least one record")
     with theme():

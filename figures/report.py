@@ -25,6 +25,17 @@ from dynamics.places import check_folder
 from .paper import FIGURES, Runs, caption, claim, draw
 from .style import theme
 
+_SAID = {
+    "model",
+    "data",
+    "width",
+    "epochs",
+    "measure",
+    "sparsity",
+    "rounds",
+    "seed",
+}  # of an experiment, in the first lines
+
 FINDINGS: dict[str, Callable[[Runs], str]] = {
     "loss_decrease_scatter": findings.loss_prediction,
     "loss_decrease_over_time": findings.loss_over_time,
@@ -170,7 +181,7 @@ def _done(runs: Runs) -> str:
     settings = [experiment(run) for run in runs.values()]
     steps = sum(run["steps"].sizes.get("step", 0) for run in runs.values())
     extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded steps"
-    if not all(settings):
+    if not all(one.keys() >= _SAID for one in settings):
         return f"{extent} of instrumented training."
     trained = _listed(
         f"{name_of(one['model'])} at width {one['width']:g} on {name_of(one['data'])}, "

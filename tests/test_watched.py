@@ -1,11 +1,13 @@
 """A watched loader is the loader: it draws when the loader would, and gives what the loader gives, in every way."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import plain_step, smooth_network, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -101,3 +103,13 @@ def test_a_loader_that_fails_once_goes_on(tmp_path: Path, of_iterator: bool) -> 
             next(batches)
         assert list(batches) == [3, 4]
         recorder.close()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_loader_that_was_not_watched_is_said(tmp_path: Path, seen: bool) -> None:
+    model, batches = smooth_network(), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with nullcontext() if seen else pytest.warns(UserWarning, match="no batch was seen, so no curvature was recorded"):
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=2) as recorder:
+            for batch in recorder.watch(batches) if seen else batches:
+                plain_step(model, optimizer, batch)

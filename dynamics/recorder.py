@@ -123,7 +123,7 @@ class Recorder:
         store, place = self._processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
         place = self._processes.told(place)
         measurement.start_from(store, begins=place.step == 0)
-        self._events = place.events
+        self._events, self._first = place.events, place.step
         self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
         self._units: list[tuple[str, int]] = []  # that events told of
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
@@ -259,7 +259,7 @@ class Recorder:
                 "over, give both from the start: Recorder(..., [first, second])",
                 stacklevel=2,
             )
-        if 0 < self._curvature_every < steps and not self._batches.told:
+        if 0 < self._curvature_every < steps - self._first and not self._batches.told:
             warnings.warn(
                 "no batch was seen, so no curvature was recorded: watch the loader (recorder.watch(loader)), observe "
                 "each batch, or give curvature_every=0",

@@ -24,7 +24,7 @@ def test_a_hook_that_clips_after_the_recorders_own(tmp_path: Path, watched: bool
         applied.append(sum(parameter.grad.square().sum().item() for parameter in model.parameters()))
         by_hand.before()
 
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=int(watched)) as recorder:
         first, *others = batches
         plain = ByHand(model)
         optimizer.zero_grad()

@@ -94,11 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = _parser().parse_args(arguments)
         runs = open_runs(settings.runs)
         print(page(overview(runs, brief=settings.brief), settings.format))
-    except ArgumentError as error:
+    except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -112,11 +112,9 @@ def title(label: str, run: xr.DataTree) -> str:
     """One run in print: ``VGG-13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; else its label."""
     table = conditions({label: run})
     of = table.iloc[0]
-    return (
-        ", ".join([name_of_condition(of[compared_by(table)]), name_of(of.measure), f"seed {of.seed}"])
-        if of.model
-        else label
-    )
+    if not of.model:
+        return label
+    return ", ".join([name_of_condition(of[compared_by(table)]), name_of(of.measure), f"seed {of.seed}"])
 
 
 def _compared(runs: Runs, jobs: Mapping[str, tuple[pd.DataFrame, Callable]]) -> dict[str, ByMeasure]:

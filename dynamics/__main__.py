@@ -110,11 +110,7 @@ def _execute(arguments: list[str] | None) -> int:
     elif command == "sweep":
         return _sweep(parsed.sweep)
     elif command == "protocols":
-        settings = parsed.protocols
-        comparison = Comparison(**{name: settings[name] for name in Comparison.__dataclass_fields__})
-        folder = Path(settings.output)
-        print(f"recorded {len(compare(comparison, folder))} protocols in {folder}")
-        print(f"see them with: python -m analysis protocol-diff {folder}/default.zarr {folder}/*.zarr")
+        return _protocols(parsed.protocols)
     else:
         print(summary(open_run(parsed.show.record)))
     return 0
@@ -134,21 +130,31 @@ def _sweep(settings: Namespace) -> int:
     return 1 if failed else 0
 
 
+def _protocols(settings: Namespace) -> int:
+    """Compare protocols; 130 if it is interrupted: half of a comparison is not kept."""
+    comparison = Comparison(**{name: settings[name] for name in Comparison.__dataclass_fields__})
+    folder = Path(settings.output)
+    try:
+        paths = compare(comparison, folder)
+    except KeyboardInterrupt:
+        print("interrupted; nothing is kept", file=sys.stderr)
+        return 130
+    print(f"recorded {len(paths)} protocols in {folder}")
+    print(f"see them with: python -m analysis protocol-diff {folder}/default.zarr {folder}/*.zarr")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend, 1 if some of
     several runs failed.
     """
     try:
         return _execute(arguments)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError, OSError, DataError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, DataError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as interrupt:
-        goes_on = "what was recorded until now is kept, the same command goes on"
-        said = f"interrupted; {'nothing is kept' if 'protocols' in (arguments or sys.argv[1:])[:1] else goes_on}"
+        said = "interrupted; what was recorded until now is kept, the same command goes on"
         print(*getattr(interrupt, "__notes__", ()), said, sep="\n", file=sys.stderr)
         return 130
 

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of a command, in one line."""
+"""What is wrong with a command, in one line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from jsonargparse import ArgumentError
 from .errors import one_line
 
 
-def mistake(error: ArgumentError) -> str:
-    """jsonargparse's message in the words of the command line, and where to look."""
+def mistake(error: Exception) -> str:
+    """The message; jsonargparse's in the words of the command line, and where to look."""
+    if not isinstance(error, ArgumentError):
+        return one_line(error)
     said = re.sub(r"<class '(\w+)'>", r"\1", one_line(error).rstrip(".")).replace("Parser key", "setting")
     said = re.sub(r"\b(?:run|sweep|protocols|show)\.(\w+)\b", r"\1", said)
     said = re.sub(r"Does not validate against any.*? - (Expected a \w+).*Given value: ", r"\1. Got value: ", said)

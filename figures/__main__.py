@@ -39,11 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         records = [os.path.relpath(path, folder) for path in settings.runs]
         page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
         print(f"drew the figures in {folder}; read {page}")
-    except ArgumentError as error:
+    except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

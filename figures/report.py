@@ -25,16 +25,8 @@ from dynamics.places import check_folder
 from .paper import FIGURES, Runs, caption, claim, draw
 from .style import theme
 
-_SAID = {
-    "model",
-    "data",
-    "width",
-    "epochs",
-    "measure",
-    "sparsity",
-    "rounds",
-    "seed",
-}  # of an experiment, in the first lines
+# What the report's first lines say of an experiment.
+_SAID = {"model", "data", "width", "epochs", "measure", "sparsity", "rounds", "seed"}
 
 FINDINGS: dict[str, Callable[[Runs], str]] = {
     "loss_decrease_scatter": findings.loss_prediction,

@@ -86,14 +86,16 @@ def compare(comparison: Comparison, folder: Path) -> list[Path]:
     chosen = torch.Generator().manual_seed(comparison.seed)
     per_class = max(comparison.samples // data.num_classes, 1)
     batches = list(data.train.class_balanced(per_class, generator=chosen).batches(128))
+    done: list[Path] = []
     try:
         for name, path in tqdm(list(zip(names, paths, strict=True)), desc="protocols", unit="protocol"):
             _record(path, name, comparison, rounds(copy.deepcopy(model), batches, name, comparison))
+            done.append(path)
     except BaseException:  # half of a comparison is none
-        for path in paths:
+        for path in done:
             shutil.rmtree(path, ignore_errors=True)
         raise
-    return paths
+    return done
 
 
 def rounds(model: nn.Module, batches: list[Any], protocol: str, comparison: Comparison) -> Iterable[Pruning]:
@@ -121,8 +123,11 @@ def _record(path: Path, protocol: str, comparison: Comparison, prunings: Iterabl
             store.append("pruning", {name: np.array([value]) for name, value in row.items()})
             _append_units(store, number, pruning)
         store.commit()
-    finally:
+    except BaseException:
         store.close()
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    store.close()
 
 
 def _append_units(store: Store, number: int, pruning: Pruning) -> None:

@@ -123,16 +123,15 @@ class Recorder:
         store, place = self._processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
         place = self._processes.told(place)
         measurement.start_from(store, begins=place.step == 0)
-        self._events, self._first = place.events, place.step
+        self._events = place.events
         self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
         self._units: list[tuple[str, int]] = []  # that events told of
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = [] if self._processes.replicated else self._layers.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)
-        self._curvature_every = curvature_every if curvature_names and not self._processes.sharded else 0
         probing = self._model, objective, self._batches, measurement, self._processes
-        curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
-        self._steps = Steps(groups, measurement, curvature, self._batches, self._rows, place, names, every)
+        self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
+        self._steps = Steps(groups, measurement, self._curvature, self._batches, self._rows, place, names, every)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
@@ -259,7 +258,7 @@ class Recorder:
                 "over, give both from the start: Recorder(..., [first, second])",
                 stacklevel=2,
             )
-        if 0 < self._curvature_every < steps - self._first and not self._batches.told:
+        if self._curvature.unseen > 1 and not self._batches.told:
             warnings.warn(
                 "no batch was seen, so no curvature was recorded: watch the loader (recorder.watch(loader)), observe "
                 "each batch, or give curvature_every=0",

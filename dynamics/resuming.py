@@ -68,7 +68,8 @@ class Record:
         """What the counters were at a step."""
         before = int(np.searchsorted(self.steps, step))
         of_rows = self.epochs[before - 1 : before].tolist() if before else []
-        logged = self.column("epochs", "epoch")[: self.logged_by(step)][-1:].tolist()  # steps may be recorded seldom
+        count = self.logged_by(step) or 0  # steps may be recorded seldom
+        logged = self.column("epochs", "epoch")[:count][-1:].tolist()
         epoch = int(max([0, *of_rows, *logged]))
         return Place(step, epoch, events, self._flow_time(step, before))
 

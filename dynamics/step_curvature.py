@@ -86,6 +86,7 @@ class StepCurvature:
         self._probes: list[_Candidate] = []
         self._way = _Way()  # the likeliest
         self._said: set[str] = set()
+        self.unseen = 0  # steps that were due before any batch was seen
         if every and processes.sharded:
             self.stop()
             warnings.warn(
@@ -111,8 +112,10 @@ class StepCurvature:
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""
         self._probes = []
-        if self.due(step) and not self._batches and self._batches.told:
-            self._say_unknown(step)
+        if self.due(step) and not self._batches:
+            self.unseen += not self._batches.told
+            if self._batches.told:
+                self._say_unknown(step)
         if self.ready(step):
             self._measurement.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []

@@ -16,7 +16,7 @@ from torch import nn
 
 import analysis.__main__
 from analysis.protocol import counted, protocol_diff
-from dynamics import open_run
+from dynamics import open_run, protocols
 from dynamics.masks import parameter_masks
 from dynamics.protocols import Comparison, compare
 from dynamics.pruning import MEASURES, PROTOCOLS, Protocol, Pruner, scores, share_left
@@ -239,3 +239,19 @@ def test_what_every_layer_keeps_is_said_as_it_is(name: str, protocol: str, keeps
     model, optimizer = trained(name, steps=1)
     with pytest.raises(ValueError, match=f"only \\d+ can: every layer keeps {keeps} and protected layers keep all"):
         Pruner(model, optimizer, "magnitude", protocol=protocol).prune(0.99)
+
+
+@pytest.mark.parametrize(("interrupted", "error"), [("floor_by_index", KeyboardInterrupt), (None, FileExistsError)])
+def test_half_a_comparison_is_none_but_what_others_wrote_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str | None, error: type[BaseException]
+) -> None:
+    def rounds(model: nn.Module, batches: list, name: str, comparison: Comparison) -> list:
+        (tmp_path / "prune_ties.zarr").mkdir(exist_ok=True)  # somebody else's
+        if name == interrupted:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(protocols, "rounds", rounds)
+    with pytest.raises(error):
+        compare(Comparison(model="vgg13", width=0.05, samples=10), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["prune_ties.zarr"]

@@ -270,3 +270,20 @@ def test_curvature_of_a_step_that_was_not_recorded_any_more_is_taken_back(tmp_pa
     pair = loaded(state)
     train(tmp_path / "run", pair, vectors(2), resume=True)
     assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 2, 4]
+
+
+def test_a_record_whose_epochs_do_not_say_their_step_is_gone_on_with_by_its_steps(tmp_path: Path) -> None:
+    pair, states = fresh(), []
+    with Recorder(tmp_path / "run", *pair, curvature_every=0) as recorder:
+        for epoch in range(4):
+            for batch in recorder.watch(vectors(3)):
+                plain_step(*pair, batch)
+            recorder._rows.add("epochs", {"epoch": epoch, "test_accuracy": epoch / 10})  # as it was written once
+            states.append(checkpoint(pair))
+    pair = loaded(states[1])
+    with Recorder(tmp_path / "run", *pair, curvature_every=0, resume="rewind") as recorder:
+        for batch in recorder.watch(vectors(3)):
+            plain_step(*pair, batch)
+    run = open_run(tmp_path / "run")
+    assert run["epochs"].epoch.values.tolist() == [0, 1]
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -86,7 +86,7 @@ class StepCurvature:
         self._probes: list[_Candidate] = []
         self._way = _Way()  # the likeliest
         self._said: set[str] = set()
-        self.unseen = 0  # steps that were due before any batch was seen
+        self.unseen = 0  # steps that were due, and taken, before any batch was seen
         if every and processes.sharded:
             self.stop()
             warnings.warn(
@@ -112,10 +112,8 @@ class StepCurvature:
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""
         self._probes = []
-        if self.due(step) and not self._batches:
-            self.unseen += not self._batches.told
-            if self._batches.told:
-                self._say_unknown(step)
+        if self.due(step) and not self._batches and self._batches.told:
+            self._say_unknown(step)
         if self.ready(step):
             self._measurement.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []
@@ -159,6 +157,7 @@ class StepCurvature:
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
         probes, self._probes = self._probes, []
+        self.unseen += self.due(step) and not self._batches.told
         best = self._best(probes, step)
         if best is None:
             return None

@@ -54,7 +54,7 @@ def condense(runs: Mapping[str, xr.DataTree], path: str | Path) -> Path:
         raise IsADirectoryError(f"{path} is a folder: condensed records are one file, say out/sweep{SUFFIX}")
     check_folder(path.parent, "condensed records", f"out/sweep{SUFFIX}")
     tree = xr.DataTree.from_dict(_stacked(runs))
-    names = [{"name": label, **run.attrs} for label, run in runs.items()]
+    names = [{"name": label, "attributes": dict(run.attrs)} for label, run in runs.items()]
     tree.attrs = {"schema_version": SCHEMA_VERSION, "runs": json.dumps(names)}
     encoding = {
         group.path: {name: {"chunks": values.shape, "compressors": _CODEC} for name, values in group.variables.items()}
@@ -210,7 +210,7 @@ def _names(path: Path, metadata: Metadata) -> dict[str, dict]:
     """Attributes of each run by its name, in the order of ``run``."""
     try:
         listed = [dict(entry) for entry in json.loads(metadata[".zattrs"]["runs"])]
-        names = {entry.pop("name"): entry for entry in listed}
+        names = {entry.pop("name"): dict(entry.get("attributes", entry)) for entry in listed}
         known = all(group.partition(".")[0] in NODES for group in _groups(metadata))
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path} is no file of condensed records: it does not say of which runs") from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import pandas as pd
 import xarray as xr
 
-from dynamics.schema import PAPER_MEASURES, PRUNING_SETTINGS
+from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTINGS
 
 from .names import name_of
-from .record import experiment
+from .record import experiment, has
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
@@ -28,17 +29,20 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
     Runs that agree in all but ``measure`` differ in nothing else: one seed is one initialisation and one order of the
     data; on one machine the first pruning finds the same network, to the bit. ``sparsity`` is the one asked for. A run
-    that was not pruned has measure "none", 0 rounds and sparsity 0. A loop that someone instrumented has its label for
-    a measure, no model and data (""), 0 rounds and sparsity NaN.
+    that was not pruned has measure "none", 0 rounds and sparsity 0.
+
+    Of a loop that someone instrumented it is what ``Recorder(attributes=...)`` said under these names, and what was not
+    said of its pruning is what its events say. Where neither model, data nor measure was said, its label stands for a
+    measure, model and data are "", rounds 0 and sparsity NaN.
 
     Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
     where a run does not depend on it.
     """
     rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
-    fixed = ["model", "data", "measure", "rounds", "sparsity", "seed"]
-    others = [name for name in rows if name not in fixed]
+    others = [name for name in rows if name not in COMPARED_BY]
+    rows[others] = rows[others].apply(_of_one_kind)
     varied = rows.groupby(["model", "data"])[others].nunique().gt(1).any() if others else {}
-    return rows[[*fixed, *(name for name in others if varied[name])]]
+    return rows[[*COMPARED_BY, *(name for name in others if varied[name])]]
 
 
 def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
@@ -117,14 +121,47 @@ def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
 
 
 def _row(label: str, run: xr.DataTree) -> dict:
-    settings = experiment(run)
-    if not settings:
-        seed = run.attrs.get("seed", 0)
-        return {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": seed}
+    settings = experiment(run) or _said(label, run)
     row = {name: value for name, value in settings.items() if name not in _OF_THE_RECORD}
     if row["measure"] == "none":
         row = {name: value for name, value in row.items() if name not in PRUNING_SETTINGS} | {
             "rounds": 0,
             "sparsity": 0.0,
         }
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return {name: _comparable(value) for name, value in row.items()}
+
+
+def _comparable(value: object) -> object:
+    """A value that can be compared: a list as a tuple, and what is nested as text."""
+    nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, list | dict) for one in value))
+    return json.dumps(value) if nested else tuple(value) if isinstance(value, list) else value
+
+
+def _of_one_kind(values: pd.Series) -> pd.Series:
+    """Settings as they are where they can be put in order, else as text."""
+    kinds = {str if isinstance(value, str) else type(value) if isinstance(value, tuple) else float
+             for value in values.dropna()}  # fmt: skip
+    return values if len(kinds) < 2 else values.map(str, na_action="ignore")
+
+
+def _said(label: str, run: xr.DataTree) -> dict:
+    """What the author of a loop said of the run, and its events of its pruning."""
+    said = {name: value for name, value in run.attrs.items() if name not in ORIGIN and value is not None}
+    unknown = {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": 0}
+    if not said.keys() & {"model", "data", "measure"}:
+        return unknown | {name: value for name, value in said.items() if name == "seed"}
+    return unknown | _pruned(run) | said
+
+
+def _pruned(run: xr.DataTree) -> dict:
+    """Measure, rounds and sparsity as the events of a run tell them; without events it was not pruned."""
+    if not has(run, "pruning"):
+        return {"measure": "none"}
+    events = run["pruning"].to_dataset()
+    pruned = events.isel(event=(events.kind == "prune").values) if "kind" in events else events
+    found = {"rounds": pruned.sizes["event"]}
+    if "measure" in pruned and len(measures := set(pruned.measure.values.tolist())) == 1:
+        found["measure"] = measures.pop()
+    if "target" in pruned and found["rounds"]:
+        found["sparsity"] = float(pruned.target[-1])
+    return found

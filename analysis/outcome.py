@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import xarray as xr
 
@@ -43,6 +45,13 @@ def _pruned(run: xr.DataTree) -> dict[str, float]:
         filters = filters_left(run).isel(event=-1)
         values["sparsity"] = 1 - float(filters.left.sum() / filters.total.sum())
     return values
+
+
+def pruned_units(runs: Iterable[xr.DataTree]) -> str:
+    """What sparsity is a share of: filters, where no event says otherwise."""
+    events = [run["pruning"] for run in runs if has(run, "pruning") and "granularity" in run["pruning"]]
+    said = dict.fromkeys(unit for rows in events for unit in rows.granularity.values.tolist() if unit)
+    return " or ".join(f"{unit}s" for unit in sorted(said)) or "filters"
 
 
 def training_curve(run: xr.DataTree) -> xr.Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from .effect import filters_left
-from .record import has, node, open_runs
+from .record import configured, has, node, open_runs
 
 _LABELS = {
     "run": "protocol", "asked": "asked", "reached": "reached", "multiply_adds_left": "multiply-adds left",
@@ -87,7 +86,7 @@ def counted(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: no epochs were logged.
     """
     epochs = node(run, "epochs", ["epoch"])
-    if not json.loads(run.attrs.get("protocol", "{}")).get("select_on_test") or "test_accuracy" not in epochs:
+    if not configured(run, "protocol").get("select_on_test") or "test_accuracy" not in epochs:
         return epochs.isel(epoch=-1)
     after = int(node(run, "pruning", ["epoch"]).epoch[-1]) + 1 if has(run, "pruning") else 0
     final = epochs.isel(epoch=slice(min(after, epochs.sizes["epoch"] - 1), None))

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.reading import RecordError, open_run
-from dynamics.schema import QUANTITIES
+from dynamics.schema import COMPARED_BY, QUANTITIES
 
 from .condensed import SUFFIX, expand
 
@@ -71,7 +71,17 @@ def has(run: xr.DataTree, name: str) -> bool:
 
 def experiment(run: xr.DataTree) -> dict:
     """Configuration of the experiment that wrote the record; empty for a loop that someone instrumented."""
-    return json.loads(run.attrs.get("experiment", "{}"))
+    found = configured(run, "experiment")
+    return found if found.keys() >= set(COMPARED_BY) else {}
+
+
+def configured(run: xr.DataTree, name: str) -> dict:
+    """What an experiment's record says under the name; empty where someone else's attribute has it."""
+    try:
+        found = json.loads(run.attrs.get(name, "{}"))
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def ended(run: xr.DataTree) -> bool:
@@ -96,7 +106,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
         else:
             runs[path] = open_run(path)
     paths = list(runs)
-    measures = [experiment(run).get("measure") for run in runs.values()]
+    measures = [(experiment(run) or run.attrs).get("measure") for run in runs.values()]
     stems = [Path(path).name.removesuffix(".zarr") for path in paths]
     for labels in (measures, stems, paths):
         if None not in labels and len(set(labels)) == len(labels):

@@ -15,7 +15,7 @@ from .conditions import compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
-from .outcome import outcome
+from .outcome import outcome, pruned_units
 from .record import MissingQuantityError, ended
 from .tables import agreement_table
 from .typeset import MISSING
@@ -28,15 +28,15 @@ VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdi
 def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Test accuracy by model, data, rounds and measure: mean ± half of its 95 % interval over seeds.
 
-    Beside it what the pruning took: filters, parameters and multiply-adds, means over seeds. Runs that did not end are
-    left out, and said under ``seeds``.
+    Beside it what the pruning took: filters or weights, parameters and multiply-adds, means over seeds. Runs that did
+    not end are left out, and said under ``seeds``.
     """
     found = {label: outcome(run) for label, run in runs.items() if ended(run)}
     table = comparisons(runs)
     same = compared_by(table)
     titles = {
         "test accuracy, %": "test_accuracy",
-        "filters pruned, %": "sparsity",
+        f"{pruned_units(runs.values())} pruned, %": "sparsity",
         "parameters pruned, %": "removed_parameters",
         "multiply-adds pruned, %": "removed_multiply_adds",
     }

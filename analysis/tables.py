@@ -10,19 +10,19 @@ import xarray as xr
 
 from .agreement import agreement
 from .findings import each
-from .outcome import outcome
+from .outcome import outcome, pruned_units
 from .typeset import MISSING
 
 
 def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """One row a run: accuracy, loss and sparsity, in words and per cent."""
-    rows = {}
+    rows, units = {}, pruned_units(runs.values())
     for label, run in runs.items():
         found = outcome(run)
         rows[label] = {
             "test accuracy": _percent(found.test_accuracy),
             "test loss": f"{float(found.test_loss):.4f}",
-            "filters pruned": _percent(found.sparsity),
+            f"{units} pruned": _percent(found.sparsity),
             "parameters pruned": _percent(found.removed_parameters),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
@@ -32,7 +32,7 @@ def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """One row a run: :func:`outcome_table`, and how far off the predictions of a step are, in the median."""
     table = outcome_table(runs)
     table.columns = pd.MultiIndex.from_tuples(
-        [("test", "accuracy"), ("test", "loss"), ("pruned", "filters"), ("pruned", "parameters")]
+        [("test", "accuracy"), ("test", "loss"), ("pruned", pruned_units(runs.values())), ("pruned", "parameters")]
     )
     for label, found in each(runs, agreement).items():
         errors = found.median_relative_error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ from .buffer import LONGEST_TEXT
 
 _WITHIN = ("optimizer", "base_optimizer", "_base_optimizer")  # what wrappers call the optimizer by which they step
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
+
+_KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
+_COMPARED = {"model": (str, "a text"), "data": (str, "a text"), "measure": (str, "a text"),
+             "rounds": (Integral, "a whole number"), "sparsity": (Real, "a number"),
+             "seed": (Integral, "a whole number")}  # fmt: skip
 
 
 def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
@@ -35,6 +40,18 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
     held = [group["params"] for one in optimizers(optimizer) for group in one.param_groups]
     if not any(id(parameter) in ours for parameters in held for parameter in parameters):
         raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
+
+
+def check_attributes(attributes: Any) -> None:
+    """Raise TypeError or ValueError where a record cannot carry them, or no table could compare runs by them."""
+    if not isinstance(attributes, Mapping) or not all(isinstance(name, str) for name in attributes):
+        raise TypeError(f"attributes is a dictionary of names and what they say, got {attributes!r:.60}")
+    if kept := sorted(attributes.keys() & set(_KEPT)):
+        raise ValueError(f"attributes cannot say {kept[0]!r}: the recorder says it itself; choose another name")
+    for name, (kind, said) in _COMPARED.items():
+        value = attributes.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"attributes: runs are compared by {name!r}, which is {said}, got {value!r:.60}")
 
 
 def check_resume(resume: Any, step: Any) -> None:

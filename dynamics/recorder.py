@@ -23,6 +23,7 @@ from .arguments import (
     as_given,
     as_number,
     check_arguments,
+    check_attributes,
     check_description,
     check_epoch,
     check_resume,
@@ -80,7 +81,9 @@ class Recorder:
             that is copied anew.
         quantities: names of the quantities of ``/steps`` and ``/curvature`` to record; None means all. Nothing that
             was not asked for is computed.
-        attributes: further attributes of the record, e.g. a configuration: numbers, strings, or lists of them.
+        attributes: what the run is, or its whole configuration: numbers, strings, or lists of them. Tables, claims and
+            figures compare runs by their ``model``, ``data``, ``measure``, ``rounds``, ``sparsity`` and ``seed``, and
+            average over none that differ in anything else that is said here.
         resume: True goes on with the record at ``path``, once model and optimizer are loaded from a checkpoint, and
             begins a new one where there is none; "rewind" also drops what was recorded after the checkpoint. The
             record's attribute ``resumed`` keeps a trace. :meth:`flush` before saving a checkpoint.
@@ -111,6 +114,7 @@ class Recorder:
         step: int | None = None,
     ) -> None:
         check_arguments(model, optimizer, objective, every, curvature_every)
+        check_attributes({} if attributes is None else attributes)
         check_resume(resume, step)
         names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
         held, self._path, self._passes = optimizers(optimizer), path, 0

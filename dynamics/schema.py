@@ -23,6 +23,10 @@ NODES: dict[str, tuple[str, ...]] = {
 STAGES = ("before", "after")
 STUDIES = ("curve", "scores", "invariance")  # what an event may add, each computed by dynamics.pruning
 
+# What runs are compared by, as a record's attributes or an experiment's settings; and the attributes of every record.
+COMPARED_BY = ("model", "data", "measure", "rounds", "sparsity", "seed")
+ORIGIN = ("schema_version", "thetadot", "commit", "torch", "cuda", "created", "device", "resumed", "finished")
+
 # Of an experiment's record: the paper's measures in its order, and the settings that matter only where one prunes.
 PAPER_MEASURES = (
     "magnitude",

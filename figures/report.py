@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.condensed import SUFFIX
-from analysis.conditions import probe_mode
+from analysis.conditions import conditions, probe_mode
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.record import experiment
@@ -174,7 +174,7 @@ def _done(runs: Runs) -> str:
     steps = sum(run["steps"].sizes.get("step", 0) for run in runs.values())
     extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded steps"
     if not all(one.keys() >= _SAID for one in settings):
-        return f"{extent} of instrumented training."
+        return f"{extent} of instrumented training{_told(runs)}. {probe_mode(runs)}".strip()
     trained = _listed(
         f"{name_of(one['model'])} at width {one['width']:g} on {name_of(one['data'])}, "
         f"{sum(one['epochs'])} epochs of SGD"
@@ -183,7 +183,8 @@ def _done(runs: Runs) -> str:
     pruned = [one for one in settings if one["measure"] != "none"]
     left = _listed((f"{100 * (1 - one['sparsity']):g} %" for one in pruned), " or ")
     rounds = _listed((str(one["rounds"]) for one in pruned), " or ")
-    how = f" Pruned to {left} of the filters, in {rounds} round{'s' * (rounds != '1')}." if pruned else ""
+    units = _listed((f"{one.get('granularity', 'filter')}s" for one in pruned), " or ")
+    how = f" Pruned to {left} of the {units}, in {rounds} round{'s' * (rounds != '1')}." if pruned else ""
     seeds = len({one["seed"] for one in settings})
     measures = _listed((name_of(one["measure"]) for one in settings), ", ")
     return (
@@ -192,8 +193,20 @@ def _done(runs: Runs) -> str:
     )
 
 
+def _told(runs: Runs) -> str:
+    """What instrumented loops were said to train, by which measures they were pruned, and how many seeds there are."""
+    table = conditions(runs)
+    trained = _listed(
+        " on ".join(filter(None, map(name_of, one))) for one in table[["model", "data"]].itertuples(index=False)
+    )
+    if not trained:
+        return ""
+    seeds = table.seed.nunique()
+    return f": {trained}. {seeds} seed{'s' * (seeds > 1)}. Measures: {_listed(map(name_of, table.measure), ', ')}"
+
+
 def _listed(values: Iterable[str], between: str = "; ") -> str:
-    return between.join(dict.fromkeys(values))
+    return between.join(filter(None, dict.fromkeys(values)))
 
 
 def _origin(runs: Runs) -> str:

@@ -1,6 +1,7 @@
 """Anyone's network: what can be pruned is silent at once and for good, and what cannot is refused by name."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -146,6 +147,19 @@ def test_a_refused_layer_may_be_left_as_it_is() -> None:
     alive = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude", protected=gates).prune(0.4).alive
     assert not set(gates) & alive.keys()
     assert sum(int(kept.sum()) for kept in alive.values()) == round(0.6 * sum(map(len, alive.values())))
+
+
+def test_layers_inside_a_module_that_tracing_does_not_open_are_no_filters_unseen() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    model = nn.Sequential(
+        OrderedDict(inp=nn.Linear(8, 16), encoder=encoder, hidden=nn.Linear(16, 6), out=nn.Linear(6, 3))
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"does not look into 'encoder' \(TransformerEncoder\).*protected="):
+        Pruner(model, optimizer, "magnitude")
+    assert Pruner(model, optimizer, "magnitude", protected=["encoder"]).alive.keys() == {"inp", "hidden"}
+    weights = Pruner(model, optimizer, "magnitude", granularity="weight", protected=["encoder"])
+    assert weights.alive.keys() == {"inp", "hidden", "out"}
 
 
 def test_a_convolution_called_twice_goes_with_all_that_follows_it() -> None:

@@ -20,8 +20,8 @@ from .measures import find_measure
 from .protocol import find_protocol
 from .schedule import check_sparsity
 from .selection import Ranked, capacity, counted, floor_of, lowest, without
-from .units import UnitLayer, check_layer_names, unit_layers
-from .weights import weight_layers
+from .units import UnitLayer, unit_layers
+from .weights import weight_layers, within
 
 _FLOOR = {"filter": 0.05, "weight": 0.0}
 
@@ -69,7 +69,7 @@ class Pruner:
         temperature: T of the measure's loss; None means the paper's for this measure.
         mode: "eval" or "train", for the measure.
         floor: share of each layer's units that always stays; None means 5 % of filters, and one weight.
-        protected: names of layers that are left out: neither counted nor pruned.
+        protected: names of layers, or of modules with all their layers, that are neither counted nor pruned.
         keep_state: whether momentum and moments of what remains are kept, or all of the optimizer's state is dropped
             (the paper's habit).
         protocol: a name from :data:`PROTOCOLS`: "default", or "reference" for the quirks of the paper's code.
@@ -108,7 +108,7 @@ class Pruner:
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
         self._model, self._optimizers, self._floor, self._keep_state = model, as_given(optimizer), floor, keep_state
-        self._protected = check_layer_names(unwrap(model), protected)
+        self._protected = within(unwrap(model), protected)
         self._settings: dict[str, Any] = {
             "temperature": self._measure.temperature if temperature is None else temperature,
             "mode": mode,

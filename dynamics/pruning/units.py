@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..errors import first_line
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
-from .weights import not_plain
+from .weights import not_plain, within
 
 _LEAVE = "to leave it as it is, name it in protected=(...)"
 
@@ -64,9 +64,10 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         ValueError: the model cannot be traced, has nothing to prune, ``protected`` names no layer of it, or a layer
             cannot be pruned safely: one with groups, a transposed one, one whose weight is shared or computed from
             others, or one whose channels run into what would not be silent for a silenced filter (a sigmoid, a
-            normalisation other than BatchNorm, a BatchNorm without γ and β or one shared with other channels).
+            normalisation other than BatchNorm, a BatchNorm without γ and β or one shared with other channels), or that
+            is inside a module which tracing does not open (torch's TransformerEncoder).
     """
-    protected = check_layer_names(model, protected)
+    protected = within(model, protected)
     graph = _traced(model)
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -88,24 +89,12 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         modules = tuple(dict.fromkeys([name, *way.modules]))
         copies = sum(is_depthwise(model.get_submodule(one)) for one in modules)
         layers.append(UnitLayer(name, filters, modules, copies, way.summed, head))
-    refusals += _shared(layers)
+    refusals += _shared(layers) + _unseen(model, calls, protected)
     if refusals:
         raise ValueError(f"{'; '.join(refusals)}; {_LEAVE}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or hidden linear layer whose filters could go")
     return layers
-
-
-def check_layer_names(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """The names, once it is sure that they are modules of the model.
-
-    Raises:
-        ValueError: one of them is not.
-    """
-    names, known = tuple(names), dict(model.named_modules())
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"protected names no module of {type(model).__name__}: {unknown}; give qualified names")
-    return names
 
 
 def _traced(model: nn.Module) -> fx.Graph:
@@ -164,6 +153,18 @@ def _reaches_output(model: nn.Module, node: fx.Node) -> bool:
         if not isinstance(module, LAYERS) or is_depthwise(module):
             waiting.extend(user.users)
     return False
+
+
+def _unseen(model: nn.Module, calls: Iterable[str], protected: Iterable[str]) -> list[str]:
+    """Refusals of modules that run as one in the trace, and have layers in them."""
+    refusals = []
+    for name in (name for name in calls if name not in protected):
+        module = model.get_submodule(name)
+        layers = [leaf for leaf, part in module.named_modules(prefix=name) if isinstance(part, LAYERS) and leaf != name]
+        if layers:
+            kind = type(module).__name__
+            refusals.append(f"torch.fx does not look into {name!r} ({kind}), where layers are, such as {layers[0]!r}")
+    return refusals
 
 
 def _shared(layers: list[UnitLayer]) -> list[str]:

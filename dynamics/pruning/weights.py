@@ -15,15 +15,28 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
     Biases, normalisations and embeddings are not pruned weight by weight.
 
     Raises:
-        ValueError: there is no such layer, or a layer's weight is shared or computed from others.
+        ValueError: there is no such layer, ``protected`` names no module, or a layer's weight is shared or computed
+            from others.
     """
-    protected = tuple(protected)
+    protected = within(model, protected)
     layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS) and name not in protected]
     if refusals := [f"layer {name!r} {refusal}" for name in layers if (refusal := not_plain(model, name))]:
         raise ValueError(f"{'; '.join(refusals)}; to leave it as it is, name it in protected=(...)")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weights could go")
     return layers
+
+
+def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """The modules of these names and all that are in them.
+
+    Raises:
+        ValueError: one of them is no module of the model.
+    """
+    names, known = tuple(names), dict(model.named_modules())
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"protected names no module of {type(model).__name__}: {unknown}; give qualified names")
+    return tuple(inner for name in names for inner, _ in known[name].named_modules(prefix=name))
 
 
 def not_plain(model: nn.Module, name: str) -> str | None:

@@ -1,0 +1,123 @@
+"""Runs of someone's own loop are compared as experiments are: by what was said of them and what their events say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+import analysis
+from dynamics import Recorder
+from dynamics.pruning import Pruner
+from figures.report import _done
+
+MEASURES = ("magnitude", "loss_preservation")
+
+
+def train(path, measure, seed, *, said=None, rounds=2) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    batches = [(torch.randn(16, 1, 8, 8), torch.randint(3, (16,))) for _ in range(3)]
+    said = {"model": "my net", "data": "my images", "seed": seed} if said is None else said
+    with Recorder(path, model, optimizer, curvature_every=0, attributes=said) as recorder:
+        pruner = None if measure is None else Pruner(model, optimizer, measure)
+        for epoch in range(rounds + 1):
+            for x, y in recorder.watch(batches):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                recorder.log(loss=loss)
+            recorder.log_epoch(test_accuracy=0.5 + 0.01 * seed)
+            if pruner and epoch < rounds:
+                pruning = pruner.plan(0.25 * (epoch + 1), batches)
+                with recorder.event("prune", probe=batches[:1], **pruning.attributes):
+                    pruner.apply(pruning)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    for seed in (1, 2, 3):
+        for measure in (None, *MEASURES):
+            train(folder / f"{measure}-{seed}.zarr", measure, seed)
+    return analysis.open_runs(sorted(folder.glob("*.zarr")))
+
+
+def test_events_say_how_a_run_was_pruned(runs) -> None:
+    table = analysis.conditions(runs)
+    assert table.columns.tolist() == ["model", "data", "measure", "rounds", "sparsity", "seed"]
+    assert table.loc["None-2"].tolist() == ["my net", "my images", "none", 0, 0.0, 2]
+    assert table.loc["magnitude-3"].tolist() == ["my net", "my images", "magnitude", 2, 0.5, 3]
+
+
+def test_they_have_tables_and_claims_over_their_seeds(runs, tmp_path) -> None:
+    accuracy = analysis.accuracy_table(runs)
+    assert accuracy.index.to_frame().astype(str).agg(" ".join, axis=1).str.contains("my net").all()
+    verdicts = analysis.claims(runs)
+    assert (verdicts.seeds == 3).sum() > 2  # of claims about these measures alone
+    condensed = analysis.open_runs(analysis.condense(runs, tmp_path / "own.zarr.zip"))
+    assert analysis.claims(condensed)[["claim", "verdict"]].equals(verdicts[["claim", "verdict"]])
+    done = _done(runs)
+    assert "my net on my images. 3 seeds. Measures: not pruned, loss preservation, magnitude." in done
+
+
+def test_what_was_said_comes_before_what_events_say(tmp_path) -> None:
+    said = {"model": "m", "measure": "mine", "rounds": 7, "sparsity": 0.9, "lr": 0.1, "name": "first", "seed": None}
+    train(tmp_path / "one.zarr", "magnitude", 1, said=said)
+    train(tmp_path / "two.zarr", "magnitude", 1, said=said | {"lr": 0.2})
+    runs = analysis.open_runs(sorted(tmp_path.glob("*.zarr")))
+    table = analysis.conditions(runs)
+    assert table.loc["one"].tolist() == ["m", "", "mine", 7, 0.9, 0, 0.1]
+    assert table.lr.tolist() == [0.1, 0.2]
+    again = analysis.open_runs(analysis.condense(runs, tmp_path / "both.zarr.zip"))
+    assert [run.attrs["name"] for run in again.values()] == ["first", "first"]
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"experiment": "learning rates"}, {"experiment": "[1, 2]", "protocol": "mine"}, {"experiment": '{"lr": 0.1}'}],
+)
+def test_an_attribute_of_ones_own_is_no_experiments_configuration(attributes) -> None:
+    epochs = xr.Dataset({"test_accuracy": ("epoch", [0.5, 0.75])}, coords={"epoch": [0, 1]})
+    run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), "/epochs": epochs})
+    assert analysis.conditions({"mine": run}).measure.tolist() == ["mine"]
+    assert float(analysis.outcome(run).test_accuracy) == 0.75
+    assert _done({"mine": xr.DataTree.from_dict({"/": run.to_dataset(), "/steps": xr.Dataset()})})
+
+
+def test_settings_of_several_kinds_can_be_compared() -> None:
+    def of(**settings: object) -> xr.DataTree:
+        return xr.DataTree(xr.Dataset(attrs={"model": "m", "data": "d", "measure": "x"} | settings))
+
+    runs = {
+        "a": of(epochs=3, layers=[[1], [2]]), "b": of(epochs=[2, 1], layers={"n": 1}), "c": of(epochs="all"),
+        "d": of(layers=2),
+    }  # fmt: skip
+    table = analysis.comparisons(runs)
+    assert sorted(table.epochs.dropna()) == ["(2, 1)", "3", "all"]
+    assert json.loads(table.layers[table.run == "a"].item()) == [[1], [2]]
+    assert np.isnan(table.sparsity).all()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "error"),
+    [
+        ({"rounds": "3"}, "attributes: runs are compared by 'rounds', which is a whole number, got '3'"),
+        ({"model": nn.Identity()}, "'model', which is a text, got Identity"),
+        ({"sparsity": [0.5]}, "'sparsity', which is a number"),
+        ({"resumed": 1}, "attributes cannot say 'resumed'"),
+        ({"schema_version": 2}, "attributes cannot say 'schema_version'"),
+        ([("lr", 1)], "attributes is a dictionary of names and what they say"),
+        ({3: 1}, "attributes is a dictionary"),
+        ({"path": object()}, "an attribute of a record is a number, a text or a list of them, got object"),
+    ],
+)
+def test_what_no_table_could_read_is_refused_and_nothing_written(tmp_path, attributes, error) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises((TypeError, ValueError), match=error.replace("(", r"\(").replace("[", r"\[")):
+        Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), lr=0.1), attributes=attributes)
+    assert not list(tmp_path.iterdir())

@@ -64,11 +64,17 @@ def final(run: xr.DataTree) -> xr.Dataset:
 def network_norm(run: xr.DataTree) -> xr.Dataset:
     """‖θ‖² of the whole network and its measured velocity, :func:`analysis.network_norm_rate`, over ``step``.
 
+    Without the velocity where the record lacks what that needs.
+
     Raises:
-        MissingQuantityError: /steps lacks a quantity.
+        MissingQuantityError: no ‖θ‖² was recorded.
     """
     sqnorm = columns(run, "steps", ["param_sqnorm"]).param_sqnorm.sum("layer", skipna=False, keep_attrs=True)
-    return xr.merge([sqnorm, network_norm_rate(run).measured.rename("param_sqnorm_rate")], join="inner")
+    try:
+        rate = network_norm_rate(run).measured.rename("param_sqnorm_rate")
+    except MissingQuantityError:
+        return sqnorm.to_dataset()
+    return xr.merge([sqnorm, rate], join="inner")
 
 
 def at_pruning(run: xr.DataTree) -> xr.Dataset:

@@ -135,7 +135,8 @@ def _moves_as_one(run: xr.DataTree) -> bool:
     for name in _SPEEDS:
         if name in rows:
             speed = rows[name].where((rows[name] != 0) | moves)
-            if not ((speed.max("layer") == speed.min("layer")) | ~moves).all() or rows[name].isnull().any():
+            unknown = rows[name].isnull()
+            if not unknown.all() and (unknown.any() or not ((speed.max("layer") == speed.min("layer")) | ~moves).all()):
                 return False
     return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from .record import described, node, taken
+from .record import check_flow, described, node, taken
 
 
 def loss_decrease(run: xr.DataTree) -> xr.Dataset:
@@ -20,8 +20,8 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
 
     Dims ``step``; unit of the loss. g and H are those of the loss on that batch (not of a weight decay term). The flow
     rows assume a step of gradient descent; a momentum's step also carries earlier batches, so they hold on average.
-    They are NaN where the layers have different learning rates: the parameters then have no common time. Skipped steps
-    are left out.
+    They are NaN where the layers have different learning rates: the parameters then have no common time; and where the
+    optimizer rescales the gradient, as Adam does. Skipped steps are left out.
 
     Raises:
         MissingQuantityError: no curvature was recorded.
@@ -57,8 +57,9 @@ def stability(run: xr.DataTree) -> xr.Dataset:
     NaN where the layers have different ones.
 
     Raises:
-        MissingQuantityError: no curvature was recorded.
+        MissingQuantityError: no curvature was recorded, or no step has a flow time.
     """
+    check_flow(node(run, "steps", ["flow_step"]))
     curvature = taken(run, node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"]))
     total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer", skipna=False)
     flow_step = _flow_step(run, curvature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import described, event_steps, node, taken
+from .record import check_flow, described, event_steps, node, taken
 
 
 def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
@@ -24,12 +24,14 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     their norm, and all their growth is the last term. Skipped steps are left out.
 
     Raises:
-        MissingQuantityError: /steps lacks a quantity. ValueError: the window is not positive.
+        MissingQuantityError: /steps lacks a quantity, or no step has a flow time.
+        ValueError: the window is not positive.
     """
     if window < 1:
         raise ValueError(f"window must be a number of steps >= 1, got {window}")
     needs = ["param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "grad_sqnorm", "flow_step"]
     steps = taken(run, node(run, "steps", needs))
+    check_flow(steps)
     first = -2 * steps.param_grad - 2 * steps.decay_sqnorm
     rates = xr.Dataset(
         {

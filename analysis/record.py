@@ -64,6 +64,15 @@ def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
     return rows.isel(step=np.flatnonzero(skipped.values != 1))
 
 
+def check_flow(steps: xr.Dataset) -> None:
+    """Raise MissingQuantityError where no step has a flow time."""
+    if steps.sizes["step"] and steps.flow_step.isnull().all():
+        raise MissingQuantityError(
+            "gradient flow needs steps along the gradient, and no step here has a flow time (Adam's and the like have "
+            "none); loss_decrease and norm_balance hold for any optimizer"
+        )
+
+
 def has(run: xr.DataTree, name: str) -> bool:
     """Whether anything was recorded in a node."""
     return name in run.children and bool(run[name].data_vars)

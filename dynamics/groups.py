@@ -14,6 +14,13 @@ from .layers import Layers
 
 Group = Mapping[str, Any]
 
+# Torch's optimizers that rescale the gradient, or do not tell the step's length: their steps have no flow time.
+_RESCALING = tuple(
+    kind for kind in vars(torch.optim).values()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    and not issubclass(kind, torch.optim.SGD)
+)  # fmt: skip
+
 
 class _Spread(NamedTuple):
     """A number for each group of what is trained, and spread over layers or blocks: kept, for it seldom changes."""
@@ -34,6 +41,7 @@ class Groups:
         self._optimizers, self._layers = optimizers, layers
         self._of: tuple | None = None
         self._rest: dict[tuple[int, ...], list[int]] = {}
+        self._rescaled: set[int] = set()  # groups, by id, of optimizers that do not step along the gradient
         self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
         self._known: dict[Callable, _Spread] = {}  # the last of each kind
@@ -47,6 +55,7 @@ class Groups:
         if now == self._of:
             return
         self._of = now
+        self._rescaled = {id(group) for one in self._optimizers if _rescales(one) for group in one.param_groups}
         index_of = {id(parameter): index for index, parameter in enumerate(self._layers.parameters)}
         self._group_of = [
             {
@@ -104,8 +113,8 @@ class Groups:
         return self._spread(trained, _rate, self._by_layer)
 
     def flow_step(self, trained: Mapping[int, Group]) -> np.ndarray:
-        """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`."""
-        return self._spread(trained, _flow_step, self._by_layer)
+        """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`; NaN where there is none."""
+        return self._spread(trained, self._flow_step, self._by_layer)
 
     def decay(self, trained: Mapping[int, Group]) -> Tensor:
         """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
@@ -149,7 +158,15 @@ class Groups:
 
     def first_flow_step(self) -> float:
         """Flow time of a step in the first group of the first optimizer."""
-        return _flow_step(self._optimizers[0].param_groups[0])
+        return self._flow_step(self._optimizers[0].param_groups[0])
+
+    def _flow_step(self, group: Group) -> float:
+        """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β); ascent goes back."""
+        if id(group) in self._rescaled:
+            return np.nan
+        momentum = _number(group.get("momentum"))
+        rate = -_rate(group) if group.get("maximize") else _rate(group)
+        return rate * (1 - _number(group.get("dampening"))) / (1 - momentum) if 0 < momentum < 1 else rate
 
     def ascend(self) -> bool:
         """Whether an optimizer steps uphill."""
@@ -172,8 +189,6 @@ def _number(value: Any, absent: float = 0.0) -> float:
         return np.nan
 
 
-def _flow_step(group: Group) -> float:
-    """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β); ascent goes back."""
-    momentum = _number(group.get("momentum"))
-    rate = -_rate(group) if group.get("maximize") else _rate(group)
-    return rate * (1 - _number(group.get("dampening"))) / (1 - momentum) if 0 < momentum < 1 else rate
+def _rescales(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether steps do not go along the gradient: Adam's and their like, and others' that have moments as Adam has."""
+    return isinstance(optimizer, _RESCALING) or "betas" in optimizer.defaults

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -149,6 +150,13 @@ class Layers:
         for (name, _), view in zip(self._found, vector.views, strict=True):
             view.copy_(masks[name]) if name in masks else view.fill_(1)
         return vector.blocks
+
+    def remaining(self) -> np.ndarray:
+        """How many parameters of each layer are not pruned, (layer,)."""
+        masks, counts = parameter_masks(self._model), np.zeros(len(self))
+        for (name, parameter), layer in zip(self._found, self.layer_of_parameter, strict=True):
+            counts[layer] += int(masks[name].sum()) if name in masks else parameter.numel()
+        return counts
 
     def evaluate(self, names: Iterable[str], vectors: Vectors) -> dict[str, Tensor]:
         """The named quantities, each a tensor (layer,)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ class Place:
 class Present:
     """What the model is now: names of its layers, ‖θ‖² of each, (layer,), and the rounding error of its type.
 
-    ``first`` is the layer of the first parameter group, ``flow_step`` the flow time of that group's step.
+    ``first`` is the layer of the first parameter group, ``flow_step`` the flow time of that group's step; ``remaining``
+    counts the parameters of each layer that are not pruned, (layer,).
     """
 
     layers: list[str]
@@ -39,6 +41,7 @@ class Present:
     rounding: float
     first: int
     flow_step: float
+    remaining: np.ndarray
 
 
 class Record:
@@ -189,12 +192,29 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
             f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
         )
     place = record.place(*met)
+    _check_masks(record, present, met[1])
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
     store.note("resumed", [*store.attributes.get("resumed", []), trace])
     ahead = record.column("curvature", "step") >= met[0]  # of a step that was not recorded any more
     if met < end or ahead.any():  # after the trace, so that a kill in between loses neither
         _truncate(store, record, *met)
     return place
+
+
+def _check_masks(record: Record, present: Present, events: int) -> None:
+    """Warn where parameters that the record's last event left pruned are free to move."""
+    remaining = record.column("pruning", "remaining")
+    if not events or len(remaining) < events:
+        return
+    left = remaining[events - 1, 1]
+    if freed := [name for name, then, now in zip(present.layers, left, present.remaining, strict=True) if now > then]:
+        free = int(present.remaining.sum() - left.sum())
+        warnings.warn(
+            f"{free} parameters that were pruned when event {events - 1} was recorded have no mask now and will move, "
+            f"in layer {freed[0]!r} first: dynamics.masks.apply_masks(model, masks), with the masks of the checkpoint, "
+            "before the recorder is made",
+            stacklevel=2,
+        )
 
 
 def _truncate(store: Store, record: Record, step: int, events: int) -> None:

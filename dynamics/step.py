@@ -49,7 +49,7 @@ class Measurement:
         values = self._processes.total(self._layers.evaluate(["param_sqnorm"], Vectors(theta=theta)))
         sqnorm, rounding = values["param_sqnorm"].cpu().numpy(), torch.finfo(self._layers.dtype).eps
         first, flow_step = self._groups.first()
-        return Present(self._layers.names, sqnorm, rounding, first, flow_step)
+        return Present(self._layers.names, sqnorm, rounding, first, flow_step, self._layers.remaining())
 
     def start_from(self, store: Store | None, *, begins: bool) -> None:
         """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""

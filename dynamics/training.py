@@ -77,6 +77,8 @@ class Training:
             model, optimizer, experiment.measure, granularity=experiment.granularity, protocol=experiment.protocol,
             keep_state=experiment.keep_momentum, initial=model.state_dict(), seed=experiment.seed,
         )  # fmt: skip
+        if self._pruner is not None:  # now, not after an epoch
+            self._pruner.check(self._sparsity(experiment.rounds))
 
     @property
     def steps(self) -> int:
@@ -168,10 +170,9 @@ class Training:
     def _prune(self, round_number: int) -> None:
         """A round; the record's target is what the schedule asks for, also where a quirk makes it more."""
         self._passes.forget()
-        chosen, protocol = self.experiment, PROTOCOLS[self.experiment.protocol]
+        chosen = self.experiment
         target = 1 - share_left(chosen.sparsity, chosen.rounds, round_number)
-        left = protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
-        pruning = self._pruner.plan(1 - left, self._importance_batches())
+        pruning = self._pruner.plan(self._sparsity(round_number), self._importance_batches())
         described = pruning.attributes | {"target": target}
         with self.recorder.event("prune", probe=self._probe, mode=chosen.probe_mode, **described) as event:
             if chosen.studies and round_number in (1, chosen.rounds):
@@ -180,6 +181,11 @@ class Training:
             if chosen.granularity == "filter":
                 event.units(alive=pruning.alive, scores=pruning.scores)
         release_memory()  # several times a step's, and others may share the GPU
+
+    def _sparsity(self, round_number: int) -> float:
+        """What the protocol asks of a round."""
+        chosen, protocol = self.experiment, PROTOCOLS[self.experiment.protocol]
+        return 1 - protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
 
     def _importance_batches(self) -> Batches:
         count, classes = self.experiment.importance_samples, self.data.num_classes

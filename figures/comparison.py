@@ -74,15 +74,18 @@ def norms(runs: Runs) -> Figure:
     """A pruning takes its part of ‖θ‖², and from then on the norm of what is left moves by the same law.
 
     A row a condition: ‖θ‖² of the whole network over training, and its measured velocity in flow time, averaged over
-    windows of steps; mean over seeds, with its 95 % interval (Student's). Prunings, dotted.
+    windows of steps, where the optimizer follows the gradient; mean over seeds, with its 95 % interval (Student's).
+    Prunings, dotted.
     """
     found, events = comparison.compare(runs, comparison.network_norm), events_of(runs)
-    figure, rows = rows_of(len(found), 2, width=3.9, height=2.2)
+    moving = any("param_sqnorm_rate" in values for of in found.values() for values in of.values())
+    figure, rows = rows_of(len(found), 1 + moving, width=3.9, height=2.2)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
-        for ax, quantity in zip(axes, ("param_sqnorm", "param_sqnorm_rate"), strict=True):
+        for ax, quantity in zip(axes, ("param_sqnorm", "param_sqnorm_rate"), strict=False):
             _draw_means(ax, of, quantity)
             panels.draw_events(events[name], ax=ax)
             ax.set(ylabel=label_of(quantity))
+            ax.set_visible(any(quantity in values for values in of.values()))
         axes[0].set_title(name, fontsize=8)
     legend_below(figure)
     return figure
@@ -98,7 +101,7 @@ def training_curves(runs: Runs) -> Figure:
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("train_loss", "test_accuracy"), strict=True):
-            _draw_means(ax, {measure: values for measure, values in of.items() if quantity in values}, quantity)
+            _draw_means(ax, of, quantity)
             panels.draw_events([epoch + 2 for epoch in events[name]], ax=ax)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set(ylabel=label_of(quantity))
@@ -173,9 +176,10 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
 
 
 def _draw_means(ax: Axes, of: comparison.ByMeasure, quantity: str) -> None:
-    """The mean over seeds of each measure, with its interval; the axis holds the means, intervals may leave it."""
+    """Mean over seeds of each measure that has it, with its interval, which may leave the axis; the means do not."""
     for measure, style in named_styles(of).items():
-        panels.draw_mean(comparison.mean_and_interval(of[measure][quantity]), ax=ax, **style)
+        if quantity in of[measure]:
+            panels.draw_mean(comparison.mean_and_interval(of[measure][quantity]), ax=ax, **style)
     means = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
     if quantity != "test_accuracy":
         panels.scale_axis(ax.yaxis, means)

@@ -271,3 +271,13 @@ def test_an_impossible_device_is_said_before_anything_is_written(tmp_path: Path,
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .*; choose auto, cpu, or cuda"):
         run(replace(TINY, device=device), tmp_path / "run.zarr", data=data)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("protocol", ["default", "reference"])
+def test_more_than_can_be_pruned_is_refused_before_anything_is_trained(
+    tmp_path: Path, data: Data, protocol: str
+) -> None:
+    settings = replace(TINY, protocol=protocol, sparsity=0.999)
+    with pytest.raises(ValueError, match=r"asks for \d+ units more to go, but only \d+ can"):
+        run(settings, tmp_path / "run.zarr", data=data)
+    assert not (tmp_path / "run.zarr").exists()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,14 @@ def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, whe
             ValueError, match=r"at step 3 .* with 0 events behind it, the record goes on to step 3 with 1"
         ):
             Recorder(tmp_path / "run", *loaded(state[when]), resume=True)
-    with Recorder(tmp_path / "run", *loaded(state[when]), curvature_every=2, resume="rewind"):
-        pass
+    pair = loaded(state[when])
+    if when == "after":
+        with pytest.warns(UserWarning, match="8 parameters that were pruned when event 0 .* no mask now .* layer '0'"):
+            Recorder(tmp_path / "run", *pair, curvature_every=2, resume=True).close()
+        apply_masks(pair[0], keep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Recorder(tmp_path / "run", *pair, curvature_every=2, resume="rewind").close()
     run = open_run(tmp_path / "run")
     assert run["steps"].sizes["step"] == 3
     assert run["pruning"].sizes["event"] == run["units"].sizes["event"] == (1 if when == "after" else 0)

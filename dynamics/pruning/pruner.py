@@ -176,17 +176,18 @@ class Pruner:
         found = scores(self._model, batches, self._measure.name, protected=self._protected, **self._settings)
         ranked = {name: self._ranked(name, values.cpu().double().flatten()) for name, values in found.items()}
         standing = {name: layer.standing for name, layer in ranked.items()}
-        quota = self._quota(ranked, sparsity)
-        if quota > (most := capacity(ranked)):
-            raise ValueError(
-                f"sparsity {sparsity} asks for {quota} units more to go, but only {most} can: every layer keeps "
-                f"{self._kept_anyway()}, and protected layers keep all; ask for less"
-            )
+        quota = self._possible(ranked, sparsity)
         gone = lowest(ranked, quota, ties=self._protocol.prune_ties)
         alive = {name: kept.view(self.alive[name].shape) for name, kept in without(standing, gone).items()}
         reached = 1 - counted(list(alive.values())) / sum(kept.numel() for kept in alive.values())
         found = {name: values.cpu() for name, values in found.items()}
         return Pruning(found, alive, sparsity, reached, *self._costs(alive, shape), self._described(batches))
+
+    def check(self, sparsity: float) -> None:
+        """Raise ValueError where the network, as it is, cannot be pruned to this sparsity; no scores are needed."""
+        check_sparsity(sparsity)
+        unscored = {name: torch.zeros(alive.numel(), dtype=torch.float64) for name, alive in self.alive.items()}
+        self._possible({name: self._ranked(name, zeros) for name, zeros in unscored.items()}, sparsity)
 
     def apply(self, pruning: Pruning) -> None:
         """Silence what a plan says is to go, for good, and mask or drop the optimizer's state.
@@ -203,6 +204,16 @@ class Pruner:
             for optimizer in self._optimizers:
                 optimizer.state.clear()
         self.alive = {name: kept.clone() for name, kept in pruning.alive.items()}
+
+    def _possible(self, ranked: dict[str, Ranked], sparsity: float) -> int:
+        """How many units are to go; ValueError where the floors do not allow it."""
+        quota = self._quota(ranked, sparsity)
+        if quota > (most := capacity(ranked)):
+            raise ValueError(
+                f"sparsity {sparsity} asks for {quota} units more to go, but only {most} can: every layer keeps "
+                f"{self._kept_anyway()}, and protected layers keep all; ask for less"
+            )
+        return quota
 
     def _kept_anyway(self) -> str:
         """What every layer keeps, in words."""

@@ -1,0 +1,86 @@
+"""Gradient flow is predicted of optimizers that step along the gradient; of others the exact relations alone hold."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import analysis
+import figures
+from analysis.comparison import network_norm
+from dynamics import Recorder, open_run
+
+
+class Lion(torch.optim.Optimizer):
+    """Someone's optimizer with moments: it steps along a sign."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad.sign()
+
+
+class Plain(Lion):
+    """Someone's optimizer of which nothing is known but its learning rate."""
+
+    def __init__(self, params, lr):
+        torch.optim.Optimizer.__init__(self, params, {"lr": lr})
+
+
+OPTIMIZERS = {
+    "sgd": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.5), 0.2), "asgd": (lambda p: torch.optim.ASGD(p, 0.1), np.nan),
+    "plain": (lambda p: Plain(p, 0.1), 0.1), "adamw": (lambda p: torch.optim.AdamW(p, 0.1), np.nan),
+    "rmsprop": (lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9), np.nan), "lion": (lambda p: Lion(p, 0.1), np.nan),
+}  # fmt: skip
+
+
+def record(path, make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = make(model.parameters())
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(6)]
+    with Recorder(path, model, optimizer, curvature_every=2) as recorder:
+        for x, y in recorder.watch(batches):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return open_run(path)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_has_a_flow_time_where_it_goes_along_the_gradient(tmp_path, name) -> None:
+    make, flow_step = OPTIMIZERS[name]
+    run = record(tmp_path / "run.zarr", make)
+    np.testing.assert_allclose(run["steps"].flow_step, flow_step)
+    np.testing.assert_allclose(run["steps"].flow_time[1:], flow_step * np.arange(1, 6))
+    decrease = analysis.loss_decrease(run)
+    assert np.isfinite(decrease[["measured", "first_order", "second_order"]].to_array()).all()
+    assert np.isfinite(decrease.first_order_flow).all() == np.isfinite(flow_step)
+
+
+def test_what_needs_a_flow_says_so_and_the_rest_is_drawn(tmp_path) -> None:
+    make, _ = OPTIMIZERS["adamw"]
+    run = record(tmp_path / "run.zarr", make)
+    for of_the_flow in (analysis.norm_rate, analysis.network_norm_rate, analysis.stability):
+        with pytest.raises(analysis.MissingQuantityError, match="no step here has a flow time"):
+            of_the_flow(run)
+    assert list(network_norm(run)) == ["param_sqnorm"]
+    assert analysis.agreement(run).relation.values.tolist() == ["loss decrease"]
+    residual = analysis.norm_balance(run).residual.isel(step=slice(-1))
+    np.testing.assert_allclose(residual, 0, atol=1e-5)
+    assert len(figures.draw("norms", {"alone": run}).axes) == 1
+    both = {"alone": run, "other": record(tmp_path / "other.zarr", OPTIMIZERS["sgd"][0])}
+    left, right = figures.draw("norms", both).axes
+    colours = [{line.get_label(): line.get_color() for line in ax.lines} for ax in (left, right)]
+    assert colours[1].items() <= colours[0].items()
+    assert len(colours[0]) == 2
+
+
+def test_condensed_runs_without_flow_time_are_of_the_whole_network(tmp_path) -> None:
+    runs = {str(seed): record(tmp_path / f"{seed}.zarr", OPTIMIZERS["adamw"][0]) for seed in range(3)}
+    condensed = analysis.expand(analysis.condense(runs, tmp_path / "all.zarr.zip"))
+    assert condensed["2"]["steps"].layer.values.tolist() == ["network"]

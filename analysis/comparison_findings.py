@@ -47,9 +47,9 @@ def moved_at_pruning(runs: Runs) -> str:
         name: xr.concat([found[label][["loss", "grad_sqnorm"]] for label in labels], "event").median("event")
         for name, labels in measure.groupby(measure, sort=False).groups.items()
     }
+    order = [name for name in comparisons(runs).measure.unique() if name in pooled]
     loss, norm = (
-        pd.Series({name: float(ratio[quantity]) for name, ratio in pooled.items()})
-        for quantity in ("loss", "grad_sqnorm")
+        pd.Series({name: float(pooled[name][quantity]) for name in order}) for quantity in ("loss", "grad_sqnorm")
     )
     return f"After over before a pruning, in the median: loss {_listed(loss, '.2f')}; ‖g‖² {_listed(norm, '.2f')}."
 

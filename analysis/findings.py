@@ -41,8 +41,8 @@ def loss_prediction(runs: Runs) -> str:
     errors = [np.abs(pooled.measured - pooled[order]) for order in ORDERS]
     closer = float((errors[1] < errors[0]).mean())
     return (
-        f"{_errors(pooled)} The second order is the closer one in {closer:.0%} of the steps. Rank correlation "
-        f"{float(agree(pooled).rank_correlation[1]):.2f}."
+        f"{_errors(pooled)} The second order is the closer one in {closer:.0%} of the "
+        f"steps{_ranks(agree(pooled).rank_correlation[1:])}."
     )
 
 
@@ -147,20 +147,20 @@ def effect_prediction(runs: Runs) -> str:
     pooled = {name: _pool({label: effect.sel(quantity=name) for label, effect in each(runs, pruning_effect).items()})
               for name in ("loss", "grad_sqnorm", "param_sqnorm_rate")}  # fmt: skip
     loss, norm, rate = (agree(values) for values in pooled.values())
-    (first, second), (rank, rank_second) = loss.median_relative_error.values, loss.rank_correlation.values
+    first, second = loss.median_relative_error.values
     removed = pooled["loss"].removed_share
     return (
-        f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order, rank correlation "
-        f"{rank:.2f} and {rank_second:.2f}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}, rank correlation "
-        f"{float(norm.rank_correlation[0]):.2f}. d‖θ‖²/dt: {float(rate.median_relative_error[0]):.0%}, rank "
-        f"correlation {float(rate.rank_correlation[0]):.2f}. n = {removed.size} prunings, each of "
+        f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order"
+        f"{_ranks(loss.rank_correlation)}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}"
+        f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt: {float(rate.median_relative_error[0]):.0%}"
+        f"{_ranks(rate.rank_correlation[:1])}. n = {removed.size} prunings, each of "
         f"{float(removed.min()):.0%} to {float(removed.max()):.0%} of the parameters left."
     )
 
 
 def time_unstable(runs: Runs) -> str:
     """Share of measured steps beyond the stability limit."""
-    ratios = np.concatenate([found.stability.values for found in each(runs, stability).values()])
+    ratios = np.concatenate([found.stability.dropna("step").values for found in each(runs, stability).values()])
     above = float((ratios > 2).mean())
     return f"The ratio is above 2 in {above:.0%} of the measured steps; its median is {np.median(ratios):.2g}."
 
@@ -173,6 +173,12 @@ def _pool(predictions: Mapping[str, xr.Dataset]) -> xr.Dataset:
     return xr.concat([found.rename(dict.fromkeys(found.dims, "pair")) for found in flat], "pair").dropna(
         "pair", subset=["measured"]
     )
+
+
+def _ranks(correlations: xr.DataArray) -> str:
+    """The rank correlations, in a half-sentence; nothing where there are too few points for one."""
+    known = [f"{value:.2f}" for value in correlations.values if np.isfinite(value)]
+    return f", rank correlation {' and '.join(known)}" if known else ""
 
 
 def _errors(pooled: xr.Dataset) -> str:

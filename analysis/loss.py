@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from .record import check_flow, described, node, taken
+from .record import MissingQuantityError, check_flow, described, node, taken
 
 
 def loss_decrease(run: xr.DataTree) -> xr.Dataset:
@@ -57,12 +57,14 @@ def stability(run: xr.DataTree) -> xr.Dataset:
     NaN where the layers have different ones.
 
     Raises:
-        MissingQuantityError: no curvature was recorded, or no step has a flow time.
+        MissingQuantityError: no curvature was recorded, or no step has a flow time that all layers have in common.
     """
     check_flow(node(run, "steps", ["flow_step"]))
     curvature = taken(run, node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"]))
     total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer", skipna=False)
     flow_step = _flow_step(run, curvature)
+    if flow_step.size and flow_step.isnull().all():
+        raise MissingQuantityError("stability needs one learning rate: the layers' differ at every measured step")
     ratio = flow_step * total.grad_hess_grad / total.grad_sqnorm
     return xr.Dataset({"stability": ratio.assign_attrs(long_name="Δt gᵀHg/‖g‖²", units="1")})
 

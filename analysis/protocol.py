@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from dynamics.reading import configured
+
 from .effect import filters_left
-from .record import configured, has, node, open_runs
+from .record import has, node, open_runs
 
 _LABELS = {
     "run": "protocol", "asked": "asked", "reached": "reached", "multiply_adds_left": "multiply-adds left",

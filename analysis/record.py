@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
-from dynamics.reading import RecordError, open_run
-from dynamics.schema import COMPARED_BY, QUANTITIES
+from dynamics.reading import RecordError, experiment, open_run
+from dynamics.schema import QUANTITIES
 
 from .condensed import SUFFIX, expand
 
@@ -76,21 +75,6 @@ def check_flow(steps: xr.Dataset) -> None:
 def has(run: xr.DataTree, name: str) -> bool:
     """Whether anything was recorded in a node."""
     return name in run.children and bool(run[name].data_vars)
-
-
-def experiment(run: xr.DataTree) -> dict:
-    """Configuration of the experiment that wrote the record; empty for a loop that someone instrumented."""
-    found = configured(run, "experiment")
-    return found if found.keys() >= set(COMPARED_BY) else {}
-
-
-def configured(run: xr.DataTree, name: str) -> dict:
-    """What an experiment's record says under the name; empty where someone else's attribute has it."""
-    try:
-        found = json.loads(run.attrs.get(name, "{}"))
-    except (TypeError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def ended(run: xr.DataTree) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import xarray as xr
 
 from .errors import one_line
-from .schema import SCHEMA_VERSION
+from .schema import COMPARED_BY, SCHEMA_VERSION
 
 METADATA = ".zmetadata"
 CODEC = "blosc"
@@ -46,6 +46,21 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
         return xr.open_datatree(path, engine="zarr", consolidated=True, zarr_format=2)
     except Exception as error:
         raise _foreign(path, _one_line(error)) from error
+
+
+def experiment(run: xr.DataTree) -> dict[str, Any]:
+    """Configuration of the experiment that wrote the record; empty for a loop that someone instrumented."""
+    found = configured(run, "experiment")
+    return found if found.keys() >= set(COMPARED_BY) else {}
+
+
+def configured(run: xr.DataTree, name: str) -> dict[str, Any]:
+    """What an experiment's record says under the name; empty where someone else's attribute has it."""
+    try:
+        found = json.loads(run.attrs.get(name, "{}"))
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check(path: Path) -> Metadata:

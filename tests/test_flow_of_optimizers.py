@@ -84,3 +84,14 @@ def test_condensed_runs_without_flow_time_are_of_the_whole_network(tmp_path) -> 
     runs = {str(seed): record(tmp_path / f"{seed}.zarr", OPTIMIZERS["adamw"][0]) for seed in range(3)}
     condensed = analysis.expand(analysis.condense(runs, tmp_path / "all.zarr.zip"))
     assert condensed["2"]["steps"].layer.values.tolist() == ["network"]
+
+
+def test_layers_of_different_learning_rates_have_no_common_stability(tmp_path) -> None:
+    def make(parameters):
+        first, *others = parameters
+        return torch.optim.SGD([{"params": [first], "lr": 0.2}, {"params": others}], lr=0.1)
+
+    run = record(tmp_path / "run.zarr", make)
+    assert run["steps"].flow_step.isnull().any()
+    with pytest.raises(analysis.MissingQuantityError, match="the layers' differ at every measured step"):
+        analysis.stability(run)

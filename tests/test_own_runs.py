@@ -11,6 +11,7 @@ from torch import nn
 import analysis
 from dynamics import Recorder
 from dynamics.pruning import Pruner
+from dynamics.summary import summary
 from figures.report import _done
 
 MEASURES = ("magnitude", "loss_preservation")
@@ -121,3 +122,7 @@ def test_what_no_table_could_read_is_refused_and_nothing_written(tmp_path, attri
     with pytest.raises((TypeError, ValueError), match=error.replace("(", r"\(").replace("[", r"\[")):
         Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), lr=0.1), attributes=attributes)
     assert not list(tmp_path.iterdir())
+
+
+def test_show_says_what_a_run_was_said_to_be(runs) -> None:
+    assert summary(runs["magnitude-2"]).startswith("experiment  model my net, data my images, seed 2\n")

@@ -165,3 +165,12 @@ def test_rounds_follow_the_protocol(sparsity: float, rounds: int) -> None:
     compressions = [1 / share_left(sparsity, rounds, number) for number in range(rounds + 1)]
     steps = [later - earlier for earlier, later in itertools.pairwise(compressions)]
     assert steps == pytest.approx([steps[0]] * rounds)
+
+
+def test_it_says_in_a_line_what_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    pruner = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude")
+    pruning = pruner.prune(0.25)
+    assert repr(pruning) == "<Pruning by magnitude: 6 of 8 filters left, in 1 layer, 25.0% gone>"
+    assert repr(pruner) == "<Pruner by magnitude: 6 of 8 filters left, in 1 layer>"
+    assert repr(MEASURES["loss_preservation"]) == "<Loss preservation: Σ|θg|>"

@@ -65,6 +65,9 @@ class Measure:
         """Whether it looks at batches; synflow only at the shape of an input."""
         return self.uses in ("grad", "hess_grad", "squared_sample_grad", "flow_grad")
 
+    def __repr__(self) -> str:
+        return f"<{self.label}: {self.formula}>"
+
 
 def _sum(entries: Tensor) -> Tensor:
     return entries.sum(1)

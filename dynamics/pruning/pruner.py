@@ -43,6 +43,10 @@ class Pruning:
     dense: Cost | None
     settings: dict[str, str | float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        said = {"measure": "?", "granularity": "unit"} | self.settings
+        return f"<Pruning by {said['measure']}: {_left(self.alive, said['granularity'])}, {self.sparsity:.1%} gone>"
+
     @property
     def attributes(self) -> dict[str, str | float]:
         """Numbers and texts for ``recorder.event("prune", ..., **pruning.attributes)``."""
@@ -121,6 +125,9 @@ class Pruner:
         initial_weights(unwrap(model), list(self._units), [self._measure], self._settings["initial"])
         self._dense: Cost | None = None
         self.alive = {name: self._standing(name, granularity) for name in self._units}
+
+    def __repr__(self) -> str:
+        return f"<Pruner by {self._measure.name}: {_left(self.alive, self._settings['granularity'])}>"
 
     def _find_units(self, granularity: str) -> dict[str, UnitLayer | None]:
         """Layer → what is known of its filters, None where single weights are pruned."""
@@ -293,3 +300,9 @@ def _input_shape(batches: Iterable[Any] | None) -> tuple[torch.Size | None, Iter
         batches = itertools.chain([first], iterator)
     known = isinstance(first, Sequence) and isinstance(first[0], Tensor) and first[0].is_floating_point()
     return first[0].shape[1:] if known else None, batches
+
+
+def _left(alive: Mapping[str, Tensor], unit: str) -> str:
+    """How many units are left, in words."""
+    whole = sum(kept.numel() for kept in alive.values())
+    return f"{counted(list(alive.values()))} of {whole} {unit}s left, in {len(alive)} layer{'s' * (len(alive) != 1)}"

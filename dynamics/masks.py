@@ -29,9 +29,10 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
 
     Those of ``torch.nn.utils.prune`` as well, whose parameters are called ``<parameter>_orig``.
     """
-    buffers, found = dict(model.named_buffers()), {}
+    buffers, modules, found = dict(model.named_buffers()), dict(model.named_modules()), {}
     for name, _ in model.named_parameters():
-        mask = _mask(*_owner(model, name))
+        path, _, leaf = name.rpartition(".")
+        mask = _mask(modules[path], leaf)
         if mask is None and name.endswith("_orig"):
             mask = buffers.get(f"{name.removesuffix('_orig')}_mask")
         if mask is not None:

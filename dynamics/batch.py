@@ -30,7 +30,12 @@ def as_measured(batch: Any, device: torch.device) -> Any:
 
 def copied(batch: Any) -> Any:
     """The batch with a copy of every tensor, and of what else a loop may change in place."""
-    return mapped(batch, lambda tensor: tensor.detach().clone(), _copy)
+    return mapped(batch, _copy_of_tensor, _copy)
+
+
+def _copy_of_tensor(tensor: Tensor) -> Tensor:
+    """A copy; one that gradients are taken by, such as a point where a derivative enters the loss, stays one."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def _copy(value: Any) -> Any:

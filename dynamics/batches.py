@@ -241,6 +241,15 @@ class Batches:
         first_batch = max(batches - self._ahead - count, 0)
         return Mark(batches, first_batch, total, total - count + 1, self._passes.pending, True)
 
+    @property
+    def waiting(self) -> Any:
+        """Which batches wait for their step now, to :meth:`wait_again`."""
+        return list(self._seen), self._staying, self._stays_surely, self._of_epoch
+
+    def wait_again(self, waiting: Any) -> None:
+        """The batches that did wait for their step, and none that came since."""
+        self._seen, self._staying, self._stays_surely, self._of_epoch = waiting
+
     def begin_epoch(self) -> None:
         """A pass over the data begins."""
         self._of_epoch = len(self._seen)

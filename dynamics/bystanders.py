@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .moment import Moment
+from .ordinary import is_batched
 from .probe import Objective, cross_entropy_objective
 
 
@@ -36,7 +37,7 @@ class Bystanders:
         ours = set(self._model.modules())
 
         def runs(module: nn.Module, inputs: tuple) -> None:
-            if torch.compiler.is_compiling() or module in ours or asleep():
+            if torch.compiler.is_compiling() or is_batched() or module in ours or asleep():
                 return
             if getattr(module, "_orig_mod", None) is self._model:  # compiled with the hook, it would be compiled twice
                 self._known = weakref.WeakSet()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .errors import named
+from .graph import on_the_way_back
 from .higher_order import HigherOrder
 from .memory_order import channels_first
 from .precision import full_precision
 
+_ONCE = "an operation of the loss is once_differentiable"
 _NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
 
 LossFunction = Callable[[dict[str, Tensor]], Tensor]
@@ -46,7 +48,7 @@ class Expansion:
         self._losses = list(zip(losses, weights, strict=True))
         self.theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
         self._leaves = list(self.theta.values())
-        self._graph: tuple[Tensor, ...] | None = None
+        self._graph: list[Tensor] | None = None
         self.exact = True
         self.loss, self.grad = self._loss_and_grad()
 
@@ -55,10 +57,10 @@ class Expansion:
         keep = len(self._losses) == 1
         total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
-            loss, grad = _gradient(loss_of, self.theta, create_graph=keep)
+            loss, grad, self.exact = _gradient(loss_of, self.theta, create_graph=keep)
             total_loss = total_loss + weight * loss
             torch._foreach_add_(total_grad, [part.detach() for part in grad], alpha=weight)
-            self._graph = grad if keep else None
+            self._graph = grad if keep and self.exact else None
         return total_loss, total_grad
 
     @full_precision()
@@ -102,13 +104,20 @@ class Expansion:
     def _third_backward(
         self, loss_of: LossFunction, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]
     ) -> list[list[Tensor]]:
-        product = self._along(_gradient(loss_of, self.theta, create_graph=True)[1], direction, create_graph=True)
+        product = self._along(self._twice(loss_of), direction, create_graph=True)
         return [self._along(product, vector, retain_graph=True) for vector in vectors]
+
+    def _twice(self, loss_of: LossFunction) -> list[Tensor]:
+        """A gradient with a graph of its own."""
+        _, grad, exact = _gradient(loss_of, self.theta, create_graph=True)
+        if not exact:
+            raise RuntimeError(_ONCE)
+        return grad
 
     def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
         """Gradient of the inner product of a vector that depends on θ with a constant one."""
         if _has_none(parts):
-            raise RuntimeError("an operation of the loss is once_differentiable")
+            raise RuntimeError(_ONCE)
         slope = sum((part * v).sum() for part, v in zip(parts, vector, strict=True))
         if not slope.requires_grad:  # a polynomial of lower degree
             return [torch.zeros_like(leaf) for leaf in self._leaves]
@@ -133,9 +142,9 @@ class Expansion:
         total_product = [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
             kept = self._graph is not None
-            grad = self._graph if kept else _gradient(loss_of, self.theta, create_graph=True)[1]
+            grad = self._graph if kept else self._twice(loss_of)
             if _has_none(grad):
-                raise RuntimeError("an operation of the loss is once_differentiable")
+                raise RuntimeError(_ONCE)
             pairs = [(part, v) for part, v in zip(grad, vector, strict=True) if part.requires_grad]
             if not pairs:  # a loss that is linear in every parameter
                 continue
@@ -153,14 +162,25 @@ class Expansion:
 
 def _gradient(
     loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: bool = False
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, list[Tensor], bool]:
+    """Loss and gradient, and whether its graph holds all of it: not if a part of the network ran again on the way.
+
+    An operation that runs it again may give its parameters their gradients itself: in θ, for there they are then.
+    """
+    leaves = list(theta.values())
     with torch.enable_grad():
         with HigherOrder() if create_graph else nullcontext():
             loss = loss_of(theta)
-        grad = torch.autograd.grad(
-            loss, list(theta.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
-    return loss.detach(), grad
+        with on_the_way_back(loss) as way:
+            grad = torch.autograd.grad(
+                loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+    if way.again:
+        grad = [part.detach() if leaf.grad is None else part.detach() + leaf.grad
+                for part, leaf in zip(grad, leaves, strict=True)]  # fmt: skip
+        for leaf in leaves:
+            leaf.grad = None
+    return loss.detach(), list(grad), not way.again
 
 
 @torch.no_grad()
@@ -172,9 +192,9 @@ def mean_gradient(
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
     total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
     for loss_of, weight in zip(losses, weights, strict=True):
-        loss, grad = _gradient(loss_of, leaves)
+        loss, grad, _ = _gradient(loss_of, leaves)
         total_loss = total_loss + weight * loss
-        torch._foreach_add_(total_grad, list(grad), alpha=weight)
+        torch._foreach_add_(total_grad, grad, alpha=weight)
     return total_loss, total_grad
 
 

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curvature import LossFunction, _has_none
+from .curvature import _ONCE, LossFunction, _has_none
 from .gated_affine import Gated, NestedGradientError, Parameter, sums_dtype
 from .gated_operations import Operations
+from .graph import on_the_way_back
 from .higher_order import HigherOrder
 from .precision import full_precision
 
@@ -60,9 +61,10 @@ def gated_products(
     gates = _Gates(theta, directions, layer_of, frozen)
     with torch.enable_grad():
         loss = _evaluate(loss_of, theta, gates.parameters)
-        first = _gradient([loss], [step for steps in gates.steps for step in steps], create_graph=True)
-        if _has_none([slope for slope in first if slope is not None]):
-            raise RuntimeError("an operation of the loss is once_differentiable")
+        with on_the_way_back(loss) as way:
+            first = _gradient([loss], [step for steps in gates.steps for step in steps], create_graph=True)
+        if way.again or _has_none([slope for slope in first if slope is not None]):
+            raise RuntimeError(_ONCE)
         count = len(gates.scale)
         slopes = [first[k * count : (k + 1) * count] for k in range(len(gates.steps))]
         second = [

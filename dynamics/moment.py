@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .kept import PutBack, kept
+from .ordinary import is_batched
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -94,8 +95,8 @@ class Moment:
 
         What counts is the last time: a network may run for its own loss, step, and then run for this one.
         """
-        held = _copies(module._parameters) if parameters else {}
-        self.others[module] = kept([module]).put_back, _copies(module._buffers), held
+        held = _copies(_own(module._parameters)) if parameters else {}
+        self.others[module] = kept([module]).put_back, _copies(_own(module._buffers)), held
 
     @property
     def moved(self) -> bool:
@@ -141,6 +142,8 @@ class Moment:
         def keep_another(module: nn.Module, inputs: tuple) -> None:
             if module not in ours and module not in others:
                 others.add(module)
+                if is_batched():  # what torch.func has put into it is none of its own
+                    return
                 attributes, buffers, parameters = self.others.get(module, (_nothing, module._buffers, {}))
                 put_back.extend([kept([module]).put_back, _lent(module._buffers, buffers)])
                 put_back.append(_lent(module._parameters, parameters))
@@ -168,6 +171,11 @@ def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: norm.item() for name, norm in norms.items()}
 
 
+def _own(tensors: Tensors) -> Tensors:
+    """Those that are a module's own, not results of others which torch.func.functional_call has put there."""
+    return {name: one for name, one in tensors.items() if one is None or one.is_leaf}
+
+
 def _copies(tensors: Tensors) -> dict[str, Tensor | None]:
     return {name: None if tensor is None else _copy(tensor) for name, tensor in tensors.items()}
 
@@ -179,7 +187,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
     """Put copies of tensors into a module's table; what puts its own back. In place, a graph could not be gone back."""
-    own = {name: table[name] for name in tensors if name in table}
+    present = _own(table)
+    own = {name: present[name] for name in tensors if name in present}
     table.update({name: copy for name, copy in _copies(tensors).items() if name in own})
     return lambda: table.update(own)
 

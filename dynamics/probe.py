@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
 from .gates import Products, gated_products
+from .graph import lend_on_the_way_back, may_run_again
 from .masks import parameter_masks
 from .memory_order import channels_first
 from .moment import Moment
@@ -84,10 +85,10 @@ class _Stateless(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model
-        self._objective = objective
+        self.objective = objective
 
     def forward(self, batch: Any) -> Tensor:
-        return self._objective(self.model, batch)
+        return self.objective(self.model, batch)
 
 
 class Probe:
@@ -180,15 +181,39 @@ class Probe:
             self.others |= others - {self._stateless}
             if self.repeatable and not self._fixed:
                 self.repeatable = not moment.drawn() and not any(map(_keeps, self.others))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
-            raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")
-        return loss.reshape(())
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
+                raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")
+            loss = loss.reshape(())
+            if may_run_again(loss, self._model.parameters()):
+                self.repeatable = False
+                now = Moment(self._model, self._device, self._stateless.objective)
+                lend_on_the_way_back(loss, partial(self._lent, values, now))
+        return loss
+
+    @contextmanager
+    def _lent(self, values: Theta, moment: Moment) -> Iterator[None]:
+        """Inside, the model has the tensors that it was evaluated with, and is as it was after that."""
+        present = {id(one): name for name, one in self._stateless.named_parameters()}
+        present |= {id(one): name for name, one in self._stateless.named_buffers()}
+        tables = [table for module in self._model.modules() for table in (module._parameters, module._buffers)]
+        before = [dict(table) for table in tables]
+        with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
+            try:
+                for table in tables:
+                    table.update({name: values[present[id(one)]] for name, one in table.items() if id(one) in present})
+                yield
+            finally:
+                for table, own in zip(tables, before, strict=True):
+                    table.update(own)
 
     def _theta(self, theta: Theta | None) -> Theta:
-        """The model's present parameters, but for those that are given; each in the parameter's type."""
+        """The model's present parameters, but for those that are given; each in the parameter's type.
+
+        Whole numbers, as of packed weights, are no coordinates: they stay where they are.
+        """
         given = theta or {}
-        own = self._model.named_parameters()
+        own = [(name, one) for name, one in self._model.named_parameters() if one.is_floating_point() or one.is_complex()]
         typed = {name: given.get(name, parameter).detach().to(parameter.dtype) for name, parameter in own}
         return {name: channels_first(tensor) for name, tensor in typed.items()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from .arguments import (
 from .attachment import Attachment
 from .batches import Batches
 from .buffer import Buffer
+from .epochs import Epochs
 from .errors import named
 from .event import Event, Stage, effect
 from .groups import Groups
@@ -117,7 +118,7 @@ class Recorder:
         check_attributes({} if attributes is None else attributes)
         check_resume(resume, step)
         names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
-        held, self._path, self._passes = optimizers(optimizer), path, 0
+        held, self._path = optimizers(optimizer), path
         self._model, self._objective, self._processes = unwrap(model), objective, Processes(model)
         self._layers = Layers(self._model)
         groups = Groups(held, self._layers)
@@ -135,7 +136,9 @@ class Recorder:
         self._batches = Batches(model, self._layers.device, objective, counted)
         probing = self._model, objective, self._batches, measurement, self._processes
         self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
-        self._steps = Steps(groups, measurement, self._curvature, self._batches, self._rows, place, names, every)
+        self._epochs = Epochs(place.epoch, self._batches, lambda: self._steps.number)
+        parts = groups, measurement, self._curvature, self._batches, self._rows, self._epochs
+        self._steps = Steps(*parts, place, names, every)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
@@ -143,14 +146,22 @@ class Recorder:
     # what the loop calls
 
     def watch(self, loader: Iterable) -> Watched:
-        """Yield what the loader yields and remember each batch for the steps it leads to. Each pass is an epoch."""
-        return watched(loader, self.begin_epoch, partial(self._observe, stays=True), self._batches.leave)
+        """Yield what the loader yields and remember each batch for the steps it leads to.
+
+        Each pass is an epoch, but for those without a step: evaluations, say.
+        """
+        return watched(loader, self._begin_pass, partial(self._observe, stays=True))
+
+    def _begin_pass(self) -> Callable[..., None]:
+        self._attachment.end()
+        return self._epochs.begin_pass()
 
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, before its forward pass, where there is no loader to watch.
 
         Several batches accumulate.
         """
+        self._epochs.told()
         self._observe(batch, stays=False)
 
     def _observe(self, batch: Any, *, stays: bool) -> None:
@@ -166,7 +177,7 @@ class Recorder:
         value is taken to be of the step before.
         """
         for name, value in scalars.items():
-            value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+            value = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
             check_scalar(name, value)
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
             self._steps.log(name, value)
@@ -176,14 +187,12 @@ class Recorder:
         self._attachment.end()
         check_epoch(scalars)
         values = {name: as_number(value) for name, value in scalars.items()}
-        self._rows.add("epochs", {"epoch": self._steps.epoch, "step": self._steps.number, **values})
+        self._rows.add("epochs", {"epoch": self._epochs.present, "step": self._steps.number, **values})
 
     def begin_epoch(self) -> None:
         """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""
         self._attachment.end()
-        self._batches.begin_epoch()
-        self._steps.epoch += int(self._passes > 0 or self._steps.number > 0)
-        self._passes += 1
+        self._epochs.begin()
 
     @contextmanager
     def event(
@@ -219,7 +228,7 @@ class Recorder:
         before = self._stage(probe, mode, [moment] * len(probe))
         yield (event := Event(self._model, self._units))
         after = self._stage(probe, mode, [moment.later()] * len(probe))
-        now = {"step": self._steps.number, "epoch": self._steps.epoch}
+        now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._events, "kind": kind, "mode": mode, **now}
         with structure.again():  # predictions are of the network before
             found = effect(self._layers, before, after)
@@ -275,6 +284,14 @@ class Recorder:
                 "its base_optimizer)",
                 stacklevel=2,
             )
+
+    def __deepcopy__(self, memo: dict) -> Recorder:
+        """Itself: the copy of a model that refers to its recorder refers to the same."""
+        return self
+
+    def __reduce__(self) -> tuple:
+        """Nothing: what is saved with a model that refers to its recorder comes back without one."""
+        return type(None), ()
 
     def __repr__(self) -> str:
         state = "recording" if self._attachment else "closed"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batches
+from .epochs import Epochs
 from .errors import named
 from .groups import Group, Groups
 from .resuming import Place
@@ -33,7 +34,8 @@ class Steps:
     Args:
         groups, measurement, curvature, batches: of the training.
         rows: where the rows go.
-        place: where the training is: ``number`` is the step to come, ``epoch`` the present one.
+        epochs: which epoch it is.
+        place: where the training is: ``number`` is the step to come.
         names: quantities of ``/steps`` that a row has.
         every: record at every such step.
     """
@@ -45,13 +47,14 @@ class Steps:
         curvature: StepCurvature,
         batches: Batches,
         rows: Rows,
+        epochs: Epochs,
         place: Place,
         names: Sequence[str],
         every: int,
     ) -> None:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
-        self._rows, self._names, self._every = rows, names, every
-        self.number, self.epoch, self._flow_time = place.step, place.epoch, place.flow_time
+        self._rows, self._epochs, self._names, self._every = rows, epochs, names, every
+        self.number, self._flow_time = place.step, place.flow_time
         self.busy, self._begun = False, False
         self._skips: dict[int, Tensor] = {}
         self._await_forward()
@@ -67,6 +70,7 @@ class Steps:
 
     def begin(self) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment."""
+        self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
         self._begun, self._skips = self._curvature.ready(self.number) or self._records(), {}
         if not self._begun:
@@ -119,7 +123,7 @@ class Steps:
         self.busy = True
         _of_thread.measuring = anyone_measures() + 1
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autograd.set_detect_anomaly(False):
                 yield
         except Exception as error:
             if not what:
@@ -148,7 +152,7 @@ class Steps:
             "learning_rate": lambda: self._groups.learning_rate(trained),
             "flow_step": lambda: self._groups.flow_step(trained),
             "flow_time": lambda: self._flow_time,
-            "epoch": lambda: self.epoch,
+            "epoch": lambda: self._epochs.present,
             "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 where all were
         }
         return {"step": self.number} | {name: value() for name, value in scalars.items() if name in self._names}

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+_OWN = ("_loader", "_begins", "_sees", "_taken")
 
-def watched(
-    loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[..., None]
-) -> Watched:
-    """The loader, such that each pass over it ``begins`` and ``ends``, and ``sees`` every batch before it is used.
 
-    It ends with ``whole=False`` if the loop has let go of it before.
+def watched(loader: Iterable, begins: Callable[[], Callable[..., None]], sees: Callable[[Any], None]) -> Watched:
+    """The loader, such that each pass over it ``begins``, and ``sees`` every batch before it is used.
+
+    What ``begins`` returns is called when the pass ends, with ``whole=False`` if the loop has let go of it before.
 
     Of an iterator, an iterator. The loader is asked for an iterator, and for batches, when a loop asks for them, so
     that random numbers are drawn in the order in which they would be drawn without.
     """
     kind = WatchedIterator if isinstance(loader, Iterator) else Watched
-    return kind(loader, begins, sees, ends)
+    return kind(loader, begins, sees)
 
 
 class Watched:
-    """As long as the loader; what else the loader has is asked of it."""
+    """As long as the loader; what else the loader has is asked of it, and set there."""
 
     def __init__(
-        self, loader: Iterable, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[..., None]
+        self, loader: Iterable, begins: Callable[[], Callable[..., None]], sees: Callable[[Any], None]
     ) -> None:
-        self._loader, self._begins, self._sees, self._ends = loader, begins, sees, ends
+        self._loader, self._begins, self._sees = loader, begins, sees
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -40,18 +40,31 @@ class Watched:
             raise AttributeError(name)
         return getattr(self._loader, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set the loader's own."""
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._loader, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._loader, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._loader[index]
+
     def __iter__(self) -> Iterator:
-        return _Pass(iter(self._loader), self._begins, self._sees, self._ends)
+        return _Pass(iter(self._loader), self._begins, self._sees)
 
 
 class _Pass:
     """One pass over a loader; it goes on after an exception if the loader's own does."""
 
     def __init__(
-        self, batches: Iterator, begins: Callable[[], None], sees: Callable[[Any], None], ends: Callable[..., None]
+        self, batches: Iterator, begins: Callable[[], Callable[..., None]], sees: Callable[[Any], None]
     ) -> None:
-        self._batches, self._begins, self._sees, self._ends = batches, begins, sees, ends
-        self._begun = self._ended = False
+        self._batches, self._begins, self._sees = batches, begins, sees
+        self._begun, self._ends = False, _nothing
 
     def __iter__(self) -> Iterator:
         return self
@@ -59,7 +72,7 @@ class _Pass:
     def __next__(self) -> Any:
         if not self._begun:
             self._begun = True
-            self._begins()
+            self._ends = self._begins()
         try:
             batch = next(self._batches)
         except StopIteration:
@@ -69,9 +82,8 @@ class _Pass:
         return batch
 
     def _end(self, *, whole: bool = False) -> None:
-        if self._begun and not self._ended:  # once: another pass may have begun since
-            self._ended = True
-            self._ends(whole=whole)
+        ends, self._ends = self._ends, _nothing  # once: another pass may have begun since
+        ends(whole=whole)
 
     __del__ = _end
 
@@ -89,3 +101,7 @@ class WatchedIterator(Watched):
         except StopIteration:  # some begin anew when they are asked again
             self._taken = None
             raise
+
+
+def _nothing(*, whole: bool) -> None:
+    pass

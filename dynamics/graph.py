@@ -1,0 +1,81 @@
+"""The graph of a loss: whether it goes by the tensors that the loss was evaluated with, and by them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+_LENT = "_lent_on_the_way_back"
+_KNOWN = ("torch", __package__.partition(".")[0])  # whose functions never run a network again
+
+_FOREIGN = (
+    "the loss refers to a parameter of the model, of shape {shape}, that was taken out of it beforehand (in a list, a "
+    "dictionary, an object): take parameters from the model whenever the loss is evaluated, by their modules' "
+    "attributes or model.named_parameters()"
+)
+
+
+@dataclass
+class WayBack:
+    """Whether a module ran on the way back."""
+
+    again: bool = False
+
+
+def _nodes(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+    while waiting:
+        if (node := waiting.pop()) is None:
+            continue
+        yield node
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether an operation of someone's own is in the graph, such as a reversible block or an adjoint equation.
+
+    These run a part of the network again in a backward pass.
+
+    Raises:
+        ValueError: the loss depends on one of the model's own ``parameters``, in whose place others were.
+    """
+    own, found = {id(parameter) for parameter in parameters}, False
+    for node in _nodes(loss):
+        if isinstance(node, BackwardCFunction):
+            found = found or node._forward_cls.__module__.partition(".")[0] not in _KNOWN
+        elif (variable := getattr(node, "variable", None)) is not None and id(variable) in own:
+            raise ValueError(_FOREIGN.format(shape=tuple(variable.shape)))
+    return found
+
+
+def lend_on_the_way_back(loss: Tensor, lent: Callable[[], AbstractContextManager]) -> None:
+    """Have ``lent()`` around backward passes from the loss: what runs again there meets what it puts in place."""
+    setattr(loss, _LENT, lent)
+
+
+@contextmanager
+def on_the_way_back(loss: Tensor) -> Iterator[WayBack]:
+    """Around a backward pass from the loss; says whether a module ran in it."""
+    way, lent = WayBack(), getattr(loss, _LENT, None)
+    if lent is None:
+        yield way
+        return
+
+    def runs(module: nn.Module, inputs: tuple) -> None:
+        way.again = True
+
+    with lent():
+        hook = register_module_forward_pre_hook(runs)
+        try:
+            yield way
+        finally:
+            hook.remove()

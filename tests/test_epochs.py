@@ -1,0 +1,139 @@
+"""An epoch is a pass over the data in which the network trains; evaluations and looks are none, and leave no trace."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynamics import Recorder, open_run
+
+Step = Callable[[list[torch.Tensor]], None]
+
+
+def evaluate(model: nn.Module, batches: Iterable) -> None:
+    model.eval()
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    model.train()
+
+
+def inside(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+    watched = recorder.watch(loader)
+    for _ in range(3):
+        for number, batch in enumerate(watched):
+            if number % 2 == 0:
+                evaluate(model, watched)
+            step(batch)
+            evaluate(model, watched)
+        recorder.log_epoch(test_accuracy=0.5)
+
+
+def a_few_batches_inside(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+    watched = recorder.watch(loader)
+    for _ in range(3):
+        for batch in watched:
+            evaluate(model, [next(iter(watched))])
+            step(batch)
+        recorder.log_epoch(test_accuracy=0.5)
+
+
+def after_each(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+    watched, others = recorder.watch(loader), recorder.watch(loader)
+    next(iter(watched))
+    evaluate(model, others)
+    for _ in range(3):
+        for batch in watched:
+            step(batch)
+        evaluate(model, watched)
+        evaluate(model, others)
+        recorder.log_epoch(test_accuracy=0.5)
+
+
+def read_before_it_is_used(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+    for _ in range(3):
+        for batch in list(recorder.watch(loader)):
+            step(batch)
+        recorder.log_epoch(test_accuracy=0.5)
+
+
+def side_by_side(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+    one, other = recorder.watch(loader), recorder.watch(loader)
+    for _ in range(3):
+        for batch, _ in zip(one, other, strict=True):
+            step(batch)
+        recorder.log_epoch(test_accuracy=0.5)
+
+
+def record(path: Path, loop: Callable, **settings: object) -> tuple[xr.DataTree, list[float]]:
+    """The record, and the loss of each step as it was, with dropout and BatchNorm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loader = DataLoader(TensorDataset(torch.randn(24, 4).double(), torch.arange(24) % 3), 8, shuffle=True)
+    losses = []
+
+    def step(batch: list[torch.Tensor]) -> None:
+        x, y = batch
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    with Recorder(path, model, optimizer, **settings) as recorder:
+        loop(recorder, model, loader, step)
+    return open_run(path), losses
+
+
+@pytest.mark.parametrize("loop", [inside, a_few_batches_inside, after_each, read_before_it_is_used, side_by_side])
+def test_the_passes_that_train_are_counted(tmp_path: Path, loop: Callable) -> None:
+    run, _ = record(tmp_path / "run.zarr", loop, curvature_every=0)
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert run["epochs"].epoch.values.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("loop", [inside, a_few_batches_inside, after_each])
+def test_a_step_is_of_the_batch_that_it_was_of_though_others_were_evaluated(tmp_path: Path, loop: Callable) -> None:
+    run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
+    assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
+
+
+def test_what_the_loop_observes_itself_is_not_of_a_pass_that_it_only_evaluated(tmp_path: Path) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        for batch in loader:
+            evaluate(model, recorder.watch(loader))
+            recorder.observe(batch)
+            step(batch)
+
+    run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0]
+    assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
+
+
+def test_what_is_set_on_a_watched_loader_is_set_on_the_loader(tmp_path: Path) -> None:
+    class Loader:
+        mixed = True
+
+        def __iter__(self) -> Iterable:
+            yield "mixed" if self.mixed else "plain"
+
+        def __getitem__(self, index: int) -> str:
+            return f"batch {index}"
+
+    model, loader = nn.Linear(2, 2), Loader()
+    recorder = Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1))
+    watched = recorder.watch(loader)
+    watched.mixed = False
+    assert list(watched) == ["plain"]
+    assert watched[3] == "batch 3"
+    del watched.mixed
+    assert loader.mixed
+    with pytest.raises(AttributeError):
+        del watched.mixed
+    recorder.close()

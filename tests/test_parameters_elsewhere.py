@@ -1,0 +1,147 @@
+"""Parameters that a loss finds elsewhere than in the model's modules, put into other modules, or that are no numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from dynamics import Recorder, open_run
+
+Objective = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(8, 4).double(), torch.randint(3, (8,))) for _ in range(4)]
+
+
+def record(path: Path, model: nn.Module, objective: Objective = cross_entropy) -> tuple[xr.Dataset, list[dict]]:
+    """Curvature as recorded, and by hand: by two backward passes through the loop's own graph."""
+    optimizer, by_hand = torch.optim.SGD(model.parameters(), 0.1), []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with Recorder(path, model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches()):
+            loss = objective(model, batch)
+            grad = torch.autograd.grad(loss, trained, create_graph=True)
+            square = sum((part * part.detach()).sum() for part in grad)
+            product = torch.autograd.grad(square, trained, retain_graph=True)
+            along = [sum((a * b).sum().item() for a, b in zip(product, other)) for other in (grad, trained)]
+            by_hand.append({"loss_before": loss.item(), "grad_sqnorm": square.item(),
+                            "grad_hess_grad": along[0], "param_hess_grad": along[1]})  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return open_run(path)["curvature"].to_dataset(), by_hand
+
+
+class Hyper(nn.Module):
+    """A network whose weights another one makes, put into a skeleton outside."""
+
+    def __init__(self, skeleton: nn.Module) -> None:
+        super().__init__()
+        self.code, self.makes = nn.Parameter(torch.randn(3)), nn.Linear(3, 4 * 3 + 3)
+        self.run = lambda weights, x: functional_call(skeleton, weights, (x,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.makes(self.code)
+        return self.run({"weight": made[:12].view(3, 4), "bias": made[12:]}, x)
+
+
+class Ensemble(nn.Module):
+    """Several networks at once by torch.func.vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        members = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)) for _ in range(3)]
+        stacked, _ = stack_module_state(members)
+        self.names = list(stacked)
+        self.stacked = nn.ParameterList([nn.Parameter(stacked[name].detach()) for name in self.names])
+        self.one = [members[0].to("meta")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = dict(zip(self.names, self.stacked, strict=True))
+        return vmap(lambda own: functional_call(self.one[0], own, (x,)))(weights).mean(0)
+
+
+@pytest.mark.parametrize("make", [lambda: Hyper(nn.Linear(4, 3)), Ensemble], ids=["hypernetwork", "ensemble"])
+def test_what_torch_func_puts_into_another_module_is_not_kept_there(tmp_path: Path, make: Callable) -> None:
+    torch.manual_seed(0)
+    model = make().double()
+    found, by_hand = record(tmp_path / "run.zarr", model)
+    for name in by_hand[0]:
+        values = found[name].sum("layer") if "layer" in found[name].dims else found[name]
+        np.testing.assert_allclose(values, [row[name] for row in by_hand], rtol=1e-10, err_msg=name)
+
+
+class InAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 3)
+        self.all = [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(x @ self.all[0]))
+
+
+class Penalty:
+    """Elastic weight consolidation, as it is often written: of parameters that it keeps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.now = dict(model.named_parameters())
+        self.old = {name: one.detach().clone() for name, one in self.now.items()}
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        far = sum((one - self.old[name]).square().sum() for name, one in self.now.items())
+        return cross_entropy(model, batch) + 2 * far
+
+
+@pytest.mark.parametrize("case", ["model", "objective"])
+def test_a_loss_of_parameters_that_were_taken_out_of_the_model_is_refused(tmp_path: Path, case: str) -> None:
+    torch.manual_seed(0)
+    model = InAList().double() if case == "model" else nn.Linear(4, 3).double()
+    if case == "model":
+        model.all = [model.weight]
+    objective = cross_entropy if case == "model" else Penalty(model)
+    with pytest.warns(UserWarning, match=r"the loss refers to a parameter of the model, of shape .* taken out of it"):
+        found, _ = record(tmp_path / "run.zarr", model, objective)
+    assert not found
+    assert open_run(tmp_path / "run.zarr")["steps"].sizes["step"] == 4
+
+
+def test_whole_numbers_among_the_parameters_are_no_coordinates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    model.packed = nn.Parameter(torch.arange(5, dtype=torch.uint8), requires_grad=False)
+    found, by_hand = record(tmp_path / "run.zarr", model)
+    np.testing.assert_allclose(found.grad_hess_grad.sum("layer"), [row["grad_hess_grad"] for row in by_hand], 1e-10)
+
+
+def test_points_at_which_a_loss_takes_derivatives_stay_such(tmp_path: Path) -> None:
+    def residual(model: nn.Module, point: Tensor) -> Tensor:
+        slope = torch.autograd.grad(model(point).sum(), point, create_graph=True)[0]
+        return (slope - 1).square().mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    with Recorder(tmp_path / "run.zarr", model, optimizer, objective=residual, curvature_every=1) as recorder:
+        for _ in range(3):
+            points = torch.rand(7, 1).double().requires_grad_()
+            recorder.observe(points)
+            optimizer.zero_grad()
+            loss = residual(model, points)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            assert points.grad is not None
+    np.testing.assert_allclose(open_run(tmp_path / "run.zarr")["curvature"].loss_before, losses, 1e-12)

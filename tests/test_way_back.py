@@ -1,0 +1,156 @@
+"""Operations of someone's own that run a part of the network again in a backward pass, and networks run from outside."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import Tensor, nn
+
+from dynamics import Recorder, open_run
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class Checkpointed(torch.autograd.Function):
+    """As Megatron's: the part runs again in the backward pass, and gives its parameters their gradients itself."""
+
+    @staticmethod
+    def forward(ctx, part, x):
+        ctx.part, ctx.random = part, torch.get_rng_state()
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return part(x)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        x, after = x.detach().requires_grad_(), torch.get_rng_state()
+        torch.set_rng_state(ctx.random)
+        with torch.enable_grad():
+            y = ctx.part(x)
+        torch.set_rng_state(after)
+        torch.autograd.backward(y, cotangent)
+        return None, x.grad
+
+
+class Adjoint(torch.autograd.Function):
+    """As torchdiffeq's: gradients are taken by the parameters that were handed in, of the part as it is then."""
+
+    @staticmethod
+    def forward(ctx, part, x, *parameters):
+        ctx.part, ctx.parameters = part, parameters
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return part(x)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.part(x)
+            return None, *torch.autograd.grad(y, (x, *ctx.parameters), cotangent)
+
+
+class Net(nn.Module):
+    def __init__(self, runs: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.out, self.runs = nn.Linear(4, 6), nn.Linear(6, 3), runs
+        self.part = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.3), nn.BatchNorm1d(6, momentum=0.0))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.out(self.runs(self.part, torch.tanh(self.first(x))))
+
+
+KINDS = {
+    "plain": lambda part, x: part(x),
+    "checkpointed": lambda part, x: Checkpointed.apply(part, x),
+    "adjoint": lambda part, x: Adjoint.apply(part, x, *part.parameters()),
+}
+BY_HAND = ("grad_sqnorm", "param_grad", "grad_update", "loss_before", "loss_after")
+
+
+def train(path: Path | None, kind: str) -> list[Tensor | None]:
+    """Two optimizers, of which one steps at every second batch, so that gradients are carried over."""
+    torch.manual_seed(0)
+    model = Net(KINDS[kind])
+    first = torch.optim.SGD([*model.first.parameters(), *model.part.parameters()], 0.1)
+    last = torch.optim.SGD(model.out.parameters(), 0.1)
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
+    seen = []
+    recorder = None if path is None else Recorder(path, model, [first, last], curvature_every=1)
+    for number, (x, y) in enumerate(batches if recorder is None else recorder.watch(batches)):
+        first.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        first.step()
+        if number % 2:
+            last.step()
+            last.zero_grad()
+        seen += [None if one.grad is None else one.grad.clone() for one in model.parameters()]
+    if recorder is not None:
+        recorder.close()
+    return [*seen, *model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.calls)]
+
+
+@pytest.mark.filterwarnings("ignore:curvature is approximate", "ignore:/curvature may be of another loss")
+@pytest.mark.parametrize("kind", ["checkpointed", "adjoint"])
+def test_a_network_that_runs_again_in_its_backward_pass_trains_as_without(tmp_path: Path, kind: str) -> None:
+    plain, recorded = train(None, kind), train(tmp_path / "run.zarr", kind)
+    assert len(plain) == len(recorded)
+    for one, other in zip(plain, recorded, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+def record(path: Path, kind: str, dropout: float) -> xr.Dataset:
+    """Curvature of steps on one batch each, in double precision."""
+    torch.manual_seed(0)
+    model = Net(KINDS[kind]).double()
+    model.part[2].p = dropout
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = [(torch.randn(8, 4).double(), torch.randint(3, (8,))) for _ in range(3)]
+    with Recorder(path, model, optimizer, curvature_every=1) as recorder:
+        for x, y in recorder.watch(batches):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return open_run(path)["curvature"].load()
+
+
+@pytest.mark.parametrize("kind", ["checkpointed", "adjoint"])
+def test_its_curvature_is_that_of_the_network_that_runs_once(tmp_path: Path, kind: str) -> None:
+    dropout = 0.3 * (kind == "checkpointed")  # the other one draws other numbers when it runs again
+    expected = record(tmp_path / "plain.zarr", "plain", dropout)
+    with pytest.warns(UserWarning, match="curvature is approximate from step 0 on"):
+        found = record(tmp_path / "run.zarr", kind, dropout)
+    assert found.approximate.values.tolist() == [1, 1, 1]
+    assert expected.approximate.values.tolist() == [0, 0, 0]
+    for name in BY_HAND:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-14, err_msg=name)
+    for name in ("grad_hess_grad", "param_hess_grad", "update_hess_update"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-8, err_msg=name)
+
+
+def test_an_event_measures_it_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    runs = {}
+    for kind in ("plain", "checkpointed"):
+        torch.manual_seed(0)
+        model = Net(KINDS[kind]).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        probe = [(torch.randn(8, 4).double(), torch.randint(3, (8,)))]
+        with Recorder(tmp_path / kind, model, optimizer) as recorder, recorder.event("prune", probe=probe):
+            model.part[0].weight.data[0] = 0
+        runs[kind] = open_run(tmp_path / kind)["pruning"].load()
+        assert all(parameter.grad is None for parameter in model.parameters())
+    for name in ("loss", "grad_sqnorm", "param_grad", "grad_removal"):
+        np.testing.assert_allclose(runs["checkpointed"][name], runs["plain"][name], rtol=1e-9, atol=1e-14)
+    for name in ("grad_hess_grad", "removal_hess_removal"):
+        np.testing.assert_allclose(runs["checkpointed"][name], runs["plain"][name], rtol=1e-5, atol=1e-8)
+    assert runs["checkpointed"].grad_sqnorm_second_order.isnull().all()

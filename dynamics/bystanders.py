@@ -20,7 +20,8 @@ class Bystanders:
     """Keeps what modules outside the model have as they run, in the moment of the batch that they run on.
 
     The first time all that run are kept, afterwards those that the objective was found to run: what others have is none
-    of its business. Their parameters are kept where they are no more than those that the model trains.
+    of its business. Their parameters are kept where they are no more than those that the model trains, or were found to
+    move between a forward pass and its step.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -28,6 +29,7 @@ class Bystanders:
         self._most = sum(one.numel() for one in model.parameters() if one.requires_grad)
         runs_others = objective is not cross_entropy_objective
         self._known: weakref.WeakSet[nn.Module] | None = None if runs_others else weakref.WeakSet()
+        self._moving: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._hook: RemovableHandle | None = None
 
     def watch(self, moment: Callable[[], Moment | None], asleep: Callable[[], bool]) -> None:
@@ -47,7 +49,7 @@ class Bystanders:
                 return
             if (at := moment()) is not None:
                 with suppress(Exception):  # it may be anything; then what it has by the time of the probe has to do
-                    at.keep_another(module, parameters=self._are_few(module))
+                    at.keep_another(module, parameters=module in self._moving or self._are_few(module))
 
         self._hook = register_module_forward_pre_hook(runs)
 
@@ -57,6 +59,10 @@ class Bystanders:
     def of_objective(self, modules: Iterable[nn.Module]) -> None:
         """Say which ones the objective runs."""
         self._known = weakref.WeakSet(modules)
+
+    def keep(self, modules: Iterable[nn.Module]) -> None:
+        """Say which ones move: from now on their parameters are kept."""
+        self._moving.update(modules)
 
     def leave(self) -> None:
         """Look no more."""

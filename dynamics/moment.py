@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +56,15 @@ def random_numbers_untouched(device: torch.device) -> Iterator[None]:
         state.restore()
 
 
+class _Other(NamedTuple):
+    """What a module outside the model had as it ran: its parameters, or what tells whether they have moved since."""
+
+    attributes: PutBack
+    buffers: Tensors
+    parameters: Tensors
+    norms: Mapping[str, float]
+
+
 class Moment:
     """Buffers, random numbers and what modules keep in plain attributes, such as a hidden state, as they are now.
 
@@ -63,6 +73,7 @@ class Moment:
     Attributes:
         frozen: the parameters that are not trained, if they were to be kept: a forward pass may move them.
         others: modules outside the model that have run since, with what they had when they last began to.
+        moved_others: of those whose parameters were not kept, the ones that then ran :meth:`again` with different ones.
     """
 
     def __init__(
@@ -79,7 +90,8 @@ class Moment:
         frozen = self._frozen()
         self._norms = _norms(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
-        self.others: dict[nn.Module, tuple[PutBack, Tensors, Tensors]] = {}
+        self.others: dict[nn.Module, _Other] = {}
+        self.moved_others: set[nn.Module] = set()
 
     def _frozen(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
@@ -95,8 +107,10 @@ class Moment:
 
         What counts is the last time: a network may run for its own loss, step, and then run for this one.
         """
-        held = _copies(_own(module._parameters)) if parameters else {}
-        self.others[module] = kept([module]).put_back, _copies(_own(module._buffers)), held
+        own = _own(module._parameters)
+        held = _copies(own) if parameters else {}
+        norms = {} if held else _norms(own)
+        self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)
 
     @property
     def moved(self) -> bool:
@@ -144,10 +158,12 @@ class Moment:
                 others.add(module)
                 if is_batched():  # what torch.func has put into it is none of its own
                     return
-                attributes, buffers, parameters = self.others.get(module, (_nothing, module._buffers, {}))
-                put_back.extend([kept([module]).put_back, _lent(module._buffers, buffers)])
-                put_back.append(_lent(module._parameters, parameters))
-                attributes()
+                was = self.others.get(module, _Other(_nothing, module._buffers, {}, {}))
+                if was.norms != _norms({name: module._parameters.get(name) for name in was.norms}):
+                    self.moved_others.add(module)
+                put_back.extend([kept([module]).put_back, _lent(module._buffers, was.buffers)])
+                put_back.append(_lent(module._parameters, was.parameters))
+                was.attributes()
 
         with random_numbers_untouched(self._device):
             hook = register_module_forward_pre_hook(keep_another)
@@ -165,7 +181,11 @@ class Moment:
 @torch.no_grad()
 def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """By name what changes when a tensor does, as far as one look can tell."""
-    told = {name: one for name, one in tensors.items() if one.layout is torch.strided and one.is_floating_point()}
+    told = {
+        name: one
+        for name, one in tensors.items()
+        if one is not None and one.layout is torch.strided and one.is_floating_point()
+    }
     precise = {name: torch.promote_types(one.dtype, torch.float32) for name, one in told.items()}
     norms = {name: torch.linalg.vector_norm(one, dtype=precise[name]).cpu() for name, one in told.items()}
     return {name: norm.item() for name, norm in norms.items()}

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .curvature import Expansion, LossFunction, mean_gradient, mean_loss
+from .exchanged import exchanged
 from .gates import Products, gated_products
 from .graph import lend_on_the_way_back, may_run_again
 from .masks import parameter_masks
@@ -79,18 +80,6 @@ def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
             module.training = training
 
 
-class _Stateless(nn.Module):
-    """The objective as a module, so that functional_call can exchange the model's parameters underneath it."""
-
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.model = model
-        self.objective = objective
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.objective(self.model, batch)
-
-
 class Probe:
     """An objective on fixed batches as a function of the parameters.
 
@@ -114,7 +103,7 @@ class Probe:
     ) -> None:
         self._model = unwrap(model)
         self._mode = mode
-        self._stateless = _Stateless(self._model, objective)
+        self._objective = objective
         self._device = next(self._model.parameters()).device
         moments = moments or [Moment(self._model, self._device, objective)] * len(batches)
         counts = [sample_count(batch) if by_samples else 1 for batch in batches]
@@ -130,6 +119,11 @@ class Probe:
     def device(self) -> torch.device:
         """Where it is evaluated."""
         return self._device
+
+    @property
+    def moved_others(self) -> set[nn.Module]:
+        """Modules outside the model that were evaluated with other parameters than they had at the moment."""
+        return {module for _, moment in self._at for module in moment.moved_others}
 
     @property
     def kind(self) -> Hashable:
@@ -173,12 +167,13 @@ class Probe:
         fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
         free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
         kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
-        values = {f"model.{name}": tensor for name, tensor in (kept | moment.buffers()).items()}
+        values = kept | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
         with again as others, mode_of(self._model, self._mode), _differentiable_twice():
             given = as_measured(copied(batch), self._device)
-            loss = torch.func.functional_call(self._stateless, values, (given,))
-            self.others |= others - {self._stateless}
+            with exchanged(self._model, values):
+                loss = self._objective(self._model, given)
+            self.others |= others
             if self.repeatable and not self._fixed:
                 self.repeatable = not moment.drawn() and not any(map(_keeps, self.others))
             if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -187,25 +182,15 @@ class Probe:
             loss = loss.reshape(())
             if may_run_again(loss, self._model.parameters()):
                 self.repeatable = False
-                now = Moment(self._model, self._device, self._stateless.objective)
+                now = Moment(self._model, self._device, self._objective)
                 lend_on_the_way_back(loss, partial(self._lent, values, now))
         return loss
 
     @contextmanager
     def _lent(self, values: Theta, moment: Moment) -> Iterator[None]:
         """Inside, the model has the tensors that it was evaluated with, and is as it was after that."""
-        present = {id(one): name for name, one in self._stateless.named_parameters()}
-        present |= {id(one): name for name, one in self._stateless.named_buffers()}
-        tables = [table for module in self._model.modules() for table in (module._parameters, module._buffers)]
-        before = [dict(table) for table in tables]
-        with moment.again(), mode_of(self._model, self._mode), _differentiable_twice():
-            try:
-                for table in tables:
-                    table.update({name: values[present[id(one)]] for name, one in table.items() if id(one) in present})
-                yield
-            finally:
-                for table, own in zip(tables, before, strict=True):
-                    table.update(own)
+        with moment.again(), mode_of(self._model, self._mode), _differentiable_twice(), exchanged(self._model, values):
+            yield
 
     def _theta(self, theta: Theta | None) -> Theta:
         """The model's present parameters, but for those that are given; each in the parameter's type.
@@ -213,7 +198,9 @@ class Probe:
         Whole numbers, as of packed weights, are no coordinates: they stay where they are.
         """
         given = theta or {}
-        own = [(name, one) for name, one in self._model.named_parameters() if one.is_floating_point() or one.is_complex()]
+        own = [
+            (name, one) for name, one in self._model.named_parameters() if one.is_floating_point() or one.is_complex()
+        ]
         typed = {name: given.get(name, parameter).detach().to(parameter.dtype) for name, parameter in own}
         return {name: channels_first(tensor) for name, tensor in typed.items()}
 

@@ -241,6 +241,7 @@ class Recorder:
     def flush(self) -> None:
         """Write all that was recorded so far and wait for it: before a checkpoint is saved, say."""
         self._attachment.end()
+        self._steps.finish()
         self._rows.flush()
 
     def close(self) -> None:
@@ -250,6 +251,7 @@ class Recorder:
         """
         if self._attachment:
             self._attachment.end()
+            self._steps.finish()
             self._attachment.close()
             self._batches.close()
             self._termination.close()

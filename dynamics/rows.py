@@ -49,14 +49,21 @@ class Rows:
             self._coordinate("units", "index", "unit", index)
             self.add("units", {"event": number, **event.unit_row()})
 
-    def step(self, row: Mapping[str, Any] | None, mark: Mark) -> None:
-        """A step is done: send the last one's row and keep this one's; None if it is not recorded."""
-        self._send(self.logged.step(mark))
-        self._step = dict(row or {})
+    def step(self, row: Mapping[str, Any] | None, mark: Mark) -> Mapping[str, Scalar]:
+        """A step is done: send the last one's row and keep this one's; None if it is not recorded.
 
-    def finish(self) -> None:
-        """Send the row of the step that was. What is logged for it later is lost."""
-        self._send(self.logged.of_last())
+        Returns what was logged of the last one.
+        """
+        logged = self.logged.step(mark)
+        self._send(logged)
+        self._step = dict(row or {})
+        return logged
+
+    def finish(self) -> Mapping[str, Scalar]:
+        """Send the row of the step that was, and return what was logged of it. What is logged for it later is lost."""
+        logged = self.logged.of_last()
+        self._send(logged)
+        return logged
 
     def _send(self, logged: Mapping[str, Scalar]) -> None:
         if self._step:

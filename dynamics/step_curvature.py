@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -23,6 +24,8 @@ from .step import Measurement
 _Measured = TypeVar("_Measured")
 _DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
 _SURE = 1 - 1e-6
+_EXPLAINED = 1 - 1e-3  # where it is nearer, rounding to half precision explains it
+_LOSSES_AGREE = 0.02
 _OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., objective=lambda model, batch: <scalar loss>)"
 _MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
 
@@ -61,6 +64,16 @@ class _Found(NamedTuple):
     cosine: float
 
 
+@dataclass
+class _Doubt:
+    """A step whose gradient is not the objective's: what its loss was, by the objective and as it was logged."""
+
+    step: int
+    cosine: float
+    objective: Tensor
+    logged: float | Tensor | None = None
+
+
 class StepCurvature:
     """Measures the curvature of every so-manieth step, 0 for none.
 
@@ -86,6 +99,7 @@ class StepCurvature:
         self._probes: list[_Candidate] = []
         self._way = _Way()  # the likeliest
         self._said: set[str] = set()
+        self._doubts: list[_Doubt] = []
         self.unseen = 0  # steps that were due, and taken, before any batch was seen
         if every and processes.sharded:
             self.stop()
@@ -159,12 +173,14 @@ class StepCurvature:
         probes, self._probes = self._probes, []
         self.unseen += self.due(step) and not self._batches.told
         best = self._best(probes, step)
-        if best is None:
+        if best is None or self._are_others_lost(best.probe):
             return None
         values = self._or_give_up(partial(best.by.curvature_values, best.probe, best.loss, best.grad), step)
         if values is None:
             return None
         self._batches.bystanders.of_objective(best.probe.others)
+        if best.cosine < _EXPLAINED:
+            self._doubts.append(_Doubt(step, best.cosine, best.loss.detach().clone()))
         if best.cosine < _DOUBTFUL:
             self._say_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
@@ -182,6 +198,41 @@ class StepCurvature:
                 "approximate",
             )
         return self._processes.mean_values(values)
+
+    def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
+        """Take what the loop logged as the loss of a step; say, once, where neither it nor its gradient is the objective's.
+
+        That is looked at when something is measured next, or in the end: a loss on a GPU would have to be waited for.
+        """
+        for doubt in self._doubts:
+            if doubt.step == step and loss is not None:
+                doubt.logged = loss
+        if last or self.due(step + 1):
+            known, self._doubts = self._doubts, [doubt for doubt in self._doubts if doubt.step > step]
+            for doubt in known:
+                if doubt.logged is not None:
+                    self._compare(doubt.step, doubt.cosine, float(doubt.objective), float(doubt.logged))
+
+    def _compare(self, step: int, cosine: float, objective: float, logged: float) -> None:
+        if not abs(logged - objective) <= _LOSSES_AGREE * max(abs(logged), abs(objective)):
+            self._say_once(
+                f"the loss of step {step} was logged as {logged:.4g}, and the objective is {objective:.4g} on its batch; "
+                f"the gradients have cosine {cosine:.3f}. If it was the loop's loss that was logged, /curvature is of "
+                "another: give the recorder the same, Recorder(..., objective=lambda model, batch: <scalar loss>)",
+                "doubtful",
+            )
+
+    def _are_others_lost(self, probe: Probe) -> bool:
+        """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""
+        if not (moved := probe.moved_others):
+            return False
+        self._batches.bystanders.keep(moved)
+        self._say_once(
+            "a network outside the model, which the objective runs, moves between a forward pass and its step: "
+            "curvature is measured from the next step on that is due, when its parameters are kept",
+            "others lost",
+        )
+        return True
 
     def _best(self, probes: list[_Candidate], step: int) -> _Found | None:
         """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""

@@ -109,10 +109,14 @@ class Steps:
             moved = 1 - self._skips.get(0, 0.0)
             self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
         self._begun = False
-        self._rows.step(row, self._batches.mark)
+        self._curvature.logged(self.number - 1, self._rows.step(row, self._batches.mark).get("loss"))
         self.number += 1
         self._batches.clear()
         self._await_forward()
+
+    def finish(self) -> None:
+        """What was logged of the last step is all that will be."""
+        self._curvature.logged(self.number - 1, self._rows.finish().get("loss"), last=True)
 
     @contextmanager
     def measuring(self, what: str = "") -> Iterator[None]:

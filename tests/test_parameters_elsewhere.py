@@ -1,5 +1,6 @@
 """Parameters that a loss finds elsewhere than in the model's modules, put into other modules, or that are no numbers."""
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from dynamics import Recorder, open_run
+from dynamics.pruning import Pruner
 
 Objective = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
 
@@ -145,3 +147,62 @@ def test_points_at_which_a_loss_takes_derivatives_stay_such(tmp_path: Path) -> N
             losses.append(loss.item())
             assert points.grad is not None
     np.testing.assert_allclose(open_run(tmp_path / "run.zarr")["curvature"].loss_before, losses, 1e-12)
+
+
+class Shared(nn.Module):
+    """The same module under several names, as the embedding of an encoder and a decoder is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.norm, self.out = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.encoder = nn.ModuleList([self.shared, self.norm, self.shared])
+        self.decoder = nn.ModuleDict({"shared": self.shared, "norm": self.norm})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.encoder:
+            x = torch.tanh(part(x))
+        return self.out(self.decoder["norm"](self.decoder["shared"](x)))
+
+
+def test_a_module_that_a_model_holds_several_times_stays_its_own(tmp_path: Path) -> None:
+    def trained(recorder: Callable[..., Recorder] | None) -> tuple[nn.Module, list[Tensor]]:
+        torch.manual_seed(0)
+        model = Shared().double()
+        optimizer, seen = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), []
+        attached = recorder and recorder(model, optimizer)
+        for x, y in attached.watch(batches()) if attached else batches():
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            seen += [parameter.grad.clone() for parameter in model.parameters()]
+            optimizer.step()
+            if attached and len(seen) < 8:
+                with attached.event("nothing", probe=[(x, y)]):
+                    pass
+        if attached:
+            attached.close()
+        return model, [*seen, *model.state_dict().values()]
+
+    _, plain = trained(None)
+    model, recorded = trained(lambda *pair: Recorder(tmp_path / "run.zarr", *pair, curvature_every=1))
+    assert all(map(torch.equal, plain, recorded))
+    assert model.shared is model.encoder[0]
+    assert all(isinstance(one, nn.Parameter) for module in model.modules() for one in module._parameters.values())
+
+
+def test_its_curvature_is_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    found, by_hand = record(tmp_path / "run.zarr", Shared().double())
+    for name in by_hand[0]:
+        values = found[name].sum("layer") if "layer" in found[name].dims else found[name]
+        np.testing.assert_allclose(values, [row[name] for row in by_hand], rtol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("measure", ["magnitude", "synflow"])
+def test_a_network_that_holds_a_module_twice_is_pruned_and_stays_itself(measure: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model.twin = nn.Identity()
+    model.twin.of = model[2]
+    parameters = list(model.parameters())
+    Pruner(model, torch.optim.SGD(parameters, 0.1), measure).prune(0.25, [(torch.randn(8, 4), torch.arange(8) % 3)])
+    assert all(map(operator.is_, model.parameters(), parameters))
+    assert model[2].weight is parameters[2]

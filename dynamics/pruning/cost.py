@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..exchanged import exchanged
 from ..masks import parameter_masks
 from ..moment import random_numbers_untouched
 from ..probe import mode_of, unwrap
@@ -98,8 +99,8 @@ def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:
     """FLOPs of a sample by module, and "Global" for all."""
     ones = torch.ones(1, *shape, dtype=torch.float64, device=next(model.parameters()).device)
-    with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, values, (ones,))
+    with FlopCounterMode(display=False) as counter, exchanged(model, values):
+        model(ones)
     root = f"{type(model).__name__}."
     return {name.removeprefix(root): sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
 

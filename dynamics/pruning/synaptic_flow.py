@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..exchanged import exchanged
 from ..moment import random_numbers_untouched
 from ..probe import mode_of
 
@@ -27,6 +28,7 @@ def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
     theta = {name: positive[name].requires_grad_() for name, _ in model.named_parameters()}
     ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
     with torch.enable_grad(), random_numbers_untouched(device), mode_of(model, "eval"):
-        flow = torch.func.functional_call(model, positive, (ones,)).sum()
+        with exchanged(model, positive):
+            flow = model(ones).sum()
         grad = torch.autograd.grad(flow, list(theta.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(theta, grad, strict=True))

@@ -157,10 +157,11 @@ def _reaches_output(model: nn.Module, node: fx.Node) -> bool:
 
 def _unseen(model: nn.Module, calls: Iterable[str], protected: Iterable[str]) -> list[str]:
     """Refusals of modules that run as one in the trace, and have layers in them."""
-    refusals = []
+    refusals, called = [], {model.get_submodule(name) for name in calls}
     for name in (name for name in calls if name not in protected):
         module = model.get_submodule(name)
-        layers = [leaf for leaf, part in module.named_modules(prefix=name) if isinstance(part, LAYERS) and leaf != name]
+        inner = module.named_modules(prefix=name)
+        layers = [leaf for leaf, part in inner if isinstance(part, LAYERS) and part not in called]
         if layers:
             kind = type(module).__name__
             refusals.append(f"torch.fx does not look into {name!r} ({kind}), where layers are, such as {layers[0]!r}")

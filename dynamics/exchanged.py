@@ -1,0 +1,32 @@
+"""A model with other tensors in the places of its parameters and buffers, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model has ``tensors``, by their names there, instead of its own; afterwards its own again.
+
+    A parameter that stands in several places is exchanged in all of them, also where a module itself does: with
+    ``torch.func.functional_call`` (PyTorch 2.14), a module that a model holds twice keeps the other tensors for good.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    others = {id(one): tensors[name] for name, one in named if name in tensors}
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    own = [dict(table.items()) for table in tables]
+    try:
+        for table, before in zip(tables, own, strict=True):
+            for name in (name for name, one in before.items() if id(one) in others):
+                table[name] = others[id(before[name])]
+        yield
+    finally:
+        for table, before in zip(tables, own, strict=True):
+            for name in [name for name, _ in table.items() if name not in before]:
+                del table[name]
+            for name, one in before.items():
+                table[name] = one

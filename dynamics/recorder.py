@@ -40,6 +40,7 @@ from .event import Event, Stage, effect
 from .groups import Groups
 from .layers import Layers
 from .moment import Moment
+from .optimizer_hooks import OptimizerHooks
 from .probe import Objective, Probe, cross_entropy_objective, unwrap
 from .processes import Processes
 from .resuming import begin
@@ -137,7 +138,8 @@ class Recorder:
         probing = self._model, objective, self._batches, measurement, self._processes
         self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
         self._epochs = Epochs(place.epoch, self._batches, lambda: self._steps.number)
-        parts = groups, measurement, self._curvature, self._batches, self._rows, self._epochs
+        hooks = OptimizerHooks(self._model, [*held, *as_given(optimizer)])
+        parts = groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs
         self._steps = Steps(*parts, place, names, every)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)

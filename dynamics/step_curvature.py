@@ -200,7 +200,7 @@ class StepCurvature:
         return self._processes.mean_values(values)
 
     def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
-        """Take what the loop logged as the loss of a step; say, once, where neither it nor its gradient is the objective's.
+        """Take what the loop logged as a step's loss; say, once, where neither it nor its gradient is the objective's.
 
         That is looked at when something is measured next, or in the end: a loss on a GPU would have to be waited for.
         """
@@ -216,9 +216,9 @@ class StepCurvature:
     def _compare(self, step: int, cosine: float, objective: float, logged: float) -> None:
         if not abs(logged - objective) <= _LOSSES_AGREE * max(abs(logged), abs(objective)):
             self._say_once(
-                f"the loss of step {step} was logged as {logged:.4g}, and the objective is {objective:.4g} on its batch; "
-                f"the gradients have cosine {cosine:.3f}. If it was the loop's loss that was logged, /curvature is of "
-                "another: give the recorder the same, Recorder(..., objective=lambda model, batch: <scalar loss>)",
+                f"the loss of step {step} was logged as {logged:.4g}, and the objective is {objective:.4g} on its "
+                f"batch; the gradients have cosine {cosine:.3f}. If it was the loop's loss that was logged, /curvature "
+                "is of another: give the recorder the same, Recorder(..., objective=lambda model, batch: <scalar loss>)",
                 "doubtful",
             )
 

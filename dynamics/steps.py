@@ -15,6 +15,7 @@ from .batches import Batches
 from .epochs import Epochs
 from .errors import named
 from .groups import Group, Groups
+from .optimizer_hooks import OptimizerHooks
 from .resuming import Place
 from .rows import Rows
 from .step import Measurement
@@ -32,7 +33,7 @@ class Steps:
     """Measures steps, and sends the rows of every so-manieth.
 
     Args:
-        groups, measurement, curvature, batches: of the training.
+        groups, measurement, curvature, batches, hooks: of the training.
         rows: where the rows go.
         epochs: which epoch it is.
         place: where the training is: ``number`` is the step to come.
@@ -46,6 +47,7 @@ class Steps:
         measurement: Measurement,
         curvature: StepCurvature,
         batches: Batches,
+        hooks: OptimizerHooks,
         rows: Rows,
         epochs: Epochs,
         place: Place,
@@ -53,7 +55,7 @@ class Steps:
         every: int,
     ) -> None:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
-        self._rows, self._epochs, self._names, self._every = rows, epochs, names, every
+        self._hooks, self._rows, self._epochs, self._names, self._every = hooks, rows, epochs, names, every
         self.number, self._flow_time = place.step, place.flow_time
         self.busy, self._begun = False, False
         self._skips: dict[int, Tensor] = {}
@@ -127,7 +129,7 @@ class Steps:
         self.busy = True
         _of_thread.measuring = anyone_measures() + 1
         try:
-            with torch.no_grad(), torch.autograd.set_detect_anomaly(False):
+            with torch.no_grad(), torch.autograd.set_detect_anomaly(False), self._hooks.asleep():
                 yield
         except Exception as error:
             if not what:

@@ -1,11 +1,16 @@
 """Where gates fail, Hessian products take their place: without a word for the known reason, with one for any other."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import recorded, smooth_network, vectors
+from torch import nn
+
+from dynamics import Recorder
 
 KNOWN = "derivative for aten::_thnn_fused_lstm_cell_backward is not implemented"
 
@@ -36,3 +41,36 @@ def fail(reason: str) -> object:
         raise RuntimeError(reason)
 
     return failing
+
+
+@pytest.mark.parametrize("when", ["before the step", "after it"])
+@pytest.mark.parametrize("case", ["label smoothing", "the same", "clipped"])
+def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: str, when: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    x = torch.randn(16, 8)
+    y = x[:, :3].argmax(1)
+    smoothing = 0.2 if case == "label smoothing" else 0.0
+
+    def train() -> None:
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=5) as recorder:
+            for x_, y_ in recorder.watch([(x, y)] * 22):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x_), y_, label_smoothing=smoothing)
+                loss.backward()
+                if case == "clipped":
+                    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+                if when == "before the step":
+                    recorder.log(loss=loss)
+                optimizer.step()
+                if when == "after it":
+                    recorder.log(loss=loss.item())
+
+    if case == "label smoothing":
+        with pytest.warns(UserWarning, match=r"the loss of step \d+ was logged as .* and the objective is .* cosine 0"):
+            train()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train()

@@ -1,4 +1,4 @@
-"""Parameters that a loss finds elsewhere than in the model's modules, put into other modules, or that are no numbers."""
+"""Parameters that a loss finds elsewhere than in the model's modules, that are put into others, or are no numbers."""
 
 import operator
 from collections.abc import Callable
@@ -36,7 +36,9 @@ def record(path: Path, model: nn.Module, objective: Objective = cross_entropy) -
             grad = torch.autograd.grad(loss, trained, create_graph=True)
             square = sum((part * part.detach()).sum() for part in grad)
             product = torch.autograd.grad(square, trained, retain_graph=True)
-            along = [sum((a * b).sum().item() for a, b in zip(product, other)) for other in (grad, trained)]
+            along = [
+                sum((a * b).sum().item() for a, b in zip(product, other, strict=True)) for other in (grad, trained)
+            ]
             by_hand.append({"loss_before": loss.item(), "grad_sqnorm": square.item(),
                             "grad_hess_grad": along[0], "param_hess_grad": along[1]})  # fmt: skip
             optimizer.zero_grad()

@@ -485,3 +485,40 @@ def test_sam(tmp_path: Path, way: str) -> None:
     np.testing.assert_allclose(steps.grad_sqnorm, squares, rtol=1e-12)
     np.testing.assert_allclose(steps.update_sqnorm, updates, rtol=1e-10)
     agree_with_autograd(run, 3, model, theta, lambda: F.cross_entropy(model(inputs), labels))
+
+
+def encoder_and_decoder(tmp_path: Path) -> list[float]:
+    """As in PyTorch's tutorial on translation: two networks, an optimizer each, and here a recorder each."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.GRU(4, 6, batch_first=True).double(), nn.Linear(6, 3).double()
+    pairs = [(one, torch.optim.SGD(one.parameters(), 0.5)) for one in (encoder, decoder)]
+
+    def loss_of(encoder: nn.Module, decoder: nn.Module, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(decoder(encoder(batch[0])[0][:, -1]), batch[1])
+
+    objectives = [lambda one, batch: loss_of(one, decoder, batch), lambda one, batch: loss_of(encoder, one, batch)]
+    recorders = [
+        Recorder(tmp_path / name, *pair, objective=objective, curvature_every=1)
+        for name, pair, objective in zip(("encoder", "decoder"), pairs, objectives, strict=True)
+    ]
+    batches, losses = [(torch.randn(5, 3, 4).double(), torch.randint(3, (5,))) for _ in range(5)], []
+    for batch in recorders[1].watch(recorders[0].watch(batches)):
+        for _, optimizer in pairs:
+            optimizer.zero_grad()
+        loss = loss_of(encoder, decoder, batch)
+        loss.backward()
+        losses.append(loss.item())
+        for _, optimizer in pairs:
+            optimizer.step()
+    for recorder in recorders:
+        recorder.close()
+    return losses
+
+
+def test_another_network_that_has_stepped_before_is_as_it_was_in_the_forward_pass(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="a network outside the model, which the objective runs, moves between"):
+        losses = encoder_and_decoder(tmp_path)
+    found = {name: open_run(tmp_path / name)["curvature"] for name in ("encoder", "decoder")}
+    np.testing.assert_allclose(found["encoder"].loss_before, losses, rtol=1e-12)
+    assert found["decoder"].step.values.tolist() == [1, 2, 3, 4]  # the encoder is the larger one: at first not kept
+    np.testing.assert_allclose(found["decoder"].loss_before, losses[1:], rtol=1e-12)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +120,51 @@ def test_random_numbers_of_python_and_numpy_are_untouched(tmp_path: Path) -> Non
         weights.append(model.layer.weight.detach().clone())
     assert torch.equal(*weights)
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+class CollectsStatistics(torch.optim.SGD):
+    """As K-FAC does: by hooks on the modules, and steps by them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), 0.1)
+        self.sizes, self.seen = {}, []
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(self.see)
+                module.register_full_backward_hook(partial(self.see_backward, scale=2.0))
+
+    def see(self, module: nn.Module, inputs: tuple) -> None:
+        self.sizes[module] = 0.9 * self.sizes.get(module, 1.0) + inputs[0].detach().norm().item()
+
+    def see_backward(self, module: nn.Module, inputs: tuple, outputs: tuple, scale: float) -> None:
+        self.sizes[module] += scale * outputs[0].norm().item()
+
+    def step(self, closure: None = None) -> None:
+        for module, size in self.sizes.items():
+            module.weight.grad /= size
+        self.seen.append(list(self.sizes.values()))
+        super().step()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_an_optimizers_own_hooks_do_not_see_probes(tmp_path: Path) -> None:
+    def trained(record: bool) -> list:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer, calls = CollectsStatistics(model), []
+        model[0].register_forward_hook(lambda module, inputs, output: calls.append(1))  # someone's own sees them
+        batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(4)]
+        recorder = Recorder(tmp_path / "run", model, optimizer, curvature_every=1) if record else None
+        for x, y in recorder.watch(batches) if record else batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        if record:
+            with recorder.event("nothing", probe=batches[:1]):
+                pass
+            recorder.close()
+            assert len(calls) > 4
+        assert len(model[2]._forward_pre_hooks) == len(model[2]._backward_hooks) == 1
+        return [optimizer.seen, [parameter.tolist() for parameter in model.parameters()]]
+
+    assert trained(record=False) == trained(record=True)

@@ -1,4 +1,4 @@
-"""Operations of someone's own that run a part of the network again in a backward pass, and networks run from outside."""
+"""Operations of someone's own that run a part of the network again in a backward pass."""
 
 from collections.abc import Callable
 from pathlib import Path

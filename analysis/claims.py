@@ -162,7 +162,9 @@ def claims(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     contradicted    it lies on the other side
     negligible      it lies within 1 % of ``null`` (0.1 % of accuracy), whichever side
     inconclusive    it holds ``null``, and is wider
-    no verdict ...  fewer than two seeds have ended runs of all the measures; the reason follows
+    no verdict ...  fewer than two seeds have ended runs of all the measures, or accuracies, which are whole numbers of
+                    images, differ by as many in all of them, so that nothing tells how far they scatter; the reason
+                    follows
     ==============  ===================================================================
 
     Negligible is what measures come to that all take everything: where each of them leaves a network that answers at
@@ -214,6 +216,7 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
     mean = effects.mean() if len(effects) else np.nan
     half = half_width(effects)
     bounds = mean, mean - half, mean + half
+    p = p_value(effects)
     negligible = np.abs(bounds).max() <= _NEGLIGIBLE[claim.compare]
     value, low, high, null = (*np.exp(bounds), 1.0) if claim.compare == "ratio" else (*bounds, 0.0)
     if lacking:
@@ -223,11 +226,13 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
         verdict = "no verdict (1 seed)" if len(effects) else f"no verdict ({claim.statistic} not known)"
     elif negligible:
         verdict = "negligible"
+    elif claim.compare == "difference" and not np.ptp(effects):  # of some images in the test set, the same number
+        verdict, low, high, p = "no verdict (seeds do not differ)", np.nan, np.nan, np.nan
     elif low <= null <= high:
         verdict = "inconclusive"
     else:
         verdict = "supported" if (low > null) == (claim.expected > 0) else "contradicted"
-    numbers = {"value": value, "low": low, "high": high, "null": null, "p": p_value(effects)}
+    numbers = {"value": value, "low": low, "high": high, "null": null, "p": p}
     return numbers | {"seeds": len(effects), "verdict": verdict}
 
 

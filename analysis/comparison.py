@@ -98,9 +98,10 @@ def at_pruning(run: xr.DataTree) -> xr.Dataset:
 def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
     """``mean`` over ``seed``, and the bounds ``low`` and ``high`` of its 95 % interval, NaN for one seed.
 
-    The interval is Student's: :func:`analysis.intervals.half_width`.
+    Where a seed's value is NaN, so is the mean: without those that diverged it would be another's. The interval is
+    Student's: :func:`analysis.intervals.half_width`.
     """
-    mean = values.mean("seed")
+    mean = values.mean("seed", skipna=False)
     half = mean.copy(data=half_width(values.transpose("seed", ...).values, axis=0))
     return xr.Dataset({"mean": mean, "low": mean - half, "high": mean + half})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from numbers import Real
 
 import pandas as pd
 import xarray as xr
@@ -15,10 +16,18 @@ from .record import experiment, has
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
+_KINDS = {"model": str, "data": str, "measure": str, "rounds": Real, "sparsity": Real, "seed": Real}
 _MODES = {
     "train": "training mode, where BatchNorm normalises by the batch",
     "eval": "eval mode, where BatchNorm normalises by its running statistics",
 }
+
+# What tables and claims have columns of their own for: a setting of such a name has another one there.
+_TAKEN = (
+    "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "seeds", "verdict",
+    "decrease_per_parameter", "decrease_within_layers", "loss_change", "norm_rate_change", "norm_acceleration_change",
+    "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy",
+)  # fmt: skip
 
 # Settings that no network feels.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
@@ -36,11 +45,20 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     measure, model and data are "", rounds 0 and sparsity NaN.
 
     Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
-    where a run does not depend on it.
+    where a run does not depend on it. Instrumented loops that said the same of themselves are told apart by their
+    labels, in a column ``record``.
+
+    Raises:
+        ValueError: two experiments are the same, so that their values would count twice.
     """
     rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
     others = [name for name in rows if name not in COMPARED_BY]
     rows[others] = rows[others].apply(_of_one_kind)
+    if other := [name for name in others if name in _TAKEN]:
+        rows = rows.rename(columns={name: f"{name} (setting)" for name in other})
+        others = [f"{name} (setting)" if name in other else name for name in others]
+    _tell_apart(rows, runs, others)
+    others = [name for name in rows if name not in COMPARED_BY]
     varied = rows.groupby(["model", "data"])[others].nunique().gt(1).any() if others else {}
     return rows[[*COMPARED_BY, *(name for name in others if varied[name])]]
 
@@ -85,7 +103,7 @@ def mean_by_measure(runs: Mapping[str, xr.DataTree], values: Mapping[str, float]
     found = table.run.map(dict(values)).groupby(
         [table[name] for name in (*compared_by(table), "measure")], dropna=False
     )
-    wide = found.mean().unstack("measure")
+    wide = found.agg(lambda of_seeds: of_seeds.mean(skipna=False)).unstack("measure")
     counts = wide.notna().sum(axis=1)
     whole = wide[counts == counts.max()].dropna(axis=1).mean()
     return whole.reindex([name for name in table.measure.unique() if name in whole])
@@ -120,6 +138,19 @@ def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
     return f"Prunings were measured in {' or in '.join(said)}." if said else ""
 
 
+def _tell_apart(rows: pd.DataFrame, runs: Mapping[str, xr.DataTree], others: list[str]) -> None:
+    """Give instrumented loops that said the same of themselves a column ``record`` with their labels.
+
+    Raises:
+        ValueError: experiments are the same: their values would count twice.
+    """
+    twice = rows[rows.duplicated([*COMPARED_BY, *others], keep=False)]
+    if same := [label for label in twice.index if experiment(runs[label])]:
+        raise ValueError(f"give one run of each measure, seed and condition, got {', '.join(map(str, same))} of one")
+    if len(twice):
+        rows["record"] = pd.Series(twice.index, index=twice.index)
+
+
 def _row(label: str, run: xr.DataTree) -> dict:
     settings = experiment(run) or _said(label, run)
     row = {name: value for name, value in settings.items() if name not in _OF_THE_RECORD}
@@ -147,6 +178,7 @@ def _of_one_kind(values: pd.Series) -> pd.Series:
 def _said(label: str, run: xr.DataTree) -> dict:
     """What the author of a loop said of the run, and its events of its pruning."""
     said = {name: value for name, value in run.attrs.items() if name not in ORIGIN and value is not None}
+    said = {name: value for name, value in said.items() if isinstance(value, _KINDS.get(name, object))}
     unknown = {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": 0}
     if not said.keys() & {"model", "data", "measure"}:
         return unknown | {name: value for name, value in said.items() if name == "seed"}

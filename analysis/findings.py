@@ -113,6 +113,7 @@ def final_accuracy(runs: Runs) -> str:
         return f"Final test accuracy{mean}: {whole}."
     best, worst = pruned.idxmax(), pruned.idxmin()
     spread = f"{last[worst]:.1%} ({name_of(worst)}) to {last[best]:.1%} ({name_of(best)})"
+    spread = spread if best != worst else f"{last[best]:.1%} ({name_of(best)})"
     said = f"Final test accuracy of the pruned networks{mean}: {spread}"
     return said + (f"; {whole}." if whole else ".") + _seeds(runs)
 

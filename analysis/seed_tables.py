@@ -29,7 +29,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Test accuracy by model, data, rounds and measure: mean ± half of its 95 % interval over seeds.
 
     Beside it what the pruning took: filters or weights, parameters and multiply-adds, means over seeds. Runs that did
-    not end are left out, and said under ``seeds``.
+    not end, or whose accuracy is not a number, are left out, and said under ``seeds``.
     """
     found = {label: outcome(run) for label, run in runs.items() if ended(run)}
     table = comparisons(runs)
@@ -43,7 +43,8 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     for title, name in titles.items():
         table[title] = [100 * float(found[label][name]) if label in found else np.nan for label in table.run]
     cells = {title: partial(_mean, digits=".1f", interval=title.startswith("test")) for title in titles}
-    return _over_seeds(table.assign(counts=table.run.isin(found)), same, cells)
+    known = table["test accuracy, %"].notna()
+    return _over_seeds(table.assign(counts=table.run.isin(found) & (known | ~known.any())), same, cells)
 
 
 def convergence_table(runs: Runs) -> pd.DataFrame:
@@ -62,7 +63,7 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     found = [_convergence(runs[label], start) for label, start in zip(table.run, since, strict=True)]
     if not any(found):
         raise MissingQuantityError("convergence needs runs that ended and logged their loss: recorder.log(loss=...)")
-    table = table.assign(counts=[bool(one) for one in found]).join(pd.DataFrame(found))
+    table = table.assign(counts=[bool(one) and np.isfinite(one["area"]) for one in found]).join(pd.DataFrame(found))
     cells = {title: partial(_mean, digits=".3g", interval=True) for title in ("area", "final loss")}
     return _over_seeds(table, same, cells | {f"steps to {share:.0%}": _median_steps for share in SHARES})
 
@@ -165,5 +166,6 @@ def _in_print(table: pd.DataFrame) -> pd.DataFrame:
 
 def _telling(table: pd.DataFrame, names: list[str]) -> list[str]:
     """The columns that tell rows apart: all but a sparsity that all pruned networks have in common."""
-    common = "sparsity" in names and table.sparsity[table.sparsity > 0].nunique() < 2
+    pruned = table[table.measure != "none"] if "measure" in table else table
+    common = "sparsity" in names and pruned.sparsity.nunique(dropna=False) < 2
     return [name for name in names if not (common and name == "sparsity")]

@@ -14,6 +14,10 @@ _LATEX = {
     "∞": r"\infty", ">": ">", "<": "<", "≥": r"\geq",
 }  # fmt: skip
 
+_ESCAPED = {letter: rf"\{letter}" for letter in "%_&#${}"} | {
+    "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
 
 def as_text(table: pd.DataFrame) -> str:
     """A table as aligned text."""
@@ -77,7 +81,7 @@ def cell(value: object) -> str:
     """A value in print, with three digits."""
     if isinstance(value, float):
         return MISSING if pd.isna(value) else _number(value)
-    return str(value)
+    return " ".join(str(value).splitlines())
 
 
 def _number(value: float) -> str:
@@ -85,5 +89,6 @@ def _number(value: float) -> str:
 
 
 def _latex(text: str) -> str:
-    escaped = "".join(f"\\{letter}" if letter in "%_&#$" else letter for letter in text).replace("–", "--")
-    return "".join(rf"\ensuremath{{{_LATEX[letter]}}}" if letter in _LATEX else letter for letter in escaped)
+    return "".join(
+        _ESCAPED.get(letter) or (rf"\ensuremath{{{_LATEX[letter]}}}" if letter in _LATEX else letter) for letter in text
+    )

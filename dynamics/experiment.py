@@ -110,6 +110,10 @@ class Experiment:
             fits, kind = _KINDS[field.type]
             if not fits(value := getattr(self, field.name)):
                 raise ValueError(f"{field.name} must be {kind}, got {value!r}")
+            if field.type == "float":  # 1 and 1.0 are one experiment
+                object.__setattr__(self, field.name, float(value))
+            elif field.type == "tuple[float, ...]":
+                object.__setattr__(self, field.name, tuple(map(float, value)))
         self._check_choices()
         self._check_ranges()
 

@@ -13,10 +13,11 @@ import torch
 from . import checkpoint
 from .data import Data, load
 from .device import find_device
+from .errors import one_line
 from .experiment import Experiment
 from .models import build
 from .pruning import PROTOCOLS
-from .reading import check
+from .reading import RecordError, check
 from .recorder import Recorder
 from .reproducible import reproducible
 from .store import Store
@@ -91,6 +92,12 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
         return False
     try:
         attributes = check(path)[".zattrs"]
+    except RecordError as error:
+        reason = one_line(error).removeprefix(f"{path} ")
+        raise FileExistsError(
+            f"{path} exists already, and {reason}: choose another path, or remove it first"
+        ) from error
+    try:
         recorded = Experiment.of(json.loads(attributes["experiment"])).identity
     except (KeyError, TypeError, ValueError) as error:  # not a record, or not an experiment's
         raise FileExistsError(f"{path} exists already: choose another path, or remove it first") from error

@@ -218,7 +218,7 @@ class StepCurvature:
             self._say_once(
                 f"the loss of step {step} was logged as {logged:.4g}, and the objective is {objective:.4g} on its "
                 f"batch; the gradients have cosine {cosine:.3f}. If it was the loop's loss that was logged, /curvature "
-                "is of another: give the recorder the same, Recorder(..., objective=lambda model, batch: <scalar loss>)",
+                "is of another: give the recorder the same, Recorder(..., objective=lambda model, batch: <the loss>)",
                 "doubtful",
             )
 

@@ -132,6 +132,7 @@ class Training:
                     train_loss=train[0], train_accuracy=train[1], test_loss=test[0], test_accuracy=test[1],
                     seconds=time.perf_counter() - started,
                 )  # fmt: skip
+                self._check_finite(epoch + 1)
                 bar.set_postfix_str(f"epoch {epoch + 1}/{len(schedule)}, test accuracy {test[1]:.1%}")
                 if self._pruner is not None and epoch < self.experiment.rounds:
                     self._prune(epoch + 1)
@@ -139,6 +140,11 @@ class Training:
                 recorder.flush()
                 if recorder.failure is None:  # else the record would not reach as far as the checkpoint
                     checkpoint.save(path, self.state())
+
+    def _check_finite(self, epoch: int) -> None:
+        """Raise ValueError where parameters are no numbers any more: they will never be again."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise ValueError(f"the training diverged in epoch {epoch}: parameters are not finite any more")
 
     def _epoch(self, tick: Callable[[], object]) -> tuple[float, float]:
         """Train for one epoch; mean loss and accuracy over its steps."""

@@ -58,7 +58,7 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
             return
         try:
             client = stack.enter_context(Client(scheduler))
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             advice = "give the address that `dask scheduler` prints, e.g. tcp://10.0.0.1:8786"
             raise OSError(f"no scheduler answers at {scheduler}: {advice}") from error
         yield client

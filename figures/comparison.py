@@ -18,7 +18,7 @@ from analysis.record import event_epochs
 from dynamics.schema import label as label_of
 
 from . import panels
-from .layout import by_measure, events_of, grid, legend_below, rows_of
+from .layout import by_measure, events_of, grid, legend_below, named, rows_of
 from .style import named_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -39,7 +39,7 @@ def accuracy(runs: Runs) -> Figure:
             ax.axvline(float(of["none"].test_accuracy.mean()), color="0.7", linewidth=0.9, zorder=0)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         panels.percent(ax.xaxis)
-        ax.set_title(name, fontsize=8)
+        named(ax, name)
     figure.supxlabel("test accuracy", fontsize=9)
     return figure
 
@@ -65,7 +65,7 @@ def convergence(runs: Runs) -> Figure:
         axes[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
         axes[2].set_visible(any(reached.size for reached in steps.values()))
-        axes[0].set_title(name, fontsize=8)
+        named(axes[0], name, panels=3)
     legend_below(figure)
     return figure
 
@@ -86,7 +86,7 @@ def norms(runs: Runs) -> Figure:
             panels.draw_events(events[name], ax=ax)
             ax.set(ylabel=label_of(quantity))
             ax.set_visible(any(quantity in values for values in of.values()))
-        axes[0].set_title(name, fontsize=8)
+        named(axes[0], name, panels=len(axes))
     legend_below(figure)
     return figure
 
@@ -106,7 +106,7 @@ def training_curves(runs: Runs) -> Figure:
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set(ylabel=label_of(quantity))
         panels.percent(axes[1].yaxis)
-        axes[0].set_title(name, fontsize=8)
+        named(axes[0], name, panels=len(axes))
     legend_below(figure)
     return figure
 
@@ -125,7 +125,7 @@ def filters_left(runs: Runs) -> Figure:
             panels.draw_over_layers(share["mean"], ax=ax, alpha=0.9, **style | {"markersize": 3.5})
             panels.draw_band(share.assign_coords(layer=np.arange(share.sizes["layer"])), ax=ax, color=style["color"])
         ax.set(ylim=(0, 1.04), ylabel="share of filters left")
-        ax.set_title(name, fontsize=8)
+        named(ax, name)
     legend_below(figure)
     return figure
 
@@ -143,7 +143,7 @@ def stability(runs: Runs) -> Figure:
         ax.axhline(2, color="0.3", linewidth=1)
         panels.draw_events(events[name], ax=ax)
         ax.set(ylabel="Δt gᵀHg/‖g‖²")
-        ax.set_title(name, fontsize=8)
+        named(ax, name)
     legend_below(figure)
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 
 import matplotlib.pyplot as plt
@@ -64,6 +65,12 @@ def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.D
             ax.set_xlabel(xlabel)
             ax.tick_params(labelbottom=True)
     figure.supylabel(ylabel, fontsize=9)
+
+
+def named(ax: Axes, condition: str, *, panels: int = 1) -> None:
+    """Give one or several panels in a row the name of their condition for a title, in as many lines as they take."""
+    inches = ax.get_position().width * ax.figure.get_figwidth() * panels
+    ax.set_title(textwrap.fill(condition, int(17 * inches)), fontsize=8)
 
 
 def legend_below(figure: Figure, *others: Line2D) -> None:

@@ -168,6 +168,11 @@ def claim(name: str) -> str:
     return FIGURES[name].__doc__.strip().splitlines()[0]
 
 
+def compares(name: str) -> bool:
+    """Whether a figure lays measures side by side: its claim is about several."""
+    return FIGURES[name].__module__ == comparison.__name__
+
+
 def caption(name: str) -> str:
     """How to read a figure: the rest of its docstring."""
     return " ".join(FIGURES[name].__doc__.split("\n", 1)[1].split())

@@ -22,7 +22,7 @@ from analysis.record import experiment
 from analysis.typeset import cell
 from dynamics.places import check_folder
 
-from .paper import FIGURES, Runs, caption, claim, draw
+from .paper import FIGURES, Runs, caption, claim, compares, draw
 from .style import theme
 
 # What the report's first lines say of an experiment.
@@ -77,6 +77,7 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
     check_folder(folder, "figures and report", "out/figures")
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = [], {}
+    alone = conditions(runs).measure.nunique() < 2
     for name in each(list(FIGURES)):
         try:
             figure = draw(name, runs)
@@ -86,7 +87,8 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
                 (folder / name).with_suffix(suffix).unlink(missing_ok=True)
             continue
         png = _save(figure, folder / name, _origin(runs))
-        drawn.append(Drawn(name, claim(name), caption(name), _finding(name, runs), png))
+        heading = name.replace("_", " ").capitalize() if alone and compares(name) else claim(name)
+        drawn.append(Drawn(name, heading, caption(name), _finding(name, runs), png))
     if not drawn:
         raise MissingQuantityError(next(iter(missing.values())))
     page = folder / "report.html"

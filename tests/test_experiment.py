@@ -261,7 +261,7 @@ def test_impossible_settings_are_refused(change: dict, message: str) -> None:
 def test_an_existing_record_is_not_touched(tmp_path: Path, data: Data) -> None:
     (tmp_path / "run.zarr").mkdir()
     (tmp_path / "run.zarr" / "precious").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"run.zarr exists already: choose another path, or remove it first"):
+    with pytest.raises(FileExistsError, match=r"run.zarr exists already, and is not a .* or remove it first"):
         run(TINY, tmp_path / "run.zarr", data=data)
     assert [path.read_text() for path in (tmp_path / "run.zarr").iterdir()] == ["mine"]
 
@@ -281,3 +281,13 @@ def test_more_than_can_be_pruned_is_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match=r"asks for \d+ units more to go, but only \d+ can"):
         run(settings, tmp_path / "run.zarr", data=data)
     assert not (tmp_path / "run.zarr").exists()
+
+
+@pytest.mark.parametrize("measure", ["none", "magnitude"])
+def test_a_training_that_diverges_fails_and_says_when(tmp_path: Path, data: Data, measure: str) -> None:
+    settings = replace(TINY, measure=measure, rounds=1, learning_rates=(0.1, 1e300))
+    with pytest.raises(ValueError, match="the training diverged in epoch 3: parameters are not finite any more"):
+        run(settings, tmp_path / "run.zarr", data=data)
+    record = xr.open_datatree(tmp_path / "run.zarr")
+    assert record["epochs"].sizes["epoch"] == 3
+    assert "finished" not in record.attrs

@@ -209,3 +209,28 @@ def test_a_record_of_an_event_alone_has_a_report(tmp_path: Path) -> None:
     page = write_report({"event": open_run(tmp_path / "event.zarr")}, tmp_path / "drawn", records=["event.zarr"])
     assert (tmp_path / "drawn" / "pruning_effect.png").is_file()
     assert "quantities_per_layer</code>: no quantity per layer" in page.read_text(encoding="utf-8")
+
+
+def test_a_report_of_one_measure_claims_no_comparison(runs: dict[str, xr.DataTree], tmp_path: Path) -> None:
+    write_report({"magnitude": runs["magnitude"]}, tmp_path / "one", records=["magnitude.zarr"])
+    write_report(runs, tmp_path / "all", records=["all.zarr"])
+    one, several = ((tmp_path / name / "report.html").read_text() for name in ("one", "all"))
+    for name in ("accuracy", "convergence"):
+        assert claim(name).split("‖")[0] in several
+        assert claim(name).split("‖")[0] not in one
+        assert f". {name.capitalize()}<" in one
+    assert " to " not in FINDINGS["accuracy"]({"magnitude": runs["magnitude"]})
+
+
+def test_a_long_condition_is_a_title_of_several_lines(runs: dict[str, xr.DataTree]) -> None:
+    of_rates = {}
+    for rates in ([0.1, 0.01, 0.001], [0.123456, 1e-20, 0.000123456]):
+        run = runs["magnitude"].copy()
+        run.attrs = {"model": "a network", "data": "images", "measure": "magnitude", "learning_rates": rates}
+        of_rates[str(rates)] = run
+    figure = draw("accuracy", of_rates)
+    figure.canvas.draw()
+    titles = [text for ax in figure.axes for text in (ax.title, ax._left_title) if text.get_text()]
+    assert [text.get_text().count("\n") for text in titles] == [1, 1]
+    one, other = (text.get_window_extent() for text in titles)
+    assert not one.overlaps(other)

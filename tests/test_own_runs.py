@@ -9,6 +9,7 @@ import xarray as xr
 from torch import nn
 
 import analysis
+from analysis import STATISTICS
 from dynamics import Recorder
 from dynamics.pruning import Pruner
 from dynamics.summary import summary
@@ -126,3 +127,37 @@ def test_what_no_table_could_read_is_refused_and_nothing_written(tmp_path, attri
 
 def test_show_says_what_a_run_was_said_to_be(runs) -> None:
     assert summary(runs["magnitude-2"]).startswith("experiment  model my net, data my images, seed 2\n")
+
+
+def of(test_accuracy: float = 0.5, **said: object) -> xr.DataTree:
+    """A run of someone's loop that said so of itself, and has an accuracy."""
+    epochs = xr.Dataset({"test_accuracy": ("epoch", [test_accuracy])}, coords={"epoch": [0]})
+    attributes = {"model": "m", "data": "d", "measure": "x", "rounds": 1, "sparsity": 0.5} | said
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), "/epochs": epochs})
+
+
+@pytest.mark.parametrize("name", ["run", "record", "rank", "counts", "value", "claim", "verdict", "p", *STATISTICS])
+def test_a_setting_may_have_any_name(name: str) -> None:
+    runs = {
+        f"{value}-{seed}": of(value / 8, seed=seed, **{name: value}) for value in (1, 4) for seed in (0, 1)
+    }  # fmt: skip
+    table = analysis.accuracy_table(runs)
+    assert table["seeds"].tolist() == ["2", "2"]
+    assert table["test accuracy, %"].tolist() == ["12.5 ± 0.0", "50.0 ± 0.0"]
+    assert len(analysis.claims_table(analysis.claims(runs))) > 0
+    assert analysis.statistics(runs)[f"{name} (setting)"].tolist() == [1, 1, 4, 4]
+
+
+def test_runs_that_said_the_same_are_told_apart_by_their_labels() -> None:
+    runs = {"a": of(0.25), "b": of(0.5), "other": of(0.75, seed=1)}
+    table = analysis.conditions(runs)
+    assert table.record.tolist()[:2] == ["a", "b"]
+    assert table.record.isna().tolist() == [False, False, True]
+    assert analysis.accuracy_table(runs)["seeds"].tolist() == ["1", "1", "1"]
+
+
+def test_what_a_stranger_said_in_another_kind_is_not_compared_by() -> None:
+    table = analysis.conditions({"odd": of(sparsity="70 %", rounds=[1], model=3)})
+    assert table.model.tolist() == [""]
+    assert table.rounds.tolist() == [0]
+    assert table.sparsity.isna().all()

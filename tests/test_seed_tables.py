@@ -11,6 +11,7 @@ from synthetic_runs import record, runs
 
 import analysis
 from analysis.__main__ import main
+from analysis.comparison import mean_and_interval
 from analysis.conditions import several_seeds
 from analysis.overview import overview
 from analysis.seed_tables import VERDICTS, chance, claims_table, verdict_table
@@ -191,3 +192,52 @@ def test_latex_tables_need_no_unicode(some: dict[str, xr.DataTree]) -> None:
     ):
         assert as_latex(table).isascii()
     assert set(FORMATS) == {"text", "markdown", "latex"}
+
+
+def with_sparsity(run: xr.DataTree, sparsity: float) -> xr.DataTree:
+    settings = json.loads(run.attrs["experiment"]) | {"sparsity": sparsity}
+    run.attrs["experiment"] = json.dumps(settings)
+    return run
+
+
+def test_no_sparsity_is_averaged_with_another(some: dict[str, xr.DataTree]) -> None:
+    nothing = {f"none of it {seed}": with_sparsity(record("magnitude", seed, accuracy=0.9), 0.0) for seed in range(3)}
+    table = analysis.accuracy_table({label: run for label, run in some.items() if label != "more"} | nothing)
+    assert table.index.names == ["model", "data", "rounds", "sparsity", "measure"]
+    assert table.seeds.xs("magnitude", level="measure").tolist() == ["3", "3"]
+    assert table.seeds.xs("not pruned", level="measure").tolist() == ["1", "1"]
+
+
+def test_a_run_that_came_to_no_number_is_said_not_passed_over(some: dict[str, xr.DataTree]) -> None:
+    diverged = some | {"magnitude 1": record("magnitude", 1, accuracy=np.nan, area=np.nan)}
+    for table in (analysis.accuracy_table(diverged), analysis.convergence_table(diverged)):
+        assert table.seeds.tolist() == ["1", "2 of 3", "1", "1"]
+    found = mean_and_interval(xr.DataArray([[1.0, 2.0], [3.0, np.nan]], dims=("seed", "step")))
+    assert found["mean"].values.tolist() == pytest.approx([2.0, np.nan], nan_ok=True)
+
+
+def test_the_same_experiment_twice_is_refused(some: dict[str, xr.DataTree]) -> None:
+    for label in ("none", "magnitude 0"):
+        with pytest.raises(ValueError, match=rf"give one run of each measure, .*, got {label}, again of one"):
+            analysis.accuracy_table(some | {"again": some[label].copy()})
+
+
+def test_equal_accuracies_in_all_seeds_give_no_verdict() -> None:
+    same = {"gradient_norm_increase": {"accuracy": 0.7}}
+    found = runs(seeds=2, **same)
+    for label, run in found.items():
+        run["epochs"] = (
+            run["epochs"]
+            .to_dataset()
+            .assign(test_accuracy=("epoch", [0.1, 0.7 if label.startswith("gradient_norm_increase") else 0.75]))
+        )
+    row = analysis.claims(found).set_index("claim").loc["iii.e"]
+    assert row.verdict == "no verdict (seeds do not differ)"
+    assert np.isnan([row.low, row.high, row.p]).all()
+    assert row.value == pytest.approx(-0.05)
+
+
+def test_latex_sets_what_anyone_may_call_a_model() -> None:
+    table = pd.DataFrame({"model": ["net{x} \\ ~ ^2_a\nb"], "x": [1.0]}).set_index("model")
+    row = as_latex(table).splitlines()[-3]
+    assert row == r"net\{x\} \textbackslash{} \textasciitilde{} \textasciicircum{}2\_a b & 1 \\"

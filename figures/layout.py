@@ -70,7 +70,7 @@ def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.D
 def named(ax: Axes, condition: str, *, panels: int = 1) -> None:
     """Give one or several panels in a row the name of their condition for a title, in as many lines as they take."""
     inches = ax.get_position().width * ax.figure.get_figwidth() * panels
-    ax.set_title(textwrap.fill(condition, int(17 * inches)), fontsize=8)
+    ax.set_title(textwrap.fill(condition, int(20 * inches)), fontsize=8)
 
 
 def legend_below(figure: Figure, *others: Line2D) -> None:

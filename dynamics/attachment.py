@@ -57,9 +57,9 @@ class Attachment:
         if self._stepping is not None or number in self._stepped:
             self._finish()
         self._stepping = number
-        if not self._stepped:
-            self._steps.begin()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        if not self._stepped:
+            self._steps.begin(waits=callable(closure))
         if not callable(closure):
             self._steps.take_gradient(number)
             return None

@@ -57,7 +57,7 @@ class Steps:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
         self._hooks, self._rows, self._epochs, self._names, self._every = hooks, rows, epochs, names, every
         self.number, self._flow_time = place.step, place.flow_time
-        self.busy, self._begun = False, False
+        self.busy = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
         self._await_forward()
 
@@ -70,22 +70,30 @@ class Steps:
         """A scalar for a row."""
         self._rows.logged.add(name, value, self._batches.mark)
 
-    def begin(self) -> None:
-        """Keep θ as it is before the step, and what the curvature needs of this moment."""
+    def begin(self, *, waits: bool) -> None:
+        """Keep θ as it is before the step, and what the curvature needs of this moment, or of that of the gradient.
+
+        That of a closure is there, and the batches are that it may read itself, when it has returned.
+        """
         self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
-        self._begun, self._skips = self._curvature.ready(self.number) or self._records(), {}
+        may_measure = self._curvature.due(self.number) if waits else self._curvature.ready(self.number)
+        self._begun, self._skips, self._waits = may_measure or self._records(), {}, waits
         if not self._begun:
             return
         with self.measuring("first-order quantities"):
             self._measurement.begin()
-            self._curvature.begin(self.number)
+            if not waits:
+                self._curvature.begin(self.number)
 
     def take_gradient(self, number: int) -> None:
         """Keep g before an optimizer applies it: it may overwrite it."""
         if self._begun:
             with self.measuring("first-order quantities"):
                 self._measurement.take_gradient(number)
+                if self._waits:
+                    self._waits = False
+                    self._curvature.begin(self.number)
 
     def take_update(self, number: int) -> None:
         """Take what an optimizer did, before anything else changes θ."""

@@ -217,3 +217,35 @@ def test_a_model_whose_parts_alone_are_called(tmp_path: Path, loaders: int) -> N
 
     check(tmp_path / "run", model, objective, loop)
     assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+@pytest.mark.parametrize("watch", ["inside", "outside"])
+def test_a_closure_that_reads_the_whole_loader_is_one_step(tmp_path: Path, watch: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).double()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.3, max_iter=3)
+    x, y = torch.randn(20, 4).double(), torch.arange(20) % 3
+    loader, whole = list(zip(x.split(8), y.split(8), strict=True)), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for _ in range(4):
+            losses: list[float] = []
+
+            def closure(losses: list[float] = losses) -> torch.Tensor:
+                optimizer.zero_grad()
+                total = 0.0
+                for inputs, labels in recorder.watch(loader) if watch == "inside" else loader:
+                    if watch == "outside":
+                        recorder.observe((inputs, labels))
+                    loss = F.cross_entropy(model(inputs), labels, reduction="sum") / 20
+                    loss.backward()
+                    total += loss.detach()
+                losses.append(float(total))
+                return torch.as_tensor(total)
+
+            optimizer.step(closure)
+            whole.append(losses[0])
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, whole, rtol=1e-12)
+    applied, own = (run["curvature"][name].sum("layer") for name in ("applied_grad_sqnorm", "grad_sqnorm"))
+    np.testing.assert_allclose(applied, own, rtol=1e-10)
+    assert run["steps"].epoch.values.tolist() == ([0, 1, 2, 3] if watch == "inside" else [0, 0, 0, 0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +15,7 @@ from .batch import sample_count
 from .batches import Batches, Seen
 from .captured_curvature import CapturedCurvature
 from .errors import named
+from .logged_loss import LoggedLoss
 from .moment import Moment
 from .probe import Objective, Probe
 from .processes import Processes
@@ -24,8 +24,6 @@ from .step import Measurement
 _Measured = TypeVar("_Measured")
 _DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
 _SURE = 1 - 1e-6
-_EXPLAINED = 1 - 1e-3  # where it is nearer, rounding to half precision explains it
-_LOSSES_AGREE = 0.02
 _OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., objective=lambda model, batch: <scalar loss>)"
 _MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
 
@@ -64,16 +62,6 @@ class _Found(NamedTuple):
     cosine: float
 
 
-@dataclass
-class _Doubt:
-    """A step whose gradient is not the objective's: what its loss was, by the objective and as it was logged."""
-
-    step: int
-    cosine: float
-    objective: Tensor
-    logged: float | Tensor | None = None
-
-
 class StepCurvature:
     """Measures the curvature of every so-manieth step, 0 for none.
 
@@ -99,7 +87,7 @@ class StepCurvature:
         self._probes: list[_Candidate] = []
         self._way = _Way()  # the likeliest
         self._said: set[str] = set()
-        self._doubts: list[_Doubt] = []
+        self._loss = LoggedLoss()
         self.unseen = 0  # steps that were due, and taken, before any batch was seen
         if every and processes.sharded:
             self.stop()
@@ -179,8 +167,7 @@ class StepCurvature:
         if values is None:
             return None
         self._batches.bystanders.of_objective(best.probe.others)
-        if best.cosine < _EXPLAINED:
-            self._doubts.append(_Doubt(step, best.cosine, best.loss.detach().clone()))
+        self._loss.measured(step, best.cosine, best.loss)
         if best.cosine < _DOUBTFUL:
             self._say_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
@@ -200,27 +187,11 @@ class StepCurvature:
         return self._processes.mean_values(values)
 
     def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
-        """Take what the loop logged as a step's loss; say, once, where neither it nor its gradient is the objective's.
-
-        That is looked at when something is measured next, or in the end: a loss on a GPU would have to be waited for.
-        """
-        for doubt in self._doubts:
-            if doubt.step == step and loss is not None:
-                doubt.logged = loss
+        """What the loop logged as a step's loss; it is looked at when the next is measured, or in the end."""
+        self._loss.logged(step, loss)
         if last or self.due(step + 1):
-            known, self._doubts = self._doubts, [doubt for doubt in self._doubts if doubt.step > step]
-            for doubt in known:
-                if doubt.logged is not None:
-                    self._compare(doubt.step, doubt.cosine, float(doubt.objective), float(doubt.logged))
-
-    def _compare(self, step: int, cosine: float, objective: float, logged: float) -> None:
-        if not abs(logged - objective) <= _LOSSES_AGREE * max(abs(logged), abs(objective)):
-            self._say_once(
-                f"the loss of step {step} was logged as {logged:.4g}, and the objective is {objective:.4g} on its "
-                f"batch; the gradients have cosine {cosine:.3f}. If it was the loop's loss that was logged, /curvature "
-                "is of another: give the recorder the same, Recorder(..., objective=lambda model, batch: <the loss>)",
-                "doubtful",
-            )
+            for difference in self._loss.differing(step):
+                self._say_once(difference, "doubtful")
 
     def _are_others_lost(self, probe: Probe) -> bool:
         """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""

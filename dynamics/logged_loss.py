@@ -48,8 +48,8 @@ class LoggedLoss:
             logged, objective = float(doubt.logged), float(doubt.objective)
             if not abs(logged - objective) <= _AGREE * max(abs(logged), abs(objective)):
                 yield (
-                    f"the loss of step {doubt.step} was logged as {logged:.4g}, and the objective is {objective:.4g} on "
-                    f"its batch; the gradients have cosine {doubt.cosine:.3f}. If it was the loop's loss that was "
+                    f"the loss of step {doubt.step} was logged as {logged:.4g}, and the objective is {objective:.4g} "
+                    f"on its batch; the gradients have cosine {doubt.cosine:.3f}. If it was the loop's loss that was "
                     "logged, /curvature is of another: give the recorder the same, Recorder(..., objective=lambda "
                     "model, batch: <the loss>)"
                 )

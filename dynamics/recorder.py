@@ -24,7 +24,6 @@ from .arguments import (
     as_number,
     check_arguments,
     check_attributes,
-    check_description,
     check_epoch,
     check_resume,
     check_scalar,
@@ -35,20 +34,18 @@ from .attachment import Attachment
 from .batches import Batches
 from .buffer import Buffer
 from .epochs import Epochs
-from .errors import named
-from .event import Event, Stage, effect
+from .event import Event
+from .events import Events
 from .groups import Groups
 from .layers import Layers
-from .moment import Moment
 from .optimizer_hooks import OptimizerHooks
-from .probe import Objective, Probe, cross_entropy_objective, unwrap
+from .probe import Objective, cross_entropy_objective, unwrap
 from .processes import Processes
 from .resuming import begin
 from .rows import Rows
 from .step import Measurement
 from .step_curvature import StepCurvature
 from .steps import Steps
-from .structure import Structure
 from .termination import on_termination
 from .watched import Watched, watched
 
@@ -120,27 +117,26 @@ class Recorder:
         check_resume(resume, step)
         names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
         held, self._path = optimizers(optimizer), path
-        self._model, self._objective, self._processes = unwrap(model), objective, Processes(model)
-        self._layers = Layers(self._model)
+        network, processes = unwrap(model), Processes(model)
+        self._layers = Layers(network)
         groups = Groups(held, self._layers)
-        measurement = Measurement(self._layers, groups, self._processes, names, curvature_names)
+        measurement = Measurement(self._layers, groups, processes, names, curvature_names)
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
         present = measurement.present()
-        store, place = self._processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
-        place = self._processes.told(place)
+        store, place = processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
+        place = processes.told(place)
         measurement.start_from(store, begins=place.step == 0)
-        self._events = place.events
-        self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
-        self._units: list[tuple[str, int]] = []  # that events told of
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
-        counted = [] if self._processes.replicated else self._layers.parameters
+        counted = [] if processes.replicated else self._layers.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)
-        probing = self._model, objective, self._batches, measurement, self._processes
+        probing = network, objective, self._batches, measurement, processes
         self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
         self._epochs = Epochs(place.epoch, self._batches, lambda: self._steps.number)
-        hooks = OptimizerHooks(self._model, [*held, *as_given(optimizer)])
+        hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])
         parts = groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs
         self._steps = Steps(*parts, place, names, every)
+        common = self._layers, processes, self._steps, self._epochs, self._rows
+        self._events = Events(network, objective, *common, place.events)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
@@ -219,26 +215,10 @@ class Recorder:
             ValueError: an argument is not what it must be, or was of another kind in an event before, or a parameter
                 changes its shape inside.
         """
-        if not isinstance(probe, list | tuple) or not probe or mode not in ("train", "eval"):
-            raise ValueError(f"event() needs a list of batches and mode 'train' or 'eval'; got {probe!r:.60}, {mode!r}")
-        if self._processes.sharded:
-            raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
-        check_description(kind, attributes, self._kinds)
-        attributes = {name: as_number(value) for name, value in attributes.items()}
+        self._events.check(kind, probe, mode, attributes)
         self._attachment.end()
-        moment, structure = Moment(self._model, self._layers.device, self._objective), Structure(self._model)
-        before = self._stage(probe, mode, [moment] * len(probe))
-        yield (event := Event(self._model, self._units))
-        after = self._stage(probe, mode, [moment.later()] * len(probe))
-        now = {"step": self._steps.number, "epoch": self._epochs.present}
-        row = {"event": self._events, "kind": kind, "mode": mode, **now}
-        with structure.again():  # predictions are of the network before
-            found = effect(self._layers, before, after)
-        self._rows.add("pruning", row | attributes | found)
-        self._rows.add_units(self._events, event)
-        self._kinds |= {name: isinstance(value, str) for name, value in attributes.items()}
-        self._units = event.unit_labels() or self._units
-        self._events += 1
+        with self._events.measured(kind, probe, mode, attributes) as event:
+            yield event
 
     def flush(self) -> None:
         """Write all that was recorded so far and wait for it: before a checkpoint is saved, say."""
@@ -310,16 +290,6 @@ class Recorder:
     def measuring(self) -> bool:
         """Whether the recorder itself is evaluating the model right now: hooks of one's own may want to wait."""
         return self._steps.busy
-
-    def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
-        with self._steps.measuring():
-            self._layers.refresh()
-            probe = Probe(self._model, self._objective, batches, mode=mode, moments=moments)
-            try:
-                expansion = probe.expand()
-            except Exception as error:
-                raise ValueError(f"event(): the objective failed on the probe's batches with {named(error)}") from error
-            return Stage(self._layers, self._processes, expansion)
 
 
 def _device_name(device: torch.device) -> str:

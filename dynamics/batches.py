@@ -32,7 +32,9 @@ class Seen:
     moment: Moment | None
     first_moment: Moment | None = None
     last_moment: Moment | None = None
+    source: Any = None  # the pass over the data that it came from
     passed: bool = False
+    looked: bool = False  # the model ran without gradients when it was the last
     passed_at: int = 0  # the number of backward passes before its forward pass
     again: bool = False  # a step of it has been taken already
     certain: bool = True  # else the loop may have gone on to other batches
@@ -79,7 +81,7 @@ class Batches:
         self._windows: list[tuple[int, int]] = []  # the candidates
         self._counts = bool(counted)
         self._passes = BackwardPasses(counted)
-        self._forward_passes = ForwardPasses(self._model, self._pass_begins)
+        self._forward_passes = ForwardPasses(self._model, self._pass_begins, self._look)
         self.bystanders = Bystanders(self._model, objective)
         trained, frozen = (
             sum(one.numel() for one in self._model.parameters() if one.requires_grad == wanted)
@@ -107,7 +109,7 @@ class Batches:
 
     def _pass_begins(self, module: nn.Module) -> None:
         """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
-        if self._asleep() or self.failure:
+        if not self._awaits or self._asleep() or self.failure:
             return
         with self._not_in_the_loop():
             self.repeat(due=True)
@@ -119,6 +121,17 @@ class Batches:
             elif self._seen:
                 self._seen[-1].last_moment = again = self._moment()
                 again.others = self._seen[-1].moment.others
+
+    def _look(self) -> None:
+        """The model runs without gradients: it evaluates the last batch, if that is not one to train on after all."""
+        if self._seen and not self._seen[-1].passed:
+            self._seen[-1].looked = True
+
+    @property
+    def source(self) -> Any:
+        """The pass over the data that the step's last batch came from; None if that is not known."""
+        ours = [seen for seen in self._seen if not seen.looked] or self._seen
+        return ours[-1].source if ours else None
 
     def _are_moved(self) -> bool:
         """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
@@ -146,9 +159,10 @@ class Batches:
             for seen in self._seen:
                 if seen.evaluated_at is not None and (gone or seen.evaluated_at == self.mark.backwards):
                     seen.passed, seen.evaluated_at = False, None
-        return next((seen for seen in self._seen if not seen.passed), None)
+        waiting = [seen for seen in self._seen if not seen.passed]
+        return next((seen for seen in waiting if not seen.looked), waiting[0] if waiting else None)
 
-    def add(self, batch: Any, *, due: bool, stays: bool = False) -> None:
+    def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
         self.told = True
         if self._seen and self._seen[0].again and not self.mark.pending:  # a forward pass that led to nothing
@@ -163,7 +177,7 @@ class Batches:
                 )
             self._idle = True
             self._seen = self._seen[-1:]
-        self._see(batch, due=due)
+        self._see(batch, due=due, source=source)
 
     def repeat(self, *, due: bool) -> None:
         """A further step of the batch that stays, if one does."""
@@ -176,8 +190,8 @@ class Batches:
         if whole:
             self._staying = []
 
-    def _see(self, batch: Any, *, due: bool, again: bool = False) -> None:
-        seen = Seen(batch, None, again=again, certain=self._stays_surely or not again)
+    def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
+        seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source)
         self._seen.append(self._kept(seen) if due else seen)
         if due and self._awaits and not self._compiled:
             self._look_for_passes()
@@ -210,6 +224,8 @@ class Batches:
         """
         self._passes.choose()
         self.lost = self._are_moved()
+        if any(seen.passed for seen in self._seen):
+            self._seen = [seen for seen in self._seen if seen.passed or not seen.looked]
         total, count = len(self._seen), self._passes.count
         windows = [self._window(count), (total - count, total), (0, count), (total - 1, total)] if count else []
         windows += [(self._of_epoch, total)] if self._passes else []
@@ -246,16 +262,23 @@ class Batches:
         """Which batches wait for their step now, to :meth:`wait_again`."""
         return list(self._seen), self._staying, self._stays_surely, self._of_epoch
 
+    def look_for_evaluation(self) -> Callable[[], bool]:
+        """From now on; what is returned says whether the model has run since, as far as that can be known."""
+        if not self._compiled and self.failure is None:
+            self._look_for_passes()
+        before = self._forward_passes.count
+        return lambda: self._forward_passes.count > before
+
     def wait_again(self, waiting: Any) -> None:
         """The batches that did wait for their step, and none that came since."""
         self._seen, self._staying, self._stays_surely, self._of_epoch = waiting
 
     def begin_epoch(self) -> None:
         """A pass over the data begins."""
+        if not self._counts:
+            self._seen = []
         self._of_epoch = len(self._seen)
         self.leave()
-        if not self._counts:
-            self.clear()
 
     def clear(self) -> None:
         """Forget the batches whose step is taken: all but those that were read ahead."""

@@ -1,77 +1,70 @@
-"""Epochs: which passes over the data are some, and which only look."""
+"""Epochs: which passes over the data the steps are of, and which passes only look."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from .batches import Batches
-
-
-class _Pass(NamedTuple):
-    """A pass over the data that has begun, and what there was before."""
-
-    epoch: int
-    since: int
-    step: int
-    backwards: int
-    batches: Any
+from .logged import Logged
+from .resuming import Place
 
 
 class Epochs:
-    """Counts passes over the data by the steps that are taken in them.
+    """Counts the passes over watched data that steps are of, unless the loop counts them itself.
 
-    A pass in which none was taken is no epoch by itself: it was an evaluation, or a look at a batch. If steps follow
-    it, though, before another pass begins, all was read before it was used, and they are of that epoch. A pass without
-    a step inside another one leaves no trace: the batches of that one are then the ones that wait for their step.
+    A step is of the pass that gave a batch last. A pass in which the model only ran, without a backward pass or a step,
+    was an evaluation, and leaves no trace: what waited for its step before it, batches and what was logged, waits on.
 
     Attributes:
-        present: the epoch that it is, from 0.
+        present: the epoch that it is, from 0: that of the last step.
     """
 
-    def __init__(self, present: int, batches: Batches, step: Callable[[], int]) -> None:
-        self.present, self._batches, self._step = present, batches, step
-        self._since = 0  # the step at which the present one began
-        self._any = self._read = False
-        self._open: list[_Pass] = []
+    def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
+        self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
+        self.last: Pass | None = None
+        self._any = self._by_hand = False
+        self._stepped = place.step > 0
 
     def begin(self) -> None:
-        """One begins, says the loop."""
-        self._batches.begin_epoch()
-        self.present += int(self._any or self._step() > 0)
-        self._any, self._read, self._since = True, False, self._step()
-
-    def begin_pass(self) -> Callable[..., None]:
-        """A pass over watched data begins; what is to be called when it ends."""
-        step = self._step()
-        one = _Pass(self.present, self._since, step, self._batches.mark.backwards, self._batches.waiting)
-        self._open.append(one)
-        self._batches.begin_epoch()
-        self._count(step)
-        return partial(self._end, one)
-
-    def _count(self, step: int) -> None:
-        self.present += step > self._since
-        self._any, self._read, self._since = True, False, step
-
-    def _end(self, one: _Pass, *, whole: bool) -> None:
-        self._open = [other for other in self._open if other is not one]
-        if self._step() > one.step or self._batches.mark.backwards > one.backwards:
-            self._batches.leave(whole=whole)
-            return
-        self.present, self._since = one.epoch, one.since
-        if self._open:
-            self._batches.wait_again(one.batches)
-        else:
-            self._read = whole
-            self._batches.leave(whole=whole)
-
-    def told(self) -> None:
-        """The loop says itself what its batches are: not those of a pass that it read before."""
-        self._read = False
+        """One begins, says the loop: it counts them itself."""
+        self.batches.begin_epoch()
+        self.present += int((self._any and self._by_hand) or self.number() > 0)
+        self._any = self._by_hand = True
 
     def step(self) -> None:
         """A step begins."""
-        if self._read:
-            self._count(self._step())
+        of = self.batches.source or self.last
+        if of is not None and not self._by_hand:
+            if of.epoch is None:
+                of.epoch = self.present + self._stepped
+            self.present = max(self.present, of.epoch)
+        self._stepped = True
+
+
+class Pass:
+    """A pass over watched data that has begun: ``sees`` is told of each of its batches, and of its end."""
+
+    def __init__(self, epochs: Epochs, sees: Callable[..., None]) -> None:
+        self._epochs, self._sees = epochs, sees
+        self.epoch: int | None = None
+        self._before = epochs.last, epochs.number(), epochs.batches.mark.backwards
+        self._waiting = epochs.batches.waiting, epochs.logged.waiting
+        epochs.batches.begin_epoch()
+        self._ran = epochs.batches.look_for_evaluation()
+
+    def gives(self, batch: Any) -> None:
+        """The loop gets a batch from it."""
+        self._epochs.last = self
+        self._sees(batch, source=self)
+
+    def ends(self, *, whole: bool) -> None:
+        """It is through, or if not ``whole``, the loop has let go of it."""
+        batches, (last, step, backwards) = self._epochs.batches, self._before
+        idle = self._epochs.number() == step and batches.mark.backwards == backwards
+        if idle and self._ran():
+            self._epochs.last = last
+            batches.wait_again(self._waiting[0])
+            self._epochs.logged.wait_again(self._waiting[1])
+        else:
+            batches.leave(whole=whole)

@@ -10,16 +10,17 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ForwardPasses:
-    """Calls ``begins`` with the module whose forward pass begins, if gradients may come of it: with the model.
+    """Calls ``begins`` with the module whose forward pass begins, if gradients may come of it, else ``looks``.
 
-    Of a model that cannot be called, a ModuleDict say, or one trained by methods of other names, it is the part that
+    The module is the model. Of a model that cannot be called, a ModuleDict say, or one trained by methods of other names, it is the part that
     runs first. The hooks are there from :meth:`look` to :meth:`leave`: who scripts the model otherwise meets none.
     """
 
-    def __init__(self, model: nn.Module, begins: Callable[[nn.Module], None]) -> None:
-        self._model, self._begins = model, begins
+    def __init__(self, model: nn.Module, begins: Callable[[nn.Module], None], looks: Callable[[], None]) -> None:
+        self._model, self._begins, self._looks = model, begins, looks
         self._hook = _OfOneModel(torch.compiler.disable(self._run))
         self._hooks: list[RemovableHandle] = []
+        self.count = 0  # of all that were seen, with gradients or without
 
     def look(self) -> None:
         """From now on.
@@ -35,7 +36,11 @@ class ForwardPasses:
         self._hooks = [module.register_forward_pre_hook(self._hook) for module in modules]
 
     def _run(self, module: nn.Module, inputs: tuple) -> None:
-        if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        self.count += 1
+        if torch.jit.is_tracing():
+            return
+        if not torch.is_grad_enabled():
+            self._looks()
             return
         if len(self._hooks) > 1:  # from now on this part stands for the model
             self.leave()

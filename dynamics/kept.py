@@ -23,7 +23,7 @@ PutBack = Callable[[], None]
 Taken = tuple[PutBack, list[Any]]  # what puts contents back, and the numbers among them
 Take = Callable[[], Taken]
 
-_REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
+_REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # which frameworks replace for a while
 _MISSING = object()
 _MOST = 1000  # objects in which generators are looked for
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -43,6 +43,23 @@ class Logged:
             self._upcoming.setdefault(name, []).append(_Entry(value, mark, self._waits))
         else:
             self._of_last.setdefault(name, []).append(value)
+
+    @property
+    def waiting(self) -> Any:
+        """What waits for its step now, to :meth:`wait_again`."""
+        return {name: list(entries) for name, entries in self._upcoming.items()}, self._announced, self._waits
+
+    def wait_again(self, waiting: Any) -> None:
+        """As if no batch had been observed since. What was logged meanwhile is of the step that was, if there is one."""
+        upcoming, announced, waits = waiting
+        known = {id(one) for entries in upcoming.values() for one in entries}
+        for name, entries in self._upcoming.items():
+            for entry in (one for one in entries if id(one) not in known):
+                if self._stepped and not waits:
+                    self._of_last.setdefault(name, []).append(entry.value)
+                else:
+                    upcoming.setdefault(name, []).append(entry._replace(mark=entry.mark._replace(batches=0)))
+        self._upcoming, self._announced, self._waits = upcoming, announced, waits
 
     def batch(self, *, first: bool) -> None:
         """A batch was observed, the first since a step or a further one."""

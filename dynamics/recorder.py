@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from .arguments import (
 from .attachment import Attachment
 from .batches import Batches
 from .buffer import Buffer
-from .epochs import Epochs
+from .epochs import Epochs, Pass
 from .event import Event
 from .events import Events
 from .groups import Groups
@@ -131,7 +131,7 @@ class Recorder:
         self._batches = Batches(model, self._layers.device, objective, counted)
         probing = network, objective, self._batches, measurement, processes
         self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
-        self._epochs = Epochs(place.epoch, self._batches, lambda: self._steps.number)
+        self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
         hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])
         parts = groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs
         self._steps = Steps(*parts, place, names, every)
@@ -148,24 +148,23 @@ class Recorder:
 
         Each pass is an epoch, but for those without a step: evaluations, say.
         """
-        return watched(loader, self._begin_pass, partial(self._observe, stays=True))
+        return watched(loader, self._begin_pass)
 
-    def _begin_pass(self) -> Callable[..., None]:
+    def _begin_pass(self) -> Pass:
         self._attachment.end()
-        return self._epochs.begin_pass()
+        return Pass(self._epochs, partial(self._observe, stays=True))
 
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, before its forward pass, where there is no loader to watch.
 
         Several batches accumulate.
         """
-        self._epochs.told()
         self._observe(batch, stays=False)
 
-    def _observe(self, batch: Any, *, stays: bool) -> None:
+    def _observe(self, batch: Any, *, stays: bool, source: Pass | None = None) -> None:
         self._attachment.end()
         if self._attachment:
-            self._steps.see(batch, stays=stays)
+            self._steps.see(batch, stays=stays, source=source)
 
     def log(self, **scalars: float | Tensor | np.ndarray) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.

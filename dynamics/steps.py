@@ -61,9 +61,9 @@ class Steps:
         self._skips: dict[int, Tensor] = {}
         self._await_forward()
 
-    def see(self, batch: Any, *, stays: bool) -> None:
-        """A batch of the step to come; one that stays is also that of further steps."""
-        self._batches.add(batch, due=self._curvature.due(self.number), stays=stays)
+    def see(self, batch: Any, *, stays: bool, source: Any) -> None:
+        """A batch of the step to come, from a pass over the data; one that stays is also that of further steps."""
+        self._batches.add(batch, due=self._curvature.due(self.number), stays=stays, source=source)
         self._rows.logged.batch(first=len(self._batches) == 1)
 
     def log(self, name: str, value: float | Tensor) -> None:

@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-_OWN = ("_loader", "_begins", "_sees", "_taken")
+from .epochs import Pass
+
+_OWN = ("_loader", "_begins", "_taken")
 
 
-def watched(loader: Iterable, begins: Callable[[], Callable[..., None]], sees: Callable[[Any], None]) -> Watched:
-    """The loader, such that each pass over it ``begins``, and ``sees`` every batch before it is used.
-
-    What ``begins`` returns is called when the pass ends, with ``whole=False`` if the loop has let go of it before.
+def watched(loader: Iterable, begins: Callable[[], Pass]) -> Watched:
+    """The loader, such that each pass over it ``begins``, and what that returns is told of batches and of the end.
 
     Of an iterator, an iterator. The loader is asked for an iterator, and for batches, when a loop asks for them, so
     that random numbers are drawn in the order in which they would be drawn without.
     """
     kind = WatchedIterator if isinstance(loader, Iterator) else Watched
-    return kind(loader, begins, sees)
+    return kind(loader, begins)
 
 
 class Watched:
     """As long as the loader; what else the loader has is asked of it, and set there."""
 
-    def __init__(
-        self, loader: Iterable, begins: Callable[[], Callable[..., None]], sees: Callable[[Any], None]
-    ) -> None:
-        self._loader, self._begins, self._sees = loader, begins, sees
+    def __init__(self, loader: Iterable, begins: Callable[[], Pass]) -> None:
+        self._loader, self._begins = loader, begins
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -36,7 +34,7 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         """The loader's own: its data set, say."""
-        if name.startswith("_"):
+        if name.startswith("__") or name in _OWN:  # a copy that is being made has none yet
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -54,17 +52,15 @@ class Watched:
         return self._loader[index]
 
     def __iter__(self) -> Iterator:
-        return _Pass(iter(self._loader), self._begins, self._sees)
+        return _Pass(iter(self._loader), self._begins)
 
 
 class _Pass:
     """One pass over a loader; it goes on after an exception if the loader's own does."""
 
-    def __init__(
-        self, batches: Iterator, begins: Callable[[], Callable[..., None]], sees: Callable[[Any], None]
-    ) -> None:
-        self._batches, self._begins, self._sees = batches, begins, sees
-        self._begun, self._ends = False, _nothing
+    def __init__(self, batches: Iterator, begins: Callable[[], Pass]) -> None:
+        self._batches, self._begins = batches, begins
+        self._begun, self._open = False, None
 
     def __iter__(self) -> Iterator:
         return self
@@ -72,18 +68,20 @@ class _Pass:
     def __next__(self) -> Any:
         if not self._begun:
             self._begun = True
-            self._ends = self._begins()
+            self._open = self._begins()
         try:
             batch = next(self._batches)
         except StopIteration:
             self._end(whole=True)
             raise
-        self._sees(batch)
+        if self._open is not None:
+            self._open.gives(batch)
         return batch
 
     def _end(self, *, whole: bool = False) -> None:
-        ends, self._ends = self._ends, _nothing  # once: another pass may have begun since
-        ends(whole=whole)
+        one, self._open = self._open, None  # once: another pass may have begun since
+        if one is not None:
+            one.ends(whole=whole)
 
     __del__ = _end
 
@@ -101,7 +99,3 @@ class WatchedIterator(Watched):
         except StopIteration:  # some begin anew when they are asked again
             self._taken = None
             raise
-
-
-def _nothing(*, whole: bool) -> None:
-    pass

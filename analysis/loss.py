@@ -21,7 +21,7 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
     Dims ``step``; unit of the loss. g and H are those of the loss on that batch (not of a weight decay term). The flow
     rows assume a step of gradient descent; a momentum's step also carries earlier batches, so they hold on average.
     They are NaN where the layers have different learning rates: the parameters then have no common time; and where the
-    optimizer rescales the gradient, as Adam does. Skipped steps are left out.
+    optimizer is not SGD. Skipped steps are left out.
 
     Raises:
         MissingQuantityError: no curvature was recorded.

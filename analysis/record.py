@@ -67,8 +67,8 @@ def check_flow(steps: xr.Dataset) -> None:
     """Raise MissingQuantityError where no step has a flow time."""
     if steps.sizes["step"] and steps.flow_step.isnull().all():
         raise MissingQuantityError(
-            "gradient flow needs steps along the gradient, and no step here has a flow time (Adam's and the like have "
-            "none); loss_decrease and norm_balance hold for any optimizer"
+            "gradient flow needs steps along the gradient, and no step here has a flow time (those of SGD have); "
+            "loss_decrease and norm_balance hold for any optimizer"
         )
 
 

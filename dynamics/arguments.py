@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +20,7 @@ _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 _KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
 _COMPARED = {"model": (str, "a text"), "data": (str, "a text"), "measure": (str, "a text"),
-             "rounds": (Integral, "a whole number"), "sparsity": (Real, "a number"),
-             "seed": (Integral, "a whole number")}  # fmt: skip
+             "rounds": (Real, "a number"), "sparsity": (Real, "a number"), "seed": (Real, "a number")}  # fmt: skip
 
 
 def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
@@ -42,8 +44,22 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
         raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
 
 
+def as_plain(attributes: Any) -> Any:
+    """Attributes with texts for paths and numbers for arrays and tensors of one; anything else as it is."""
+    if not isinstance(attributes, Mapping):
+        return attributes
+    return {name: _plain(value) for name, value in attributes.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    one = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1)
+    return value.item() if one or (isinstance(value, Tensor) and value.numel() == 1) else value
+
+
 def check_attributes(attributes: Any) -> None:
-    """Raise TypeError or ValueError where a record cannot carry them, or no table could compare runs by them."""
+    """Raise TypeError or ValueError where a record cannot carry them; warn where runs could not be compared by them."""
     if not isinstance(attributes, Mapping) or not all(isinstance(name, str) for name in attributes):
         raise TypeError(f"attributes is a dictionary of names and what they say, got {attributes!r:.60}")
     if kept := sorted(attributes.keys() & set(_KEPT)):
@@ -51,7 +67,10 @@ def check_attributes(attributes: Any) -> None:
     for name, (kind, said) in _COMPARED.items():
         value = attributes.get(name)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"attributes: runs are compared by {name!r}, which is {said}, got {value!r:.60}")
+            warnings.warn(
+                f"attributes: runs are compared by {name!r} if it is {said}; by {value!r:.60} they are not",
+                stacklevel=3,
+            )
 
 
 def check_resume(resume: Any, step: Any) -> None:

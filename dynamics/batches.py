@@ -20,7 +20,10 @@ from .moment import Moment, random_numbers_untouched
 from .probe import Objective, is_compiled, unwrap
 
 _MOST = 4096  # batches of one step
-_SCRIPTED = "a ScriptModule hides what it computes; train the module that it was made of"
+_SCRIPTED = (
+    "a ScriptModule hides what it computes, and rounds otherwise when it runs more often; train the module that it was "
+    "made of"
+)
 _IDLE = 128  # batches in a row whose gradients come to nothing
 
 
@@ -32,6 +35,7 @@ class Seen:
     moment: Moment | None
     first_moment: Moment | None = None
     last_moment: Moment | None = None
+    later: Moment | None = None  # when modules outside the model ran after its gradient was there
     source: Any = None  # the pass over the data that it came from
     passed: bool = False
     looked: bool = False  # the model ran without gradients when it was the last
@@ -89,7 +93,8 @@ class Batches:
         )
         self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
-        self.failure = _SCRIPTED if isinstance(self._model, torch.jit.ScriptModule) else None
+        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules())
+        self.failure = _SCRIPTED if scripted else None
         self._awaits, self._asleep = False, bool
         self._idle = self.told = False
 
@@ -119,8 +124,9 @@ class Batches:
                 waiting.moment.others, waiting.passed_at = others, self.mark.backwards
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
             elif self._seen:
-                self._seen[-1].last_moment = again = self._moment()
-                again.others = self._seen[-1].moment.others
+                last = self._seen[-1]
+                last.last_moment = again = self._moment()
+                again.others = last.moment.others | (last.later.others if last.later else {})
 
     def _look(self) -> None:
         """The model runs without gradients: it evaluates the last batch, if that is not one to train on after all."""
@@ -146,7 +152,11 @@ class Batches:
         self.repeat(due=True)
         last = next((seen for seen in reversed(self._seen) if seen.passed), None)
         if last is None or last.passed_at != self.mark.backwards:
-            last = next((seen for seen in self._seen if not seen.passed), None)
+            waiting = next((seen for seen in self._seen if not seen.passed), None)
+            if waiting is None and last is not None:
+                last.later = last.later or self._moment()
+                return last.later
+            last = waiting
         return None if last is None else last.moment
 
     def _next_to_pass(self, module: nn.Module) -> Seen | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import named
-from .graph import on_the_way_back
+from .graph import WayBack, on_the_way_back
 from .higher_order import HigherOrder
 from .memory_order import channels_first
 from .precision import full_precision
@@ -48,7 +49,7 @@ class Expansion:
         self._losses = list(zip(losses, weights, strict=True))
         self.theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
         self._leaves = list(self.theta.values())
-        self._graph: list[Tensor] | None = None
+        self._graph: _Gradient | None = None
         self.exact = True
         self.loss, self.grad = self._loss_and_grad()
 
@@ -57,10 +58,11 @@ class Expansion:
         keep = len(self._losses) == 1
         total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
-            loss, grad, self.exact = _gradient(loss_of, self.theta, create_graph=keep)
-            total_loss = total_loss + weight * loss
-            torch._foreach_add_(total_grad, [part.detach() for part in grad], alpha=weight)
-            self._graph = grad if keep and self.exact else None
+            found = _gradient(loss_of, self.theta, create_graph=keep)
+            self.exact = self.exact and found.exact
+            total_loss = total_loss + weight * found.loss.detach()
+            torch._foreach_add_(total_grad, [part.detach() for part in found.grad], alpha=weight)
+            self._graph = found if keep and self.exact else None
         return total_loss, total_grad
 
     @full_precision()
@@ -104,15 +106,26 @@ class Expansion:
     def _third_backward(
         self, loss_of: LossFunction, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]
     ) -> list[list[Tensor]]:
-        product = self._along(self._twice(loss_of), direction, create_graph=True)
-        return [self._along(product, vector, retain_graph=True) for vector in vectors]
+        found = self._twice(loss_of)
+        with on_the_way_back(found.loss, self._leaves) as way:
+            product = self._along(found.grad, direction, create_graph=True)
+            products = [self._along(product, vector, retain_graph=True) for vector in vectors]
+        self._check_whole(way)
+        return products
 
-    def _twice(self, loss_of: LossFunction) -> list[Tensor]:
+    def _twice(self, loss_of: LossFunction) -> _Gradient:
         """A gradient with a graph of its own."""
-        _, grad, exact = _gradient(loss_of, self.theta, create_graph=True)
-        if not exact:
+        found = _gradient(loss_of, self.theta, create_graph=True)
+        if not found.exact:
             raise RuntimeError(_ONCE)
-        return grad
+        return found
+
+    def _check_whole(self, way: WayBack) -> None:
+        """Raise RuntimeError where a part of the network ran again, so that a derivative lacks some of it."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        if way.again:
+            raise RuntimeError(_ONCE)
 
     def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
         """Gradient of the inner product of a vector that depends on θ with a constant one."""
@@ -142,28 +155,36 @@ class Expansion:
         total_product = [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
             kept = self._graph is not None
-            grad = self._graph if kept else self._twice(loss_of)
-            if _has_none(grad):
+            found = self._graph if kept else self._twice(loss_of)
+            if _has_none(found.grad):
                 raise RuntimeError(_ONCE)
-            pairs = [(part, v) for part, v in zip(grad, vector, strict=True) if part.requires_grad]
+            pairs = [(part, v) for part, v in zip(found.grad, vector, strict=True) if part.requires_grad]
             if not pairs:  # a loss that is linear in every parameter
                 continue
-            product = torch.autograd.grad(
-                [part for part, _ in pairs],
-                self._leaves,
-                [v for _, v in pairs],
-                retain_graph=kept,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            with on_the_way_back(found.loss, self._leaves) as way:
+                product = torch.autograd.grad(
+                    [part for part, _ in pairs],
+                    self._leaves,
+                    [v for _, v in pairs],
+                    retain_graph=kept,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            self._check_whole(way)
             torch._foreach_add_(total_product, list(product), alpha=weight)
         return total_product
 
 
-def _gradient(
-    loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: bool = False
-) -> tuple[Tensor, list[Tensor], bool]:
-    """Loss and gradient, and whether its graph holds all of it: not if a part of the network ran again on the way.
+class _Gradient(NamedTuple):
+    """A loss and its gradient, and whether its graph holds all of it."""
+
+    loss: Tensor
+    grad: list[Tensor]
+    exact: bool
+
+
+def _gradient(loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: bool = False) -> _Gradient:
+    """Not exact is one for which a part of the network ran again on the way.
 
     An operation that runs it again may give its parameters their gradients itself: in θ, for there they are then.
     """
@@ -171,7 +192,7 @@ def _gradient(
     with torch.enable_grad():
         with HigherOrder() if create_graph else nullcontext():
             loss = loss_of(theta)
-        with on_the_way_back(loss) as way:
+        with on_the_way_back(loss, leaves) as way:
             grad = torch.autograd.grad(
                 loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
             )
@@ -180,7 +201,7 @@ def _gradient(
                 for part, leaf in zip(grad, leaves, strict=True)]  # fmt: skip
         for leaf in leaves:
             leaf.grad = None
-    return loss.detach(), list(grad), not way.again
+    return _Gradient(loss if create_graph else loss.detach(), list(grad), not way.again)
 
 
 @torch.no_grad()
@@ -192,9 +213,9 @@ def mean_gradient(
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
     total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
     for loss_of, weight in zip(losses, weights, strict=True):
-        loss, grad, _ = _gradient(loss_of, leaves)
-        total_loss = total_loss + weight * loss
-        torch._foreach_add_(total_grad, grad, alpha=weight)
+        found = _gradient(loss_of, leaves)
+        total_loss = total_loss + weight * found.loss
+        torch._foreach_add_(total_grad, found.grad, alpha=weight)
     return total_loss, total_grad
 
 

@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 class ForwardPasses:
     """Calls ``begins`` with the module whose forward pass begins, if gradients may come of it, else ``looks``.
 
-    The module is the model. Of a model that cannot be called, a ModuleDict say, or one trained by methods of other names, it is the part that
-    runs first. The hooks are there from :meth:`look` to :meth:`leave`: who scripts the model otherwise meets none.
+    The module is the model. Of one that cannot be called, a ModuleDict say, or that is trained by methods of other
+    names, it is the part that runs first. The hooks are there from :meth:`look` to :meth:`leave`: who scripts the model
+    otherwise meets none.
     """
 
     def __init__(self, model: nn.Module, begins: Callable[[nn.Module], None], looks: Callable[[], None]) -> None:

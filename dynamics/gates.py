@@ -61,16 +61,18 @@ def gated_products(
     gates = _Gates(theta, directions, layer_of, frozen)
     with torch.enable_grad():
         loss = _evaluate(loss_of, theta, gates.parameters)
-        with on_the_way_back(loss) as way:
+        with on_the_way_back(loss, gates.all) as way:
             first = _gradient([loss], [step for steps in gates.steps for step in steps], create_graph=True)
-        if way.again or _has_none([slope for slope in first if slope is not None]):
+            if way.again or _has_none([slope for slope in first if slope is not None]):
+                raise RuntimeError(_ONCE)
+            count = len(gates.scale)
+            slopes = [first[k * count : (k + 1) * count] for k in range(len(gates.steps))]
+            second = [
+                _gradient(slope, gates.scale + steps, retain_graph=steps is not gates.steps[-1])
+                for slope, steps in zip(slopes, gates.steps, strict=True)
+            ]
+        if way.again:
             raise RuntimeError(_ONCE)
-        count = len(gates.scale)
-        slopes = [first[k * count : (k + 1) * count] for k in range(len(gates.steps))]
-        second = [
-            _gradient(slope, gates.scale + steps, retain_graph=steps is not gates.steps[-1])
-            for slope, steps in zip(slopes, gates.steps, strict=True)
-        ]
     by_scale, by_steps = [one[:count] for one in second], [one[count:] for one in second]
     return Products(loss.detach(), *(gates.rows(values, layers) for values in (slopes, by_scale, by_steps)))
 
@@ -110,6 +112,11 @@ class _Gates:
             moves = tuple(v[name].detach() for v in named)
             steps = tuple(step[at] for step in self.steps)
             self.parameters[name] = Gated(theta[name].detach(), moves, self.scale[at], steps)
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Every gate."""
+        return [gate for gates in (self.scale, *self.steps) for gate in gates]
 
     def rows(self, values: Sequence[Sequence[Tensor | None]], layers: int) -> Tensor:
         """Numbers by gate → (row, layer); 0 where there is none."""

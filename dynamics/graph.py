@@ -23,7 +23,7 @@ _FOREIGN = (
 
 @dataclass
 class WayBack:
-    """Whether a module ran on the way back."""
+    """Whether a part of the network ran again on the way back."""
 
     again: bool = False
 
@@ -63,8 +63,11 @@ def lend_on_the_way_back(loss: Tensor, lent: Callable[[], AbstractContextManager
 
 
 @contextmanager
-def on_the_way_back(loss: Tensor) -> Iterator[WayBack]:
-    """Around a backward pass from the loss; says whether a module ran in it."""
+def on_the_way_back(loss: Tensor, leaves: Iterable[Tensor]) -> Iterator[WayBack]:
+    """Around backward passes from the loss; says afterwards whether a part of the network ran again in them.
+
+    So it did where a module ran, or where leaves were given their gradients by someone else: those are left there.
+    """
     way, lent = WayBack(), getattr(loss, _LENT, None)
     if lent is None:
         yield way
@@ -79,3 +82,4 @@ def on_the_way_back(loss: Tensor) -> Iterator[WayBack]:
             yield way
         finally:
             hook.remove()
+            way.again = way.again or any(leaf.grad is not None for leaf in leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +14,6 @@ from .blocks import Vector, is_any_missing
 from .layers import Layers
 
 Group = Mapping[str, Any]
-
-# Torch's optimizers that rescale the gradient, or do not tell the step's length: their steps have no flow time.
-_RESCALING = tuple(
-    kind for kind in vars(torch.optim).values()
-    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-    and not issubclass(kind, torch.optim.SGD)
-)  # fmt: skip
 
 
 class _Spread(NamedTuple):
@@ -190,5 +184,5 @@ def _number(value: Any, absent: float = 0.0) -> float:
 
 
 def _rescales(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether steps do not go along the gradient: Adam's and their like, and others' that have moments as Adam has."""
-    return isinstance(optimizer, _RESCALING) or "betas" in optimizer.defaults
+    """Whether its steps may not go along the gradient: those of SGD do, and of who has its step from SGD."""
+    return inspect.unwrap(type(optimizer).step) is not inspect.unwrap(torch.optim.SGD.step)

@@ -50,7 +50,7 @@ class Logged:
         return {name: list(entries) for name, entries in self._upcoming.items()}, self._announced, self._waits
 
     def wait_again(self, waiting: Any) -> None:
-        """As if no batch had been observed since. What was logged meanwhile is of the step that was, if there is one."""
+        """As if no batch had been observed since. What was logged meanwhile is of the step that was, if one was."""
         upcoming, announced, waits = waiting
         known = {id(one) for entries in upcoming.values() for one in entries}
         for name, entries in self._upcoming.items():

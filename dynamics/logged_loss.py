@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_EXPLAINED = 1 - 1e-3  # a cosine of gradients that is nearer to 1 is explained by rounding to half precision
+_EXPLAINED = 0.99  # a cosine of gradients that is nearer to 1 may come of rounding to half precision
 _AGREE = 0.02
+_PARTS = 16  # a loss may be logged as its part in so many micro-batches, or as their sum
 
 
 @dataclass
@@ -46,10 +47,14 @@ class LoggedLoss:
         known, self._doubts = self._doubts, [doubt for doubt in self._doubts if doubt.step > step]
         for doubt in (one for one in known if one.step <= step and one.logged is not None):
             logged, objective = float(doubt.logged), float(doubt.objective)
-            if not abs(logged - objective) <= _AGREE * max(abs(logged), abs(objective)):
+            if not any(_agree(logged, n * objective) or _agree(n * logged, objective) for n in range(1, _PARTS + 1)):
                 yield (
                     f"the loss of step {doubt.step} was logged as {logged:.4g}, and the objective is {objective:.4g} "
                     f"on its batch; the gradients have cosine {doubt.cosine:.3f}. If it was the loop's loss that was "
                     "logged, /curvature is of another: give the recorder the same, Recorder(..., objective=lambda "
                     "model, batch: <the loss>)"
                 )
+
+
+def _agree(one: float, other: float) -> bool:
+    return abs(one - other) <= _AGREE * max(abs(one), abs(other))

@@ -115,14 +115,17 @@ class Moment:
     @property
     def moved(self) -> bool:
         """Whether a parameter that is not trained has changed since."""
-        now = _norms(self._frozen())
-        return any(now.get(name, norm) != norm for name, norm in self._norms.items())
+        return not _same(self._norms, _norms(self._frozen()))
 
     def is_as(self, other: Moment) -> bool:
         """Whether a forward pass from here on is one from the other on, as far as is kept of both."""
         theirs = other._buffers | other.frozen
         dense = {name: one for name, one in (self._buffers | self.frozen).items() if one.layout is torch.strided}
         same = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
+        theirs = other.others
+        same = (
+            same and self.others.keys() == theirs.keys() and all(theirs[one] is was for one, was in self.others.items())
+        )
         return same and self._random == other._random and self._attributes.are_as(other._attributes)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -159,7 +162,7 @@ class Moment:
                 if is_batched():  # what torch.func has put into it is none of its own
                     return
                 was = self.others.get(module, _Other(_nothing, module._buffers, {}, {}))
-                if was.norms != _norms({name: module._parameters.get(name) for name in was.norms}):
+                if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
                     self.moved_others.add(module)
                 put_back.extend([kept([module]).put_back, _lent(module._buffers, was.buffers)])
                 put_back.append(_lent(module._parameters, was.parameters))
@@ -189,6 +192,11 @@ def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     precise = {name: torch.promote_types(one.dtype, torch.float32) for name, one in told.items()}
     norms = {name: torch.linalg.vector_norm(one, dtype=precise[name]).cpu() for name, one in told.items()}
     return {name: norm.item() for name, norm in norms.items()}
+
+
+def _same(norms: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether what was told of tensors is told of them now, or they are gone; what is no number stays none."""
+    return all(now.get(name, norm) == norm or norm != norm for name, norm in norms.items())
 
 
 def _own(tensors: Tensors) -> Tensors:

@@ -16,22 +16,24 @@ class OptimizerHooks:
     """Those hooks of a model's modules that are methods of one of ``optimizers``."""
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
-        theirs = {id(one) for one in optimizers}
-        tables = [vars(module).get(name) for module in model.modules() for name in _TABLES]
-        self._tables = [table for table in tables if table and any(_of(hook) in theirs for hook in table.values())]
-        self._theirs = theirs
+        self._model, self._theirs = model, {id(one) for one in optimizers}
+
+    def _tables(self) -> list[dict[int, Any]]:
+        tables = [vars(module).get(name) for module in self._model.modules() for name in _TABLES]
+        return [table for table in tables if table and any(_of(hook) in self._theirs for hook in table.values())]
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
         """Inside, they are not there."""
-        before = [dict(table) for table in self._tables]
-        for table in self._tables:
+        tables = self._tables()
+        before = [dict(table) for table in tables]
+        for table in tables:
             for key in [key for key, hook in table.items() if _of(hook) in self._theirs]:
                 del table[key]
         try:
             yield
         finally:
-            for table, hooks in zip(self._tables, before, strict=True):
+            for table, hooks in zip(tables, before, strict=True):
                 table.clear()
                 table.update(hooks)
 

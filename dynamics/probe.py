@@ -113,6 +113,7 @@ class Probe:
         self._at = list(zip(batches, moments, strict=True))
         self._fixed = False
         self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
+        self.own_operations = False  # whether the loss goes through operations of someone's own
         self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
 
     @property
@@ -181,7 +182,7 @@ class Probe:
                 raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")
             loss = loss.reshape(())
             if may_run_again(loss, self._model.parameters()):
-                self.repeatable = False
+                self.repeatable, self.own_operations = False, True
                 now = Moment(self._model, self._device, self._objective)
                 lend_on_the_way_back(loss, partial(self._lent, values, now))
         return loss

@@ -22,6 +22,7 @@ from . import provenance
 from .arguments import (
     as_given,
     as_number,
+    as_plain,
     check_arguments,
     check_attributes,
     check_epoch,
@@ -113,7 +114,8 @@ class Recorder:
         step: int | None = None,
     ) -> None:
         check_arguments(model, optimizer, objective, every, curvature_every)
-        check_attributes({} if attributes is None else attributes)
+        attributes = as_plain({} if attributes is None else attributes)
+        check_attributes(attributes)
         check_resume(resume, step)
         names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
         held, self._path = optimizers(optimizer), path
@@ -121,7 +123,7 @@ class Recorder:
         self._layers = Layers(network)
         groups = Groups(held, self._layers)
         measurement = Measurement(self._layers, groups, processes, names, curvature_names)
-        origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | dict(attributes or {})
+        origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | attributes
         present = measurement.present()
         store, place = processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
         place = processes.told(place)

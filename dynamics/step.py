@@ -41,7 +41,7 @@ class Measurement:
         self._make_vectors()
         self._start: Vector | None = None
         self._outside: list[tuple[Tensor, Tensor]] = []
-        self._said = False
+        self._said = self._compared = False
 
     def present(self) -> Present:
         """The model as it is now."""
@@ -194,13 +194,40 @@ class Measurement:
         self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]
     ) -> dict[str, Tensor]:
         try:
-            return self._by_gates(probe, grad, names)
+            values = self._by_gates(probe, grad, names)
+            if probe.own_operations and "grad_hess_grad" in values:
+                self._compare(probe, grad, float(values["grad_hess_grad"].sum()))
+            return values
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             if not lacks_derivative(error):
                 self._say_once(f"by gates failed with {named(error)}; Hessian products, slower, take their place")
             return self._by_products(probe, grad, vectors, names)
+
+    def _compare(self, probe: Probe, grad: dict[str, Tensor], exact: float) -> None:
+        """Say, once, where gᵀHg is not the change of the gradient along g: some backward passes have no derivative."""
+        if self._compared:
+            return
+        self._compared = True
+        theta = self._layers.named(self._theta)
+        length, size = (torch.nn.utils.get_total_norm(list(one.values())).double() for one in (grad, theta))
+        rounding = torch.finfo(self._layers.dtype).eps
+        epsilon = rounding ** (1 / 3) * (1 + size) / length
+        ahead, behind = (
+            probe.gradient({name: one + sign * epsilon * grad[name] if name in grad else one
+                            for name, one in theta.items()})[1]
+            for sign in (1, -1)
+        )  # fmt: skip
+        change = sum(((ahead[name] - behind[name]).double() * grad[name]).sum() for name in ahead) / (2 * epsilon)
+        error, noise = abs(exact - float(change)), float(10 * rounding * length**2 / epsilon)
+        if error > 0.1 * max(abs(exact), abs(float(change))) + noise:
+            self._say_once(
+                f"of an operation of your own is not the change of its gradient: gᵀHg is {exact:.4g} by its backward "
+                f"pass, and {change:.4g} by differences of gradients. One that passes on another gradient than its own "
+                "has none; one whose backward pass autograd cannot differentiate says so by "
+                "@torch.autograd.function.once_differentiable, and differences are recorded"
+            )
 
     def _say_once(self, what: str) -> None:
         if not self._said:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .rows import Rows
 from .step import Measurement
 from .step_curvature import StepCurvature
 
+_FIRST_ORDER = "first-order quantities"
 _of_thread = threading.local()
 
 
@@ -81,7 +82,7 @@ class Steps:
         self._begun, self._skips, self._waits = may_measure or self._records(), {}, waits
         if not self._begun:
             return
-        with self.measuring("first-order quantities"):
+        with self.measuring(_FIRST_ORDER):
             self._measurement.begin()
             if not waits:
                 self._curvature.begin(self.number)
@@ -89,7 +90,7 @@ class Steps:
     def take_gradient(self, number: int) -> None:
         """Keep g before an optimizer applies it: it may overwrite it."""
         if self._begun:
-            with self.measuring("first-order quantities"):
+            with self.measuring(_FIRST_ORDER):
                 self._measurement.take_gradient(number)
                 if self._waits:
                     self._waits = False
@@ -100,14 +101,14 @@ class Steps:
         if (skips := self._groups.skips(number)) is not None:
             self._skips[number] = skips
         if self._begun:
-            with self.measuring("first-order quantities"):
+            with self.measuring(_FIRST_ORDER):
                 self._measurement.take_update(number)
 
     def end(self, stepped: list[int]) -> None:
         """All optimizers have stepped, or a new step begins: measure what the step did."""
         row = None
         if self._begun:
-            with self.measuring("first-order quantities"):
+            with self.measuring(_FIRST_ORDER):
                 self._measurement.end(stepped)
                 if self._records():
                     trained = self._groups.trained(stepped)
@@ -137,7 +138,8 @@ class Steps:
         self.busy = True
         _of_thread.measuring = anyone_measures() + 1
         try:
-            with torch.no_grad(), torch.autograd.set_detect_anomaly(False), self._hooks.asleep():
+            asleep = nullcontext() if what == _FIRST_ORDER else self._hooks.asleep()  # then the model does not run
+            with torch.no_grad(), torch.autograd.set_detect_anomaly(False), asleep:
                 yield
         except Exception as error:
             if not what:

@@ -31,9 +31,25 @@ class Plain(Lion):
         torch.optim.Optimizer.__init__(self, params, {"lr": lr})
 
 
+class Child(torch.optim.SGD):
+    """It steps as SGD does."""
+
+
+class OtherChild(torch.optim.SGD):
+    """It has a rate for each layer, as LARS has."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad *= parameter.norm() / parameter.grad.norm()
+        super().step()
+
+
 OPTIMIZERS = {
     "sgd": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.5), 0.2), "asgd": (lambda p: torch.optim.ASGD(p, 0.1), np.nan),
-    "plain": (lambda p: Plain(p, 0.1), 0.1), "adamw": (lambda p: torch.optim.AdamW(p, 0.1), np.nan),
+    "child": (lambda p: Child(p, 0.1), 0.1), "other child": (lambda p: OtherChild(p, 0.1), np.nan),
+    "plain": (lambda p: Plain(p, 0.1), np.nan), "adamw": (lambda p: torch.optim.AdamW(p, 0.1), np.nan),
     "rmsprop": (lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9), np.nan), "lion": (lambda p: Lion(p, 0.1), np.nan),
 }  # fmt: skip
 

@@ -112,7 +112,7 @@ def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
     chosen = rows.drop_duplicates("measure")
     names = by_condition(rows)
     seeds = f", seed {chosen.seed.iloc[0]}" if len(chosen) < len(rows) and chosen.seed.nunique() == 1 else ""
-    return f"{next(iter(names))}{seeds}", {label: runs[label] for label in runs if label in set(chosen.run)}
+    return f"{next(iter(names))}{seeds}", {label: runs[label] for label in chosen.run}
 
 
 def title(label: str, run: xr.DataTree) -> str:

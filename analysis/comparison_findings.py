@@ -36,7 +36,8 @@ def norm_growth(runs: Runs) -> str:
         label: float(found.param_sqnorm[-1] / found.param_sqnorm[0])
         for label, found in each(runs, network_norm).items()
     }
-    return f"‖θ‖² in the last step over that in the first: {_listed(mean_by_measure(runs, growth), '.2f')}."
+    listed = _listed(mean_by_measure(runs, growth), ".2f") or "not finite"
+    return f"‖θ‖² in the last step over that in the first: {listed}."
 
 
 def moved_at_pruning(runs: Runs) -> str:

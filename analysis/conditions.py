@@ -192,8 +192,9 @@ def _pruned(run: xr.DataTree) -> dict:
     events = run["pruning"].to_dataset()
     pruned = events.isel(event=(events.kind == "prune").values) if "kind" in events else events
     found = {"rounds": pruned.sizes["event"]}
-    if "measure" in pruned and len(measures := set(pruned.measure.values.tolist())) == 1:
-        found["measure"] = measures.pop()
+    for name in ("measure", "granularity"):
+        if name in pruned and len(said := set(pruned[name].values.tolist())) == 1:
+            found[name] = said.pop()
     if "target" in pruned and found["rounds"]:
         found["sparsity"] = float(pruned.target[-1])
     return found

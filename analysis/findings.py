@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import xarray as xr
 
-from .agreement import ORDERS, agree, network_norm_rate
+from .agreement import ORDERS, agree
 from .conditions import by_condition, first_comparison, mean_by_measure, several_seeds
 from .effect import filters_left, pruning_effect
 from .loss import loss_decrease, stability
 from .names import name_of
+from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
-from .record import MissingQuantityError, ended, node
+from .record import MissingQuantityError, columns, ended, has, node
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -33,6 +34,18 @@ def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, 
     if not found:
         raise missing
     return found
+
+
+def diverged(runs: Runs) -> list[str]:
+    """Which runs have parameters that are not finite any more, and from which step on."""
+    said = []
+    for label, run in runs.items():
+        names = [name for name in ("param_sqnorm", "update_sqnorm") if has(run, "steps") and name in run["steps"]]
+        total = columns(run, "steps", names).sum("layer", skipna=False) if names else None
+        lost = [] if total is None else np.flatnonzero(~np.isfinite(total.to_array()).all("variable"))
+        if len(lost):
+            said.append(f"{label}: parameters are not finite from step {int(total.step[lost[0]])} on")
+    return said
 
 
 def loss_prediction(runs: Runs) -> str:
@@ -88,15 +101,16 @@ def _layers(run: xr.DataTree) -> set[str]:
 def layer_spread(runs: Runs) -> str:
     """How far apart the layers are in gradient, and which of them moves the norm."""
     run = runs[in_layers(runs)]
-    steps = node(run, "steps", ["grad_sqnorm", "param_sqnorm_rate"])
+    steps = node(run, "steps", ["grad_sqnorm"])
     typical = steps.grad_sqnorm.median("step")
     factor = float(typical.max() / typical[typical > 0].min())
-    rate = np.abs(steps.param_sqnorm_rate).sum("step")
+    said = f"The layers' median ‖g‖² lie a factor {_rounded(factor)} apart."
+    try:
+        rate = np.abs(layer_norm_rate(run)).sum("step")
+    except MissingQuantityError:
+        return said
     most, share = str(rate.layer.values[np.argmax(rate.values)]), float(rate.max() / rate.sum())
-    return (
-        f"The layers' median ‖g‖² lie a factor {_rounded(factor)} apart. {share:.1%} of all |d‖θ‖²/dt| is in layer "
-        f"{most}. A layer that normalisation makes scale-invariant has θᵀg = 0, and its rate shows rounding noise."
-    )
+    return f"{said} {share:.1%} of all |d‖θ‖²/dt|, as measured, is in layer {most}."
 
 
 def final_accuracy(runs: Runs) -> str:

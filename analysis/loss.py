@@ -70,8 +70,16 @@ def stability(run: xr.DataTree) -> xr.Dataset:
 
 
 def _flow_step(run: xr.DataTree, curvature: xr.Dataset) -> xr.DataArray:
-    """The flow time Δt that all layers with a gradient have in common, over ``step``; NaN where they have none."""
+    """The flow time Δt that all layers with a gradient have in common, over ``step``; NaN where they have none.
+
+    Of the flow of the loss that was measured: where the gradient that was applied is a multiple of its gradient, such
+    as that of a sum over the batch or a clipped one, the step is as many times as long, gᵀĝ/‖g‖².
+    """
     flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
     counted = flow_step.where((flow_step != 0) | (curvature.grad_sqnorm != 0))
     common = counted.max("layer")
-    return common.where((counted.min("layer") == common) & ~flow_step.isnull().any("layer"))
+    common = common.where((counted.min("layer") == common) & ~flow_step.isnull().any("layer"))
+    if "grad_applied_grad" not in curvature:
+        return common
+    product, square = (curvature[name].sum("layer", skipna=False) for name in ("grad_applied_grad", "grad_sqnorm"))
+    return common * (product / square.where(square > 0)).where(square > 0, 1.0)

@@ -9,7 +9,7 @@ import xarray as xr
 
 from .effect import filters_left
 from .protocol import counted
-from .record import has, node
+from .record import columns, has, node
 
 
 def outcome(run: xr.DataTree) -> xr.Dataset:
@@ -57,8 +57,14 @@ def pruned_units(runs: Iterable[xr.DataTree]) -> str:
 def training_curve(run: xr.DataTree) -> xr.Dataset:
     """Loss and accuracy of each epoch, training and test, over ``epoch`` counted from 1.
 
+    The training loss, where it was not logged of the epoch, is the mean of what was logged of its steps.
+
     Raises:
         MissingQuantityError: no epochs were logged.
     """
     epochs = node(run, "epochs", ["epoch"])
+    if "train_loss" not in epochs and has(run, "steps") and {"loss", "epoch"} <= set(run["steps"].data_vars):
+        steps = columns(run, "steps", ["loss", "epoch"])
+        means = steps.loss.groupby(steps.epoch).mean(skipna=False).reindex(epoch=epochs.epoch)
+        epochs = epochs.assign(train_loss=means.assign_attrs(long_name="training loss", units="L"))
     return epochs.assign_coords(epoch=epochs.epoch + 1)

@@ -10,6 +10,7 @@ import xarray as xr
 from . import seed_tables
 from .claims import CLAIMS, claims
 from .conditions import probe_mode, several_seeds
+from .findings import diverged
 from .record import MissingQuantityError
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
@@ -20,7 +21,8 @@ _OUTCOME = "What the runs came to"
 _ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
 _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
-SUMMARY = (_OUTCOME, _ACCURACY, _VERDICTS)  # what a report begins with
+_DIVERGED = "Trainings that diverged"
+SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _VERDICTS)  # what a report begins with
 
 
 def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
@@ -29,9 +31,10 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
     Raises:
         MissingQuantityError: the runs recorded too little for any.
     """
+    lost = {_DIVERGED: said} if (said := diverged(runs)) else {}
     if not several_seeds(runs):
-        return _of_runs(runs, brief)
-    accuracy = {_ACCURACY: seed_tables.accuracy_table(runs)}
+        return lost | _of_runs(runs, brief)
+    accuracy = lost | {_ACCURACY: seed_tables.accuracy_table(runs)}
     return accuracy | (_of_claims(runs, brief) if brief else _of_seeds(runs))
 
 

@@ -21,7 +21,7 @@ def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         found = outcome(run)
         rows[label] = {
             "test accuracy": _percent(found.test_accuracy),
-            "test loss": f"{float(found.test_loss):.4f}",
+            "test loss": MISSING if np.isnan(found.test_loss) else f"{float(found.test_loss):.4f}",
             f"{units} pruned": _percent(found.sparsity),
             "parameters pruned": _percent(found.removed_parameters),
         }

@@ -13,6 +13,8 @@ from .resuming import Place
 class Epochs:
     """Counts the passes over watched data that steps are of, unless the loop counts them itself.
 
+    Without watched data, what is logged of epochs parts them.
+
     A step is of the pass that gave a batch last. A pass in which the model only ran, without a backward pass or a step,
     was an evaluation, and leaves no trace: what waited for its step before it, batches and what was logged, waits on.
 
@@ -23,7 +25,7 @@ class Epochs:
     def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
         self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
         self.last: Pass | None = None
-        self._any = self._by_hand = False
+        self._any = self._by_hand = self._watched = self._ended = False
         self._stepped = place.step > 0
 
     def begin(self) -> None:
@@ -32,10 +34,18 @@ class Epochs:
         self.present += int((self._any and self._by_hand) or self.number() > 0)
         self._any = self._by_hand = True
 
+    def end(self) -> None:
+        """A row of ``/epochs`` was logged: an epoch of a loop that neither watches its data nor counts has ended."""
+        self._ended = True
+
     def step(self) -> None:
         """A step begins."""
         of = self.batches.source or self.last
+        if self._ended and not (self._by_hand or self._watched):
+            self.present += 1
+        self._ended = False
         if of is not None and not self._by_hand:
+            self._watched = True
             if of.epoch is None:
                 of.epoch = self.present + self._stepped
             self.present = max(self.present, of.epoch)

@@ -182,11 +182,15 @@ class Recorder:
             self._steps.log(name, value)
 
     def log_epoch(self, **scalars: float) -> None:
-        """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come."""
+        """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come.
+
+        In a loop that watches no loader and calls no :meth:`begin_epoch` an epoch ends here.
+        """
         self._attachment.end()
         check_epoch(scalars)
         values = {name: as_number(value) for name, value in scalars.items()}
         self._rows.add("epochs", {"epoch": self._epochs.present, "step": self._steps.number, **values})
+        self._epochs.end()
 
     def begin_epoch(self) -> None:
         """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""

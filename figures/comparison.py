@@ -105,6 +105,7 @@ def training_curves(runs: Runs) -> Figure:
             panels.draw_events([epoch + 2 for epoch in events[name]], ax=ax)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set(ylabel=label_of(quantity))
+            ax.set_visible(any(quantity in values for values in of.values()))
         panels.percent(axes[1].yaxis)
         named(axes[0], name, panels=len(axes))
     legend_below(figure)

@@ -98,7 +98,7 @@ def test_the_passes_that_train_are_counted(tmp_path: Path, loop: Callable) -> No
     assert run["epochs"].epoch.values.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("loop", [inside, a_few_batches_inside, after_each])
+@pytest.mark.parametrize("loop", [inside, a_few_batches_inside, after_each, read_before_it_is_used])
 def test_a_step_is_of_the_batch_that_it_was_of_though_others_were_evaluated(tmp_path: Path, loop: Callable) -> None:
     run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
     assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
@@ -137,3 +137,85 @@ def test_what_is_set_on_a_watched_loader_is_set_on_the_loader(tmp_path: Path) ->
     with pytest.raises(AttributeError):
         del watched.mixed
     recorder.close()
+
+
+@pytest.mark.parametrize("told", ["observe", "nothing"])
+def test_without_watched_data_what_is_logged_of_epochs_parts_them(tmp_path: Path, told: str) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        for _ in range(3):
+            for batch in loader:
+                if told == "observe":
+                    recorder.observe(batch)
+                step(batch)
+            evaluate(model, loader)
+            recorder.log_epoch(test_accuracy=0.5)
+
+    run, _ = record(tmp_path / "run.zarr", loop, curvature_every=0)
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert run["epochs"].epoch.values.tolist() == [0, 1, 2]
+
+
+def test_epochs_that_the_loop_counts_are_its_own(tmp_path: Path) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        evaluate(model, recorder.watch(loader))
+        for _ in range(3):
+            recorder.begin_epoch()
+            for number, batch in enumerate(loader):
+                recorder.observe(batch)
+                step(batch)
+                if number == 1:
+                    evaluate(model, recorder.watch(loader))
+            recorder.log_epoch(test_accuracy=0.5)
+
+    run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
+
+
+def test_a_held_look_at_other_data_is_no_epoch(tmp_path: Path) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        others = recorder.watch(loader)
+        for _ in range(3):
+            for batch in recorder.watch(loader):
+                step(batch)
+                held = iter(others)
+                evaluate(model, [next(held)])
+
+    run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
+
+
+def test_batches_of_a_pass_inside_another_are_trained_on(tmp_path: Path) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        held = iter(recorder.watch(loader))
+        next(held)
+        for _ in range(3):
+            step(next(iter(recorder.watch(loader))))
+
+    run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
+    assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
+
+
+@pytest.mark.parametrize("when", ["after the step", "after the evaluation", "after the epoch's"])
+def test_a_watched_evaluation_takes_nothing_from_what_is_logged(tmp_path: Path, when: str) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        watched, number = recorder.watch(loader), 0
+        for _ in range(2):
+            for batch in watched:
+                step(batch)
+                if when == "after the step":
+                    recorder.log(number=number)
+                if when != "after the epoch's":
+                    evaluate(model, watched)
+                if when == "after the evaluation":
+                    recorder.log(number=number)
+                number += 1
+            evaluate(model, watched)
+            if when == "after the epoch's":
+                recorder.log(number=number - 1)
+
+    run, _ = record(tmp_path / "run.zarr", loop, curvature_every=1)
+    numbers = run["steps"].number.values
+    assert numbers[[2, 5]].tolist() == [2, 5]
+    assert when == "after the epoch's" or numbers.tolist() == [0, 1, 2, 3, 4, 5]

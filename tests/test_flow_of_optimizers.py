@@ -111,3 +111,23 @@ def test_layers_of_different_learning_rates_have_no_common_stability(tmp_path) -
     assert run["steps"].flow_step.isnull().any()
     with pytest.raises(analysis.MissingQuantityError, match="the layers' differ at every measured step"):
         analysis.stability(run)
+
+
+def test_a_multiple_of_the_loss_has_the_flow_of_the_loss(tmp_path) -> None:
+    """The same training by a sum over the batch at an eighth of the rate."""
+    found = []
+    for times in (1, 8):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.2 / times)
+        batches = [(torch.randn(8, 4).double(), torch.randint(3, (8,))) for _ in range(6)]
+        with Recorder(tmp_path / f"{times}.zarr", model, optimizer, curvature_every=2) as recorder:
+            for x, y in recorder.watch(batches):
+                optimizer.zero_grad()
+                (times * nn.functional.cross_entropy(model(x), y)).backward()
+                optimizer.step()
+        run = open_run(tmp_path / f"{times}.zarr")
+        found.append(analysis.loss_decrease(run).merge(analysis.stability(run)))
+    for name in ("measured", "first_order", "first_order_flow", "second_order_flow", "stability"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(found[0].first_order_flow, found[0].first_order, rtol=1e-9)

@@ -11,6 +11,7 @@ from torch import nn
 
 import analysis
 from analysis import STATISTICS
+from analysis.findings import diverged
 from dynamics import Recorder, open_run
 from dynamics.pruning import Pruner
 from dynamics.summary import summary
@@ -185,3 +186,34 @@ def test_a_configuration_may_hold_paths_and_numbers_of_arrays(tmp_path) -> None:
     Recorder(tmp_path / "run.zarr", model, optimizer, attributes=said).close()
     table = analysis.conditions({"run": open_run(tmp_path / "run.zarr")})
     assert table.loc["run", ["data", "seed", "sparsity", "rounds"]].tolist() == ["some/where", 3, 0.5, 2]
+
+
+def test_filters_and_weights_are_not_one_condition() -> None:
+    def pruned(granularity: str, seed: int) -> xr.DataTree:
+        events = xr.Dataset({"kind": ("event", ["prune"]), "granularity": ("event", [granularity]),
+                             "measure": ("event", ["magnitude"]), "target": ("event", [0.5])})  # fmt: skip
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs={"model": "m", "seed": seed}), "/pruning": events})
+
+    runs = {f"{of} {seed}": pruned(of, seed) for of in ("filter", "weight") for seed in (0, 1)}
+    table = analysis.comparisons(runs)
+    assert table.granularity.tolist() == ["filter", "filter", "weight", "weight"]
+    assert table.groupby("granularity").seed.apply(list).tolist() == [[0, 1], [0, 1]]
+
+
+def test_a_training_that_diverged_is_named() -> None:
+    def steps(values: list[float]) -> xr.DataTree:
+        norm = xr.Dataset({"param_sqnorm": (("step", "layer"), [[1.0, one] for one in values])},
+                          coords={"step": [5, 6, 7], "layer": ["a", "b"]})  # fmt: skip
+        return xr.DataTree.from_dict({"/": xr.Dataset(), "/steps": norm})
+
+    found = diverged({"good": steps([1, 2, 3]), "bad": steps([1, np.inf, np.nan]), "none": xr.DataTree()})
+    assert found == ["bad: parameters are not finite from step 6 on"]
+
+
+def test_the_training_loss_of_an_epoch_is_that_of_its_steps() -> None:
+    steps = xr.Dataset({"loss": ("step", [4.0, 2.0, 1.0, 3.0]), "epoch": ("step", [0, 0, 1, 1])}, {"step": range(4)})
+    epochs = xr.Dataset({"test_accuracy": ("epoch", [0.5, 0.75])}, coords={"epoch": [0, 1]})
+    run = xr.DataTree.from_dict({"/steps": steps, "/epochs": epochs})
+    assert analysis.training_curve(run).train_loss.values.tolist() == [3.0, 2.0]
+    logged = xr.DataTree.from_dict({"/steps": steps, "/epochs": epochs.assign(train_loss=("epoch", [9.0, 8.0]))})
+    assert analysis.training_curve(logged).train_loss.values.tolist() == [9.0, 8.0]

@@ -1,6 +1,7 @@
 """Exactly as many filters go as asked, the lowest first, and none comes back."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -56,7 +57,9 @@ def test_what_is_gone_is_not_asked_for_again() -> None:
     pruner = Pruner(model, optimizer, "magnitude")
     alive = pruner.prune(0.5).alive
     for sparsity in (0.5, 0.2, 0.0):
-        again = pruner.prune(sparsity)
+        said = pytest.warns(UserWarning, match="nothing goes: .* gone already") if sparsity else nullcontext()
+        with said:
+            again = pruner.prune(sparsity)
         assert all(torch.equal(kept, alive[layer]) for layer, kept in again.alive.items())
         assert again.sparsity == pytest.approx(0.5, abs=0.01)
 
@@ -174,3 +177,11 @@ def test_it_says_in_a_line_what_it_is() -> None:
     assert repr(pruning) == "<Pruning by magnitude: 6 of 8 filters left, in 1 layer, 25.0% gone>"
     assert repr(pruner) == "<Pruner by magnitude: 6 of 8 filters left, in 1 layer>"
     assert repr(MEASURES["loss_preservation"]) == "<Loss preservation: Σ|θg|>"
+
+
+def test_of_a_loss_that_it_cannot_evaluate_importance_says_what_it_is_of() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 9))
+    texts = [(torch.randint(9, (4, 7)), torch.randint(9, (4, 7)))]
+    pruner = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "loss_preservation", granularity="weight")
+    with pytest.raises(ValueError, match=r"importance is of the mean cross-entropy .* failed with .*: Expected target"):
+        pruner.plan(0.3, texts)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import named
 from ..probe import unwrap
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
@@ -83,10 +84,23 @@ def scores_by_measure(
     names = [layer.name for layer in layers] if granularity == "filter" else layers
     start = initial_weights(model, names, rows, initial)
     uses = {row.uses for row in rows if row.needs_data}
-    found = derivatives(model, names, batches, uses, temperature, mode) if uses else Derivatives()
+    found = _derivatives(model, names, batches, uses, temperature, mode) if uses else Derivatives()
     scales = gammas(model, layers) if granularity == "filter" else {}
     drawn = torch.Generator().manual_seed(seed) if seed is not None else None
     return scores_from(model, names, rows, found, scales, start, granularity, drawn)
+
+
+def _derivatives(model: nn.Module, names: list[str], batches: Iterable[Any], *how: Any) -> Derivatives:
+    try:
+        return derivatives(model, names, batches, *how)
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            "importance is of the mean cross-entropy of model(inputs) and labels over (inputs, labels) batches, and "
+            f"that failed with {named(error)}. Of another loss, wrap the model so that it gives logits of classes, or "
+            "prune by magnitude"
+        ) from error
 
 
 def scores_from(

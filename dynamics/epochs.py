@@ -25,8 +25,8 @@ class Epochs:
     def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
         self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
         self.last: Pass | None = None
-        self._any = self._by_hand = self._watched = self._ended = False
-        self._stepped = place.step > 0
+        self._any = self._by_hand = self._watched = False
+        self._stepped, self._ended = place.step > 0, place.ended
 
     def begin(self) -> None:
         """One begins, says the loop: it counts them itself."""
@@ -41,14 +41,14 @@ class Epochs:
     def step(self) -> None:
         """A step begins."""
         of = self.batches.source or self.last
-        if self._ended and not (self._by_hand or self._watched):
-            self.present += 1
-        self._ended = False
-        if of is not None and not self._by_hand:
+        if of is not None and not (self._by_hand or of.drawn):
             self._watched = True
             if of.epoch is None:
                 of.epoch = self.present + self._stepped
             self.present = max(self.present, of.epoch)
+        elif self._ended and not (self._by_hand or self._watched):
+            self.present += 1
+        self._ended = False
         self._stepped = True
 
 
@@ -58,6 +58,8 @@ class Pass:
     def __init__(self, epochs: Epochs, sees: Callable[..., None]) -> None:
         self._epochs, self._sees = epochs, sees
         self.epoch: int | None = None
+        self._given = 0
+        self.drawn = False  # a single batch was, as by next(iter(loader)): no pass in the sense of an epoch
         self._before = epochs.last, epochs.number(), epochs.batches.mark.backwards
         self._waiting = epochs.batches.waiting, epochs.logged.waiting
         epochs.batches.begin_epoch()
@@ -66,12 +68,14 @@ class Pass:
     def gives(self, batch: Any) -> None:
         """The loop gets a batch from it."""
         self._epochs.last = self
+        self._given += 1
         self._sees(batch, source=self)
 
     def ends(self, *, whole: bool) -> None:
         """It is through, or if not ``whole``, the loop has let go of it."""
         batches, (last, step, backwards) = self._epochs.batches, self._before
         idle = self._epochs.number() == step and batches.mark.backwards == backwards
+        self.drawn = idle and not whole and self._given == 1
         if idle and self._ran():
             self._epochs.last = last
             batches.wait_again(self._waiting[0])

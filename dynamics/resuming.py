@@ -20,12 +20,16 @@ _SAME = 16  # roundings: what is left of a squared norm's precision after a step
 
 @dataclass(frozen=True)
 class Place:
-    """The point between two steps at which recording goes on, and how much of the record lies before it."""
+    """The point between two steps at which recording goes on, and how much of the record lies before it.
+
+    ``ended``: whether that is where an epoch was logged.
+    """
 
     step: int = 0
     epoch: int = 0
     events: int = 0
     flow_time: float = 0.0
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Record:
         count = self.logged_by(step) or 0  # steps may be recorded seldom
         logged = self.column("epochs", "epoch")[:count][-1:].tolist()
         epoch = int(max([0, *of_rows, *logged]))
-        return Place(step, epoch, events, self._flow_time(step, before))
+        ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
+        return Place(step, epoch, events, self._flow_time(step, before), ended)
 
     def logged_by(self, step: int) -> int | None:
         """How many rows of ``/epochs`` there were at a step; None if they do not say of which step they are."""

@@ -194,6 +194,7 @@ def test_batches_of_a_pass_inside_another_are_trained_on(tmp_path: Path) -> None
             step(next(iter(recorder.watch(loader))))
 
     run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0]
     assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
 
 

@@ -256,6 +256,24 @@ def test_epochs_are_counted_on_where_steps_are_recorded_seldom(tmp_path: Path, m
     assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
 
 
+def test_epochs_without_watched_data_go_on_where_they_were(tmp_path: Path) -> None:
+    def trained(path: Path, pair: Pair, epochs: int, **settings: object) -> list[dict]:
+        with Recorder(path, *pair, curvature_every=0, **settings) as recorder:
+            for _ in range(epochs):
+                for batch in batches:
+                    plain_step(*pair, batch)
+                recorder.log_epoch(test_accuracy=0.5)
+        return checkpoint(pair)
+
+    batches = vectors(3)
+    trained(tmp_path / "whole", fresh(), 3)
+    state = trained(tmp_path / "parts", fresh(), 1)
+    trained(tmp_path / "parts", loaded(state), 2, resume=True)
+    whole, parts = (open_run(tmp_path / name) for name in ("whole", "parts"))
+    assert whole["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert_equal(parts, whole)
+
+
 def test_where_parameters_stood_still_the_step_is_asked_for(tmp_path: Path) -> None:
     pair = fresh()
     pair[1].param_groups[0]["lr"] = 0.0

@@ -114,12 +114,13 @@ def chance(found: pd.DataFrame) -> str:
 def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callable[[pd.Series], str]]) -> pd.DataFrame:
     """A row for each comparison and measure; each cell from its column, of the runs that count."""
     by = [*_telling(table, same), "measure"]
-    rows = {}
+    keys, rows = [], []
     for key, group in table.groupby(by, sort=False, dropna=False):
         counted = group[group.counts]
         seeds = str(len(group)) if len(counted) == len(group) else f"{len(counted)} of {len(group)}"
-        rows[key] = {title: cell(counted[title]) for title, cell in cells.items()} | {"seeds": seeds}
-    return _in_print(pd.DataFrame.from_dict(rows, orient="index").rename_axis(by))
+        keys.append(key)
+        rows.append({title: cell(counted[title]) for title, cell in cells.items()} | {"seeds": seeds})
+    return _in_print(pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=by)))
 
 
 def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from networks import recorded, smooth_network, vectors
 from torch import nn
 
-from dynamics import Recorder
+from dynamics import Recorder, open_run
 
 KNOWN = "derivative for aten::_thnn_fused_lstm_cell_backward is not implemented"
 
@@ -44,7 +44,7 @@ def fail(reason: str) -> object:
 
 
 @pytest.mark.parametrize("when", ["before the step", "after it"])
-@pytest.mark.parametrize("case", ["label smoothing", "the same", "clipped"])
+@pytest.mark.parametrize("case", ["label smoothing", "the same", "clipped", "a part of it"])
 def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: str, when: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -59,8 +59,9 @@ def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: 
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(x_), y_, label_smoothing=smoothing)
                 loss.backward()
-                if case == "clipped":
+                if case in ("clipped", "a part of it"):
                     nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+                loss = loss.detach() / 4 if case == "a part of it" else loss
                 if when == "before the step":
                     recorder.log(loss=loss)
                 optimizer.step()
@@ -74,3 +75,29 @@ def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             train()
+
+
+def test_a_scripted_part_has_no_curvature(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh())))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="a ScriptModule hides what it computes"):
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+            for x, y in recorder.watch([(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 2
+
+
+def test_a_frozen_parameter_that_is_no_number_does_not_move(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    model.unused = nn.Parameter(torch.tensor([torch.nan, 1.0]), requires_grad=False)
+    optimizer = torch.optim.SGD([model.weight, model.bias], 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+            for x, y in recorder.watch([(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 1]

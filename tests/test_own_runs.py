@@ -188,6 +188,15 @@ def test_a_configuration_may_hold_paths_and_numbers_of_arrays(tmp_path) -> None:
     assert table.loc["run", ["data", "seed", "sparsity", "rounds"]].tolist() == ["some/where", 3, 0.5, 2]
 
 
+def test_runs_that_said_nothing_stand_beside_those_that_did() -> None:
+    nothing = {f"mine {seed}": of(0.25 * (1 + seed)) for seed in (0, 1)}
+    for run in nothing.values():
+        run.attrs = {}
+    table = analysis.accuracy_table({"a": of(0.5, seed=0), "b": of(0.75, seed=1)} | nothing)
+    assert table["test accuracy, %"].tolist()[:2] == ["25.0", "50.0"]
+    assert sorted(table.seeds) == ["1", "1", "2"]
+
+
 def test_filters_and_weights_are_not_one_condition() -> None:
     def pruned(granularity: str, seed: int) -> xr.DataTree:
         events = xr.Dataset({"kind": ("event", ["prune"]), "granularity": ("event", [granularity]),

@@ -522,3 +522,28 @@ def test_another_network_that_has_stepped_before_is_as_it_was_in_the_forward_pas
     np.testing.assert_allclose(found["encoder"].loss_before, losses, rtol=1e-12)
     assert found["decoder"].step.values.tolist() == [1, 2, 3, 4]  # the encoder is the larger one: at first not kept
     np.testing.assert_allclose(found["decoder"].loss_before, losses[1:], rtol=1e-12)
+
+
+def test_a_generator_that_steps_first_and_runs_again_for_the_discriminator(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    generator = nn.Linear(3, 4).double()
+    discriminator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    optimizers = [torch.optim.SGD(one.parameters(), 0.5) for one in (generator, discriminator)]
+    losses: list[float] = []
+
+    def objective(discriminator: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        real, noise = batch
+        return F.softplus(-discriminator(real)).mean() + F.softplus(discriminator(generator(noise).detach())).mean()
+
+    batches = [(torch.randn(6, 4).double(), torch.randn(6, 3).double()) for _ in range(5)]
+    with Recorder(tmp_path / "run", discriminator, optimizers[1], objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            optimizers[0].zero_grad()
+            F.softplus(-discriminator(generator(batch[1]))).mean().backward()
+            optimizers[0].step()
+            optimizers[1].zero_grad()
+            loss = objective(discriminator, batch)
+            loss.backward()
+            optimizers[1].step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)

@@ -1,5 +1,6 @@
 """Operations of someone's own that run a part of the network again in a backward pass."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,47 @@ class Adjoint(torch.autograd.Function):
             return None, *torch.autograd.grad(y, (x, *ctx.parameters), cotangent)
 
 
+class MemoryEfficientNorm(torch.autograd.Function):
+    """A BatchNorm that is computed again in the backward pass, by functions: no module runs there."""
+
+    @staticmethod
+    def forward(ctx, norm, x, weight, bias):
+        ctx.norm = norm
+        ctx.save_for_backward(x, weight, bias)
+        return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, training=True)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        x, weight, bias = (one.detach().requires_grad_() for one in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = F.batch_norm(x, ctx.norm.running_mean, ctx.norm.running_var, weight, bias, training=True)
+            torch.autograd.backward(y * ctx.norm.weight.sum() / ctx.norm.weight.sum().detach(), cotangent)
+        return None, x.grad, weight.grad, bias.grad
+
+
+class NotTwice(torch.autograd.Function):
+    """x³, whose backward pass autograd takes for linear."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return cotangent * (3 * x**2).detach()
+
+
+class Twice(NotTwice):
+    """x³."""
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return cotangent * 3 * x**2
+
+
 class Net(nn.Module):
     def __init__(self, runs: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -72,6 +114,9 @@ KINDS = {
     "plain": lambda part, x: part(x),
     "checkpointed": lambda part, x: Checkpointed.apply(part, x),
     "adjoint": lambda part, x: Adjoint.apply(part, x, *part.parameters()),
+    "norm": lambda part, x: part[2](
+        MemoryEfficientNorm.apply(part[3], part[1](part[0](x)), part[3].weight, part[3].bias)
+    ),
 }
 BY_HAND = ("grad_sqnorm", "param_grad", "grad_update", "loss_before", "loss_after")
 
@@ -98,8 +143,8 @@ def train(path: Path | None, kind: str) -> list[Tensor | None]:
     return [*seen, *model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.calls)]
 
 
-@pytest.mark.filterwarnings("ignore:curvature is approximate", "ignore:/curvature may be of another loss")
-@pytest.mark.parametrize("kind", ["checkpointed", "adjoint"])
+@pytest.mark.filterwarnings("ignore:curvature", "ignore:/curvature may be of another loss", "ignore:the loss of step")
+@pytest.mark.parametrize("kind", ["checkpointed", "adjoint", "norm"])
 def test_a_network_that_runs_again_in_its_backward_pass_trains_as_without(tmp_path: Path, kind: str) -> None:
     plain, recorded = train(None, kind), train(tmp_path / "run.zarr", kind)
     assert len(plain) == len(recorded)
@@ -154,3 +199,44 @@ def test_an_event_measures_it_too(tmp_path: Path) -> None:
     for name in ("grad_hess_grad", "removal_hess_removal"):
         np.testing.assert_allclose(runs["checkpointed"][name], runs["plain"][name], rtol=1e-5, atol=1e-8)
     assert runs["checkpointed"].grad_sqnorm_second_order.isnull().all()
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_backward_pass_that_has_no_derivative_is_said(tmp_path: Path, once: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+    operation = NotTwice
+    if once:
+        backward = torch.autograd.function.once_differentiable(NotTwice.backward)
+        operation = type("Once", (NotTwice,), {"backward": staticmethod(backward)})
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model[1](operation.apply(model[0](batch[0]))), batch[1])
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    said = "curvature is approximate" if once else "operation of your own is not the change of its gradient"
+    with pytest.warns(UserWarning, match=said):
+        with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+            for batch in recorder.watch([(torch.randn(8, 4).double(), torch.randint(3, (8,)))]):
+                optimizer.zero_grad()
+                objective(model, batch).backward()
+                optimizer.step()
+    assert open_run(tmp_path / "run")["curvature"].approximate.values.tolist() == [float(once)]
+
+
+def test_an_operation_with_a_derivative_is_believed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model[1](Twice.apply(model[0](batch[0]))), batch[1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+            for batch in recorder.watch([(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(3)]):
+                optimizer.zero_grad()
+                objective(model, batch).backward()
+                optimizer.step()
+    assert open_run(tmp_path / "run")["curvature"].approximate.values.tolist() == [0, 0, 0]

@@ -70,6 +70,14 @@ def side_by_side(recorder: Recorder, model: nn.Module, loader: DataLoader, step:
         recorder.log_epoch(test_accuracy=0.5)
 
 
+def between_steps_of_one_batch(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+    watched = recorder.watch(loader)
+    for batch in watched:
+        for _ in range(3):
+            step(batch)
+            evaluate(model, watched)
+
+
 def record(path: Path, loop: Callable, **settings: object) -> tuple[xr.DataTree, list[float]]:
     """The record, and the loss of each step as it was, with dropout and BatchNorm."""
     torch.manual_seed(0)
@@ -98,7 +106,10 @@ def test_the_passes_that_train_are_counted(tmp_path: Path, loop: Callable) -> No
     assert run["epochs"].epoch.values.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("loop", [inside, a_few_batches_inside, after_each, read_before_it_is_used])
+LOOPS = [inside, a_few_batches_inside, after_each, read_before_it_is_used, between_steps_of_one_batch]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_a_step_is_of_the_batch_that_it_was_of_though_others_were_evaluated(tmp_path: Path, loop: Callable) -> None:
     run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
     assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)

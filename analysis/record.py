@@ -49,7 +49,9 @@ def columns(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
 
 
 def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
-    found = list(run[name].data_vars) + list(run[name].coords) if name in run.children else []
+    if not has(run, name):
+        raise MissingQuantityError(f"nothing was recorded in /{name}. {_HOW[name]}")
+    found = list(run[name].data_vars) + list(run[name].coords)
     if missing := [quantity for quantity in needs if quantity not in found]:
         raise MissingQuantityError(f"/{name} needs {missing}; this run recorded {sorted(found)} there. {_HOW[name]}")
     return run[name].to_dataset()

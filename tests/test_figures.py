@@ -184,7 +184,7 @@ def test_bad_calls_are_said(runs: dict[str, xr.DataTree]) -> None:
         draw("pie", runs)
     with pytest.raises(ValueError, match="no runs to draw"):
         draw("norm_rate", {})
-    with pytest.raises(analysis.MissingQuantityError, match="/units needs"):
+    with pytest.raises(analysis.MissingQuantityError, match="nothing was recorded in /units"):
         draw("filters_left", {"none": runs["none"]})
 
 

@@ -166,6 +166,17 @@ class Pruner:
             ValueError: as :meth:`plan`. The model is then untouched.
         """
         pruning = self.plan(sparsity, batches)
+        if (
+            sparsity
+            and self._protocol_name == "default"
+            and all(map(torch.equal, pruning.alive.values(), self.alive.values()))
+        ):
+            warnings.warn(
+                f"nothing goes: {sparsity:.1%} are asked to be gone of all, and {pruning.sparsity:.1%} are. The share "
+                "counts what was pruned before: of several rounds, share_left(sparsity, rounds, round) says what is to "
+                "be left after each",
+                stacklevel=2,
+            )
         self.apply(pruning)
         return pruning
 
@@ -185,13 +196,6 @@ class Pruner:
         ranked = {name: self._ranked(name, values.cpu().double().flatten()) for name, values in found.items()}
         standing = {name: layer.standing for name, layer in ranked.items()}
         quota = self._possible(ranked, sparsity)
-        gone_before = 1 - counted(list(standing.values())) / sum(map(torch.numel, standing.values()))
-        if not quota and 0 < sparsity <= gone_before:
-            warnings.warn(
-                f"nothing goes: {sparsity:.1%} of all are gone already. The share counts what was pruned before: of "
-                "several rounds, share_left(sparsity, rounds, round) says what is to be left after each",
-                stacklevel=2,
-            )
         gone = lowest(ranked, quota, ties=self._protocol.prune_ties)
         alive = {name: kept.view(self.alive[name].shape) for name, kept in without(standing, gone).items()}
         reached = 1 - counted(list(alive.values())) / sum(kept.numel() for kept in alive.values())

@@ -113,7 +113,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     run = recorded(tmp_path / "run", model, optimizer, vectors(2), curvature_every=0)
     for analyse, message in (
         (analysis.loss_decrease, r"nothing was recorded in /curvature. Record with curvature_every > 0"),
-        (analysis.stability, "/curvature needs"),
+        (analysis.stability, "nothing was recorded in /curvature"),
         (analysis.pruning_effect, "/pruning needs .*Prune inside"),
         (analysis.filters_left, "/units needs .*event.units"),
         (analysis.training_curve, "/epochs needs .*log_epoch"),

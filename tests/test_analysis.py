@@ -114,9 +114,9 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for analyse, message in (
         (analysis.loss_decrease, r"nothing was recorded in /curvature. Record with curvature_every > 0"),
         (analysis.stability, "nothing was recorded in /curvature"),
-        (analysis.pruning_effect, "/pruning needs .*Prune inside"),
-        (analysis.filters_left, "/units needs .*event.units"),
-        (analysis.training_curve, "/epochs needs .*log_epoch"),
+        (analysis.pruning_effect, "nothing was recorded in /pruning. Prune inside"),
+        (analysis.filters_left, "nothing was recorded in /units. Call event.units"),
+        (analysis.training_curve, "nothing was recorded in /epochs. Call recorder.log_epoch"),
     ):
         with pytest.raises(analysis.MissingQuantityError, match=message):
             analyse(run)

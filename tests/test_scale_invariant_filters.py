@@ -131,5 +131,7 @@ def test_a_record_without_the_study_says_how_to_get_it(tmp_path: Path) -> None:
     model = half_normalised()
     with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)):
         pass
-    with pytest.raises(MissingQuantityError, match=r'nothing was recorded in /invariance. Call event.add\("invariance"'):
+    with pytest.raises(
+        MissingQuantityError, match=r'nothing was recorded in /invariance. Call event.add\("invariance"'
+    ):
         analysed(open_run(tmp_path / "run"))

@@ -138,8 +138,7 @@ class Steps:
         self.busy = True
         _of_thread.measuring = anyone_measures() + 1
         try:
-            asleep = nullcontext() if what == _FIRST_ORDER else self._hooks.asleep()  # then the model does not run
-            with torch.no_grad(), torch.autograd.set_detect_anomaly(False), asleep:
+            with torch.no_grad(), nullcontext() if what == _FIRST_ORDER else self._evaluating():
                 yield
         except Exception as error:
             if not what:
@@ -153,6 +152,12 @@ class Steps:
         finally:
             self.busy = False
             _of_thread.measuring = anyone_measures() - 1
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside, the model may run: neither anomalies are looked for nor does an optimizer collect statistics."""
+        with torch.autograd.set_detect_anomaly(False), self._hooks.asleep():
+            yield
 
     def _await_forward(self) -> None:
         if self._curvature.due(self.number):

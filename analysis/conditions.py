@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from numbers import Real
 
 import pandas as pd
 import xarray as xr
@@ -16,7 +15,6 @@ from .record import experiment, has
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
-_KINDS = {"model": str, "data": str, "measure": str, "rounds": Real, "sparsity": Real, "seed": Real}
 _MODES = {
     "train": "training mode, where BatchNorm normalises by the batch",
     "eval": "eval mode, where BatchNorm normalises by its running statistics",
@@ -178,7 +176,7 @@ def _of_one_kind(values: pd.Series) -> pd.Series:
 def _said(label: str, run: xr.DataTree) -> dict:
     """What the author of a loop said of the run, and its events of its pruning."""
     said = {name: value for name, value in run.attrs.items() if name not in ORIGIN and value is not None}
-    said = {name: value for name, value in said.items() if isinstance(value, _KINDS.get(name, object))}
+    said = {name: value for name, value in said.items() if isinstance(value, COMPARED_BY.get(name, object))}
     unknown = {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": 0}
     if not said.keys() & {"model", "data", "measure"}:
         return unknown | {name: value for name, value in said.items() if name == "seed"}

@@ -19,8 +19,6 @@ _WITHIN = ("optimizer", "base_optimizer", "_base_optimizer")  # what wrappers ca
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 _KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
-_COMPARED = {"model": (str, "a text"), "data": (str, "a text"), "measure": (str, "a text"),
-             "rounds": (Real, "a number"), "sparsity": (Real, "a number"), "seed": (Real, "a number")}  # fmt: skip
 
 
 def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
@@ -64,9 +62,10 @@ def check_attributes(attributes: Any) -> None:
         raise TypeError(f"attributes is a dictionary of names and what they say, got {attributes!r:.60}")
     if kept := sorted(attributes.keys() & set(_KEPT)):
         raise ValueError(f"attributes cannot say {kept[0]!r}: the recorder says it itself; choose another name")
-    for name, (kind, said) in _COMPARED.items():
+    for name, kind in schema.COMPARED_BY.items():
         value = attributes.get(name)
         if value is not None and not isinstance(value, kind):
+            said = "a text" if kind is str else "a number"
             warnings.warn(
                 f"attributes: runs are compared by {name!r} if it is {said}; by {value!r:.60} they are not",
                 stacklevel=3,

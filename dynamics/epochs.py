@@ -25,14 +25,14 @@ class Epochs:
     def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
         self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
         self.last: Pass | None = None
-        self._any = self._by_hand = self._watched = False
+        self._by_hand = self._watched = False
         self._stepped, self._ended = place.step > 0, place.ended
 
     def begin(self) -> None:
         """One begins, says the loop: it counts them itself."""
         self.batches.begin_epoch()
-        self.present += int((self._any and self._by_hand) or self.number() > 0)
-        self._any = self._by_hand = True
+        self.present += int(self._by_hand or self.number() > 0)
+        self._by_hand = True
 
     def end(self) -> None:
         """A row of ``/epochs`` was logged: an epoch of a loop that neither watches its data nor counts has ended."""

@@ -122,10 +122,8 @@ class Moment:
         theirs = other._buffers | other.frozen
         dense = {name: one for name, one in (self._buffers | self.frozen).items() if one.layout is torch.strided}
         same = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
-        theirs = other.others
-        same = (
-            same and self.others.keys() == theirs.keys() and all(theirs[one] is was for one, was in self.others.items())
-        )
+        beside = self.others.keys() == other.others.keys()
+        same = same and beside and all(other.others[module] is was for module, was in self.others.items())
         return same and self._random == other._random and self._attributes.are_as(other._attributes)
 
     def buffers(self) -> dict[str, Tensor]:

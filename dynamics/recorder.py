@@ -228,8 +228,10 @@ class Recorder:
     def flush(self) -> None:
         """Write all that was recorded so far and wait for it: before a checkpoint is saved, say."""
         self._attachment.end()
-        self._steps.finish()
-        self._rows.flush()
+        try:
+            self._steps.finish()
+        finally:  # what it says may be an error
+            self._rows.flush()
 
     def close(self) -> None:
         """Detach from the optimizer, write what is left and wait for it. Nothing of the recorder stays behind.
@@ -238,12 +240,14 @@ class Recorder:
         """
         if self._attachment:
             self._attachment.end()
-            self._steps.finish()
-            self._attachment.close()
-            self._batches.close()
-            self._termination.close()
-            atexit.unregister(self.close)
-            self._rows.close()
+            try:
+                self._steps.finish()
+            finally:  # what it says may be an error
+                self._attachment.close()
+                self._batches.close()
+                self._termination.close()
+                atexit.unregister(self.close)
+                self._rows.close()
 
     def __enter__(self) -> Recorder:
         return self

@@ -7,6 +7,7 @@ comes from :data:`QUANTITIES`. Nothing here needs torch, so a record is read whe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 SCHEMA_VERSION = 1
 
@@ -24,7 +25,7 @@ STAGES = ("before", "after")
 STUDIES = ("curve", "scores", "invariance")  # what an event may add, each computed by dynamics.pruning
 
 # What runs are compared by, as a record's attributes or an experiment's settings; and the attributes of every record.
-COMPARED_BY = ("model", "data", "measure", "rounds", "sparsity", "seed")
+COMPARED_BY = {"model": str, "data": str, "measure": str, "rounds": Real, "sparsity": Real, "seed": Real}
 ORIGIN = ("schema_version", "thetadot", "commit", "torch", "cuda", "created", "device", "resumed", "finished")
 
 # Of an experiment's record: the paper's measures in its order, and the settings that matter only where one prunes.

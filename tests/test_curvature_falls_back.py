@@ -101,3 +101,21 @@ def test_a_frozen_parameter_that_is_no_number_does_not_move(tmp_path: Path) -> N
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
     assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_said_in_the_end_costs_no_rows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 3), torch.randn(16, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    recorder = Recorder(tmp_path / "run", model, optimizer, curvature_every=64)
+    for x_, y_ in recorder.watch([(x, x[:, :3].argmax(1))]):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x_), y_) + 0.1 * model.weight.square().sum()
+        loss.backward()
+        optimizer.step()
+        recorder.log(loss=loss)
+    with pytest.raises(UserWarning, match="the loss of step 0 was logged"):
+        recorder.close()
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 1
+    assert not optimizer._optimizer_step_pre_hooks

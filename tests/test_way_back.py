@@ -16,15 +16,19 @@ from dynamics import Recorder, open_run
 Batches = list[tuple[Tensor, Tensor]]
 
 
-class Checkpointed(torch.autograd.Function):
-    """As Megatron's: the part runs again in the backward pass, and gives its parameters their gradients itself."""
+class RunsAgain(torch.autograd.Function):
+    """Keeps the part of the network that it runs, not what that computes."""
 
     @staticmethod
-    def forward(ctx, part, x):
-        ctx.part, ctx.random = part, torch.get_rng_state()
+    def forward(ctx, part, x, *parameters):
+        ctx.part, ctx.parameters, ctx.random = part, parameters, torch.get_rng_state()
         ctx.save_for_backward(x)
         with torch.no_grad():
             return part(x)
+
+
+class Checkpointed(RunsAgain):
+    """As Megatron's: the part runs again in the backward pass, and gives its parameters their gradients itself."""
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -38,15 +42,8 @@ class Checkpointed(torch.autograd.Function):
         return None, x.grad
 
 
-class Adjoint(torch.autograd.Function):
+class Adjoint(RunsAgain):
     """As torchdiffeq's: gradients are taken by the parameters that were handed in, of the part as it is then."""
-
-    @staticmethod
-    def forward(ctx, part, x, *parameters):
-        ctx.part, ctx.parameters = part, parameters
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return part(x)
 
     @staticmethod
     def backward(ctx, cotangent):

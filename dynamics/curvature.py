@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import named
-from .graph import WayBack, on_the_way_back
+from .graph import WayBack, nodes, on_the_way_back
 from .higher_order import HigherOrder
 from .memory_order import channels_first
 from .precision import full_precision
@@ -221,16 +221,7 @@ def mean_gradient(
 
 def _has_none(grad: Sequence[Tensor]) -> bool:
     """Whether a part of the gradient has no derivative: autograd would pass it over in silence, as a constant."""
-    seen: set[torch.autograd.graph.Node] = set()
-    waiting = [part.grad_fn for part in grad]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            if node.name() == "torch::autograd::Error":
-                return True
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-    return False
+    return any(node.name() == "torch::autograd::Error" for node in nodes(grad))
 
 
 @torch.no_grad()

@@ -73,12 +73,13 @@ class Pass:
 
     def ends(self, *, whole: bool) -> None:
         """It is through, or if not ``whole``, the loop has let go of it."""
-        batches, (last, step, backwards) = self._epochs.batches, self._before
+        batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
+        self._before = self._waiting = None  # else each pass would hold the one before, and its batches
         idle = self._epochs.number() == step and batches.mark.backwards == backwards
         self.drawn = idle and not whole and self._given == 1
         if idle and self._ran():
             self._epochs.last = last
-            batches.wait_again(self._waiting[0])
-            self._epochs.logged.wait_again(self._waiting[1])
+            batches.wait_again(waiting[0])
+            self._epochs.logged.wait_again(waiting[1])
         else:
             batches.leave(whole=whole)

@@ -28,16 +28,16 @@ class WayBack:
     again: bool = False
 
 
-def _nodes(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+def nodes(results: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    """Every operation that the results come from, once."""
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [result.grad_fn for result in results]
     while waiting:
-        if (node := waiting.pop()) is None:
-            continue
-        yield node
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(following for following, _ in node.next_functions)
 
 
 def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
@@ -49,7 +49,7 @@ def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
         ValueError: the loss depends on one of the model's own ``parameters``, in whose place others were.
     """
     own, found = {id(parameter) for parameter in parameters}, False
-    for node in _nodes(loss):
+    for node in nodes([loss]):
         if isinstance(node, BackwardCFunction):
             found = found or node._forward_cls.__module__.partition(".")[0] not in _KNOWN
         elif (variable := getattr(node, "variable", None)) is not None and id(variable) in own:

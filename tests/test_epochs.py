@@ -1,5 +1,6 @@
 """An epoch is a pass over the data in which the network trains; evaluations and looks are none, and leave no trace."""
 
+import gc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
+from dynamics.epochs import Pass
 
 Step = Callable[[list[torch.Tensor]], None]
 
@@ -231,3 +233,19 @@ def test_a_watched_evaluation_takes_nothing_from_what_is_logged(tmp_path: Path, 
     numbers = run["steps"].number.values
     assert numbers[[2, 5]].tolist() == [2, 5]
     assert when == "after the epoch's" or numbers.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_passes_that_are_over_are_let_go(tmp_path: Path) -> None:
+    def passes() -> int:
+        gc.collect()
+        return sum(type(one) is Pass for one in gc.get_objects())
+
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        before = passes()
+        for _ in range(20):
+            for batch in recorder.watch(loader):
+                step(batch)
+            step(next(iter(recorder.watch(loader))))
+        assert passes() - before < 4
+
+    record(tmp_path / "run.zarr", loop, curvature_every=1)

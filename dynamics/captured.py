@@ -55,7 +55,7 @@ class Repeated:
     """
 
     def __init__(self) -> None:
-        self._places: list[Hashable] = []
+        self._places: list[Hashable] | None = None
         self._captured: Captured | None = None
         self._left = _MOST
 

@@ -60,13 +60,15 @@ class Groups:
             }
             for one in self._optimizers
         ]
+        every = list(range(len(self._layers.parameters)))
+        self._held = [None if list(groups) == every else list(groups) for groups in self._group_of]
         held = {id(parameter): parameter for group in groups for parameter in group["params"]}
         self.outside = [parameter for key, parameter in held.items() if key not in index_of]
         self._rest = {}
 
-    def held(self, number: int) -> list[int]:
-        """Indices of the parameters that an optimizer holds."""
-        return list(self._group_of[number])
+    def held(self, number: int) -> list[int] | None:
+        """Indices of the parameters that an optimizer holds; None if that is all of them, in their order."""
+        return self._held[number]
 
     def rest(self, stepped: Sequence[int]) -> list[int]:
         """Indices of the parameters that none of the optimizers which stepped holds."""
@@ -77,16 +79,16 @@ class Groups:
 
     def gradient(self, number: int, into: Vector) -> None:
         """Copy g of the parameters that an optimizer holds as it will apply it, without a gradient scaler's factor."""
-        groups, parameters = self._group_of[number], self._layers.parameters
-        grads = [parameters[index].grad for index in groups]
-        into.take(grads, among=groups)
+        groups, held, parameters = self._group_of[number], self._held[number], self._layers.parameters
+        grads = [one.grad for one in (parameters if held is None else [parameters[index] for index in held])]
+        into.take(grads, among=held)
         if is_any_missing(grads):
             pairs = zip(groups.items(), grads, strict=True)
             groups = {index: group for (index, group), grad in pairs if grad is not None}
         self._trained[number] = groups
         scale = getattr(self._optimizers[number], "grad_scale", None)  # set during a fused step only
         if scale is not None:
-            torch._foreach_div_([into.views[index] for index in self._group_of[number]], scale)
+            torch._foreach_div_(into.views if held is None else [into.views[index] for index in held], scale)
 
     def skips(self, number: int) -> Tensor | None:
         """1 where a gradient scaler makes an optimizer skip its step, else 0; known during a fused step only."""

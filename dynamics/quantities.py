@@ -42,10 +42,6 @@ class Vectors:
             self._dots[left, right] = self.product(getattr(self, left), getattr(self, right)).sum(-1)
         return self._dots[left, right]
 
-    def given(self) -> list[Tensor]:
-        """The vectors that there are."""
-        return [vector for part in fields(self) if part.init and (vector := getattr(self, part.name)) is not None]
-
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Entrywise product, until the next one."""
         return torch.mul(left, right, out=self.scratch)

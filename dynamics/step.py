@@ -101,13 +101,12 @@ class Measurement:
         return self._layers.on_one_gpu
 
     def begin(self) -> None:
-        """Keep θ as it is before the step; no gradient is known yet."""
+        """Keep θ as it is before the step."""
         self._layers.refresh()
         self._groups.refresh()
         if self._version != self._layers.version:
             self._adapt()
         self._layers.theta(self._theta)
-        self._grad.blocks.zero_()
 
     def take_gradient(self, optimizer: int) -> None:
         """Keep g as an optimizer is about to apply it: the step may overwrite it."""
@@ -118,9 +117,10 @@ class Measurement:
         self._layers.theta(self._update, among=self._groups.held(optimizer))
 
     def end(self, stepped: Sequence[int]) -> None:
-        """Δθ: what the optimizers changed that stepped; nothing else is their doing."""
-        rest = self._groups.rest(stepped)
-        self._update.take([self._theta.views[index] for index in rest], among=rest)
+        """Δθ and g: what the optimizers changed that stepped, and were given; nothing else is their doing."""
+        if rest := self._groups.rest(stepped):
+            self._update.take([self._theta.views[index] for index in rest], among=rest)
+            self._grad.take([None] * len(rest), among=rest)
         self._update.blocks.sub_(self._theta.blocks)
 
     def step_values(self, trained: Mapping[int, Group]) -> Mapping[tuple[str, ...], Tensor]:
@@ -134,7 +134,7 @@ class Measurement:
         )
         if not self._steps:
             return {}
-        places = [vector.data_ptr() for vector in vectors.given()]
+        places = [vectors.decay.data_ptr()] if vectors.decay is not None else []  # all others were made with the graph
         sums = self._repeated(partial(self._layers.sums, self._steps, vectors), places, self._layers.device)
         return self._processes.total({self._steps: sums.clone()})
 

@@ -113,9 +113,10 @@ class Steps:
                 if self._records():
                     trained = self._groups.trained(stepped)
                     row = self._scalars(trained, stepped) | self._measurement.step_values(trained)
-            with self.measuring("curvature"):
-                if (curvature := self._curvature.end(self.number)) is not None:
-                    self._rows.add("curvature", {"step": self.number, **curvature})
+            if self._curvature.due(self.number):
+                with self.measuring("curvature"):
+                    if (curvature := self._curvature.end(self.number)) is not None:
+                        self._rows.add("curvature", {"step": self.number, **curvature})
         if 0 in stepped:
             moved = 1 - self._skips.get(0, 0.0)
             self._flow_time = self._flow_time + self._groups.first_flow_step() * moved

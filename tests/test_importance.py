@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from networks import convolutional_network, images
 from prunable import NETWORKS, batch, goes_with, trained
 from scipy.stats import kstest
-from torch import nn
+from torch import Tensor, nn
 
 from dynamics.models import build
 from dynamics.pruning import MEASURES, Pruner, resampled_scores, scores
@@ -115,6 +115,66 @@ def test_measure_equals_its_formula_by_double_backward(measure: str, mode: str) 
     (hess_grad,) = torch.autograd.grad(norm, theta[:1])
     expected = FORMULAS[measure](*(part.detach().flatten(1) for part in (theta[0], grad[0], hess_grad)))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+def regression(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch["inputs"]), batch["wanted"])
+
+
+def regressions() -> tuple[nn.Sequential, list[dict[str, Tensor]]]:
+    """A network with BatchNorm and batches of different sizes, which no cross-entropy is of."""
+    inputs = [inputs for inputs, _ in [*images(1, seed=3, size=5), *images(1, seed=4, size=9)]]
+    return convolutional_network(), [{"inputs": one, "wanted": one.flatten(1)[:, :3].sin()} for one in inputs]
+
+
+@pytest.mark.parametrize("measure", FORMULAS)
+def test_importance_may_be_of_another_loss(measure: str) -> None:
+    model, batches = regressions()
+    found = scores(model, batches, measure, objective=regression)["0"]
+    model.eval()
+    theta = list(model.parameters())
+    wanted = [one["wanted"] for one in batches]
+    loss = (model(torch.cat([one["inputs"] for one in batches])) - torch.cat(wanted)).square().sum() / (14 * 3)
+    grad = torch.autograd.grad(loss, theta, create_graph=True)
+    (hess_grad,) = torch.autograd.grad(sum(part.square().sum() for part in grad) / 2, theta[:1])
+    expected = FORMULAS[measure](*(part.detach().flatten(1) for part in (theta[0], grad[0], hess_grad)))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+    study = resampled_scores(model, batches, [measure], objective=regression, draws=2)
+    torch.testing.assert_close(torch.from_numpy(study.score.values[0]), expected, rtol=1e-9, atol=1e-13)
+
+
+def test_fisher_of_another_loss_is_the_mean_over_samples() -> None:
+    model, batches = regressions()
+    expected = torch.zeros(4, dtype=torch.float64)
+    for one in batches:
+        for sample, wanted in zip(one["inputs"].split(1), one["wanted"].split(1), strict=True):
+            loss = (model.eval()(sample) - wanted).square().mean()
+            (grad,) = torch.autograd.grad(loss, [model[0].weight])
+            expected += (grad * model[0].weight.detach()).flatten(1).sum(1).square() / 14 / 2
+    torch.testing.assert_close(scores(model.train(), batches, "fisher", objective=regression)["0"], expected)
+
+
+@pytest.mark.parametrize("measure", ["gradient_norm_increase", "snip", "synflow"])
+def test_a_pruner_of_another_loss_has_no_temperature(measure: str) -> None:
+    """Of measures whose paper has one, too."""
+    model, batches = regressions()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = Pruner(model, optimizer, measure, objective=regression)
+    found = scores(model, batches, measure, objective=regression)["0"]
+    pruning = pruner.prune(0.5, batches)
+    torch.testing.assert_close(pruning.scores["0"], found)
+    assert pruning.attributes["score_temperature"] == 1
+    assert pruning.alive["0"].tolist() == (found.argsort().argsort() >= 2).tolist()
+
+
+def test_the_temperature_is_of_the_cross_entropy_alone() -> None:
+    model, batches = regressions()
+    with pytest.raises(ValueError, match=r"a temperature, 5\.0, divides the logits of the cross-entropy"):
+        scores(model, batches, "taylor", objective=regression, temperature=5.0)
+    with pytest.raises(ValueError, match="leave it out"):
+        Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "taylor", objective=regression, temperature=5.0)
+    with pytest.raises(ValueError, match="give it: objective=lambda model, batch"):
+        scores(model, batches, "taylor")
 
 
 def test_random_scores_follow_the_seed() -> None:

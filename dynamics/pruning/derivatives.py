@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..batch import as_measured, sample_count
-from ..probe import Probe, cross_entropy_objective
+from ..batch import as_measured, sample_count, tensors_of
+from ..probe import Objective, Probe
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient
 
@@ -35,18 +35,18 @@ class Derivatives:
 class Passing:
     """The loss at the batch that is passing by: one probe serves them all, and none is held once it has passed."""
 
-    def __init__(self, model: nn.Module, temperature: float, mode: str) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, mode: str) -> None:
         self.batch: Any = None
-        self._device, self._temperature = next(model.parameters()).device, temperature
+        self._device, self._objective = next(model.parameters()).device, objective
         self.probe = Probe(model, self, [()], mode=mode)
 
     def __call__(self, model: nn.Module, nothing: Any) -> Tensor:
         """The objective: the batch is the one that passes by."""
-        return cross_entropy_objective(model, as_measured(self.batch, self._device), self._temperature)
+        return self._objective(model, as_measured(self.batch, self._device))
 
 
 def derivatives(
-    model: nn.Module, layers: list[str], batches: Iterable[Any], uses: set[str], temperature: float, mode: str
+    model: nn.Module, layers: list[str], batches: Iterable[Any], uses: set[str], objective: Objective, mode: str
 ) -> Derivatives:
     """What ``uses`` names of grad, hess_grad, squared_sample_grad (for ``layers``) and flow_grad, over the batches.
 
@@ -57,12 +57,12 @@ def derivatives(
     """
     if "hess_grad" in uses and iter(batches) is batches:
         batches = list(batches)
-    passing = Passing(model, temperature, mode)
+    passing = Passing(model, objective, mode)
     found = Derivatives()
     for passing.batch in _limited(batches, uses):
         count = sample_count(passing.batch)
         if "flow_grad" in uses and not found.flow_grad:
-            found.flow_grad = flow_gradient(model, passing.batch[0].shape[1:])
+            found.flow_grad = flow_gradient(model, tensors_of(passing.batch)[0].shape[1:])
         if uses & {"grad", "hess_grad"}:
             loss, grad = passing.probe.gradient({})
             found.loss += count * loss

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import named
-from ..probe import unwrap
+from ..probe import Objective, cross_entropy_objective, unwrap
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
 from .units import UnitLayer, unit_layers
@@ -21,6 +22,7 @@ def scores(
     batches: Iterable[Any] | None,
     measure: str,
     *,
+    objective: Objective = cross_entropy_objective,
     temperature: float = 1.0,
     mode: str = "eval",
     granularity: str = "filter",
@@ -32,12 +34,14 @@ def scores(
 
     Args:
         model: convolutions, linear layers and BatchNorm that torch.fx can trace. It is left as it is.
-        batches: ``(inputs, labels)`` batches; the loss is their mean cross-entropy of logits / temperature. They are
-            looked at one at a time; where H is needed, twice. A measure that looks at none takes None; synflow looks
-            at nothing but the first input's shape.
+        batches: of ``(inputs, labels)``, or whatever the objective takes. They are looked at one at a time; where H is
+            needed, twice. A measure that looks at none takes None; synflow looks at nothing but the first input's
+            shape.
         measure: a name from :data:`MEASURES`, which holds each one's formula: whether it is signed, and whether an
             absolute value stands before or after the sum over a filter.
-        temperature: T. The paper's is ``MEASURES[measure].temperature``.
+        objective: ``objective(model, batch) -> scalar loss``, a mean over the batch's samples; the loss is its mean
+            over the batches, by samples. By default the cross-entropy of logits / temperature.
+        temperature: T, of the cross-entropy alone. The paper's is ``MEASURES[measure].temperature``.
         mode: "eval" (the paper's) or "train": how BatchNorm and dropout behave while the loss is evaluated.
         granularity: "filter" (of :func:`unit_layers`), or "weight" for a score of every weight of every convolution and
             linear layer, in the weight's shape.
@@ -56,8 +60,8 @@ def scores(
             where the measure needs some, a model on several devices, or one with a layer that cannot be pruned safely.
     """
     found = scores_by_measure(
-        model, batches, [measure], temperature=temperature, mode=mode, granularity=granularity, protected=protected,
-        initial=initial, seed=seed,
+        model, batches, [measure], objective=objective, temperature=temperature, mode=mode, granularity=granularity,
+        protected=protected, initial=initial, seed=seed,
     )  # fmt: skip
     return found[measure]
 
@@ -68,6 +72,7 @@ def scores_by_measure(
     batches: Iterable[Any] | None,
     measures: Sequence[str],
     *,
+    objective: Objective = cross_entropy_objective,
     temperature: float = 1.0,
     mode: str = "eval",
     granularity: str = "filter",
@@ -78,28 +83,53 @@ def scores_by_measure(
     """:func:`scores` by several measures at once: measure → layer → scores. One g and one Hg serve all of them."""
     rows = [find_measure(name) for name in measures]
     check_request(rows, batches, temperature, mode, granularity)
+    loss = at_temperature(objective, temperature)
     model = unwrap(model)
     check_one_device(model)
     layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
     names = [layer.name for layer in layers] if granularity == "filter" else layers
     start = initial_weights(model, names, rows, initial)
     uses = {row.uses for row in rows if row.needs_data}
-    found = _derivatives(model, names, batches, uses, temperature, mode) if uses else Derivatives()
+    found = _derivatives(model, names, batches, uses, loss, mode) if uses else Derivatives()
     scales = gammas(model, layers) if granularity == "filter" else {}
     drawn = torch.Generator().manual_seed(seed) if seed is not None else None
     return scores_from(model, names, rows, found, scales, start, granularity, drawn)
 
 
-def _derivatives(model: nn.Module, names: list[str], batches: Iterable[Any], *how: Any) -> Derivatives:
+def at_temperature(objective: Objective, temperature: float) -> Objective:
+    """The loss that importance is of.
+
+    Raises:
+        ValueError: there is a temperature, and the objective is no cross-entropy.
+    """
+    if objective is cross_entropy_objective:
+        return partial(cross_entropy_objective, temperature=temperature)
+    if temperature != 1:
+        raise ValueError(
+            f"a temperature, {temperature}, divides the logits of the cross-entropy: of an objective of your own leave "
+            "it out"
+        )
+    return objective
+
+
+def paper_temperature(row: Measure, objective: Objective) -> float:
+    """The temperature that a measure's paper has; 1 where the objective is no cross-entropy."""
+    return row.temperature if objective is cross_entropy_objective else 1.0
+
+
+def _derivatives(
+    model: nn.Module, names: list[str], batches: Iterable[Any], uses: set[str], objective: Objective, mode: str
+) -> Derivatives:
     try:
-        return derivatives(model, names, batches, *how)
+        return derivatives(model, names, batches, uses, objective, mode)
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        own = getattr(objective, "func", None) is not cross_entropy_objective
+        if own or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
             "importance is of the mean cross-entropy of model(inputs) and labels over (inputs, labels) batches, and "
-            f"that failed with {named(error)}. Of another loss, wrap the model so that it gives logits of classes, or "
-            "prune by magnitude"
+            f"that failed with {named(error)}. Of another loss, give it: objective=lambda model, batch: <scalar loss>; "
+            "or prune by magnitude"
         ) from error
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..arguments import as_given
 from ..batch import sample_count
 from ..masks import apply_masks, lift_masks, parameter_masks
-from ..probe import unwrap
+from ..probe import Objective, cross_entropy_objective, unwrap
 from .cost import Cost, network_cost
-from .importance import initial_weights, scores
+from .importance import at_temperature, initial_weights, paper_temperature, scores
 from .measures import find_measure
 from .protocol import find_protocol
 from .schedule import check_sparsity
@@ -71,7 +71,8 @@ class Pruner:
             where single weights are pruned.
         measure: a name from :data:`MEASURES`.
         granularity: "filter", or "weight" for single weights of all convolutions and linear layers.
-        temperature: T of the measure's loss; None means the paper's for this measure.
+        objective: ``objective(model, batch) -> scalar loss`` that importance is of; see :func:`scores`.
+        temperature: T of the cross-entropy; None means the paper's for this measure.
         mode: "eval" or "train", for the measure.
         floor: share of each layer's units that always stays; None means 5 % of filters, and one weight.
         protected: names of layers, or of modules with all their layers, that are neither counted nor pruned.
@@ -83,8 +84,8 @@ class Pruner:
         seed: of the measure "random".
 
     Raises:
-        ValueError: an unknown measure, granularity or protocol, floor outside [0, 1], or a model that cannot be pruned
-            safely; the message names the layers.
+        ValueError: an unknown measure, granularity or protocol, floor outside [0, 1], a temperature of another loss
+            than the cross-entropy, or a model that cannot be pruned safely; the message names the layers.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Pruner:
         measure: str,
         *,
         granularity: str = "filter",
+        objective: Objective = cross_entropy_objective,
         temperature: float | None = None,
         mode: str = "eval",
         floor: float | None = None,
@@ -114,8 +116,11 @@ class Pruner:
             raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
         self._model, self._optimizers, self._floor, self._keep_state = model, as_given(optimizer), floor, keep_state
         self._protected = within(unwrap(model), protected)
+        temperature = paper_temperature(self._measure, objective) if temperature is None else temperature
+        at_temperature(objective, temperature)
         self._settings: dict[str, Any] = {
-            "temperature": self._measure.temperature if temperature is None else temperature,
+            "objective": objective,
+            "temperature": temperature,
             "mode": mode,
             "granularity": granularity,
             "initial": {k: v.detach().clone() for k, v in (initial or {}).items() if self._measure.needs_initial},

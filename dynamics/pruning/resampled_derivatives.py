@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..batch import sample_count
+from ..batch import sample_count, tensors_of
+from ..probe import Objective
 from .derivatives import Derivatives, Passing, add
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient
@@ -24,7 +25,7 @@ def resampled_derivatives(
     batches: Sequence[Any],
     shares: Tensor,
     uses: set[str],
-    temperature: float,
+    objective: Objective,
     mode: str,
 ) -> list[Derivatives]:
     """For each draw what ``uses`` names, as :func:`derivatives` gives it, for the weights of ``layers`` only.
@@ -32,7 +33,7 @@ def resampled_derivatives(
     ``shares`` (draw, batch): how much each batch counts in each draw; they sum to 1. For B batches Hg takes B² products
     and memory for B gradients and one product a draw.
     """
-    passing, weights = Passing(model, temperature, mode), [f"{name}.weight" for name in layers]
+    passing, weights = Passing(model, objective, mode), [f"{name}.weight" for name in layers]
     draws, grads = [Derivatives() for _ in shares], []
     for passing.batch, by_draw in zip(batches, shares.T.tolist(), strict=True):
         if uses & {"grad", "hess_grad"}:
@@ -50,7 +51,7 @@ def resampled_derivatives(
                 named = dict(zip(expansion.theta, product, strict=True))
                 _share(draws, "hess_grad", {name: named[name] for name in weights}, (by_draw * with_it).tolist())
     if "flow_grad" in uses:
-        flow_grad = flow_gradient(model, batches[0][0].shape[1:])
+        flow_grad = flow_gradient(model, tensors_of(batches[0])[0].shape[1:])
         for draw in draws:
             draw.flow_grad = flow_grad
     return draws

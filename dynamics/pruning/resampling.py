@@ -11,8 +11,16 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..batch import sample_count
-from ..probe import unwrap
-from .importance import check_one_device, check_request, gammas, initial_weights, scores_from
+from ..probe import Objective, cross_entropy_objective, unwrap
+from .importance import (
+    at_temperature,
+    check_one_device,
+    check_request,
+    gammas,
+    initial_weights,
+    paper_temperature,
+    scores_from,
+)
 from .invariance import standing
 from .measures import Measure, find_measure
 from .resampled_derivatives import resampled_derivatives
@@ -24,6 +32,7 @@ def resampled_scores(
     batches: Sequence[Any],
     measures: Iterable[str],
     *,
+    objective: Objective = cross_entropy_objective,
     draws: int = 25,
     seed: int = 0,
     mode: str = "eval",
@@ -35,8 +44,9 @@ def resampled_scores(
     A bootstrap sample has as many batches, drawn with replacement (Efron 1979). A measure takes absolute values or
     products after the mean over batches, so per-batch scores do not average to it: each sample's g and Hg are put
     together from those of the batches, at a cost that hardly depends on ``draws``. The same samples serve all measures,
-    so that differences between measures can be compared draw by draw. Each measure is at its paper's temperature; a
-    class-balanced one is scored on the same batches as the others. ``initial``: see :func:`scores`.
+    so that differences between measures can be compared draw by draw. Each measure is at its paper's temperature, if
+    the objective is the cross-entropy; a class-balanced one is scored on the same batches as the others.
+    ``objective``, ``initial``: see :func:`scores`.
 
     Returns:
         ``score`` (measure, unit) and ``resampled_score`` (draw, measure, unit), with the coordinates layer and index
@@ -55,7 +65,7 @@ def resampled_scores(
     check_one_device(model)
     layers = unit_layers(model, protected)
     start = initial_weights(model, [layer.name for layer in layers], rows, initial)
-    found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), mode, start)
+    found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), objective, mode, start)
     values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()
     filters = {layer: len(scores) for layer, scores in found[0][measures[0]].items()}
     return xr.Dataset(
@@ -86,16 +96,19 @@ def _scored(
     batches: list[Any],
     rows: list[Measure],
     shares: Tensor,
+    objective: Objective,
     mode: str,
     initial: dict[str, Tensor],
 ) -> list[dict[str, dict[str, Tensor]]]:
     """For each draw measure → layer → scores, each measure at its own temperature."""
     names, scales = [layer.name for layer in layers], gammas(model, layers)
     scored: list[dict[str, dict[str, Tensor]]] = [{} for _ in shares]
-    for temperature in dict.fromkeys(row.temperature for row in rows):
-        together = [row for row in rows if row.temperature == temperature]
+    temperatures = [paper_temperature(row, objective) for row in rows]
+    for temperature in dict.fromkeys(temperatures):
+        together = [row for row, own in zip(rows, temperatures, strict=True) if own == temperature]
         uses = {row.uses for row in together if row.needs_data}
-        found = resampled_derivatives(model, names, batches, shares, uses, temperature, mode)
+        loss = at_temperature(objective, temperature)
+        found = resampled_derivatives(model, names, batches, shares, uses, loss, mode)
         for one, draw in zip(scored, found, strict=True):
             one |= scores_from(model, names, together, draw, scales, initial)
     return scored

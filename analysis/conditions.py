@@ -85,6 +85,34 @@ def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {name_of_condition(rows[by].iloc[0]): rows for _, rows in table.groupby(by, sort=False, dropna=False)}
 
 
+def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
+    """Runs of one measure by the setting that has most values: it stands in the measure's place, ``learning rate 0.1``.
+
+    So runs of several learning rates, say, are laid side by side as those of several measures are. Runs of several
+    measures, and those that differ in no setting of their own, are as they were.
+    """
+    table = conditions(runs)
+    settings = [name for name in table if name not in (*COMPARED_BY, "record")]
+    if table.measure.nunique() > 1 or not settings:
+        return dict(runs)
+    name = table[settings].nunique(dropna=False).idxmax()
+    said = name.removesuffix(" (setting)").replace("_", " ")
+    table = table.assign(measure=table[name].map(lambda value: f"{said} {_printed(value)}")).sort_values(name)
+    kept = table.drop(columns=[name])
+    return {label: _saying(runs[label], row.dropna().to_dict()) for label, row in kept.iterrows()}
+
+
+def _printed(value: object) -> str:
+    return "?" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _saying(run: xr.DataTree, said: dict) -> xr.DataTree:
+    """A run as if its author had said this of it, and nothing else."""
+    found = run.copy(deep=False)
+    found.attrs = {name: value for name, value in run.attrs.items() if name in ORIGIN} | said
+    return found
+
+
 def first_comparison(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """The rows of the first of :func:`comparisons` that has a network that was pruned, else of the first."""
     table = comparisons(runs)

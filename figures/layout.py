@@ -77,7 +77,8 @@ def legend_below(figure: Figure, *others: Line2D) -> None:
     """One legend for all panels, under them: every label once; with further entries."""
     drawn = [handle for ax in figure.axes for handle in ax.get_legend_handles_labels()[0]]
     handles = list({handle.get_label(): handle for handle in [*drawn, *others][::-1]}.values())[::-1]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
+    letters = sum(len(str(handle.get_label())) + 6 for handle in handles)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if letters < 70 else 3)
 
 
 def rows_of(

@@ -158,7 +158,9 @@ def scale_axis(axis: Axis, values: np.ndarray) -> None:
     lowest = int(np.floor(np.log10(max(np.quantile(sizes, 0.1), np.quantile(sizes, 0.9) * 1e-5))))
     highest = int(np.floor(np.log10(sizes.max())))
     set_scale("symlog", linthresh=10.0**lowest, linscale=0.6)
-    decades = [10.0**power for power in range(highest, lowest, -max(1, -(-(highest - lowest) // 3)))]
+    span = highest - lowest
+    apart = max(1, -(-span // (2 if span == 3 else 3)))
+    decades = [10.0**power for power in range(highest, lowest, -apart)]
     axis.set_major_locator(FixedLocator([-decade for decade in decades] + [0.0] + decades[::-1]))
     axis.set_minor_locator(NullLocator())
 

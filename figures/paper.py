@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 import analysis
 from analysis import MissingQuantityError
 from analysis.comparison import title
-from analysis.conditions import conditions
+from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
 from analysis.record import event_steps
@@ -150,6 +150,8 @@ _PER_LAYER = (
 def draw(name: str, runs: Runs) -> Figure:
     """A figure by its name, in thetadot's style.
 
+    Runs of one measure are laid side by side by the setting in which they differ, if they do: a learning rate, say.
+
     Raises:
         ValueError: no such figure, or no runs. MissingQuantityError: no run recorded what the figure needs.
     """
@@ -160,7 +162,7 @@ def draw(name: str, runs: Runs) -> Figure:
     if not runs:
         raise ValueError("no runs to draw: give at least one record")
     with theme():
-        return FIGURES[name](runs)
+        return FIGURES[name](by_setting(runs))
 
 
 def claim(name: str) -> str:

@@ -37,9 +37,10 @@ def theme() -> Iterator[None]:
 
 
 def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
-    """Colour and marker of each run: one a measure, the same in every figure; others take what is left."""
+    """Colour and marker of each run: one a measure, the same in every figure; others take what is left, or all."""
     labels = list(labels)
-    order = [*MEASURES, *(label for label in labels if label not in MEASURES)]
+    taken = MEASURES if set(labels) & set(MEASURES) else MEASURES[:1]
+    order = [*taken, *(label for label in labels if label not in taken)]
     colours = ["0.35", *sns.color_palette("colorblind", len(order) - 1)]
     return {
         label: {"color": colours[i], "marker": _MARKERS[i % len(_MARKERS)]}

@@ -225,9 +225,10 @@ def test_a_report_of_one_measure_claims_no_comparison(runs: dict[str, xr.DataTre
 def test_a_long_condition_is_a_title_of_several_lines(runs: dict[str, xr.DataTree]) -> None:
     of_rates = {}
     for rates in ([0.1, 0.01, 0.001], [0.123456, 1e-20, 0.000123456]):
-        run = runs["magnitude"].copy()
-        run.attrs = {"model": "a network", "data": "images", "measure": "magnitude", "learning_rates": rates}
-        of_rates[str(rates)] = run
+        for measure in ("magnitude", "loss_preservation"):
+            run = runs["magnitude"].copy()
+            run.attrs = {"model": "a network", "data": "images", "measure": measure, "learning_rates": rates}
+            of_rates[f"{rates} {measure}"] = run
     figure = draw("accuracy", of_rates)
     figure.canvas.draw()
     titles = [text for ax in figure.axes for text in (ax.title, ax._left_title) if text.get_text()]

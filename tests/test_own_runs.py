@@ -11,6 +11,7 @@ from torch import nn
 
 import analysis
 from analysis import STATISTICS
+from analysis.conditions import by_setting
 from analysis.findings import diverged
 from dynamics import Recorder, open_run
 from dynamics.pruning import Pruner
@@ -49,6 +50,22 @@ def runs(tmp_path_factory):
         for measure in (None, *MEASURES):
             train(folder / f"{measure}-{seed}.zarr", measure, seed)
     return analysis.open_runs(sorted(folder.glob("*.zarr")))
+
+
+def test_runs_of_one_measure_are_laid_side_by_side_by_what_they_differ_in(runs, tmp_path: Path) -> None:
+    for number, (rate, size) in enumerate(((0.2, 8), (0.05, 8), (0.1, 8), (0.1, 16))):
+        said = {"model": "m", "data": "d", "seed": 3, "learning_rate": rate, "batch_size": size}
+        train(tmp_path / f"{number}.zarr", "magnitude", 3, said=said)
+    found = by_setting(analysis.open_runs(sorted(tmp_path.glob("*.zarr"))))
+    table = analysis.comparisons(found)
+    rates = ["learning rate 0.05", "learning rate 0.1", "learning rate 0.2"]
+    assert table[table.batch_size == 8].measure.tolist() == rates
+    assert table[table.batch_size == 16].measure.tolist() == rates[1:2]
+    assert table.columns.tolist() == ["run", "model", "data", "measure", "rounds", "sparsity", "seed", "batch_size"]
+    assert table[["rounds", "sparsity", "seed"]].drop_duplicates().values.tolist() == [[2, 0.5, 3]]
+    assert by_setting(runs) == runs
+    alone = {label: run for label, run in runs.items() if label.startswith("magnitude")}
+    assert by_setting(alone) == alone  # their seeds are all that differs
 
 
 def test_events_say_how_a_run_was_pruned(runs) -> None:

@@ -259,6 +259,11 @@ class Batches:
         return self._passes.wasted
 
     @property
+    def all_used(self) -> bool:
+        """Whether gradients are there of as many batches as wait for their step."""
+        return self._passes.pending and self._passes.count == len(self._seen)
+
+    @property
     def mark(self) -> Mark:
         """Where the loop is now."""
         batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count

@@ -22,17 +22,21 @@ class _Entry(NamedTuple):
 class Logged:
     """Scalars by name, averaged over the micro-batches of a step.
 
-    They are of the step to come where a batch is waiting for one, else of the step that was. Without a batch backward
-    passes tell: a name that comes before the first of all always comes before its own; another comes after it, and is
-    of the step to come if one came since the last step. Where that then has no part in the step, for it was for
-    another network's sake, the scalar is of the step that was, if that still lacks it.
+    They are of the step to come where a batch is waiting for one, else of the step that was. What comes before all
+    training is of the first step, unless that has the name, too. Without a batch backward passes tell: a name that
+    comes before the first of all always comes before its own; another comes after it, and is of the step to come if one
+    came since the last step. Where that then has no part in the step, for it was for another network's sake, the scalar
+    is of the step that was, if that still lacks it. Of batches that are said before each step, and not watched, a name
+    that comes before the first always comes before its own, too.
     """
 
     def __init__(self) -> None:
         self._of_last: dict[str, list[Scalar]] = {}
+        self._initial: set[str] = set()  # names that the first step has from before all training
         self._upcoming: dict[str, list[_Entry]] = {}
-        self._before: set[str] = set()  # names that come before the backward pass of their step
-        self._announced = self._waits = self._stepped = False
+        self._before: set[str] = set()  # names that come before the backward pass, or the batch, of their step
+        self._announced = self._watched = self._waits = self._stepped = False
+        self._passed = False  # whether a pass over the data has ended since the last batch
 
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
         """Keep a scalar."""
@@ -42,59 +46,94 @@ class Logged:
         if self._waits or mark.pending or name in self._before or not self._stepped:
             self._upcoming.setdefault(name, []).append(_Entry(value, mark, self._waits))
         else:
-            self._of_last.setdefault(name, []).append(value)
+            self._add_to_last(name, [value])
+
+    def _add_to_last(self, name: str, values: list[Scalar]) -> None:
+        if name in self._initial:
+            self._initial.remove(name)
+            del self._of_last[name]
+        self._of_last.setdefault(name, []).extend(values)
 
     @property
     def waiting(self) -> Any:
         """What waits for its step now, to :meth:`wait_again`."""
-        return {name: list(entries) for name, entries in self._upcoming.items()}, self._announced, self._waits
+        upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
+        return upcoming, self._announced, self._waits, self._passed
 
     def wait_again(self, waiting: Any) -> None:
         """As if no batch had been observed since. What was logged meanwhile is of the step that was, if one was."""
-        upcoming, announced, waits = waiting
+        upcoming, announced, waits, passed = waiting
         known = {id(one) for entries in upcoming.values() for one in entries}
+        given = {id(value) for values in self._of_last.values() for value in values}
+        upcoming = {name: [one for one in entries if id(one.value) not in given] for name, entries in upcoming.items()}
         for name, entries in self._upcoming.items():
             for entry in (one for one in entries if id(one) not in known):
                 if self._stepped and not waits:
-                    self._of_last.setdefault(name, []).append(entry.value)
+                    self._add_to_last(name, [entry.value])
                 else:
                     upcoming.setdefault(name, []).append(entry._replace(mark=entry.mark._replace(batches=0)))
-        self._upcoming, self._announced, self._waits = upcoming, announced, waits
+        self._upcoming, self._announced, self._waits, self._passed = upcoming, announced, waits, passed
 
-    def batch(self, *, first: bool) -> None:
-        """A batch was observed, the first since a step or a further one."""
+    def batch(self, *, first: bool, watched: bool) -> None:
+        """A batch was observed, the first since a step or a further one; ``watched``: as a part of a pass."""
+        if watched and not self._announced:
+            self._before.clear()  # what was logged before all training says nothing of how the loop logs
         self._announced = self._waits = True
-        if first:
+        self._watched = watched
+        if first or self._passed:
             self._give_back()
-            self._upcoming = {}
+        if first:
+            self._upcoming = {
+                name: own
+                for name, entries in self._upcoming.items()
+                if (not self._stepped or self._comes_before(name))
+                and (own := [one for one in entries if not one.waited])
+            }
+        self._passed = False
+
+    def pass_over(self) -> None:
+        """No batch waits for a step any more, or none but those whose gradients are there: a pass has ended."""
+        self._waits, self._passed = False, True
 
     def step(self, mark: Mark) -> dict[str, Scalar]:
         """A step is done: the scalars of the one before. What came for a batch that no step is of is dropped."""
         kept: dict[str, list[Scalar]] = {}
         for name, entries in self._upcoming.items():
-            if own := [one.value for one in entries if self._counts(name, one.mark, mark)]:
+            if own := [one.value for one in entries if self._counts(name, one, mark)]:
                 kept[name] = own
-                self._upcoming[name] = [one for one in entries if not self._counts(name, one.mark, mark)]
-        values, self._of_last = self.of_last(), kept
+                self._upcoming[name] = [one for one in entries if not self._counts(name, one, mark)]
+        values, initial = self.of_last(), {}
+        if self._announced and not self._stepped:
+            initial = {
+                name: own
+                for name, entries in self._upcoming.items()
+                if name not in kept and (own := [one.value for one in entries if not one.waited])
+            }
+        self._of_last, self._initial = kept | initial, set(initial)
         self._upcoming, self._waits, self._stepped = {}, False, True
         return values
 
-    def of_last(self) -> dict[str, Scalar]:
-        """The scalars of the step that was."""
-        self._give_back()
+    def of_last(self, *, ends: bool = False) -> dict[str, Scalar]:
+        """The scalars of the step that was; if the training ``ends``, with those of a step that will not be."""
+        self._give_back(ends=ends)
         return {name: _mean(values) for name, values in self._of_last.items()}
 
-    def _counts(self, name: str, at: Mark, step: Mark) -> bool:
-        if self._announced:
-            return at.batches > step.first_batch
-        return at.backwards >= step.first_backward - (name in self._before)
+    def _comes_before(self, name: str) -> bool:
+        """Whether a name comes before the batch of its step is said."""
+        return name in self._before and not self._watched
 
-    def _give_back(self) -> None:
+    def _counts(self, name: str, entry: _Entry, step: Mark) -> bool:
+        if self._announced:
+            return entry.mark.batches > step.first_batch or (self._comes_before(name) and not entry.waited)
+        return entry.mark.backwards >= step.first_backward - (name in self._before)
+
+    def _give_back(self, *, ends: bool = False) -> None:
         if not self._stepped:
             return
-        for name in self._upcoming.keys() - self._of_last.keys() - self._before:
+        lacks = self._upcoming.keys() - (self._of_last.keys() - self._initial)
+        for name in lacks if ends else lacks - self._before:
             if own := [one.value for one in self._upcoming[name] if not one.waited]:
-                self._of_last[name] = own
+                self._add_to_last(name, own)
                 self._upcoming[name] = [one for one in self._upcoming[name] if one.waited]
 
 

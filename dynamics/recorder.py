@@ -241,7 +241,7 @@ class Recorder:
         if self._attachment:
             self._attachment.end()
             try:
-                self._steps.finish()
+                self._steps.finish(ends=True)
             finally:  # what it says may be an error
                 self._attachment.close()
                 self._batches.close()

@@ -59,9 +59,12 @@ class Rows:
         self._step = dict(row or {})
         return logged
 
-    def finish(self) -> Mapping[str, Scalar]:
-        """Send the row of the step that was, and return what was logged of it. What is logged for it later is lost."""
-        logged = self.logged.of_last()
+    def finish(self, *, ends: bool = False) -> Mapping[str, Scalar]:
+        """Send the row of the step that was, and return what was logged of it. What is logged for it later is lost.
+
+        If the training ``ends``, what waits for another step is this one's, unless it has the name.
+        """
+        logged = self.logged.of_last(ends=ends)
         self._send(logged)
         return logged
 
@@ -84,6 +87,6 @@ class Rows:
 
     def close(self) -> None:
         """Write everything and let the record go."""
-        self.finish()
+        self.finish(ends=True)
         if self._buffer is not None:
             self._buffer.close()

@@ -65,7 +65,7 @@ class Steps:
     def see(self, batch: Any, *, stays: bool, source: Any) -> None:
         """A batch of the step to come, from a pass over the data; one that stays is also that of further steps."""
         self._batches.add(batch, due=self._curvature.due(self.number), stays=stays, source=source)
-        self._rows.logged.batch(first=len(self._batches) == 1)
+        self._rows.logged.batch(first=len(self._batches) == 1, watched=source is not None)
 
     def log(self, name: str, value: float | Tensor) -> None:
         """A scalar for a row."""
@@ -126,9 +126,9 @@ class Steps:
         self._batches.clear()
         self._await_forward()
 
-    def finish(self) -> None:
-        """What was logged of the last step is all that will be."""
-        self._curvature.logged(self.number - 1, self._rows.finish().get("loss"), last=True)
+    def finish(self, *, ends: bool = False) -> None:
+        """What was logged of the last step is all that will be; it ``ends`` the training, or only this row."""
+        self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
 
     @contextmanager
     def measuring(self, what: str = "") -> Iterator[None]:

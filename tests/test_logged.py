@@ -79,3 +79,85 @@ def test_a_log_now_and_then_between_backward_pass_and_step(tmp_path: Path) -> No
             optimizer.step()
             expected.append(loss.item() if number % 3 == 2 else np.nan)
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("validation", ["watched", "not watched"])
+@pytest.mark.parametrize("leaves", ["nothing", "a batch that was read", "gradients", "gradients, set to zero"])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("closes", ["itself", "after a flush"])
+def test_an_evaluation_after_an_epoch_is_of_its_last_step(
+    tmp_path: Path, validation: str, leaves: str, first: bool, closes: str
+) -> None:
+    """Whatever the epoch leaves behind; one before all training is of the first step, which starts from there."""
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    per_step = 2 if "gradients" in leaves else 1
+    batches, held_out, losses, evaluations = vectors(5), vectors(2, seed=9), [], {}
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+
+        def evaluate() -> float:
+            with torch.no_grad():
+                watched = recorder.watch(held_out) if validation == "watched" else held_out
+                return sum(F.cross_entropy(model(inputs), labels).item() for inputs, labels in watched)
+
+        if first:
+            evaluations[0] = evaluate()
+            recorder.log(validation=evaluations[0])
+        for epoch in range(3):
+            for number, (inputs, labels) in enumerate(recorder.watch(batches)):
+                if leaves == "a batch that was read" and number == 3:
+                    break
+                if leaves == "gradients, set to zero" and number == 0:
+                    optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs), labels)
+                loss.backward()
+                if number % per_step == per_step - 1:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    recorder.log(loss=loss)
+                    losses.append(loss.item())
+            evaluations[len(losses) - 1] = evaluate()
+            recorder.log(validation=evaluations[len(losses) - 1])
+            if closes == "after a flush":
+                recorder.flush()
+    steps = open_run(tmp_path / "run")["steps"]
+    expected = [evaluations.get(number, np.nan) for number in range(len(losses))]
+    np.testing.assert_allclose(steps.loss, losses, rtol=1e-12)
+    np.testing.assert_allclose(steps.validation, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_is_logged_before_each_batch_is_observed_is_of_its_step(tmp_path: Path, every: int) -> None:
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, (inputs, labels) in enumerate(vectors(6)):
+            if number % every == 0:
+                recorder.log(number=number)
+            recorder.observe((inputs, labels))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            recorder.log(loss=loss)
+            losses.append(loss.item())
+        recorder.log(last=7.0)
+    steps = open_run(tmp_path / "run")["steps"]
+    np.testing.assert_equal(steps.number.values, [n if n % every == 0 else np.nan for n in range(6)])
+    np.testing.assert_allclose(steps.loss, losses, rtol=1e-12)
+    np.testing.assert_equal(steps["last"].values, [*[np.nan] * 5, 7.0])
+
+
+def test_a_loss_that_was_logged_before_training_is_not_that_of_the_first_step(tmp_path: Path) -> None:
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        recorder.log(loss=99.0)
+        for inputs, labels in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            recorder.log(loss=loss)
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, losses, rtol=1e-12)

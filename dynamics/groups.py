@@ -16,6 +16,14 @@ from .layers import Layers
 Group = Mapping[str, Any]
 
 
+class _Said(NamedTuple):
+    """What an optimizer said of a group right before it stepped: a scheduler may say otherwise right after."""
+
+    rate: float
+    flow_step: float
+    decay: float
+
+
 class _Spread(NamedTuple):
     """A number for each group of what is trained, and spread over layers or blocks: kept, for it seldom changes."""
 
@@ -38,7 +46,8 @@ class Groups:
         self._rescaled: set[int] = set()  # groups, by id, of optimizers that do not step along the gradient
         self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
-        self._known: dict[Callable, _Spread] = {}  # the last of each kind
+        self._said: dict[int, _Said] = {}  # by the group's id
+        self._known: dict[str, _Spread] = {}  # the last of each kind
         self._decays: list[float] = []
         self._decay = torch.empty(0)
 
@@ -77,6 +86,11 @@ class Groups:
             self._rest[tuple(stepped)] = [i for i in range(len(self._layers.parameters)) if i not in held]
         return self._rest[tuple(stepped)]
 
+    def listen(self, number: int) -> None:
+        """An optimizer is about to step: what it says of its groups now is what it steps by."""
+        for group in self._optimizers[number].param_groups:
+            self._said[id(group)] = _Said(_rate(group), self._flow_step(group), _decay(group))
+
     def gradient(self, number: int, into: Vector) -> None:
         """Copy g of the parameters that an optimizer holds as it will apply it, without a gradient scaler's factor."""
         groups, held, parameters = self._group_of[number], self._held[number], self._layers.parameters
@@ -106,27 +120,27 @@ class Groups:
 
         NaN, too, where the optimizer has none to tell.
         """
-        return self._spread(trained, _rate, self._by_layer)
+        return self._spread(trained, "rate", self._by_layer)
 
     def flow_step(self, trained: Mapping[int, Group]) -> np.ndarray:
         """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`; NaN where there is none."""
-        return self._spread(trained, self._flow_step, self._by_layer)
+        return self._spread(trained, "flow_step", self._by_layer)
 
     def decay(self, trained: Mapping[int, Group]) -> Tensor:
         """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
-        return self._spread(trained, _decay, self._by_block)
+        return self._spread(trained, "decay", self._by_block)
 
     def _spread(
         self,
         trained: Mapping[int, Group],
-        number: Callable[[Group], float],
+        number: str,
         over: Callable[[Mapping[int, float]], Any],
     ) -> Any:
         """What ``over`` makes of a group's number, by index of what is trained: made when a number changes."""
         known = self._known.get(number)
         if known is None or known.trained is not trained:
             known = _Spread(trained, list({id(group): group for group in trained.values()}.values()))
-        numbers = [number(group) for group in known.groups]
+        numbers = [getattr(self._said[id(group)], number) for group in known.groups]
         if known.numbers != numbers:
             of_group = dict(zip(map(id, known.groups), numbers, strict=True))
             found = over({index: of_group[id(group)] for index, group in trained.items()})
@@ -149,12 +163,14 @@ class Groups:
     def first(self) -> tuple[int, float]:
         """Layer of the first parameter of the first group that the model knows, and the flow time of its step."""
         self.refresh()
-        held = self._group_of[0]
-        return self._layers.layer_of_parameter[next(iter(held), 0)], self.first_flow_step()
+        first = next(iter(self._group_of[0]), 0)
+        return self._layers.layer_of_parameter[first], self._flow_step(self._optimizers[0].param_groups[0])
 
     def first_flow_step(self) -> float:
-        """Flow time of a step in the first group of the first optimizer."""
-        return self._flow_step(self._optimizers[0].param_groups[0])
+        """Flow time of a step in the first group of the first optimizer, when that last stepped."""
+        group = self._optimizers[0].param_groups[0]
+        said = self._said.get(id(group))
+        return self._flow_step(group) if said is None else said.flow_step
 
     def _flow_step(self, group: Group) -> float:
         """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β); ascent goes back."""

@@ -89,6 +89,7 @@ class Steps:
 
     def take_gradient(self, number: int) -> None:
         """Keep g before an optimizer applies it: it may overwrite it."""
+        self._groups.listen(number)
         if self._begun:
             with self.measuring(_FIRST_ORDER):
                 self._measurement.take_gradient(number)

@@ -103,7 +103,7 @@ def test_an_evaluation_after_an_epoch_is_of_its_last_step(
         if first:
             evaluations[0] = evaluate()
             recorder.log(validation=evaluations[0])
-        for epoch in range(3):
+        for _ in range(3):
             for number, (inputs, labels) in enumerate(recorder.watch(batches)):
                 if leaves == "a batch that was read" and number == 3:
                     break

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import vectors
+from networks import smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
@@ -265,3 +265,31 @@ def test_a_compiled_step_is_recorded_as_any(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     hand.agrees_with(run.steps)
     np.testing.assert_allclose(run.curvature.grad_applied_grad, run.curvature.grad_sqnorm, 1e-9)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("both", [True, False])
+def test_schedulers_that_step_before_the_next_optimizer(tmp_path: Path, both: bool, every: int) -> None:
+    """Each optimizer's step has the rate and decay that it had then; so it is if the other never steps."""
+    model = smooth_network()
+    first = torch.optim.SGD(model[0].parameters(), 1.0, weight_decay=0.5)
+    second = torch.optim.SGD(model[2].parameters(), 0.5)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (first, second)]
+    used, decays, norms = [], [], []
+    with Recorder(tmp_path / "run", model, [first, second], curvature_every=0, every=every) as recorder:
+        for inputs, labels in recorder.watch(vectors(4)):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+            used.append([one.param_groups[0]["lr"] for one in (first, second)])
+            decays.append(first.param_groups[0]["weight_decay"])
+            norms.append(sum(one.square().sum().item() for one in model[0].parameters()))
+            for optimizer, scheduler in list(zip((first, second), schedulers, strict=True))[: 1 + both]:
+                optimizer.step()
+                scheduler.step()
+            first.param_groups[0]["weight_decay"] /= 2
+    steps, used = open_run(tmp_path / "run")["steps"], np.array(used)
+    used[:, 1] *= both
+    np.testing.assert_allclose(steps.learning_rate, used[::every])
+    np.testing.assert_allclose(steps.flow_step, used[::every])
+    np.testing.assert_allclose(steps.flow_time, np.cumsum([0, *used[:-1, 0]])[::every])
+    np.testing.assert_allclose(steps.decay_sqnorm.sel(layer="0"), (np.array(decays) * norms)[::every])

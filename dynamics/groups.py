@@ -51,6 +51,11 @@ class Groups:
         self._decays: list[float] = []
         self._decay = torch.empty(0)
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several optimizers."""
+        return len(self._optimizers) > 1
+
     def refresh(self) -> None:
         """Look up which group each parameter is in, if a group or the model changed."""
         groups = [group for one in self._optimizers for group in one.param_groups]  # others, if a state was loaded

@@ -209,9 +209,9 @@ class Probe:
         """Loss, gradient and Hessian products around θ, by default the model's present parameters."""
         return Expansion(self._losses, self._weights, self._theta(theta))
 
-    def loss(self) -> Tensor:
-        """Mean loss at the model's present parameters."""
-        return mean_loss(self._losses, self._weights, self._theta(None))
+    def loss(self, theta: Theta | None = None) -> Tensor:
+        """Mean loss at θ, by default the model's present parameters."""
+        return mean_loss(self._losses, self._weights, self._theta(theta))
 
     def gradient(self, theta: Theta) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss at θ and its gradient, by parameter name."""

@@ -187,8 +187,23 @@ class Measurement:
         if second := [name for name in self._curvature if name in _SECOND]:
             with self._outside_as_before():
                 values |= self._second_order(probe, grad, vectors, second)
-        others = {"loss_before": lambda: loss, "loss_after": probe.loss, "approximate": lambda: torch.zeros(())}
+        others = {
+            "loss_before": lambda: loss,
+            "loss_after": lambda: probe.loss(self._after()),
+            "approximate": lambda: torch.zeros(()),
+        }
         return {name: others[name]() for name in self._others} | values
+
+    def _after(self) -> dict[str, Tensor] | None:
+        """θ + Δθ by parameter name; None where the model still has it.
+
+        A step of some of several optimizers ends when the next begins, and much may have happened until then.
+        """
+        if not self._groups.several:
+            return None
+        after = self._layers.zeros()
+        torch.add(self._theta.blocks, self._update.blocks, out=after.blocks)
+        return self._layers.named(after)
 
     def _second_order(
         self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]

@@ -293,3 +293,28 @@ def test_schedulers_that_step_before_the_next_optimizer(tmp_path: Path, both: bo
     np.testing.assert_allclose(steps.flow_step, used[::every])
     np.testing.assert_allclose(steps.flow_time, np.cumsum([0, *used[:-1, 0]])[::every])
     np.testing.assert_allclose(steps.decay_sqnorm.sel(layer="0"), (np.array(decays) * norms)[::every])
+
+
+def test_the_loss_after_a_step_of_one_of_two_optimizers_is_that_right_after_it(tmp_path: Path) -> None:
+    """As in the Wasserstein GAN: weights are clipped before the other one steps, on another batch."""
+    model, after, before = smooth_network(), [], []
+    optimizers = [torch.optim.RMSprop(part.parameters(), 0.01) for part in (model[0], model[2])]
+
+    def loss_at(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with Recorder(tmp_path / "run", model, optimizers, curvature_every=1) as recorder:
+        for number, batch in enumerate(vectors(6)):
+            recorder.observe(batch)
+            model.zero_grad()
+            loss = loss_at(batch)
+            loss.backward()
+            optimizers[number % 3 == 2].step()
+            with torch.no_grad():
+                before.append(loss.item())
+                after.append(loss_at(batch).item())
+                for parameter in model.parameters():
+                    parameter.clamp_(-0.3, 0.3)
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, before, rtol=1e-12)
+    np.testing.assert_allclose(curvature.loss_after, after, rtol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,7 @@ class Batches:
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules())
         self.failure = _SCRIPTED if scripted else None
         self._awaits, self._asleep = False, bool
+        self._thread = self._reader = threading.get_ident()
         self._idle = self.told = False
 
     def __len__(self) -> int:
@@ -119,9 +121,9 @@ class Batches:
         with self._not_in_the_loop():
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
-                others = waiting.moment.others
-                waiting.moment, waiting.passed = self._moment(), True
-                waiting.moment.others, waiting.passed_at = others, self.mark.backwards
+                before, waiting.moment, waiting.passed = waiting.moment, self._moment(), True
+                waiting.moment.others = before.others if before else {}
+                waiting.passed_at = self.mark.backwards
                 waiting.evaluated_at = None if _trains(module) else self.mark.backwards
             elif self._seen:
                 last = self._seen[-1]
@@ -174,7 +176,7 @@ class Batches:
 
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
-        self.told = True
+        self.told, self._reader = True, threading.get_ident()
         if self._seen and self._seen[0].again and not self.mark.pending:  # a forward pass that led to nothing
             self._seen = []
         self._staying, self._stays_surely = [batch] if stays else [], True
@@ -208,7 +210,9 @@ class Batches:
             self.bystanders.watch(self._moment_of_last, self._asleep)
 
     def _kept(self, seen: Seen) -> Seen:
-        """With a copy of the batch, and the moment it is."""
+        """With a copy of the batch, and the moment it is: in another thread than that of the steps there is none."""
+        if threading.get_ident() != self._thread:  # random generators are the loop's, which runs meanwhile
+            return replace(seen, batch=copied(seen.batch))
         with self._not_in_the_loop(), random_numbers_untouched(self._device):
             moment = self._moment()
             return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
@@ -233,6 +237,11 @@ class Batches:
         last one, whatever is known of m.
         """
         self._passes.choose()
+        if self._reader != threading.get_ident():
+            raise RuntimeError(
+                "the batches are read in another thread than that of the steps: watch what the loop itself iterates, "
+                "recorder.watch(...) around what reads ahead"
+            )
         self.lost = self._are_moved()
         if any(seen.passed for seen in self._seen):
             self._seen = [seen for seen in self._seen if seen.passed or not seen.looked]
@@ -297,7 +306,7 @@ class Batches:
 
     def clear(self) -> None:
         """Forget the batches whose step is taken: all but those that were read ahead."""
-        count = self._passes.count
+        self._thread, count = threading.get_ident(), self._passes.count
         self._passes.stepped()
         self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
         self._of_epoch, self._awaits = 0, False

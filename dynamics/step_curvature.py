@@ -127,7 +127,8 @@ class StepCurvature:
         """
         if self._batches.failure is not None:
             raise RuntimeError(f"what the step starts from cannot be kept: {self._batches.failure}")
-        candidates = self._batches.candidates()
+        candidates = enumerate(self._batches.candidates())
+        known = [(number, seen) for number, seen in candidates if all(one.moment for one in seen)]
         if self._batches.lost:
             self._say_once(
                 "parameters of the model that are not trained move within a step: curvature is measured from the next "
@@ -136,12 +137,13 @@ class StepCurvature:
             )
             return []
         if self._processes.replicated:  # each has to try as many
-            alone = self._processes.all_agree(len(candidates) == 1, self._device)
-            numbered = [(0, candidates[0]), (len(candidates) - 1, candidates[-1])][: 1 if alone else 2]
-            return [self._candidate(number, seen, _Way()) for number, seen in numbered]
+            alone = self._processes.all_agree(len(known) == 1, self._device)
+            return [
+                self._candidate(number, seen, _Way()) for number, seen in (known[0], known[-1])[: 1 if alone else 2]
+            ]
         tried = [
             (number, seen, _Way(moment, by_samples))
-            for number, seen in enumerate(candidates)
+            for number, seen in known
             for moment in (_moments_that_differ(seen) if number == 0 else [self._way.moment])
             for by_samples in _weights_that_differ(seen)
         ]
@@ -261,7 +263,7 @@ class StepCurvature:
 def _moments_that_differ(seen: list[Seen]) -> list[str]:
     """Of :data:`_MOMENTS` those that are not the first."""
     moments = ["forward pass"]
-    if not all(one.moment.is_as(one.first_moment) for one in seen):
+    if not all(one.first_moment is None or one.moment.is_as(one.first_moment) for one in seen):
         moments.append("seen")
     if not all(one.last_moment is None or one.moment.is_as(one.last_moment) for one in seen):
         moments.append("further forward pass")

@@ -1,5 +1,8 @@
 """Which batches a step is of: those whose gradients are in it, however the loop reads and leaves them."""
 
+import queue
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import Batch, smooth_network, vectors
+from networks import Batch, convolutional_network, images, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
@@ -249,3 +252,59 @@ def test_a_closure_that_reads_the_whole_loader_is_one_step(tmp_path: Path, watch
     applied, own = (run["curvature"][name].sum("layer") for name in ("applied_grad_sqnorm", "grad_sqnorm"))
     np.testing.assert_allclose(applied, own, rtol=1e-10)
     assert run["steps"].epoch.values.tolist() == ([0, 3] if watch == "inside" else [0, 0])
+
+
+@pytest.mark.parametrize("trains", ["here", "in another thread"])
+def test_a_thread_that_reads_ahead_changes_nothing(tmp_path: Path, trains: str) -> None:
+    """Its batches cannot be told from those of the step, and random numbers are drawn while it tells of them."""
+
+    def read_ahead(batches: Iterable) -> Iterator:
+        waiting: queue.Queue = queue.Queue(2)
+
+        def read() -> None:
+            for one in batches:
+                waiting.put(one)
+            waiting.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        yield from iter(waiting.get, None)
+
+    def train(recorder: Recorder | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        torch.manual_seed(0)
+        losses, batches = [], images(40)
+        watched = recorder.watch(batches) if recorder else batches
+        for inputs, labels in watched if trains == "in another thread" else read_ahead(watched):
+            loss = F.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def trained(*, recorded: bool) -> tuple[torch.Tensor, list[float]]:
+        torch.manual_seed(0)
+        model, losses = convolutional_network(dropout=0.5), []
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recorder = Recorder(tmp_path / "run", model, optimizer, curvature_every=2) if recorded else None
+        if trains == "here":
+            losses = train(recorder, model, optimizer)
+        else:
+            thread = threading.Thread(target=lambda: losses.extend(train(recorder, model, optimizer)))
+            thread.start()
+            thread.join()
+        if recorder:
+            recorder.close()
+        return torch.cat([one.detach().flatten() for one in model.parameters()]), losses
+
+    bare, losses = trained(recorded=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.equal(trained(recorded=True)[0], bare)
+    run = open_run(tmp_path / "run")
+    assert run["steps"].sizes["step"] == 40
+    if trains == "here":
+        assert "curvature" not in run.children or not run["curvature"].data_vars
+        assert ["read in another thread than that of the steps" in str(one.message) for one in said] == [True]
+    else:
+        assert not said
+        np.testing.assert_allclose(run["curvature"].loss_before, losses[::2], rtol=1e-12)

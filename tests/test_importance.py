@@ -196,15 +196,32 @@ def test_random_scores_are_uniform_whatever_the_kernel_s_size() -> None:
 @pytest.mark.parametrize(
     "measure", [name for name, row in MEASURES.items() if not (row.per_filter or row.normalised or name == "random")]
 )
-def test_weights_scores_make_the_filters(measure: str) -> None:
+def test_a_single_weight_is_a_filter_of_one(measure: str) -> None:
+    """Of one that its measure takes an absolute value of, too: by hand, and as filters of one weight are scored."""
     model, batches = convolutional_network(), images(2)
-    initial = convolutional_network().state_dict()
-    filters = scores(model, batches, measure, initial=initial)["0"]
-    weights = scores(model, batches, measure, granularity="weight", initial=initial)["0"]
-    assert weights.shape == model[0].weight.shape
-    sums = weights.flatten(1).sum(1)
-    expected = {"magnitude": sums.sqrt(), "gradient_norm_preservation": sums.abs(), "taylor": sums.abs()}
-    torch.testing.assert_close(filters, expected.get(measure, sums))
+    start = convolutional_network().state_dict()
+    initial = {name: one + 0.1 for name, one in start.items()}
+    weights = scores(model, batches, measure, granularity="weight", initial=initial, temperature=2.0)["0"]
+    filters = scores(model, batches, measure, initial=initial, temperature=2.0)["0"]
+    model.eval()
+    loss = sum(F.cross_entropy(model(inputs) / 2, labels) for inputs, labels in batches) / 2
+    theta = list(model.parameters())
+    grad = torch.autograd.grad(loss, theta, create_graph=True)
+    (hess_grad,) = torch.autograd.grad(sum(part.square().sum() for part in grad) / 2, theta[:1])
+    first = [theta[0].detach(), grad[0].detach(), hess_grad]
+    by_hand = FORMULAS | {
+        "magnitude": lambda theta, grad, hess_grad: theta.square().sum(1).sqrt(),
+        "magnitude_l1": lambda theta, grad, hess_grad: theta.abs().sum(1),
+        "grasp": lambda theta, grad, hess_grad: -(theta * hess_grad).sum(1),
+    }
+    if measure in by_hand:
+        each = by_hand[measure](*(part.reshape(-1, 1) for part in first)).view(theta[0].shape)
+        torch.testing.assert_close(weights, each, rtol=1e-9, atol=1e-13)
+        whole = by_hand[measure](*(part.flatten(1) for part in first))
+        torch.testing.assert_close(filters, whole, rtol=1e-9, atol=1e-13)
+    else:  # sums of what is positive
+        torch.testing.assert_close(weights.flatten(1).sum(1), filters)
+        assert (weights >= 0).all()
 
 
 @pytest.mark.parametrize("measure", ["loss_preservation", "gradient_norm_increase", "fisher"])

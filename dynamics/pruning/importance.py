@@ -228,7 +228,10 @@ def _scores(
         if row.uses == "uniform":
             one = Evidence(one.theta, uniform=_uniform(one.theta, granularity, drawn))
         entries = row.entries(one)
-        found[name] = entries if granularity == "weight" else row.combine(entries.reshape(len(entries), -1))
+        if granularity == "weight":  # each is a filter of one
+            found[name] = row.combine(entries.reshape(-1, 1)).view(entries.shape)
+        else:
+            found[name] = row.combine(entries.reshape(len(entries), -1))
     return normalised(found) if row.normalised else found
 
 

@@ -40,8 +40,9 @@ class Measure:
     """One row of :data:`MEASURES`.
 
     ``uses`` names the fields of :class:`Evidence` it looks at beside θ. ``order`` is the highest derivative of the loss
-    it needs, ``temperature`` the one that its paper uses. ``entries`` gives a score for every weight, ``combine`` makes
-    a filter's score from its weights' (filter, weights); a measure that is ``per_filter`` has none for single weights.
+    it needs, ``temperature`` the one that its paper uses. ``entries`` gives a number for every weight, ``combine``
+    makes a filter's score from its weights' (filter, weights), a single weight's as that of a filter of one; a measure
+    that is ``per_filter`` has none for single weights.
     ``needs_initial``: it looks at θ₀. ``normalised``: divided by the sum over the whole network. ``highest_first``: the
     highest scores are pruned, not the lowest. ``class_balanced``: its paper takes as many samples of each class.
     """

@@ -37,8 +37,15 @@ def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temp
     """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar.
 
     Raises:
-        ValueError: there is but one class, or there are negative probabilities: a regression has another loss.
+        ValueError: the batch is none of these two, there is but one class, or there are negative probabilities: a
+            regression has another loss.
     """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
+        got = f"{type(batch).__name__}{many}"
+        raise ValueError(
+            f"the cross-entropy is of batches (inputs, labels), got a {got}: of another loss give objective="
+        )
     inputs, labels = batch
     outputs = model(inputs)
     if outputs.ndim > 1 and outputs.shape[1] < 2:

@@ -8,6 +8,7 @@ import torch
 from prunable import NETWORKS, batch, train, trained
 from torch import nn
 
+from dynamics.models import build
 from dynamics.pruning import MEASURES, Pruner, share_left
 
 
@@ -156,6 +157,21 @@ def test_bad_arguments_are_said() -> None:
         Pruner(model, optimizer, "magic")
     with pytest.raises(ValueError, match="taylor needs data"):
         Pruner(model, optimizer, "taylor").prune(0.5)
+    with pytest.raises(ValueError, match="the optimizer holds no parameter of the model"):
+        Pruner(model, torch.optim.SGD(build("vgg13", width=0.125).parameters(), 0.1), "magnitude")
+    with pytest.raises(ValueError, match="mode 'eval' or 'train'; got 'filter', 'test'"):
+        Pruner(model, optimizer, "taylor", mode="test")
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got '0.5'"):
+        Pruner(model, optimizer, "magnitude").plan("0.5")
+    for batches in (
+        torch.zeros(2, 1, 32, 32),
+        [torch.zeros(2, 1, 32, 32)],
+        (torch.zeros(3, 1, 32, 32), torch.zeros(3)),
+    ):
+        with pytest.raises(ValueError, match=r"batches \(inputs, labels\), got a Tensor"):
+            Pruner(model, optimizer, "taylor").plan(0.5, batches)
+    one, other = (Pruner(model, optimizer, "magnitude", protected=names) for names in ("features.0", ["features.0"]))
+    assert one.alive.keys() == other.alive.keys() != Pruner(model, optimizer, "magnitude").alive.keys()
     for sparsity, rounds, number in ((1.0, 1, 1), (0.5, 0, 0), (0.5, 2, 3), (0.5, 2, -1)):
         with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\)|a round must be in 0 … rounds"):
             share_left(sparsity, rounds, number)

@@ -163,17 +163,22 @@ def check_request(
     rows: Sequence[Measure], batches: Iterable[Any] | None, temperature: float, mode: str, granularity: str
 ) -> None:
     """Raise ValueError where scores are asked for that cannot be: see :func:`scores`."""
+    check_settings(temperature, mode, granularity)
+    for row in rows:
+        if granularity == "weight" and row.per_filter:
+            raise ValueError(f"{row.name} scores whole filters; it has no score for single weights")
+        if row.needs_data and (batches is None or (isinstance(batches, Sequence) and not batches)):
+            raise ValueError(f"{row.name} needs data: pass batches of (inputs, labels), got none")
+
+
+def check_settings(temperature: float, mode: str, granularity: str) -> None:
+    """Raise ValueError where there is no such granularity, mode or temperature."""
     if granularity not in ("filter", "weight") or mode not in ("eval", "train"):
         raise ValueError(
             f"granularity is 'filter' or 'weight' and mode 'eval' or 'train'; got {granularity!r}, {mode!r}"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    for row in rows:
-        if granularity == "weight" and row.per_filter:
-            raise ValueError(f"{row.name} scores whole filters; it has no score for single weights")
-        if row.needs_data and (batches is None or (isinstance(batches, Sequence) and not batches)):
-            raise ValueError(f"{row.name} needs data: pass batches of (inputs, labels), got none")
 
 
 def gammas(model: nn.Module, layers: list[UnitLayer]) -> dict[str, Tensor]:

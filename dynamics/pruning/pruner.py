@@ -16,7 +16,7 @@ from ..batch import sample_count
 from ..masks import apply_masks, lift_masks, parameter_masks
 from ..probe import Objective, cross_entropy_objective, unwrap
 from .cost import Cost, network_cost
-from .importance import at_temperature, initial_weights, paper_temperature, scores
+from .importance import at_temperature, check_settings, initial_weights, paper_temperature, scores
 from .measures import find_measure
 from .protocol import find_protocol
 from .schedule import check_sparsity
@@ -85,7 +85,8 @@ class Pruner:
 
     Raises:
         ValueError: an unknown measure, granularity or protocol, floor outside [0, 1], a temperature of another loss
-            than the cross-entropy, or a model that cannot be pruned safely; the message names the layers.
+            than the cross-entropy, an optimizer of another model, or a model that cannot be pruned safely; the message
+            names the layers.
     """
 
     def __init__(
@@ -115,8 +116,10 @@ class Pruner:
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
         self._model, self._optimizers, self._floor, self._keep_state = model, as_given(optimizer), floor, keep_state
+        _check_trained(model, self._optimizers)
         self._protected = within(unwrap(model), protected)
         temperature = paper_temperature(self._measure, objective) if temperature is None else temperature
+        check_settings(temperature, mode, granularity)
         at_temperature(objective, temperature)
         self._settings: dict[str, Any] = {
             "objective": objective,
@@ -305,6 +308,16 @@ class Pruner:
                 kept = alive[name].to(parameter.device)
                 masks[owned] = kept.view(*kept.shape, *[1] * (parameter.ndim - kept.ndim)).expand_as(parameter)
         return masks
+
+
+def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Raise ValueError where no optimizer holds a parameter of the model."""
+    held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            "the optimizer holds no parameter of the model, so another one would move what is pruned: give the one "
+            "that trains this model, made of its present parameters"
+        )
 
 
 def _input_shape(batches: Iterable[Any] | None) -> tuple[torch.Size | None, Iterable[Any] | None]:

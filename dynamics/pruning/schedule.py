@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 
 def share_left(sparsity: float, rounds: int, round_number: int) -> float:
     """Share of units left after round k of n for a final sparsity p: n(1−p) / (n(1−p) + kp).
@@ -53,5 +55,5 @@ def _check(sparsity: float, rounds: int, round_number: int) -> None:
 
 def check_sparsity(sparsity: float) -> None:
     """Raise ValueError where a sparsity is not in [0, 1)."""
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}: 0.75 removes three units of four")
+    if not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}: 0.75 removes three units of four")

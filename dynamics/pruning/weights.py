@@ -28,12 +28,12 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
 
 
 def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """The modules of these names and all that are in them.
+    """The modules of these names, or of one, and all that are in them.
 
     Raises:
         ValueError: one of them is no module of the model.
     """
-    names, known = tuple(names), dict(model.named_modules())
+    names, known = (names,) if isinstance(names, str) else tuple(names), dict(model.named_modules())
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"protected names no module of {type(model).__name__}: {unknown}; give qualified names")
     return tuple(inner for name in names for inner, _ in known[name].named_modules(prefix=name))

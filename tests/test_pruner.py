@@ -158,7 +158,7 @@ def test_bad_arguments_are_said() -> None:
     with pytest.raises(ValueError, match="taylor needs data"):
         Pruner(model, optimizer, "taylor").prune(0.5)
     with pytest.raises(ValueError, match="the optimizer holds no parameter of the model"):
-        Pruner(model, torch.optim.SGD(build("vgg13", width=0.125).parameters(), 0.1), "magnitude")
+        Pruner(model, torch.optim.SGD(build("vgg13", num_classes=4, width=0.125).parameters(), 0.1), "magnitude")
     with pytest.raises(ValueError, match="mode 'eval' or 'train'; got 'filter', 'test'"):
         Pruner(model, optimizer, "taylor", mode="test")
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got '0.5'"):

@@ -138,10 +138,10 @@ def test_how_the_wide_networks_end_is_what_it_says(wide: Runs) -> None:
     pruned = table[table.measure != "not pruned"].assign(kept=100 - table["multiply-adds pruned, %"].astype(float))
     kept = pruned[pruned.rounds == 5].pivot(index="measure", columns="model", values="kept").round(1)
     cheapest, others = kept.loc["gradient norm increase"], kept.drop("gradient norm increase")
-    assert cheapest.to_dict() == {"MobileNet-V1": 9.7, "ResNet-56": 32.0, "VGG-13": 11.1}
-    assert (int(others.min()["MobileNet-V1"]), int(others.max()["VGG-13"])) == (26, 50)
+    assert cheapest.to_dict() == {"MobileNet-V1": 9.9, "ResNet-56": 30.6, "VGG-13": 10.3}
+    assert (int(others.min()["MobileNet-V1"]), int(others.max()["VGG-13"])) == (27, 49)
     assert (int(others["ResNet-56"].min()), int(others["ResNet-56"].max())) == (46, 55)
-    assert others[["MobileNet-V1", "VGG-13"]].stack().between(26, 51).all()
+    assert others[["MobileNet-V1", "VGG-13"]].stack().between(27, 50).all()
     at_once = pruned[(pruned.rounds == 1) & (pruned.model == "MobileNet-V1")].set_index("measure")["test accuracy, %"]
     assert [round(float(cell.split(" ")[0])) for cell in at_once] == [81, 66, 63, 82, 71]
 
@@ -152,8 +152,15 @@ def test_measures_of_a_seed_begin_apart_on_a_gpu(wide: Runs) -> None:
     table["loss"] = [
         float(run["pruning"].loss[0, 0]) if run["pruning"].data_vars else float("nan") for run in wide.values()
     ]
-    on_gpu = table[["H100" in run.attrs["device"] for run in wide.values()]].groupby(["model", "seed"])
-    losses, accuracies = on_gpu.loss.max() / on_gpu.loss.min() - 1, on_gpu.accuracy.max() - on_gpu.accuracy.min()
+    table["commit"] = [run.attrs["commit"] for run in wide.values()]
+    on_gpu = table[["H100" in run.attrs["device"] for run in wide.values()]]
+    reproducible = on_gpu.commit == "fa9a5c861635"
+    same = on_gpu[reproducible].groupby(["model", "seed"])
+    assert len(same) == 9
+    assert same.loss.nunique().eq(1).all()
+    assert same.accuracy.nunique().eq(1).all()
+    others = on_gpu[~reproducible].groupby(["model", "seed"])
+    losses, accuracies = others.loss.max() / others.loss.min() - 1, others.accuracy.max() - others.accuracy.min()
     said = f"differs among them by {100 * losses.min():.0f} to {100 * losses.max():.0f} %, the test accuracy then"
     points = f"by {100 * accuracies.min():.0f} to {100 * accuracies.max():.0f} points"
     assert said in FLAT
@@ -171,8 +178,8 @@ def effect(row: tuple, stands: bool) -> str:
 
 def test_the_wide_networks_are_predicted_as_it_says(wide: Runs) -> None:
     devices = pd.Series({label: run.attrs["device"] for label, run in wide.items()})
-    assert devices.str.contains("H100").sum() == 143
-    assert (devices == "cpu").sum() == 7
+    assert devices.str.contains("H100").sum() == 144
+    assert (devices == "cpu").sum() == 6
     table = analysis.agreement_table(wide).reset_index()
     table["model"] = [label.partition("-")[0] for label in table.run]
     errors = table.groupby(["relation", "order", "model"], observed=True)["median relative error"].median()

@@ -10,14 +10,14 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from numbers import Number
-from types import BuiltinMethodType
+from types import BuiltinMethodType, CellType, FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .ownership import OF_OTHERS, OURS, held, is_users, manages, package, referred, slots
+from .ownership import OF_OTHERS, OURS, content_of, held, is_users, is_users_module, manages, package, referred, slots
 
 PutBack = Callable[[], None]
 Taken = tuple[PutBack, list[Any]]  # what puts contents back, and the numbers among them
@@ -25,7 +25,8 @@ Take = Callable[[], Taken]
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # which frameworks replace for a while
 _MISSING = object()
-_MOST = 1000  # objects in which generators are looked for
+_MOST = 1000  # objects that are looked into
+_DEPTH = 4
 
 
 class Kept:
@@ -55,19 +56,23 @@ class Kept:
 
 
 def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept:
-    """Keep the plain attributes of modules and of their classes, and the random generators of a function.
+    """Keep the plain attributes of modules and of their classes, and what a function refers to.
 
     Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
     deques and random generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are
     those of objects whose class comes from where a module's does, or is the user's own, but for networks, optimizers
-    and data, and for objects from elsewhere that hold these. Of the function, and of the modules' forward passes, it is
-    the generators of random numbers that they refer to, by themselves or by objects of the user's own.
+    and data, and for objects from elsewhere that hold these. Of the modules' forward passes it is the generators of
+    random numbers that they refer to, by themselves or by objects of the user's own. Of the function it is those, and
+    its variables of surrounding functions and of its module, if they are numbers, tensors, collections or the user's
+    own objects: not what is trained, nor more numbers than the modules have parameters, such as a data set.
     """
     modules = list(modules)
     keeper = _Keeper(modules)
     own = (module for module in modules if not isinstance(module, torch.jit.ScriptModule))
     forwards = (getattr(type(module), "forward", None) for module in own)
-    keeper.look_for_generators([*dict.fromkeys(forwards), function])
+    keeper.look_for_generators(list(dict.fromkeys(forwards)))
+    if function is not None:
+        keeper.look_into(function)
     return Kept(keeper.takes)
 
 
@@ -78,6 +83,7 @@ class _Keeper:
         self.takes: list[Take] = []
         self._seen: set[Any] = {_storage(one) for module in modules for one in module._parameters.values()}
         self._packages = {package(type(module)) for module in modules} - {"torch", OURS}
+        self._room = sum(one.numel() for module in modules for one in module._parameters.values() if one is not None)
         waiting: deque[Any] = deque()
         for module in modules:
             self.takes.append(partial(_take_attributes, module))
@@ -136,10 +142,62 @@ class _Keeper:
                     if id(value) not in self._seen:
                         self._seen.add(id(value))
                         self.takes.append(generator)
-                elif depth < 4:
+                elif depth < _DEPTH:
                     waiting.extend((inner, depth + 1) for inner in referred(value))
             except Exception:  # it may be anything
                 continue
+
+    def look_into(self, function: Any) -> None:
+        """Keep what a function of the user's own refers to, and its variables."""
+        waiting: deque[tuple[Any, int]] = deque([(function, 0)])
+        known: set[int] = set()
+        while waiting and len(known) < _MOST:
+            value, depth = waiting.popleft()
+            if id(value) in known or id(value) in self._seen:
+                continue
+            known.add(id(value))
+            try:
+                if isinstance(value, FunctionType):
+                    self.takes.extend(_variables(value))
+                    inner = referred(value)
+                elif isinstance(value, Tensor | np.ndarray):
+                    inner = self._visit(value) if self._has_room_for(value) else ()
+                elif isinstance(value, nn.Module):
+                    inner = ()
+                else:
+                    inner = self._visit(value) or referred(value)
+                waiting.extend((one, depth + 1) for one in inner if depth < _DEPTH)
+            except Exception:  # it may be anything
+                continue
+
+    def _has_room_for(self, value: Tensor | np.ndarray) -> bool:
+        self._room -= value.numel() if isinstance(value, Tensor) else value.size
+        return self._room >= 0
+
+
+def _variables(function: FunctionType) -> list[Take]:
+    """What keeps which objects a function's variables of elsewhere are, as far as these are numbers or arrays."""
+    if not is_users_module(function.__globals__.get("__name__")):
+        return []
+    of_module = {
+        name: value for name in function.__code__.co_names if _is_number(value := function.__globals__.get(name))
+    }
+    cells = [cell for cell in function.__closure__ or () if any(map(_is_number, content_of(cell)))]
+    return [partial(_take_names, function.__globals__, of_module), *(partial(_take_cell, cell) for cell in cells)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number | Tensor | np.ndarray)
+
+
+def _take_names(module: dict[str, Any], names: Iterable[str]) -> Taken:
+    own = {name: module[name] for name in names if name in module}
+    return partial(module.update, own), _numbers(own.values())
+
+
+def _take_cell(cell: CellType) -> Taken:
+    content = cell.cell_contents
+    return partial(setattr, cell, "cell_contents", content), _numbers([content])
 
 
 def _take_attributes(module: nn.Module) -> Taken:

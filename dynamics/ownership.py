@@ -85,7 +85,7 @@ def referred(value: Any) -> Iterable[Any]:
     if isinstance(value, FunctionType):
         if not is_users_module(value.__globals__.get("__name__")):
             return []
-        contents = chain.from_iterable(map(_contents, value.__closure__ or ()))
+        contents = chain.from_iterable(map(content_of, value.__closure__ or ()))
         named = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
         return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
     if package(type(value)) == OURS:  # a callback for a framework, which passes the user's objective on
@@ -95,7 +95,7 @@ def referred(value: Any) -> Iterable[Any]:
     return []
 
 
-def _contents(cell: CellType) -> tuple[Any, ...]:
+def content_of(cell: CellType) -> tuple[Any, ...]:
     """Of a variable of a surrounding function, if it has a value yet."""
     try:
         return (cell.cell_contents,)

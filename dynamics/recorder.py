@@ -71,7 +71,7 @@ class Recorder:
         objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
             measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``. Of
             several batches of a step it is their mean that is measured, by samples or equally, as the gradient says. It
-            may draw random numbers; what it counts or collects itself, outside of modules, it also does when evaluated.
+            may draw random numbers, and count or collect in variables of its own, which are as they were afterwards.
         every: record first-order quantities at every such step.
         curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never.
         capture: on a GPU, launch what curvature takes as CUDA graphs, from its second measurement on. It takes less

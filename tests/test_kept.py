@@ -19,6 +19,8 @@ from dynamics.kept import kept
 
 RANDOM = np.random.RandomState(0)  # of a module, as scripts have it
 
+GLOBAL = 1.0
+
 
 class Slots:
     __slots__ = ("count",)
@@ -222,19 +224,51 @@ def test_a_helper_that_holds_another_network_counts_as_the_step_does(tmp_path: P
 
 
 def test_what_is_not_the_models_business_is_left_alone() -> None:
-    model, numbers, tensor = nn.Linear(4, 3), [1, 2], torch.zeros(3)
+    model, data = nn.Linear(4, 3), torch.zeros(16)
+    trained = torch.zeros(2, requires_grad=True)
     model.trainer = trainer = Trainer(model)
 
     def objective(model: nn.Module, batch: object) -> Tensor:
-        return tensor.sum() + len(numbers)
+        return data.sum() + trained.sum() + trainer.numbers[0]
 
     put_back = kept(model.modules(), objective).put_back
-    tensor.add_(1)
-    numbers.append(3)
+    data.add_(1)
+    with torch.no_grad():
+        trained.add_(1)
     trainer.stop = True
     trainer.numbers.append(2)
     put_back()
-    assert (tensor.tolist(), numbers, trainer.stop, trainer.numbers) == ([1, 1, 1], [1, 2, 3], True, [1, 2])
+    assert (data[0], trained.tolist(), trainer.stop, trainer.numbers) == (1, [1, 1], True, [1, 2])
+
+
+def test_variables_of_an_objective_are_put_back() -> None:
+    model, numbers, tensor, array, baseline = nn.Linear(4, 3), [1, 2], torch.zeros(3), np.zeros(2), 0.5
+
+    class Weights:
+        def __init__(self) -> None:
+            self.of_groups = torch.ones(2)
+
+    weights, state = Weights(), {"centre": 1.0}
+
+    def objective(model: nn.Module, batch: object) -> Tensor:
+        return tensor.sum() + len(numbers) + array.sum() - baseline - GLOBAL + weights.of_groups.sum() + state["centre"]
+
+    before = kept(model.modules(), objective)
+    global GLOBAL
+    of_tensor, of_array = tensor, array
+    of_tensor.add_(1)
+    tensor, baseline, GLOBAL = torch.ones(3), 0.75, 3.0
+    numbers.append(3)
+    of_array += 1
+    weights.of_groups = torch.zeros(2)
+    state["centre"] = 2.0
+    now = kept(model.modules(), objective)
+    before.put_back()
+    assert tensor is of_tensor
+    assert float(objective(model, None)) == 0 + 2 + 0 - 0.5 - 1 + 2 + 1
+    now.put_back()
+    assert float(objective(model, None)) == 3 + 3 + 2 - 0.75 - 3 + 0 + 2
+    GLOBAL = 1.0
 
 
 def test_odd_objects_are_put_back_or_left_alone() -> None:

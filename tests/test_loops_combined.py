@@ -151,3 +151,49 @@ def test_two_watched_loaders_side_by_side(tmp_path: Path) -> None:
             recorder.log(loss=loss)
             losses.append(loss.item())
     assert_losses(tmp_path / "run", losses)
+
+
+def test_free_adversarial_training_moves_its_noise_before_the_step(tmp_path: Path) -> None:
+    """Shafahi et al. 2019: the noise, which the objective knows, takes its step between backward pass and step."""
+    model, losses, noise, squares = smooth_network(), [], torch.zeros(16, 4), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+    def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0] + noise), batch[1])
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(2)):
+            for _ in range(3):
+                own = noise.clone().requires_grad_()
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs + own), labels)
+                loss.backward()
+                losses.append(loss.item())
+                squares.append(sum(one.grad.square().sum().item() for one in model.parameters()))
+                noise += 0.3 * own.grad.sign()
+                optimizer.step()
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm.sum("layer"), squares, rtol=1e-9)
+
+
+def test_a_baseline_that_moves_before_the_step(tmp_path: Path) -> None:
+    model, losses, baseline = smooth_network(), [], 0.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        states, actions, rewards = batch
+        chosen = model(states).log_softmax(1).gather(1, actions[:, None])[:, 0]
+        return -(chosen * (rewards - baseline)).mean()
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for number, (states, actions) in enumerate(vectors(4)):
+            batch = states, actions, states.square().sum(1) + number
+            recorder.observe(batch)
+            loss = objective(model, batch)
+            baseline = 0.5 * baseline + 0.5 * batch[2].mean().item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)

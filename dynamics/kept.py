@@ -27,6 +27,7 @@ _REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # which
 _MISSING = object()
 _MOST = 1000  # objects that are looked into
 _DEPTH = 4
+_FEW = 2**20  # numbers that are kept in any case
 
 
 class Kept:
@@ -64,7 +65,7 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
     and data, and for objects from elsewhere that hold these. Of the modules' forward passes it is the generators of
     random numbers that they refer to, by themselves or by objects of the user's own. Of the function it is those, and
     its variables of surrounding functions and of its module, if they are numbers, tensors, collections or the user's
-    own objects: not what is trained, nor more numbers than the modules have parameters, such as a data set.
+    own objects: not what is trained, nor many more numbers than the modules have parameters, such as a data set.
     """
     modules = list(modules)
     keeper = _Keeper(modules)
@@ -83,7 +84,8 @@ class _Keeper:
         self.takes: list[Take] = []
         self._seen: set[Any] = {_storage(one) for module in modules for one in module._parameters.values()}
         self._packages = {package(type(module)) for module in modules} - {"torch", OURS}
-        self._room = sum(one.numel() for module in modules for one in module._parameters.values() if one is not None)
+        parameters = (one for module in modules for one in module._parameters.values() if one is not None)
+        self._room = max(sum(one.numel() for one in parameters), _FEW)
         waiting: deque[Any] = deque()
         for module in modules:
             self.takes.append(partial(_take_attributes, module))

@@ -224,7 +224,7 @@ def test_a_helper_that_holds_another_network_counts_as_the_step_does(tmp_path: P
 
 
 def test_what_is_not_the_models_business_is_left_alone() -> None:
-    model, data = nn.Linear(4, 3), torch.zeros(16)
+    model, data = nn.Linear(4, 3), torch.zeros(2**20 + 1)
     trained = torch.zeros(2, requires_grad=True)
     model.trainer = trainer = Trainer(model)
 

@@ -30,11 +30,12 @@ _IDLE = 128  # batches in a row whose gradients come to nothing
 
 @dataclass
 class Seen:
-    """A batch, and the moments at which its forward pass starts, it was seen, and a further pass starts, if one did."""
+    """A batch, and the moments at which its forward pass starts, it was seen, and further passes start, if any did."""
 
     batch: Any
     moment: Moment | None
     first_moment: Moment | None = None
+    gradient_moment: Moment | None = None  # of the last further pass before its gradient was there
     last_moment: Moment | None = None
     later: Moment | None = None  # when modules outside the model ran after its gradient was there
     source: Any = None  # the pass over the data that it came from
@@ -128,6 +129,8 @@ class Batches:
             elif self._seen:
                 last = self._seen[-1]
                 last.last_moment = again = self._moment()
+                if self.mark.backwards == last.passed_at:
+                    last.gradient_moment = again
                 again.others = last.moment.others | (last.later.others if last.later else {})
 
     def _look(self) -> None:

@@ -32,6 +32,7 @@ _MEMORY = "A second derivative takes several times a step's memory: give smaller
 _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
     "forward pass": lambda seen: seen.moment,
     "seen": lambda seen: seen.first_moment,  # a loss may draw random numbers before it runs the network
+    "forward pass before the gradient": lambda seen: seen.gradient_moment or seen.moment,  # of several
     "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not for the step's sake
 }
 
@@ -265,7 +266,9 @@ def _moments_that_differ(seen: list[Seen]) -> list[str]:
     moments = ["forward pass"]
     if not all(one.first_moment is None or one.moment.is_as(one.first_moment) for one in seen):
         moments.append("seen")
-    if not all(one.last_moment is None or one.moment.is_as(one.last_moment) for one in seen):
+    if not all(one.gradient_moment is None or one.moment.is_as(one.gradient_moment) for one in seen):
+        moments.append("forward pass before the gradient")
+    if not all(one.last_moment in (None, one.gradient_moment) or one.moment.is_as(one.last_moment) for one in seen):
         moments.append("further forward pass")
     return moments
 

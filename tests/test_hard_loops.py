@@ -475,3 +475,19 @@ def test_a_probe_is_gone_with_its_last_use() -> None:
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_the_middle_one_of_three_forward_passes_is_trained(tmp_path: Path) -> None:
+    """As where a loop looks at its accuracy before and after, with gradients and dropout."""
+    model, losses = convolutional_network(dropout=0.4), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(images(4)):
+            model(inputs).argmax(1)
+            loss = F.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            model(inputs).argmax(1)
+            optimizer.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)

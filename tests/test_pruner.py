@@ -205,3 +205,12 @@ def test_of_a_loss_that_it_cannot_evaluate_importance_says_what_it_is_of() -> No
     pruner = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "loss_preservation", granularity="weight")
     with pytest.raises(ValueError, match=r"importance is of the mean cross-entropy .* failed with .*: Expected target"):
         pruner.plan(0.3, texts)
+
+
+def test_nothing_need_train_on() -> None:
+    one, other = (trained("vgg13", steps=1)[0] for _ in range(2))
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    found = [Pruner(*given, "magnitude").prune(0.5).alive for given in ((one, None), (other, optimizer))]
+    assert all(torch.equal(alive, found[1][name]) for name, alive in found[0].items())
+    for parameter, same in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, same)

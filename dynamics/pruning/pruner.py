@@ -66,8 +66,8 @@ class Pruner:
 
     Args:
         model: see :func:`scores`.
-        optimizer: one, or a list of several: their state is masked along with the parameters. What is pruned stays at
-            zero if they leave zeros alone whose gradient and state are zero: torch's do, but for LBFGS, and for Muon
+        optimizer: one, or a list of several: their state is masked along with the parameters; None where nothing trains
+            on. What is pruned stays at zero if they leave zeros alone whose gradient and state are zero: torch's do, but for LBFGS, and for Muon
             where single weights are pruned.
         measure: a name from :data:`MEASURES`.
         granularity: "filter", or "weight" for single weights of all convolutions and linear layers.
@@ -92,7 +92,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
         measure: str,
         *,
         granularity: str = "filter",
@@ -115,7 +115,8 @@ class Pruner:
         floor = _FLOOR[granularity] if floor is None else floor
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
-        self._model, self._optimizers, self._floor, self._keep_state = model, as_given(optimizer), floor, keep_state
+        self._model, self._floor, self._keep_state = model, floor, keep_state
+        self._optimizers = [] if optimizer is None else as_given(optimizer)
         _check_trained(model, self._optimizers)
         self._protected = within(unwrap(model), protected)
         temperature = paper_temperature(self._measure, objective) if temperature is None else temperature
@@ -313,7 +314,7 @@ class Pruner:
 def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:
     """Raise ValueError where no optimizer holds a parameter of the model."""
     held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
-    if held.isdisjoint(map(id, model.parameters())):
+    if optimizers and held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
             "the optimizer holds no parameter of the model, so another one would move what is pruned: give the one "
             "that trains this model, made of its present parameters"

@@ -67,8 +67,8 @@ class Pruner:
     Args:
         model: see :func:`scores`.
         optimizer: one, or a list of several: their state is masked along with the parameters; None where nothing trains
-            on. What is pruned stays at zero if they leave zeros alone whose gradient and state are zero: torch's do, but for LBFGS, and for Muon
-            where single weights are pruned.
+            on. What is pruned stays at zero if they leave zeros alone whose gradient and state are zero: torch's do,
+            but for LBFGS, and for Muon where single weights are pruned.
         measure: a name from :data:`MEASURES`.
         granularity: "filter", or "weight" for single weights of all convolutions and linear layers.
         objective: ``objective(model, batch) -> scalar loss`` that importance is of; see :func:`scores`.

@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+from .names import name_of
+
 MISSING = "–"
 _A_PAGE = 45  # rows
+_FEW, _WORDS, _A_NAME = 11, 28, 54  # letters of a short text, of a long one, of a row's name
+_EM = 0.49  # width of a letter
 _LATEX = {
     "‖": r"\|", "θ": r"\theta", "²": "^2", "ᵀ": r"^\top", "Δ": r"\Delta", "±": r"\pm", "×": r"\times", "−": "-",
     "∞": r"\infty", ">": ">", "<": "<", "≥": r"\geq",
@@ -31,15 +35,77 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def as_latex(table: pd.DataFrame) -> str:
-    """A table in LaTeX, for ``booktabs``, and ``longtable`` where it is longer than a page.
+    """A table in LaTeX, for ``booktabs`` and ``array``, and for ``longtable`` where it is longer than a page.
 
-    Plain text but for symbols, which are set as mathematics.
+    In small print; what rows have in common stands over them, and long texts and heads are broken, so that it fits a
+    page's width. Plain text but for symbols, which are set as mathematics.
     """
-    head, *rows = [" & ".join(map(_latex, row)) + r" \\" for row in _cells(table)]
-    columns = "l" * (table.index.nlevels + len(table.columns))
-    kind, heading = ("longtable", [r"\midrule", r"\endhead"]) if len(rows) > _A_PAGE else ("tabular", [r"\midrule"])
-    body = [r"\toprule", head, *heading, *rows, r"\bottomrule"]
-    return "\n".join([rf"\begin{{{kind}}}{{{columns}}}", *body, rf"\end{{{kind}}}"])
+    head, groups = grouped(table)
+    head = ["", *head]
+    columns = list(zip(*(row for group in groups.values() for row in group), strict=True)) or [()] * len(head)
+    widths = [_letters(name, cells) for name, cells in zip(head, columns, strict=True)]
+    body, lines = [], 0
+    for over, group in groups.items():
+        body += [rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_latex(over)}}}}} \\*"] if over else []
+        body += [" & ".join(map(_latex, row)) + r" \\" for row in group]
+        lines += bool(over) + sum(
+            max(-(-len(one) // most) for one, most in zip(row, widths, strict=True)) for row in group
+        )
+    kind, heading = ("longtable", [r"\midrule", r"\endhead"]) if lines > _A_PAGE else ("tabular", [r"\midrule"])
+    top = [r"\toprule", " & ".join(map(_latex, head)) + r" \\", *heading]
+    aligned = "".join(_column(most, cells) for most, cells in zip(widths, columns, strict=True))
+    whole = [rf"\begin{{{kind}}}{{{aligned}}}", *top, *body, r"\bottomrule", rf"\end{{{kind}}}"]
+    return "\n".join([r"{\footnotesize\setlength{\tabcolsep}{2pt}", *whole, "}"])
+
+
+def grouped(table: pd.DataFrame) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """A table for a narrow page: its columns' heads, and its rows, each a name and cells, under what they share.
+
+    That is what the rows of a condition, a claim or a run have in common.
+    """
+    names = list(table.index.names)
+    common = names.index("measure") if "measure" in names else int(len(names) > 2)
+    groups: dict[str, list[list[str]]] = {}
+    for key, values in zip(table.index, table.itertuples(index=False, name=None), strict=True):
+        key = key if isinstance(key, tuple) else (key,)
+        over, row = (_said(names[part], key[part]) for part in (slice(common), slice(common, None)))
+        groups.setdefault(over, []).append([row, *map(cell, values)])
+    return [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in table.columns], groups
+
+
+def _said(names: list[str], values: tuple) -> str:
+    """Values in print, numbers with their names."""
+    pairs = zip(names, values, strict=True)
+    return ", ".join(
+        name_of(value)
+        if name == "run"
+        else cell(value)
+        if isinstance(value, str)
+        else f"{name or ''} {cell(value)}".strip()
+        for name, value in pairs
+    )
+
+
+def _letters(head: str, cells: tuple[str, ...]) -> int:
+    """How many letters wide a column is: as its numbers, or as its heads' and texts' words, broken between them."""
+    texts = [one for one in cells if one.upper() != one.lower()]
+    longest = max(map(len, cells), default=0)
+    if texts and not head and longest <= _A_NAME:
+        return longest
+    words = [word for one in (head, *texts) for word in one.split()]
+    numbers = [one for one in cells if one not in texts]
+    few = min(max(map(len, texts), default=0), _WORDS if longest > _WORDS else _FEW)
+    return max(few, *map(len, words), *map(len, numbers), 1)
+
+
+def _lines(text: str, letters: int) -> int:
+    return -(-len(text) // letters)
+
+
+def _column(letters: int, cells: tuple[str, ...]) -> str:
+    """A column's alignment: long texts at the left, what is like numbers at the right."""
+    left = "ragged" + ("right" if max(map(len, cells), default=0) >= _WORDS else "left")
+    return rf">{{\{left}\arraybackslash}}p{{{letters * _EM:.1f}em}}"
 
 
 def page(parts: Mapping[str, pd.DataFrame | list[str]], form: str) -> str:

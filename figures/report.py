@@ -19,7 +19,7 @@ from analysis.conditions import conditions, probe_mode
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.record import experiment
-from analysis.typeset import cell
+from analysis.typeset import grouped
 from dynamics.places import check_folder
 
 from .paper import FIGURES, Runs, caption, claim, compares, draw
@@ -143,31 +143,7 @@ class Table:
 
 def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, Table | list[str]]:
     """Tables for the page, sentences as they are."""
-    return {title: _table(part) if isinstance(part, pd.DataFrame) else part for title, part in parts.items()}
-
-
-def _table(table: pd.DataFrame) -> Table:
-    """A table on a narrow page: what the rows of a condition, a claim or a run have in common stands over them."""
-    names = list(table.index.names)
-    common = names.index("measure") if "measure" in names else len(names) > 2
-    groups: dict[str, list[list[str]]] = {}
-    for key, values in zip(table.index, table.itertuples(index=False, name=None), strict=True):
-        key = [name_of(part) if name == "run" else part for name, part in zip(names, _tuple(key), strict=True)]
-        over, row = (_said(names[part], key[part]) for part in (slice(common), slice(common, None)))
-        groups.setdefault(over, []).append([row, *map(cell, values)])
-    return Table([" ".join(map(str, _tuple(column))) for column in table.columns], groups)
-
-
-def _tuple(key: object) -> tuple:
-    return key if isinstance(key, tuple) else (key,)
-
-
-def _said(names: list[str], values: list[object]) -> str:
-    """Values in print, numbers with their names."""
-    return ", ".join(
-        value if isinstance(value, str) else f"{name} {cell(value)}"
-        for name, value in zip(names, values, strict=True)
-    )  # fmt: skip
+    return {title: Table(*grouped(part)) if isinstance(part, pd.DataFrame) else part for title, part in parts.items()}
 
 
 def _done(runs: Runs) -> str:

@@ -169,16 +169,32 @@ def test_markdown_is_a_table() -> None:
 
 def test_latex_is_plain_but_for_mathematics() -> None:
     lines = as_latex(TABLE).splitlines()
-    assert lines[0] == r"\begin{tabular}{llll}"
-    assert lines[4] == r"vgg\_13 & b & 1 \ensuremath{\pm} 2 & 0.123 \\"
-    assert lines[2] == r"model &  & \ensuremath{\theta}\ensuremath{^\top}Hg, \% & share \\"
+    assert lines[1].startswith(r"\begin{tabular}{>{\raggedleft\arraybackslash}p{")
+    assert lines[5] == r"vgg\_13, b & 1 \ensuremath{\pm} 2 & 0.123 \\"
+    assert lines[3] == r" & \ensuremath{\theta}\ensuremath{^\top}Hg, \% & share \\"
+
+
+def test_what_latex_rows_share_stands_over_them() -> None:
+    index = pd.MultiIndex.from_tuples(
+        [("a", 1, "magnitude"), ("a", 1, "random"), ("a", 2, "magnitude")], names=["model", "rounds", "measure"]
+    )
+    lines = as_latex(pd.DataFrame({"a long head of a column": ["1", "2", "3"]}, index=index)).splitlines()
+    assert lines[5:10] == [
+        r"\multicolumn{2}{l}{\emph{a, rounds 1}} \\*",
+        r"magnitude & 1 \\",
+        r"random & 2 \\",
+        r"\multicolumn{2}{l}{\emph{a, rounds 2}} \\*",
+        r"magnitude & 3 \\",
+    ]
+    widths = [float(width) for width in re.findall(r"p{([\d.]+)em}", lines[1])]
+    assert widths[1] < len("a long head") * 0.5  # broken between its words
 
 
 def test_a_long_latex_table_breaks_between_pages_under_its_head() -> None:
     lines = as_latex(pd.DataFrame({"x": range(50)})).splitlines()
-    assert (lines[0], lines[-1]) == (r"\begin{longtable}{ll}", r"\end{longtable}")
-    assert lines[4] == r"\endhead"
-    assert lines[5:-2] == [rf"{i} & {i} \\" for i in range(50)]
+    assert (lines[1].partition("}")[0], lines[-2]) == (r"\begin{longtable", r"\end{longtable}")
+    assert lines[5] == r"\endhead"
+    assert lines[6:-3] == [rf"{i} & {i} \\" for i in range(50)]
 
 
 def test_latex_tables_need_no_unicode(some: dict[str, xr.DataTree]) -> None:
@@ -239,5 +255,5 @@ def test_equal_accuracies_in_all_seeds_give_no_verdict() -> None:
 
 def test_latex_sets_what_anyone_may_call_a_model() -> None:
     table = pd.DataFrame({"model": ["net{x} \\ ~ ^2_a\nb"], "x": [1.0]}).set_index("model")
-    row = as_latex(table).splitlines()[-3]
+    row = as_latex(table).splitlines()[-4]
     assert row == r"net\{x\} \textbackslash{} \textasciitilde{} \textasciicircum{}2\_a b & 1 \\"

@@ -17,7 +17,7 @@ from analysis.comparison import title
 from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
-from analysis.record import event_steps
+from analysis.record import event_steps, has
 from dynamics.schema import label as label_of
 
 from . import comparison, panels, pruning
@@ -161,8 +161,15 @@ def draw(name: str, runs: Runs) -> Figure:
         raise ValueError(f"draw() takes runs by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
     if not runs:
         raise ValueError("no runs to draw: give at least one record")
-    with theme():
-        return FIGURES[name](by_setting(runs))
+    shown = by_setting(runs)
+    with theme(_measures(shown)):
+        return FIGURES[name](shown)
+
+
+def _measures(runs: Runs) -> list[str]:
+    """By which the runs were pruned, and behind them those that they compared."""
+    compared = [run["scores"].measure.values.tolist() for run in runs.values() if has(run, "scores")]
+    return list(dict.fromkeys([*conditions(runs).measure, *(name for names in compared for name in names)]))
 
 
 def claim(name: str) -> str:

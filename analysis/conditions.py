@@ -27,6 +27,9 @@ _TAKEN = (
     "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy",
 )  # fmt: skip
 
+# Where events do not say it, it is not known, which is no value.
+_OF_EVENTS = ("granularity",)
+
 # Settings that no network feels.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
@@ -43,8 +46,9 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     measure, model and data are "", rounds 0 and sparsity NaN.
 
     Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
-    where a run does not depend on it. Instrumented loops that said the same of themselves are told apart by their
-    labels, in a column ``record``.
+    where a run does not have it. A run that lacks what another has differs from it, but for a run that was not pruned,
+    which does not depend on it, and for experiments, whose version did not know it. Instrumented loops that said the
+    same of themselves are told apart by their labels, in a column ``record``.
 
     Raises:
         ValueError: two experiments are the same, so that their values would count twice.
@@ -57,21 +61,21 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         others = [f"{name} (setting)" if name in other else name for name in others]
     _tell_apart(rows, runs, others)
     others = [name for name in rows if name not in COMPARED_BY]
-    varied = rows.groupby(["model", "data"])[others].nunique().gt(1).any() if others else {}
-    return rows[[*COMPARED_BY, *(name for name in others if varied[name])]]
+    own = pd.Series([not experiment(run) for run in runs.values()], index=rows.index)
+    return rows[[*COMPARED_BY, *(name for name in others if _varies(rows, name, own))]]
 
 
 def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """The runs in the order and company in which they are compared, one row each: columns run and those of conditions.
 
     Runs of one model, data set, rounds and sparsity are a comparison. To it belong the runs of that model and data set
-    that were not pruned: their rows are repeated in each, with its rounds and sparsity.
+    that were not pruned: their rows are repeated in each, with its rounds and sparsity. So are they in those of every
+    value of a setting that all pruned runs have and they do not; where some pruned run lacks it, they go with such.
     """
     table = conditions(runs).reset_index()
     pruned, whole = table[table.measure != "none"], table[table.measure == "none"]
     where = compared_by(table)
-    own = [name for name in where if name not in PRUNING_SETTINGS]
-    repeated = whole[["run", "measure", "seed", *own]].merge(pruned[where].drop_duplicates(), on=own)
+    repeated = _repeated(whole, pruned[where].drop_duplicates())
     alone = whole[~whole.run.isin(repeated.run)]
     order = [*MEASURES, *(name for name in table.measure if name not in MEASURES)]
     found = pd.concat([part for part in (pruned, repeated, alone) if len(part)])[table.columns]
@@ -162,6 +166,23 @@ def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
     modes = {str(mode) for event in events for mode in event["mode"].values}
     said = [_MODES[mode] for mode in _MODES if mode in modes]
     return f"Prunings were measured in {' or in '.join(said)}." if said else ""
+
+
+def _varies(rows: pd.DataFrame, name: str, own: pd.Series) -> bool:
+    """Whether runs of one model and data set that depend on the setting differ in it; ``own``: of someone's loop."""
+    depends = rows[name].notna() | ((rows.measure != "none") & own & (name not in _OF_EVENTS))
+    return bool(rows[depends].groupby(["model", "data"])[name].nunique(dropna=False).gt(1).any())
+
+
+def _repeated(whole: pd.DataFrame, pruned: pd.DataFrame) -> pd.DataFrame:
+    """The rows of runs that were not pruned, in each of the pruned runs' conditions to which they belong."""
+    own = [name for name in pruned if name not in PRUNING_SETTINGS]
+    found = [whole.iloc[:0]]
+    for number, row in whole.reset_index(drop=True).iterrows():
+        there = pruned[(pruned.model == row.model) & (pruned.data == row["data"])]
+        on = [name for name in own if pd.notna(row[name]) or there[name].isna().any()]
+        found.append(whole.iloc[[number]][["run", "measure", "seed", *on]].merge(there, on=on))
+    return pd.concat([rows for rows in found if len(rows)] or found)
 
 
 def _tell_apart(rows: pd.DataFrame, runs: Mapping[str, xr.DataTree], others: list[str]) -> None:

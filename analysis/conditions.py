@@ -11,7 +11,9 @@ import xarray as xr
 from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTINGS
 
 from .names import name_of
-from .record import experiment, has
+from .prunings import compounded, prunings
+from .record import experiment
+from .typeset import MISSING
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
@@ -101,13 +103,17 @@ def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
         return dict(runs)
     name = table[settings].nunique(dropna=False).idxmax()
     said = name.removesuffix(" (setting)").replace("_", " ")
-    table = table.assign(measure=table[name].map(lambda value: f"{said} {_printed(value)}")).sort_values(name)
+    table = table.assign(measure=table[name].map(lambda value: f"{said} {printed(value)}")).sort_values(name)
     kept = table.drop(columns=[name])
     return {label: _saying(runs[label], row.dropna().to_dict()) for label, row in kept.iterrows()}
 
 
-def _printed(value: object) -> str:
-    return "?" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+def printed(value: object) -> str:
+    """The value of a setting in print, a dash where a run does not have it."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return MISSING if pd.isna(value) else short if float(short) == value else str(value)
 
 
 def _saying(run: xr.DataTree, said: dict) -> xr.DataTree:
@@ -155,15 +161,15 @@ def name_of_condition(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
     pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
-    settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
+    settings = (f"{name.replace('_', ' ')} {printed(value)}" for name, value in others.items())
     parts = [name_of(model), name_of(data), pruned, *settings]
     return ", ".join(part for part in parts if part)
 
 
 def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
     """In which mode the prunings were measured, in a sentence; "" where nothing was pruned."""
-    events = (run["pruning"] for run in runs.values() if "pruning" in run.children and "mode" in run["pruning"])
-    modes = {str(mode) for event in events for mode in event["mode"].values}
+    pruned = [run for run in runs.values() if "pruning" in run.children and "mode" in run["pruning"]]
+    modes = {str(mode) for run in pruned for mode in run["pruning"]["mode"].values[prunings(run)]}
     said = [_MODES[mode] for mode in _MODES if mode in modes]
     return f"Prunings were measured in {' or in '.join(said)}." if said else ""
 
@@ -233,15 +239,14 @@ def _said(label: str, run: xr.DataTree) -> dict:
 
 
 def _pruned(run: xr.DataTree) -> dict:
-    """Measure, rounds and sparsity as the events of a run tell them; without events it was not pruned."""
-    if not has(run, "pruning"):
+    """Measure, rounds and sparsity as the prunings of a run tell them; without any it was not pruned."""
+    if not len(chosen := prunings(run)):
         return {"measure": "none"}
-    events = run["pruning"].to_dataset()
-    pruned = events.isel(event=(events.kind == "prune").values) if "kind" in events else events
+    pruned = run["pruning"].to_dataset().isel(event=chosen)
     found = {"rounds": pruned.sizes["event"]}
     for name in ("measure", "granularity"):
         if name in pruned and len(said := set(pruned[name].values.tolist())) == 1:
             found[name] = said.pop()
-    if "target" in pruned and found["rounds"]:
-        found["sparsity"] = float(pruned.target[-1])
+    if "target" in pruned:
+        found["sparsity"] = compounded(pruned, "target")
     return found

@@ -16,7 +16,7 @@ from .intervals import half_width
 from .names import name_of
 from .norm import network_norm_rate
 from .outcome import outcome
-from .record import MissingQuantityError, columns, ended
+from .record import MissingQuantityError, at_prunings, columns, ended
 
 Runs = Mapping[str, xr.DataTree]
 ByMeasure = dict[str, xr.Dataset]
@@ -84,9 +84,9 @@ def at_pruning(run: xr.DataTree) -> xr.Dataset:
     that went as a share of those that were left. ‖g‖² after is that of the parameters that stay.
 
     Raises:
-        MissingQuantityError: no event was recorded.
+        MissingQuantityError: no pruning was recorded.
     """
-    events = columns(run, "pruning", ["loss", "grad_sqnorm", "removed", "remaining"])
+    events = at_prunings(run, ["loss", "grad_sqnorm", "removed", "remaining"])
     layered = events[["grad_sqnorm", "removed", "remaining"]].sum("layer", skipna=False)
     staged = layered[["grad_sqnorm"]].assign(loss=events.loss)
     before = staged.sel(stage="before", drop=True)

@@ -13,7 +13,8 @@ from .conditions import comparisons, conditions, mean_by_measure
 from .convergence import convergence
 from .findings import each
 from .names import name_of
-from .record import MissingQuantityError, ended, has
+from .prunings import prunings
+from .record import MissingQuantityError, ended
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -22,7 +23,7 @@ def fastest(runs: Runs) -> str:
     """The mean training loss after the last pruning of each measure, over seeds and conditions."""
     measure = comparisons(runs).set_index("run").measure.to_dict()
     pruned = {
-        label: run for label, run in runs.items() if measure[label] != "none" and has(run, "pruning") and ended(run)
+        label: run for label, run in runs.items() if measure[label] != "none" and len(prunings(run)) and ended(run)
     }
     if not pruned:
         raise MissingQuantityError("no run was pruned and ended: how fast it trained on is not known")

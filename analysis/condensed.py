@@ -16,6 +16,8 @@ from dynamics.places import check_folder
 from dynamics.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
 from dynamics.schema import NODES, SCHEMA_VERSION, STUDIES
 
+from .prunings import prunings
+
 SUFFIX = ".zarr.zip"
 
 _SUMMED = ("steps", "curvature")
@@ -114,7 +116,7 @@ def _whole(runs: Mapping[str, xr.DataTree]) -> set[str]:
     """The runs whose layers and studies are kept: those that figures of one run draw."""
     studies = {label: sum(bool(run[node].data_vars) for node in STUDIES if node in run.children)
                for label, run in runs.items()}  # fmt: skip
-    pruned = [label for label, run in runs.items() if "pruning" in run.children and run["pruning"].data_vars]
+    pruned = [label for label, run in runs.items() if len(prunings(run))]
     candidates = pruned or list(runs)
     return {candidates[0], max(candidates, key=studies.get)}
 

@@ -11,7 +11,9 @@ import xarray as xr
 from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTINGS
 
 from .names import name_of
-from .record import experiment, has
+from .prunings import compounded, prunings
+from .record import experiment
+from .typeset import MISSING
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
@@ -26,6 +28,9 @@ _TAKEN = (
     "decrease_per_parameter", "decrease_within_layers", "loss_change", "norm_rate_change", "norm_acceleration_change",
     "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy",
 )  # fmt: skip
+
+# Where events do not say it, it is not known, which is no value.
+_OF_EVENTS = ("granularity",)
 
 # Settings that no network feels.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
@@ -43,8 +48,9 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     measure, model and data are "", rounds 0 and sparsity NaN.
 
     Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
-    where a run does not depend on it. Instrumented loops that said the same of themselves are told apart by their
-    labels, in a column ``record``.
+    where a run does not have it. A run that lacks what another has differs from it, but for a run that was not pruned,
+    which does not depend on it, and for experiments, whose version did not know it. Instrumented loops that said the
+    same of themselves are told apart by their labels, in a column ``record``.
 
     Raises:
         ValueError: two experiments are the same, so that their values would count twice.
@@ -57,21 +63,21 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         others = [f"{name} (setting)" if name in other else name for name in others]
     _tell_apart(rows, runs, others)
     others = [name for name in rows if name not in COMPARED_BY]
-    varied = rows.groupby(["model", "data"])[others].nunique().gt(1).any() if others else {}
-    return rows[[*COMPARED_BY, *(name for name in others if varied[name])]]
+    own = pd.Series([not experiment(run) for run in runs.values()], index=rows.index)
+    return rows[[*COMPARED_BY, *(name for name in others if _varies(rows, name, own))]]
 
 
 def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """The runs in the order and company in which they are compared, one row each: columns run and those of conditions.
 
     Runs of one model, data set, rounds and sparsity are a comparison. To it belong the runs of that model and data set
-    that were not pruned: their rows are repeated in each, with its rounds and sparsity.
+    that were not pruned: their rows are repeated in each, with its rounds and sparsity. So are they in those of every
+    value of a setting that all pruned runs have and they do not; where some pruned run lacks it, they go with such.
     """
     table = conditions(runs).reset_index()
     pruned, whole = table[table.measure != "none"], table[table.measure == "none"]
     where = compared_by(table)
-    own = [name for name in where if name not in PRUNING_SETTINGS]
-    repeated = whole[["run", "measure", "seed", *own]].merge(pruned[where].drop_duplicates(), on=own)
+    repeated = _repeated(whole, pruned[where].drop_duplicates())
     alone = whole[~whole.run.isin(repeated.run)]
     order = [*MEASURES, *(name for name in table.measure if name not in MEASURES)]
     found = pd.concat([part for part in (pruned, repeated, alone) if len(part)])[table.columns]
@@ -97,13 +103,17 @@ def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
         return dict(runs)
     name = table[settings].nunique(dropna=False).idxmax()
     said = name.removesuffix(" (setting)").replace("_", " ")
-    table = table.assign(measure=table[name].map(lambda value: f"{said} {_printed(value)}")).sort_values(name)
+    table = table.assign(measure=table[name].map(lambda value: f"{said} {printed(value)}")).sort_values(name)
     kept = table.drop(columns=[name])
     return {label: _saying(runs[label], row.dropna().to_dict()) for label, row in kept.iterrows()}
 
 
-def _printed(value: object) -> str:
-    return "?" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+def printed(value: object) -> str:
+    """The value of a setting in print, a dash where a run does not have it."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return MISSING if pd.isna(value) else short if float(short) == value else str(value)
 
 
 def _saying(run: xr.DataTree, said: dict) -> xr.DataTree:
@@ -151,17 +161,34 @@ def name_of_condition(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
     pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
-    settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
+    settings = (f"{name.replace('_', ' ')} {printed(value)}" for name, value in others.items())
     parts = [name_of(model), name_of(data), pruned, *settings]
     return ", ".join(part for part in parts if part)
 
 
 def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
     """In which mode the prunings were measured, in a sentence; "" where nothing was pruned."""
-    events = (run["pruning"] for run in runs.values() if "pruning" in run.children and "mode" in run["pruning"])
-    modes = {str(mode) for event in events for mode in event["mode"].values}
+    pruned = [run for run in runs.values() if "pruning" in run.children and "mode" in run["pruning"]]
+    modes = {str(mode) for run in pruned for mode in run["pruning"]["mode"].values[prunings(run)]}
     said = [_MODES[mode] for mode in _MODES if mode in modes]
     return f"Prunings were measured in {' or in '.join(said)}." if said else ""
+
+
+def _varies(rows: pd.DataFrame, name: str, own: pd.Series) -> bool:
+    """Whether runs of one model and data set that depend on the setting differ in it; ``own``: of someone's loop."""
+    depends = rows[name].notna() | ((rows.measure != "none") & own & (name not in _OF_EVENTS))
+    return bool(rows[depends].groupby(["model", "data"])[name].nunique(dropna=False).gt(1).any())
+
+
+def _repeated(whole: pd.DataFrame, pruned: pd.DataFrame) -> pd.DataFrame:
+    """The rows of runs that were not pruned, in each of the pruned runs' conditions to which they belong."""
+    own = [name for name in pruned if name not in PRUNING_SETTINGS]
+    found = [whole.iloc[:0]]
+    for number, row in whole.reset_index(drop=True).iterrows():
+        there = pruned[(pruned.model == row.model) & (pruned.data == row["data"])]
+        on = [name for name in own if pd.notna(row[name]) or there[name].isna().any()]
+        found.append(whole.iloc[[number]][["run", "measure", "seed", *on]].merge(there, on=on))
+    return pd.concat([rows for rows in found if len(rows)] or found)
 
 
 def _tell_apart(rows: pd.DataFrame, runs: Mapping[str, xr.DataTree], others: list[str]) -> None:
@@ -212,15 +239,14 @@ def _said(label: str, run: xr.DataTree) -> dict:
 
 
 def _pruned(run: xr.DataTree) -> dict:
-    """Measure, rounds and sparsity as the events of a run tell them; without events it was not pruned."""
-    if not has(run, "pruning"):
+    """Measure, rounds and sparsity as the prunings of a run tell them; without any it was not pruned."""
+    if not len(chosen := prunings(run)):
         return {"measure": "none"}
-    events = run["pruning"].to_dataset()
-    pruned = events.isel(event=(events.kind == "prune").values) if "kind" in events else events
+    pruned = run["pruning"].to_dataset().isel(event=chosen)
     found = {"rounds": pruned.sizes["event"]}
     for name in ("measure", "granularity"):
         if name in pruned and len(said := set(pruned[name].values.tolist())) == 1:
             found[name] = said.pop()
-    if "target" in pruned and found["rounds"]:
-        found["sparsity"] = float(pruned.target[-1])
+    if "target" in pruned:
+        found["sparsity"] = compounded(pruned, "target")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import MissingQuantityError, columns, described, event_steps
+from .record import MissingQuantityError, columns, described, pruning_steps
 
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
@@ -59,5 +59,5 @@ def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
 
 
 def last_pruning(run: xr.DataTree) -> int:
-    """The step before which the last event was; 0 without any."""
-    return next(reversed(event_steps(run)), 0)
+    """The step before which the last pruning was; 0 without any."""
+    return next(reversed(pruning_steps(run)), 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import node
+from .prunings import prunings
+from .record import MissingQuantityError, node
 
 _STAGED = ("loss", "grad_sqnorm", "param_sqnorm_rate", "param_hess_grad")
 _REMOVAL = (
@@ -22,6 +23,8 @@ _OF_EVENTS = "param_hess_grad_first_order"
 
 def pruning_effect(run: xr.DataTree) -> xr.Dataset:
     """What each event changed in the whole network, at its probe: measured, and predicted from before it.
+
+    Events that moved no parameter and are no prunings (a look, a new learning rate) have no row.
 
     =================  ===================  ===================================  ==================================
     quantity           measured             first_order                          second_order: with this added
@@ -45,7 +48,7 @@ def pruning_effect(run: xr.DataTree) -> xr.Dataset:
     ``removed_share``, |R| over the number of parameters left before.
 
     Raises:
-        MissingQuantityError: no event was recorded.
+        MissingQuantityError: no event was recorded, or none moved a parameter.
     """
     return _of_events(run, per_layer=False)
 
@@ -57,9 +60,21 @@ def pruning_effect_per_layer(run: xr.DataTree) -> xr.Dataset:
     layers: its prediction is what the removal in layer l adds to it, gₗᵀδₗ + ½ δₗᵀ(Hδ)ₗ, and nothing is measured.
 
     Raises:
-        MissingQuantityError: no event was recorded.
+        MissingQuantityError: no event was recorded, or none moved a parameter.
     """
     return _of_events(run, per_layer=True)
+
+
+def first_pruning_per_layer(run: xr.DataTree) -> xr.Dataset:
+    """:func:`pruning_effect_per_layer` of the first pruning alone: dims (quantity, layer).
+
+    Raises:
+        MissingQuantityError: nothing was pruned.
+    """
+    events = _rows(run)
+    if not len(chosen := prunings(run)):
+        raise MissingQuantityError("nothing was pruned: no event in /pruning removed a parameter")
+    return _of_rows(events.isel(event=chosen[:1]), per_layer=True).isel(event=0)
 
 
 def removal_curve(run: xr.DataTree) -> xr.Dataset:
@@ -76,7 +91,7 @@ def removal_curve(run: xr.DataTree) -> xr.Dataset:
 
 
 def removed_decrease(run: xr.DataTree) -> xr.Dataset:
-    """What share of the first-order decrease of the loss each event's removed parameters carried, at its probe.
+    """What share of the first-order decrease of the loss each pruning's parameters carried, at its probe.
 
     Along gradient flow dL/dt = −‖g‖², to which parameter i contributes −gᵢ². Variables over (event, layer), pure
     numbers of which the first two add up over ``layer`` to those of the network:
@@ -90,9 +105,12 @@ def removed_decrease(run: xr.DataTree) -> xr.Dataset:
     Coordinates over ``event`` as in :func:`pruning_effect`.
 
     Raises:
-        MissingQuantityError: no event was recorded.
+        MissingQuantityError: no pruning was recorded.
     """
-    events = node(run, "pruning", ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining", "step"])
+    needs = ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining", "step"]
+    events = node(run, "pruning", needs).isel(event=prunings(run))
+    if not events.sizes["event"]:
+        raise MissingQuantityError("nothing was pruned: no event in /pruning removed a parameter")
     before = events[["grad_sqnorm", "remaining"]].sel(stage="before", drop=True)
     whole = before.sum("layer", skipna=False)
     shares = xr.Dataset(
@@ -109,8 +127,20 @@ def _attributes(events: xr.Dataset) -> dict[str, xr.DataArray]:
     return {name: events[name] for name in events if events[name].dims == ("event",)}
 
 
+def _rows(run: xr.DataTree) -> xr.Dataset:
+    return node(run, "pruning", [*_NEEDS, "step"])
+
+
 def _of_events(run: xr.DataTree, *, per_layer: bool) -> xr.Dataset:
-    events = node(run, "pruning", [*_NEEDS, "step"])
+    events = _rows(run)
+    moved = (events[["grad_removal", "removal_hess_removal"]] != 0).to_array().any(("variable", "layer"))
+    chosen = np.union1d(prunings(run), np.flatnonzero(moved))
+    if not len(chosen):
+        raise MissingQuantityError("no event in /pruning moved a parameter: prune inside `with recorder.event(...)`")
+    return _of_rows(events.isel(event=chosen), per_layer=per_layer)
+
+
+def _of_rows(events: xr.Dataset, *, per_layer: bool) -> xr.Dataset:
     attributes = _attributes(events)
     return _changes(events.drop_vars(attributes), per_layer=per_layer).assign_coords(attributes)
 

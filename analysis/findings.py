@@ -14,6 +14,7 @@ from .loss import loss_decrease, stability
 from .names import name_of
 from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
+from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, node
 
 Runs = Mapping[str, xr.DataTree]
@@ -90,7 +91,7 @@ def in_layers(runs: Runs) -> str:
         raise MissingQuantityError(
             "no quantity per layer in the record: record /steps or /curvature; condensed records keep some runs' only"
         )
-    return next((label for label in several if runs[label]["pruning"].data_vars), several[0])
+    return next((label for label in several if len(prunings(runs[label]))), several[0])
 
 
 def _layers(run: xr.DataTree) -> set[str]:

@@ -9,14 +9,16 @@ import xarray as xr
 
 from .effect import filters_left
 from .protocol import counted
+from .prunings import compounded, networks, prunings
 from .record import columns, has, node
 
 
 def outcome(run: xr.DataTree) -> xr.Dataset:
     """Scalars of a run: test and training accuracy and loss of the epoch that counts (NaN where not recorded), and the
     shares of units (``sparsity``), of parameters (``removed_parameters``) and of multiply-adds
-    (``removed_multiply_adds``) that pruning removed: of the network without what reads silent channels only. Where an
-    event did not count them, the parameters are those that are masked, and the multiply-adds NaN.
+    (``removed_multiply_adds``) that pruning removed: of the network without what reads silent channels only, and all as
+    shares of the network as it was before the first pruning, though it was made smaller since. Where a pruning did not
+    count them, the parameters are those that are masked, and the multiply-adds NaN.
 
     The last epoch counts, but for a run whose protocol selects on the test set: :func:`analysis.protocol.counted`.
     """
@@ -25,22 +27,23 @@ def outcome(run: xr.DataTree) -> xr.Dataset:
         epoch = counted(run)
         values |= {name: float(epoch[name]) for name in values if name in epoch}
     values["sparsity"] = values["removed_parameters"] = values["removed_multiply_adds"] = 0.0
-    if has(run, "pruning"):
+    if len(prunings(run)):
         values |= _pruned(run)
     return xr.Dataset(values)
 
 
 def _pruned(run: xr.DataTree) -> dict[str, float]:
-    events = node(run, "pruning", ["remaining"])
-    masked, last = events.remaining.sum("layer"), events.isel(event=-1)
+    events = node(run, "pruning", ["remaining"]).isel(event=prunings(run))
+    masked, first, last = events.remaining.sum("layer"), events.isel(event=0), events.isel(event=-1)
     if "sparsity" in events and (described := np.flatnonzero(events.sparsity.notnull())).size:
-        last = events.isel(event=described[-1])  # what came later was no pruning
+        first, last = (events.isel(event=described[place]) for place in (0, -1))
     values = {"removed_parameters": 1 - float(masked[-1, 1] / masked[0, 0]), "removed_multiply_adds": np.nan}
     for name in ("parameters", "multiply_adds"):
         if {f"{name}_left", f"dense_{name}"} <= set(last):
-            values[f"removed_{name}"] = 1 - float(last[f"{name}_left"] / last[f"dense_{name}"])
-    if "sparsity" in events:  # of weights, there is no row in /units
-        values["sparsity"] = float(last.sparsity)
+            values[f"removed_{name}"] = 1 - float(last[f"{name}_left"] / first[f"dense_{name}"])
+    smaller = len(networks(events)) > 1 and has(run, "units")  # whose units are those of the original network
+    if "sparsity" in events and not smaller:  # of weights, there is no row in /units
+        values["sparsity"] = compounded(events, "sparsity")
     elif has(run, "units"):
         filters = filters_left(run).isel(event=-1)
         values["sparsity"] = 1 - float(filters.left.sum() / filters.total.sum())
@@ -52,6 +55,20 @@ def pruned_units(runs: Iterable[xr.DataTree]) -> str:
     events = [run["pruning"] for run in runs if has(run, "pruning") and "granularity" in run["pruning"]]
     said = dict.fromkeys(unit for rows in events for unit in rows.granularity.values.tolist() if unit)
     return " or ".join(f"{unit}s" for unit in sorted(said)) or "filters"
+
+
+def pruning_epochs(run: xr.DataTree) -> list[float]:
+    """Where each pruning lies among the epochs of :func:`training_curve`: 1 is the end of the first, 1.5 amid the next.
+
+    By the steps that were taken before it and before each epoch was logged; of records that do not say these, by the
+    epoch that it was in, as if at its end.
+    """
+    if not len(chosen := prunings(run)):
+        return []
+    events, epochs = run["pruning"].to_dataset().isel(event=chosen), run["epochs"].to_dataset()
+    if not {"step", "epoch"} <= set(epochs.variables) or "step" not in events:
+        return (events.epoch.values + 1.0).tolist() if "epoch" in events else []
+    return np.interp(events.step, np.r_[0, epochs.step], np.r_[0, epochs.epoch + 1]).round(6).tolist()
 
 
 def training_curve(run: xr.DataTree) -> xr.Dataset:

@@ -15,7 +15,8 @@ import xarray as xr
 from dynamics.reading import configured
 
 from .effect import filters_left
-from .record import has, node, open_runs
+from .prunings import prunings
+from .record import at_prunings, has, node, open_runs
 
 _LABELS = {
     "run": "protocol", "asked": "asked", "reached": "reached", "multiply_adds_left": "multiply-adds left",
@@ -90,7 +91,7 @@ def counted(run: xr.DataTree) -> xr.Dataset:
     epochs = node(run, "epochs", ["epoch"])
     if not configured(run, "protocol").get("select_on_test") or "test_accuracy" not in epochs:
         return epochs.isel(epoch=-1)
-    after = int(node(run, "pruning", ["epoch"]).epoch[-1]) + 1 if has(run, "pruning") else 0
+    after = int(at_prunings(run, ["epoch"]).epoch[-1]) + 1 if len(prunings(run)) else 0
     final = epochs.isel(epoch=slice(min(after, epochs.sizes["epoch"] - 1), None))
     return final.isel(epoch=int(final.test_accuracy.argmax("epoch")))
 

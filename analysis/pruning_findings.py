@@ -9,7 +9,7 @@ import xarray as xr
 
 from .agreement import agree, residuals
 from .conditions import mean_by_measure
-from .effect import pruning_effect_per_layer, removal_curve, removed_decrease
+from .effect import first_pruning_per_layer, removal_curve, removed_decrease
 from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .measures import WHOLE, rank_agreement, score_noise
@@ -20,7 +20,7 @@ Runs = Mapping[str, xr.DataTree]
 
 def layers_moved(runs: Runs) -> str:
     """How well the first pruning's effect on each layer is predicted, in the first run that was pruned."""
-    effect = next(iter(each(runs, pruning_effect_per_layer).values())).isel(event=0)
+    effect = next(iter(each(runs, first_pruning_per_layer).values()))
     parts = []
     for quantity, symbol in (("grad_sqnorm", "‖g‖²"), ("param_sqnorm_rate", "d‖θ‖²/dt")):
         first = agree(effect.sel(quantity=quantity)).sel(order="first_order")

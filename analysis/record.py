@@ -12,6 +12,7 @@ from dynamics.reading import RecordError, experiment, open_run
 from dynamics.schema import QUANTITIES
 
 from .condensed import SUFFIX, expand
+from .prunings import prunings
 
 _HOW = {
     "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",
@@ -46,6 +47,18 @@ def columns(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     """
     needs = list(needs)
     return _checked(run, name, needs)[needs].load()
+
+
+def at_prunings(run: xr.DataTree, needs: Iterable[str]) -> xr.Dataset:
+    """These variables of /pruning at the prunings, not at other events, in memory.
+
+    Raises:
+        MissingQuantityError: the node lacks one of them, or no event is a pruning.
+    """
+    found = columns(run, "pruning", needs)
+    if not len(chosen := prunings(run)):
+        raise MissingQuantityError(f"no event in /pruning is a pruning. {_HOW['pruning']}")
+    return found.isel(event=chosen)
 
 
 def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
@@ -111,16 +124,13 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
 
 def event_steps(run: xr.DataTree) -> list[int]:
     """The step to come at each event of a run."""
-    return _of_events(run, "step")
+    return run["pruning"].step.values.tolist() if has(run, "pruning") and "step" in run["pruning"].data_vars else []
 
 
-def event_epochs(run: xr.DataTree) -> list[int]:
-    """Epoch of each event of a run."""
-    return _of_events(run, "epoch")
-
-
-def _of_events(run: xr.DataTree, name: str) -> list[int]:
-    return run["pruning"][name].values.tolist() if has(run, "pruning") and name in run["pruning"].data_vars else []
+def pruning_steps(run: xr.DataTree) -> list[int]:
+    """The step to come at each pruning of a run."""
+    steps = event_steps(run)
+    return [steps[number] for number in prunings(run)] if steps else []
 
 
 def described(dataset: xr.Dataset, like: str, **symbols: str) -> xr.Dataset:

@@ -11,7 +11,7 @@ import xarray as xr
 from scipy import stats
 
 from .claims import CLAIMS
-from .conditions import compared_by, comparisons, conditions
+from .conditions import compared_by, comparisons, conditions, printed
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
@@ -159,7 +159,10 @@ def _effect(row: tuple) -> str:
 
 
 def _in_print(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the names in print of its models, data sets and measures."""
+    """The table with the names in print of its models, data sets and measures, and of settings that only some have."""
+    for level in table.index.names:
+        if table.index.get_level_values(level).hasnans:
+            table = table.rename(index=printed, level=level)
     for level in {"model", "data", "measure"} & set(table.index.names):
         table = table.rename(index=name_of, level=level)
     return table

@@ -13,7 +13,7 @@ from .conditions import conditions
 from .convergence import convergence
 from .effect import removed_decrease
 from .outcome import outcome
-from .record import MissingQuantityError, columns, ended
+from .record import MissingQuantityError, at_prunings, ended
 
 
 def decrease_per_parameter(run: xr.DataTree) -> float:
@@ -31,7 +31,7 @@ def decrease_within_layers(run: xr.DataTree) -> float:
     Both as shares of ‖g‖², means over the prunings. 1 is what removing as many of each layer at random comes to: a
     measure may choose layers or filters, and this is the filters' part.
     """
-    events = columns(run, "pruning", ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining"])
+    events = at_prunings(run, ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining"])
     before = events[["grad_sqnorm", "remaining"]].sel(stage="before", drop=True)
     average = events.removed * before.grad_sqnorm / before.remaining.where(before.remaining > 0, 1)
     whole = before.grad_sqnorm.sum("layer", skipna=False)
@@ -42,7 +42,7 @@ def decrease_within_layers(run: xr.DataTree) -> float:
 
 def loss_change(run: xr.DataTree) -> float:
     """|ln(L_after / L_before)| at the probe, mean over the prunings: doubled and halved are as far from preserved."""
-    return _mean_log_change(columns(run, "pruning", ["loss"]).loss)
+    return _mean_log_change(at_prunings(run, ["loss"]).loss)
 
 
 def norm_rate_change(run: xr.DataTree) -> float:
@@ -50,7 +50,7 @@ def norm_rate_change(run: xr.DataTree) -> float:
 
     In units of what it would be if all of its terms had one sign, since it may itself be near zero.
     """
-    total = columns(run, "pruning", ["param_sqnorm_rate", "abs_param_grad"]).sum("layer", skipna=False)
+    total = at_prunings(run, ["param_sqnorm_rate", "abs_param_grad"]).sum("layer", skipna=False)
     return _mean_change(total.param_sqnorm_rate, 2 * total.abs_param_grad.sel(stage="before"))
 
 
@@ -59,18 +59,18 @@ def norm_acceleration_change(run: xr.DataTree) -> float:
 
     In units of its first term, which is positive where the second has either sign.
     """
-    total = columns(run, "pruning", ["grad_sqnorm", "param_hess_grad"]).sum("layer", skipna=False)
+    total = at_prunings(run, ["grad_sqnorm", "param_hess_grad"]).sum("layer", skipna=False)
     return _mean_change(total.grad_sqnorm + total.param_hess_grad, total.grad_sqnorm.sel(stage="before"))
 
 
 def grad_sqnorm_change(run: xr.DataTree) -> float:
     """|ln(‖g‖²_after / ‖g‖²_before)|, mean over the prunings; ‖g‖² after is that of the parameters that stay."""
-    return _mean_log_change(columns(run, "pruning", ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False))
+    return _mean_log_change(at_prunings(run, ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False))
 
 
 def grad_sqnorm_ratio(run: xr.DataTree) -> float:
     """‖g‖² after a pruning over that before, geometric mean over the prunings: below 1 it fell, above 1 it rose."""
-    total = columns(run, "pruning", ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False)
+    total = at_prunings(run, ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False)
     return float(np.exp(log(total.sel(stage="after") / total.sel(stage="before")).mean()))
 
 

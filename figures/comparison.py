@@ -14,11 +14,11 @@ import analysis
 from analysis import comparison
 from analysis.conditions import conditions
 from analysis.names import name_of
-from analysis.record import event_epochs
+from analysis.outcome import pruning_epochs
 from dynamics.schema import label as label_of
 
 from . import panels
-from .layout import by_measure, events_of, grid, legend_below, named, rows_of
+from .layout import by_measure, grid, legend_below, named, prunings_of, rows_of
 from .style import named_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -77,7 +77,7 @@ def norms(runs: Runs) -> Figure:
     windows of steps, where the optimizer follows the gradient; mean over seeds, with its 95 % interval (Student's).
     Prunings, dotted.
     """
-    found, events = comparison.compare(runs, comparison.network_norm), events_of(runs)
+    found, events = comparison.compare(runs, comparison.network_norm), prunings_of(runs)
     moving = any("param_sqnorm_rate" in values for of in found.values() for values in of.values())
     figure, rows = rows_of(len(found), 1 + moving, width=3.9, height=2.2)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
@@ -94,15 +94,15 @@ def norms(runs: Runs) -> Figure:
 def training_curves(runs: Runs) -> Figure:
     """What a pruning costs in loss and accuracy, training on makes up for in part.
 
-    A row a condition: training loss and test accuracy after each epoch, before that epoch's pruning if any. Mean over
-    seeds, with its 95 % interval (Student's). Prunings, dotted.
+    A row a condition: training loss and test accuracy after each epoch, in experiments before that epoch's pruning if
+    any. Mean over seeds, with its 95 % interval (Student's). Prunings, dotted, after the steps that came before them.
     """
-    found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, event_epochs)
+    found, events = comparison.compare(runs, analysis.training_curve), prunings_of(runs, pruning_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("train_loss", "test_accuracy"), strict=True):
             _draw_means(ax, of, quantity)
-            panels.draw_events([epoch + 2 for epoch in events[name]], ax=ax)
+            panels.draw_times(events[name], ax=ax)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set(ylabel=label_of(quantity))
             ax.set_visible(any(quantity in values for values in of.values()))
@@ -137,7 +137,7 @@ def stability(runs: Runs) -> Figure:
     The ratio at each measured step, a panel a condition: mean over seeds, with its 95 % interval (Student's). The line
     marks 2. With momentum a step's flow time is η/(1−β). Prunings, dotted.
     """
-    found, events = comparison.compare(runs, analysis.stability), events_of(runs)
+    found, events = comparison.compare(runs, analysis.stability), prunings_of(runs)
     figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
     for ax, (name, of) in zip(axes, found.items(), strict=True):
         _draw_means(ax, of, "stability")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.conditions import by_condition, comparisons, conditions
-from analysis.record import event_steps
+from analysis.record import pruning_steps
 
 from . import panels
 from .style import named_styles
@@ -90,10 +90,10 @@ def rows_of(
     return figure, axes.tolist()
 
 
-def events_of(
-    runs: Mapping[str, xr.DataTree], when: Callable[[xr.DataTree], list[int]] = event_steps
-) -> dict[str, list[int]]:
-    """By condition, when the events of all its runs were: in steps, or :func:`event_epochs`."""
+def prunings_of(
+    runs: Mapping[str, xr.DataTree], when: Callable[[xr.DataTree], list[float]] = pruning_steps
+) -> dict[str, list[float]]:
+    """By condition, when the prunings of all its runs were: in steps, or in epochs."""
     return {
         condition: sorted({value for label in rows.run for value in when(runs[label])})
         for condition, rows in by_condition(comparisons(runs)).items()

@@ -63,9 +63,14 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
 
 def draw_events(steps: Iterable[int], *, ax: Axes | None = None) -> Axes:
     """A vertical line at each event, between the step before it and the step after."""
+    return draw_times([step - 0.5 for step in steps], ax=ax)
+
+
+def draw_times(times: Iterable[float], *, ax: Axes | None = None) -> Axes:
+    """A vertical dotted line at each of these places of the axis."""
     ax = ax or plt.gca()
-    for step in steps:
-        ax.axvline(step - 0.5, color="0.55", linewidth=0.9, linestyle=":", zorder=0)
+    for time in times:
+        ax.axvline(time, color="0.55", linewidth=0.9, linestyle=":", zorder=0)
     return ax
 
 

@@ -17,7 +17,7 @@ from analysis.comparison import title
 from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
-from analysis.record import event_steps
+from analysis.record import has, pruning_steps
 from dynamics.schema import label as label_of
 
 from . import comparison, panels, pruning
@@ -78,7 +78,7 @@ def quantities_per_layer(runs: Runs) -> Figure:
     figure, axes = grid(len(found), width=3.6, columns=2)
     for ax, quantity in zip(axes, found, strict=True):
         panels.draw_layers(quantity, ax=ax)
-        panels.draw_events(event_steps(run), ax=ax)
+        panels.draw_events(pruning_steps(run), ax=ax)
         panels.scale_axis(ax.yaxis, quantity.values)
     handles, layers = axes[0].get_legend_handles_labels()
     every = -(-len(layers) // 24)  # their colours are in the network's order, so that some of many are enough
@@ -161,8 +161,15 @@ def draw(name: str, runs: Runs) -> Figure:
         raise ValueError(f"draw() takes runs by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
     if not runs:
         raise ValueError("no runs to draw: give at least one record")
-    with theme():
-        return FIGURES[name](by_setting(runs))
+    shown = by_setting(runs)
+    with theme(_measures(shown)):
+        return FIGURES[name](shown)
+
+
+def _measures(runs: Runs) -> list[str]:
+    """By which the runs were pruned, and behind them those that they compared."""
+    compared = [run["scores"].measure.values.tolist() for run in runs.values() if has(run, "scores")]
+    return list(dict.fromkeys([*conditions(runs).measure, *(name for names in compared for name in names)]))
 
 
 def claim(name: str) -> str:
@@ -198,7 +205,7 @@ def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str
     measures = conditions(chosen).measure
     for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
         panels.draw_over_time(prediction, ax=ax)
-        panels.draw_events(event_steps(runs[label]), ax=ax)
+        panels.draw_events(pruning_steps(runs[label]), ax=ax)
         ax.set_title(name_of(measures[label]))
     figure.suptitle(what or None, x=0.01, ha="left", fontsize=10)
     shared_axes(figure, axes, predictions, ylabel=ylabel)

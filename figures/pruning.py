@@ -13,6 +13,7 @@ from matplotlib.ticker import NullLocator
 
 import analysis
 from analysis.comparison import title
+from analysis.effect import first_pruning_per_layer
 from analysis.measures import WHOLE
 from analysis.names import name_of
 from dynamics.schema import label
@@ -32,8 +33,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
     The first pruning of the first pruned run, layer by layer at its fixed probe: measured and predicted changes of
     ‖g‖² and of d‖θ‖²/dt, which add up to the network's, and what each layer's removal adds to the predicted loss.
     """
-    effects = analysis.each(runs, analysis.pruning_effect_per_layer)
-    name, effect = next((name, found.isel(event=0)) for name, found in effects.items())
+    name, effect = next(iter(analysis.each(runs, first_pruning_per_layer).items()))
     figure, axes = plt.subplots(3, 1, figsize=(7.2, 7.2), sharex=True)
     for ax, quantity in zip(axes, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=True):
         chosen = effect.sel(quantity=quantity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,27 +27,43 @@ MODES = {
 }
 
 _MARKERS = "osD^vPX*<>"
+_COLOURS = 10  # of seaborn's palette
+
+_drawn: ContextVar[tuple[str, ...]] = ContextVar("the measures of a figure", default=())
 
 
 @contextmanager
-def theme() -> Iterator[None]:
-    """Draw inside in thetadot's style; afterwards the user's own is as it was."""
+def theme(measures: Iterable[str] = ()) -> Iterator[None]:
+    """Draw inside in thetadot's style; afterwards the user's own is as it was.
+
+    Args:
+        measures: all that are drawn, in their order: each has one colour and marker in all panels.
+    """
     plt.draw_if_interactive()  # wakes the backend: what it sets to show later figures must not end with the style
-    with plt.style.context(_THEME):
-        yield
+    before = _drawn.set(tuple(measures))
+    try:
+        with plt.style.context(_THEME):
+            yield
+    finally:
+        _drawn.reset(before)
 
 
 def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
-    """Colour and marker of each run: one a measure, the same in every figure; others take what is left, or all."""
+    """Colour and marker of each run: one a measure, the same in every figure; others take what is left, or all.
+
+    The others are dealt theirs in the order of all that :func:`theme` was told of. No two of 100 have the same.
+    """
     labels = list(labels)
-    taken = MEASURES if set(labels) & set(MEASURES) else MEASURES[:1]
-    order = [*taken, *(label for label in labels if label not in taken)]
+    known = dict.fromkeys([*_drawn.get(), *labels])
+    taken = MEASURES if known.keys() & set(MEASURES) else MEASURES[:1]
+    order = [*taken, *(label for label in known if label not in taken)]
     colours = ["0.35", *sns.color_palette("colorblind", len(order) - 1)]
-    return {
-        label: {"color": colours[i], "marker": _MARKERS[i % len(_MARKERS)]}
-        for i, label in enumerate(order)
-        if label in labels
-    }
+    return {label: {"color": colours[i], "marker": _marker(i)} for i, label in enumerate(order) if label in labels}
+
+
+def _marker(number: int) -> str:
+    """A marker for each of a turn of the colours; the next turn gives each colour another one."""
+    return _MARKERS[(number + max(number - 1, 0) // _COLOURS) % len(_MARKERS)]
 
 
 def named_styles(measures: Iterable[str]) -> dict[str, dict[str, object]]:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from matplotlib.colors import to_hex
 from networks import smooth_network, vectors
 from recorded_runs import recorded
 
@@ -117,6 +118,32 @@ def test_a_measure_has_one_colour_whatever_it_is_drawn_with() -> None:
     assert alone["magnitude"] == together["magnitude"]
     assert len({str(style["color"]) for style in together.values()}) == 4
     assert len({style["marker"] for style in together.values()}) == 4
+
+
+def test_a_measure_has_one_style_in_all_panels_and_in_the_legend(runs: dict[str, xr.DataTree]) -> None:
+    said = {}
+    for data, measures in (("some", ("random", "taylor")), ("others", ("fisher", "random"))):
+        for measure in measures:
+            run = said[f"{data} {measure}"] = runs["magnitude"].copy()
+            run.attrs = {"model": "m", "data": data, "measure": measure}
+    for name in ("training_curves", "convergence", "loss_and_gradient_at_pruning"):
+        figure = draw(name, said)
+        (legend,) = figure.legends
+        styles = {
+            text.get_text(): {(to_hex(handle.get_color()), handle.get_marker())}
+            for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+        }
+        assert styles.keys() == {"random", "taylor", "fisher"}
+        for line in (line for ax in figure.axes for line in ax.lines if line.get_label() in styles):
+            styles[line.get_label()].add((to_hex(line.get_color()), line.get_marker()))
+        assert all(len(style) == 1 for style in styles.values())
+        assert len(set.union(*styles.values())) == 3
+    assert [*run_styles(["fisher"]).values()] == [*run_styles(["mine"]).values()]  # the order of a figure ends with it
+
+
+def test_fifty_measures_can_be_told_apart() -> None:
+    styles = run_styles([f"measure {number}" for number in range(50)])
+    assert len({(to_hex(style["color"]), style["marker"]) for style in styles.values()}) == 50
 
 
 def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:

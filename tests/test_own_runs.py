@@ -205,6 +205,39 @@ def test_a_configuration_may_hold_paths_and_numbers_of_arrays(tmp_path) -> None:
     assert table.loc["run", ["data", "seed", "sparsity", "rounds"]].tolist() == ["some/where", 3, 0.5, 2]
 
 
+def test_a_run_that_lacks_a_setting_is_no_seed_of_those_that_have_it() -> None:
+    runs = {"plain 0": of(0.25, seed=0), "plain 1": of(0.5, seed=1), "flipped": of(0.75, seed=2, augmentation="flip")}
+    assert analysis.conditions(runs).augmentation.fillna("no").tolist() == ["no", "no", "flip"]
+    table = analysis.accuracy_table(runs)
+    assert sorted(zip(table["test accuracy, %"], table.seeds, strict=True)) == [("37.5 ± 158.8", "2"), ("75.0", "1")]
+    whole = of(0.9, measure="none", seed=3)
+    assert "augmentation" not in analysis.conditions({"flipped": runs["flipped"], "whole": whole})
+    assert len(analysis.claims(runs | {"the same seed": of(0.75, seed=0, augmentation="flip")}))
+
+
+def test_runs_that_were_not_pruned_belong_to_every_value_of_what_only_pruning_has() -> None:
+    pruned = {f"{epoch} {seed}": of(seed=seed, prune_epoch=epoch) for epoch in (1, 2) for seed in (0, 1)}
+    whole = {f"whole {seed}": of(seed=seed, measure="none") for seed in (0, 1)}
+    table = analysis.comparisons(pruned | whole)
+    assert table.groupby("prune_epoch").run.apply(list).tolist() == [
+        ["whole 0", "whole 1", "1 0", "1 1"], ["whole 0", "whole 1", "2 0", "2 1"],
+    ]  # fmt: skip
+    never = {"absent": of(seed=0)}
+    table = analysis.comparisons(pruned | whole | never)
+    assert table[table.prune_epoch.isna()].run.tolist() == ["whole 0", "whole 1", "absent"]
+    assert table[table.prune_epoch.notna()].run.tolist() == list(pruned)
+
+
+def test_where_only_some_events_say_what_was_pruned_it_does_not_differ() -> None:
+    def pruned(**said: str) -> xr.DataTree:
+        events = xr.Dataset({name: ("event", [value]) for name, value in ({"kind": "prune"} | said).items()})
+        attributes = {"model": "m", "measure": said.get("measure", "mine"), "sparsity": 0.5}
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), "/pruning": events})
+
+    runs = {"ours": pruned(measure="magnitude", granularity="filter"), "mine": pruned()}
+    assert "granularity" not in analysis.conditions(runs)
+
+
 def test_runs_that_said_nothing_stand_beside_those_that_did() -> None:
     nothing = {f"mine {seed}": of(0.25 * (1 + seed)) for seed in (0, 1)}
     for run in nothing.values():

@@ -29,7 +29,6 @@ from figures import (
     draw_over_layers,
     draw_over_time,
     layout,
-    panels,
     write_report,
 )
 from figures.report import FINDINGS

@@ -21,7 +21,7 @@ from analysis.record import has, pruning_steps
 from dynamics.schema import label as label_of
 
 from . import comparison, panels, pruning
-from .layout import by_measure, compared, grid, headed, legend_below, shared_axes, symmetric
+from .layout import by_measure, compared, grid, legend_below, shared_axes, symmetric
 from .style import FIRST, SECOND, theme
 
 Runs = Mapping[str, xr.DataTree]
@@ -86,7 +86,7 @@ def quantities_per_layer(runs: Runs) -> Figure:
         handles[::every], layers[::every], loc="outside right center", title="layer" + f", 1 in {every}" * (every > 1),
         fontsize=7, handlelength=1.2,
     )  # fmt: skip
-    headed(figure, title(label, run))
+    figure.suptitle(title(label, run), x=0.01, ha="left", fontsize=10)
     return figure
 
 
@@ -207,7 +207,7 @@ def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str
         panels.draw_over_time(prediction, ax=ax)
         panels.draw_events(pruning_steps(runs[label]), ax=ax)
         ax.set_title(name_of(measures[label]))
-    headed(figure, what)
+    figure.suptitle(what or None, x=0.01, ha="left", fontsize=10)
     shared_axes(figure, axes, predictions, ylabel=ylabel)
     legend_below(figure)
     return figure

@@ -20,17 +20,7 @@ from analysis.overview import overview
 from analysis.typeset import cell
 from dynamics import Recorder, open_run
 from dynamics.schema import label
-from figures import (
-    FIGURES,
-    caption,
-    claim,
-    draw,
-    draw_layers,
-    draw_over_layers,
-    draw_over_time,
-    layout,
-    write_report,
-)
+from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_layers, draw_over_time, layout, write_report
 from figures.report import FINDINGS
 from figures.report import _table as report_table
 from figures.style import run_styles
@@ -154,42 +144,6 @@ def test_a_measure_has_one_style_in_all_panels_and_in_the_legend(runs: dict[str,
 def test_fifty_measures_can_be_told_apart() -> None:
     styles = run_styles([f"measure {number}" for number in range(50)])
     assert len({(to_hex(style["color"]), style["marker"]) for style in styles.values()}) == 50
-
-
-@pytest.mark.parametrize("scale", [1e-3, 0.7, 4e4])
-def test_ticks_of_a_linear_axis_do_not_meet(scale: float) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
-    for ax in axes.flat:
-        values = scale * np.array([-0.5, -0.2, 0.3, 1.0])
-        ax.plot(values, values)
-        layout.symmetric(ax, values)
-    figure.canvas.draw()
-    for ax in axes.flat:
-        inside = [
-            tick for tick in ax.get_xticklabels() if ax.get_xlim()[0] <= tick.get_position()[0] <= ax.get_xlim()[1]
-        ]
-        boxes = [tick.get_window_extent() for tick in inside]
-        assert all(one.x1 + 4 < other.x0 for one, other in pairwise(boxes))
-        assert len(boxes) >= 3
-
-
-def test_a_long_condition_does_not_widen_the_figure() -> None:
-    figure = plt.figure(figsize=(7.2, 3))
-    layout.headed(figure, ", ".join(f"setting {number} 0.{number}" for number in range(20)))
-    figure.canvas.draw()
-    assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
-    assert figure._suptitle.get_text().count("\n") >= 2
-
-
-def test_prunings_are_lines_where_they_were_among_the_epochs(runs: dict[str, xr.DataTree]) -> None:
-    run = runs["magnitude"]
-    assert run["pruning"].step.values.tolist() == [8, 8]
-    assert (run["epochs"].step.item(), run["epochs"].epoch.item()) == (12, 1)  # logged after two passes
-    expected = 8 / 12 * 2
-    ax = draw("training_curves", {"magnitude": run}).axes[0]
-    dotted = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
-    assert dotted == pytest.approx([expected] * len(dotted), abs=1e-6)
-    assert dotted
 
 
 def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:

@@ -17,12 +17,11 @@ from recorded_runs import recorded
 
 import analysis
 from analysis.overview import overview
-from analysis.typeset import cell
+from analysis.typeset import cell, grouped
 from dynamics import Recorder, open_run
 from dynamics.schema import label
 from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_layers, draw_over_time, layout, write_report
-from figures.report import FINDINGS
-from figures.report import _table as report_table
+from figures.report import FINDINGS, Table
 from figures.style import run_styles
 
 mpl.use("agg")
@@ -177,7 +176,7 @@ def test_a_table_of_the_report_says_once_what_its_rows_have_in_common() -> None:
             names=["model", "data", "rounds", "measure"],
         ),
     )
-    said = report_table(table)
+    said = Table(*grouped(table))
     assert said.head == ["accuracy", "share left"]
     assert said.groups == {"vgg13, digits, rounds 5": [["magnitude", "77 ± 2", "0.123"], ["grasp", "59", "–"]]}
 

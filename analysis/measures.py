@@ -10,6 +10,8 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+from dynamics.schema import HIGHEST_FIRST
+
 from .record import node
 
 WHOLE = "all layers"
@@ -21,17 +23,18 @@ def rank_agreement(run: xr.DataTree) -> xr.Dataset:
     """Spearman's rank correlation of every two measures over the filters, of the whole network and of each layer.
 
     ==================  ==================================================================================
-    rank_correlation    of the two measures' scores on all batches
+    rank_correlation    of the two measures' scores on all batches: 1 where both would prune in the same order
     standard_error      its standard deviation over bootstrap samples of the batches, both on the same ones
     ==================  ==================================================================================
 
     Dims (layer, event, measure, other), where the first layer, "all layers", is the whole network. NaN where fewer than
-    three filters are left, or a measure gives all of them the same score.
+    three filters are left, or a measure gives all of them the same score. Where a measure prunes its highest scores
+    first (:data:`dynamics.schema.HIGHEST_FIRST`: GraSP), it is minus its scores that are ranked.
 
     Raises:
         MissingQuantityError: no scores were added to an event.
     """
-    scores = node(run, "scores", _NEEDS)
+    scores = _lowest_first(node(run, "scores", _NEEDS))
     layers = {WHOLE: np.full(scores.sizes["unit"], True)}
     layers |= {str(name): scores.layer.values == name for name in dict.fromkeys(scores.layer.values.tolist())}
     found = [
@@ -44,8 +47,9 @@ def rank_agreement(run: xr.DataTree) -> xr.Dataset:
 def removed_overlap(run: xr.DataTree, *, share: float) -> xr.Dataset:
     """What part of the filters that one measure would remove another would remove, too.
 
-    Each removes that ``share`` of the filters left to which it gives the lowest scores, whatever their layer; by chance
-    two measures would have ``share`` in common. Dims (event, measure, other): ``overlap``, and ``standard_error``, its
+    Each removes that ``share`` of the filters left to which it gives the lowest scores (the highest, where the measure
+    prunes those: :data:`dynamics.schema.HIGHEST_FIRST`), whatever their layer; by chance two measures would have
+    ``share`` in common. Dims (event, measure, other): ``overlap``, and ``standard_error``, its
     standard deviation over bootstrap samples of the batches, both on the same ones.
 
     Raises:
@@ -54,7 +58,7 @@ def removed_overlap(run: xr.DataTree, *, share: float) -> xr.Dataset:
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1), got {share}: 0.2 is about what one of five rounds removes")
-    return _between_measures(node(run, "scores", _NEEDS), partial(_overlaps, share=share), "overlap")
+    return _between_measures(_lowest_first(node(run, "scores", _NEEDS)), partial(_overlaps, share=share), "overlap")
 
 
 def score_noise(run: xr.DataTree) -> xr.Dataset:
@@ -79,6 +83,12 @@ def score_noise(run: xr.DataTree) -> xr.Dataset:
             "reliability": correlation.mean("draw").rename(rank="measure"),
         }
     )
+
+
+def _lowest_first(scores: xr.Dataset) -> xr.Dataset:
+    """The scores with a sign by which every measure prunes the lowest."""
+    sign = xr.where(scores.measure.isin(HIGHEST_FIRST), -1.0, 1.0)
+    return scores.assign({name: sign * scores[name] for name in ("score", "resampled_score")})
 
 
 def _between_measures(scores: xr.Dataset, compare: Callable[[np.ndarray], np.ndarray], name: str) -> xr.Dataset:

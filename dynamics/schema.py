@@ -47,6 +47,9 @@ PRUNING_SETTINGS = (
     "studies",
 )
 
+# Measures by which the units of the highest scores are pruned; by all others, those of the lowest.
+HIGHEST_FIRST = ("grasp",)
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -14,7 +14,9 @@ import analysis
 from analysis.measures import WHOLE
 from dynamics import Recorder, open_run
 from dynamics.masks import apply_masks
+from dynamics.pruning import MEASURES as MEASURES_KNOWN
 from dynamics.pruning import resampled_scores, scores
+from dynamics.schema import HIGHEST_FIRST
 
 MEASURES = ["magnitude", "loss_preservation", "gradient_norm_increase"]
 
@@ -61,6 +63,25 @@ def test_rank_correlations_are_scipys(tmp_path: Path) -> None:
                         for draw in part.resampled_score
                     ]
                     np.testing.assert_allclose(pair.standard_error, np.std(draws, ddof=1), rtol=1e-10, atol=1e-12)
+
+
+def test_a_measure_that_prunes_its_highest_scores_agrees_with_one_that_prunes_their_opposites(tmp_path: Path) -> None:
+    study = invented(4).isel(measure=[0, 1]).assign_coords(measure=["grasp", "gradient_norm_increase"])
+    for name in ("score", "resampled_score"):
+        study[name].values[..., 1, :] = -study[name].values[..., 0, :]
+    run = recorded(tmp_path / "run", study)
+    pair = {"measure": "grasp", "other": "gradient_norm_increase"}
+    found = analysis.rank_agreement(run).sel(layer=WHOLE, **pair)
+    np.testing.assert_allclose(found.rank_correlation, 1)
+    np.testing.assert_allclose(found.standard_error, 0, atol=1e-12)
+    np.testing.assert_array_equal(analysis.score_noise(run).reliability.sel(measure="grasp").shape, (1,))
+    distinct = study.assign(score=study.score + np.outer([1, -1], np.linspace(0, 0.1, 12)))  # no ties
+    overlap = analysis.removed_overlap(recorded(tmp_path / "distinct", distinct), share=0.4).overlap.sel(**pair)
+    np.testing.assert_array_equal(overlap, 1)
+
+
+def test_the_schema_knows_which_measures_prune_their_highest_scores() -> None:
+    assert set(HIGHEST_FIRST) == {name for name, measure in MEASURES_KNOWN.items() if measure.highest_first}
 
 
 def test_overlap_is_what_the_removed_sets_have_in_common(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from .agreement import ORDERS, agree
-from .conditions import by_condition, first_comparison, mean_by_measure, several_seeds
+from .conditions import by_condition, conditions, first_comparison, mean_by_measure, several_seeds
 from .effect import filters_left, pruning_effect
 from .loss import loss_decrease, stability
 from .names import name_of
@@ -71,13 +71,15 @@ def loss_over_time(runs: Runs) -> str:
     (early_first, early), (late_first, late) = (map(float, errors[half]) for half in halves)
     return (
         f"Median relative error in the first half of the training: {early_first:.1%} in first and {early:.1%} in "
-        f"second order; in the second half, at smaller steps: {late_first:.1%} and {late:.1%}."
+        f"second order; in the second half{', at smaller steps' * _slower(runs)}: {late_first:.1%} and {late:.1%}."
     )
 
 
 def norm_prediction(runs: Runs) -> str:
     """How well the velocity of the norm is predicted, over all runs."""
-    return _errors(_pool(each(runs, network_norm_rate))) + " What is left out is the momentum."
+    found = each(runs, network_norm_rate)
+    momentum = any(_has_momentum(runs[label]) for label in found)
+    return _errors(_pool(found)) + " What is left out is the momentum." * momentum
 
 
 def in_layers(runs: Runs) -> str:
@@ -120,10 +122,11 @@ def final_accuracy(runs: Runs) -> str:
     if not found:
         raise MissingQuantityError("no run ended: an accuracy is final after the last epoch of the experiment")
     last = mean_by_measure(runs, {label: float(values.test_accuracy) for label, values in found.items()})
-    gone = mean_by_measure(runs, {label: float(values.sparsity) for label, values in found.items()})
-    whole = ", ".join(f"{last[name]:.1%} without pruning" for name in last.index if not gone[name])
+    measure = conditions(runs).measure
+    gone = {measure[label] for label, values in found.items() if max(values.sparsity, values.removed_parameters) > 0}
+    whole = ", ".join(f"{last[name]:.1%} without pruning" for name in last.index if name not in gone)
     mean = ", means over conditions and seeds" * (len(found) > len(last))
-    pruned = last[gone > 0]
+    pruned = last[last.index.isin(gone)]
     if pruned.empty:
         return f"Final test accuracy{mean}: {whole}."
     best, worst = pruned.idxmax(), pruned.idxmin()
@@ -179,6 +182,22 @@ def time_unstable(runs: Runs) -> str:
     ratios = np.concatenate([found.stability.dropna("step").values for found in each(runs, stability).values()])
     above = float((ratios > 2).mean())
     return f"The ratio is above 2 in {above:.0%} of the measured steps; its median is {np.median(ratios):.2g}."
+
+
+def _has_momentum(run: xr.DataTree) -> bool:
+    """Whether some step's flow time differs from its learning rate, as it does with momentum alone."""
+    if not has(run, "steps") or not {"flow_step", "learning_rate"} <= set(run["steps"].data_vars):
+        return False
+    steps = columns(run, "steps", ["flow_step", "learning_rate"])
+    return not np.allclose(steps.flow_step, steps.learning_rate, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def _slower(runs: Runs) -> bool:
+    """Whether the learning rate fell in every run: in the mean it is lower in the second half of the training."""
+    rates = [columns(run, "steps", ["learning_rate"]).learning_rate.max("layer") for run in runs.values()
+             if has(run, "steps") and "learning_rate" in run["steps"]]  # fmt: skip
+    halves = [(rate[: rate.size // 2], rate[rate.size // 2 :]) for rate in rates if rate.size > 1]
+    return bool(halves) and all(float(late.mean()) < 0.999 * float(early.mean()) for early, late in halves)
 
 
 def _pool(predictions: Mapping[str, xr.Dataset]) -> xr.Dataset:

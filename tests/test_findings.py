@@ -1,5 +1,6 @@
 """What is said of many runs is their mean by measure, not a list of runs."""
 
+import numpy as np
 import pytest
 import xarray as xr
 from synthetic_runs import record
@@ -43,6 +44,43 @@ def test_accuracies_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
     )
     with pytest.raises(MissingQuantityError, match="no run ended"):
         findings.final_accuracy({"broken": runs["broken"]})
+
+
+def test_accuracies_are_said_where_not_all_conditions_have_one() -> None:
+    """Accuracies are known of one condition alone, and of more measures under the other."""
+    unknown = {"accuracy": float("nan")}
+    runs = {
+        "m": record("magnitude", 0, accuracy=0.8),
+        "l": record("loss_preservation", 0, rounds=2, **unknown),
+        "i": record("gradient_norm_increase", 0, rounds=2, **unknown),
+    }
+    assert findings.final_accuracy(runs).startswith("Final test accuracy of the pruned networks")
+    assert "80.0% (magnitude)" in findings.final_accuracy(runs)
+
+
+def steps(learning_rate: list[float], flow: float) -> xr.DataTree:
+    """A descent in half a square, θ = 1, whose flow time is so many times its learning rate."""
+    count = len(learning_rate)
+    rate = np.array(learning_rate)[:, None]
+    layered = {
+        name: (("step", "layer"), np.broadcast_to(values, (count, 1)))
+        for name, values in {"param_update": -rate, "update_sqnorm": rate**2, "param_grad": 1.0, "decay_sqnorm": 0.0,
+                             "grad_sqnorm": 1.0, "learning_rate": rate, "flow_step": flow * rate,
+                             "grad_update": -rate, "update_hess_update": rate**2, "grad_hess_grad": 1.0}.items()
+    }  # fmt: skip
+    coordinates = {"step": np.arange(count), "layer": ["a"]}
+    whole = {"loss_before": ("step", np.ones(count)), "loss_after": ("step", 1 - rate[:, 0])}
+    run = {"/": xr.Dataset(attrs={"model": "m", "measure": "none"}), "/steps": xr.Dataset(layered, coordinates)}
+    return xr.DataTree.from_dict(run | {"/curvature": xr.Dataset(layered | whole, coordinates)})
+
+
+def test_momentum_and_smaller_steps_are_said_where_there_are_any() -> None:
+    plain, heavy = steps([0.1] * 12, 1), steps([0.1] * 6 + [0.01] * 6, 10)
+    assert "momentum" not in findings.norm_prediction({"plain": plain})
+    assert findings.norm_prediction({"plain": plain, "heavy": heavy}).endswith("What is left out is the momentum.")
+    assert "in the second half: " in findings.loss_over_time({"plain": plain})
+    assert "in the second half: " in findings.loss_over_time({"plain": plain, "heavy": heavy})
+    assert "in the second half, at smaller steps: " in findings.loss_over_time({"heavy": heavy})
 
 
 def test_layers_are_compared_under_one_condition(runs: dict[str, xr.DataTree]) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -81,19 +82,25 @@ def _condense(arguments: list[str]) -> None:
     print(f"wrote {len(runs)} runs to {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
+def _overview(arguments: list[str]) -> None:
+    settings = _parser().parse_args(arguments)
+    print(page(overview(open_runs(settings.runs), brief=settings.brief), settings.format))
+
+
+_COMMANDS = {"protocol-diff": _protocol_diff, "condense": _condense}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        if given[:1] == ["protocol-diff"]:
-            _protocol_diff(given[1:])
-            return 0
-        if given[:1] == ["condense"]:
-            _condense(given[1:])
-            return 0
-        settings = _parser().parse_args(arguments)
-        runs = open_runs(settings.runs)
-        print(page(overview(runs, brief=settings.brief), settings.format))
+        if given and given[0] in _COMMANDS:
+            _COMMANDS[given[0]](given[1:])
+        else:
+            _overview(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough; what is left goes nowhere, nor does Python's own last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
         return 2

@@ -53,8 +53,12 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     same of themselves are told apart by their labels, in a column ``record``.
 
     Raises:
-        ValueError: two experiments are the same, so that their values would count twice.
+        ValueError: no runs, or two experiments are the same, so that their values would count twice.
     """
+    if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
+        raise ValueError(f"runs are given by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
+    if not runs:
+        raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
     rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
     others = [name for name in rows if name not in COMPARED_BY]
     rows[others] = rows[others].apply(_of_one_kind)
@@ -95,10 +99,10 @@ def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
     """Runs of one measure by the setting that has most values: it stands in the measure's place, ``learning rate 0.1``.
 
     So runs of several learning rates, say, are laid side by side as those of several measures are. Runs of several
-    measures, and those that differ in no setting of their own, are as they were.
+    measures, and those that differ in no setting of their own but what events say of them again, are as they were.
     """
     table = conditions(runs)
-    settings = [name for name in table if name not in (*COMPARED_BY, "record")]
+    settings = [name for name in table if name not in (*COMPARED_BY, *_OF_EVENTS, "record")]
     if table.measure.nunique() > 1 or not settings:
         return dict(runs)
     name = table[settings].nunique(dropna=False).idxmax()

@@ -31,8 +31,8 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     Beside it what the pruning took: filters or weights, parameters and multiply-adds, means over seeds. Runs that did
     not end, or whose accuracy is not a number, are left out, and said under ``seeds``.
     """
-    found = {label: outcome(run) for label, run in runs.items() if ended(run)}
     table = comparisons(runs)
+    found = {label: outcome(run) for label, run in runs.items() if ended(run)}
     same = compared_by(table)
     titles = {
         "test accuracy, %": "test_accuracy",

@@ -99,6 +99,25 @@ def test_what_was_said_comes_before_what_events_say(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    "table", [analysis.conditions, analysis.comparisons, analysis.statistics, analysis.claims, analysis.accuracy_table,
+              analysis.convergence_table],
+)  # fmt: skip
+def test_no_runs_are_said_to_be_none(table) -> None:
+    with pytest.raises(ValueError, match=r"^no runs: give at least one record"):
+        table({})
+    with pytest.raises(ValueError, match=r"runs are given by label, .* got a DataTree"):
+        table(of())
+
+
+def test_what_was_pruned_is_not_what_runs_are_laid_side_by_side_by() -> None:
+    runs = {unit: of(granularity=unit) for unit in ("filter", "weight")}
+    assert by_setting(runs) == runs
+    of_rates = {f"{unit} {rate}": of(granularity=unit, rate=rate) for unit in ("filter", "weight") for rate in (1, 2)}
+    found = analysis.comparisons(by_setting(of_rates))
+    assert found.groupby("granularity").measure.apply(list).tolist() == [["rate 1", "rate 2"]] * 2
+
+
+@pytest.mark.parametrize(
     "attributes",
     [{"experiment": "learning rates"}, {"experiment": "[1, 2]", "protocol": "mine"}, {"experiment": '{"lr": 0.1}'}],
 )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .kept import PutBack, kept
+from .contents import PutBack
+from .kept import kept
 from .ordinary import is_batched
 
 Tensors = Mapping[str, Tensor | None]

@@ -1,0 +1,208 @@
+"""How the contents of an object are kept, and put back in place, by what kind of object it is."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from numbers import Number
+from types import CellType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .ownership import content_of, is_users_module, slots
+
+PutBack = Callable[[], None]
+Taken = tuple[PutBack, list[Any]]  # what puts contents back, and the numbers among them
+Take = Callable[[], Taken]
+
+_REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # which frameworks replace for a while
+_MISSING = object()
+
+
+def takes_of_variables(function: FunctionType) -> list[Take]:
+    """What keeps which objects a function's variables of elsewhere are, as far as these are numbers or arrays."""
+    if not is_users_module(function.__globals__.get("__name__")):
+        return []
+    of_module = {
+        name: value for name in function.__code__.co_names if _is_number(value := function.__globals__.get(name))
+    }
+    cells = [cell for cell in function.__closure__ or () if any(map(_is_number, content_of(cell)))]
+    return [partial(_take_names, function.__globals__, of_module), *(partial(_take_cell, cell) for cell in cells)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number | Tensor | np.ndarray)
+
+
+def _take_names(module: dict[str, Any], names: Iterable[str]) -> Taken:
+    own = {name: module[name] for name in names if name in module}
+    return partial(module.update, own), _numbers(own.values())
+
+
+def _take_cell(cell: CellType) -> Taken:
+    content = cell.cell_contents
+    return partial(setattr, cell, "cell_contents", content), _numbers([content])
+
+
+def take_attributes(module: nn.Module) -> Taken:
+    """Of a module, but for its registries."""
+    own = attributes_of(module)
+
+    def put_back() -> None:
+        now = vars(module)
+        for name in now.keys() - own.keys() - _REGISTRIES:
+            del now[name]
+        now.update(own)
+
+    return put_back, _numbers(own.values())
+
+
+def take_class(kind: type) -> Taken:
+    """Of a class: its data."""
+    own = data_of(kind)
+
+    def put_back() -> None:
+        now = data_of(kind)
+        for name in now.keys() - own.keys():
+            delattr(kind, name)
+        for name, value in own.items():
+            if now.get(name, _MISSING) is not value:
+                setattr(kind, name, value)
+
+    return put_back, _numbers(own.values())
+
+
+def take_tensor(tensor: Tensor) -> Taken:
+    """Of a tensor: its numbers."""
+    with torch.no_grad():
+        content, version = tensor.detach().clone(), tensor._version
+
+    @torch.no_grad()
+    def put_back() -> None:
+        # Torch's BatchNorm changes its statistics without a new version.
+        if tensor._version != version or not are_equal(tensor, content):
+            tensor.detach().copy_(content)
+
+    return put_back, [content]
+
+
+def take_array(array: np.ndarray) -> Taken:
+    """Of an array: its numbers."""
+    content = array.copy()
+    return lambda: np.copyto(array, content), [content]
+
+
+def take_container(value: Any) -> Taken:
+    """A dictionary, list, deque or set, by their own methods, whatever a class makes of these."""
+    kind = next(one for one in (OrderedDict, dict, list, deque, set) if isinstance(value, one))
+    has_keys = issubclass(kind, dict)
+    fill = {list: list.extend, deque: deque.extend}.get(kind) or kind.update
+
+    def entries() -> list[Any]:
+        return list(kind.items(value) if has_keys else kind.__iter__(value))
+
+    def objects(entries: list[Any]) -> list[Any]:
+        return list(chain.from_iterable(entries)) if has_keys else entries
+
+    content = entries()
+
+    def put_back() -> None:
+        if not _are_same(objects(entries()), objects(content)):  # another thread may be reading it
+            kind.clear(value)
+            fill(value, content)
+
+    return put_back, _numbers(objects(content))
+
+
+def take_object(value: Any) -> Taken:
+    """Of an object: its attributes and slots."""
+    own, members = dict(vars(value)) if hasattr(value, "__dict__") else {}, slots(value)
+
+    def put_back() -> None:
+        now = vars(value) if hasattr(value, "__dict__") else {}
+        for name in now.keys() - own.keys():
+            del now[name]
+        now.update({name: one for name, one in own.items() if now.get(name, _MISSING) is not one})
+        for member, one in members:
+            if member.__get__(value) is not one:
+                member.__set__(value, one)
+
+    return put_back, _numbers([*own.values(), *(one for _, one in members)])
+
+
+def _take_generator(get: Callable[[], Any], put: Callable[[Any], None]) -> Taken:
+    state = get()
+    return partial(put, state), [state]
+
+
+def take_of_generator(value: Any) -> Take | None:
+    """What keeps a generator of random numbers; None of anything else."""
+    if isinstance(value, torch.Generator):
+        return partial(_take_generator, value.get_state, value.set_state)
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return partial(_take_generator, partial(getattr, bits, "state"), partial(setattr, bits, "state"))
+    if isinstance(value, np.random.RandomState):
+        return partial(_take_generator, value.get_state, value.set_state)
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return partial(_take_generator, value.getstate, value.setstate)
+    return None
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module."""
+    return {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+
+
+def data_of(kind: type) -> dict[str, Any]:
+    """The attributes of a class that are neither functions, properties and their like, nor Python's own."""
+    return {
+        name: one for name, one in vars(kind).items() if not (name.startswith("__") or hasattr(type(one), "__get__"))
+    }
+
+
+def may_be_kept(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and nobody's to train."""
+    trained = tensor.requires_grad and tensor.is_leaf
+    return not trained and tensor.layout is torch.strided and not tensor.is_inference()
+
+
+def _numbers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, Number)]
+
+
+def _are_same(values: list[Any], others: list[Any]) -> bool:
+    """Whether two lists are of the very same objects."""
+    return len(values) == len(others) and all(map(operator.is_, values, others))
+
+
+def are_equal(one: Any, other: Any) -> bool:
+    """Whether two numbers, arrays, or states of generators are the same; what is not a number is as any other."""
+    try:
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+            return same and (torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
+        if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+            return one.dtype == other.dtype and one.tobytes() == other.tobytes()
+        if isinstance(one, dict) and isinstance(other, dict):
+            return one.keys() == other.keys() and all(are_equal(value, other[key]) for key, value in one.items())
+        if isinstance(one, tuple) and isinstance(other, tuple):
+            return len(one) == len(other) and all(map(are_equal, one, other))
+        return type(one) is type(other) and bool(one == other or (one != one and other != other))
+    except Exception:  # of a type of its own
+        return False
+
+
+def storage_of(tensor: Tensor | None) -> tuple[str, int]:
+    """Which memory a tensor lies in, as far as it can be told."""
+    try:
+        return "storage", tensor.untyped_storage().data_ptr() or id(tensor)
+    except (AttributeError, NotImplementedError, RuntimeError):  # none, sparse, or one that only stands for others
+        return "storage", id(tensor)

@@ -31,7 +31,7 @@ _MEMORY = "A second derivative takes several times a step's memory: give smaller
 # Which moment of a batch is the step's.
 _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
     "forward pass": lambda seen: seen.moment,
-    "seen": lambda seen: seen.first_moment,  # a loss may draw random numbers before it runs the network
+    "seen": lambda seen: seen.first_moment or seen.moment,  # a loss may draw random numbers before it runs the network
     "forward pass before the gradient": lambda seen: seen.gradient_moment or seen.moment,  # of several
     "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not for the step's sake
 }
@@ -262,15 +262,14 @@ class StepCurvature:
 
 
 def _moments_that_differ(seen: list[Seen]) -> list[str]:
-    """Of :data:`_MOMENTS` those that are not the first."""
-    moments = ["forward pass"]
-    if not all(one.first_moment is None or one.moment.is_as(one.first_moment) for one in seen):
-        moments.append("seen")
-    if not all(one.gradient_moment is None or one.moment.is_as(one.gradient_moment) for one in seen):
-        moments.append("forward pass before the gradient")
-    if not all(one.last_moment in (None, one.gradient_moment) or one.moment.is_as(one.last_moment) for one in seen):
-        moments.append("further forward pass")
-    return moments
+    """Of :data:`_MOMENTS` those that are not the first, each once."""
+    found: dict[str, list[Moment]] = {}
+    for name, of in _MOMENTS.items():
+        moments = [of(one) for one in seen]
+        same = all(at is one.moment or one.moment.is_as(at) for one, at in zip(seen, moments, strict=True))
+        if not found or not (same or moments in found.values()):
+            found[name] = moments
+    return list(found)
 
 
 def _weights_that_differ(seen: list[Seen]) -> list[bool]:

@@ -313,8 +313,9 @@ class Pruner:
 
 def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:
     """Raise ValueError where no optimizer holds a parameter of the model."""
-    held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
-    if optimizers and held.isdisjoint(map(id, model.parameters())):
+    groups = [group for one in optimizers for group in getattr(one, "param_groups", ())]  # a wrapper may have none
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if groups and held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
             "the optimizer holds no parameter of the model, so another one would move what is pruned: give the one "
             "that trains this model, made of its present parameters"

@@ -13,7 +13,7 @@ from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTING
 from .names import name_of
 from .prunings import compounded, prunings
 from .record import experiment
-from .typeset import MISSING
+from .typeset import exact
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
@@ -107,17 +107,9 @@ def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
         return dict(runs)
     name = table[settings].nunique(dropna=False).idxmax()
     said = name.removesuffix(" (setting)").replace("_", " ")
-    table = table.assign(measure=table[name].map(lambda value: f"{said} {printed(value)}")).sort_values(name)
+    table = table.assign(measure=table[name].map(lambda value: f"{said} {exact(value)}")).sort_values(name)
     kept = table.drop(columns=[name])
     return {label: _saying(runs[label], row.dropna().to_dict()) for label, row in kept.iterrows()}
-
-
-def printed(value: object) -> str:
-    """The value of a setting in print, a dash where a run does not have it."""
-    if not isinstance(value, float):
-        return str(value)
-    short = f"{value:g}"
-    return MISSING if pd.isna(value) else short if float(short) == value else str(value)
 
 
 def _saying(run: xr.DataTree, said: dict) -> xr.DataTree:
@@ -165,7 +157,7 @@ def name_of_condition(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
     pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
-    settings = (f"{name.replace('_', ' ')} {printed(value)}" for name, value in others.items())
+    settings = (f"{name.replace('_', ' ')} {exact(value)}" for name, value in others.items())
     parts = [name_of(model), name_of(data), pruned, *settings]
     return ", ".join(part for part in parts if part)
 

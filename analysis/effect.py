@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from .prunings import prunings
-from .record import MissingQuantityError, node
+from .record import MissingQuantityError, node, of_prunings
 
 _STAGED = ("loss", "grad_sqnorm", "param_sqnorm_rate", "param_hess_grad")
 _REMOVAL = (
@@ -71,10 +71,7 @@ def first_pruning_per_layer(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: nothing was pruned.
     """
-    events = _rows(run)
-    if not len(chosen := prunings(run)):
-        raise MissingQuantityError("nothing was pruned: no event in /pruning removed a parameter")
-    return _of_rows(events.isel(event=chosen[:1]), per_layer=True).isel(event=0)
+    return _of_rows(of_prunings(run, _rows(run)).isel(event=[0]), per_layer=True).isel(event=0)
 
 
 def removal_curve(run: xr.DataTree) -> xr.Dataset:
@@ -108,9 +105,7 @@ def removed_decrease(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: no pruning was recorded.
     """
     needs = ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining", "step"]
-    events = node(run, "pruning", needs).isel(event=prunings(run))
-    if not events.sizes["event"]:
-        raise MissingQuantityError("nothing was pruned: no event in /pruning removed a parameter")
+    events = of_prunings(run, node(run, "pruning", needs))
     before = events[["grad_sqnorm", "remaining"]].sel(stage="before", drop=True)
     whole = before.sum("layer", skipna=False)
     shares = xr.Dataset(

@@ -55,10 +55,18 @@ def at_prunings(run: xr.DataTree, needs: Iterable[str]) -> xr.Dataset:
     Raises:
         MissingQuantityError: the node lacks one of them, or no event is a pruning.
     """
-    found = columns(run, "pruning", needs)
+    return of_prunings(run, columns(run, "pruning", needs))
+
+
+def of_prunings(run: xr.DataTree, events: xr.Dataset) -> xr.Dataset:
+    """Those of a run's events that are prunings.
+
+    Raises:
+        MissingQuantityError: none is.
+    """
     if not len(chosen := prunings(run)):
         raise MissingQuantityError(f"no event in /pruning is a pruning. {_HOW['pruning']}")
-    return found.isel(event=chosen)
+    return events.isel(event=chosen)
 
 
 def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:

@@ -11,14 +11,14 @@ import xarray as xr
 from scipy import stats
 
 from .claims import CLAIMS
-from .conditions import compared_by, comparisons, conditions, printed
+from .conditions import compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
 from .outcome import outcome, pruned_units
 from .record import MissingQuantityError, ended
 from .tables import agreement_table
-from .typeset import MISSING
+from .typeset import MISSING, exact
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -162,7 +162,7 @@ def _in_print(table: pd.DataFrame) -> pd.DataFrame:
     """The table with the names in print of its models, data sets and measures, and of settings that only some have."""
     for level in table.index.names:
         if table.index.get_level_values(level).hasnans:
-            table = table.rename(index=printed, level=level)
+            table = table.rename(index=exact, level=level)
     for level in {"model", "data", "measure"} & set(table.index.names):
         table = table.rename(index=name_of, level=level)
     return table

@@ -48,9 +48,7 @@ def as_latex(table: pd.DataFrame) -> str:
     for over, group in groups.items():
         body += [rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_latex(over)}}}}} \\*"] if over else []
         body += [" & ".join(map(_latex, row)) + r" \\" for row in group]
-        lines += bool(over) + sum(
-            max(-(-len(one) // most) for one, most in zip(row, widths, strict=True)) for row in group
-        )
+        lines += bool(over) + sum(max(map(_lines, row, widths)) for row in group)
     kind, heading = ("longtable", [r"\midrule", r"\endhead"]) if lines > _A_PAGE else ("tabular", [r"\midrule"])
     top = [r"\toprule", " & ".join(map(_latex, head)) + r" \\", *heading]
     aligned = "".join(_column(most, cells) for most, cells in zip(widths, columns, strict=True))
@@ -75,15 +73,13 @@ def grouped(table: pd.DataFrame) -> tuple[list[str], dict[str, list[list[str]]]]
 
 def _said(names: list[str], values: tuple) -> str:
     """Values in print, numbers with their names."""
-    pairs = zip(names, values, strict=True)
-    return ", ".join(
-        name_of(value)
-        if name == "run"
-        else cell(value)
-        if isinstance(value, str)
-        else f"{name or ''} {cell(value)}".strip()
-        for name, value in pairs
-    )
+    return ", ".join(map(_one_said, names, values))
+
+
+def _one_said(name: str | None, value: object) -> str:
+    if name == "run":
+        return name_of(value)
+    return cell(value) if isinstance(value, str) else f"{name or ''} {cell(value)}".strip()
 
 
 def _letters(head: str, cells: tuple[str, ...]) -> int:
@@ -99,6 +95,7 @@ def _letters(head: str, cells: tuple[str, ...]) -> int:
 
 
 def _lines(text: str, letters: int) -> int:
+    """How many lines a text takes in a column."""
     return -(-len(text) // letters)
 
 
@@ -141,6 +138,14 @@ def _cells(table: pd.DataFrame) -> list[list[str]]:
                      *map(cell, values)])  # fmt: skip
         above = key
     return rows
+
+
+def exact(value: object) -> str:
+    """The value of a setting in print, with all its digits; a dash where a run does not have it."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return MISSING if pd.isna(value) else short if float(short) == value else str(value)
 
 
 def cell(value: object) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import smooth_network, vectors
+from networks import plain_step, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
@@ -131,14 +131,11 @@ def test_what_is_logged_before_each_batch_is_observed_is_of_its_step(tmp_path: P
     model, losses = smooth_network(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-        for number, (inputs, labels) in enumerate(vectors(6)):
+        for number, batch in enumerate(vectors(6)):
             if number % every == 0:
                 recorder.log(number=number)
-            recorder.observe((inputs, labels))
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs), labels)
-            loss.backward()
-            optimizer.step()
+            recorder.observe(batch)
+            loss = plain_step(model, optimizer, batch)
             recorder.log(loss=loss)
             losses.append(loss.item())
         recorder.log(last=7.0)
@@ -153,11 +150,8 @@ def test_a_loss_that_was_logged_before_training_is_not_that_of_the_first_step(tm
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
         recorder.log(loss=99.0)
-        for inputs, labels in recorder.watch(vectors(3)):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs), labels)
-            loss.backward()
-            optimizer.step()
+        for batch in recorder.watch(vectors(3)):
+            loss = plain_step(model, optimizer, batch)
             recorder.log(loss=loss)
             losses.append(loss.item())
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, losses, rtol=1e-12)

@@ -37,6 +37,11 @@ def test_work_at_the_same_places_is_captured_when_it_comes_again() -> None:
     assert Graph.made == 2
 
 
+def test_work_at_no_place_of_its_own_runs_once_before_it_is_captured() -> None:
+    repeated, gpu = Repeated(), torch.device("cuda")
+    assert [repeated(lambda: "work", [], gpu) for _ in range(3)] == ["work", "captured work", "captured work"]
+
+
 def test_places_that_keep_changing_are_given_up() -> None:
     repeated, gpu = Repeated(), torch.device("cuda")
     found = [repeated(lambda: "work", [number // 2], gpu) for number in range(100)]

@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
+from dynamics.optimizer_hooks import OptimizerHooks
 from dynamics.probe import Probe
 
 
@@ -491,3 +492,17 @@ def test_the_middle_one_of_three_forward_passes_is_trained(tmp_path: Path) -> No
             optimizer.step()
             losses.append(loss.item())
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_hooks_of_optimizers_are_looked_for_at_steps_that_are_measured_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look for them takes a walk through all modules, which is a part of every step's cost otherwise."""
+    model, looks = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tables = OptimizerHooks._tables
+    monkeypatch.setattr(OptimizerHooks, "_tables", lambda self: looks.append(recorder._steps.number) or tables(self))
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=4) as recorder:
+        for batch in recorder.watch(vectors(9)):
+            plain_step(model, optimizer, batch)
+    assert set(looks) == {0, 4, 8}

@@ -308,3 +308,24 @@ def test_a_thread_that_reads_ahead_changes_nothing(tmp_path: Path, trains: str) 
     else:
         assert not said
         np.testing.assert_allclose(run["curvature"].loss_before, losses[::2], rtol=1e-12)
+
+
+def test_random_generators_are_let_alone_by_a_thread_that_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that trains may be drawing just then: what it drew between a look and a restoration would come again."""
+    model, restored = convolutional_network(dropout=0.5), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    restore = torch.set_rng_state
+    monkeypatch.setattr(
+        torch, "set_rng_state", lambda state: restored.append(threading.current_thread().name) or restore(state)
+    )
+    recorder = Recorder(tmp_path / "run", model, optimizer, curvature_every=1)
+    watched = iter(recorder.watch(images(2)))
+    reader = threading.Thread(target=lambda: next(watched), name="reader")
+    reader.start()
+    reader.join()
+    next(watched)
+    recorder.close()
+    assert restored
+    assert "reader" not in restored

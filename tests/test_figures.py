@@ -145,6 +145,19 @@ def test_fifty_measures_can_be_told_apart() -> None:
     assert len({(to_hex(style["color"]), style["marker"]) for style in styles.values()}) == 50
 
 
+def test_prunings_are_lines_where_they_were_among_the_epochs(runs: dict[str, xr.DataTree]) -> None:
+    run = runs["magnitude"]
+    assert run["pruning"].step.values.tolist() == [8, 8]
+    assert (run["epochs"].step.item(), run["epochs"].epoch.item()) == (12, 1)  # logged after two passes
+    expected = 8 / 12 * 2
+    ax = draw("training_curves", {"magnitude": run}).axes[0]
+    lines = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert all(ax.xaxis.get_zorder() < line.get_zorder() < 2 for line in lines)  # a pruning may stand on a grid line
+    dotted = [line.get_xdata()[0] for line in lines]
+    assert dotted == pytest.approx([expected] * len(dotted), abs=1e-6)
+    assert dotted
+
+
 def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
     page = write_report(runs, tmp_path / "report", records=["a.zarr"]).read_text(encoding="utf-8")
     for name in FIGURES:

@@ -11,6 +11,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from analysis.conditions import by_condition, comparisons, conditions
 from analysis.record import pruning_steps
@@ -28,6 +29,8 @@ def symmetric(ax: Axes, values: np.ndarray) -> None:
     """The same scale on both axes, square, with the line on which a prediction is exact."""
     for axis in (ax.xaxis, ax.yaxis):
         panels.scale_axis(axis, values)
+        if axis.get_scale() == "linear":
+            axis.set_major_locator(MaxNLocator(4))
     panels.draw_identity(ax)
     ax.set_aspect("equal", adjustable="box")
 
@@ -56,21 +59,28 @@ def grid(
 def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> None:
     """One scale for all panels, and labels on the outer ones only."""
     panels.scale_axis(axes[0].yaxis, np.concatenate([compared(prediction) for prediction in predictions.values()]))
-    lowest = axes[-axes[0].get_gridspec().ncols :]
     for ax in axes:
         ax.set(ylabel="")
-        xlabel = ax.get_xlabel()
-        ax.label_outer()
-        if ax in lowest:
-            ax.set_xlabel(xlabel)
-            ax.tick_params(labelbottom=True)
+        ax.yaxis.set_tick_params(labelleft=ax.get_subplotspec().is_first_col())
+    label_lowest(axes)
     figure.supylabel(ylabel, fontsize=9)
+
+
+def label_lowest(axes: list[Axes]) -> None:
+    """The label of a shared x axis under the lowest panel of each column only."""
+    for ax in axes[: -axes[0].get_gridspec().ncols]:
+        ax.set_xlabel("")
 
 
 def named(ax: Axes, condition: str, *, panels: int = 1) -> None:
     """Give one or several panels in a row the name of their condition for a title, in as many lines as they take."""
     inches = ax.get_position().width * ax.figure.get_figwidth() * panels
     ax.set_title(textwrap.fill(condition, int(20 * inches)), fontsize=8)
+
+
+def headed(figure: Figure, what: str) -> None:
+    """Say over all panels what they show, in as many lines as it takes."""
+    figure.suptitle(textwrap.fill(what, int(15 * figure.get_figwidth())) or None, x=0.01, ha="left", fontsize=10)
 
 
 def legend_below(figure: Figure, *others: Line2D) -> None:

@@ -149,7 +149,8 @@ def scale_axis(axis: Axis, values: np.ndarray) -> None:
     if not sizes.size:
         return
     if np.nanmin(values) >= 0:
-        set_scale("log")
+        banded = bool(axis.axes.collections)  # a band that reaches zero ends at the edge; a line leaves zeros out
+        set_scale("log", nonpositive="clip" if banded else "mask")
         if sizes.max() / sizes.min() < 8:
             axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -21,7 +21,7 @@ from analysis.record import has, pruning_steps
 from dynamics.schema import label as label_of
 
 from . import comparison, panels, pruning
-from .layout import by_measure, compared, grid, legend_below, shared_axes, symmetric
+from .layout import by_measure, compared, grid, headed, label_lowest, legend_below, shared_axes, symmetric
 from .style import FIRST, SECOND, theme
 
 Runs = Mapping[str, xr.DataTree]
@@ -80,13 +80,14 @@ def quantities_per_layer(runs: Runs) -> Figure:
         panels.draw_layers(quantity, ax=ax)
         panels.draw_events(pruning_steps(run), ax=ax)
         panels.scale_axis(ax.yaxis, quantity.values)
+    label_lowest(axes)
     handles, layers = axes[0].get_legend_handles_labels()
     every = -(-len(layers) // 24)  # their colours are in the network's order, so that some of many are enough
     figure.legend(
         handles[::every], layers[::every], loc="outside right center", title="layer" + f", 1 in {every}" * (every > 1),
         fontsize=7, handlelength=1.2,
     )  # fmt: skip
-    figure.suptitle(title(label, run), x=0.01, ha="left", fontsize=10)
+    headed(figure, title(label, run))
     return figure
 
 
@@ -207,7 +208,7 @@ def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str
         panels.draw_over_time(prediction, ax=ax)
         panels.draw_events(pruning_steps(runs[label]), ax=ax)
         ax.set_title(name_of(measures[label]))
-    figure.suptitle(what or None, x=0.01, ha="left", fontsize=10)
+    headed(figure, what)
     shared_axes(figure, axes, predictions, ylabel=ylabel)
     legend_below(figure)
     return figure

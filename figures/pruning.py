@@ -19,7 +19,7 @@ from analysis.names import name_of
 from dynamics.schema import label
 
 from . import panels
-from .layout import by_measure, compared, grid, legend_below
+from .layout import by_measure, compared, grid, headed, legend_below, named
 from .style import FIRST, MEASURED, MODES, SECOND, run_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -44,7 +44,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
         ax.set(ylabel=f"Δ{label(quantity)}")
         panels.scale_axis(ax.yaxis, compared(chosen))
         panels.fit_axis(ax.yaxis, compared(chosen))
-    axes[0].set_title(f"{title(name, runs[name])}, first pruning")
+    named(axes[0], f"{title(name, runs[name])}, first pruning")
     styles = [Line2D([], [], **style) for style in (MEASURED, FIRST, SECOND)]
     figure.legend(handles=styles, loc="outside lower center", ncols=3)
     return figure
@@ -66,7 +66,7 @@ def removed_decrease(runs: Runs) -> Figure:
     for name, style in by_measure(chosen, chosen).items():
         of_layer = found[name].of_layer.isel(event=0)
         panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
-    right.set_title(what, fontsize=8)
+    named(right, what)
     end = 1.1 * max(left.dataLim.x1, left.dataLim.y1) or 1
     left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, end), ylim=(0, end))
     panels.draw_identity(left)
@@ -100,7 +100,7 @@ def removal_curve(runs: Runs) -> Figure:
         ax.set(xlabel="share of the filters removed", xticks=curve.fraction.values)
         panels.percent(ax.xaxis)
         ax.xaxis.set_minor_locator(NullLocator())
-    figure.suptitle(title(name, runs[name]), x=0.01, ha="left", fontsize=10)
+    headed(figure, title(name, runs[name]))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip
     legend_below(figure, *twice)
@@ -148,7 +148,7 @@ def measure_agreement(runs: Runs) -> Figure:
         ax.set(ylabel="in common" if ax is axes[1] else "rank correlation")
     for ax in (axes[0], axes[1], axes[3]):
         ax.set(xlabel="step", xticks=steps)
-    figure.suptitle(what, x=0.01, ha="left", fontsize=10)
+    headed(figure, what)
     legend_below(figure)
     return figure
 
@@ -183,6 +183,6 @@ def scale_invariance(runs: Runs) -> Figure:
     left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale="log")
     right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale="log")
     right.set_yscale("symlog", linthresh=2)
-    figure.suptitle(title(name, runs[name]), x=0.01, ha="left", fontsize=10)
+    headed(figure, title(name, runs[name]))
     legend_below(figure)
     return figure

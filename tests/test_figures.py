@@ -20,9 +20,20 @@ from analysis.overview import overview
 from analysis.typeset import cell, grouped
 from dynamics import Recorder, open_run
 from dynamics.schema import label
-from figures import FIGURES, caption, claim, draw, draw_layers, draw_over_layers, draw_over_time, layout, write_report
+from figures import (
+    FIGURES,
+    caption,
+    claim,
+    draw,
+    draw_layers,
+    draw_over_layers,
+    draw_over_time,
+    layout,
+    panels,
+    write_report,
+)
 from figures.report import FINDINGS, Table
-from figures.style import run_styles
+from figures.style import run_styles, theme
 
 mpl.use("agg")
 
@@ -143,6 +154,50 @@ def test_a_measure_has_one_style_in_all_panels_and_in_the_legend(runs: dict[str,
 def test_fifty_measures_can_be_told_apart() -> None:
     styles = run_styles([f"measure {number}" for number in range(50)])
     assert len({(to_hex(style["color"]), style["marker"]) for style in styles.values()}) == 50
+
+
+def test_a_zero_is_left_out_of_a_logarithmic_axis() -> None:
+    ax = draw_over_layers(xr.DataArray([0.1, 0.0, 10.0], {"layer": ["a", "b", "c"]}, ["layer"]))
+    panels.scale_axis(ax.yaxis, np.array([0.1, 0.0, 10.0]))
+    (line,) = ax.lines
+    ax.figure.canvas.draw()
+    drawn = ax.transData.transform(line.get_xydata())
+    assert np.isfinite(drawn).all(1).tolist() == [True, False, True]
+
+
+def test_a_band_that_reaches_zero_stays_whole_on_a_logarithmic_axis() -> None:
+    values = {"mean": [2.0, 1.0, 0.5], "low": [1.0, 0.0, -0.5], "high": [3.0, 2.0, 1.5]}
+    ax = panels.draw_mean(xr.Dataset({name: ("step", value) for name, value in values.items()}, {"step": [0, 1, 2]}))
+    panels.scale_axis(ax.yaxis, np.array(values["mean"]))
+    ax.figure.canvas.draw()
+    (band,) = ax.collections
+    assert np.isfinite(ax.transData.transform(band.get_paths()[0].vertices)).all()
+
+
+@pytest.mark.parametrize("scale", [2e-4, 2e-3, 0.7, 4e4])
+def test_ticks_of_a_linear_axis_do_not_meet(scale: float) -> None:
+    with theme():
+        figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
+    for ax in axes.flat:
+        values = scale * np.array([-0.5, -0.25, 0.15, 1.0])
+        ax.plot(values, values)
+        layout.symmetric(ax, values)
+    figure.canvas.draw()
+    for ax in axes.flat:
+        inside = [
+            tick for tick in ax.get_xticklabels() if ax.get_xlim()[0] <= tick.get_position()[0] <= ax.get_xlim()[1]
+        ]
+        boxes = [tick.get_window_extent() for tick in inside]
+        assert all(one.x1 + 4 < other.x0 for one, other in pairwise(boxes))
+        assert len(boxes) >= 3
+
+
+def test_a_long_condition_does_not_widen_the_figure() -> None:
+    figure = plt.figure(figsize=(7.2, 3))
+    layout.headed(figure, ", ".join(f"setting {number} 0.{number}" for number in range(20)))
+    figure.canvas.draw()
+    assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
+    assert figure._suptitle.get_text().count("\n") >= 2
 
 
 def test_prunings_are_lines_where_they_were_among_the_epochs(runs: dict[str, xr.DataTree]) -> None:

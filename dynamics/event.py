@@ -33,8 +33,8 @@ class Event:
         those of the original network that they were, with False and NaN for those that are gone.
 
         Raises:
-            ValueError: masks of single weights: how many of them are left, ``/pruning`` counts by layer. Or other units
-                than in an event before, or scores of another shape.
+            ValueError: masks of single weights: how many of them are left, ``/pruning`` counts by layer. Or not as many
+                as the layer has, other units than in an event before, or scores of another shape.
         """
         alive = {layer: torch.as_tensor(kept).bool() for layer, kept in alive.items()}
         scores = {layer: torch.as_tensor(score) for layer, score in (scores or {}).items()}
@@ -50,6 +50,12 @@ class Event:
                     f"event.units() takes one score a filter, layer {layer!r} has masks and scores {shapes}"
                 )
         known = identities(self._model)
+        for layer, identity in known.items():
+            if layer in alive and len(alive[layer]) not in (len(identity.index), identity.total):
+                raise ValueError(
+                    f"event.units() takes one boolean a filter, layer {layer!r} has {len(identity.index)} filters, got "
+                    f"{len(alive[layer])} booleans"
+                )
         found = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
         if self._units and (other := sorted(set(_labels(found)) ^ set(self._units))):
             raise ValueError(

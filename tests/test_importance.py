@@ -271,8 +271,12 @@ def test_bad_arguments_are_said() -> None:
         scores(model, batches, "taylor", mode="test")
     with pytest.raises(ValueError, match="no score for single weights"):
         scores(model, batches, "fisher", granularity="weight")
-    with pytest.raises(ValueError, match="bn_scale needs a normalisation"):
-        scores(nn.Sequential(nn.Conv2d(1, 2, 3)), None, "bn_scale")
+    with pytest.raises(ValueError, match=r"bn_scale needs a normalisation.*after '3' there is none"):
+        scores(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3)), None, "bn_scale")
+    for lazy in (nn.LazyConv2d(2, 3), nn.LazyBatchNorm2d()):
+        for granularity in ("filter", "weight"):
+            with pytest.raises(ValueError, match=r"'0\.\w+' has no shape yet: run a batch"):
+                scores(nn.Sequential(lazy, nn.Conv2d(2, 2, 3)), None, "magnitude", granularity=granularity)
     with pytest.raises(ValueError, match="layer '0' has 2 groups"):
         scores(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), None, "magnitude")
 

@@ -518,14 +518,16 @@ def test_an_event_predicts_from_the_network_before_whatever_replaces_its_parts(t
 def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer, probe = torch.optim.SGD(model.parameters(), 0.1), vectors(1)
-    two = torch.ones(2, dtype=torch.bool)
+    five = torch.ones(5, dtype=torch.bool)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
         loss = F.cross_entropy(model(probe[0][0]), probe[0][1])
         recorder.log_epoch(one=torch.tensor([0.5]), with_a_graph=loss)
         with recorder.event("prune", probe=probe, number=loss, text="a") as event:
-            with pytest.raises(ValueError, match=r"one score a filter.*\(2,\), \(3,\)"):
-                event.units(alive={"0": two}, scores={"0": torch.ones(3)})
-            event.units(alive={"0": two, "1": [1, 0, 1]})
+            with pytest.raises(ValueError, match=r"one score a filter.*\(5,\), \(3,\)"):
+                event.units(alive={"0": five}, scores={"0": torch.ones(3)})
+            with pytest.raises(ValueError, match=r"layer '2' has 3 filters, got 5 booleans"):
+                event.units(alive={"0": five, "2": five})
+            event.units(alive={"0": five, "2": [1, 0, 1]})
         for name, value in (("number", "two"), ("text", 1.0)):
             with pytest.raises(ValueError, match=f"event\\(\\) takes '{name}' as a"), recorder.event(
                 "prune", probe=probe, **{name: value}
@@ -533,11 +535,11 @@ def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path
                 pass
         with recorder.event("prune", probe=probe, number=2) as event:
             with pytest.raises(ValueError, match=r"the same (units|filters) in all events"):
-                event.units(alive={"0": two})
-            event.units(alive={"1": torch.ones(3), "0": ~two})
+                event.units(alive={"0": five})
+            event.units(alive={"2": torch.ones(3), "0": ~five})
         plain_step(model, optimizer, probe[0])
     run = open_run(tmp_path / "run")
     assert run["epochs"].one.values.tolist() == [0.5]
     assert run["pruning"].number.values.tolist() == pytest.approx([loss.item(), 2.0])
-    assert run["units"].alive.values.tolist() == [[True, True, True, False, True], [False, False, True, True, True]]
+    assert run["units"].alive.values.tolist() == [[True] * 6 + [False, True], [False] * 5 + [True] * 3]
     assert run["steps"].sizes["step"] == 1

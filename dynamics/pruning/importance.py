@@ -89,9 +89,9 @@ def scores_by_measure(
     layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
     names = [layer.name for layer in layers] if granularity == "filter" else layers
     start = initial_weights(model, names, rows, initial)
+    scales = gammas(model, layers, rows) if granularity == "filter" else {}
     uses = {row.uses for row in rows if row.needs_data}
     found = _derivatives(model, names, batches, uses, loss, mode) if uses else Derivatives()
-    scales = gammas(model, layers) if granularity == "filter" else {}
     drawn = torch.Generator().manual_seed(seed) if seed is not None else None
     return scores_from(model, names, rows, found, scales, start, granularity, drawn)
 
@@ -181,9 +181,19 @@ def check_settings(temperature: float, mode: str, granularity: str) -> None:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def gammas(model: nn.Module, layers: list[UnitLayer]) -> dict[str, Tensor]:
-    """γ of the normalisation that follows each layer, where there is one."""
+def gammas(model: nn.Module, layers: list[UnitLayer], rows: Sequence[Measure]) -> dict[str, Tensor]:
+    """γ of the normalisation that follows each layer, where there is one.
+
+    Raises:
+        ValueError: a measure looks at it, and it is not there.
+    """
     followers = {layer.name: layer.normalisation(model) for layer in layers}
+    lacking = [name for name, norm in followers.items() if norm is None]
+    if lacking and (needing := [row.name for row in rows if row.uses == "scale"]):
+        raise ValueError(
+            f"{needing[0]} needs a normalisation with a scale γ after every layer that is pruned, and after "
+            f"{lacking[0]!r} there is none: name what has none in protected=(...)"
+        )
     return {name: model.get_submodule(norm).weight for name, norm in followers.items() if norm is not None}
 
 

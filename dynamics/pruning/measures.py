@@ -78,14 +78,6 @@ def _abs_sum(entries: Tensor) -> Tensor:
     return entries.sum(1).abs()
 
 
-def _scale(evidence: Evidence) -> Tensor:
-    if evidence.scale is None:
-        raise ValueError(
-            "bn_scale needs a normalisation with a scale γ after every convolution; this network lacks one"
-        )
-    return evidence.scale.abs()
-
-
 MEASURES: dict[str, Measure] = {
     row.name: row
     for row in (
@@ -102,7 +94,8 @@ MEASURES: dict[str, Measure] = {
         Measure("gradient_norm_preservation", "Gradient-norm preservation", "|Σθ(Hg)|", 2, 1.0, "hess_grad",
                 lambda e: e.theta * e.hess_grad, _abs_sum, class_balanced=True),
         Measure("magnitude_l1", "Magnitude, L1", "‖θ_f‖₁", 0, 1.0, None, lambda e: e.theta.abs(), _sum),
-        Measure("bn_scale", "BatchNorm scale", "|γ_f|", 0, 1.0, "scale", _scale, _sum, per_filter=True),
+        Measure("bn_scale", "BatchNorm scale", "|γ_f|", 0, 1.0, "scale",
+                lambda e: e.scale.abs(), _sum, per_filter=True),
         Measure("taylor", "Taylor", "|Σθg|", 1, 1.0, "grad", lambda e: e.theta * e.grad, _abs_sum),
         Measure("fisher", "Fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0, "squared_sample_grad",
                 lambda e: e.squared_sample_grad / 2, _sum, per_filter=True),

@@ -101,7 +101,7 @@ def _scored(
     initial: dict[str, Tensor],
 ) -> list[dict[str, dict[str, Tensor]]]:
     """For each draw measure → layer → scores, each measure at its own temperature."""
-    names, scales = [layer.name for layer in layers], gammas(model, layers)
+    names, scales = [layer.name for layer in layers], gammas(model, layers, rows)
     scored: list[dict[str, dict[str, Tensor]]] = [{} for _ in shares]
     temperatures = [paper_temperature(row, objective) for row in rows]
     for temperature in dict.fromkeys(temperatures):

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..errors import first_line
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
-from .weights import not_plain, within
+from .weights import check_initialised, not_plain, within
 
 _LEAVE = "to leave it as it is, name it in protected=(...)"
 
@@ -67,6 +67,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
             normalisation other than BatchNorm, a BatchNorm without γ and β or one shared with other channels), or that
             is inside a module which tracing does not open (torch's TransformerEncoder).
     """
+    check_initialised(model)
     protected = within(model, protected)
     graph = _traced(model)
     calls: dict[str, list[fx.Node]] = {}

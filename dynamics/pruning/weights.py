@@ -18,6 +18,7 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
         ValueError: there is no such layer, ``protected`` names no module, or a layer's weight is shared or computed
             from others.
     """
+    check_initialised(model)
     protected = within(model, protected)
     layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS) and name not in protected]
     if refusals := [f"layer {name!r} {refusal}" for name in layers if (refusal := not_plain(model, name))]:
@@ -25,6 +26,13 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weights could go")
     return layers
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raise ValueError where a lazy module has no parameters yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} has no shape yet: run a batch through the model before it is pruned")
 
 
 def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
@@ -44,8 +52,6 @@ def not_plain(model: nn.Module, name: str) -> str | None:
     module = model.get_submodule(name)
     if module._parameters.get("weight") is None:
         return "has a weight that is computed from others (a parametrization, torch.nn.utils.prune): remove that first"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        return "has no weight yet: run a batch through the model first"
     owners = [other for other, one in model.named_modules() if one._parameters.get("weight") is module.weight]
     if len(owners) > 1:
         return f"shares its weight with {next(other for other in owners if other != name)!r}"

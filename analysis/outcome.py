@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from .effect import filters_left
+from .epochs import logged, over
 from .protocol import counted
 from .prunings import compounded, networks, prunings
 from .record import columns, has, node
@@ -68,20 +69,21 @@ def pruning_epochs(run: xr.DataTree) -> list[float]:
     events, epochs = run["pruning"].to_dataset().isel(event=chosen), run["epochs"].to_dataset()
     if not {"step", "epoch"} <= set(epochs.variables) or "step" not in events:
         return (events.epoch.values + 1.0).tolist() if "epoch" in events else []
-    return np.interp(events.step, np.r_[0, epochs.step], np.r_[0, epochs.epoch + 1]).round(6).tolist()
+    return over(epochs, events.step.values).tolist()
 
 
 def training_curve(run: xr.DataTree) -> xr.Dataset:
-    """Loss and accuracy of each epoch, training and test, over ``epoch`` counted from 1.
+    """Loss and accuracy of each epoch, training and test, over ``epoch``, the number of epochs that were over.
 
     The training loss, where it was not logged of the epoch, is the mean of what was logged of its steps.
 
     Raises:
         MissingQuantityError: no epochs were logged.
     """
-    epochs = node(run, "epochs", ["epoch"])
+    epochs = logged(run)
     if "train_loss" not in epochs and has(run, "steps") and {"loss", "epoch"} <= set(run["steps"].data_vars):
         steps = columns(run, "steps", ["loss", "epoch"])
-        means = steps.loss.groupby(steps.epoch).mean(skipna=False).reindex(epoch=epochs.epoch)
+        means = steps.loss.groupby(steps.epoch).mean(skipna=False)
+        means = means.assign_coords(epoch=means.epoch + 1).reindex(epoch=epochs.epoch)
         epochs = epochs.assign(train_loss=means.assign_attrs(long_name="training loss", units="L"))
-    return epochs.assign_coords(epoch=epochs.epoch + 1)
+    return epochs

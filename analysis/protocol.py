@@ -15,6 +15,7 @@ import xarray as xr
 from dynamics.reading import configured
 
 from .effect import filters_left
+from .epochs import logged
 from .prunings import prunings
 from .record import at_prunings, has, node, open_runs
 
@@ -88,11 +89,11 @@ def counted(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: no epochs were logged.
     """
-    epochs = node(run, "epochs", ["epoch"])
+    epochs = logged(run)
     if not configured(run, "protocol").get("select_on_test") or "test_accuracy" not in epochs:
         return epochs.isel(epoch=-1)
     after = int(at_prunings(run, ["epoch"]).epoch[-1]) + 1 if len(prunings(run)) else 0
-    final = epochs.isel(epoch=slice(min(after, epochs.sizes["epoch"] - 1), None))
+    final = epochs.isel(epoch=slice(min(int((epochs.epoch <= after).sum()), epochs.sizes["epoch"] - 1), None))
     return final.isel(epoch=int(final.test_accuracy.argmax("epoch")))
 
 

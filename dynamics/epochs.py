@@ -26,7 +26,7 @@ class Epochs:
         self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
         self.last: Pass | None = None
         self._by_hand = self._watched = False
-        self._stepped, self._ended = place.step > 0, place.ended
+        self._stepped, self._ended = place.step > 0, place.step > 0 and place.ended
 
     def begin(self) -> None:
         """One begins, says the loop: it counts them itself."""
@@ -35,8 +35,11 @@ class Epochs:
         self._by_hand = True
 
     def end(self) -> None:
-        """A row of ``/epochs`` was logged: an epoch of a loop that neither watches its data nor counts has ended."""
-        self._ended = True
+        """A row of ``/epochs`` was logged: an epoch of a loop that neither watches its data nor counts has ended.
+
+        Before the first step none has.
+        """
+        self._ended = self._stepped
 
     def step(self) -> None:
         """A step begins."""

@@ -184,7 +184,8 @@ class Recorder:
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come.
 
-        In a loop that watches no loader and calls no :meth:`begin_epoch` an epoch ends here.
+        In a loop that watches no loader and calls no :meth:`begin_epoch` an epoch ends here, if a step was taken. In
+        analyses and figures what was logged before the first step is of epoch 0, and calls at one step are one row.
         """
         self._attachment.end()
         check_epoch(scalars)

@@ -1,0 +1,59 @@
+"""What a loop logs of its epochs is a curve over training: before it, twice an epoch, in the middle of one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from networks import smooth_network, vectors
+
+import analysis
+from dynamics import Recorder, open_run
+from figures import draw
+
+LOSSES = [1.0, 0.5, 0.25]  # logged of the epochs that train
+ACCURACIES = [0.4, 0.6, 0.8]
+
+
+def train(path: Path, *, watches: bool, epochs: int = 3, seed: int = 0) -> xr.DataTree:
+    """Logs an accuracy before training, loss and accuracy apart after each epoch, and one amid the second."""
+    torch.manual_seed(seed)
+    model, data = smooth_network(), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attributes = {"measure": "magnitude", "seed": seed}
+    with Recorder(path, model, optimizer, curvature_every=0, attributes=attributes) as recorder:
+        recorder.log_epoch(test_accuracy=0.1)
+        for epoch in range(epochs):
+            for number, (inputs, labels) in enumerate(recorder.watch(data) if watches else data):
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+                if watches and (epoch, number) == (1, 0):
+                    recorder.log_epoch(test_accuracy=0.5)
+            recorder.log_epoch(test_accuracy=ACCURACIES[epoch])
+            recorder.log_epoch(train_loss=LOSSES[epoch])
+    return open_run(path)
+
+
+@pytest.mark.parametrize("watches", [True, False])
+def test_rows_lie_where_they_were_logged(tmp_path: Path, watches: bool) -> None:
+    run = train(tmp_path / "run", watches=watches)
+    assert run["steps"].epoch.values.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    curve = analysis.training_curve(run)
+    accuracies = dict(zip(curve.epoch.values.tolist(), curve.test_accuracy.values.tolist(), strict=True))
+    assert accuracies == {0: 0.1, 1: 0.4, 2: 0.6, 3: 0.8} | ({1.25: 0.5} if watches else {})
+    ends = curve.sel(epoch=[1, 2, 3])
+    assert ends.train_loss.values.tolist() == LOSSES
+    assert ends.step.values.tolist() == [4, 8, 12]
+    assert curve.train_loss.sel(epoch=0).isnull()
+    found = analysis.outcome(run)
+    assert (float(found.test_accuracy), float(found.train_loss)) == (0.8, 0.25)
+
+
+def test_runs_of_other_lengths_are_drawn_together(tmp_path: Path) -> None:
+    runs = {str(seed): train(tmp_path / str(seed), watches=True, epochs=3 - seed, seed=seed) for seed in range(2)}
+    accuracy = draw("training_curves", runs).axes[1]
+    (line,) = (line for line in accuracy.lines if len(line.get_xdata()) > 2)
+    assert line.get_xdata().tolist() == [0, 1, 1.25, 2, 3]
+    assert line.get_ydata()[:4] == pytest.approx([0.1, 0.4, 0.5, 0.6])

@@ -121,7 +121,8 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "iii.b", "Gradient-norm increase increases the gradient norm",
             "grad_sqnorm_ratio", "gradient_norm_increase", (), 1, "ratio",
-            "‖g‖² of the parameters that stay, over ‖g‖² before: the measure's first-order promise, taken literally.",
+            "‖g‖² of the parameters that stay, over ‖g‖² before: the measure's first-order promise, kept or not. In "
+            "the paper's protocol it scores the gradient of a loss at another temperature (200, and 5 at the probe).",
         ),
         Claim(
             "iii.c", "Gradient-norm increase leaves a larger gradient norm than other measures",
@@ -132,8 +133,8 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "iii.d", "Gradient-norm preservation changes the gradient norm less than increase does",
             "grad_sqnorm_change", "gradient_norm_preservation", ("gradient_norm_increase",), -1, "ratio",
-            "Both rank by θ(Hg), and differ in its sign: that preserving preserves is what makes them comparable. A "
-            "change is |ln(after/before)|, for it may be by orders of magnitude, up or down.",
+            "Both rank by θ(Hg), one with its sign, one without (at temperatures 200 and 1 in the paper's protocol). "
+            "A change is |ln(after/before)|, for it may be by orders of magnitude, up or down.",
         ),
         Claim(
             "iii.e", "Increasing the gradient norm gives worse models than other measures",

@@ -59,6 +59,8 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         raise ValueError(f"runs are given by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
     if not runs:
         raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
+    if other := [label for label, run in runs.items() if not isinstance(run, xr.DataTree)]:
+        raise ValueError(f"a run is a record, open_run(path), got {runs[other[0]]!r:.60} for {other[0]!r}")
     rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
     others = [name for name in rows if name not in COMPARED_BY]
     rows[others] = rows[others].apply(_of_one_kind)

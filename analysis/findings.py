@@ -178,10 +178,21 @@ def effect_prediction(runs: Runs) -> str:
 
 
 def time_unstable(runs: Runs) -> str:
-    """Share of measured steps beyond the stability limit."""
-    ratios = np.concatenate([found.stability.dropna("step").values for found in each(runs, stability).values()])
-    above = float((ratios > 2).mean())
-    return f"The ratio is above 2 in {above:.0%} of the measured steps; its median is {np.median(ratios):.2g}."
+    """Share of measured steps beyond the stability limit, and of those the share that lowered the loss."""
+    found = each(runs, stability)
+    ratios = np.concatenate([of.stability.dropna("step").values for of in found.values()])
+    share, middle = (ratios > 2).mean(), np.median(ratios)
+    said = f"The ratio is above 2 in {share:.0%} of the measured steps; its median is {middle:.2g}."
+    lowered = np.concatenate([_decreases(runs[label], of.step[of.stability > 2]) for label, of in found.items()]) > 0
+    return f"{said} {lowered.mean():.0%} of those steps lowered the loss on their own batch." if lowered.size else said
+
+
+def _decreases(run: xr.DataTree, steps: xr.DataArray) -> np.ndarray:
+    """By how much these steps lowered the loss on their own batch, as far as that was measured."""
+    try:
+        return loss_decrease(run).measured.reindex(step=steps).dropna("step").values
+    except MissingQuantityError:
+        return np.empty(0)
 
 
 def _has_momentum(run: xr.DataTree) -> bool:

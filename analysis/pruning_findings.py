@@ -81,8 +81,8 @@ def filters_invariant(runs: Runs) -> str:
     share = scale_invariance(runs[label]).invariant.mean(("event", "unit"))
     rank = grasp_and_gradient(runs[label]).rank_correlation.mean("event")
     said = [
-        f"in {name} {float(share.sel(mode=mode)):.0%} of the filters, and Σθ(Hg) ranks like −‖g‖² "
-        f"({float(rank.sel(mode=mode)):.2f})"
+        f"for {float(share.sel(mode=mode)):.0%} of the filters in {name}, where Σθ(Hg) and −‖g‖² have a rank "
+        f"correlation of {float(rank.sel(mode=mode)):.2f}"
         for mode, name in (("train", "training mode"), ("eval", "eval mode"))
     ]
-    return f"Both identities hold to 1 % {said[0]}; {said[1]}."
+    return f"Both identities hold to 1 % {said[0]}, and {said[1]}."

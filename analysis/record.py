@@ -71,6 +71,10 @@ def of_prunings(run: xr.DataTree, events: xr.Dataset) -> xr.Dataset:
 
 def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     if not has(run, name):
+        if not any(has(run, other) for other in _HOW):
+            raise MissingQuantityError(
+                "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`"
+            )
         raise MissingQuantityError(f"nothing was recorded in /{name}. {_HOW[name]}")
     found = list(run[name].data_vars) + list(run[name].coords)
     if missing := [quantity for quantity in needs if quantity not in found]:
@@ -96,7 +100,13 @@ def check_flow(steps: xr.Dataset) -> None:
 
 
 def has(run: xr.DataTree, name: str) -> bool:
-    """Whether anything was recorded in a node."""
+    """Whether anything was recorded in a node.
+
+    Raises:
+        ValueError: it is no record.
+    """
+    if not isinstance(run, xr.DataTree):
+        raise ValueError(f"an analysis is of a record, open_run(path), got {run!r:.60}")
     return name in run.children and bool(run[name].data_vars)
 
 

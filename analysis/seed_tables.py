@@ -155,7 +155,7 @@ def _effect(row: tuple) -> str:
     if np.isnan(row.value):
         return MISSING
     value, low, high = (f"{scale * number:{form}}" for number in (row.value, row.low, row.high))
-    return (value if np.isnan(row.low) else f"{value} [{low}, {high}]") + ("" if row.null else " %")
+    return (value if np.isnan(row.low) else f"{value} [{low}, {high}]") + ("" if row.null else " points")
 
 
 def _in_print(table: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,10 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
         raise ValueError("the model has lazy parameters without a shape: run it once before it is recorded")
     if not callable(objective):
         raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
-    if every < 1 or curvature_every < 0:
-        raise ValueError(f"every must be >= 1 and curvature_every >= 0, got {every} and {curvature_every}")
+    if not all(isinstance(count, Integral) for count in (every, curvature_every)) or every < 1 or curvature_every < 0:
+        raise ValueError(
+            f"every must be a whole number >= 1 and curvature_every one >= 0, got {every!r} and {curvature_every!r}"
+        )
     ours = {id(parameter) for parameter in model.parameters()}
     held = [group["params"] for one in optimizers(optimizer) for group in one.param_groups]
     if not any(id(parameter) in ours for parameters in held for parameter in parameters):

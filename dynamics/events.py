@@ -42,8 +42,10 @@ class Events:
 
     def check(self, kind: str, probe: Any, mode: str, attributes: Mapping[str, Any]) -> None:
         """Raise ValueError where an event cannot be measured or described so."""
-        if not isinstance(probe, list | tuple) or not probe or mode not in ("train", "eval"):
-            raise ValueError(f"event() needs a list of batches and mode 'train' or 'eval'; got {probe!r:.60}, {mode!r}")
+        if mode not in ("train", "eval"):
+            raise ValueError(f"event() measures in mode 'train' or 'eval', got {mode!r:.60}")
+        if not isinstance(probe, list | tuple) or not probe:
+            raise ValueError(f"event() needs a list of batches as probe, got {probe!r:.60}")
         if self._processes.sharded:
             raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
         check_description(kind, attributes, self._kinds)

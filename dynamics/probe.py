@@ -44,7 +44,8 @@ def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temp
         many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
         got = f"{type(batch).__name__}{many}"
         raise ValueError(
-            f"the cross-entropy is of batches (inputs, labels), got a {got}: of another loss give objective="
+            f"the cross-entropy is of batches (inputs, labels), several of them in a list, got a {got} for one: of "
+            "another loss give objective="
         )
     inputs, labels = batch
     outputs = model(inputs)

@@ -45,17 +45,18 @@ def accuracy(runs: Runs) -> Figure:
 
 
 def convergence(runs: Runs) -> Figure:
-    """After the last pruning some measures leave networks that train on faster than others.
+    """How fast the networks that each measure leaves train on after the last pruning.
 
-    A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch; mean over seeds,
-    with its 95 % interval (Student's). Middle: the area under that curve, per step. Right: steps until an epoch's mean
-    loss is the given share of the first loss, the least share that all runs of the condition reached; without any, 75 %
-    and only the runs that did. Small: each seed; large: their mean with its interval.
+    A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch; median over
+    seeds, in the band from the lowest to the highest. Middle: the area under that curve, per step. Right: steps until
+    an epoch's mean loss, which takes an epoch at least, is the given share of the first loss, the least share that all
+    runs of the condition reached; without any, 75 % and only the runs that did. Not drawn where all took the same.
+    Small: each seed; large: their mean with its 95 % interval (Student's).
     """
     found = comparison.compare_convergence(runs)
     figure, rows = rows_of(len(found), 3, width=3.6, height=2.3)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
-        _draw_means(axes[0], of, "loss")
+        _draw_medians(axes[0], of, "loss")
         axes[0].set(ylabel="training loss  [L]")
         share, steps = _reached(of)
         panels.draw_seeds({measure: values.area for measure, values in of.items()}, named_styles(of), ax=axes[1])
@@ -64,7 +65,7 @@ def convergence(runs: Runs) -> Figure:
         axes[1].xaxis.set_major_locator(MaxNLocator(5))
         axes[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
-        axes[2].set_visible(any(reached.size for reached in steps.values()))
+        axes[2].set_visible(len(np.unique(np.concatenate([reached.values for reached in steps.values()]))) > 1)
         named(axes[0], name, panels=3)
     legend_below(figure)
     return figure
@@ -74,15 +75,15 @@ def norms(runs: Runs) -> Figure:
     """A pruning takes its part of ‖θ‖², and from then on the norm of what is left moves by the same law.
 
     A row a condition: ‖θ‖² of the whole network over training, and its measured velocity in flow time, averaged over
-    windows of steps, where the optimizer follows the gradient; mean over seeds, with its 95 % interval (Student's).
-    Prunings, dotted.
+    windows of steps, where the optimizer follows the gradient; median over seeds, in the band from the lowest to the
+    highest, which may leave the panel. Prunings, dotted.
     """
     found, events = comparison.compare(runs, comparison.network_norm), prunings_of(runs)
     moving = any("param_sqnorm_rate" in values for of in found.values() for values in of.values())
     figure, rows = rows_of(len(found), 1 + moving, width=3.9, height=2.2)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("param_sqnorm", "param_sqnorm_rate"), strict=False):
-            _draw_means(ax, of, quantity)
+            _draw_medians(ax, of, quantity)
             panels.draw_events(events[name], ax=ax)
             ax.set(ylabel=label_of(quantity))
             ax.set_visible(any(quantity in values for values in of.values()))
@@ -92,16 +93,17 @@ def norms(runs: Runs) -> Figure:
 
 
 def training_curves(runs: Runs) -> Figure:
-    """What a pruning costs in loss and accuracy, training on makes up for in part.
+    """What a pruning costs in loss and accuracy, and what training on makes up for.
 
     A row a condition: training loss and test accuracy after each epoch, in experiments before that epoch's pruning if
-    any. Mean over seeds, with its 95 % interval (Student's). Prunings, dotted, after the steps that came before them.
+    any. Median over seeds, in the band from the lowest to the highest. Prunings, dotted, after the steps that came
+    before them.
     """
     found, events = comparison.compare(runs, analysis.training_curve), prunings_of(runs, pruning_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("train_loss", "test_accuracy"), strict=True):
-            _draw_means(ax, of, quantity)
+            _draw_medians(ax, of, quantity)
             panels.draw_times(events[name], ax=ax)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set(ylabel=label_of(quantity))
@@ -113,7 +115,7 @@ def training_curves(runs: Runs) -> Figure:
 
 
 def filters_left(runs: Runs) -> Figure:
-    """At the same sparsity the measures take their filters from different layers.
+    """From which layers each measure takes its filters at the same sparsity.
 
     Share of each layer's filters that is left after the last pruning, a panel a condition. Mean over seeds, with its
     95 % interval (Student's).
@@ -134,13 +136,14 @@ def filters_left(runs: Runs) -> Figure:
 def stability(runs: Runs) -> Figure:
     """Where Δt gᵀHg/‖g‖² is above 2 the quadratic model says that a step of that flow time raises the loss.
 
-    The ratio at each measured step, a panel a condition: mean over seeds, with its 95 % interval (Student's). The line
-    marks 2. With momentum a step's flow time is η/(1−β). Prunings, dotted.
+    The ratio at each measured step, a panel a condition: median over seeds, in the band from the lowest to the highest,
+    which may leave the panel. The line marks 2. With momentum a step's flow time is η/(1−β), which the step itself is
+    too short for: it carries earlier gradients. Prunings, dotted.
     """
     found, events = comparison.compare(runs, analysis.stability), prunings_of(runs)
     figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
     for ax, (name, of) in zip(axes, found.items(), strict=True):
-        _draw_means(ax, of, "stability")
+        _draw_medians(ax, of, "stability")
         ax.axhline(2, color="0.3", linewidth=1)
         panels.draw_events(events[name], ax=ax)
         ax.set(ylabel="Δt gᵀHg/‖g‖²")
@@ -176,15 +179,15 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
     return figure
 
 
-def _draw_means(ax: Axes, of: comparison.ByMeasure, quantity: str) -> None:
-    """Mean over seeds of each measure that has it, with its interval, which may leave the axis; the means do not."""
+def _draw_medians(ax: Axes, of: comparison.ByMeasure, quantity: str) -> None:
+    """Median over seeds of each measure that has it, in the band of its range, which may leave the axis."""
     for measure, style in named_styles(of).items():
         if quantity in of[measure]:
-            panels.draw_mean(comparison.mean_and_interval(of[measure][quantity]), ax=ax, **style)
-    means = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
+            panels.draw_median(comparison.median_and_range(of[measure][quantity]), ax=ax, **style)
+    medians = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
     if quantity != "test_accuracy":
-        panels.scale_axis(ax.yaxis, means)
-    panels.fit_axis(ax.yaxis, means)
+        panels.scale_axis(ax.yaxis, medians)
+    panels.fit_axis(ax.yaxis, medians)
 
 
 def _left_in_the_end(run: xr.DataTree) -> xr.Dataset:

@@ -111,11 +111,15 @@ def prunings_of(
 
 
 def by_measure(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, dict[str, object]]:
-    """Style of each run: that of its measure, whose name stands in the legend once."""
+    """Style of each run: that of its measure, whose name stands in the legend once; the measures in turns.
+
+    So of many points on each other those of no measure lie above all others'.
+    """
     measures = conditions(runs).measure[list(labels)]
     styles = named_styles(measures)
     unnamed = {measure: style | {"label": None} for measure, style in styles.items()}
     of_label = {label: unnamed[measure] for label, measure in measures.items()}
     named = {measures[measures == measure].index[0]: style for measure, style in styles.items()}
-    order = [label for measure in styles for label in measures.index[measures == measure]]
+    turns = measures.groupby(measures).cumcount()
+    order = sorted(measures.index, key=lambda label: (turns[label], list(styles).index(measures[label])))
     return {label: named.get(label, of_label[label]) for label in order}

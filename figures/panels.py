@@ -83,21 +83,21 @@ def draw_curve(curve: xr.DataArray, *, ax: Axes | None = None, **style: object) 
     return ax
 
 
-def draw_mean(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
-    """The mean over seeds of a quantity over its one dimension, in the band of its interval; a dozen markers."""
+def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
+    """The median over seeds of a quantity over its one dimension, in the band of its range; a dozen markers."""
     ax = ax or plt.gca()
-    (dim,) = summary["mean"].dims
+    (dim,) = summary["median"].dims
     every = max(1, summary.sizes[dim] // 12)
-    ax.plot(summary[dim], summary["mean"], **{"markevery": every, "alpha": 0.9, "markersize": 3.5, **style})
+    ax.plot(summary[dim], summary["median"], **{"markevery": every, "alpha": 0.9, "markersize": 3.5, **style})
     draw_band(summary, ax=ax, color=style.get("color"))
     ax.set(xlabel=dim)
     return ax
 
 
 def draw_band(summary: xr.Dataset, *, ax: Axes | None = None, color: object = None) -> Axes:
-    """The interval of a mean over seeds, as a band; nothing where there is none."""
+    """From ``low`` to ``high``, as a band; nothing where they are not known."""
     ax = ax or plt.gca()
-    (dim,) = summary["mean"].dims
+    (dim,) = summary.low.dims
     if summary.low.notnull().any():
         ax.fill_between(summary[dim], summary.low, summary.high, color=color, alpha=0.13, linewidth=0)
     return ax

@@ -28,7 +28,7 @@ Runs = Mapping[str, xr.DataTree]
 
 
 def loss_decrease_scatter(runs: Runs) -> Figure:
-    """The second-order expansion predicts the loss decrease of a step; the first order alone promises too much.
+    """How far the first and the second order predict the loss decrease of single steps.
 
     Each point is one measured step: measured loss decrease on the step's own batch against −gᵀΔθ (left) and
     −gᵀΔθ − ½ΔθᵀHΔθ (right). On the grey line a prediction is exact.
@@ -48,7 +48,7 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
 
 
 def loss_decrease_over_time(runs: Runs) -> Figure:
-    """Over training, measured loss decreases follow the second-order prediction step by step.
+    """How predicted and measured loss decreases of single steps go together over training.
 
     Loss decrease of each measured step on its own batch, with the prunings as dotted lines.
     """
@@ -65,7 +65,7 @@ def norm_rate(runs: Runs) -> Figure:
 
 
 def quantities_per_layer(runs: Runs) -> Figure:
-    """Norm, gradient and curvature differ by orders of magnitude between layers, and a pruning moves them at once.
+    """How far norm, gradient and curvature of the layers lie apart, and how a pruning moves them.
 
     The quantities of each layer of the first pruned run over its steps; d‖θ‖²/dt as measured, averaged over windows of
     steps. Prunings, dotted.
@@ -156,15 +156,25 @@ def draw(name: str, runs: Runs) -> Figure:
     Raises:
         ValueError: no such figure, or no runs. MissingQuantityError: no run recorded what the figure needs.
     """
-    if name not in FIGURES:
-        raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
+    figure = find_figure(name)
     if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
         raise ValueError(f"draw() takes runs by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
     if not runs:
         raise ValueError("no runs to draw: give at least one record")
     shown = by_setting(runs)
     with theme(_measures(shown)):
-        return FIGURES[name](shown)
+        return figure(shown)
+
+
+def find_figure(name: str) -> Callable[[Runs], Figure]:
+    """The figure of a name.
+
+    Raises:
+        ValueError: there is no such figure; the message lists those there are.
+    """
+    if name not in FIGURES:
+        raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
+    return FIGURES[name]
 
 
 def _measures(runs: Runs) -> list[str]:
@@ -175,17 +185,17 @@ def _measures(runs: Runs) -> list[str]:
 
 def claim(name: str) -> str:
     """The claim that a figure shows: the first line of its docstring."""
-    return FIGURES[name].__doc__.strip().splitlines()[0]
+    return find_figure(name).__doc__.strip().splitlines()[0]
 
 
 def compares(name: str) -> bool:
     """Whether a figure lays measures side by side: its claim is about several."""
-    return FIGURES[name].__module__ == comparison.__name__
+    return find_figure(name).__module__ == comparison.__name__
 
 
 def caption(name: str) -> str:
     """How to read a figure: the rest of its docstring."""
-    return " ".join(FIGURES[name].__doc__.split("\n", 1)[1].split())
+    return " ".join(find_figure(name).__doc__.split("\n", 1)[1].split())
 
 
 def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:

@@ -54,22 +54,26 @@ def removed_decrease(runs: Runs) -> Figure:
     """How much of the first-order decrease of the loss a pruning takes with its parameters depends on the measure.
 
     Along gradient flow dL/dt = −‖g‖². Left: each pruning's share of ‖g‖² at its probe against its share of the
-    parameters; on the grey line the removed parameters carried as much as the average one. Right: share of each
-    layer's own ‖g‖² that went with the first pruning, in one run of each measure.
+    parameters, on logarithmic axes; on the grey line the removed parameters carried as much as the average one. Right:
+    share of each layer's own ‖g‖² that went with the first pruning, in one run of each measure.
     """
     found = analysis.each(runs, analysis.removed_decrease)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.8, 4.2), width_ratios=(1, 1.25))
+    totals = {name: of[["decrease", "parameters"]].sum("layer") for name, of in found.items()}
     for name, style in by_measure(runs, found).items():
-        total = found[name][["decrease", "parameters"]].sum("layer")
+        total = totals[name]
         left.plot(total.parameters, total.decrease, linestyle="none", alpha=0.8, **style)
     what, chosen = analysis.side_by_side({name: runs[name] for name in found})
     for name, style in by_measure(chosen, chosen).items():
         of_layer = found[name].of_layer.isel(event=0)
         panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
     named(right, what)
-    end = 1.1 * max(left.dataLim.x1, left.dataLim.y1) or 1
-    left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²", xlim=(0, end), ylim=(0, end))
-    panels.draw_identity(left)
+    left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²")
+    left.axline((0.1, 0.1), (1, 1), color="0.7", linewidth=0.9, zorder=0)
+    for axis, share in ((left.xaxis, "parameters"), (left.yaxis, "decrease")):
+        values = np.concatenate([total[share] for total in totals.values()])
+        panels.scale_axis(axis, values)
+        panels.fit_axis(axis, values)
     for axis in (left.xaxis, left.yaxis, right.yaxis):
         panels.percent(axis)
     right.set(ylabel="removed share of the layer's ‖g‖²")
@@ -118,7 +122,7 @@ def _draw_directions(ax: plt.Axes, curve: xr.Dataset) -> None:
 
 
 def measure_agreement(runs: Runs) -> Figure:
-    """The measures agree less with each other than each with itself on other batches: they differ in kind, not noise.
+    """Measures that agree less with each other than each with itself on other batches differ in kind, not by noise.
 
     Of the first run that compared them at its events: Spearman's rank correlation with the reference, and the part of
     the lowest fifth of the filters in common with it, grey by chance, over training; the correlation in each layer at

@@ -169,7 +169,7 @@ MISTAKES = {
     ),
     "not a number": ("dynamics", ["run", "-o", "{new}", "--temperature", "nan"], "temperature"),
     "not a list": ("dynamics", ["run", "-o", "{new}", "--epochs", "3"], "epochs"),
-    "no output": ("dynamics", ["run"], "required: output; --help says"),
+    "no output": ("dynamics", ["run"], "required: --output; --help says"),
     "no path after -o": ("dynamics", ["run", "-o"], "-o/--output: expected one argument"),
     "no command": ("dynamics", [], "{run,sweep,protocols,show}"),
     "unknown command": ("dynamics", ["fly"], "invalid choice: 'fly' (choose from 'run', 'sweep', 'protocols', 'show')"),
@@ -208,7 +208,7 @@ MISTAKES = {
         ["sweep", "{wrong}", "-o", "{new}"],
         "rounds must be a whole number, got 'many'",
     ),
-    "grid without output": ("dynamics", ["sweep", "{broken}"], "required: output"),
+    "grid without output": ("dynamics", ["sweep", "{broken}"], "required: --output"),
     "grid of lists": ("dynamics", ["sweep", "{list}", "-o", "{new}"], "must hold settings like `measure: magnitude`"),
     "grid of nothing": ("dynamics", ["sweep", "{nothing}", "-o", "{new}"], "measure is an empty list"),
     "grid in Latin-1": ("dynamics", ["sweep", "{latin}", "-o", "{new}"], "is not YAML: 'utf-8' codec"),
@@ -224,7 +224,7 @@ MISTAKES = {
     "show a text": ("dynamics", ["show", "{broken}"], "is not a thetadot record"),
     "show a folder": ("dynamics", ["show", "{data}"], "is not a thetadot record"),
     "show a folder of records": ("dynamics", ["show", "{folder}"], "is a folder of records, not one itself: give"),
-    "show without a record": ("dynamics", ["show"], "required: record"),
+    "show without a record": ("dynamics", ["show"], "required: --record"),
     "show nothing": ("dynamics", ["show", "{new}"], "no record at"),
     "other version": ("dynamics", ["show", "{future}"], "has schema version 99"),
     "grid on no number": (
@@ -253,12 +253,12 @@ MISTAKES = {
     "analyse no runs": ("analysis", [], "required: runs"),
     "analyse a text": ("analysis", ["{broken}"], "is not a thetadot record"),
     "analyse the future": ("analysis", ["{future}"], "has schema version 99"),
-    "analyse emptiness": ("analysis", ["{empty}"], "/"),
+    "analyse emptiness": ("analysis", ["{empty}"], "the record holds nothing yet"),
     "draw nothing": ("figures", ["{new}", "-o", "{folder}"], "no record at"),
     "draw nowhere": ("figures", ["{record}"], "output"),
     "draw on a file": ("figures", ["{record}", "-o", "{broken}"], "broken.yaml is a file: figures and report go into"),
     "draw in a file": ("figures", ["{record}", "-o", "{broken}/new"], "broken.yaml is a file: figures and report go"),
-    "draw emptiness": ("figures", ["{empty}", "-o", "{folder}"], "/"),
+    "draw emptiness": ("figures", ["{empty}", "-o", "{folder}"], "the record holds nothing yet"),
 }
 
 

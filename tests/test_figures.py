@@ -156,6 +156,19 @@ def test_fifty_measures_can_be_told_apart() -> None:
     assert len({(to_hex(style["color"]), style["marker"]) for style in styles.values()}) == 50
 
 
+def test_what_is_no_figure_or_no_record_is_said() -> None:
+    with pytest.raises(ValueError, match=r"unknown figure 'norm': choose one of .*norms"):
+        caption("norm")
+    with pytest.raises(ValueError, match=r"a run is a record, open_run\(path\), got 'run.zarr' for 'mine'"):
+        draw("norms", {"mine": "run.zarr"})
+    with pytest.raises(ValueError, match=r"an analysis is of a record, open_run\(path\), got 'run.zarr'"):
+        analysis.loss_decrease("run.zarr")
+    with pytest.raises(ValueError, match=r"agree\(\) takes what loss_decrease\(run\), say, returns, got a DataTree"):
+        analysis.agree(xr.DataTree())
+    with pytest.raises(ValueError, match=r"the record holds nothing yet: no optimizer\.step\(\)"):
+        analysis.loss_decrease(xr.DataTree())
+
+
 def test_a_zero_is_left_out_of_a_logarithmic_axis() -> None:
     ax = draw_over_layers(xr.DataArray([0.1, 0.0, 10.0], {"layer": ["a", "b", "c"]}, ["layer"]))
     panels.scale_axis(ax.yaxis, np.array([0.1, 0.0, 10.0]))
@@ -166,9 +179,9 @@ def test_a_zero_is_left_out_of_a_logarithmic_axis() -> None:
 
 
 def test_a_band_that_reaches_zero_stays_whole_on_a_logarithmic_axis() -> None:
-    values = {"mean": [2.0, 1.0, 0.5], "low": [1.0, 0.0, -0.5], "high": [3.0, 2.0, 1.5]}
-    ax = panels.draw_mean(xr.Dataset({name: ("step", value) for name, value in values.items()}, {"step": [0, 1, 2]}))
-    panels.scale_axis(ax.yaxis, np.array(values["mean"]))
+    values = {"median": [2.0, 1.0, 0.5], "low": [1.0, 0.0, -0.5], "high": [3.0, 2.0, 1.5]}
+    ax = panels.draw_median(xr.Dataset({name: ("step", value) for name, value in values.items()}, {"step": [0, 1, 2]}))
+    panels.scale_axis(ax.yaxis, np.array(values["median"]))
     ax.figure.canvas.draw()
     (band,) = ax.collections
     assert np.isfinite(ax.transData.transform(band.get_paths()[0].vertices)).all()

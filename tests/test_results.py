@@ -169,9 +169,9 @@ def test_measures_of_a_seed_begin_apart_on_a_gpu(wide: Runs) -> None:
 
 def effect(row: tuple, stands: bool) -> str:
     """An effect with its interval: bold if supported, in italics if contradicted, with a star if that stands."""
-    scale, form = (1, ".2g") if row.null else (100, "+.1f")
+    scale, form = (1, ".3g") if row.null else (100, "+.1f")
     value, low, high = (f"{scale * number:{form}}" for number in (row.value, row.low, row.high))
-    text = f"{value} [{low}, {high}]" + ("" if row.null else " %")
+    text = f"{value} [{low}, {high}]" + ("" if row.null else " points")
     mark = {"supported": "**", "contradicted": "_", "inconclusive": ""}[row.verdict]
     return f"{mark}{text}{mark}" + (r"\*" if stands else "")
 

@@ -11,7 +11,7 @@ from synthetic_runs import record, runs
 
 import analysis
 from analysis.__main__ import main
-from analysis.comparison import mean_and_interval
+from analysis.comparison import mean_and_interval, median_and_range
 from analysis.conditions import several_seeds
 from analysis.overview import overview
 from analysis.seed_tables import VERDICTS, chance, claims_table, verdict_table
@@ -30,6 +30,13 @@ def some() -> dict[str, xr.DataTree]:
     found = {f"magnitude {seed}": record("magnitude", seed, accuracy=0.8 + 0.02 * seed, area=0.25) for seed in range(3)}
     found |= {"none": unpruned(0, accuracy=0.9), "more": record("magnitude", 0, rounds=2, accuracy=0.5, area=2.0)}
     return found
+
+
+def test_a_median_stays_where_a_mean_is_carried_away() -> None:
+    found = median_and_range(xr.DataArray([[1.0, 2.0], [3.0, np.nan], [1e9, 1.0]], dims=("seed", "step")))
+    assert found["median"].values.tolist() == pytest.approx([3.0, np.nan], nan_ok=True)
+    assert found.low.values.tolist() == pytest.approx([1.0, np.nan], nan_ok=True)
+    assert found.high.values.tolist() == pytest.approx([1e9, np.nan], nan_ok=True)
 
 
 def test_accuracies_are_means_with_students_interval(some: dict[str, xr.DataTree]) -> None:
@@ -95,7 +102,9 @@ def test_verdicts_are_counted_over_conditions() -> None:
     printed = claims_table(found)
     assert printed.index.names == ["claim", "model", "data", "rounds"]
     assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", printed.effect[("i.f", "VGG-13", "digits", 1)])
-    assert re.fullmatch(r"[+-]\d\.\d\d \[-\d\.\d\d, \+\d\.\d\d\] %", printed.effect[("ii.c", "VGG-13", "digits", 1)])
+    assert re.fullmatch(
+        r"[+-]\d\.\d\d \[-\d\.\d\d, \+\d\.\d\d\] points", printed.effect[("ii.c", "VGG-13", "digits", 1)]
+    )
 
 
 def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:

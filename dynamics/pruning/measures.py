@@ -116,8 +116,8 @@ def find_measure(name: str) -> Measure:
     Raises:
         ValueError: there is no such measure; the message lists those there are.
     """
-    if name not in MEASURES:
-        raise ValueError(f"unknown measure {name!r}: choose one of {', '.join(MEASURES)}")
+    if not isinstance(name, str) or name not in MEASURES:
+        raise ValueError(f"unknown measure {name!r:.60}: choose one of {', '.join(MEASURES)}")
     return MEASURES[name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 class BackwardPasses:
     """The backward passes that arrive at parameters, counted at few of them: to count at each would cost time.
 
+    ``parameters`` says which are trained now: gradients of others are nobody's, and never set to zero, say.
+
     From the first step on these are the first and the last to which gradients came. Where none came to either, for
     they are frozen or of another part of the network, all are looked at once more, and one of those that have is added.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, parameters: Callable[[], Sequence[nn.Parameter]]) -> None:
+        self._parameters = parameters
         self._before = 0  # the last step
         self._counters: list[_Counter] = []
         self._chosen: list[_Counter] = []
@@ -78,7 +80,7 @@ class BackwardPasses:
         known = {id(counter.parameter) for counter in self._counters}
         self._counters = self._counters + [
             _Counter(parameter)
-            for parameter in self._parameters
+            for parameter in self._parameters()
             if parameter.requires_grad and id(parameter) not in known
         ]
 

@@ -6,8 +6,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from .errors import named
 from .forward_passes import ForwardPasses
 from .moment import Moment, random_numbers_untouched
 from .probe import Objective, is_compiled, unwrap
+from .seen import Mark, Seen, candidates, read_ahead, trained_on, used
 
 _MOST = 4096  # batches of one step
 _SCRIPTED = (
@@ -26,36 +27,6 @@ _SCRIPTED = (
     "made of"
 )
 _IDLE = 128  # batches in a row whose gradients come to nothing
-
-
-@dataclass
-class Seen:
-    """A batch, and the moments at which its forward pass starts, it was seen, and further passes start, if any did."""
-
-    batch: Any
-    moment: Moment | None
-    first_moment: Moment | None = None
-    gradient_moment: Moment | None = None  # of the last further pass before its gradient was there
-    last_moment: Moment | None = None
-    later: Moment | None = None  # when modules outside the model ran after its gradient was there
-    source: Any = None  # the pass over the data that it came from
-    passed: bool = False
-    looked: bool = False  # the model ran without gradients when it was the last
-    passed_at: int = 0  # the number of backward passes before its forward pass
-    again: bool = False  # a step of it has been taken already
-    certain: bool = True  # else the loop may have gone on to other batches
-    evaluated_at: int | None = None  # the number of backward passes before its forward pass, if that was in eval mode
-
-
-class Mark(NamedTuple):
-    """Where a loop is between its batches and backward passes."""
-
-    batches: int = 0  # since the last step
-    first_batch: int = 0  # how many of them are no part of the step to come
-    backwards: int = 0  # so far
-    first_backward: int = 0  # the first whose gradient is still there
-    pending: bool = False  # whether one came since the last step
-    counts: bool = False  # whether backward passes are counted
 
 
 class Batches:
@@ -75,7 +46,11 @@ class Batches:
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, objective: Objective, counted: Sequence[nn.Parameter]
+        self,
+        model: nn.Module,
+        device: torch.device,
+        objective: Objective,
+        counted: Callable[[], Sequence[nn.Parameter]] | None,
     ) -> None:
         self._model, self._device, self._compiled = unwrap(model), device, is_compiled(model)
         self._objective = objective
@@ -84,9 +59,10 @@ class Batches:
         self._stays_surely = True
         self._of_epoch = 0
         self._ahead = 0  # how many batches the loop reads before it uses them
-        self._windows: list[tuple[int, int]] = []  # the candidates
-        self._counts = bool(counted)
-        self._passes = BackwardPasses(counted)
+        self._stepped_at = 0  # the number of backward passes until the last step
+        self._candidates: list[list[Seen]] = []
+        self._counts = counted is not None
+        self._passes = BackwardPasses(counted or list)
         self._forward_passes = ForwardPasses(self._model, self._pass_begins, self._look)
         self.bystanders = Bystanders(self._model, objective)
         trained, frozen = (
@@ -117,19 +93,26 @@ class Batches:
 
     def _pass_begins(self, module: nn.Module) -> None:
         """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
-        if not self._awaits or self._asleep() or self.failure:
+        if self._asleep():
+            return
+        if self._seen:
+            self._seen[-1].looked = False  # it is trained on after all
+        if not self._awaits or self.failure:
             return
         with self._not_in_the_loop():
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
                 before, waiting.moment, waiting.passed = waiting.moment, self._moment(), True
                 waiting.moment.others = before.others if before else {}
-                waiting.passed_at = self.mark.backwards
-                waiting.evaluated_at = None if _trains(module) else self.mark.backwards
+                waiting.gradient_moment = waiting.last_moment = None
+                waiting.passed_at = self._passes.total
+                waiting.evaluated_at = None if _trains(module) else self._passes.total
+                for other in (seen for seen in self._seen if not seen.passed):  # perhaps it is of one of them
+                    other.gradient_moment = other.last_moment = waiting.moment
             elif self._seen:
                 last = self._seen[-1]
                 last.last_moment = again = self._moment()
-                if self.mark.backwards == last.passed_at:
+                if self._passes.total == last.passed_at:
                     last.gradient_moment = again
                 again.others = last.moment.others | (last.later.others if last.later else {})
 
@@ -156,7 +139,7 @@ class Batches:
         """Of the batch that a module outside the model runs on: the last that passed, until its gradient is there."""
         self.repeat(due=True)
         last = next((seen for seen in reversed(self._seen) if seen.passed), None)
-        if last is None or last.passed_at != self.mark.backwards:
+        if last is None or last.passed_at != self._passes.total:
             waiting = next((seen for seen in self._seen if not seen.passed), None)
             if waiting is None and last is not None:
                 last.later = last.later or self._moment()
@@ -172,7 +155,7 @@ class Batches:
         if _trains(module):
             gone = self._passes.are_gone
             for seen in self._seen:
-                if seen.evaluated_at is not None and (gone or seen.evaluated_at == self.mark.backwards):
+                if seen.evaluated_at is not None and (gone or seen.evaluated_at == self._passes.total):
                     seen.passed, seen.evaluated_at = False, None
         waiting = [seen for seen in self._seen if not seen.passed]
         return next((seen for seen in waiting if not seen.looked), waiting[0] if waiting else None)
@@ -180,10 +163,11 @@ class Batches:
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
         self.told, self._reader = True, threading.get_ident()
-        if self._seen and self._seen[0].again and not self.mark.pending:  # a forward pass that led to nothing
+        if self._seen and self._seen[0].again and not self._passes.pending:  # a forward pass that led to nothing
             self._seen = []
         self._staying, self._stays_surely = [batch] if stays else [], True
-        if self.mark.first_batch == _IDLE or len(self._seen) == _MOST:
+        without = len(self._seen) - self._ahead - self._passes.count
+        if (without == _IDLE and self._passes.count) or len(self._seen) == _MOST:
             if not self._idle:
                 warnings.warn(
                     f"the gradients of {_IDLE} batches in a row led to no step of the optimizer: is it still the one "
@@ -206,7 +190,8 @@ class Batches:
             self._staying = []
 
     def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
-        seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source)
+        seen_at = self._stepped_at if again else self._passes.total
+        seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source, seen_at=seen_at)
         self._seen.append(self._kept(seen) if due else seen)
         if due and self._awaits and not self._compiled:
             self._look_for_passes()
@@ -233,12 +218,7 @@ class Batches:
         return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
 
     def candidates(self) -> list[list[Seen]]:
-        """What the step that is about to be taken may be made of, the likeliest first.
-
-        With m the number of backward passes since the gradients were zero: m batches before those that were read
-        ahead; the last m; the first m; the last one, with m backward passes; all of this pass over the data; all; the
-        last one, whatever is known of m.
-        """
+        """What the step that is about to be taken may be made of, the likeliest first."""
         self._passes.choose()
         if self._reader != threading.get_ident():
             raise RuntimeError(
@@ -246,24 +226,21 @@ class Batches:
                 "recorder.watch(...) around what reads ahead"
             )
         self.lost = self._are_moved()
-        if any(seen.passed for seen in self._seen):
-            self._seen = [seen for seen in self._seen if seen.passed or not seen.looked]
-        total, count = len(self._seen), self._passes.count
-        windows = [self._window(count), (total - count, total), (0, count), (total - 1, total)] if count else []
-        windows += [(self._of_epoch, total)] if self._passes else []
-        windows = dict.fromkeys([*windows, (0, total), (total - 1, total)])
-        self._windows = [(start, end) for start, end in windows if 0 <= start < end <= total]
-        return [self._seen[start:end] for start, end in self._windows]
+        of_epoch = self._of_epoch if self._passes else 0
+        self._candidates = candidates(self._seen, self._used, self._passes.count, ahead=self._ahead, of_epoch=of_epoch)
+        return self._candidates
 
     def chosen(self, candidate: int) -> None:
         """It is this candidate, says the gradient. Where that is not the likeliest, what follows it was read ahead."""
         if candidate:
-            self._ahead = len(self._seen) - self._windows[candidate][1]
+            last = self._candidates[candidate][-1]
+            self._ahead = next(after for after, seen in enumerate(reversed(trained_on(self._seen))) if seen is last)
 
-    def _window(self, count: int) -> tuple[int, int]:
-        """Where the batches of ``count`` backward passes are among all, so far as is known."""
-        start = max(len(self._seen) - self._ahead - count, 0)
-        return start, start + count
+    @property
+    def _used(self) -> list[int]:
+        """Behind how many batches, of those since the last step, each gradient came that is still there."""
+        starts = [seen.seen_at for seen in self._seen] or [self._stepped_at] * len(self._staying)
+        return used(starts, self._passes.total, self._passes.count)
 
     @property
     def wasted(self) -> int:
@@ -273,16 +250,15 @@ class Batches:
     @property
     def all_used(self) -> bool:
         """Whether gradients are there of as many batches as wait for their step."""
-        return self._passes.pending and self._passes.count == len(self._seen)
+        return self._passes.pending and len(self._used) == len(self._seen)
 
     @property
     def mark(self) -> Mark:
         """Where the loop is now."""
         batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count
         if not count:
-            return Mark(batches, 0, total, 0, self._passes.pending, self._counts)
-        first_batch = max(batches - self._ahead - count, 0)
-        return Mark(batches, first_batch, total, total - count + 1, self._passes.pending, True)
+            return Mark(batches, None, total, 0, self._passes.pending, self._counts)
+        return Mark(batches, self._used, total, total - count + 1, self._passes.pending, True)
 
     @property
     def waiting(self) -> Any:
@@ -311,7 +287,8 @@ class Batches:
         """Forget the batches whose step is taken: all but those that were read ahead."""
         self._thread, count = threading.get_ident(), self._passes.count
         self._passes.stepped()
-        self._seen = self._seen[self._window(count)[1] :] if self._ahead and count else []
+        self._stepped_at = self._passes.total
+        self._seen = read_ahead(self._seen, count, self._ahead)
         self._of_epoch, self._awaits = 0, False
         self._forward_passes.leave()
         self.bystanders.leave()

@@ -80,6 +80,11 @@ class Groups:
         self.outside = [parameter for key, parameter in held.items() if key not in index_of]
         self._rest = {}
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters that an optimizer holds now."""
+        held = {id(one) for of in self._optimizers for group in of.param_groups for one in group["params"]}
+        return [parameter for parameter in self._layers.parameters if id(parameter) in held]
+
     def held(self, number: int) -> list[int] | None:
         """Indices of the parameters that an optimizer holds; None if that is all of them, in their order."""
         return self._held[number]

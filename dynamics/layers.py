@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 
 import numpy as np
@@ -121,10 +121,11 @@ class Layers:
                 into.views[index].mul_(masks[name])
         return into
 
-    def vector(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors by parameter name → the blocks of their vector; zero where there is none."""
+    def vector(self, tensors: Mapping[str, Tensor], *, without: Collection[int] = ()) -> Tensor:
+        """Tensors by parameter name → the blocks of their vector; zero where there is none, or at these indices."""
         plainly = {plain_name(name): tensor for name, tensor in tensors.items()}
-        return self.zeros().take([plainly.get(name) for name in self._known]).blocks
+        known = enumerate(self._known)
+        return self.zeros().take([None if index in without else plainly.get(name) for index, name in known]).blocks
 
     def tensors(self, blocks: Tensor, names: Iterable[str]) -> list[Tensor]:
         """The vector's part of each named parameter, in the parameter's shape."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .batches import Mark
+from .seen import Mark
 
 Scalar = float | Tensor
 
@@ -124,7 +124,8 @@ class Logged:
 
     def _counts(self, name: str, entry: _Entry, step: Mark) -> bool:
         if self._announced:
-            return entry.mark.batches > step.first_batch or (self._comes_before(name) and not entry.waited)
+            used = entry.mark.batches > 0 if step.used is None else entry.mark.batches in step.used
+            return used or (self._comes_before(name) and not entry.waited)
         return entry.mark.backwards >= step.first_backward - (name in self._before)
 
     def _give_back(self, *, ends: bool = False) -> None:

@@ -129,7 +129,7 @@ class Recorder:
         place = processes.told(place)
         measurement.start_from(store, begins=place.step == 0)
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
-        counted = [] if processes.replicated else self._layers.parameters
+        counted = None if processes.replicated else groups.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)
         probing = network, objective, self._batches, measurement, processes
         self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)

@@ -95,7 +95,10 @@ class Record:
         if before < len(times) and self.steps[before] == step:
             return float(times[before])
         skipped = self.column("steps", "skipped")
-        last = flow_steps[before - 1, self._present.first]
+        row = flow_steps[before - 1]
+        last, others = row[self._present.first], np.unique(row[row != 0])
+        if last == 0 and len(others) == 1:  # the layer is frozen, the optimizer's group was stepped
+            last = others[0]
         last = self._present.flow_step if np.isnan(last) else last  # the layer's parameters differ in it
         taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
         return float(times[before - 1] + last * taken)

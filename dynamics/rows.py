@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from . import schema
-from .batches import Mark
 from .buffer import Buffer
 from .event import Event
 from .logged import Logged, Scalar
+from .seen import Mark
 
 
 class Rows:

@@ -41,6 +41,7 @@ class Measurement:
         self._make_vectors()
         self._start: Vector | None = None
         self._outside: list[tuple[Tensor, Tensor]] = []
+        self._rest: list[int] = []  # indices of the parameters that no optimizer held which took the step
         self._said = self._compared = False
 
     def present(self) -> Present:
@@ -118,7 +119,8 @@ class Measurement:
 
     def end(self, stepped: Sequence[int]) -> None:
         """Δθ and g: what the optimizers changed that stepped, and were given; nothing else is their doing."""
-        if rest := self._groups.rest(stepped):
+        self._rest = rest = self._groups.rest(stepped)
+        if rest:
             self._update.take([self._theta.views[index] for index in rest], among=rest)
             self._grad.take([None] * len(rest), among=rest)
         self._update.blocks.sub_(self._theta.blocks)
@@ -163,12 +165,12 @@ class Measurement:
         return dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
 
     def alignment(self, grad: dict[str, Tensor]) -> float:
-        """Cosine of a gradient with the one applied, over the layers that have one; 0 if it is zero in all of them.
+        """Cosine of a gradient with the one applied, over what was trained; 0 if it is zero in all of that.
 
         NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a loss may
         have been turned around for that.
         """
-        vectors = Vectors(grad=self._layers.vector(grad), applied=self._grad.blocks)
+        vectors = Vectors(grad=self._layers.vector(grad, without=self._rest), applied=self._grad.blocks)
         names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
         product, square, applied = self._layers.evaluate(names, vectors).values()
         lengths = (square[applied != 0].sum() * applied.sum()).sqrt()

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .batch import sample_count
-from .batches import Batches, Seen
+from .batches import Batches
 from .captured_curvature import CapturedCurvature
 from .errors import named
 from .logged_loss import LoggedLoss
 from .moment import Moment
 from .probe import Objective, Probe
 from .processes import Processes
+from .seen import Seen
 from .step import Measurement
 
 _Measured = TypeVar("_Measured")
@@ -222,7 +223,7 @@ class StepCurvature:
                 break
         if not found:
             return None
-        best = int(np.nanargmax([*(one.cosine for one in found), -2.0])) % len(found)  # all NaN: the first
+        best = _nearest([one.cosine for one in found])
         if not (probes[best].certain or found[best].cosine > _SURE):
             self._say_unknown(step)
             return None
@@ -259,6 +260,16 @@ class StepCurvature:
             stacklevel=2,
         )
         return None
+
+
+def _nearest(cosines: list[float]) -> int:
+    """Which gradient the one applied is: the last if that is sure, else the first, unless another is twice as near.
+
+    What clips or disturbs the gradient turns all of them away, and another batch's may happen to be the nearest then.
+    """
+    apart = np.nan_to_num(1 - np.array(cosines), nan=3.0)
+    nearest = int(np.argmin(apart))
+    return nearest if apart[nearest] < apart[0] / 2 else 0
 
 
 def _moments_that_differ(seen: list[Seen]) -> list[str]:

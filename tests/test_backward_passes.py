@@ -115,7 +115,7 @@ def test_passes_within_a_pass_are_one(tmp_path: Path, micro_batches: int) -> Non
 
 def test_passes_are_counted_at_few_parameters_once_it_is_known_where_they_arrive() -> None:
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
-    passes, hooks = BackwardPasses(list(model.parameters())), []
+    passes, hooks = BackwardPasses(lambda: list(model.parameters())), []
     model[0].requires_grad_(False)
     for step in range(5):
         if step == 3:

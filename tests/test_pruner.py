@@ -216,3 +216,12 @@ def test_nothing_need_train_on() -> None:
     assert all(torch.equal(alive, found[1][name]) for name, alive in found[0].items())
     for parameter, same in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, same)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_an_empty_parameter_costs_nothing(granularity: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    whole = Pruner(model, None, "magnitude", granularity=granularity).plan(0.3, [(torch.zeros(2, 6), torch.zeros(2))])
+    model.empty = nn.Parameter(torch.zeros(0, 3))
+    found = Pruner(model, None, "magnitude", granularity=granularity).plan(0.3, [(torch.zeros(2, 6), torch.zeros(2))])
+    assert found.attributes == whole.attributes

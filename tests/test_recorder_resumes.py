@@ -312,3 +312,21 @@ def test_a_record_whose_epochs_do_not_say_their_step_is_gone_on_with_by_its_step
     run = open_run(tmp_path / "run")
     assert run["epochs"].epoch.values.tolist() == [0, 1]
     assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_flow_time_goes_on_where_the_first_layer_is_frozen(tmp_path: Path, every: int) -> None:
+    """Its own flow step is 0, but the optimizer steps the group that it is in."""
+
+    def train(pair: Pair, resume: bool) -> None:
+        pair[0][0].requires_grad_(False)
+        with Recorder(tmp_path / "run", *pair, curvature_every=0, every=every, resume=resume) as recorder:
+            for batch in vectors(4):
+                recorder.observe(batch)
+                plain_step(*pair, batch)
+
+    train(pair := fresh(), resume=False)
+    train(loaded(checkpoint(pair)), resume=True)
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.sizes["step"] == len(range(0, 8, every))
+    np.testing.assert_allclose(steps.flow_time, 0.1 / (1 - 0.9) * steps.step, rtol=1e-12)

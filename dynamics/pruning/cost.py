@@ -65,7 +65,7 @@ def _silence(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {name: tensor.double() for name, tensor in model.named_buffers() if tensor.is_floating_point()}
     for name, parameter in model.named_parameters():
         kept = keep[name].double() if name in keep else torch.ones_like(parameter, dtype=torch.float64)
-        values[name] = kept / max(kept[0].numel(), 1) if kept.ndim > 1 else kept
+        values[name] = kept * (len(kept) / max(kept.numel(), 1)) if kept.ndim > 1 else kept
     for name, module in model.named_modules():
         if isinstance(module, NORMALISATIONS) and module.running_mean is not None:
             values[f"{name}.running_mean"] = torch.zeros_like(module.running_mean, dtype=torch.float64)

@@ -1,0 +1,210 @@
+"""Batches that no gradient came of, before, between and after those of a step: a step is of the others alone."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Batch, smooth_network, vectors
+from torch import nn
+
+from dynamics import Recorder, open_run
+
+VALIDATION = vectors(1, seed=9)[0][0]
+
+
+class Loop:
+    """A network, its recorder, and what the loop itself knew of each step."""
+
+    def __init__(self, path: Path, **how: object) -> None:
+        torch.manual_seed(0)
+        self.path, self.how, self.model = path, {"curvature_every": 1} | how, smooth_network().double()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.losses: list[float] = []  # of each step
+        self.waiting: list[float] = []  # of the micro-batches of the step to come
+
+    @contextmanager
+    def recorded(self) -> Iterator[Recorder]:
+        with Recorder(self.path, self.model, self.optimizer, **self.how) as self.recorder:
+            yield self.recorder
+
+    def validate(self) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            self.model(VALIDATION)
+        self.model.train()
+
+    def backward(self, batch: Batch, micro_batches: int = 1) -> None:
+        loss = F.cross_entropy(self.model(batch[0]), batch[1])
+        self.recorder.log(loss=loss)
+        (loss / micro_batches).backward()
+        self.waiting.append(loss.item())
+
+    def drop(self) -> None:
+        self.optimizer.zero_grad()
+        self.waiting = []
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.losses.append(np.mean(self.waiting))
+        self.drop()
+
+    def check(self) -> None:
+        """The recorded losses are the loop's, and as many steps have curvature as were due."""
+        run = open_run(self.path)
+        np.testing.assert_allclose(run["steps"].loss, self.losses, rtol=1e-12)
+        every = self.how["curvature_every"]
+        if every:
+            np.testing.assert_allclose(run["curvature"].loss_before, self.losses[::every], rtol=1e-12)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_a_batch_left_over_does_not_count_the_next_pass_as_its_own(tmp_path: Path, every: int) -> None:
+    loop, epochs = Loop(tmp_path / "run", curvature_every=every), []
+    data = [*vectors(4), tuple(part[:2] for part in vectors(1)[0])]
+    with loop.recorded() as recorder:
+        for epoch in range(3):
+            for number, batch in enumerate(recorder.watch(data)):
+                if len(batch[0]) < 5:  # the last, small one
+                    continue
+                if number == 0:
+                    loop.validate()
+                loop.backward(batch)
+                loop.step()
+                epochs.append(epoch)
+    loop.check()
+    assert open_run(loop.path)["steps"].epoch.values.tolist() == epochs
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_a_leftover_of_an_accumulation_that_is_dropped(tmp_path: Path, every: int) -> None:
+    loop, epochs = Loop(tmp_path / "run", curvature_every=every), []
+    with loop.recorded() as recorder:
+        for epoch in range(4):
+            loop.drop()
+            for batch in recorder.watch(vectors(4)):
+                loop.validate()
+                loop.backward(batch, 3)
+                if len(loop.waiting) == 3:
+                    loop.step()
+                    epochs.append(epoch)
+    loop.check()
+    assert open_run(loop.path)["steps"].epoch.values.tolist() == epochs
+
+
+def test_a_batch_is_trained_on_that_was_looked_at_first(tmp_path: Path) -> None:
+    """Selective backpropagation: what is easy is left out, after a look at its loss."""
+    loop = Loop(tmp_path / "run")
+    with loop.recorded() as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(9))):
+            loop.validate()
+            if number % 3 == 1:
+                continue
+            loop.backward(batch)
+            loop.step()
+    loop.check()
+
+
+@pytest.mark.parametrize("after", ["reading", "the forward pass"])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_a_batch_is_skipped_among_those_that_accumulate(tmp_path: Path, micro_batches: int, after: str) -> None:
+    loop = Loop(tmp_path / "run")
+    with loop.recorded() as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(13))):
+            if number % 4 == 1:
+                if after == "the forward pass":
+                    recorder.log(loss=F.cross_entropy(loop.model(batch[0]), batch[1]))
+                continue
+            loop.backward(batch, micro_batches)
+            if len(loop.waiting) == micro_batches:
+                loop.step()
+    loop.check()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_two_backward_passes_of_each_batch(tmp_path: Path, dropped: bool) -> None:
+    loop = Loop(tmp_path / "run", objective=lambda model, batch: sum(both(model, batch)))
+
+    def both(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = model(batch[0])
+        return F.cross_entropy(outputs, batch[1]), 0.1 * outputs.square().mean()
+
+    micro_batches = 2 if dropped else 1
+    with loop.recorded() as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(12))):
+            one, other = both(loop.model, batch)
+            recorder.log(loss=(one + other).detach())
+            if number % 3 == 1 and not dropped:
+                continue
+            (one / micro_batches).backward(retain_graph=True)
+            (other / micro_batches).backward()
+            loop.waiting.append((one + other).item())
+            if number % 4 == 1 and dropped:
+                loop.drop()
+            elif len(loop.waiting) == micro_batches:
+                loop.step()
+    loop.check()
+
+
+def test_gradients_of_what_no_optimizer_holds_are_not_counted(tmp_path: Path) -> None:
+    """They are never set to zero, so that all backward passes add up there."""
+    loop = Loop(tmp_path / "run")
+    loop.optimizer = torch.optim.SGD(loop.model[2].parameters(), 0.1)
+    with loop.recorded() as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(12))):
+            loop.backward(batch, 2)
+            if number % 4 == 1:
+                loop.drop()
+            elif len(loop.waiting) == 2:
+                loop.step()
+    loop.check()
+
+
+def test_where_gradients_are_clipped_by_value_the_likeliest_batch_is_taken(tmp_path: Path) -> None:
+    """No candidate's gradient points where the applied one does; that of another batch may be the nearest by chance."""
+    for seed in range(6):
+        loop = Loop(tmp_path / str(seed))
+        generator = torch.Generator().manual_seed(seed)
+        data = [
+            (0.3 * torch.randn(8, 4, generator=generator, dtype=torch.float64) + 1,
+             (torch.rand(8, generator=generator) < 0.85).long())
+            for _ in range(20)
+        ]  # fmt: skip
+        with loop.recorded() as recorder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "/curvature may be of another loss")
+            for number, batch in enumerate(recorder.watch(data)):
+                if number % 2 == 1:
+                    continue
+                loop.backward(batch)
+                nn.utils.clip_grad_value_(loop.model.parameters(), 0.01)
+                loop.step()
+        loop.check()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_part_of_each_layer_is_trained(tmp_path: Path) -> None:
+    """Biases alone: the gradient by the weights says nothing of which batches the step is of, and how they count."""
+    loop = Loop(tmp_path / "run")
+    loop.optimizer = torch.optim.SGD([one for name, one in loop.model.named_parameters() if "bias" in name], 0.1)
+    with loop.recorded() as recorder:
+        for batch in vectors(4):
+            for part in (slice(12), slice(12, None)):  # unequal, and count equally
+                recorder.observe(micro_batch := (3 * batch[0][part], batch[1][part]))
+                loop.backward(micro_batch, 2)
+            loop.step()
+    loop.check()
+
+
+def test_a_step_whose_batch_is_not_known_is_said_where_steps_are_recorded_seldom(tmp_path: Path) -> None:
+    loop = Loop(tmp_path / "run", every=2)
+    with loop.recorded() as recorder, pytest.warns(UserWarning, match="curvature is not recorded at step 1, whose"):
+        for batch in vectors(2):
+            recorder.observe(batch)
+            for _ in range(2):  # and once more on the same batch
+                loop.backward(batch)
+                loop.step()
+    assert open_run(loop.path)["curvature"].step.values.tolist() == [0, 2]

@@ -285,10 +285,10 @@ class Batches:
 
     def clear(self) -> None:
         """Forget the batches whose step is taken: all but those that were read ahead."""
-        self._thread, count = threading.get_ident(), self._passes.count
+        self._thread = threading.get_ident()
+        self._seen = read_ahead(self._seen, self._used, self._passes.count, self._ahead)
         self._passes.stepped()
         self._stepped_at = self._passes.total
-        self._seen = read_ahead(self._seen, count, self._ahead)
         self._of_epoch, self._awaits = 0, False
         self._forward_passes.leave()
         self.bystanders.leave()

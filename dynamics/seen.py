@@ -72,27 +72,36 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     """What a step may be made of, the likeliest first.
 
     With m = ``count`` backward passes whose gradients are there: the batches behind which these came or, where a loop
-    reads ``ahead``, the m before those that were read ahead; the last m; the first m; the last one, with m backward
-    passes; all of this pass over the data, which begins behind ``of_epoch`` of them; all; the last one, whatever is
-    known of m.
+    reads ``ahead``, as many before those; the m before those that were read ahead; the last m; the first m; the last
+    one, with m backward passes; the first behind which these may have come; all of this pass over the data, which
+    begins behind ``of_epoch`` of them; all; the last one, whatever is known of m.
     """
     known = trained_on(seen)
     total = len(known)
-    windows = [(total - count, total), (0, count), (total - 1, total)] if count else []
-    windows += [(of_epoch, total), (0, total), (total - 1, total)]
-    found = [known[start:end] for start, end in windows if 0 <= start < end <= total]
-    places = range(*_window(total, count, ahead)) if ahead else ()
-    likeliest = [known[place] for place in places if place < total] if ahead else [
-        seen[place - 1] for place in used if any(seen[place - 1] is one for one in known)
-    ]  # fmt: skip
-    found = [likeliest, *found] if count and likeliest else found
-    return list({tuple(map(id, one)): one for one in found}.values())
+    behind = [_behind(seen, used, ahead), known[slice(*_window(total, count, ahead))]]
+    if ahead and len(used) != count:  # several gradients of a batch, or the end of the data, where nothing is read
+        behind = behind[::-1]
+    windows = [(total - count, total), (0, count), (total - 1, total)]
+    windows = [known[start:end] for start, end in windows if 0 <= start < end <= total]
+    first = _behind(seen, used, used[0] - 1) if used else []
+    others = [known[of_epoch:], known, known[-1:]]
+    found = [*behind, *windows, first, *others] if count else others
+    ours = {id(one) for one in known}
+    found = [batches for batches in found if batches and ours.issuperset(map(id, batches))]
+    return list({tuple(map(id, batches)): batches for batches in found}.values())
 
 
-def read_ahead(seen: list[Seen], count: int, ahead: int) -> list[Seen]:
+def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) -> list[Seen]:
     """Of a loop that reads ``ahead``, the batches that are left when it steps with ``count`` gradients."""
     known = trained_on(seen)
-    return known[_window(len(known), count, ahead)[1] :] if ahead and count else []
+    if not (ahead and count):
+        return []
+    return known[_window(len(known), count, ahead)[1] if len(used) == count else -ahead :]
+
+
+def _behind(seen: list[Seen], used: Sequence[int], ahead: int) -> list[Seen]:
+    """The batches of gradients that came behind so many, if these were read so far ahead."""
+    return [seen[place - 1 - ahead] for place in used] if used and used[0] > ahead else []
 
 
 def _window(total: int, count: int, ahead: int) -> tuple[int, int]:

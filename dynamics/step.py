@@ -167,13 +167,14 @@ class Measurement:
     def alignment(self, grad: dict[str, Tensor]) -> float:
         """Cosine of a gradient with the one applied, over what was trained; 0 if it is zero in all of that.
 
-        NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a loss may
-        have been turned around for that.
+        That of each layer, weighted by the lengths there, Σ⟨g, ĝ⟩ₗ / Σ‖g‖ₗ‖ĝ‖ₗ: layers or groups that are clipped each
+        by itself keep their directions. NaN where it is not finite, or nothing was applied. Its sign says nothing where
+        an optimizer ascends: a loss may have been turned around for that.
         """
         vectors = Vectors(grad=self._layers.vector(grad, without=self._rest), applied=self._grad.blocks)
         names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
         product, square, applied = self._layers.evaluate(names, vectors).values()
-        lengths = (square[applied != 0].sum() * applied.sum()).sqrt()
+        lengths = (square * applied).sqrt().sum()
         cosine = float(product.sum() / lengths.where((lengths != 0) | ~(applied.sum() > 0), 1.0))
         return abs(cosine) if self._groups.ascend() else cosine
 

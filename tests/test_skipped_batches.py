@@ -208,3 +208,23 @@ def test_a_step_whose_batch_is_not_known_is_said_where_steps_are_recorded_seldom
                 loop.backward(batch)
                 loop.step()
     assert open_run(loop.path)["curvature"].step.values.tolist() == [0, 2]
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_that_are_clipped_each_by_itself_point_where_they_did(tmp_path: Path) -> None:
+    """The noise that the loss draws before it runs the network is that of the step, says the gradient."""
+    loop = Loop(tmp_path / "run", objective=lambda model, batch: noisy(model, batch))
+
+    def noisy(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+    with loop.recorded() as recorder:
+        for batch in recorder.watch(vectors(6)):
+            loss = noisy(loop.model, batch)
+            loss.backward()
+            loop.waiting.append(loss.item())
+            recorder.log(loss=loss)
+            for number, layer in enumerate((loop.model[0], loop.model[2])):
+                nn.utils.clip_grad_norm_(layer.parameters(), (0.001, 1.0)[number])
+            loop.step()
+    loop.check()

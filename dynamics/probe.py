@@ -42,10 +42,9 @@ def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temp
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
-        got = f"{type(batch).__name__}{many}"
+        got, listed = f"{type(batch).__name__}{many}", "give them in a list; " * isinstance(batch, Tensor)
         raise ValueError(
-            f"the cross-entropy is of batches (inputs, labels), several of them in a list, got a {got} for one: of "
-            "another loss give objective="
+            f"the cross-entropy is of batches (inputs, labels), got a {got}: {listed}of another loss give objective="
         )
     inputs, labels = batch
     outputs = model(inputs)

@@ -164,19 +164,21 @@ class Measurement:
         """The mean of a gradient over replicas."""
         return dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
 
-    def alignment(self, grad: dict[str, Tensor]) -> float:
+    def alignment(self, grad: dict[str, Tensor]) -> tuple[float, float]:
         """Cosine of a gradient with the one applied, over what was trained; 0 if it is zero in all of that.
 
-        That of each layer, weighted by the lengths there, Σ⟨g, ĝ⟩ₗ / Σ‖g‖ₗ‖ĝ‖ₗ: layers or groups that are clipped each
-        by itself keep their directions. NaN where it is not finite, or nothing was applied. Its sign says nothing where
-        an optimizer ascends: a loss may have been turned around for that.
+        And the mean of the layers' cosines, weighted by what was applied there, for layers may be clipped each by
+        itself. NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a
+        loss may have been turned around for that.
         """
         vectors = Vectors(grad=self._layers.vector(grad, without=self._rest), applied=self._grad.blocks)
         names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
         product, square, applied = self._layers.evaluate(names, vectors).values()
-        lengths = (square * applied).sqrt().sum()
-        cosine = float(product.sum() / lengths.where((lengths != 0) | ~(applied.sum() > 0), 1.0))
-        return abs(cosine) if self._groups.ascend() else cosine
+        lengths = (square[applied != 0].sum() * applied.sum()).sqrt()
+        cosine = product.sum() / lengths.where((lengths != 0) | ~(applied.sum() > 0), 1.0)
+        in_layers = product / square.sqrt().where(square != 0, 1.0)
+        found = torch.stack([cosine, in_layers.sum() / applied.sqrt().sum()])
+        return tuple((found.abs() if self._groups.ascend() else found).tolist())
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""

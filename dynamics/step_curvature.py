@@ -55,13 +55,19 @@ class _Candidate(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The loss and its gradient in a candidate's probe, and the gradient's cosine with the one applied."""
+    """A candidate's loss and gradient in its probe, its cosine with the one applied, and the mean of the layers'."""
 
     by: Measurement | CapturedCurvature
     probe: Probe
     loss: Tensor
     grad: dict[str, Tensor]
     cosine: float
+    in_layers: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the gradient is the one applied, but for its length."""
+        return self.cosine > _SURE
 
 
 class StepCurvature:
@@ -218,13 +224,13 @@ class StepCurvature:
             if measured is None:
                 return None
             grad = self._measurement.mean(measured[1])
-            found.append(_Found(by, one.probe, measured[0], grad, self._measurement.alignment(grad)))
-            if found[-1].cosine > _SURE:
+            found.append(_Found(by, one.probe, measured[0], grad, *self._measurement.alignment(grad)))
+            if found[-1].sure:
                 break
         if not found:
             return None
-        best = _nearest([one.cosine for one in found])
-        if not (probes[best].certain or found[best].cosine > _SURE):
+        best = _nearest(found)
+        if not (probes[best].certain or found[best].sure):
             self._say_unknown(step)
             return None
         self._way = probes[best].way
@@ -262,12 +268,16 @@ class StepCurvature:
         return None
 
 
-def _nearest(cosines: list[float]) -> int:
-    """Which gradient the one applied is: the last if that is sure, else the first, unless another is twice as near.
+def _nearest(found: list[_Found]) -> int:
+    """Which gradient the one applied is: the last if that is sure, else the first that is layer by layer.
 
-    What clips or disturbs the gradient turns all of them away, and another batch's may happen to be the nearest then.
+    Else the first, unless another is twice as near: what clips or disturbs a gradient turns all of them away, and
+    another batch's may happen to be the nearest then.
     """
-    apart = np.nan_to_num(1 - np.array(cosines), nan=3.0)
+    in_layers = [number for number, one in enumerate(found) if one.in_layers > _SURE]
+    if in_layers and not found[-1].sure:
+        return in_layers[0]
+    apart = np.nan_to_num([1 - one.cosine for one in found], nan=3.0)
     nearest = int(np.argmin(apart))
     return nearest if apart[nearest] < apart[0] / 2 else 0
 

@@ -165,6 +165,8 @@ class Batches:
         self.told, self._reader = True, threading.get_ident()
         if self._seen and self._seen[0].again and not self._passes.pending:  # a forward pass that led to nothing
             self._seen = []
+        if self._passes.pending:  # it was that of the batch that stays
+            self.repeat(due=False)
         self._staying, self._stays_surely = [batch] if stays else [], True
         without = len(self._seen) - self._ahead - self._passes.count
         if (without == _IDLE and self._passes.count) or len(self._seen) == _MOST:
@@ -256,9 +258,13 @@ class Batches:
     def mark(self) -> Mark:
         """Where the loop is now."""
         batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count
-        if not count:
-            return Mark(batches, None, total, 0, self._passes.pending, self._counts)
-        return Mark(batches, self._used, total, total - count + 1, self._passes.pending, True)
+        first = total - count + 1 if count else 0
+        return Mark(batches, total, first, self._passes.pending, self._counts or bool(count))
+
+    @property
+    def mark_of_step(self) -> Mark:
+        """Where it is when it steps, and of which batches."""
+        return self.mark._replace(used=self._used)
 
     @property
     def waiting(self) -> Any:

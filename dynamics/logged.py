@@ -124,8 +124,10 @@ class Logged:
 
     def _counts(self, name: str, entry: _Entry, step: Mark) -> bool:
         if self._announced:
-            used = entry.mark.batches > 0 if step.used is None else entry.mark.batches in step.used
-            return used or (self._comes_before(name) and not entry.waited)
+            used = entry.mark.batches in step.used if step.used else entry.mark.batches > 0
+            last = entry.mark.pending and entry.mark.backwards == step.backwards  # after all gradients of the step
+            read = last and entry.mark.batches == step.batches  # and after what was read ahead then
+            return used or read or (self._comes_before(name) and not entry.waited)
         return entry.mark.backwards >= step.first_backward - (name in self._before)
 
     def _give_back(self, *, ends: bool = False) -> None:

@@ -36,11 +36,11 @@ class Mark(NamedTuple):
     """Where a loop is between its batches and backward passes."""
 
     batches: int = 0  # since the last step
-    used: Sequence[int] | None = None  # behind how many of them each gradient came that is still there, if it is known
     backwards: int = 0  # so far
     first_backward: int = 0  # the first whose gradient is still there
     pending: bool = False  # whether one came since the last step
     counts: bool = False  # whether backward passes are counted
+    used: Sequence[int] = ()  # of a step: behind how many batches each gradient came that is there, if it is known
 
 
 def used(starts: Sequence[int], total: int, count: int) -> list[int]:
@@ -79,7 +79,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     known = trained_on(seen)
     total = len(known)
     behind = [_behind(seen, used, ahead), known[slice(*_window(total, count, ahead))]]
-    if ahead and len(used) != count:  # several gradients of a batch, or the end of the data, where nothing is read
+    if len(used) != count and (ahead or total == count):  # more read, or all, before the gradients came
         behind = behind[::-1]
     windows = [(total - count, total), (0, count), (total - 1, total)]
     windows = [known[start:end] for start, end in windows if 0 <= start < end <= total]
@@ -92,8 +92,10 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
 
 
 def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) -> list[Seen]:
-    """Of a loop that reads ``ahead``, the batches that are left when it steps with ``count`` gradients."""
+    """The batches that are left when a loop steps: read behind the last of its gradients, or before that, ``ahead``."""
     known = trained_on(seen)
+    if not ahead and used:
+        return [one for one in seen[used[-1] :] if not one.looked]
     if not (ahead and count):
         return []
     return known[_window(len(known), count, ahead)[1] if len(used) == count else -ahead :]

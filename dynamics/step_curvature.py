@@ -229,7 +229,7 @@ class StepCurvature:
                 break
         if not found:
             return None
-        best = _nearest(found)
+        best = _nearest(found, [one.number for one in probes[: len(found)]])
         if not (probes[best].certain or found[best].sure):
             self._say_unknown(step)
             return None
@@ -268,18 +268,20 @@ class StepCurvature:
         return None
 
 
-def _nearest(found: list[_Found]) -> int:
-    """Which gradient the one applied is: the last if that is sure, else the first that is layer by layer.
+def _nearest(found: list[_Found], numbers: list[int]) -> int:
+    """Which gradient the one applied is: the last if that is sure, else one that is layer by layer.
 
-    Else the first, unless another is twice as near: what clips or disturbs a gradient turns all of them away, and
-    another batch's may happen to be the nearest then.
+    Else that of the likeliest batches, in the way that is nearest, unless those of other ``numbers`` are twice as near:
+    what clips or disturbs a gradient turns all of them away, and other batches' may happen to be the nearest then.
     """
-    in_layers = [number for number, one in enumerate(found) if one.in_layers > _SURE]
-    if in_layers and not found[-1].sure:
-        return in_layers[0]
     apart = np.nan_to_num([1 - one.cosine for one in found], nan=3.0)
     nearest = int(np.argmin(apart))
-    return nearest if apart[nearest] < apart[0] / 2 else 0
+    near = [index for index, one in enumerate(apart) if one <= 2 * apart[nearest]]
+    in_layers = [index for index in near if found[index].in_layers > _SURE]
+    if in_layers and not found[-1].sure:
+        return in_layers[0]
+    likeliest = min((index for index, number in enumerate(numbers) if number == numbers[0]), key=lambda one: apart[one])
+    return nearest if apart[nearest] < apart[likeliest] / 2 else likeliest
 
 
 def _moments_that_differ(seen: list[Seen]) -> list[str]:

@@ -124,7 +124,7 @@ class Steps:
             moved = 1 - self._skips.get(0, 0.0)
             self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
         self._begun = False
-        self._curvature.logged(self.number - 1, self._rows.step(row, self._batches.mark).get("loss"))
+        self._curvature.logged(self.number - 1, self._rows.step(row, self._batches.mark_of_step).get("loss"))
         self.number += 1
         self._batches.clear()
         self._await_forward()

@@ -228,3 +228,85 @@ def test_layers_that_are_clipped_each_by_itself_point_where_they_did(tmp_path: P
                 nn.utils.clip_grad_norm_(layer.parameters(), (0.001, 1.0)[number])
             loop.step()
     loop.check()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("log", ["before the backward pass", "after the next is read"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_next_batch_is_read_before_the_step(
+    tmp_path: Path, watched: bool, every: int, log: str, micro_batches: int
+) -> None:
+    """As where data are copied to a GPU while it computes."""
+    loop = Loop(tmp_path / "run", curvature_every=every)
+    with loop.recorded() as recorder:
+        data = iter(recorder.watch(vectors(12)) if watched else vectors(12))
+
+        def read() -> Batch | None:
+            batch = next(data, None)
+            if batch is not None and not watched:
+                recorder.observe(batch)
+            return batch
+
+        batch = read()
+        while batch is not None:
+            loss = F.cross_entropy(loop.model(batch[0]), batch[1])
+            if log == "before the backward pass":
+                recorder.log(loss=loss)
+            (loss / micro_batches).backward()
+            loop.waiting.append(loss.item())
+            batch = read()
+            if log != "before the backward pass":
+                recorder.log(loss=loss)
+            if len(loop.waiting) == micro_batches:
+                loop.step()
+    loop.check()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_branches_that_are_used_in_turn(tmp_path: Path, to_none: bool) -> None:
+    """Backward passes are counted at few parameters, which some of them do not reach."""
+    loop = Loop(tmp_path / "run", objective=lambda model, batch: loss_of(model, batch))
+    loop.model = nn.ModuleList([smooth_network().double() for _ in range(3)])
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), 0.1)
+
+    def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(model[int(batch[1].sum()) % 3](batch[0]), batch[1])
+
+    with loop.recorded() as recorder:
+        for batch in recorder.watch(vectors(12)):
+            loss = loss_of(loop.model, batch)
+            recorder.log(loss=loss)
+            loss.backward()
+            loop.optimizer.step()
+            loop.losses.append(loss.item())
+            loop.optimizer.zero_grad(set_to_none=to_none)
+    loop.check()
+
+
+def test_a_batch_that_is_said_after_its_backward_pass(tmp_path: Path) -> None:
+    loop = Loop(tmp_path / "run")
+    with loop.recorded() as recorder:
+        for batch in vectors(6):
+            loop.backward(batch)
+            recorder.observe(batch)
+            loop.step()
+    loop.check()
+
+
+@pytest.mark.filterwarnings("ignore:/curvature may be of another loss")
+def test_all_are_read_before_their_backward_passes(tmp_path: Path) -> None:
+    """And gradients are disturbed, so that none is surely the one applied."""
+    loop = Loop(tmp_path / "run")
+    with loop.recorded() as recorder:
+        for number in range(6):
+            batches = vectors(4, seed=number)
+            for batch in batches:
+                recorder.observe(batch)
+            for batch in batches:
+                loop.backward(batch, 4)
+            for parameter in loop.model.parameters():
+                parameter.grad.add_(0.05 * torch.randn_like(parameter))
+            loop.step()
+    np.testing.assert_allclose(open_run(loop.path)["curvature"].loss_before, loop.losses, rtol=1e-12)

@@ -30,8 +30,7 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
             f"model is sharded by {sharded[0]}, whose parameters are not the network's: use FSDP2's "
             "fully_shard, or data parallelism"
         )
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        raise ValueError("the model has lazy parameters without a shape: run it once before it is recorded")
+    check_initialised(model)
     if not callable(objective):
         raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
     if not all(isinstance(count, Integral) for count in (every, curvature_every)) or every < 1 or curvature_every < 0:
@@ -42,6 +41,13 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
     held = [group["params"] for one in optimizers(optimizer) for group in one.param_groups]
     if not any(id(parameter) in ours for parameters in held for parameter in parameters):
         raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raise ValueError where a lazy module has no parameters yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} has no shape yet: run a batch through the model first")
 
 
 def as_plain(attributes: Any) -> Any:

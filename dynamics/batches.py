@@ -259,7 +259,7 @@ class Batches:
         """Where the loop is now."""
         batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count
         first = total - count + 1 if count else 0
-        return Mark(batches, total, first, self._passes.pending, self._counts or bool(count))
+        return Mark(batches, total, first, self._passes.pending, self._counts)
 
     @property
     def mark_of_step(self) -> Mark:

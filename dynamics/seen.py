@@ -93,11 +93,9 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
 
 def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) -> list[Seen]:
     """The batches that are left when a loop steps: read behind the last of its gradients, or before that, ``ahead``."""
-    known = trained_on(seen)
-    if not ahead and used:
-        return [one for one in seen[used[-1] :] if not one.looked]
-    if not (ahead and count):
-        return []
+    if not ahead:
+        return [one for one in seen[used[-1] :] if not one.looked] if used else []
+    known = trained_on(seen) if count else []
     return known[_window(len(known), count, ahead)[1] if len(used) == count else -ahead :]
 
 

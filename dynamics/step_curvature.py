@@ -109,10 +109,6 @@ class StepCurvature:
         """Whether a step is to be measured."""
         return bool(self._every) and step % self._every == 0
 
-    def ready(self, step: int) -> bool:
-        """Whether it is, and there are batches to measure it on."""
-        return self.due(step) and bool(self._batches)
-
     def stop(self) -> None:
         """Measure no more."""
         self._every, self._probes = 0, []
@@ -122,11 +118,13 @@ class StepCurvature:
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""
         self._probes = []
-        if self.due(step) and not self._batches and self._batches.told:
-            self._say_unknown(step)
-        if self.ready(step):
+        if not self.due(step):
+            return
+        if self._batches:
             self._measurement.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []
+        elif self._batches.told:
+            self._say_unknown(step)
 
     def _make_probes(self) -> list[_Candidate]:
         """Probes of what the step may be of, the likeliest first.

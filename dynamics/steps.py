@@ -78,11 +78,8 @@ class Steps:
         """
         self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
-        may_measure = self._curvature.due(self.number) if waits else self._curvature.ready(self.number)
-        self._begun, self._skips, self._waits = may_measure or self._records(), {}, waits
+        self._begun, self._skips, self._waits = self._curvature.due(self.number) or self._records(), {}, waits
         if not self._begun:
-            if not waits:
-                self._curvature.begin(self.number)  # it says so where a step is due, and its batch is not known
             return
         with self.measuring(_FIRST_ORDER):
             self._measurement.begin()

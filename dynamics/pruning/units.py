@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..arguments import check_initialised
 from ..errors import first_line
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
-from .weights import check_initialised, not_plain, within
+from .weights import not_plain, within
 
 _LEAVE = "to leave it as it is, name it in protected=(...)"
 

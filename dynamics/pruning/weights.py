@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..arguments import check_initialised
 from .channels import LAYERS
 
 
@@ -26,13 +27,6 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weights could go")
     return layers
-
-
-def check_initialised(model: nn.Module) -> None:
-    """Raise ValueError where a lazy module has no parameters yet."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name!r} has no shape yet: run a batch through the model before it is pruned")
 
 
 def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:

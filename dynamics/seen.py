@@ -53,11 +53,11 @@ def used(starts: Sequence[int], total: int, count: int) -> list[int]:
     """
     gone, found = total - count, []
     for place, start in reversed(list(enumerate(starts, 1))):
-        if total > max(start, gone):
-            found.append(place)
-        total = min(start, total)
         if total <= gone:
             break
+        if total > start:
+            found.append(place)
+        total = min(start, total)
     return found[::-1]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from networks import smooth_network, vectors
+from networks import plain_step, smooth_network, vectors
 
 import analysis
 from dynamics import Recorder, open_run
@@ -57,3 +57,16 @@ def test_runs_of_other_lengths_are_drawn_together(tmp_path: Path) -> None:
     (line,) = (line for line in accuracy.lines if len(line.get_xdata()) > 2)
     assert line.get_xdata().tolist() == [0, 1, 1.25, 2, 3]
     assert line.get_ydata()[:4] == pytest.approx([0.1, 0.4, 0.5, 0.6])
+
+
+def test_what_was_logged_before_a_training_that_is_resumed_ends_no_epoch(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        recorder.log_epoch(test_accuracy=0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0, resume=True, step=0) as recorder:
+        for epoch in range(2):
+            for batch in batches:
+                plain_step(model, optimizer, batch)
+            recorder.log_epoch(test_accuracy=ACCURACIES[epoch])
+    assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == [0, 0, 1, 1]

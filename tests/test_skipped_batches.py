@@ -13,6 +13,7 @@ from networks import Batch, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
+from dynamics.seen import Seen, candidates, read_ahead, used
 
 VALIDATION = vectors(1, seed=9)[0][0]
 
@@ -309,4 +310,62 @@ def test_all_are_read_before_their_backward_passes(tmp_path: Path) -> None:
             for parameter in loop.model.parameters():
                 parameter.grad.add_(0.05 * torch.randn_like(parameter))
             loop.step()
+    np.testing.assert_allclose(open_run(loop.path)["curvature"].loss_before, loop.losses, rtol=1e-12)
+
+
+def test_gradients_are_of_the_batches_behind_which_they_came() -> None:
+    """Against each backward pass one by one, on random orders of reading and backward passes."""
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        reads = draw.integers(0, 2, draw.integers(1, 12)).astype(bool)
+        behind, starts = [], []  # how many batches were read before each backward pass, and the other way round
+        for read in reads:
+            (starts if read else behind).append(len(behind) if read else len(starts))
+        count = int(draw.integers(0, len(behind) + 1))
+        expected = sorted({place for place in behind[len(behind) - count :] if place > 0})
+        assert used(starts, len(behind), count) == expected
+
+
+def test_what_was_read_behind_the_last_gradient_is_left_but_not_what_was_only_looked_at() -> None:
+    seen = [Seen(name, None) for name in "abcd"]
+    seen[3].looked = True
+    assert [one.batch for one in read_ahead(seen, [1, 2], 2, 0)] == ["c"]
+    assert read_ahead(seen, [], 0, 0) == read_ahead(seen, [], 0, 1) == []
+    assert [one.batch for one in read_ahead(seen[:3], [2], 1, 1)] == ["c"]
+    assert [one.batch for one in read_ahead(seen[:2], [2], 2, 1)] == ["b"]  # two gradients of one batch
+
+
+def test_several_gradients_of_a_batch_that_was_read_ahead_are_a_candidate() -> None:
+    seen = [Seen(name, None) for name in "abc"]
+    tried = [[one.batch for one in batches] for batches in candidates(seen, [3], 2, ahead=0, of_epoch=0)]
+    assert tried[0] == ["c"]
+    assert ["a"] in tried
+    assert candidates(seen, [3], 2, ahead=1, of_epoch=0)[:2] == [seen[:2], [seen[1]]]
+
+
+@pytest.mark.filterwarnings("ignore:/curvature may be of another loss")
+def test_layers_of_one_parameter_point_the_same_way_by_chance(tmp_path: Path) -> None:
+    """Each layer's cosine is 1 or -1 then: the whole gradient's tells, though it is disturbed a little."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+            self.register_buffer("mixing", torch.randn(4, 4, dtype=torch.float64))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs + self.weight * torch.tanh(inputs @ self.mixing)
+
+    loop = Loop(tmp_path / "run")
+    loop.model = nn.Sequential(Gate(), Gate(), Gate())
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), 0.02)
+    with loop.recorded() as recorder:
+        data = iter(recorder.watch(vectors(12)))
+        batch = next(data)
+        for following in data:
+            loop.backward(batch)
+            for parameter in loop.model.parameters():
+                parameter.grad.mul_(1 + 0.01 * torch.randn((), dtype=torch.float64))
+            loop.step()
+            batch = following
     np.testing.assert_allclose(open_run(loop.path)["curvature"].loss_before, loop.losses, rtol=1e-12)

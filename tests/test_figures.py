@@ -169,6 +169,16 @@ def test_what_is_no_figure_or_no_record_is_said() -> None:
         analysis.loss_decrease(xr.DataTree())
 
 
+def test_measures_are_drawn_in_turns() -> None:
+    names = [(measure, seed) for measure in ("magnitude", "loss_preservation") for seed in range(2)]
+    runs = {f"{name} {seed}": xr.DataTree() for name, seed in names}
+    for (measure, seed), run in zip(names, runs.values(), strict=True):
+        run.attrs = {"model": "net", "data": "images", "measure": measure, "seed": seed}
+    drawn = layout.by_measure(runs, runs)
+    assert list(drawn) == ["magnitude 0", "loss_preservation 0", "magnitude 1", "loss_preservation 1"]
+    assert [style["label"] is not None for style in drawn.values()] == [True, True, False, False]
+
+
 def test_a_zero_is_left_out_of_a_logarithmic_axis() -> None:
     ax = draw_over_layers(xr.DataArray([0.1, 0.0, 10.0], {"layer": ["a", "b", "c"]}, ["layer"]))
     panels.scale_axis(ax.yaxis, np.array([0.1, 0.0, 10.0]))

@@ -344,7 +344,8 @@ def test_several_gradients_of_a_batch_that_was_read_ahead_are_a_candidate() -> N
 
 
 @pytest.mark.filterwarnings("ignore:/curvature may be of another loss")
-def test_layers_of_one_parameter_point_the_same_way_by_chance(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_of_one_parameter_point_the_same_way_by_chance(tmp_path: Path, seed: int) -> None:
     """Each layer's cosine is 1 or -1 then: the whole gradient's tells, though it is disturbed a little."""
 
     class Gate(nn.Module):
@@ -357,10 +358,11 @@ def test_layers_of_one_parameter_point_the_same_way_by_chance(tmp_path: Path) ->
             return inputs + self.weight * torch.tanh(inputs @ self.mixing)
 
     loop = Loop(tmp_path / "run")
+    torch.manual_seed(seed)
     loop.model = nn.Sequential(Gate(), Gate(), Gate())
     loop.optimizer = torch.optim.SGD(loop.model.parameters(), 0.02)
     with loop.recorded() as recorder:
-        data = iter(recorder.watch(vectors(12)))
+        data = iter(recorder.watch(vectors(20, seed=seed)))
         batch = next(data)
         for following in data:
             loop.backward(batch)

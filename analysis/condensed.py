@@ -13,7 +13,7 @@ import zarr
 from numcodecs import Blosc
 
 from dynamics.places import check_folder
-from dynamics.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
+from dynamics.record.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
 from dynamics.schema import NODES, SCHEMA_VERSION, STUDIES
 
 from .prunings import prunings

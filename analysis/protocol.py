@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from dynamics.reading import configured
+from dynamics.record.reading import configured
 
 from .effect import filters_left
 from .epochs import logged

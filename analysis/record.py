@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from dynamics.reading import RecordError, experiment, open_run
+from dynamics.record.reading import RecordError, experiment, open_run
 from dynamics.schema import QUANTITIES
 
 from .condensed import SUFFIX, expand

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from machine import describe
 from torch import Tensor
 
-from dynamics.captured import Captured
-from dynamics.curvature import Expansion
-from dynamics.gates import gated_products
-from dynamics.layers import Layers
+from dynamics.curvature.expansion import Expansion
+from dynamics.curvature.gates import gated_products
+from dynamics.hardware.captured import Captured
 from dynamics.models import build
+from dynamics.network.layers import Layers
 
 FLOORS = {"gradient": 1, "gates, one direction": 2, "gates, two directions": 10 / 3}
 

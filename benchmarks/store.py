@@ -19,7 +19,7 @@ import xarray as xr
 from machine import describe
 
 from dynamics import open_run, schema
-from dynamics.store import Store
+from dynamics.record.store import Store
 
 LAYERS, BLOCK = 60, 256
 NAMES = [f"quantity_{number:02}" for number in range(40)]

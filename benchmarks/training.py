@@ -41,15 +41,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from dynamics import Recorder
-from dynamics.compiling import compiled
 from dynamics.data import ImageSet
-from dynamics.experiment import Experiment
-from dynamics.grid import grid
+from dynamics.experiments.compiling import compiled
+from dynamics.experiments.experiment import Experiment
+from dynamics.experiments.grid import grid
+from dynamics.experiments.passes import Passes
+from dynamics.experiments.training import EVALUATED_AT_ONCE
 from dynamics.models import build
-from dynamics.passes import Passes
-from dynamics.probe import cross_entropy_objective
+from dynamics.probing.probe import cross_entropy_objective
 from dynamics.pruning import Pruner
-from dynamics.training import EVALUATED_AT_ONCE
 
 TRAINED, TESTED = 50_000, 10_000  # images of CIFAR
 CURVATURE_EVERY = Experiment().curvature_every
@@ -87,7 +87,7 @@ class Trained:
         return Recorder(path, self.forward, self.optimizer, **how)
 
     def steps(self, recorder: Recorder | None) -> Steps:
-        """The loop of ``dynamics.training``."""
+        """The loop of ``dynamics.experiments.training``."""
         settings = self.experiment
         loader = self.images.batches(settings.batch_size, shuffle=True, augment=True, device=self.device)
         loss_sum, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .reading import RecordError, open_run
+from .record.reading import RecordError, open_run
 from .schema import QUANTITIES
 
 if TYPE_CHECKING:
-    from .recorder import Recorder
+    from .recording.recorder import Recorder
 
 __all__ = ["QUANTITIES", "RecordError", "Recorder", "open_run"]
 
@@ -16,7 +16,7 @@ __all__ = ["QUANTITIES", "RecordError", "Recorder", "open_run"]
 def __getattr__(name: str) -> object:
     """Import the recorder, and with it torch, when it is first asked for: records are read without torch."""
     if name == "Recorder":
-        from .recorder import Recorder
+        from .recording.recorder import Recorder
 
         return Recorder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,12 +12,12 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from .command_line import mistake
 from .data import DataError
 from .errors import one_line
-from .experiment import Experiment
-from .grid import grid
-from .protocols import Comparison, compare
-from .reading import open_run
-from .running import run
-from .summary import summary
+from .experiments.experiment import Experiment
+from .experiments.grid import grid
+from .experiments.protocols import Comparison, compare
+from .experiments.running import run
+from .record.reading import open_run
+from .record.summary import summary
 
 
 def _parser() -> ArgumentParser:
@@ -118,7 +118,7 @@ def _execute(arguments: list[str] | None) -> int:
 
 def _sweep(settings: Namespace) -> int:
     """Run a grid; 1 if not all of it is recorded, with a line on stderr for each run that failed."""
-    from .sweep import failure, sweep  # and with it Dask, which no other command needs
+    from .experiments.sweep import failure, sweep  # and with it Dask, which no other command needs
 
     experiments, folder = grid(_configuration(settings.configuration)), Path(settings.output)
     failed = sweep(experiments, folder, workers=settings.workers, scheduler=settings.scheduler)

@@ -10,8 +10,8 @@ import xarray as xr
 
 from dynamics import open_run
 from dynamics.data import Data, load
-from dynamics.experiment import Experiment
-from dynamics.running import run
+from dynamics.experiments.experiment import Experiment
+from dynamics.experiments.running import run
 
 
 def few_digits(train: int, test: int) -> Data:

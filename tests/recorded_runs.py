@@ -8,8 +8,8 @@ from networks import Batch, convolutional_network, images, plain_step, smooth_ne
 from torch import nn
 
 from dynamics import Recorder, open_run
-from dynamics.event import Event
 from dynamics.pruning import removal_curve, resampled_scores, scale_invariance, scores
+from dynamics.recording.event import Event
 
 
 def look(event: Event, model: nn.Module, batches: list[Batch]) -> None:

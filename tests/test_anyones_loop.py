@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from dynamics import Recorder, open_run
-from dynamics.masks import apply_masks
+from dynamics.network.masks import apply_masks
 
 Loss = Callable[[nn.Module, object], Tensor]
 

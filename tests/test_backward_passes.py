@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
-from dynamics.backward_passes import BackwardPasses
+from dynamics.loop.backward_passes import BackwardPasses
 
 
 class TwoHeads(nn.Module):

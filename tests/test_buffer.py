@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics import buffer, writer
-from dynamics.buffer import Buffer
-from dynamics.columns import arrays, stack
+from dynamics.record import buffer, writer
+from dynamics.record.buffer import Buffer
+from dynamics.record.columns import arrays, stack
 
 
 class Memory:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamics import captured
-from dynamics.captured import Repeated
+from dynamics.hardware import captured
+from dynamics.hardware.captured import Repeated
 
 
 class Graph:

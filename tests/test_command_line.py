@@ -15,8 +15,8 @@ import analysis.__main__
 import dynamics.__main__
 import figures.__main__
 from dynamics.data import load
-from dynamics.experiment import Experiment
-from dynamics.store import Store
+from dynamics.experiments.experiment import Experiment
+from dynamics.record.store import Store
 
 MAINS = {
     "dynamics": dynamics.__main__.main,
@@ -74,7 +74,7 @@ def test_from_nothing_to_a_report(
 ) -> None:
     digits = load("digits")
     few = replace(digits, train=digits.train.sample(512), test=digits.test.sample(64))
-    monkeypatch.setattr("dynamics.running.load", lambda name, **settings: few)
+    monkeypatch.setattr("dynamics.experiments.running.load", lambda name, **settings: few)
     run, again, drawn = (str(tmp_path / name) for name in ("run.zarr", "again.zarr", "drawn"))
     settings = tmp_path / "settings.yaml"
     settings.write_text(TINY_FILE + "measure: taylor\n")
@@ -100,10 +100,12 @@ def experiments_run(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> li
     """What the command line would run: nothing is trained."""
     seen: list[Experiment] = []
     monkeypatch.setattr("dynamics.__main__.run", lambda experiment, path: seen.append(experiment))
-    monkeypatch.setattr("dynamics.workers.run", lambda experiment, path, **settings: seen.append(experiment))
+    monkeypatch.setattr(
+        "dynamics.experiments.workers.run", lambda experiment, path, **settings: seen.append(experiment)
+    )
     for user in ("workers", "sweep"):
-        monkeypatch.setattr(f"dynamics.{user}.data_of", lambda *names: None)
-    monkeypatch.setattr("dynamics.sweep.steps_of", lambda experiment, data: 1)
+        monkeypatch.setattr(f"dynamics.experiments.{user}.data_of", lambda *names: None)
+    monkeypatch.setattr("dynamics.experiments.sweep.steps_of", lambda experiment, data: 1)
     in_this_process = ["--workers", "0"] if arguments[0] == "sweep" else []
     assert MAINS["dynamics"]([*arguments, *in_this_process]) == 0
     return seen

@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor import config
 
 from dynamics import Recorder, open_run
-from dynamics.compiling import compiled
+from dynamics.experiments.compiling import compiled
 from dynamics.pruning import Pruner
 
 

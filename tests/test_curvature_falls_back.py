@@ -25,7 +25,7 @@ def test_what_the_gates_cannot_do_is_done_by_products(
         model = smooth_network()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         if name == "products":
-            monkeypatch.setattr("dynamics.probe.gated_products", fail(reason))
+            monkeypatch.setattr("dynamics.probing.probe.gated_products", fail(reason))
         found.append(recorded(tmp_path / name, model, optimizer, vectors(3), curvature_every=1)["curvature"])
     for variable, expected in found[0].data_vars.items():
         np.testing.assert_allclose(found[1][variable], expected, rtol=1e-9, atol=1e-14, err_msg=variable)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
-from dynamics.epochs import Pass
+from dynamics.recording.epochs import Pass
 
 Step = Callable[[list[torch.Tensor]], None]
 

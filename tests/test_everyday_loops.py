@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
-from dynamics.batch import copied, sample_count, to_device
-from dynamics.moment import Moment
+from dynamics.probing.batch import copied, sample_count, to_device
+from dynamics.probing.moment import Moment
 
 
 def small() -> nn.Sequential:

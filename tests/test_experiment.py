@@ -19,10 +19,10 @@ from analysis import (
     training_curve,
 )
 from dynamics.data import Data
-from dynamics.experiment import Experiment
+from dynamics.experiments.experiment import Experiment
+from dynamics.experiments.running import run
 from dynamics.models import build
 from dynamics.pruning import MEASURES, PROTOCOLS, share_left
-from dynamics.running import run
 
 TINY = Experiment(
     width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,

@@ -14,10 +14,11 @@ import torch
 import xarray as xr
 from experiments import few_digits
 
-from dynamics import checkpoint, open_run
+from dynamics import open_run
 from dynamics.data import Data
-from dynamics.experiment import Experiment
-from dynamics.running import run
+from dynamics.experiments import checkpoint
+from dynamics.experiments.experiment import Experiment
+from dynamics.experiments.running import run
 
 TINY = Experiment(
     width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,

@@ -10,7 +10,7 @@ from dynamics.frameworks.recording import recording, simple_scalars
 
 
 def test_nothing_is_imported_unless_asked_for() -> None:
-    code = "import dynamics, dynamics.recorder, dynamics.frameworks, sys; sys.exit(bool({'lightning', "
+    code = "import dynamics, dynamics.recording.recorder, dynamics.frameworks, sys; sys.exit(bool({'lightning', "
     code += "'pytorch_lightning', 'transformers', 'accelerate'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamics import frameworks, open_run
-from dynamics.kept import kept
+from dynamics.probing.kept import kept
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")

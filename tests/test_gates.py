@@ -15,10 +15,10 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dynamics.curvature import Expansion
-from dynamics.gated_affine import Affine, inner
-from dynamics.gated_batch_norm import BatchNorm
-from dynamics.gates import gated_products
+from dynamics.curvature.expansion import Expansion
+from dynamics.curvature.gated_affine import Affine, inner
+from dynamics.curvature.gated_batch_norm import BatchNorm
+from dynamics.curvature.gates import gated_products
 from dynamics.models import MODELS, build
 
 Loss = Callable[[dict[str, Tensor]], Tensor]

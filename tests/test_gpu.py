@@ -22,10 +22,10 @@ from test_recording_is_invisible import CASES, state_after
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
-from dynamics.passes import Passes
-from dynamics.probe import Probe, cross_entropy_objective
+from dynamics.experiments.passes import Passes
+from dynamics.experiments.running import run
+from dynamics.probing.probe import Probe, cross_entropy_objective
 from dynamics.pruning import MEASURES, Pruner
-from dynamics.running import run
 
 pytestmark = pytest.mark.gpu
 

@@ -18,8 +18,8 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
-from dynamics.optimizer_hooks import OptimizerHooks
-from dynamics.probe import Probe
+from dynamics.loop.optimizer_hooks import OptimizerHooks
+from dynamics.probing.probe import Probe
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

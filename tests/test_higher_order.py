@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode
 
-from dynamics.curvature import Expansion
-from dynamics.higher_order import HigherOrder
+from dynamics.curvature.expansion import Expansion
+from dynamics.curvature.higher_order import HigherOrder
 
 CONVOLUTIONS = {
     "plain": lambda: nn.Conv2d(4, 6, 3),

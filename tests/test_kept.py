@@ -15,7 +15,7 @@ from networks import vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
-from dynamics.kept import kept
+from dynamics.probing.kept import kept
 
 RANDOM = np.random.RandomState(0)  # of a module, as scripts have it
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from prunable import NETWORKS, OPTIMIZERS, batch, goes_with, parameters_with, train, trained
 from torch import Tensor, nn
 
-from dynamics.masks import apply_masks, lift_masks, parameter_masks
 from dynamics.models import VGG, MobileNet
+from dynamics.network.masks import apply_masks, lift_masks, parameter_masks
 from dynamics.pruning import Pruner
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 import analysis
 from analysis.measures import WHOLE
 from dynamics import Recorder, open_run
-from dynamics.masks import apply_masks
+from dynamics.network.masks import apply_masks
 from dynamics.pruning import MEASURES as MEASURES_KNOWN
 from dynamics.pruning import resampled_scores, scores
 from dynamics.schema import HIGHEST_FIRST

@@ -12,7 +12,7 @@ from networks import convolutional_network, images
 from prunable import NETWORKS, batch, trained
 from torch import Tensor, nn
 
-from dynamics.curvature import Expansion
+from dynamics.curvature.expansion import Expansion
 from dynamics.pruning import MEASURES, Pruner, exponential_share_left, scores, scores_by_measure
 
 

@@ -14,7 +14,8 @@ from experiments import assert_agree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynamics import Recorder, memory_order, open_run
+from dynamics import Recorder, open_run
+from dynamics.hardware import memory_order
 from dynamics.models import MODELS, build
 from dynamics.pruning import Pruner
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from dynamics.masks import parameter_masks
+from dynamics.network.masks import parameter_masks
 from dynamics.pruning import Pruner, scores
 from dynamics.pruning.units import unit_layers
 

@@ -15,7 +15,7 @@ from analysis.conditions import by_setting
 from analysis.findings import diverged
 from dynamics import Recorder, open_run
 from dynamics.pruning import Pruner
-from dynamics.summary import summary
+from dynamics.record.summary import summary
 from figures.report import _done
 
 MEASURES = ("magnitude", "loss_preservation")

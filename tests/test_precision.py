@@ -15,7 +15,7 @@ from torch import nn
 from torch.backends import cudnn
 
 from dynamics import Recorder, open_run
-from dynamics.precision import full_precision
+from dynamics.hardware.precision import full_precision
 
 # Each in a process of its own: some of PyTorch's settings cannot be undone.
 SETTINGS = {

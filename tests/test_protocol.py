@@ -16,9 +16,10 @@ from torch import nn
 
 import analysis.__main__
 from analysis.protocol import counted, protocol_diff
-from dynamics import open_run, protocols
-from dynamics.masks import parameter_masks
-from dynamics.protocols import Comparison, compare
+from dynamics import open_run
+from dynamics.experiments import protocols
+from dynamics.experiments.protocols import Comparison, compare
+from dynamics.network.masks import parameter_masks
 from dynamics.pruning import MEASURES, PROTOCOLS, Protocol, Pruner, scores, share_left
 
 QUIRKS = [name for name in PROTOCOLS if name not in ("default", "reference")]

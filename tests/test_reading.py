@@ -16,8 +16,8 @@ import xarray as xr
 import zarr
 
 from dynamics import RecordError, open_run
-from dynamics.reading import METADATA
-from dynamics.store import Store
+from dynamics.record.reading import METADATA
+from dynamics.record.store import Store
 
 
 class Payload:
@@ -199,6 +199,6 @@ def test_opening_while_rows_are_taken_back(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_torch(record: Path) -> None:
-    code = "import dynamics.reading, sys; dynamics.reading.open_run(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    code = "import sys, dynamics; dynamics.open_run(sys.argv[1]); sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code, record], cwd=root, check=False).returncode == 0

@@ -24,8 +24,8 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
-from dynamics.curvature import Expansion
-from dynamics.layers import Layers
+from dynamics.curvature.expansion import Expansion
+from dynamics.network.layers import Layers
 from dynamics.quantities import Vectors
 
 
@@ -282,7 +282,7 @@ def test_nothing_of_second_order_is_computed_unasked(tmp_path: Path, monkeypatch
         raise AssertionError("a Hessian product that nobody asked for")
 
     monkeypatch.setattr(Expansion, "hessian_product", refuse)
-    monkeypatch.setattr("dynamics.probe.gated_products", refuse)
+    monkeypatch.setattr("dynamics.probing.probe.gated_products", refuse)
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wanted = ["grad_sqnorm", "loss_before", "loss_after"]

@@ -17,8 +17,8 @@ from networks import Batch, plain_step, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, RecordError, open_run
-from dynamics.masks import apply_masks
-from dynamics.store import Store
+from dynamics.network.masks import apply_masks
+from dynamics.record.store import Store
 
 HERE = Path(__file__).parent
 Pair = tuple[nn.Module, torch.optim.Optimizer]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from analysis import removal_curve as analysed
 from dynamics import Recorder, open_run
-from dynamics.masks import apply_masks, parameter_masks
+from dynamics.network.masks import apply_masks, parameter_masks
 from dynamics.pruning import scores
 from dynamics.pruning.curve import removal_curve
 

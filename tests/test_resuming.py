@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics import RecordError, open_run, store
+from dynamics import RecordError, open_run
+from dynamics.record import store
+from dynamics.record.store import Store
 from dynamics.schema import NODES
-from dynamics.store import Store
 
 ATTRIBUTES = {"schema_version": 1}
 
@@ -178,7 +179,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     ) as said:
         Store.reopen(path)
     assert "\n" not in str(said.value)
-    program = "import sys; from dynamics.store import Store; Store.reopen(sys.argv[1])"
+    program = "import sys; from dynamics.record.store import Store; Store.reopen(sys.argv[1])"
     command = [sys.executable, "-c", program, path]
     root = Path(__file__).parents[1]
     assert "BlockingIOError" in subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stderr

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from analysis import MissingQuantityError, grasp_and_gradient
 from analysis import scale_invariance as analysed
 from dynamics import Recorder, open_run
-from dynamics.masks import apply_masks
 from dynamics.models import VGG
-from dynamics.probe import Probe, cross_entropy_objective
+from dynamics.network.masks import apply_masks
+from dynamics.probing.probe import Probe, cross_entropy_objective
 from dynamics.pruning import scale_invariance, scores
 
 Make = Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer, efficientnet_b0, resnet18
 
 from dynamics import Recorder, open_run
-from dynamics.masks import apply_masks, parameter_masks
 from dynamics.models import build
+from dynamics.network.masks import apply_masks, parameter_masks
 from dynamics.pruning import Pruner, latency, network_cost, shrink
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]

@@ -13,7 +13,7 @@ from networks import Batch, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
-from dynamics.seen import Seen, candidates, read_ahead, used
+from dynamics.loop.seen import Seen, candidates, read_ahead, used
 
 VALIDATION = vectors(1, seed=9)[0][0]
 

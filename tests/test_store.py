@@ -10,8 +10,9 @@ import torch
 import xarray as xr
 from networks import plain_step, recorded, smooth_network, vectors
 
-from dynamics import QUANTITIES, Recorder, RecordError, open_run, store
-from dynamics.store import Store
+from dynamics import QUANTITIES, Recorder, RecordError, open_run
+from dynamics.record import store
+from dynamics.record.store import Store
 
 ATTRIBUTES = {"schema_version": 1}
 
@@ -92,7 +93,7 @@ def test_a_record_opens_by_plain_xarray_alone(tmp_path: Path) -> None:
 
 
 def test_reading_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynamics.buffer._ROWS", 2)
+    monkeypatch.setattr("dynamics.record.buffer._ROWS", 2)
     model, batches = smooth_network(), vectors(60)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seen = []
@@ -193,7 +194,7 @@ def test_what_cannot_be_written_is_never_lost_in_silence(tmp_path: Path, monkeyp
     def broken(columns: object) -> None:
         raise TypeError("Got unsupported ScalarType")
 
-    monkeypatch.setattr("dynamics.writer.arrays", broken)
+    monkeypatch.setattr("dynamics.record.writer.arrays", broken)
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     lost = r"run\.zarr is incomplete: 3 rows since \d\d:\d\d:\d\d could not be written \(Got unsupported ScalarType\)"
@@ -213,7 +214,7 @@ def test_a_closed_record_takes_nothing_more(tmp_path: Path) -> None:
 def test_a_disk_that_fails_for_a_while_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dynamics.buffer._ROWS", 2)
+    monkeypatch.setattr("dynamics.record.buffer._ROWS", 2)
     append, calls = Store.append, []
 
     def failing(self: Store, node: str, values: dict[str, np.ndarray]) -> None:

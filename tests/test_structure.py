@@ -14,12 +14,23 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dynamics", "analysis", "figures")
-OF_RECORDS = {"dynamics.reading", "dynamics.schema", "dynamics.places", "dynamics.command_line"}  # without torch
+OF_RECORDS = {f"dynamics.{name}" for name in ("record.reading", "schema", "places", "command_line")}  # without torch
 MAY_IMPORT = {
     "dynamics": {"dynamics"},
     "analysis": {"analysis", *OF_RECORDS},
     "figures": {"figures", "analysis", *OF_RECORDS},
 }
+FLOORS = (  # of dynamics, from the ground: whatever stands on one may import what stands below it
+    {"errors", "models", "places", "quantities", "schema"},
+    {"command_line", "data", "hardware", "network", "record"},
+    {"curvature"},
+    {"probing"},
+    {"loop"},
+    {"recording"},
+    {"pruning"},
+    {"experiments", "frameworks"},
+    {"__init__", "__main__"},
+)
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -27,8 +38,10 @@ def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            here = path.parts[: -node.level] if node.level else ()
+            module = ".".join([*here, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -39,6 +52,21 @@ def test_imports_point_one_way(path: Path) -> None:
             assert any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_IMPORT[package]), name
         if package != "dynamics":
             assert name.split(".")[0] not in ("torch", "torchvision")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "dynamics"], ids=str)
+def test_rooms_import_from_the_floors_below(path: Path) -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    own = path.parts[1].removesuffix(".py")
+    for name in imported(path):
+        package, room, *_ = name.split(".") if "." in name else (name, "")
+        if package == "dynamics" and room in floor_of and room != own:
+            assert floor_of[room] < floor_of[own], name
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "dynamics"}
+    assert rooms == set.union(*FLOORS)
 
 
 def test_a_record_is_studied_without_torch() -> None:

@@ -11,11 +11,11 @@ from networks import plain_step, smooth_network, vectors
 from prunable import batch, trained
 
 from dynamics import Recorder, open_run
-from dynamics.event import Event
-from dynamics.masks import apply_masks
-from dynamics.probe import cross_entropy_objective
+from dynamics.experiments.studies import add_studies
+from dynamics.network.masks import apply_masks
+from dynamics.probing.probe import cross_entropy_objective
 from dynamics.pruning import Pruner
-from dynamics.studies import add_studies
+from dynamics.recording.event import Event
 
 
 def scores(seed: int) -> xr.Dataset:

@@ -19,12 +19,13 @@ import yaml
 from distributed import Client, LocalCluster
 from test_experiment_resumes import assert_same_records, contents
 
-from dynamics import checkpoint, open_run, workers
+from dynamics import open_run
 from dynamics.__main__ import main
-from dynamics.experiment import Experiment
-from dynamics.grid import grid
-from dynamics.running import run
-from dynamics.sweep import sweep
+from dynamics.experiments import checkpoint, workers
+from dynamics.experiments.experiment import Experiment
+from dynamics.experiments.grid import grid
+from dynamics.experiments.running import run
+from dynamics.experiments.sweep import sweep
 
 TINY = Experiment(
     width=0.05, rounds=1, epochs=(3,), learning_rates=(0.1,), sparsity=0.5, batch_size=32, train_samples=60,

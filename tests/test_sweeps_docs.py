@@ -7,7 +7,7 @@ import pytest
 import yaml
 from snippets import run_snippets
 
-from dynamics.grid import grid
+from dynamics.experiments.grid import grid
 
 # Clusters end in the background, and another one on this machine may have the port of the dashboard.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:(?s)Port .* already in use")
@@ -23,7 +23,9 @@ def test_the_number_of_runs_is_the_one_it_says() -> None:
 def test_examples_run_as_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked = {}
     monkeypatch.setattr(jobqueue.SLURMCluster, "adapt", lambda cluster, **jobs: asked.update(jobs))
-    monkeypatch.setattr("dynamics.sweep.sweep", lambda runs, folder, scheduler: asked.update({scheduler: len(runs)}))
+    monkeypatch.setattr(
+        "dynamics.experiments.sweep.sweep", lambda runs, folder, scheduler: asked.update({scheduler: len(runs)})
+    )
     run_snippets(TEXT)
     shown = capsys.readouterr().out
     for line in ("#SBATCH -p gpu", "#SBATCH -t 08:00:00", "#SBATCH --gres=gpu:1", "export THETADOT_DATA=$HOME/data"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.termination import on_termination
+from dynamics.recording.termination import on_termination
 
 
 @pytest.fixture(autouse=True)

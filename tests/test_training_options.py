@@ -12,9 +12,9 @@ from experiments import few_digits, recorded
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from dynamics import training
 from dynamics.data import Data
-from dynamics.experiment import Experiment
+from dynamics.experiments import training
+from dynamics.experiments.experiment import Experiment
 from dynamics.models import build
 
 TINY = Experiment(

@@ -13,7 +13,7 @@ from networks import smooth_network, vectors
 from torch import Tensor, nn
 
 from dynamics import QUANTITIES, Recorder, open_run
-from dynamics.masks import apply_masks
+from dynamics.network.masks import apply_masks
 
 A, B = 3.0, 5.0
 ROWS = [

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from analysis import pruning_effect, pruning_effect_per_layer, removed_decrease
 from dynamics import Recorder, open_run
-from dynamics.masks import apply_masks
+from dynamics.network.masks import apply_masks
 
 Vector = Callable[[torch.Tensor], torch.Tensor]
 SHRINKAGES = (0.08, 0.04, 0.02, 0.01)

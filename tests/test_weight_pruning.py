@@ -5,7 +5,7 @@ import torch
 from prunable import NETWORKS, OPTIMIZERS, batch, train, trained
 from torch import Tensor, nn
 
-from dynamics.masks import parameter_masks
+from dynamics.network.masks import parameter_masks
 from dynamics.pruning import MEASURES, Pruner, share_left
 
 BY_WEIGHT = [name for name, row in MEASURES.items() if not row.per_filter]

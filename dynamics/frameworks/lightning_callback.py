@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recorder import Recorder
+from ..recording.recorder import Recorder
 from .recording import recording, simple_scalars
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..recorder import Recorder
+from ..recording.recorder import Recorder
 
 
 def recording(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from ..batch import sample_count
-from ..probe import Objective
-from ..recorder import Recorder
+from ..probing.batch import sample_count
+from ..probing.probe import Objective
+from ..recording.recorder import Recorder
 from .recording import recording, simple_scalars
 
 _SPREAD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

@@ -1,5 +1,6 @@
 """Pruning: importance measures, rounds, and a pruner that keeps what it removed at exactly zero."""
 
+from ..network.masks import apply_masks, parameter_masks
 from .cost import Cost, network_cost
 from .curve import removal_curve
 from .importance import scores, scores_by_measure
@@ -21,9 +22,11 @@ __all__ = [
     "Pruner",
     "Pruning",
     "Shrunk",
+    "apply_masks",
     "exponential_share_left",
     "latency",
     "network_cost",
+    "parameter_masks",
     "removal_curve",
     "resampled_scores",
     "scale_invariance",

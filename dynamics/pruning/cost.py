@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..exchanged import exchanged
-from ..masks import parameter_masks
-from ..moment import random_numbers_untouched
-from ..probe import mode_of, unwrap
+from ..network.exchanged import exchanged
+from ..network.masks import parameter_masks
+from ..probing.moment import random_numbers_untouched
+from ..probing.probe import mode_of, unwrap
 from .channels import LAYERS, NORMALISATIONS, TRANSPOSED
 
 # In the network of silence, what subtracts a mean would make zeros of ones.

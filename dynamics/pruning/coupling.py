@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..identities import is_layer
-from ..masks import parameter_masks
+from ..network.identities import is_layer
+from ..network.masks import parameter_masks
 from .channels import NORMALISATIONS, is_depthwise
 
 _NORMALISATIONS = (*NORMALISATIONS, nn.SyncBatchNorm)

@@ -10,11 +10,11 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..event import Stage, measured, predicted
-from ..layers import Layers
-from ..masks import apply_masks
-from ..probe import Objective, Probe, cross_entropy_objective, unwrap
-from ..processes import Processes
+from ..loop.processes import Processes
+from ..network.layers import Layers
+from ..network.masks import apply_masks
+from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
+from ..recording.event import Stage, measured, predicted
 from ..schema import STAGES, quantities
 from .channels import NORMALISATIONS
 from .invariance import standing

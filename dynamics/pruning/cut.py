@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import one_line
-from ..identities import is_layer
-from ..moment import random_numbers_untouched
+from ..network.identities import is_layer
+from ..probing.moment import random_numbers_untouched
 from .coupling import dependency_graph, plan, silent_units
 
 _OUTPUT = "the output"

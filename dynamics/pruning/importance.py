@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import named
-from ..probe import Objective, cross_entropy_objective, unwrap
+from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
 from .units import UnitLayer, unit_layers

@@ -9,8 +9,8 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..masks import parameter_masks
-from ..probe import Objective, Probe, cross_entropy_objective, unwrap
+from ..network.masks import parameter_masks
+from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
 from ..quantities import FORMULAS, Vectors
 from ..schema import quantities
 from .units import unit_layers

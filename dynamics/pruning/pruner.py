@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_given
-from ..batch import sample_count
-from ..masks import apply_masks, lift_masks, parameter_masks
-from ..probe import Objective, cross_entropy_objective, unwrap
+from ..network.masks import apply_masks, lift_masks, parameter_masks
+from ..probing.batch import sample_count
+from ..probing.probe import Objective, cross_entropy_objective, unwrap
+from ..recording.arguments import as_given
 from .cost import Cost, network_cost
 from .importance import at_temperature, check_settings, initial_weights, paper_temperature, scores
 from .measures import find_measure

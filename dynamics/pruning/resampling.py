@@ -10,8 +10,8 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..batch import sample_count
-from ..probe import Objective, cross_entropy_objective, unwrap
+from ..probing.batch import sample_count
+from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from .importance import (
     at_temperature,
     check_one_device,

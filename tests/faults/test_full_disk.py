@@ -13,9 +13,9 @@ import pytest
 import writers
 import xarray as xr
 
-from dynamics import writer
-from dynamics.buffer import Buffer
-from dynamics.store import Store
+from dynamics.record import writer
+from dynamics.record.buffer import Buffer
+from dynamics.record.store import Store
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 import writers
 import xarray as xr
 
-from dynamics.store import Store
+from dynamics.record.store import Store
 
 KILLS = int(os.environ.get("THETADOT_KILLS", "8"))
 _KILLS_OF_A_RECORD = 20  # after each the whole record is compared: one of a hundred kills would take minutes to read

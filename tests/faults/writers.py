@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamics import store
-from dynamics.buffer import Buffer
-from dynamics.store import Store
+from dynamics.record import store
+from dynamics.record.buffer import Buffer
+from dynamics.record.store import Store
 
 LAYERS = np.array(["first", "second", "third"])
 ATTRIBUTES = {"schema_version": 1}
@@ -140,7 +140,7 @@ def fill_the_disk(path: Path, acknowledge: Connection) -> None:
     """Write through a buffer while no file may grow beyond a few bytes, then while it may again."""
     import warnings
 
-    from dynamics import writer
+    from dynamics.record import writer
 
     warnings.simplefilter("error")  # nothing but the log says anything
     writer._RETRY_SECONDS = 0.01

@@ -1,0 +1,238 @@
+"""Exact gradients and Hessian products of a loss around fixed parameters: pure functions, no hooks, no files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import named
+from ..hardware.memory_order import channels_first
+from ..hardware.precision import full_precision
+from .graph import WayBack, nodes, on_the_way_back
+from .higher_order import HigherOrder
+
+_ONCE = "an operation of the loss is once_differentiable"
+_NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
+
+LossFunction = Callable[[dict[str, Tensor]], Tensor]
+
+
+def lacks_derivative(error: RuntimeError) -> bool:
+    """Whether it says that autograd has no further derivative of an operation."""
+    return any(reason in str(error) for reason in _NOT_TWICE)
+
+
+def _say(which: str, error: RuntimeError) -> None:
+    """That a derivative failed, unless it is known not to be there."""
+    if not lacks_derivative(error):
+        warnings.warn(f"the {which} derivative of the loss failed with {named(error)}", stacklevel=4)
+
+
+class Expansion:
+    """The second-order expansion L(θ+δ) ≈ L + gᵀδ + ½ δᵀHδ of a mean loss around θ.
+
+    ``losses`` are functions θ ↦ scalar loss, one a batch; ``weights`` their shares, which sum to 1. Over several
+    batches nothing is kept between products, so memory stays that of one batch. With one batch the graph of its
+    gradient is kept, and a product costs one backward pass through it.
+
+    Where autograd has no second derivative of an operation (some recurrent kernels), products are central differences
+    of gradients, and ``exact`` turns False. A parameter the loss does not use has g = 0 and Hv = 0. The parameters are
+    copied: what happens to the model's own tensors later changes nothing here.
+    """
+
+    def __init__(self, losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> None:
+        self._losses = list(zip(losses, weights, strict=True))
+        self.theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
+        self._leaves = list(self.theta.values())
+        self._graph: _Gradient | None = None
+        self.exact = True
+        self.loss, self.grad = self._loss_and_grad()
+
+    @full_precision()
+    def _loss_and_grad(self) -> tuple[Tensor, list[Tensor]]:
+        keep = len(self._losses) == 1
+        total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
+        for loss_of, weight in self._losses:
+            found = _gradient(loss_of, self.theta, create_graph=keep)
+            self.exact = self.exact and found.exact
+            total_loss = total_loss + weight * found.loss.detach()
+            torch._foreach_add_(total_grad, [part.detach() for part in found.grad], alpha=weight)
+            self._graph = found if keep and self.exact else None
+        return total_loss, total_grad
+
+    @full_precision()
+    def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """Hv, one tensor a parameter, by a second backward pass: H v = ∂(gᵀv)/∂θ (Pearlmutter 1994).
+
+        Where there is none, Hv ≈ (g(θ+εv) − g(θ−εv))/2ε with ε‖v‖ = ∛u (1+‖θ‖), u the rounding unit: error O(ε²).
+        """
+        vector = [channels_first(v) for v in vector]
+        if self.exact:
+            try:
+                return self._second_backward(vector)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                _say("second", error)
+                self.exact, self._graph = False, None
+        return self._difference(vector)
+
+    @full_precision()
+    def third_products(self, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """T[u, v] = ∂(vᵀHu)/∂θ for a constant direction u and each v: how Hv changes along u, by a third backward pass.
+
+        NaN where autograd has no third derivative of an operation.
+        """
+        totals = [[torch.zeros_like(leaf) for leaf in self._leaves] for _ in vectors]
+        direction, *vectors = ([channels_first(v) for v in vector] for vector in (direction, *vectors))
+        try:
+            for loss_of, weight in self._losses:
+                parts = self._third_backward(loss_of, direction, vectors)
+                for total, part in zip(totals, parts, strict=True):
+                    torch._foreach_add_(total, part, alpha=weight)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _say("third", error)
+            return [[torch.full_like(leaf, torch.nan) for leaf in self._leaves] for _ in vectors]
+        return totals
+
+    @torch.enable_grad()
+    def _third_backward(
+        self, loss_of: LossFunction, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]
+    ) -> list[list[Tensor]]:
+        found = self._twice(loss_of)
+        with on_the_way_back(found.loss, self._leaves) as way:
+            product = self._along(found.grad, direction, create_graph=True)
+            products = [self._along(product, vector, retain_graph=True) for vector in vectors]
+        self._check_whole(way)
+        return products
+
+    def _twice(self, loss_of: LossFunction) -> _Gradient:
+        """A gradient with a graph of its own."""
+        found = _gradient(loss_of, self.theta, create_graph=True)
+        if not found.exact:
+            raise RuntimeError(_ONCE)
+        return found
+
+    def _check_whole(self, way: WayBack) -> None:
+        """Raise RuntimeError where a part of the network ran again, so that a derivative lacks some of it."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        if way.again:
+            raise RuntimeError(_ONCE)
+
+    def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
+        """Gradient of the inner product of a vector that depends on θ with a constant one."""
+        if _has_none(parts):
+            raise RuntimeError(_ONCE)
+        slope = sum((part * v).sum() for part, v in zip(parts, vector, strict=True))
+        if not slope.requires_grad:  # a polynomial of lower degree
+            return [torch.zeros_like(leaf) for leaf in self._leaves]
+        return list(torch.autograd.grad(slope, self._leaves, allow_unused=True, materialize_grads=True, **graph))
+
+    def _difference(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        length, size = _norm(vector), _norm(self._leaves)
+        if not length:
+            return [torch.zeros_like(leaf) for leaf in self._leaves]
+        epsilon = (torch.finfo(size.dtype).eps ** (1 / 3) * (1 + size) / length).item()
+        ahead, behind = self._gradient_at(vector, epsilon), self._gradient_at(vector, -epsilon)
+        return list(torch._foreach_div(torch._foreach_sub(ahead, behind), 2 * epsilon))
+
+    @torch.no_grad()
+    def _gradient_at(self, vector: Sequence[Tensor], distance: float) -> list[Tensor]:
+        """g(θ + distance · v)."""
+        moved = torch._foreach_add([leaf.detach() for leaf in self._leaves], list(vector), alpha=distance)
+        losses, weights = zip(*self._losses, strict=True)
+        return mean_gradient(losses, weights, dict(zip(self.theta, moved, strict=True)))[1]
+
+    def _second_backward(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        total_product = [torch.zeros_like(leaf) for leaf in self._leaves]
+        for loss_of, weight in self._losses:
+            kept = self._graph is not None
+            found = self._graph if kept else self._twice(loss_of)
+            if _has_none(found.grad):
+                raise RuntimeError(_ONCE)
+            pairs = [(part, v) for part, v in zip(found.grad, vector, strict=True) if part.requires_grad]
+            if not pairs:  # a loss that is linear in every parameter
+                continue
+            with on_the_way_back(found.loss, self._leaves) as way:
+                product = torch.autograd.grad(
+                    [part for part, _ in pairs],
+                    self._leaves,
+                    [v for _, v in pairs],
+                    retain_graph=kept,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            self._check_whole(way)
+            torch._foreach_add_(total_product, list(product), alpha=weight)
+        return total_product
+
+
+class _Gradient(NamedTuple):
+    """A loss and its gradient, and whether its graph holds all of it."""
+
+    loss: Tensor
+    grad: list[Tensor]
+    exact: bool
+
+
+def _gradient(loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: bool = False) -> _Gradient:
+    """Not exact is one for which a part of the network ran again on the way.
+
+    An operation that runs it again may give its parameters their gradients itself: in θ, for there they are then.
+    """
+    leaves = list(theta.values())
+    with torch.enable_grad():
+        with HigherOrder() if create_graph else nullcontext():
+            loss = loss_of(theta)
+        with on_the_way_back(loss, leaves) as way:
+            grad = torch.autograd.grad(
+                loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+    if way.again:
+        grad = [part.detach() if leaf.grad is None else part.detach() + leaf.grad
+                for part, leaf in zip(grad, leaves, strict=True)]  # fmt: skip
+        for leaf in leaves:
+            leaf.grad = None
+    return _Gradient(loss if create_graph else loss.detach(), list(grad), not way.again)
+
+
+@torch.no_grad()
+@full_precision()
+def mean_gradient(
+    losses: Sequence[LossFunction], weights: Sequence[float], theta: Mapping[str, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """L = Σ_b w_b L_b at θ and its gradient, one tensor a parameter."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
+    total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
+    for loss_of, weight in zip(losses, weights, strict=True):
+        found = _gradient(loss_of, leaves)
+        total_loss = total_loss + weight * found.loss
+        torch._foreach_add_(total_grad, found.grad, alpha=weight)
+    return total_loss, total_grad
+
+
+def _has_none(grad: Sequence[Tensor]) -> bool:
+    """Whether a part of the gradient has no derivative: autograd would pass it over in silence, as a constant."""
+    return any(node.name() == "torch::autograd::Error" for node in nodes(grad))
+
+
+@torch.no_grad()
+def _norm(vector: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(vector))))
+
+
+@full_precision()
+def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> Tensor:
+    """Σ_b w_b L_b(θ), a scalar without graph; with gradients allowed, for a loss may take some itself."""
+    with torch.enable_grad():
+        copies = {name: tensor.detach().clone() for name, tensor in theta.items()}  # which the loss may change
+        leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in copies.items()}
+        return sum(weight * loss_of(leaves).detach() for loss_of, weight in zip(losses, weights, strict=True))

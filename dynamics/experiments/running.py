@@ -1,0 +1,120 @@
+"""Running an experiment: its record is begun, gone on with where it was left, or known to be finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..data import Data, load
+from ..errors import one_line
+from ..hardware.device import find_device
+from ..hardware.reproducible import reproducible
+from ..models import build
+from ..pruning import PROTOCOLS
+from ..record.reading import RecordError, check
+from ..record.store import Store
+from ..recording.recorder import Recorder
+from . import checkpoint
+from .experiment import Experiment
+from .training import Training, chosen
+
+
+def run(
+    experiment: Experiment,
+    path: str | os.PathLike,
+    *,
+    data: Data | None = None,
+    progress: bool = True,
+    report: Callable[[int], object] = lambda steps: None,
+) -> Path:
+    """Run an experiment and record it at ``path``; returns the path.
+
+    What is there of the same experiment is gone on with, from the end of its last epoch, as if it had never been
+    interrupted: the record is the same, bit for bit, on the same machine; on a GPU but for the rounding of sums. A
+    finished record is left as it is.
+
+    Args:
+        experiment: what to run.
+        path: where the record goes.
+        data: the data set, if it is loaded already.
+        progress: show a bar, one tick a step.
+        report: called with the number of steps that are done, at the start and after each.
+
+    Raises:
+        FileExistsError: something else is at ``path``. BlockingIOError: another process runs the experiment there.
+        FileNotFoundError: the data set is not on disk and ``download`` is off.
+        ValueError: the training diverged, so that nothing can be ranked. What was recorded until then is kept.
+    """
+    path = Path(path)
+    if is_finished(path, experiment):
+        return path
+    device = find_device(experiment.device)
+    data = chosen(data or load(experiment.data, root=experiment.root, download=experiment.download), experiment)
+    torch.manual_seed(experiment.seed)
+    model = build(
+        experiment.model, num_classes=data.num_classes, in_channels=data.channels, width=experiment.width
+    ).to(device)  # fmt: skip
+    optimizer = torch.optim.SGD(
+        model.parameters(), experiment.learning_rates[0], experiment.momentum, weight_decay=experiment.weight_decay,
+        fused=True,
+    )  # fmt: skip
+    training = Training(experiment, data, device, model, optimizer)
+    if (state := checkpoint.load(path)) is not None:
+        training.restore(state)
+    configuration = {
+        "experiment": json.dumps(dataclasses.asdict(experiment)),
+        "protocol": json.dumps(dataclasses.asdict(PROTOCOLS[experiment.protocol])),
+        "seed": experiment.seed,
+    }
+    with reproducible(), Recorder(
+        path, training.trained, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
+        capture=True, attributes=configuration, resume="rewind", step=training.steps,
+    ) as recorder:  # fmt: skip
+        training.run(recorder, path, report, progress=progress)
+    if recorder.failure is not None:
+        raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
+    _finish(path)
+    return path
+
+
+def is_finished(path: Path, experiment: Experiment) -> bool:
+    """Whether the record of an experiment is complete; False where there is none.
+
+    Raises:
+        FileExistsError: what is at ``path`` is not the record of this experiment.
+    """
+    if not path.exists():
+        return False
+    try:
+        attributes = check(path)[".zattrs"]
+    except RecordError as error:
+        reason = one_line(error).removeprefix(f"{path} ")
+        raise FileExistsError(
+            f"{path} exists already, and {reason}: choose another path, or remove it first"
+        ) from error
+    try:
+        recorded = Experiment.of(json.loads(attributes["experiment"])).identity
+    except (KeyError, TypeError, ValueError) as error:  # not a record, or not an experiment's
+        raise FileExistsError(f"{path} exists already: choose another path, or remove it first") from error
+    asked = experiment.identity
+    differing = [name for name in asked if recorded.get(name) != asked[name]]
+    if other := [f"{name} {recorded.get(name)!r}, not {asked[name]!r}" for name in differing]:
+        raise FileExistsError(
+            f"{path} is another experiment's, with {', '.join(other)}; choose another path, or remove it first"
+        )
+    return bool(attributes.get("finished"))
+
+
+def _finish(path: Path) -> None:
+    """Say in the record that nothing is missing."""
+    store = Store.reopen(path)
+    try:
+        store.note("finished", True)
+    finally:
+        store.close()
+    checkpoint.remove(path)

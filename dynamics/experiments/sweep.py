@@ -1,0 +1,113 @@
+"""Many experiments, each recorded once: what is finished is skipped, what was interrupted goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ..hardware.device import find_device
+from ..places import check_folder
+from .experiment import Experiment
+from .running import is_finished
+from .training import steps_of
+from .workers import connected, data_of, here, on_dask
+
+
+def sweep(
+    experiments: Iterable[Experiment], folder: Path, *, workers: int | None = None, scheduler: str | None = None
+) -> dict[str, str]:
+    """Run all experiments that are not finished; each is recorded at ``folder / NAME.zarr``.
+
+    Args:
+        experiments: see :func:`~dynamics.experiments.grid.grid`.
+        folder: where the records go; on several machines a folder that all of them have.
+        workers: processes on this machine, each with one thread; 0: this process; None: as many as it has GPUs, or
+            cores if the runs are on none.
+        scheduler: address of a Dask scheduler whose workers run the experiments instead, e.g. ``tcp://10.0.0.1:8786``.
+
+    Returns:
+        What went wrong, by the name of the run; the others went on. Empty if all are recorded.
+
+    Raises:
+        FileExistsError, NotADirectoryError: something else is at one of the paths; then none is run.
+        PermissionError: the folder may not be written.
+        KeyboardInterrupt: as somebody wished; its notes say what went wrong until then.
+        ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
+        FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
+    """
+    if workers is not None and (workers < 0 or scheduler is not None):
+        raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
+    check_folder(folder, "the records of a sweep", "out/sweep")
+    experiments = list(experiments)
+    paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
+    if len(set(paths.values())) < len(experiments):
+        raise ValueError(
+            "two experiments of the grid would write the same record: vary model, data, measure, ... or seed"
+        )
+    left = {experiment: path for experiment, path in paths.items() if not is_finished(path, experiment)}
+    for name in sorted({experiment.device for experiment in left} if scheduler is None else ()):
+        find_device(name)
+    if not left:
+        return {}
+    steps, failed = {experiment: _steps(experiment) for experiment in left}, {}
+    with ExitStack() as stack:
+        on = here
+        if workers != 0:
+            on = partial(on_dask, stack.enter_context(connected(left, workers=workers, scheduler=scheduler)))
+        bar = stack.enter_context(closing(_Bar(steps, len(paths))))
+        try:
+            for experiment, error in on(left, bar.report):
+                bar.end(experiment, error)
+                if error:
+                    failed[experiment.name] = error
+        except KeyboardInterrupt as interrupt:
+            for name, error in failed.items():
+                interrupt.add_note(failure(name, error))
+            raise
+    return failed
+
+
+def failure(name: str, error: str) -> str:
+    """A run that failed, in one line."""
+    return f"failed: {name}: {error}"
+
+
+def _steps(experiment: Experiment) -> int:
+    return steps_of(experiment, data_of(experiment.data, experiment.root, experiment.download))
+
+
+class _Bar:
+    """One bar over the steps of all runs."""
+
+    def __init__(self, steps: Mapping[Experiment, int], runs: int) -> None:
+        self._steps, self._done = steps, dict.fromkeys(steps, 0)
+        self._ended, self._runs, self._failed = set(), runs, 0
+        self._bar = tqdm(total=sum(steps.values()), desc="sweep", unit="step")
+        self._say()
+
+    def report(self, experiment: Experiment, steps: int) -> None:
+        """A run has done so many steps."""
+        if experiment not in self._ended:
+            self._bar.update(steps - self._done[experiment])
+            self._done[experiment] = steps
+
+    def end(self, experiment: Experiment, error: str) -> None:
+        """A run has ended."""
+        if not error:
+            self.report(experiment, self._steps[experiment])
+        self._ended.add(experiment)
+        self._failed += bool(error)
+        self._say()
+
+    def close(self) -> None:
+        """Leave it as it is."""
+        self._bar.close()
+
+    def _say(self) -> None:
+        failed = f", {self._failed} failed" if self._failed else ""
+        ended = self._runs - len(self._steps) + len(self._ended) - self._failed
+        self._bar.set_postfix_str(f"{ended} of {self._runs} runs recorded{failed}")

@@ -1,0 +1,202 @@
+"""The paper's protocol: train, prune in rounds, train on; all of it recorded, with a checkpoint after each epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..data import Data
+from ..hardware.captured import release_memory
+from ..network.masks import apply_masks, parameter_masks
+from ..probing.probe import Objective, cross_entropy_objective, mode_of
+from ..pruning import MEASURES, PROTOCOLS, Pruner, share_left
+from ..recording.recorder import Recorder
+from . import checkpoint
+from .compiling import compiled
+from .experiment import Experiment
+from .passes import Passes
+from .studies import add_studies
+
+Batches = list[tuple[Tensor, Tensor]]
+
+EVALUATED_AT_ONCE = 256  # images; activations of more leave a processor's cache, and take two to three times as long
+
+
+def chosen(data: Data, experiment: Experiment) -> Data:
+    """The data set with the training samples of the experiment, drawn by its seed."""
+    if not experiment.train_samples:
+        return data
+    drawn = torch.Generator().manual_seed(experiment.seed)
+    per_class = max(experiment.train_samples // data.num_classes, 1)
+    return dataclasses.replace(data, train=data.train.class_balanced(per_class, generator=drawn))
+
+
+def steps_of(experiment: Experiment, data: Data) -> int:
+    """Steps of a whole run, with all the data there is."""
+    return len(experiment.schedule()) * -(-len(chosen(data, experiment).train) // experiment.batch_size)
+
+
+class Training:
+    """The state of one experiment while it runs."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: Data,
+        device: torch.device,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.experiment, self.data, self.device = experiment, data, device
+        self.model, self.optimizer = model, optimizer
+        self.trained = compiled(model, device) if experiment.compile else model  # the same, as training steps run it
+        self.objective: Objective = partial(cross_entropy_objective, temperature=experiment.temperature)
+        self._passes = Passes(self.trained, temperature=experiment.temperature, low=experiment.precision == "bfloat16")
+        self._epochs = 0  # that are done
+        # Generators of their own, so that every measure sees the same training batches in the same order.
+        self._order = torch.Generator().manual_seed(experiment.seed)
+        self._choice = torch.Generator().manual_seed(experiment.seed + 1)
+        sample = data.train.sample(experiment.probe_samples, generator=self._choice)
+        self._probe = list(sample.batches(experiment.batch_size, device=device))
+        self._test = data.test.batches(EVALUATED_AT_ONCE, device=device)
+        self._train = data.train.batches(
+            experiment.batch_size, shuffle=True, augment=experiment.augment, generator=self._order, device=device
+        )
+        pruned = experiment.measure != "none"
+        self._pruner = None if not pruned else Pruner(
+            model, optimizer, experiment.measure, granularity=experiment.granularity, protocol=experiment.protocol,
+            keep_state=experiment.keep_momentum, initial=model.state_dict(), seed=experiment.seed,
+        )  # fmt: skip
+        if self._pruner is not None:  # now, not after an epoch
+            self._pruner.check(self._sparsity(experiment.rounds))
+
+    @property
+    def steps(self) -> int:
+        """Steps in the epochs that are done."""
+        return self._epochs * len(self._train)
+
+    def state(self) -> dict[str, Any]:
+        """All that the epochs to come depend on."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "epochs": self._epochs,
+            "model": self.model.state_dict(),
+            "masks": parameter_masks(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "alive": {} if self._pruner is None else self._pruner.alive,
+            "order": self._order.get_state(),
+            "choice": self._choice.get_state(),
+            "random": torch.get_rng_state(),
+            "random_on_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where a :meth:`state` was taken."""
+        self._epochs = state["epochs"]
+        self.model.load_state_dict(state["model"])
+        apply_masks(self.model, state["masks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._pruner is not None:
+            self._pruner.alive = state["alive"]
+        self._order.set_state(state["order"])
+        self._choice.set_state(state["choice"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_on_gpu"] is not None:
+            torch.cuda.set_rng_state(state["random_on_gpu"], self.device)
+
+    def run(self, recorder: Recorder, path: Path, report: Callable[[int], object], *, progress: bool) -> None:
+        """The epochs that are left, with the rounds of pruning in the first ones; a checkpoint after each."""
+        self.recorder, schedule, done = recorder, self.experiment.schedule(), count(self.steps + 1)
+        total = len(schedule) * len(self._train)
+        report(self.steps)
+        with closing(
+            tqdm(total=total, initial=self.steps, desc=self.experiment.name, unit="step", disable=not progress)
+        ) as bar:
+            for epoch in range(self._epochs, len(schedule)):
+                started = time.perf_counter()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = schedule[epoch]
+                train = self._epoch(lambda: (report(next(done)), bar.update()))
+                test = self._evaluate()
+                recorder.log_epoch(
+                    train_loss=train[0], train_accuracy=train[1], test_loss=test[0], test_accuracy=test[1],
+                    seconds=time.perf_counter() - started,
+                )  # fmt: skip
+                self._check_finite(epoch + 1)
+                bar.set_postfix_str(f"epoch {epoch + 1}/{len(schedule)}, test accuracy {test[1]:.1%}")
+                if self._pruner is not None and epoch < self.experiment.rounds:
+                    self._prune(epoch + 1)
+                self._epochs = epoch + 1
+                recorder.flush()
+                if recorder.failure is None:  # else the record would not reach as far as the checkpoint
+                    checkpoint.save(path, self.state())
+
+    def _check_finite(self, epoch: int) -> None:
+        """Raise ValueError where parameters are no numbers any more: they will never be again."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise ValueError(f"the training diverged in epoch {epoch}: parameters are not finite any more")
+
+    def _epoch(self, tick: Callable[[], object]) -> tuple[float, float]:
+        """Train for one epoch; mean loss and accuracy over its steps."""
+        self.model.train()
+        loss_sum, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for inputs, labels in self.recorder.watch(self._train):
+            loss, hits = self._passes(inputs, labels)
+            self.optimizer.step()
+            self.recorder.log(loss=loss)
+            loss_sum += loss * len(labels)
+            right += hits
+            tick()
+        samples = len(self.data.train)
+        return (loss_sum / samples).item(), (right / samples).item()
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[float, float]:
+        """Loss and accuracy on the test set."""
+        loss_sum, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        with mode_of(self.model, "eval"):
+            for inputs, labels in self._test:
+                logits = self.model(inputs)
+                loss = nn.functional.cross_entropy(logits / self.experiment.temperature, labels)
+                loss_sum += loss * len(labels)
+                right += (logits.argmax(1) == labels).sum()
+        samples = len(self.data.test)
+        return (loss_sum / samples).item(), (right / samples).item()
+
+    def _prune(self, round_number: int) -> None:
+        """A round; the record's target is what the schedule asks for, also where a quirk makes it more."""
+        self._passes.forget()
+        chosen = self.experiment
+        target = 1 - share_left(chosen.sparsity, chosen.rounds, round_number)
+        pruning = self._pruner.plan(self._sparsity(round_number), self._importance_batches())
+        described = pruning.attributes | {"target": target}
+        with self.recorder.event("prune", probe=self._probe, mode=chosen.probe_mode, **described) as event:
+            if chosen.studies and round_number in (1, chosen.rounds):
+                add_studies(event, self.model, pruning, self._probe, self.objective)
+            self._pruner.apply(pruning)
+            if chosen.granularity == "filter":
+                event.units(alive=pruning.alive, scores=pruning.scores)
+        release_memory()  # several times a step's, and others may share the GPU
+
+    def _sparsity(self, round_number: int) -> float:
+        """What the protocol asks of a round."""
+        chosen, protocol = self.experiment, PROTOCOLS[self.experiment.protocol]
+        return 1 - protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
+
+    def _importance_batches(self) -> Batches:
+        count, classes = self.experiment.importance_samples, self.data.num_classes
+        if MEASURES[self.experiment.measure].class_balanced:
+            images = self.data.train.class_balanced(max(count // classes, 1), generator=self._choice)
+        else:
+            images = self.data.train.sample(count, generator=self._choice)
+        return list(images.batches(self.experiment.batch_size, device=self.device))

@@ -1,0 +1,157 @@
+"""Runs on Dask's workers: each goes on where it was when its worker dies, and says how far it is."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import dask
+import torch
+from dask.system import CPU_COUNT
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+
+from ..data import Data, DataError, load
+from ..errors import named, one_line
+from ..hardware.device import find_device
+from . import checkpoint
+from .experiment import Experiment
+from .running import run
+
+_SECONDS = 0.5  # between two messages of a run
+
+Runs = Mapping[Experiment, Path]
+Report = Callable[[Experiment, int], object]
+
+
+@cache
+def data_of(name: str, root: str | None, download: bool) -> Data:
+    """A data set, read once in each process."""
+    return load(name, root=root, download=download)
+
+
+def here(runs: Runs, report: Report) -> Iterator[tuple[Experiment, str]]:
+    """Run one after the other in this process; yields each with what went wrong, "" if nothing did."""
+    for experiment, path in runs.items():
+        yield experiment, _attempt(experiment, path, lambda steps, experiment=experiment: report(experiment, steps))
+
+
+@contextmanager
+def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iterator[Client]:
+    """A client of a scheduler, or of a new one with workers on this machine, as many as it has GPUs or cores.
+
+    Raises:
+        OSError: there is no scheduler at the address.
+    """
+    with ExitStack() as stack:
+        if scheduler is None:
+            client = stack.enter_context(Client(stack.enter_context(_cluster(workers or _fitting(runs)))))
+            client.register_plugin(_Uninterrupted())
+            yield client
+            return
+        try:
+            client = stack.enter_context(Client(scheduler))
+        except (OSError, TypeError, ValueError) as error:
+            advice = "give the address that `dask scheduler` prints, e.g. tcp://10.0.0.1:8786"
+            raise OSError(f"no scheduler answers at {scheduler}: {advice}") from error
+        yield client
+
+
+def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experiment, str]]:
+    """Run on a scheduler's workers; as :func:`here`, in any order.
+
+    A run whose worker dies goes on at another, as long as it gets an epoch further each time.
+    """
+    topic, by_name = f"thetadot-{uuid.uuid4().hex}", {experiment.name: experiment for experiment in runs}
+    client.subscribe_topic(topic, lambda event: report(by_name[event[1]["run"]], event[1]["steps"]))
+    submitted: dict[Future, tuple[Experiment, int | None]] = {}
+
+    def submit(experiment: Experiment) -> Future:
+        path = runs[experiment]
+        future = client.submit(_on_worker, experiment, path, topic, pure=False)
+        submitted[future] = experiment, checkpoint.saved_at(path)
+        return future
+
+    completed = as_completed([submit(experiment) for experiment in runs])
+    for future in completed:
+        experiment, before = submitted.pop(future)
+        error = future.exception()
+        if isinstance(error, KilledWorker) and checkpoint.saved_at(runs[experiment]) != before:
+            completed.add(submit(experiment))
+        elif future.status == "finished":
+            yield experiment, future.result()
+        else:
+            yield experiment, "the scheduler has lost it" if error is None else named(error)
+
+
+@contextmanager
+def _cluster(workers: int) -> Iterator[LocalCluster]:
+    """Processes on this machine, of one thread each. No limit on memory: a network's is not Dask's to manage.
+
+    Dask has them give freed memory back to the system at once, and a training would ask for it again at each step.
+    """
+    trim = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"
+    with (
+        dask.config.set({trim: None}),
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0", silence_logs=logging.ERROR
+        ) as cluster,
+    ):
+        yield cluster
+
+
+class _Uninterrupted(WorkerPlugin):
+    """Ctrl-C in the terminal reaches all processes, and is for the first of them to hear."""
+
+    def setup(self, worker: Worker) -> None:
+        """Called in each worker's main thread."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fitting(runs: Runs) -> int:
+    """One worker a GPU if that is where the runs go, else one a core; not more than runs."""
+    on_gpu = any(find_device(name).type == "cuda" for name in {experiment.device for experiment in runs})
+    return min(len(runs), torch.cuda.device_count() if on_gpu else CPU_COUNT)
+
+
+def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
+    """A task: run, and end when nobody waits for it any more."""
+    worker, said = get_worker(), 0.0
+    key = worker.get_current_task()
+
+    def report(steps: int) -> None:
+        nonlocal said
+        task = worker.state.tasks.get(key)
+        if task is None or task.state == "cancelled":
+            raise CancelledError("nobody waits for this run any more")
+        if time.monotonic() - said > _SECONDS:
+            worker.log_event(topic, {"run": experiment.name, "steps": steps})
+            said = time.monotonic()
+
+    return _attempt(_placed(experiment, worker.name, torch.cuda.device_count()), path, report)
+
+
+def _placed(experiment: Experiment, worker: object, gpus: int) -> Experiment:
+    """The experiment on a worker's own GPU, where a machine has several and its workers are numbered."""
+    if gpus > 1 and isinstance(worker, int) and experiment.device in ("auto", "cuda"):
+        return replace(experiment, device=f"cuda:{worker % gpus}")
+    return experiment
+
+
+def _attempt(experiment: Experiment, path: Path, report: Callable[[int], object]) -> str:
+    """Run; returns what went wrong in one line, "" if nothing did."""
+    try:
+        data = data_of(experiment.data, experiment.root, experiment.download)
+        run(experiment, path, data=data, progress=False, report=report)
+    except (ValueError, OSError, DataError) as error:
+        return one_line(error)
+    except Exception as error:
+        return named(error)
+    return ""

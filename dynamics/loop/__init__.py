@@ -1,0 +1,1 @@
+"""What a training loop does, seen from outside: its passes, batches, optimizers' settings, logged values, processes."""

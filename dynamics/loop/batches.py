@@ -1,0 +1,311 @@
+"""Which batches a step is made of: those whose gradients are in ``.grad`` when the optimizer steps."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import named
+from ..probing.batch import copied
+from ..probing.bystanders import Bystanders
+from ..probing.moment import Moment, random_numbers_untouched
+from ..probing.probe import Objective, is_compiled, unwrap
+from .backward_passes import BackwardPasses
+from .forward_passes import ForwardPasses
+from .seen import Mark, Seen, candidates, read_ahead, trained_on, used
+
+_MOST = 4096  # batches of one step
+_SCRIPTED = (
+    "a ScriptModule hides what it computes, and rounds otherwise when it runs more often; train the module that it was "
+    "made of"
+)
+_IDLE = 128  # batches in a row whose gradients come to nothing
+
+
+class Batches:
+    """The batches seen since the last step, as far as their gradients have not been thrown away.
+
+    Gradients accumulate over micro-batches, but that of a batch which was skipped (by ``continue``, or by a gradient
+    scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
+    the gradient decides. The moment of a batch is that of the first forward pass with gradients after it was seen.
+    A batch that stays is that of all further steps until the next one is seen.
+
+    Attributes:
+        bystanders: the modules outside the model.
+        told: whether any batch was seen so far.
+        failure: why batches and moments are not kept any more, if they are not.
+        lost: whether, by the last :meth:`candidates`, the step cannot be measured: parameters that are not trained have
+            moved, unexpectedly. From the next step on they are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        objective: Objective,
+        counted: Callable[[], Sequence[nn.Parameter]] | None,
+    ) -> None:
+        self._model, self._device, self._compiled = unwrap(model), device, is_compiled(model)
+        self._objective = objective
+        self._seen: list[Seen] = []
+        self._staying: list[Any] = []  # the batch that stays, if one does
+        self._stays_surely = True
+        self._of_epoch = 0
+        self._ahead = 0  # how many batches the loop reads before it uses them
+        self._stepped_at = 0  # the number of backward passes until the last step
+        self._candidates: list[list[Seen]] = []
+        self._counts = counted is not None
+        self._passes = BackwardPasses(counted or list)
+        self._forward_passes = ForwardPasses(self._model, self._pass_begins, self._look)
+        self.bystanders = Bystanders(self._model, objective)
+        trained, frozen = (
+            sum(one.numel() for one in self._model.parameters() if one.requires_grad == wanted)
+            for wanted in (True, False)
+        )
+        self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
+        self._moves_frozen = self.lost = False
+        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules())
+        self.failure = _SCRIPTED if scripted else None
+        self._awaits, self._asleep = False, bool
+        self._thread = self._reader = threading.get_ident()
+        self._idle = self.told = False
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def await_forward(self, asleep: Callable[[], bool]) -> None:
+        """Until the step is taken, keep the moments of forward passes; not of a compiled model: hooks slow it down."""
+        self._awaits, self._asleep = True, asleep
+        self._seen = [self._kept(one) for one in self._seen]
+        if (self._seen or self._staying) and not self._compiled:
+            self._look_for_passes()
+
+    def _look_for_passes(self) -> None:
+        with self._not_in_the_loop():
+            self._forward_passes.look()
+
+    def _pass_begins(self, module: nn.Module) -> None:
+        """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
+        if self._asleep():
+            return
+        if self._seen:
+            self._seen[-1].looked = False  # it is trained on after all
+        if not self._awaits or self.failure:
+            return
+        with self._not_in_the_loop():
+            self.repeat(due=True)
+            if (waiting := self._next_to_pass(module)) is not None:
+                before, waiting.moment, waiting.passed = waiting.moment, self._moment(), True
+                waiting.moment.others = before.others if before else {}
+                waiting.gradient_moment = waiting.last_moment = None
+                waiting.passed_at = self._passes.total
+                waiting.evaluated_at = None if _trains(module) else self._passes.total
+                for other in (seen for seen in self._seen if not seen.passed):  # perhaps it is of one of them
+                    other.gradient_moment = other.last_moment = waiting.moment
+            elif self._seen:
+                last = self._seen[-1]
+                last.last_moment = again = self._moment()
+                if self._passes.total == last.passed_at:
+                    last.gradient_moment = again
+                again.others = last.moment.others | (last.later.others if last.later else {})
+
+    def _look(self) -> None:
+        """The model runs without gradients: it evaluates the last batch, if that is not one to train on after all."""
+        if self._seen and not self._seen[-1].passed:
+            self._seen[-1].looked = True
+
+    @property
+    def source(self) -> Any:
+        """The pass over the data that the step's last batch came from; None if that is not known."""
+        ours = [seen for seen in self._seen if not seen.looked] or self._seen
+        return ours[-1].source if ours else None
+
+    def _are_moved(self) -> bool:
+        """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
+        first = self._seen[0].first_moment if self._seen else None  # what moved since a later one moved since this, too
+        moved = first is not None and first.moved
+        lost = moved and not self._keeps_frozen
+        self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
+        return lost
+
+    def _moment_of_last(self) -> Moment | None:
+        """Of the batch that a module outside the model runs on: the last that passed, until its gradient is there."""
+        self.repeat(due=True)
+        last = next((seen for seen in reversed(self._seen) if seen.passed), None)
+        if last is None or last.passed_at != self._passes.total:
+            waiting = next((seen for seen in self._seen if not seen.passed), None)
+            if waiting is None and last is not None:
+                last.later = last.later or self._moment()
+                return last.later
+            last = waiting
+        return None if last is None else last.moment
+
+    def _next_to_pass(self, module: nn.Module) -> Seen | None:
+        """The batch whose forward pass begins: the first that had none.
+
+        Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
+        """
+        if _trains(module):
+            gone = self._passes.are_gone
+            for seen in self._seen:
+                if seen.evaluated_at is not None and (gone or seen.evaluated_at == self._passes.total):
+                    seen.passed, seen.evaluated_at = False, None
+        waiting = [seen for seen in self._seen if not seen.passed]
+        return next((seen for seen in waiting if not seen.looked), waiting[0] if waiting else None)
+
+    def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
+        """One more batch; with what its step needs if it is ``due`` to be measured."""
+        self.told, self._reader = True, threading.get_ident()
+        if self._seen and self._seen[0].again and not self._passes.pending:  # a forward pass that led to nothing
+            self._seen = []
+        if self._passes.pending:  # it was that of the batch that stays
+            self.repeat(due=False)
+        self._staying, self._stays_surely = [batch] if stays else [], True
+        without = len(self._seen) - self._ahead - self._passes.count
+        if (without == _IDLE and self._passes.count) or len(self._seen) == _MOST:
+            if not self._idle:
+                warnings.warn(
+                    f"the gradients of {_IDLE} batches in a row led to no step of the optimizer: is it still the one "
+                    "that was given?",
+                    stacklevel=3,
+                )
+            self._idle = True
+            self._seen = self._seen[-1:]
+        self._see(batch, due=due, source=source)
+
+    def repeat(self, *, due: bool) -> None:
+        """A further step of the batch that stays, if one does."""
+        if self._staying and not self._seen:
+            self._see(*self._staying, due=due, again=True)
+
+    def leave(self, *, whole: bool = True) -> None:
+        """No batch stays any longer; or, where the loop let go of a pass over the data, perhaps its last one."""
+        self._stays_surely = False
+        if whole:
+            self._staying = []
+
+    def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
+        seen_at = self._stepped_at if again else self._passes.total
+        seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source, seen_at=seen_at)
+        self._seen.append(self._kept(seen) if due else seen)
+        if due and self._awaits and not self._compiled:
+            self._look_for_passes()
+            self.bystanders.watch(self._moment_of_last, self._asleep)
+
+    def _kept(self, seen: Seen) -> Seen:
+        """With a copy of the batch, and the moment it is: in another thread than that of the steps there is none."""
+        if threading.get_ident() != self._thread:  # random generators are the loop's, which runs meanwhile
+            return replace(seen, batch=copied(seen.batch))
+        with self._not_in_the_loop(), random_numbers_untouched(self._device):
+            moment = self._moment()
+            return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
+        return seen
+
+    @contextmanager
+    def _not_in_the_loop(self) -> Iterator[None]:
+        """What cannot be kept is noted for the step, instead of an exception in the user's loop."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or named(error)
+
+    def _moment(self) -> Moment:
+        return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
+
+    def candidates(self) -> list[list[Seen]]:
+        """What the step that is about to be taken may be made of, the likeliest first."""
+        self._passes.choose()
+        if self._reader != threading.get_ident():
+            raise RuntimeError(
+                "the batches are read in another thread than that of the steps: watch what the loop itself iterates, "
+                "recorder.watch(...) around what reads ahead"
+            )
+        self.lost = self._are_moved()
+        of_epoch = self._of_epoch if self._passes else 0
+        self._candidates = candidates(self._seen, self._used, self._passes.count, ahead=self._ahead, of_epoch=of_epoch)
+        return self._candidates
+
+    def chosen(self, candidate: int) -> None:
+        """It is this candidate, says the gradient. Where that is not the likeliest, what follows it was read ahead."""
+        if candidate:
+            last = self._candidates[candidate][-1]
+            self._ahead = next(after for after, seen in enumerate(reversed(trained_on(self._seen))) if seen is last)
+
+    @property
+    def _used(self) -> list[int]:
+        """Behind how many batches, of those since the last step, each gradient came that is still there."""
+        starts = [seen.seen_at for seen in self._seen] or [self._stepped_at] * len(self._staying)
+        return used(starts, self._passes.total, self._passes.count)
+
+    @property
+    def wasted(self) -> int:
+        """How many backward passes since the last step led to nothing."""
+        return self._passes.wasted
+
+    @property
+    def all_used(self) -> bool:
+        """Whether gradients are there of as many batches as wait for their step."""
+        return self._passes.pending and len(self._used) == len(self._seen)
+
+    @property
+    def mark(self) -> Mark:
+        """Where the loop is now."""
+        batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count
+        first = total - count + 1 if count else 0
+        return Mark(batches, total, first, self._passes.pending, self._counts)
+
+    @property
+    def mark_of_step(self) -> Mark:
+        """Where it is when it steps, and of which batches."""
+        return self.mark._replace(used=self._used)
+
+    @property
+    def waiting(self) -> Any:
+        """Which batches wait for their step now, to :meth:`wait_again`."""
+        return list(self._seen), self._staying, self._stays_surely, self._of_epoch
+
+    def look_for_evaluation(self) -> Callable[[], bool]:
+        """From now on; what is returned says whether the model has run since, as far as that can be known."""
+        if not self._compiled and self.failure is None:
+            self._look_for_passes()
+        before = self._forward_passes.count
+        return lambda: self._forward_passes.count > before
+
+    def wait_again(self, waiting: Any) -> None:
+        """The batches that did wait for their step, and none that came since."""
+        self._seen, self._staying, self._stays_surely, self._of_epoch = waiting
+
+    def begin_epoch(self) -> None:
+        """A pass over the data begins."""
+        if not self._counts:
+            self._seen = []
+        self._of_epoch = len(self._seen)
+        self.leave()
+
+    def clear(self) -> None:
+        """Forget the batches whose step is taken: all but those that were read ahead."""
+        self._thread = threading.get_ident()
+        self._seen = read_ahead(self._seen, self._used, self._passes.count, self._ahead)
+        self._passes.stepped()
+        self._stepped_at = self._passes.total
+        self._of_epoch, self._awaits = 0, False
+        self._forward_passes.leave()
+        self.bystanders.leave()
+
+    def close(self) -> None:
+        """Remove the hooks, and let the batches go."""
+        self.clear()
+        self.leave()
+        self._passes.close()
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a part of it is in training mode."""
+    return any(part.training for part in module.modules())

@@ -1,0 +1,216 @@
+"""What the optimizers say of each parameter: whether it is theirs, its learning rate, flow time and weight decay."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..network.blocks import Vector, is_any_missing
+from ..network.layers import Layers
+
+Group = Mapping[str, Any]
+
+
+class _Said(NamedTuple):
+    """What an optimizer said of a group right before it stepped: a scheduler may say otherwise right after."""
+
+    rate: float
+    flow_step: float
+    decay: float
+
+
+class _Spread(NamedTuple):
+    """A number for each group of what is trained, and spread over layers or blocks: kept, for it seldom changes."""
+
+    trained: Mapping[int, Group]
+    groups: list[Group]
+    numbers: list[float] | None = None
+    over: Any = None
+
+
+class Groups:
+    """The parameter groups of one or more optimizers, by parameter and by layer; looked up again when they change.
+
+    A parameter is trained in a step if an optimizer that took it holds the parameter and was given a gradient for it.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], layers: Layers) -> None:
+        self._optimizers, self._layers = optimizers, layers
+        self._of: tuple | None = None
+        self._rest: dict[tuple[int, ...], list[int]] = {}
+        self._rescaled: set[int] = set()  # groups, by id, of optimizers that do not step along the gradient
+        self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
+        self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
+        self._said: dict[int, _Said] = {}  # by the group's id
+        self._known: dict[str, _Spread] = {}  # the last of each kind
+        self._decays: list[float] = []
+        self._decay = torch.empty(0)
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several optimizers."""
+        return len(self._optimizers) > 1
+
+    def refresh(self) -> None:
+        """Look up which group each parameter is in, if a group or the model changed."""
+        groups = [group for one in self._optimizers for group in one.param_groups]  # others, if a state was loaded
+        now = (self._layers.version, *((id(group), *map(id, group["params"])) for group in groups))
+        if now == self._of:
+            return
+        self._of = now
+        self._rescaled = {id(group) for one in self._optimizers if _rescales(one) for group in one.param_groups}
+        index_of = {id(parameter): index for index, parameter in enumerate(self._layers.parameters)}
+        self._group_of = [
+            {
+                index_of[id(parameter)]: group
+                for group in one.param_groups
+                for parameter in group["params"]
+                if id(parameter) in index_of
+            }
+            for one in self._optimizers
+        ]
+        every = list(range(len(self._layers.parameters)))
+        self._held = [None if list(groups) == every else list(groups) for groups in self._group_of]
+        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        self.outside = [parameter for key, parameter in held.items() if key not in index_of]
+        self._rest = {}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters that an optimizer holds now."""
+        held = {id(one) for of in self._optimizers for group in of.param_groups for one in group["params"]}
+        return [parameter for parameter in self._layers.parameters if id(parameter) in held]
+
+    def held(self, number: int) -> list[int] | None:
+        """Indices of the parameters that an optimizer holds; None if that is all of them, in their order."""
+        return self._held[number]
+
+    def rest(self, stepped: Sequence[int]) -> list[int]:
+        """Indices of the parameters that none of the optimizers which stepped holds."""
+        if tuple(stepped) not in self._rest:
+            held = {index for number in stepped for index in self._group_of[number]}
+            self._rest[tuple(stepped)] = [i for i in range(len(self._layers.parameters)) if i not in held]
+        return self._rest[tuple(stepped)]
+
+    def listen(self, number: int) -> None:
+        """An optimizer is about to step: what it says of its groups now is what it steps by."""
+        for group in self._optimizers[number].param_groups:
+            self._said[id(group)] = _Said(_rate(group), self._flow_step(group), _decay(group))
+
+    def gradient(self, number: int, into: Vector) -> None:
+        """Copy g of the parameters that an optimizer holds as it will apply it, without a gradient scaler's factor."""
+        groups, held, parameters = self._group_of[number], self._held[number], self._layers.parameters
+        grads = [one.grad for one in (parameters if held is None else [parameters[index] for index in held])]
+        into.take(grads, among=held)
+        if is_any_missing(grads):
+            pairs = zip(groups.items(), grads, strict=True)
+            groups = {index: group for (index, group), grad in pairs if grad is not None}
+        self._trained[number] = groups
+        scale = getattr(self._optimizers[number], "grad_scale", None)  # set during a fused step only
+        if scale is not None:
+            torch._foreach_div_(into.views if held is None else [into.views[index] for index in held], scale)
+
+    def skips(self, number: int) -> Tensor | None:
+        """1 where a gradient scaler makes an optimizer skip its step, else 0; known during a fused step only."""
+        found = getattr(self._optimizers[number], "found_inf", None)
+        return None if found is None else found.detach().reshape(()).to(self._layers.sums_dtype)
+
+    def trained(self, stepped: Sequence[int]) -> dict[int, Group]:
+        """Group of each parameter that the optimizers which stepped have trained, by the parameter's index."""
+        if len(stepped) == 1:
+            return self._trained[stepped[0]]
+        return {index: group for number in stepped for index, group in self._trained[number].items()}
+
+    def learning_rate(self, trained: Mapping[int, Group]) -> np.ndarray:
+        """η of each layer, (layer,): 0 where nothing is trained, NaN where a layer's parameters differ in it.
+
+        NaN, too, where the optimizer has none to tell.
+        """
+        return self._spread(trained, "rate", self._by_layer)
+
+    def flow_step(self, trained: Mapping[int, Group]) -> np.ndarray:
+        """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`; NaN where there is none."""
+        return self._spread(trained, "flow_step", self._by_layer)
+
+    def decay(self, trained: Mapping[int, Group]) -> Tensor:
+        """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
+        return self._spread(trained, "decay", self._by_block)
+
+    def _spread(
+        self,
+        trained: Mapping[int, Group],
+        number: str,
+        over: Callable[[Mapping[int, float]], Any],
+    ) -> Any:
+        """What ``over`` makes of a group's number, by index of what is trained: made when a number changes."""
+        known = self._known.get(number)
+        if known is None or known.trained is not trained:
+            known = _Spread(trained, list({id(group): group for group in trained.values()}.values()))
+        numbers = [getattr(self._said[id(group)], number) for group in known.groups]
+        if known.numbers != numbers:
+            of_group = dict(zip(map(id, known.groups), numbers, strict=True))
+            found = over({index: of_group[id(group)] for index, group in trained.items()})
+            known = self._known[number] = known._replace(numbers=numbers, over=found)
+        return known.over
+
+    def _by_layer(self, rates: Mapping[int, float]) -> np.ndarray:
+        found: list[set[float]] = [set() for _ in self._layers.names]
+        for index, rate in rates.items():
+            found[self._layers.layer_of_parameter[index]].add(rate)
+        return np.array([0.0 if not rates else rates.pop() if len(rates) == 1 else np.nan for rates in found])
+
+    def _by_block(self, decays: Mapping[int, float]) -> Tensor:
+        of_each = [decays.get(index, 0.0) for index in range(len(self._layers.parameters))]
+        if [self._of, *of_each] != self._decays:
+            self._decays = [self._of, *of_each]
+            self._decay = self._layers.per_block(of_each)
+        return self._decay
+
+    def first(self) -> tuple[int, float]:
+        """Layer of the first parameter of the first group that the model knows, and the flow time of its step."""
+        self.refresh()
+        first = next(iter(self._group_of[0]), 0)
+        return self._layers.layer_of_parameter[first], self._flow_step(self._optimizers[0].param_groups[0])
+
+    def first_flow_step(self) -> float:
+        """Flow time of a step in the first group of the first optimizer, when that last stepped."""
+        group = self._optimizers[0].param_groups[0]
+        said = self._said.get(id(group))
+        return self._flow_step(group) if said is None else said.flow_step
+
+    def _flow_step(self, group: Group) -> float:
+        """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β); ascent goes back."""
+        if id(group) in self._rescaled:
+            return np.nan
+        momentum = _number(group.get("momentum"))
+        rate = -_rate(group) if group.get("maximize") else _rate(group)
+        return rate * (1 - _number(group.get("dampening"))) / (1 - momentum) if 0 < momentum < 1 else rate
+
+    def ascend(self) -> bool:
+        """Whether an optimizer steps uphill."""
+        return any(group.get("maximize") for one in self._optimizers for group in one.param_groups)
+
+
+def _rate(group: Group) -> float:
+    return _number(group.get("lr"), np.nan)
+
+
+def _decay(group: Group) -> float:
+    return _number(group.get("weight_decay"))
+
+
+def _number(value: Any, absent: float = 0.0) -> float:
+    """What an optimizer says as a number; NaN where it is none."""
+    try:
+        return absent if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return np.nan
+
+
+def _rescales(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its steps may not go along the gradient: those of SGD do, and of who has its step from SGD."""
+    return inspect.unwrap(type(optimizer).step) is not inspect.unwrap(torch.optim.SGD.step)

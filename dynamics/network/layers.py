@@ -1,0 +1,168 @@
+"""A network seen as layers: its parameters by name, θ and g as vectors over all of them, sums over each layer's."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import attrgetter, is_
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..quantities import Vectors, evaluate, sums
+from .blocks import Layout, Vector
+from .masks import parameter_masks
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name before compilation, a parametrization or torch.nn.utils.prune made it ``conv.weight_orig``."""
+    name = name.replace("_orig_mod.", "")
+    return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name).removesuffix("_orig")
+
+
+_kind = attrgetter("shape", "dtype", "device")
+
+
+class Layers:
+    """The layers of a model: the modules that own its parameters, by qualified name.
+
+    Parameters are known by name, so a pruning may replace Parameter objects; :meth:`refresh` looks them up again. A
+    parameter that several modules share counts once, in the first of them. One that is added later is not recorded,
+    one that is gone counts as zero.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known = [plain_name(name) for name, _ in model.named_parameters()]
+        owners = [name.rpartition(".")[0] or "(root)" for name in self._known]
+        self.names = list(dict.fromkeys(owners))
+        self.layer_of_parameter = [self.names.index(owner) for owner in owners]
+        self.version = 0
+        self._look_up()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self._layout.device
+
+    @property
+    def on_one_gpu(self) -> bool:
+        """Whether all parameters are on one GPU."""
+        return self._layout.on_one_gpu
+
+    def refresh(self) -> None:
+        """Look the parameters up again if one, or a module, was replaced, added, removed or given another type."""
+        tables, keys, values = self._slots
+        if (
+            list(map(len, self._tables)) != self._sizes
+            or not all(map(is_, map(dict.get, tables, keys), values))
+            or list(map(_kind, self.parameters)) != self._kinds
+        ):
+            self._look_up()
+            self.version += 1
+
+    def _look_up(self) -> None:
+        tables = (table for module in self._model.modules() for table in (module._modules, module._parameters))
+        self._tables = [table for table in tables if isinstance(table, dict)]  # a ScriptModule's stay as they are
+        self._sizes = list(map(len, self._tables))
+        slots = [(table, key, value) for table in self._tables for key, value in table.items()]
+        self._slots = [[slot[part] for slot in slots] for part in range(3)]  # tables, keys, values
+        found = {plain_name(name): (name, parameter) for name, parameter in self._model.named_parameters()}
+        if added := [name for name in found if name not in self._known]:
+            warnings.warn(f"parameters that came after recording began are not recorded: {added}", stacklevel=5)
+        absent = (None, torch.empty(0))
+        self._found = [found.get(name, absent) for name in self._known]
+        self.parameters = [parameter for _, parameter in self._found]
+        self._kinds = list(map(_kind, self.parameters))
+        self._layout = Layout(self.parameters)
+        layer_of = torch.tensor(self.layer_of_parameter)
+        self.layer_of_block = layer_of.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
+        # torch.nn.utils.prune leaves its parameter as it was, and multiplies by the mask in the forward pass
+        self._elsewhere = [
+            (index, name) for index, (name, _) in enumerate(self._found) if (name or "").endswith("_orig")
+        ]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter by its plain name."""
+        return dict(zip(self._known, self._layout.shapes, strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the vectors."""
+        return self._layout.dtype
+
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        """Precision of sums: double where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def zeros(self) -> Vector:
+        """A vector over all parameters, zero everywhere."""
+        return self._layout.zeros()
+
+    def per_block(self, values: Sequence[float]) -> Tensor:
+        """One number a parameter → one a block, (block,)."""
+        per_parameter = torch.tensor(values, dtype=self._layout.dtype)
+        return per_parameter.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
+
+    @torch.no_grad()
+    def theta(self, into: Vector, among: Sequence[int] | None = None) -> Vector:
+        """Copy θ into a vector, zero where it is pruned; ``among`` names the parameters, by default all."""
+        into.take(self.parameters if among is None else [self.parameters[index] for index in among], among)
+        masks = parameter_masks(self._model) if self._elsewhere else {}
+        for index, name in self._elsewhere:
+            if name in masks:
+                into.views[index].mul_(masks[name])
+        return into
+
+    def vector(self, tensors: Mapping[str, Tensor], *, without: Collection[int] = ()) -> Tensor:
+        """Tensors by parameter name → the blocks of their vector; zero where there is none, or at these indices."""
+        plainly = {plain_name(name): tensor for name, tensor in tensors.items()}
+        known = enumerate(self._known)
+        return self.zeros().take([None if index in without else plainly.get(name) for index, name in known]).blocks
+
+    def tensors(self, blocks: Tensor, names: Iterable[str]) -> list[Tensor]:
+        """The vector's part of each named parameter, in the parameter's shape."""
+        vector = self.zeros()
+        vector.blocks.copy_(blocks)
+        views = dict(zip(self._known, vector.views, strict=True))
+        return [views[plain_name(name)] for name in names]
+
+    def named(self, vector: Vector) -> dict[str, Tensor]:
+        """The vector's part of each parameter that the model has, by the name it has there."""
+        parts = zip(self._found, vector.views, strict=True)
+        return {name: view for (name, _), view in parts if name is not None}
+
+    @property
+    def layer_of(self) -> dict[str, int]:
+        """Index of the layer of each parameter, by the name that the model has for it."""
+        parts = zip(self._found, self.layer_of_parameter, strict=True)
+        return {name: layer for (name, _), layer in parts if name is not None}
+
+    def kept(self) -> Tensor:
+        """1 where a parameter is not pruned, else 0, as the blocks of a vector."""
+        masks, vector = parameter_masks(self._model), self.zeros()
+        for (name, _), view in zip(self._found, vector.views, strict=True):
+            view.copy_(masks[name]) if name in masks else view.fill_(1)
+        return vector.blocks
+
+    def remaining(self) -> np.ndarray:
+        """How many parameters of each layer are not pruned, (layer,)."""
+        masks, counts = parameter_masks(self._model), np.zeros(len(self))
+        for (name, parameter), layer in zip(self._found, self.layer_of_parameter, strict=True):
+            counts[layer] += int(masks[name].sum()) if name in masks else parameter.numel()
+        return counts
+
+    def evaluate(self, names: Iterable[str], vectors: Vectors) -> dict[str, Tensor]:
+        """The named quantities, each a tensor (layer,)."""
+        return evaluate(names, vectors, self.layer_of_block, len(self))
+
+    def sums(self, names: Sequence[str], vectors: Vectors) -> Tensor:
+        """The named quantities, (name, layer)."""
+        return sums(names, vectors, self.layer_of_block, len(self))

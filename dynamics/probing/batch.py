@@ -1,0 +1,110 @@
+"""One batch, of whatever collections and objects: its tensors, its size, copies of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..hardware.memory_order import channels_first
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in its tuples, lists and mappings on the device, and what else can be sent there."""
+
+    def sent(other: Any) -> Any:
+        return other.to(device) if callable(getattr(type(other), "to", None)) else other
+
+    return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), sent)
+
+
+def as_measured(batch: Any, device: torch.device) -> Any:
+    """The batch on the device, in the order in memory in which a loss is evaluated there."""
+    return mapped(to_device(batch, device), channels_first)
+
+
+def copied(batch: Any) -> Any:
+    """The batch with a copy of every tensor, and of what else a loop may change in place."""
+    return mapped(batch, _copy_of_tensor, _copy)
+
+
+def _copy_of_tensor(tensor: Tensor) -> Tensor:
+    """A copy; one that gradients are taken by, such as a point where a derivative enters the loss, stays one."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+def _copy(value: Any) -> Any:
+    """A copy of an array or an object; itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # it may be anything
+        return value
+
+
+def layout(batch: Any) -> Hashable:
+    """What a batch consists of: everything but the numbers in its tensors.
+
+    Raises:
+        TypeError: it holds what is neither a dense tensor, nor a collection of such, nor a text or a number.
+    """
+    if type(batch) in (Tensor, nn.Parameter) and batch.layout is torch.strided:
+        return batch.shape, batch.stride(), batch.dtype
+    if isinstance(batch, Mapping):
+        return type(batch), tuple((key, layout(value)) for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return type(batch), tuple(layout(value) for value in batch)
+    if batch is None or isinstance(batch, str | int | float):
+        return type(batch), batch
+    raise TypeError(f"a batch holds a {type(batch).__name__}")
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors in the batch."""
+    found: list[Tensor] = []
+    mapped(batch, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def mapped(
+    batch: Any, function: Callable[[Tensor], Tensor], of_others: Callable[[Any], Any] = lambda other: other
+) -> Any:
+    """The batch with the function of every tensor in its collections, and another function of all else in them."""
+    inner = partial(mapped, function=function, of_others=of_others)
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, PackedSequence):  # how many samples each of its steps has stays on the processor
+        return type(batch)(inner(batch.data), batch.batch_sizes, *map(inner, batch[2:]))
+    if isinstance(batch, Mapping):
+        values = {key: inner(value) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return values
+        return _with_values(batch, values)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(inner, batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(map(inner, batch))
+    return batch if isinstance(batch, str | bytes | int | float | None) else of_others(batch)
+
+
+def _with_values(batch: MutableMapping, values: Mapping) -> MutableMapping:
+    """A copy of a mapping of a class of its own, such as a tokenizer's, with these values."""
+    other = copy.copy(batch)
+    for name, held in getattr(other, "__dict__", {}).items():
+        if type(held) is dict and held is vars(batch).get(name):  # else the batch itself would get the values
+            vars(other)[name] = dict(held)
+    other.update(values)
+    return other
+
+
+def sample_count(batch: Any) -> int:
+    """Length of the first tensor in the batch, or of a list that is a part of it; 1 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    parts = (value for value in values if isinstance(value, Tensor | Mapping | tuple | list))
+    return next((len(part) if isinstance(part, list) else sample_count(part) for part in parts), 1)

@@ -1,0 +1,224 @@
+"""What a forward pass starts from besides parameters and batch, kept so that it can be run again without a trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..curvature.ordinary import is_batched
+from .contents import PutBack
+from .kept import kept
+
+Tensors = Mapping[str, Tensor | None]
+
+
+class RandomState:
+    """The state of the random number generators of torch, on CPU and one device, numpy and Python, to be set again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they would draw the same numbers."""
+        if not isinstance(other, RandomState):
+            return NotImplemented
+        pairs = ((self._cpu, other._cpu), (self._cuda, other._cuda))
+        tensors = all((one is None) == (two is None) and (one is None or torch.equal(one, two)) for one, two in pairs)
+        (_, keys, *rest), (_, other_keys, *other_rest) = self._numpy, other._numpy
+        return tensors and self._python == other._python and rest == other_rest and np.array_equal(keys, other_keys)
+
+    __hash__ = None
+
+    def restore(self) -> None:
+        """Set the generators to the kept state."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._device:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+@contextmanager
+def random_numbers_untouched(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators are afterwards as they were."""
+    state = RandomState(device)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+class _Other(NamedTuple):
+    """What a module outside the model had as it ran: its parameters, or what tells whether they have moved since."""
+
+    attributes: PutBack
+    buffers: Tensors
+    parameters: Tensors
+    norms: Mapping[str, float]
+
+
+class Moment:
+    """Buffers, random numbers and what modules keep in plain attributes, such as a hidden state, as they are now.
+
+    So is what the ``objective`` refers to, such as a generator of its own: :mod:`~dynamics.probing.kept` says what.
+
+    Attributes:
+        frozen: the parameters that are not trained, if they were to be kept: a forward pass may move them.
+        others: modules outside the model that have run since, with what they had when they last began to.
+        moved_others: of those whose parameters were not kept, the ones that then ran :meth:`again` with different ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        objective: Callable | None = None,
+        *,
+        keep_frozen: bool = False,
+    ) -> None:
+        self._model, self._device, self._objective = model, device, objective
+        self._random, self._attributes = RandomState(device), kept(model.modules(), objective)
+        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        frozen = self._frozen()
+        self._norms = _norms(frozen)
+        self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
+        self.others: dict[nn.Module, _Other] = {}
+        self.moved_others: set[nn.Module] = set()
+
+    def _frozen(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
+
+    def later(self) -> Moment:
+        """What there is by now, but with the random numbers of this moment."""
+        moment = Moment(self._model, self._device, self._objective)
+        moment._random = self._random
+        return moment
+
+    def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
+        """Keep what a module outside the model has as it runs, with its parameters if they are few: it may be trained.
+
+        What counts is the last time: a network may run for its own loss, step, and then run for this one.
+        """
+        own = _own(module._parameters)
+        held = _copies(own) if parameters else {}
+        norms = {} if held else _norms(own)
+        self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)
+
+    @property
+    def moved(self) -> bool:
+        """Whether a parameter that is not trained has changed since."""
+        return not _same(self._norms, _norms(self._frozen()))
+
+    def is_as(self, other: Moment) -> bool:
+        """Whether a forward pass from here on is one from the other on, as far as is kept of both."""
+        theirs = other._buffers | other.frozen
+        dense = {name: one for name, one in (self._buffers | self.frozen).items() if one.layout is torch.strided}
+        same = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
+        beside = self.others.keys() == other.others.keys()
+        same = same and beside and all(other.others[module] is was for module, was in self.others.items())
+        return same and self._random == other._random and self._attributes.are_as(other._attributes)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """A fresh copy of each buffer, by name."""
+        return {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+    def drawn(self) -> bool:
+        """Whether random numbers were drawn since."""
+        return RandomState(self._device) != self._random
+
+    def layout(self) -> tuple[Hashable, ...]:
+        """Name, shape and type of each tensor that is kept by name."""
+        return tuple((name, one.shape, one.dtype) for name, one in (self._buffers | self.frozen).items())
+
+    def take(self, other: Moment) -> None:
+        """Copy the other's buffers and frozen parameters into this one's, in place."""
+        theirs = other._buffers | other.frozen
+        for name, ours in (self._buffers | self.frozen).items():
+            ours.copy_(theirs[name])
+
+    @contextmanager
+    def again(self) -> Iterator[set[nn.Module]]:
+        """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before.
+
+        So are the buffers and attributes of other modules that run inside, such as a teacher: those of the moment, if
+        they were kept. Yields the set that these modules are added to.
+        """
+        put_back = [kept(self._model.modules(), self._objective).put_back, self._attributes.now().put_back]
+        ours, others = set(self._model.modules()), set()
+
+        def keep_another(module: nn.Module, inputs: tuple) -> None:
+            if module not in ours and module not in others:
+                others.add(module)
+                if is_batched():  # what torch.func has put into it is none of its own
+                    return
+                was = self.others.get(module, _Other(_nothing, module._buffers, {}, {}))
+                if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
+                    self.moved_others.add(module)
+                put_back.extend([kept([module]).put_back, _lent(module._buffers, was.buffers)])
+                put_back.append(_lent(module._parameters, was.parameters))
+                was.attributes()
+
+        with random_numbers_untouched(self._device):
+            hook = register_module_forward_pre_hook(keep_another)
+            try:
+                self._attributes.put_back()
+                self._random.restore()
+                yield others
+            finally:
+                hook.remove()
+                with ExitStack() as all_of_them:  # one that fails stops no other
+                    for one in put_back:
+                        all_of_them.callback(one)
+
+
+@torch.no_grad()
+def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """By name what changes when a tensor does, as far as one look can tell."""
+    told = {
+        name: one
+        for name, one in tensors.items()
+        if one is not None and one.layout is torch.strided and one.is_floating_point()
+    }
+    precise = {name: torch.promote_types(one.dtype, torch.float32) for name, one in told.items()}
+    norms = {name: torch.linalg.vector_norm(one, dtype=precise[name]).cpu() for name, one in told.items()}
+    return {name: norm.item() for name, norm in norms.items()}
+
+
+def _same(norms: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether what was told of tensors is told of them now, or they are gone; what is no number stays none."""
+    return all(now.get(name, norm) == norm or norm != norm for name, norm in norms.items())
+
+
+def _own(tensors: Tensors) -> Tensors:
+    """Those that are a module's own, not results of others which torch.func.functional_call has put there."""
+    return {name: one for name, one in tensors.items() if one is None or one.is_leaf}
+
+
+def _copies(tensors: Tensors) -> dict[str, Tensor | None]:
+    return {name: None if tensor is None else _copy(tensor) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
+    """Put copies of tensors into a module's table; what puts its own back. In place, a graph could not be gone back."""
+    present = _own(table)
+    own = {name: present[name] for name in tensors if name in present}
+    table.update({name: copy for name, copy in _copies(tensors).items() if name in own})
+    return lambda: table.update(own)
+
+
+def _nothing() -> None:
+    pass

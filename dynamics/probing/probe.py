@@ -1,0 +1,273 @@
+"""Evaluate an objective at any parameters without a trace: buffers, random numbers, mode and gradients stay."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..curvature.expansion import Expansion, LossFunction, mean_gradient, mean_loss
+from ..curvature.gates import Products, gated_products
+from ..curvature.graph import lend_on_the_way_back, may_run_again
+from ..curvature.ordinary import masked
+from ..hardware.memory_order import channels_first
+from ..network.exchanged import exchanged
+from ..network.masks import parameter_masks
+from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
+from .moment import Moment
+
+_RECOMPUTED = (
+    "the model recomputes or moves activations (torch.utils.checkpoint, save_on_cpu), and would do so with the wrong "
+    "parameters: switch that off inside the objective"
+)
+
+Objective = Callable[[nn.Module, Any], Tensor]
+Theta = Mapping[str, Tensor]
+
+
+def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temperature: float = 1.0) -> Tensor:
+    """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar.
+
+    Raises:
+        ValueError: the batch is none of these two, there is but one class, or there are negative probabilities: a
+            regression has another loss.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
+        got, listed = f"{type(batch).__name__}{many}", "give them in a list; " * isinstance(batch, Tensor)
+        raise ValueError(
+            f"the cross-entropy is of batches (inputs, labels), got a {got}: {listed}of another loss give objective="
+        )
+    inputs, labels = batch
+    outputs = model(inputs)
+    if outputs.ndim > 1 and outputs.shape[1] < 2:
+        raise ValueError(f"the cross-entropy of one class is always 0, got outputs of shape {tuple(outputs.shape)}")
+    if labels.is_floating_point() and _is_negative(labels):
+        raise ValueError("labels hold negative numbers, and so no probabilities of classes")
+    return F.cross_entropy(outputs / temperature, labels)
+
+
+def _is_negative(values: Tensor) -> bool:
+    """Whether some are; not asked while a GPU's work is captured, which had run before."""
+    return not (values.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((values < 0).any())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that compilation and data parallelism wrap: second derivatives exist only there."""
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, runs compiled."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
+    """Inside, all modules are in ``mode`` ("train" or "eval"; None leaves them); afterwards each is as it was."""
+    if mode not in ("train", "eval", None):
+        raise ValueError(f"mode must be 'train' or 'eval', got {mode!r}")
+    before = {module: module.training for module in model.modules()}
+    try:
+        if mode is not None:
+            model.train(mode == "train")
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+class Probe:
+    """An objective on fixed batches as a function of the parameters.
+
+    Buffers, pruning masks and what modules keep in plain attributes are those of the moment when the probe is made, or
+    of the given ``moments``, one a batch, whatever happens to the model later. Every evaluation leaves them and the
+    random numbers as they are (a BatchNorm in training mode moves no running statistics), draws the moment's random
+    numbers (the same dropout mask as the training step's), and multiplies the parameters by the masks: a pruned
+    parameter is the constant zero, so it has no gradient; nor has a frozen one (``requires_grad=False``). Batches count
+    by their number of samples, or equally. Nothing runs compiled: that has no second derivative.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Sequence[Any],
+        *,
+        mode: str | None = None,
+        moments: Sequence[Moment] | None = None,
+        by_samples: bool = True,
+    ) -> None:
+        self._model = unwrap(model)
+        self._mode = mode
+        self._objective = objective
+        self._device = next(self._model.parameters()).device
+        moments = moments or [Moment(self._model, self._device, objective)] * len(batches)
+        counts = [sample_count(batch) if by_samples else 1 for batch in batches]
+        self._weights = [count / sum(counts) for count in counts]
+        self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
+        self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        self._at = list(zip(batches, moments, strict=True))
+        self._fixed = False
+        self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
+        self.own_operations = False  # whether the loss goes through operations of someone's own
+        self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is evaluated."""
+        return self._device
+
+    @property
+    def moved_others(self) -> set[nn.Module]:
+        """Modules outside the model that were evaluated with other parameters than they had at the moment."""
+        return {module for _, moment in self._at for module in moment.moved_others}
+
+    @property
+    def kind(self) -> Hashable:
+        """What decides, with model and objective, of which operations an evaluation consists; None if unknown."""
+        try:
+            batches = [(layout(batch), moment.layout()) for batch, moment in self._at]
+        except TypeError:
+            return None
+        modes = [module.training for module in self._model.modules()]
+        settings = tuple(modes), self._mode, tuple(self._masks), frozenset(self._trained)
+        return tuple(batches), tuple(self._weights), *settings
+
+    def fixed(self) -> Probe:
+        """The probe, from now on with all it reads in fixed places on the device, and without the random numbers.
+
+        Its evaluations may be captured then, of a model that draws none and keeps nothing outside its buffers.
+        """
+        self._fixed = True
+        self._at = [(to_device(batch, self._device), moment) for batch, moment in self._at]
+        return self
+
+    def free(self) -> None:
+        """Not :meth:`fixed` any more."""
+        self._fixed = False
+
+    def take(self, other: Probe) -> None:
+        """Copy what another probe of the same kind is evaluated at into the places of this one."""
+        for (batch, moment), (from_batch, from_moment) in zip(self._at, other._at, strict=True):
+            for into, tensor in zip(tensors_of(batch), tensors_of(from_batch), strict=True):
+                into.copy_(tensor, non_blocking=True)
+            moment.take(from_moment)
+        for name, mask in self._masks.items():
+            mask.copy_(other._masks[name])
+
+    @property
+    def _losses(self) -> list[LossFunction]:
+        """L_b as a function of θ, one a batch; not kept, for a probe that held itself would outlive its use."""
+        return [partial(self._loss, batch, moment) for batch, moment in self._at]
+
+    def _loss(self, batch: Any, moment: Moment, theta: Theta) -> Tensor:
+        fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
+        free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
+        kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
+        values = kept | moment.buffers()
+        again = nullcontext(set()) if self._fixed else moment.again()
+        with again as others, mode_of(self._model, self._mode), _differentiable_twice():
+            given = as_measured(copied(batch), self._device)
+            with exchanged(self._model, values):
+                loss = self._objective(self._model, given)
+            self.others |= others
+            if self.repeatable and not self._fixed:
+                self.repeatable = not moment.drawn() and not any(map(_keeps, self.others))
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
+                raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")
+            loss = loss.reshape(())
+            if may_run_again(loss, self._model.parameters()):
+                self.repeatable, self.own_operations = False, True
+                now = Moment(self._model, self._device, self._objective)
+                lend_on_the_way_back(loss, partial(self._lent, values, now))
+        return loss
+
+    @contextmanager
+    def _lent(self, values: Theta, moment: Moment) -> Iterator[None]:
+        """Inside, the model has the tensors that it was evaluated with, and is as it was after that."""
+        with moment.again(), mode_of(self._model, self._mode), _differentiable_twice(), exchanged(self._model, values):
+            yield
+
+    def _theta(self, theta: Theta | None) -> Theta:
+        """The model's present parameters, but for those that are given; each in the parameter's type.
+
+        Whole numbers, as of packed weights, are no coordinates: they stay where they are.
+        """
+        given = theta or {}
+        own = [
+            (name, one) for name, one in self._model.named_parameters() if one.is_floating_point() or one.is_complex()
+        ]
+        typed = {name: given.get(name, parameter).detach().to(parameter.dtype) for name, parameter in own}
+        return {name: channels_first(tensor) for name, tensor in typed.items()}
+
+    def expand(self, theta: Theta | None = None) -> Expansion:
+        """Loss, gradient and Hessian products around θ, by default the model's present parameters."""
+        return Expansion(self._losses, self._weights, self._theta(theta))
+
+    def loss(self, theta: Theta | None = None) -> Tensor:
+        """Mean loss at θ, by default the model's present parameters."""
+        return mean_loss(self._losses, self._weights, self._theta(theta))
+
+    def gradient(self, theta: Theta) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss at θ and its gradient, by parameter name."""
+        theta = self._theta(theta)
+        loss, grad = mean_gradient(self._losses, self._weights, theta)
+        return loss, dict(zip(theta, grad, strict=True))
+
+    def products(self, theta: Theta, directions: Sequence[Theta], layer_of: Mapping[str, int], layers: int) -> Products:
+        """Second derivatives of the mean loss at θ along directions, by layer, as ``gated_products`` has them.
+
+        A parameter that ``layer_of`` does not know is constant.
+        """
+        theta = self._theta(theta)
+        frozen = {name for name in theta if name not in self._trained or name not in layer_of}
+        known = [name for name in theta if name not in frozen]
+        whole = [
+            {name: channels_first(direction[name].to(theta[name].dtype)) for name in known} for direction in directions
+        ]
+        total = None
+        for loss_of, weight in zip(self._losses, self._weights, strict=True):
+            parts = gated_products(loss_of, theta, whole, layer_of, layers, frozen=frozen)
+            parts = [weight * part for part in parts]
+            total = parts if total is None else [one + other for one, other in zip(total, parts, strict=True)]
+        return Products(*total)
+
+
+def _keeps(module: nn.Module) -> bool:
+    """Whether it may keep something from one forward pass to the next."""
+    return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
+
+
+class _Recomputing:
+    """In place of torch's older way to recompute activations, whose gradients would be zero without a word."""
+
+    @staticmethod
+    def apply(*arguments: Any) -> None:
+        """Refuse."""
+        raise RuntimeError(_RECOMPUTED)
+
+
+@contextmanager
+def _differentiable_twice() -> Iterator[None]:
+    """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly."""
+    hooks = torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED)
+    recomputing = mock.patch("torch.utils.checkpoint.CheckpointFunction", _Recomputing)
+    afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
+    with sdpa_kernel(SDPBackend.MATH), hooks, recomputing, afresh:
+        if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
+            yield
+        else:
+            with torch.compiler.set_stance("force_eager"):
+                yield

@@ -1,0 +1,334 @@
+"""The record on disk: rows appended to a plain Zarr directory that plain xarray opens, also while it is written.
+
+Readers take every shape from the consolidated metadata, one file that is replaced by one atomic rename. So an append
+first writes the chunks, and :meth:`Store.commit` at last lets readers see them; what a killed writer left half done
+lies beyond the committed shapes, invisible, and is discarded when the record is opened for writing again.
+
+The files are written here as Zarr's format 2 says, not by zarr: zarr writes several at once, and one still on its way
+when another fails may land after the retry, over newer rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import zarr
+from numcodecs import Blosc
+
+from ..places import check_folder
+from ..schema import NODES, QUANTITIES, STUDIES
+from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, is_name, read_metadata
+
+_CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1} | dict.fromkeys(STUDIES, 1)
+_OTHER_CHUNK_ROWS = 256
+_CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
+_PARTIAL = ".partial"
+
+
+class Store:
+    """A new record at ``path``. One writer: the path is locked until :meth:`close`, or until the process ends.
+
+    Not for several threads at once; while a :mod:`~dynamics.record.buffer` has it, only the buffer's thread calls it.
+
+    Raises:
+        FileExistsError: something is at ``path`` already. Nothing of it is touched.
+        OSError: the folder cannot be created.
+    """
+
+    def __init__(self, path: str | os.PathLike, attributes: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        _create(self.path, attributes)
+        self._lock = _locked(self.path)
+        self._load(read_metadata(self.path))
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike) -> Store:
+        """Go on writing a record as if it had never been closed; what was not committed is discarded.
+
+        Raises:
+            RecordError: there is no record, or not one of this schema version.
+            BlockingIOError: another writer has it.
+        """
+        store = cls.__new__(cls)
+        store.path = Path(path)
+        check(store.path)  # before a lock file is put into somebody's folder
+        store._lock = _locked(store.path)
+        committed = check(store.path)
+        store._make_good(committed)
+        store._load(committed)
+        return store
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Rows of each node, with those appended but not committed."""
+        return dict(self._length)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the record."""
+        return copy.deepcopy(self._metadata[".zattrs"])
+
+    def read(self, node: str, name: str) -> np.ndarray:
+        """The committed values of a variable, in memory.
+
+        Raises:
+            KeyError: the record has no such variable.
+        """
+        group = zarr.open_group(str(self.path), mode="r", zarr_format=2, use_consolidated=True)
+        return np.asarray(group[f"{node}/{name}"][...])
+
+    def write_coordinate(self, node: str, name: str, dim: str, values: np.ndarray) -> None:
+        """Write a coordinate that does not grow, e.g. the layers' names. One that is there already stays.
+
+        Raises:
+            ValueError: it is there with other values.
+        """
+        if not len(values):
+            return
+        if name not in self._coordinates[node]:
+            self._write_chunk(node, name, 0, values)
+            self._declare(node, name, values, len(values), [dim])
+            self._coordinates[node][name] = values
+        elif not np.array_equal(self._coordinates[node][name], values):
+            raise ValueError(f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use")
+
+    def append(self, node: str, rows: Mapping[str, np.ndarray]) -> None:
+        """Append rows to a node: name → values whose first dimension is the node's index. Invisible until commit.
+
+        A variable that is new or absent this time is missing (NaN) in the rows that do not have it. One that was there
+        before keeps its type.
+        """
+        start, chunk = self._length[node], self._chunk[node]
+        length = start + len(next(iter(rows.values())))
+        still_open = {
+            name: self._write_rows(node, name, rows.get(name), start, length)
+            for name in self._open[node].keys() | rows.keys()
+        }
+        # Only now: after a failure half way, the same append can be tried again.
+        for name, values in still_open.items():
+            if name not in self._open[node]:
+                self._declare(node, name, values, chunk, list(_dims(node, name)))
+            self._metadata[f"{node}/{name}/.zarray"]["shape"][0] = length
+        self._open[node], self._length[node] = still_open, length
+
+    def commit(self) -> None:
+        """Let readers see all that was appended, at once."""
+        self._replace(METADATA, _consolidated(self._metadata))
+
+    def truncate(self, lengths: Mapping[str, int]) -> None:
+        """Take back all rows from a length on, of several nodes at once. Whoever opens the record sees all or none.
+
+        The chunks stay until they are written again or the store is closed, for those who opened the record before.
+
+        Raises:
+            ValueError: a node has fewer rows than it is to keep.
+        """
+        for node, length in lengths.items():
+            if not 0 <= length <= self._length[node]:
+                raise ValueError(f"cannot keep {length} rows of /{node} in {self.path}: it has {self._length[node]}")
+        shorter = copy.deepcopy(self._metadata)
+        for node, length in lengths.items():
+            for name in self._open[node]:
+                shorter[f"{node}/{name}/.zarray"]["shape"][0] = length
+        self._replace(METADATA, _consolidated(shorter))
+        self._load(shorter)
+
+    def note(self, key: str, value: Any) -> None:
+        """Set an attribute of the record, e.g. a list of its resumes: anything that JSON holds."""
+        self._metadata[".zattrs"][key] = json.loads(_json(value))
+        self.commit()
+        self._replace(".zattrs", _json(self._metadata[".zattrs"]))  # zarr reads the root's attributes here
+
+    def keep(self, name: str, array: np.ndarray) -> None:
+        """Keep an array beside the record's variables, where xarray does not see it."""
+        path = self.path / f".{name}.npy{_PARTIAL}"
+        with path.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        path.replace(self.path / f".{name}.npy")
+
+    def kept(self, name: str) -> np.ndarray | None:
+        """The array that was kept under the name; None if there is none."""
+        path = self.path / f".{name}.npy"
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def close(self) -> None:
+        """Let the next writer in. What was not committed is lost."""
+        with contextlib.suppress(OSError, RecordError):
+            self._make_good(read_metadata(self.path))
+        self._lock.release()
+
+    # what is on disk and what is in memory
+
+    def _load(self, metadata: Metadata) -> None:
+        """Take lengths, coordinates and the rows of open chunks from what is committed."""
+        self._metadata = _empty_nodes() | metadata
+        self._length = dict.fromkeys(NODES, 0)
+        self._chunk = {node: _CHUNK_ROWS.get(node, _OTHER_CHUNK_ROWS) for node in NODES}
+        self._coordinates: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
+        self._open: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
+        for node, name in self._variables():
+            entry = metadata[f"{node}/{name}/.zarray"]
+            if metadata[f"{node}/{name}/.zattrs"]["_ARRAY_DIMENSIONS"][0] != NODES[node][0]:  # it does not grow
+                self._coordinates[node][name] = self._read_chunk(node, name, 0, entry["shape"][0])
+            else:
+                self._length[node], self._chunk[node] = entry["shape"][0], entry["chunks"][0]
+                whole, rest = divmod(entry["shape"][0], entry["chunks"][0])
+                self._open[node][name] = self._read_chunk(node, name, whole, rest)
+
+    def _variables(self) -> list[tuple[str, str]]:
+        found = [tuple(key.split("/")[:2]) for key in self._metadata if key.endswith("/.zarray")]
+        return [(node, name) for node, name in found if node in NODES]
+
+    def _make_good(self, metadata: Metadata) -> None:
+        """Make the folder what is committed: that, and nothing else.
+
+        Groups and arrays get descriptions of their own, for tools that do not read METADATA. What a killed writer left
+        is removed: arrays and chunks that were never committed, and files half written.
+        """
+        for key, entry in (_empty_nodes() | metadata).items():
+            path, text = self.path / key, _json(entry)
+            if not path.exists() or path.read_bytes() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._replace(key, text)
+        for group in (self.path, *(self.path / node for node in NODES)):
+            for half in group.glob(f".*{_PARTIAL}"):
+                half.unlink()
+        for folder in [folder for node in NODES for folder in (self.path / node).iterdir() if folder.is_dir()]:
+            entry = metadata.get(f"{folder.parent.name}/{folder.name}/.zarray")
+            if entry is None:
+                shutil.rmtree(folder)
+                continue
+            committed = {".zarray", ".zattrs", *chunk_keys(entry["shape"], entry["chunks"])}
+            for name in set(os.listdir(folder)) - committed:
+                (folder / name).unlink()
+
+    def _write_rows(self, node: str, name: str, block: np.ndarray | None, start: int, length: int) -> np.ndarray:
+        """Write the chunks that a block falls into, whole, from memory; returns the one that is open then."""
+        values, chunk = self._open[node].get(name), self._chunk[node]
+        if values is None:
+            values = _missing(block, chunk)
+            for before in range(start // chunk):
+                self._write_chunk(node, name, before, values)
+        elif block is not None and values.shape[1:] != block.shape[1:]:
+            raise ValueError(f"a row of /{node}/{name} has shape {values.shape[1:]}, got {block.shape[1:]}")
+        for first in range(start - start % chunk, length, chunk):
+            opened, closed = max(start, first), min(length, first + chunk)
+            given = _missing(values, closed - opened) if block is None else block[opened - start : closed - start]
+            values[opened - first : closed - first] = given
+            self._write_chunk(node, name, first // chunk, values)
+            if closed == first + chunk:
+                values = _missing(values, chunk)
+        return values
+
+    def _declare(self, node: str, name: str, values: np.ndarray, chunk: int, dims: list[str]) -> None:
+        """Describe a new array, and tell xarray which are coordinates without being dimensions (CF's way)."""
+        self._metadata[f"{node}/{name}/.zarray"] = {
+            "zarr_format": 2, "shape": list(values.shape), "chunks": [chunk, *values.shape[1:]],
+            "dtype": values.dtype.str, "order": "C", "dimension_separator": ".", "filters": None,
+            "compressor": _CODEC.get_config(), "fill_value": "NaN" if values.dtype.kind == "f" else None,
+        }  # fmt: skip
+        row = QUANTITIES.get(name)
+        self._metadata[f"{node}/{name}/.zattrs"] = (row.attributes if row else {}) | {"_ARRAY_DIMENSIONS": dims}
+        present = {variable for group, variable in self._variables() if group == node}
+        if labels := [label for label in _LABELS.get(node, ()) if label in present]:
+            self._metadata.setdefault(f"{node}/.zattrs", {})["coordinates"] = " ".join(labels)
+
+    def _write_chunk(self, node: str, name: str, number: int, values: np.ndarray) -> None:
+        if not is_name(name):
+            raise ValueError(f"a variable's name is a folder's in the record: no '/', no '.' first; got {name!r}")
+        (self.path / node / name).mkdir(exist_ok=True)
+        self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", _CODEC.encode(np.ascontiguousarray(values)))
+
+    def _read_chunk(self, node: str, name: str, number: int, rows: int) -> np.ndarray:
+        """A whole chunk of which so many rows are committed; missing in the others."""
+        entry = self._metadata[f"{node}/{name}/.zarray"]
+        values = np.empty((entry["chunks"][0], *entry["shape"][1:]), entry["dtype"])
+        if rows:
+            _CODEC.decode((self.path / node / name / chunk_key(number, values.ndim)).read_bytes(), values)
+        values[rows:] = _missing(values, len(values) - rows)
+        return values
+
+    def _replace(self, key: str, data: bytes) -> None:
+        """Write a file so that whoever looks finds the old one or the new one."""
+        path = self.path / key
+        half = path.with_name(f".{path.name}{_PARTIAL}")
+        half.write_bytes(data)
+        half.replace(path)
+
+
+_LABELS = dict.fromkeys(("units", "scores", "invariance"), ("layer", "index"))
+
+
+def _create(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Make an empty record beside its path, and move it there whole."""
+    taken = FileExistsError(
+        f"{path} exists already: choose another path, remove it first, or go on with it (resume=True)"
+    )
+    if path.exists():
+        raise taken
+    check_folder(path.parent, "records", "out/run.zarr")
+    metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | _empty_nodes()
+    files = {key: _json(entry) for key, entry in metadata.items()} | {METADATA: _consolidated(metadata)}
+    sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    sibling.mkdir(parents=True)
+    try:
+        for key, text in files.items():
+            (sibling / key).parent.mkdir(exist_ok=True)
+            (sibling / key).write_bytes(text)
+        sibling.rename(path)
+    except OSError as error:
+        shutil.rmtree(sibling, ignore_errors=True)
+        raise (taken if path.exists() else error) from error
+
+
+def _empty_nodes() -> Metadata:
+    leaves = {".zgroup": {"zarr_format": 2}, ".zattrs": {}}
+    return {f"{node}/{leaf}": dict(entry) for node in NODES for leaf, entry in leaves.items()}
+
+
+def _locked(path: Path) -> filelock.BaseFileLock:
+    """The lock of a record's one writer. The system takes it back from a process that dies."""
+    lock = filelock.FileLock(path / ".lock", thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        reason = "is being written by another recorder: close that one, or choose another path"
+        raise BlockingIOError(f"{path} {reason}") from None
+    return lock
+
+
+def _consolidated(metadata: Metadata) -> bytes:
+    """What readers take every shape from. In order, for zarr loses arrays of a group that do not stand together."""
+    return _json({"zarr_consolidated_format": 1, "metadata": dict(sorted(metadata.items()))})
+
+
+def _json(entry: Any) -> bytes:
+    return json.dumps(entry, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"an attribute of a record is a number, a text or a list of them, got {type(value).__name__}")
+
+
+def _dims(node: str, name: str) -> tuple[str, ...]:
+    if name in QUANTITIES and node in QUANTITIES[name].nodes:
+        return QUANTITIES[name].dims(node)
+    return (NODES[node][0],)
+
+
+def _missing(like: np.ndarray, rows: int) -> np.ndarray:
+    nothing = np.nan if like.dtype.kind == "f" else np.zeros((), like.dtype)
+    return np.full((rows, *like.shape[1:]), nothing, like.dtype)

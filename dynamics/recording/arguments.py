@@ -1,0 +1,197 @@
+"""What a user asks of a recorder, checked before anything is touched."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import schema
+from ..record.buffer import LONGEST_TEXT
+
+_WITHIN = ("optimizer", "base_optimizer", "_base_optimizer")  # what wrappers call the optimizer by which they step
+_SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
+
+_KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
+
+
+def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
+    """Raise TypeError or ValueError where a recorder cannot work with its arguments."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if sharded := [type(module).__name__ for module in model.modules() if type(module).__name__ in _SHARDING]:
+        raise TypeError(
+            f"model is sharded by {sharded[0]}, whose parameters are not the network's: use FSDP2's "
+            "fully_shard, or data parallelism"
+        )
+    check_initialised(model)
+    if not callable(objective):
+        raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
+    if not all(isinstance(count, Integral) for count in (every, curvature_every)) or every < 1 or curvature_every < 0:
+        raise ValueError(
+            f"every must be a whole number >= 1 and curvature_every one >= 0, got {every!r} and {curvature_every!r}"
+        )
+    ours = {id(parameter) for parameter in model.parameters()}
+    held = [group["params"] for one in optimizers(optimizer) for group in one.param_groups]
+    if not any(id(parameter) in ours for parameters in held for parameter in parameters):
+        raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raise ValueError where a lazy module has no parameters yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} has no shape yet: run a batch through the model first")
+
+
+def as_plain(attributes: Any) -> Any:
+    """Attributes with texts for paths and numbers for arrays and tensors of one; anything else as it is."""
+    if not isinstance(attributes, Mapping):
+        return attributes
+    return {name: _plain(value) for name, value in attributes.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    one = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1)
+    return value.item() if one or (isinstance(value, Tensor) and value.numel() == 1) else value
+
+
+def check_attributes(attributes: Any) -> None:
+    """Raise TypeError or ValueError where a record cannot carry them; warn where runs could not be compared by them."""
+    if not isinstance(attributes, Mapping) or not all(isinstance(name, str) for name in attributes):
+        raise TypeError(f"attributes is a dictionary of names and what they say, got {attributes!r:.60}")
+    if kept := sorted(attributes.keys() & set(_KEPT)):
+        raise ValueError(f"attributes cannot say {kept[0]!r}: the recorder says it itself; choose another name")
+    for name, kind in schema.COMPARED_BY.items():
+        value = attributes.get(name)
+        if value is not None and not isinstance(value, kind):
+            said = "a text" if kind is str else "a number"
+            warnings.warn(
+                f"attributes: runs are compared by {name!r} if it is {said}; by {value!r:.60} they are not",
+                stacklevel=3,
+            )
+
+
+def check_resume(resume: Any, step: Any) -> None:
+    """Raise ValueError where they do not say how to go on with a record."""
+    if resume not in (True, False, "rewind"):
+        raise ValueError(f'resume must be False, True or "rewind", got {resume!r:.60}')
+    if step is not None and (not isinstance(step, int) or step < 0 or not resume):
+        raise ValueError(
+            f"step is the whole number of steps at which a resumed training goes on, got {step!r:.60} "
+            f"with resume={resume!r}"
+        )
+
+
+def optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers of what was given: one, several, or those by which wrappers step.
+
+    Raises:
+        TypeError: something else.
+    """
+    found = [_stepping(one) for one in as_given(given)]
+    if not found:
+        raise TypeError("optimizer must be a torch.optim.Optimizer, or a list of them, got an empty list")
+    return found
+
+
+def as_given(given: Any) -> list[Any]:
+    """What was given, one or several, as a list."""
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _stepping(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer with hooks that this is, or that it wraps."""
+    given = optimizer
+    while not _has_hooks(optimizer):
+        within = (getattr(optimizer, name, None) for name in _WITHIN)
+        optimizer = next((one for one in within if isinstance(one, torch.optim.Optimizer)), None)
+        if optimizer is None:
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(given).__name__}")
+    return optimizer
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    """Whether it was made as a torch optimizer: Accelerate's wrapper is an instance, but never called its __init__."""
+    return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """Raise ValueError where a value cannot be logged under the name."""
+    _check_name("log", name)
+    row = schema.QUANTITIES.get(name)
+    if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
+        raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
+    if (isinstance(value, Tensor) and value.is_complex()) or not isinstance(value, Tensor | Real):
+        raise ValueError(f"log() takes real numbers, {name!r} is {value!r:.60}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
+
+
+def _check_name(method: str, name: str) -> None:
+    if not name or name.startswith(".") or set(name) & set("/\\") or len(name) > LONGEST_TEXT:
+        raise ValueError(
+            f"{method}() cannot take the name {name!r:.80}: a name has up to {LONGEST_TEXT} characters, no slash and "
+            "no '.' first; val_loss, say"
+        )
+
+
+def check_epoch(scalars: Mapping[str, Any]) -> None:
+    """Raise ValueError where a row of ``/epochs`` cannot hold the scalars."""
+    for name, value in scalars.items():
+        _check_name("log_epoch", name)
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ValueError(f"log_epoch() takes numbers, {name!r} is {value!r:.60}")
+    if counted := sorted({"epoch", "step"} & scalars.keys()):
+        raise ValueError(f"log_epoch() cannot take {counted[0]!r}: it counts steps and epochs itself")
+
+
+def as_number(value: Any) -> Any:
+    """A tensor of one number without its graph and dimensions; anything else as it is."""
+    return value.detach().reshape(()) if isinstance(value, Tensor) else value
+
+
+def check_description(kind: str, attributes: Mapping[str, Any], texts: Mapping[str, bool]) -> None:
+    """Raise ValueError where an event's description cannot be recorded as it is given.
+
+    ``texts``: of what described events before, whether it was a text.
+    """
+    measured = {"event", "kind", "mode", "step", "epoch", "layer", "stage"}
+    measured |= {row.name for row in schema.quantities("pruning") if row.over}  # what is one number is described
+    if taken := sorted(measured & attributes.keys()):
+        raise ValueError(f"event() cannot take {taken}: the recorder measures them itself; choose other names")
+    for name, value in {"kind": kind, **attributes}.items():
+        _check_name("event", name)
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(f"event() takes texts of up to {LONGEST_TEXT} characters, {name!r} has {len(value)}")
+        if not isinstance(value, str | Real) and not (isinstance(value, Tensor) and value.ndim == 0):
+            raise ValueError(f"event() takes numbers and texts, {name!r} is {value!r:.60}")
+        if texts.get(name, isinstance(value, str)) != isinstance(value, str):
+            was = "a text" if texts[name] else "a number"
+            raise ValueError(f"event() takes {name!r} as {was}, as in the event before, got {value!r:.60}")
+
+
+def wanted(node: str, names: Iterable[str] | None) -> list[str]:
+    """The quantities of a node that are to be recorded, in the table's order; None asks for all.
+
+    Raises:
+        ValueError: a name that neither ``/steps`` nor ``/curvature`` has.
+    """
+    if names is None:
+        return [row.name for row in schema.quantities(node)]
+    names = list(names)
+    known = [row.name for key in ("steps", "curvature") for row in schema.quantities(key)]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown quantities {unknown}: choose from {sorted(set(known))}")
+    chosen = [row.name for row in schema.quantities(node) if row.name in names]
+    if node == "curvature" and all("steps" in schema.QUANTITIES[name].nodes for name in chosen):
+        return []  # what is also in /steps does not alone ask for a probe
+    return chosen

@@ -1,0 +1,89 @@
+"""The curvature of a step by two CUDA graphs: one of the loss and its gradient, one of what is measured with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from functools import partial
+
+from torch import Tensor
+
+from ..errors import named
+from ..hardware.captured import Captured, release_memory
+from ..probing.probe import Probe
+from .step import Measurement
+
+_Gradient = tuple[Tensor, dict[str, Tensor]]
+
+
+class CapturedCurvature:
+    """What a :class:`Measurement` says of probes, captured when the second of a kind comes.
+
+    The graphs read the batches, buffers and masks of that probe, into which those of later ones are copied. One of
+    another kind, of a smaller batch say, is measured as if there were no graphs; so is one that draws random numbers,
+    runs modules with buffers outside the model, or has no second derivative. Where a capture fails there are no more.
+    """
+
+    def __init__(self, measurement: Measurement) -> None:
+        self._measurement = measurement
+        self._refused = False
+        self._kind: Hashable = None  # of what was measured last, if it may be captured
+        self._probe: Probe | None = None  # the one that is captured
+        self._gradient: Captured[_Gradient] | None = None
+        self._values: Captured[dict[str, Tensor]] | None = None
+
+    def gradient(self, probe: Probe) -> _Gradient:
+        """The loss before the step and its own gradient, by parameter name; valid until the next."""
+        kind = probe.kind, self._measurement.places
+        if kind != self._kind:
+            self.drop()
+            found = self._measurement.gradient(probe)
+            self._kind = kind if None not in kind and self._may_capture(probe) else None
+            return found
+        if self._gradient is not None:
+            self._probe.take(probe)
+            return self._gradient()
+        self._probe = probe.fixed()
+        self._gradient = self._capture(partial(self._measurement.gradient, probe))
+        return self._measurement.gradient(probe) if self._gradient is None else self._gradient()
+
+    def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The quantities of ``/curvature`` at the probe whose gradient was asked for last."""
+        if self._gradient is None:
+            values = self._measurement.curvature_values(probe, loss, grad)
+            if values.get("approximate"):
+                self._kind = None
+            return values
+        if self._values is None:
+            self._values = self._capture(partial(self._measurement.curvature_values, self._probe, loss, grad))
+        if self._values is None:
+            return self._measurement.curvature_values(probe, loss, grad)
+        return {name: value.clone() for name, value in self._values().items()}
+
+    def drop(self) -> None:
+        """Let the graphs go, and their memory."""
+        captured = self._gradient is not None
+        self._probe = self._gradient = self._values = self._kind = None
+        if captured:
+            release_memory()
+
+    def _may_capture(self, probe: Probe) -> bool:
+        return probe.repeatable and not self._refused and self._on_gpu()
+
+    def _on_gpu(self) -> bool:
+        return self._measurement.on_one_gpu
+
+    def _capture(self, work: partial) -> Captured | None:
+        try:
+            return self._captured(work)
+        except Exception as error:
+            self._probe.free()
+            self._refused = True
+            self._kind = None
+            warnings.warn(
+                f"curvature cannot be captured ({named(error)}): its kernels are launched one by one", stacklevel=2
+            )
+            return None
+
+    def _captured(self, work: partial) -> Captured:
+        return Captured(work, self._probe.device)

@@ -1,0 +1,90 @@
+"""Epochs: which passes over the data the steps are of, and which passes only look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..loop.batches import Batches
+from ..loop.logged import Logged
+from .resuming import Place
+
+
+class Epochs:
+    """Counts the passes over watched data that steps are of, unless the loop counts them itself.
+
+    Without watched data, what is logged of epochs parts them.
+
+    A step is of the pass that gave a batch last. A pass in which the model only ran, without a backward pass or a step,
+    was an evaluation, and leaves no trace: what waited for its step before it, batches and what was logged, waits on.
+
+    Attributes:
+        present: the epoch that it is, from 0: that of the last step.
+    """
+
+    def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
+        self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
+        self.last: Pass | None = None
+        self._by_hand = self._watched = False
+        self._stepped, self._ended = place.step > 0, place.step > 0 and place.ended
+
+    def begin(self) -> None:
+        """One begins, says the loop: it counts them itself."""
+        self.batches.begin_epoch()
+        self.present += int(self._by_hand or self.number() > 0)
+        self._by_hand = True
+
+    def end(self) -> None:
+        """A row of ``/epochs`` was logged: an epoch of a loop that neither watches its data nor counts has ended.
+
+        Before the first step none has.
+        """
+        self._ended = self._stepped
+
+    def step(self) -> None:
+        """A step begins."""
+        of = self.batches.source or self.last
+        if of is not None and not (self._by_hand or of.drawn):
+            self._watched = True
+            if of.epoch is None:
+                of.epoch = self.present + self._stepped
+            self.present = max(self.present, of.epoch)
+        elif self._ended and not (self._by_hand or self._watched):
+            self.present += 1
+        self._ended = False
+        self._stepped = True
+
+
+class Pass:
+    """A pass over watched data that has begun: ``sees`` is told of each of its batches, and of its end."""
+
+    def __init__(self, epochs: Epochs, sees: Callable[..., None]) -> None:
+        self._epochs, self._sees = epochs, sees
+        self.epoch: int | None = None
+        self._given = 0
+        self.drawn = False  # a single batch was, as by next(iter(loader)): no pass in the sense of an epoch
+        self._before = epochs.last, epochs.number(), epochs.batches.mark.backwards
+        self._waiting = epochs.batches.waiting, epochs.logged.waiting
+        epochs.batches.begin_epoch()
+        self._ran = epochs.batches.look_for_evaluation()
+
+    def gives(self, batch: Any) -> None:
+        """The loop gets a batch from it."""
+        self._epochs.last = self
+        self._given += 1
+        self._sees(batch, source=self)
+
+    def ends(self, *, whole: bool) -> None:
+        """It is through, or if not ``whole``, the loop has let go of it."""
+        batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
+        self._before = self._waiting = None  # else each pass would hold the one before, and its batches
+        idle = self._epochs.number() == step and batches.mark.backwards == backwards
+        self.drawn = idle and not whole and self._given == 1
+        if idle and self._ran():
+            self._epochs.last = last
+            batches.wait_again(waiting[0])
+            self._epochs.logged.wait_again(waiting[1])
+        else:
+            batches.leave(whole=whole)
+            if self._epochs.last is self and not self.drawn and (not whole or batches.all_used):
+                self._epochs.logged.pass_over()  # else the last batch may have been read ahead

@@ -1,0 +1,195 @@
+"""An event in a training, such as a pruning: what it did to loss, gradient and curvature, measured before and after."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from .. import schema
+from ..curvature.expansion import Expansion
+from ..loop.processes import Processes
+from ..network.identities import as_original, identities
+from ..network.layers import Layers
+from ..quantities import Vectors
+
+
+class Event:
+    """What the body of ``with recorder.event(...) as event`` may add to the record."""
+
+    def __init__(self, model: nn.Module, units: Sequence[tuple[str, int]] = ()) -> None:
+        self._model, self._units = model, list(units)  # those that events before told of
+        self.alive: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
+        self.studies: dict[str, xr.Dataset] = {}
+
+    def units(self, *, alive: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> None:
+        """Record which units (filters) of each layer are left, boolean (unit,), and the scores where there are any.
+
+        Where the network was made smaller before, they may be given for the units it has now: they are recorded as
+        those of the original network that they were, with False and NaN for those that are gone.
+
+        Raises:
+            ValueError: masks of single weights: how many of them are left, ``/pruning`` counts by layer. Or not as many
+                as the layer has, other units than in an event before, or scores of another shape.
+        """
+        alive = {layer: torch.as_tensor(kept).bool() for layer, kept in alive.items()}
+        scores = {layer: torch.as_tensor(score) for layer, score in (scores or {}).items()}
+        for layer, kept in alive.items():
+            if kept.ndim != 1:
+                raise ValueError(
+                    f"event.units() takes one boolean a filter, (unit,), got shape {tuple(kept.shape)} for {layer!r}: "
+                    "single weights are counted by layer in /pruning, as removed and remaining"
+                )
+            if layer in scores and scores[layer].shape != kept.shape:
+                shapes = tuple(kept.shape), tuple(scores[layer].shape)
+                raise ValueError(
+                    f"event.units() takes one score a filter, layer {layer!r} has masks and scores {shapes}"
+                )
+        known = identities(self._model)
+        for layer, identity in known.items():
+            if layer in alive and len(alive[layer]) not in (len(identity.index), identity.total):
+                raise ValueError(
+                    f"event.units() takes one boolean a filter, layer {layer!r} has {len(identity.index)} filters, got "
+                    f"{len(alive[layer])} booleans"
+                )
+        found = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
+        if self._units and (other := sorted(set(_labels(found)) ^ set(self._units))):
+            raise ValueError(
+                f"event.units() takes the same units in all events of a record, {other[0]} is in some only"
+            )
+        self.alive = {layer: found[layer] for layer in dict.fromkeys(layer for layer, _ in self._units)} or found
+        self.scores = {layer: score.detach().cpu() for layer, score in as_original(scores, known).items()}
+
+    def add(self, node: str, study: xr.Dataset) -> None:
+        """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.
+
+        Raises:
+            ValueError: another name, or a dataset with other variables or dimensions than the node's.
+        """
+        if node not in schema.STUDIES:
+            raise ValueError(f"an event takes studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
+        dims = {row.name: row.dims(node)[1:] for row in schema.quantities(node)}
+        for name, values in study.data_vars.items():
+            if set(values.dims) != set(dims.get(name, ("nothing",))):
+                raise ValueError(f"/{node} takes {dims}, got {name!r:.60} over {values.dims}")
+        self.studies[node] = study.map(lambda values: values.transpose(*dims[values.name]))
+
+    def unit_labels(self) -> list[tuple[str, int]]:
+        """Layer and index of each unit, in the order of :meth:`unit_row`."""
+        return _labels(self.alive)
+
+    def unit_row(self) -> dict[str, Tensor]:
+        """Scores and survival of all units, each (unit,)."""
+        missing = {layer: torch.full(kept.shape, torch.nan) for layer, kept in self.alive.items()}
+        scores = [self.scores.get(layer, missing[layer]).double() for layer in self.alive]
+        return {"score": torch.cat(scores), "alive": torch.cat(list(self.alive.values()))}
+
+
+def _labels(alive: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    return [(layer, index) for layer, kept in alive.items() for index in range(len(kept))]
+
+
+class Stage:
+    """The network at one moment: its expansion at the probe, θ, g, Hg, and which parameters are not pruned."""
+
+    def __init__(self, layers: Layers, processes: Processes, expansion: Expansion) -> None:
+        self._layers, self._processes, self._expansion = layers, processes, expansion
+        self.shapes = layers.shapes
+        (self.loss,) = processes.mean([expansion.loss])
+        self._names = list(expansion.theta)
+        self.theta = layers.theta(layers.zeros()).blocks
+        self.kept = layers.kept()
+        self.grad = self._vector(expansion.grad)
+        self._hess_grad = self.hessian_product(self.grad)
+
+    def _vector(self, tensors: list[Tensor]) -> Tensor:
+        return self._layers.vector(dict(zip(self._names, self._processes.mean(tensors), strict=True)))
+
+    def hessian_product(self, blocks: Tensor) -> Tensor:
+        """Hv at this stage, for a vector and as a vector."""
+        return self._vector(self._expansion.hessian_product(self._layers.tensors(blocks, self._names)))
+
+    def third_products(self, removal: Tensor, *others: Tensor) -> list[Tensor]:
+        """T[δ,v] at this stage for each v, T the derivative of H, for vectors and as vectors.
+
+        NaN where T is not symmetric, for then it is wrong.
+        """
+        direction, *vectors = (self._layers.tensors(blocks, self._names) for blocks in (removal, *others))
+        products = [self._vector(product) for product in self._expansion.third_products(direction, vectors)]
+        pairs = list(zip(others, products, strict=True))
+        if all(self._is_symmetric("third", pairs[0], pair) for pair in pairs[1:]):
+            return products
+        return [torch.full_like(product, torch.nan) for product in products]
+
+    def removal_product(self, removal: Tensor) -> Tensor:
+        """Hδ at this stage."""
+        product = self.hessian_product(removal)
+        if self._expansion.exact:
+            self._is_symmetric("second", (self.grad, self._hess_grad), (removal, product))
+        return product
+
+    @staticmethod
+    def _is_symmetric(which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+        """Whether uᵀ(Av) = vᵀ(Au), but for rounding, for (u, Au) and (v, Av): else a derivative of torch's is wrong."""
+        forth, back = (one[0] * other[1]).sum(), (other[0] * one[1]).sum()
+        size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
+        rounding = torch.finfo(size.dtype).eps ** 0.5 * size
+        if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + rounding:
+            warnings.warn(
+                f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the other): "
+                "an operation of the network has a wrong derivative, and what an event predicts by it is wrong",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def vectors(self, **others: Tensor) -> Vectors:
+        """θ, g, Hg and what is kept, with further vectors."""
+        return Vectors(theta=self.theta, grad=self.grad, hess_grad=self._hess_grad, kept=self.kept, **others)
+
+
+@torch.no_grad()
+def effect(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
+    """The row of ``/pruning``: all quantities at both stages, (stage, layer), and those of the removal δ, (layer,).
+
+    δ = θ_after − θ_before, R = the parameters pruned in between. H is that of the network before.
+
+    Raises:
+        ValueError: a parameter changed its shape.
+    """
+    if changed := [name for name, shape in before.shapes.items() if after.shapes[name] != shape]:
+        name = changed[0]
+        raise ValueError(
+            f"inside event() {name!r} changed its shape from {tuple(before.shapes[name])} to "
+            f"{tuple(after.shapes[name])}, so before and after cannot be compared: mask what is pruned inside, and "
+            "make the network smaller after the event"
+        )
+    return measured(layers, before, after) | predicted(layers, before, after, after.theta - before.theta)
+
+
+@torch.no_grad()
+def measured(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
+    """The quantities of ``/pruning`` at both stages, (stage, layer); the loss, (stage,)."""
+    names = [row.name for row in schema.quantities("pruning") if {"stage", "layer"} <= set(row.over)]
+    stages = [layers.evaluate(names, stage.vectors()) for stage in (before, after)]
+    values = {name: torch.stack([stage[name] for stage in stages]) for name in names}
+    return values | {"loss": torch.stack([before.loss, after.loss])}
+
+
+@torch.no_grad()
+def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node: str = "pruning") -> dict[str, Tensor]:
+    """The quantities of a node that are of a removal δ, (layer,): from the network before, and R."""
+    names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
+    removed, hess_removal = before.kept * (1 - after.kept), before.removal_product(removal)
+    vectors = {"removal": removal, "hess_removal": hess_removal, "removed": removed}
+    if "param_hess_grad_first_order" in names:  # the change of Hg is H((Hδ)_K − g_R) + T[δ]g_K
+        third, third_grad = before.third_products(removal, removal, before.grad * (1 - removed))
+        moved = before.hessian_product(hess_removal * (1 - removed) - before.grad * removed)
+        vectors |= {"third_removal": third, "hess_grad_change": moved + third_grad}
+    else:
+        (vectors["third_removal"],) = before.third_products(removal, removal)
+    return layers.evaluate(names, before.vectors(**vectors))

@@ -1,0 +1,79 @@
+"""The events of a training: whatever changes the network, measured before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import named
+from ..loop.processes import Processes
+from ..network.layers import Layers
+from ..network.structure import Structure
+from ..probing.moment import Moment
+from ..probing.probe import Objective, Probe
+from .arguments import as_number, check_description
+from .epochs import Epochs
+from .event import Event, Stage, effect
+from .rows import Rows
+from .steps import Steps
+
+
+class Events:
+    """Measures a network around what changes it, and sends a row of each; ``count`` of them there are already."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        layers: Layers,
+        processes: Processes,
+        steps: Steps,
+        epochs: Epochs,
+        rows: Rows,
+        count: int,
+    ) -> None:
+        self._model, self._objective, self._layers, self._processes = model, objective, layers, processes
+        self._steps, self._epochs, self._rows, self._count = steps, epochs, rows, count
+        self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
+        self._units: list[tuple[str, int]] = []  # that events told of
+
+    def check(self, kind: str, probe: Any, mode: str, attributes: Mapping[str, Any]) -> None:
+        """Raise ValueError where an event cannot be measured or described so."""
+        if mode not in ("train", "eval"):
+            raise ValueError(f"event() measures in mode 'train' or 'eval', got {mode!r:.60}")
+        if not isinstance(probe, list | tuple) or not probe:
+            raise ValueError(f"event() needs a list of batches as probe, got {probe!r:.60}")
+        if self._processes.sharded:
+            raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
+        check_description(kind, attributes, self._kinds)
+
+    @contextmanager
+    def measured(self, kind: str, probe: Sequence[Any], mode: str, attributes: Mapping[str, Any]) -> Iterator[Event]:
+        """Around an event; its row is sent if nothing is raised inside."""
+        described = {name: as_number(value) for name, value in attributes.items()}
+        moment, structure = Moment(self._model, self._layers.device, self._objective), Structure(self._model)
+        before = self._stage(probe, mode, [moment] * len(probe))
+        yield (event := Event(self._model, self._units))
+        after = self._stage(probe, mode, [moment.later()] * len(probe))
+        now = {"step": self._steps.number, "epoch": self._epochs.present}
+        row = {"event": self._count, "kind": kind, "mode": mode, **now}
+        with structure.again():  # predictions are of the network before
+            found = effect(self._layers, before, after)
+        self._rows.add("pruning", row | described | found)
+        self._rows.add_units(self._count, event)
+        self._kinds |= {name: isinstance(value, str) for name, value in described.items()}
+        self._units = event.unit_labels() or self._units
+        self._count += 1
+
+    def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
+        with self._steps.measuring():
+            self._layers.refresh()
+            probe = Probe(self._model, self._objective, batches, mode=mode, moments=moments)
+            try:
+                expansion = probe.expand()
+            except Exception as error:
+                raise ValueError(f"event(): the objective failed on the probe's batches with {named(error)}") from error
+            return Stage(self._layers, self._processes, expansion)

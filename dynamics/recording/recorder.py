@@ -1,0 +1,306 @@
+"""The recorder: attaches to a training loop by optimizer hooks and decides when to measure; what, is in quantities.py.
+
+It changes nothing in the training: weights, buffers, optimizer state and random numbers are, bit for bit, those of the
+same run without it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..loop.batches import Batches
+from ..loop.groups import Groups
+from ..loop.optimizer_hooks import OptimizerHooks
+from ..loop.processes import Processes
+from ..network.layers import Layers
+from ..probing.probe import Objective, cross_entropy_objective, unwrap
+from ..record import provenance
+from ..record.buffer import Buffer
+from .arguments import (
+    as_given,
+    as_number,
+    as_plain,
+    check_arguments,
+    check_attributes,
+    check_epoch,
+    check_resume,
+    check_scalar,
+    optimizers,
+    wanted,
+)
+from .attachment import Attachment
+from .epochs import Epochs, Pass
+from .event import Event
+from .events import Events
+from .resuming import begin
+from .rows import Rows
+from .step import Measurement
+from .step_curvature import StepCurvature
+from .steps import Steps
+from .termination import on_termination
+from .watched import Watched, watched
+
+_WASTED = 16  # backward passes in the end that led to nothing: a loop may skip a few
+
+
+class Recorder:
+    """Records what a network's parameters, gradients and curvature do while it trains and is pruned.
+
+    ::
+
+        with Recorder("run.zarr", model, optimizer, curvature_every=64) as recorder:
+            for inputs, labels in recorder.watch(loader):
+                ...                                   # the loop as it was
+
+    Args:
+        path: where the record goes, a new folder. Open it with :func:`dynamics.open_run`, or with xarray alone, which
+            knows it by the name's end in ``.zarr`` (or by ``engine="zarr"``).
+        model: any module. Layers are the modules that own parameters, by qualified name.
+        optimizer: a torch optimizer over the model's parameters, one that wraps it, or a list of several. Steps are
+            counted from 0; with several optimizers one step is a step of each, or of those that step on the same batch.
+        objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
+            measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``. Of
+            several batches of a step it is their mean that is measured, by samples or equally, as the gradient says. It
+            may draw random numbers, and count or collect in variables of its own, which are as they were afterwards.
+        every: record first-order quantities at every such step.
+        curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never.
+        capture: on a GPU, launch what curvature takes as CUDA graphs, from its second measurement on. It takes less
+            time then, most so in deep networks of small layers, and the memory of its activations all the while. For
+            models that keep nothing but their buffers, and objectives that keep nothing; neither may decide anything
+            in Python that changes from step to step, nor use tensors that are replaced by others, such as a teacher's
+            that is copied anew.
+        quantities: names of the quantities of ``/steps`` and ``/curvature`` to record; None means all. Nothing that
+            was not asked for is computed.
+        attributes: what the run is, or its whole configuration: numbers, strings, or lists of them. Tables, claims and
+            figures compare runs by their ``model``, ``data``, ``measure``, ``rounds``, ``sparsity`` and ``seed``, and
+            average over none that differ in anything else that is said here.
+        resume: True goes on with the record at ``path``, once model and optimizer are loaded from a checkpoint, and
+            begins a new one where there is none; "rewind" also drops what was recorded after the checkpoint. The
+            record's attribute ``resumed`` keeps a trace. :meth:`flush` before saving a checkpoint.
+        step: the step at which a resumed training goes on. By default it is found: the one at which every layer of
+            the record had the model's ‖θ‖².
+
+    Raises:
+        FileExistsError: the path exists, and ``resume`` is False.
+        BlockingIOError: another recorder is writing there.
+        RecordError: what is there is not a record, or is damaged.
+        TypeError, ValueError: an argument is not what it must be, or the record goes on beyond the model's step.
+            Nothing is written then.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        objective: Objective = cross_entropy_objective,
+        every: int = 1,
+        curvature_every: int = 64,
+        capture: bool = False,
+        quantities: Iterable[str] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        resume: bool | Literal["rewind"] = False,
+        step: int | None = None,
+    ) -> None:
+        check_arguments(model, optimizer, objective, every, curvature_every)
+        attributes = as_plain({} if attributes is None else attributes)
+        check_attributes(attributes)
+        check_resume(resume, step)
+        names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
+        held, self._path = optimizers(optimizer), path
+        network, processes = unwrap(model), Processes(model)
+        self._layers = Layers(network)
+        groups = Groups(held, self._layers)
+        measurement = Measurement(self._layers, groups, processes, names, curvature_names)
+        origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | attributes
+        present = measurement.present()
+        store, place = processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
+        place = processes.told(place)
+        measurement.start_from(store, begins=place.step == 0)
+        self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
+        counted = None if processes.replicated else groups.parameters
+        self._batches = Batches(model, self._layers.device, objective, counted)
+        probing = network, objective, self._batches, measurement, processes
+        self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
+        self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
+        hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])
+        parts = groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs
+        self._steps = Steps(*parts, place, names, every)
+        common = self._layers, processes, self._steps, self._epochs, self._rows
+        self._events = Events(network, objective, *common, place.events)
+        self._attachment = Attachment(held, as_given(optimizer), self._steps)
+        self._termination = on_termination(self.flush)
+        atexit.register(self.close)
+
+    # what the loop calls
+
+    def watch(self, loader: Iterable) -> Watched:
+        """Yield what the loader yields and remember each batch for the steps it leads to.
+
+        Each pass is an epoch, but for those without a step: evaluations, say.
+        """
+        return watched(loader, self._begin_pass)
+
+    def _begin_pass(self) -> Pass:
+        self._attachment.end()
+        return Pass(self._epochs, partial(self._observe, stays=True))
+
+    def observe(self, batch: Any) -> None:
+        """Say what the next step's batch is, before its forward pass, where there is no loader to watch.
+
+        Several batches accumulate.
+        """
+        self._observe(batch, stays=False)
+
+    def _observe(self, batch: Any, *, stays: bool, source: Pass | None = None) -> None:
+        self._attachment.end()
+        if self._attachment:
+            self._steps.see(batch, stays=stays, source=source)
+
+    def log(self, **scalars: float | Tensor | np.ndarray) -> None:
+        """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
+
+        What is logged for each of several micro-batches of a step is averaged. A loop that says nothing of its batches
+        (:meth:`watch`, :meth:`observe`) and logs before the backward pass has to do so from the first step on: else the
+        value is taken to be of the step before.
+        """
+        for name, value in scalars.items():
+            value = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
+            check_scalar(name, value)
+            value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
+            self._steps.log(name, value)
+
+    def log_epoch(self, **scalars: float) -> None:
+        """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come.
+
+        In a loop that watches no loader and calls no :meth:`begin_epoch` an epoch ends here, if a step was taken. In
+        analyses and figures what was logged before the first step is of epoch 0, and calls at one step are one row.
+        """
+        self._attachment.end()
+        check_epoch(scalars)
+        values = {name: as_number(value) for name, value in scalars.items()}
+        self._rows.add("epochs", {"epoch": self._epochs.present, "step": self._steps.number, **values})
+        self._epochs.end()
+
+    def begin_epoch(self) -> None:
+        """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""
+        self._attachment.end()
+        self._epochs.begin()
+
+    @contextmanager
+    def event(
+        self, kind: str, *, probe: Sequence[Any], mode: str = "eval", **attributes: float | str
+    ) -> Iterator[Event]:
+        """Measure before and after whatever happens inside, on the same batches: a row of ``/pruning``.
+
+        Parameters are compared by name, so what happens inside may replace Parameter objects, as
+        ``torch.nn.utils.prune`` does. Among several processes every one has to come here.
+
+        Args:
+            kind: what happens, e.g. ``"prune"``.
+            probe: list of batches at which everything is evaluated.
+            mode: "eval" or "train", the mode of BatchNorm and dropout at the probe.
+            attributes: numbers and strings that describe the event; each becomes a variable over ``event``.
+
+        Yields:
+            An :class:`Event`, whose ``units`` takes scores and what is left alive.
+
+        Raises:
+            Whatever the body raises; then no row is written.
+            ValueError: an argument is not what it must be, or was of another kind in an event before, or a parameter
+                changes its shape inside.
+        """
+        self._events.check(kind, probe, mode, attributes)
+        self._attachment.end()
+        with self._events.measured(kind, probe, mode, attributes) as event:
+            yield event
+
+    def flush(self) -> None:
+        """Write all that was recorded so far and wait for it: before a checkpoint is saved, say."""
+        self._attachment.end()
+        try:
+            self._steps.finish()
+        finally:  # what it says may be an error
+            self._rows.flush()
+
+    def close(self) -> None:
+        """Detach from the optimizer, write what is left and wait for it. Nothing of the recorder stays behind.
+
+        What cannot be written is lost with a warning, not an exception: it must not cost what comes after the training.
+        """
+        if self._attachment:
+            self._attachment.end()
+            try:
+                self._steps.finish(ends=True)
+            finally:  # what it says may be an error
+                self._attachment.close()
+                self._batches.close()
+                self._termination.close()
+                atexit.unregister(self.close)
+                self._rows.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        trained = bool(self._batches) or self._batches.mark.backwards > 0
+        steps, wasted = self._steps.number, self._batches.wasted
+        self.close()
+        if exception[0] is not None:
+            return
+        if steps and wasted > _WASTED:
+            warnings.warn(
+                f"{wasted} backward passes after step {steps - 1} led to no step of the optimizer: if another one took "
+                "over, give both from the start: Recorder(..., [first, second])",
+                stacklevel=2,
+            )
+        if self._curvature.unseen > 1 and not self._batches.told:
+            warnings.warn(
+                "no batch was seen, so no curvature was recorded: watch the loader (recorder.watch(loader)), observe "
+                "each batch, or give curvature_every=0",
+                stacklevel=2,
+            )
+        if trained and not steps:
+            warnings.warn(
+                "batches or gradients were seen, but no step of the optimizer: the one that trains is not the one that "
+                "was given (a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: "
+                "its base_optimizer)",
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo: dict) -> Recorder:
+        """Itself: the copy of a model that refers to its recorder refers to the same."""
+        return self
+
+    def __reduce__(self) -> tuple:
+        """Nothing: what is saved with a model that refers to its recorder comes back without one."""
+        return type(None), ()
+
+    def __repr__(self) -> str:
+        state = "recording" if self._attachment else "closed"
+        return f"<Recorder {self._path}: {state}, {self._steps.number} steps, {len(self._layers)} layers>"
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why rows are missing in the record, now or for good; None while all is well."""
+        return self._rows.failure
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the recorder itself is evaluating the model right now: hooks of one's own may want to wait."""
+        return self._steps.busy
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

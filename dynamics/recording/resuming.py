@@ -1,0 +1,243 @@
+"""Where a record and a model meet again: the place in the record at which the model's parameters are."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..record.store import Store
+from ..schema import STUDIES
+
+_SAME = 16  # roundings: what is left of a squared norm's precision after a step is added up
+
+
+@dataclass(frozen=True)
+class Place:
+    """The point between two steps at which recording goes on, and how much of the record lies before it.
+
+    ``ended``: whether that is where an epoch was logged.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    events: int = 0
+    flow_time: float = 0.0
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Present:
+    """What the model is now: names of its layers, ‖θ‖² of each, (layer,), and the rounding error of its type.
+
+    ``first`` is the layer of the first parameter group, ``flow_step`` the flow time of that group's step; ``remaining``
+    counts the parameters of each layer that are not pruned, (layer,).
+    """
+
+    layers: list[str]
+    sqnorm: np.ndarray
+    rounding: float
+    first: int
+    flow_step: float
+    remaining: np.ndarray
+
+
+class Record:
+    """The columns of a record that say where its steps and events were."""
+
+    def __init__(self, store: Store, present: Present) -> None:
+        self._store, self._present = store, present
+        self.steps, self.epochs = self.column("steps", "step"), self.column("steps", "epoch")
+        self.events = self.column("pruning", "step")
+        self._sqnorm = self.column("steps", "param_sqnorm")
+        self.exact: list[int] = []  # steps at which ‖θ‖² was to the bit what it is now
+
+    def column(self, node: str, name: str) -> np.ndarray:
+        """A variable's committed values; none where there is no such variable."""
+        try:
+            return self._store.read(node, name)
+        except KeyError:
+            return np.empty(0, int)
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Step and number of events after all that is recorded."""
+        last = [*self.steps[-1:] + 1, *self.events[-1:], 0]
+        return int(max(last)), len(self.events)
+
+    def place(self, step: int, events: int) -> Place:
+        """What the counters were at a step."""
+        before = int(np.searchsorted(self.steps, step))
+        of_rows = self.epochs[before - 1 : before].tolist() if before else []
+        count = self.logged_by(step) or 0  # steps may be recorded seldom
+        logged = self.column("epochs", "epoch")[:count][-1:].tolist()
+        epoch = int(max([0, *of_rows, *logged]))
+        ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
+        return Place(step, epoch, events, self._flow_time(step, before), ended)
+
+    def logged_by(self, step: int) -> int | None:
+        """How many rows of ``/epochs`` there were at a step; None if they do not say of which step they are."""
+        steps = self.column("epochs", "step")
+        return int(np.searchsorted(steps, step, side="right")) if len(steps) else None
+
+    def _flow_time(self, step: int, before: int) -> float:
+        times, flow_steps = self.column("steps", "flow_time"), self.column("steps", "flow_step")
+        if not before:
+            return 0.0
+        if not len(times) or not len(flow_steps):
+            return float("nan")
+        if before < len(times) and self.steps[before] == step:
+            return float(times[before])
+        skipped = self.column("steps", "skipped")
+        row = flow_steps[before - 1]
+        last, others = row[self._present.first], np.unique(row[row != 0])
+        if last == 0 and len(others) == 1:  # the layer is frozen, the optimizer's group was stepped
+            last = others[0]
+        last = self._present.flow_step if np.isnan(last) else last  # the layer's parameters differ in it
+        taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
+        return float(times[before - 1] + last * taken)
+
+    def meets(self) -> tuple[int, int] | None:
+        """Step and number of events at which ‖θ‖² of every layer was what it is now; None if nowhere.
+
+        Where a row says so to the bit, there; else at the record's end, which is known by a sum only; else the nearest.
+        """
+        found = [
+            (
+                float(np.max(np.abs(then - self._present.sqnorm) / np.maximum(np.abs(then), 1e-300), initial=0.0)),
+                (step, events),
+            )
+            for step, events, then in self._moments()
+        ]
+        near = [(distance, moment) for distance, moment in found if distance <= _SAME * self._present.rounding]
+        exact = [moment for distance, moment in near if distance == 0]
+        self.exact = sorted({step for step, _ in exact})
+        at_end = [moment for _, moment in near if moment == self.end]
+        return max(exact or at_end or [min(near)[1]]) if near else None
+
+    def _moments(self) -> list[tuple[int, int, np.ndarray]]:
+        """Each point at which ‖θ‖² is known: step, events before it, ‖θ‖² by layer."""
+        moments: list[tuple[int, int, np.ndarray]] = []
+        if len(self._sqnorm):
+            events = np.searchsorted(self.events, self.steps, side="right")
+            moments += zip(self.steps.tolist(), events.tolist(), self._sqnorm, strict=True)
+            change, square = self.column("steps", "param_update"), self.column("steps", "update_sqnorm")
+            if len(change) and len(square):
+                events = np.searchsorted(self.events, self.steps + 1, side="left")
+                after = self._sqnorm + 2 * change + square
+                moments += zip((self.steps + 1).tolist(), events.tolist(), after, strict=True)
+        staged = self.column("pruning", "param_sqnorm")
+        moments += [(int(step), index + 1, staged[index, 1]) for index, step in enumerate(self.events)]
+        return moments
+
+
+def begin(
+    path: str | os.PathLike,
+    attributes: Mapping[str, Any],
+    present: Present,
+    mode: bool | str,
+    step: int | None,
+) -> tuple[Store, Place]:
+    """A store to write to, and where its record goes on: a new one, or with ``mode`` True or "rewind" what is there.
+
+    Raises:
+        FileExistsError, BlockingIOError, RecordError: as :class:`~dynamics.record.store.Store`.
+        ValueError: as :func:`resume`.
+    """
+    if not (mode and Path(path).exists()):
+        return Store(path, attributes), Place(step=step or 0)
+    store = Store.reopen(path)
+    try:
+        return store, resume(store, present, step, mode == "rewind")
+    except BaseException:
+        store.close()
+        raise
+
+
+def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Place:
+    """Find where the model is in the record, and take back what lies beyond, if that was asked for.
+
+    Args:
+        store: the record, open for writing.
+        present: the model as it is now.
+        step: the step at which training goes on; None: found by the layers' ‖θ‖².
+        rewind: whether rows beyond that step may be dropped.
+
+    Raises:
+        ValueError: another network's record, a model that is nowhere in the record, or rows beyond and no ``rewind``.
+    """
+    record, path = Record(store, present), store.path
+    if not sum(store.lengths.values()):
+        return Place(step=step or 0)
+    recorded = [str(name) for name in store.read("steps", "layer")]
+    if recorded != present.layers:
+        raise ValueError(
+            f"{path} is the record of another network: it has layers {recorded}, the model has {present.layers}"
+        )
+    end, met = record.end, record.meets()
+    if step is None and met is None:
+        raise ValueError(
+            f"the model's parameters are those of no step in {path}, which ends at step {end[0]}: load the checkpoint "
+            "that belongs to it, or give step=<the step at which training goes on>"
+        )
+    if step is None and rewind and len(record.exact) > 1:
+        first, *_, last = record.exact
+        raise ValueError(
+            f"the model's parameters are those of the steps {first} to {last} in {path}, for they did not move: give "
+            "step=<the step at which training goes on>"
+        )
+    if step is not None and (met is None or met[0] != step):
+        met = (step, int(np.searchsorted(record.events, step, side="right")) if step < end[0] else end[1])
+    if met < end and not rewind:
+        raise ValueError(
+            f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
+            f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
+        )
+    place = record.place(*met)
+    _check_masks(record, present, met[1])
+    trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
+    store.note("resumed", [*store.attributes.get("resumed", []), trace])
+    ahead = record.column("curvature", "step") >= met[0]  # of a step that was not recorded any more
+    if met < end or ahead.any():  # after the trace, so that a kill in between loses neither
+        _truncate(store, record, *met)
+    return place
+
+
+def _check_masks(record: Record, present: Present, events: int) -> None:
+    """Warn where parameters that the record's last event left pruned are free to move."""
+    remaining = record.column("pruning", "remaining")
+    if not events or len(remaining) < events:
+        return
+    left = remaining[events - 1, 1]
+    if freed := [name for name, then, now in zip(present.layers, left, present.remaining, strict=True) if now > then]:
+        free = int(present.remaining.sum() - left.sum())
+        warnings.warn(
+            f"{free} parameters that were pruned when event {events - 1} was recorded have no mask now and will move, "
+            f"in layer {freed[0]!r} first: dynamics.pruning.apply_masks(model, masks), with the checkpoint's masks, "
+            "before the recorder is made",
+            stacklevel=2,
+        )
+
+
+def _truncate(store: Store, record: Record, step: int, events: int) -> None:
+    """Take back all rows from a step on."""
+    before = int(np.searchsorted(record.steps, step))
+    lengths = {"steps": before, "pruning": events}
+    lengths["curvature"] = int(np.searchsorted(record.column("curvature", "step"), step))
+    for node in ("units", *STUDIES):
+        lengths[node] = int(np.searchsorted(record.column(node, "event"), events))
+    if (logged := record.logged_by(step)) is not None:
+        lengths["epochs"] = logged
+    elif before < len(record.epochs):
+        lengths["epochs"] = int(np.searchsorted(record.column("epochs", "epoch"), record.epochs[before]))
+    store.truncate(lengths)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

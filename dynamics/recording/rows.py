@@ -1,0 +1,92 @@
+"""The rows of a record on their way: a step's row waits for what is logged after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import schema
+from ..loop.logged import Logged, Scalar
+from ..loop.seen import Mark
+from ..record.buffer import Buffer
+from .event import Event
+
+
+class Rows:
+    """Rows for a buffer; without one, in a process that does not write, they go nowhere.
+
+    The row of a step gets what is ``logged`` of it.
+    """
+
+    def __init__(self, buffer: Buffer | None, layers: list[str]) -> None:
+        self._buffer = buffer
+        self.logged = Logged()
+        self._step: dict[str, Any] = {}  # the row of the step that was
+        for node in ("steps", "curvature", "pruning"):
+            self._coordinate(node, "layer", "layer", layers)
+        self._coordinate("pruning", "stage", "stage", schema.STAGES)
+
+    def _coordinate(self, node: str, name: str, dim: str, values: Any) -> None:
+        if self._buffer is not None:
+            self._buffer.coordinate(node, name, dim, np.array(values))
+
+    def add(self, node: str, row: Mapping[str, Any]) -> None:
+        """Send a row."""
+        if self._buffer is not None:
+            self._buffer.add(node, row)
+
+    def add_units(self, number: int, event: Event) -> None:
+        """Send an event's row of ``/units``, if it told of any, and of each study that was added to it."""
+        for node, study in event.studies.items():
+            for name, values in study.coords.items():
+                self._coordinate(node, name, *values.dims, values.values)
+            self.add(node, {"event": number, **{name: values.values for name, values in study.items()}})
+        if event.alive:
+            layers, index = zip(*event.unit_labels(), strict=True)
+            self._coordinate("units", "layer", "unit", layers)
+            self._coordinate("units", "index", "unit", index)
+            self.add("units", {"event": number, **event.unit_row()})
+
+    def step(self, row: Mapping[str, Any] | None, mark: Mark) -> Mapping[str, Scalar]:
+        """A step is done: send the last one's row and keep this one's; None if it is not recorded.
+
+        Returns what was logged of the last one.
+        """
+        logged = self.logged.step(mark)
+        self._send(logged)
+        self._step = dict(row or {})
+        return logged
+
+    def finish(self, *, ends: bool = False) -> Mapping[str, Scalar]:
+        """Send the row of the step that was, and return what was logged of it. What is logged for it later is lost.
+
+        If the training ``ends``, what waits for another step is this one's, unless it has the name.
+        """
+        logged = self.logged.of_last(ends=ends)
+        self._send(logged)
+        return logged
+
+    def _send(self, logged: Mapping[str, Scalar]) -> None:
+        if self._step:
+            self._step |= logged
+            self.add("steps", self._step)
+            self._step = {}
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why rows are missing in the record; None while all is well."""
+        return None if self._buffer is None else self._buffer.failure
+
+    def flush(self) -> None:
+        """Write everything and wait for it."""
+        self.finish()
+        if self._buffer is not None:
+            self._buffer.flush(wait=True)
+
+    def close(self) -> None:
+        """Write everything and let the record go."""
+        self.finish(ends=True)
+        if self._buffer is not None:
+            self._buffer.close()

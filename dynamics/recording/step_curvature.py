@@ -1,0 +1,298 @@
+"""The curvature of a step, on the step's own batches: which they are, what it is, what to say where there is none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import named
+from ..loop.batches import Batches
+from ..loop.logged_loss import LoggedLoss
+from ..loop.processes import Processes
+from ..loop.seen import Seen
+from ..probing.batch import sample_count
+from ..probing.moment import Moment
+from ..probing.probe import Objective, Probe
+from .captured_curvature import CapturedCurvature
+from .step import Measurement
+
+_Measured = TypeVar("_Measured")
+_DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
+_SURE = 1 - 1e-6
+_OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., objective=lambda model, batch: <scalar loss>)"
+_MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
+
+
+# Which moment of a batch is the step's.
+_MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
+    "forward pass": lambda seen: seen.moment,
+    "seen": lambda seen: seen.first_moment or seen.moment,  # a loss may draw random numbers before it runs the network
+    "forward pass before the gradient": lambda seen: seen.gradient_moment or seen.moment,  # of several
+    "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not for the step's sake
+}
+
+
+class _Way(NamedTuple):
+    """How a step may be of its batches: from which of :data:`_MOMENTS` on, counted by their samples or equally."""
+
+    moment: str = "forward pass"
+    by_samples: bool = True
+
+
+class _Candidate(NamedTuple):
+    """Batches that a step may be of, by number, in one way; if not ``certain``, only the gradient can tell."""
+
+    number: int
+    way: _Way
+    probe: Probe
+    certain: bool
+
+
+class _Found(NamedTuple):
+    """A candidate's loss and gradient in its probe, its cosine with the one applied, and the mean of the layers'."""
+
+    by: Measurement | CapturedCurvature
+    probe: Probe
+    loss: Tensor
+    grad: dict[str, Tensor]
+    cosine: float
+    in_layers: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the gradient is the one applied, but for its length."""
+        return self.cosine > _SURE
+
+
+class StepCurvature:
+    """Measures the curvature of every so-manieth step, 0 for none.
+
+    Where batches were skipped or read ahead there are several candidates for those that a step is of; they are the
+    ones whose gradient points where the applied one does. Whatever the objective does wrong costs the curvature, with
+    one warning, not the training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Batches,
+        measurement: Measurement,
+        processes: Processes,
+        every: int,
+        *,
+        capture: bool,
+    ) -> None:
+        self._model, self._objective, self._batches = model, objective, batches
+        self._measurement, self._processes, self._every = measurement, processes, every
+        self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
+        self._probes: list[_Candidate] = []
+        self._way = _Way()  # the likeliest
+        self._said: set[str] = set()
+        self._loss = LoggedLoss()
+        self.unseen = 0  # steps that were due, and taken, before any batch was seen
+        if every and processes.sharded:
+            self.stop()
+            warnings.warn(
+                "curvature is not recorded: it needs all parameters in one process, and FSDP2 spreads them; "
+                "give curvature_every=0 to record first-order quantities only",
+                stacklevel=3,
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether a step is to be measured."""
+        return bool(self._every) and step % self._every == 0
+
+    def stop(self) -> None:
+        """Measure no more."""
+        self._every, self._probes = 0, []
+        if isinstance(self._captured, CapturedCurvature):
+            self._captured.drop()
+
+    def begin(self, step: int) -> None:
+        """Keep what the measurement needs of the moment before the step."""
+        self._probes = []
+        if not self.due(step):
+            return
+        if self._batches:
+            self._measurement.keep_outside()
+            self._probes = self._or_give_up(self._make_probes, step) or []
+        elif self._batches.told:
+            self._say_unknown(step)
+
+    def _make_probes(self) -> list[_Candidate]:
+        """Probes of what the step may be of, the likeliest first.
+
+        The likeliest batches are tried in all ways in which they differ, the others from the likeliest moment on.
+        """
+        if self._batches.failure is not None:
+            raise RuntimeError(f"what the step starts from cannot be kept: {self._batches.failure}")
+        candidates = enumerate(self._batches.candidates())
+        known = [(number, seen) for number, seen in candidates if all(one.moment for one in seen)]
+        if self._batches.lost:
+            self._say_once(
+                "parameters of the model that are not trained move within a step: curvature is measured from the next "
+                "step on that is due, when they are kept",
+                "lost",
+            )
+            return []
+        if self._processes.replicated:  # each has to try as many
+            alone = self._processes.all_agree(len(known) == 1, self._device)
+            return [
+                self._candidate(number, seen, _Way()) for number, seen in (known[0], known[-1])[: 1 if alone else 2]
+            ]
+        tried = [
+            (number, seen, _Way(moment, by_samples))
+            for number, seen in known
+            for moment in (_moments_that_differ(seen) if number == 0 else [self._way.moment])
+            for by_samples in _weights_that_differ(seen)
+        ]
+        return [self._candidate(*one) for one in sorted(tried, key=lambda one: (one[0], one[2] != self._way))]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _candidate(self, number: int, seen: list[Seen], way: _Way) -> _Candidate:
+        batches, moments = [one.batch for one in seen], [_MOMENTS[way.moment](one) for one in seen]
+        probe = Probe(self._model, self._objective, batches, moments=moments, by_samples=way.by_samples)
+        return _Candidate(number, way, probe, all(one.certain for one in seen))
+
+    def end(self, step: int) -> dict[str, Tensor] | None:
+        """The quantities of ``/curvature`` after the step; None if it is not measured."""
+        probes, self._probes = self._probes, []
+        self.unseen += self.due(step) and not self._batches.told
+        best = self._best(probes, step)
+        if best is None or self._are_others_lost(best.probe):
+            return None
+        values = self._or_give_up(partial(best.by.curvature_values, best.probe, best.loss, best.grad), step)
+        if values is None:
+            return None
+        self._batches.bystanders.of_objective(best.probe.others)
+        self._loss.measured(step, best.cosine, best.loss)
+        if best.cosine < _DOUBTFUL:
+            self._say_once(
+                f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
+                f"gradient and the one applied have cosine {best.cosine:.2f} (grad_applied_grad tells at each step). "
+                "Unless the loop itself changes gradients before they are applied, give the recorder its own loss: "
+                "Recorder(..., objective=lambda model, batch: <scalar loss>). If it has that, something that the loss "
+                "uses changed between forward pass and step: with several networks, call observe() right before the "
+                "forward pass of each, and give all optimizers that step meanwhile",
+                "doubtful",
+            )
+        if values.get("approximate"):
+            self._say_once(
+                f"curvature is approximate from step {step} on: an operation of the model has no second "
+                "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
+                "approximate",
+            )
+        return self._processes.mean_values(values)
+
+    def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
+        """What the loop logged as a step's loss; it is looked at when the next is measured, or in the end."""
+        self._loss.logged(step, loss)
+        if last or self.due(step + 1):
+            for difference in self._loss.differing(step):
+                self._say_once(difference, "doubtful")
+
+    def _are_others_lost(self, probe: Probe) -> bool:
+        """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""
+        if not (moved := probe.moved_others):
+            return False
+        self._batches.bystanders.keep(moved)
+        self._say_once(
+            "a network outside the model, which the objective runs, moves between a forward pass and its step: "
+            "curvature is measured from the next step on that is due, when its parameters are kept",
+            "others lost",
+        )
+        return True
+
+    def _best(self, probes: list[_Candidate], step: int) -> _Found | None:
+        """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""
+        found: list[_Found] = []
+        by = self._captured if len(probes) == 1 else self._measurement  # graphs write over what they found before
+        for one in probes:
+            measured = self._or_give_up(partial(by.gradient, one.probe), step)
+            if measured is None:
+                return None
+            grad = self._measurement.mean(measured[1])
+            found.append(_Found(by, one.probe, measured[0], grad, *self._measurement.alignment(grad)))
+            if found[-1].sure:
+                break
+        if not found:
+            return None
+        best = _nearest(found, [one.number for one in probes[: len(found)]])
+        if not (probes[best].certain or found[best].sure):
+            self._say_unknown(step)
+            return None
+        self._way = probes[best].way
+        self._batches.chosen(probes[best].number)
+        return found[best]
+
+    def _say_unknown(self, step: int) -> None:
+        self._say_once(
+            f"curvature is not recorded at step {step}, whose batch is not known. Watch what the loop reads, say "
+            "itertools.cycle(loader) as a whole, or call recorder.observe(batch) before each step",
+            "unknown",
+        )
+
+    def _say_once(self, text: str, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(text, stacklevel=2)
+
+    def _or_give_up(self, measure: Callable[[], _Measured], step: int) -> _Measured | None:
+        """What a probe measures; where it fails in any process, the training goes on without curvature in all."""
+        measured, reason, advice = None, "another process failed", _OBJECTIVE
+        try:
+            measured = measure()
+        except Exception as error:
+            reason = named(error)
+            advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
+        if self._processes.all_agree(measured is not None, self._device):
+            return measured
+        self.stop()
+        warnings.warn(
+            f"curvature is not recorded from step {step} on: the objective failed on this step's batch with "
+            f"{reason}. {advice}, or curvature_every=0",
+            stacklevel=2,
+        )
+        return None
+
+
+def _nearest(found: list[_Found], numbers: list[int]) -> int:
+    """Which gradient the one applied is: the last if that is sure, else one that is layer by layer.
+
+    Else that of the likeliest batches, in the way that is nearest, unless those of other ``numbers`` are twice as near:
+    what clips or disturbs a gradient turns all of them away, and other batches' may happen to be the nearest then.
+    """
+    apart = np.nan_to_num([1 - one.cosine for one in found], nan=3.0)
+    nearest = int(np.argmin(apart))
+    near = [index for index, one in enumerate(apart) if one <= 2 * apart[nearest]]
+    in_layers = [index for index in near if found[index].in_layers > _SURE]
+    if in_layers and not found[-1].sure:
+        return in_layers[0]
+    likeliest = min((index for index, number in enumerate(numbers) if number == numbers[0]), key=lambda one: apart[one])
+    return nearest if apart[nearest] < apart[likeliest] / 2 else likeliest
+
+
+def _moments_that_differ(seen: list[Seen]) -> list[str]:
+    """Of :data:`_MOMENTS` those that are not the first, each once."""
+    found: dict[str, list[Moment]] = {}
+    for name, of in _MOMENTS.items():
+        moments = [of(one) for one in seen]
+        same = all(at is one.moment or one.moment.is_as(at) for one, at in zip(seen, moments, strict=True))
+        if not found or not (same or moments in found.values()):
+            found[name] = moments
+    return list(found)
+
+
+def _weights_that_differ(seen: list[Seen]) -> list[bool]:
+    """Whether batches count by their samples, and whether that is not the same for all of them."""
+    return [True, False] if len({sample_count(one.batch) for one in seen}) > 1 else [True]

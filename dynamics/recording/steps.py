@@ -1,0 +1,180 @@
+"""The steps of a training as they are recorded: when to measure around each, and what its row is."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import named
+from ..loop.batches import Batches
+from ..loop.groups import Group, Groups
+from ..loop.optimizer_hooks import OptimizerHooks
+from .epochs import Epochs
+from .resuming import Place
+from .rows import Rows
+from .step import Measurement
+from .step_curvature import StepCurvature
+
+_FIRST_ORDER = "first-order quantities"
+_of_thread = threading.local()
+
+
+def anyone_measures() -> int:
+    """How many recorders evaluate a model right now in this thread: it may be another one's model."""
+    return getattr(_of_thread, "measuring", 0)
+
+
+class Steps:
+    """Measures steps, and sends the rows of every so-manieth.
+
+    Args:
+        groups, measurement, curvature, batches, hooks: of the training.
+        rows: where the rows go.
+        epochs: which epoch it is.
+        place: where the training is: ``number`` is the step to come.
+        names: quantities of ``/steps`` that a row has.
+        every: record at every such step.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        measurement: Measurement,
+        curvature: StepCurvature,
+        batches: Batches,
+        hooks: OptimizerHooks,
+        rows: Rows,
+        epochs: Epochs,
+        place: Place,
+        names: Sequence[str],
+        every: int,
+    ) -> None:
+        self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
+        self._hooks, self._rows, self._epochs, self._names, self._every = hooks, rows, epochs, names, every
+        self.number, self._flow_time = place.step, place.flow_time
+        self.busy = self._begun = self._waits = False
+        self._skips: dict[int, Tensor] = {}
+        self._await_forward()
+
+    def see(self, batch: Any, *, stays: bool, source: Any) -> None:
+        """A batch of the step to come, from a pass over the data; one that stays is also that of further steps."""
+        self._batches.add(batch, due=self._curvature.due(self.number), stays=stays, source=source)
+        self._rows.logged.batch(first=len(self._batches) == 1, watched=source is not None)
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """A scalar for a row."""
+        self._rows.logged.add(name, value, self._batches.mark)
+
+    def begin(self, *, waits: bool) -> None:
+        """Keep θ as it is before the step, and what the curvature needs of this moment, or of that of the gradient.
+
+        That of a closure is there, and the batches are that it may read itself, when it has returned.
+        """
+        self._epochs.step()
+        self._batches.repeat(due=self._curvature.due(self.number))
+        self._begun, self._skips, self._waits = self._curvature.due(self.number) or self._records(), {}, waits
+        if not self._begun:
+            return
+        with self.measuring(_FIRST_ORDER):
+            self._measurement.begin()
+            if not waits:
+                self._curvature.begin(self.number)
+
+    def take_gradient(self, number: int) -> None:
+        """Keep g before an optimizer applies it: it may overwrite it."""
+        self._groups.listen(number)
+        if self._begun:
+            with self.measuring(_FIRST_ORDER):
+                self._measurement.take_gradient(number)
+                if self._waits:
+                    self._waits = False
+                    self._curvature.begin(self.number)
+
+    def take_update(self, number: int) -> None:
+        """Take what an optimizer did, before anything else changes θ."""
+        if (skips := self._groups.skips(number)) is not None:
+            self._skips[number] = skips
+        if self._begun:
+            with self.measuring(_FIRST_ORDER):
+                self._measurement.take_update(number)
+
+    def end(self, stepped: list[int]) -> None:
+        """All optimizers have stepped, or a new step begins: measure what the step did."""
+        row = None
+        if self._begun:
+            with self.measuring(_FIRST_ORDER):
+                self._measurement.end(stepped)
+                if self._records():
+                    trained = self._groups.trained(stepped)
+                    row = self._scalars(trained, stepped) | self._measurement.step_values(trained)
+            if self._curvature.due(self.number):
+                with self.measuring("curvature"):
+                    if (curvature := self._curvature.end(self.number)) is not None:
+                        self._rows.add("curvature", {"step": self.number, **curvature})
+        if 0 in stepped:
+            moved = 1 - self._skips.get(0, 0.0)
+            self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
+        self._begun = False
+        self._curvature.logged(self.number - 1, self._rows.step(row, self._batches.mark_of_step).get("loss"))
+        self.number += 1
+        self._batches.clear()
+        self._await_forward()
+
+    def finish(self, *, ends: bool = False) -> None:
+        """What was logged of the last step is all that will be; it ``ends`` the training, or only this row."""
+        self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
+
+    @contextmanager
+    def measuring(self, what: str = "") -> Iterator[None]:
+        """Inside, no graph is built but the probes' own, and hooks that a measurement sets off do nothing.
+
+        With ``what``, an exception ends the recording of steps with a warning, not the training.
+        """
+        self.busy = True
+        _of_thread.measuring = anyone_measures() + 1
+        try:
+            with torch.no_grad(), nullcontext() if what == _FIRST_ORDER else self._evaluating():
+                yield
+        except Exception as error:
+            if not what:
+                raise
+            self._every, self._begun = 0, False
+            self._curvature.stop()
+            warnings.warn(
+                f"steps are not recorded from step {self.number} on: measuring {what} failed with {named(error)}",
+                stacklevel=2,
+            )
+        finally:
+            self.busy = False
+            _of_thread.measuring = anyone_measures() - 1
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside, the model may run: neither anomalies are looked for nor does an optimizer collect statistics."""
+        with torch.autograd.set_detect_anomaly(False), self._hooks.asleep():
+            yield
+
+    def _await_forward(self) -> None:
+        if self._curvature.due(self.number):
+            self._batches.await_forward(lambda: bool(anyone_measures()))
+
+    def _records(self) -> bool:
+        """Whether this step has a row, and this process a part in it."""
+        return bool(self._every) and self.number % self._every == 0 and self._measurement.takes_part
+
+    def _scalars(self, trained: Mapping[int, Group], stepped: list[int]) -> dict[str, Any]:
+        skips = [self._skips.get(number) for number in stepped]
+        scalars = {
+            "learning_rate": lambda: self._groups.learning_rate(trained),
+            "flow_step": lambda: self._groups.flow_step(trained),
+            "flow_time": lambda: self._flow_time,
+            "epoch": lambda: self._epochs.present,
+            "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 where all were
+        }
+        return {"step": self.number} | {name: value() for name, value in scalars.items() if name in self._names}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _CACHED_BLOCKS = 512  # 2 MB of each vector: what a processor's cache holds
+_GPU_BLOCKS = 2**16  # 256 MB of each vector: products of larger ones take memory, and launching pieces no time
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def sums(names: Sequence[str], vectors: Vectors, layer_of: Tensor, layers: int) 
     ``layer_of`` (block,) holds the index of the layer that owns each block's parameter. Blocks are added up in float64
     where the device has it. On a processor all formulas read a piece of the vectors while it is in the cache.
     """
-    whole = layer_of.is_cuda or len(layer_of) <= _CACHED_BLOCKS
-    pieces = [vectors] if whole else vectors.split(_CACHED_BLOCKS)
+    most = _GPU_BLOCKS if layer_of.is_cuda else _CACHED_BLOCKS
+    pieces = [vectors] if len(layer_of) <= most else vectors.split(most)
     values = torch.cat([torch.stack([FORMULAS[name](piece) for name in names]) for piece in pieces], dim=-1)
     values = values if values.is_mps else values.double()
     return values.new_zeros(len(names), layers).index_add_(-1, layer_of, values)

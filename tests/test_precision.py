@@ -31,7 +31,7 @@ SETTINGS = {
 CHECK = """
 import torch
 from torch.backends import cuda, cudnn, mkldnn
-from dynamics.precision import full_precision
+from dynamics.hardware.precision import full_precision
 
 def read(get):
     try:

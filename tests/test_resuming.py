@@ -198,7 +198,7 @@ def test_a_dropped_store_lets_the_next_writer_in(tmp_path: Path) -> None:
 
 FORKING = """
 import gc, os, signal, sys, time
-from dynamics.store import Store
+from dynamics.record.store import Store
 
 store = Store(sys.argv[1], {"schema_version": 1})
 if os.fork() == 0:  # as a loader's worker

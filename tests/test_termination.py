@@ -87,9 +87,9 @@ def test_in_another_thread_nothing_happens() -> None:
 
 RECORDING = """
 import os, signal, sys
-from dynamics.buffer import Buffer
-from dynamics.store import Store
-from dynamics.termination import on_termination
+from dynamics.record.buffer import Buffer
+from dynamics.record.store import Store
+from dynamics.recording.termination import on_termination
 
 buffer = Buffer(Store(sys.argv[1], {"schema_version": 1}))
 with on_termination(lambda: buffer.flush(wait=True)):

@@ -99,7 +99,7 @@ def test_with_each_kind_of_measure(tmp_path: Path, data: Data, measure: str) -> 
 PROGRAM = """
 import os, signal, sys
 import test_experiment_resumes as tests, torch
-from dynamics import running
+from dynamics.experiments import running
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 instant, kill = sys.argv[2], lambda *given: os.kill(os.getpid(), signal.SIGKILL)

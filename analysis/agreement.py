@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-from .effect import pruning_effect
+from .effect import effect_of_prunings
 from .loss import loss_decrease
 from .norm import network_norm_rate
 from .record import MissingQuantityError
@@ -57,24 +57,24 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: the record allows none.
     """
-    relations = {}
+    relations, reasons = {}, []
     for name, predict in _RELATIONS.items():
         try:
             relations[name] = agree(predict(run))
         except MissingQuantityError as error:
-            reason = error
+            reasons.append(error)
     if not relations:
-        raise reason
+        raise reasons[0]
     return xr.concat(relations.values(), xr.Variable("relation", list(relations)))
 
 
 _RELATIONS = {
     "loss decrease": loss_decrease,
     "norm rate": network_norm_rate,
-    "effect of pruning on the loss": lambda run: pruning_effect(run).sel(quantity="loss"),
-    "effect of pruning on ‖g‖²": lambda run: pruning_effect(run).sel(quantity="grad_sqnorm"),
-    "effect of pruning on d‖θ‖²/dt": lambda run: pruning_effect(run).sel(quantity="param_sqnorm_rate"),
-    "effect of pruning on θᵀHg": lambda run: pruning_effect(run).sel(quantity="param_hess_grad"),
+    "effect of pruning on the loss": lambda run: effect_of_prunings(run).sel(quantity="loss"),
+    "effect of pruning on ‖g‖²": lambda run: effect_of_prunings(run).sel(quantity="grad_sqnorm"),
+    "effect of pruning on d‖θ‖²/dt": lambda run: effect_of_prunings(run).sel(quantity="param_sqnorm_rate"),
+    "effect of pruning on θᵀHg": lambda run: effect_of_prunings(run).sel(quantity="param_hess_grad"),
 }
 
 

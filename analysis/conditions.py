@@ -48,9 +48,9 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     measure, model and data are "", rounds 0 and sparsity NaN.
 
     Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
-    where a run does not have it. A run that lacks what another has differs from it, but for a run that was not pruned,
-    which does not depend on it, and for experiments, whose version did not know it. Instrumented loops that said the
-    same of themselves are told apart by their labels, in a column ``record``.
+    where a run does not have it. A run that lacks what another has differs from it, but for a run that was not pruned
+    where only pruned ones have it, which does not depend on it, and for experiments, whose version did not know it.
+    Instrumented loops that said the same of themselves are told apart by their labels, in a column ``record``.
 
     Raises:
         ValueError: no runs, or two experiments are the same, so that their values would count twice.
@@ -174,7 +174,9 @@ def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
 
 def _varies(rows: pd.DataFrame, name: str, own: pd.Series) -> bool:
     """Whether runs of one model and data set that depend on the setting differ in it; ``own``: of someone's loop."""
-    depends = rows[name].notna() | ((rows.measure != "none") & own & (name not in _OF_EVENTS))
+    whole = rows.measure == "none"
+    of_whole = rows[name].notna().where(whole, False).groupby([rows.model, rows["data"]]).transform("any")
+    depends = rows[name].notna() | ((~whole | of_whole) & own & (name not in _OF_EVENTS))
     return bool(rows[depends].groupby(["model", "data"])[name].nunique(dropna=False).gt(1).any())
 
 

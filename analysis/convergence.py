@@ -17,7 +17,8 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     area           mean of L(s) over the recorded steps s >= ``since``: the area under the curve, per step; unit L
     final_loss     mean of L(s) over as many last steps as an epoch has
     steps_to_loss  number of steps from ``since`` until the mean loss of an epoch's steps is ``share`` of the loss at
-                   the record's first step, over ``share``; inf where that is not reached within the record
+                   the record's first step, over ``share``; inf where that is not reached within the record, NaN where
+                   the first loss is not positive, of which there is no share
     =============  ===================================================================================================
 
     L(s) is the logged loss of step s's own batch, before that step. The area needs no threshold and is known for every
@@ -41,10 +42,14 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
         raise MissingQuantityError(f"/steps needs rows from step {start} on, and ends before: train on after pruning")
     epoch_mean = after.rolling(step=epoch_window(steps, after)).mean()
     share = xr.DataArray(list(SHARES), dims="share", coords={"share": list(SHARES)})
-    reached = epoch_mean <= share * steps.loss[0]
-    taken = after.step.where(reached).min("step") - start + 1
+    first = float(steps.loss[0])
+    taken = after.step.where(epoch_mean <= share * first).min("step") - start + 1
     found = xr.Dataset(
-        {"area": after.mean(skipna=False), "final_loss": epoch_mean[-1], "steps_to_loss": taken.fillna(np.inf)}
+        {
+            "area": after.mean(skipna=False),
+            "final_loss": epoch_mean[-1],
+            "steps_to_loss": taken.fillna(np.inf).where(first > 0),
+        }
     )
     found["steps_to_loss"].attrs = {"long_name": "steps to the share of the first loss", "units": "1"}
     return described(

@@ -53,6 +53,16 @@ def pruning_effect(run: xr.DataTree) -> xr.Dataset:
     return _of_events(run, per_layer=False)
 
 
+def effect_of_prunings(run: xr.DataTree) -> xr.Dataset:
+    """:func:`pruning_effect` of the prunings alone; where nothing was pruned, of the events that moved a parameter.
+
+    Raises:
+        MissingQuantityError: no event was recorded, or none moved a parameter.
+    """
+    rows = _rows(run)
+    return _of_rows(rows.isel(event=chosen), per_layer=False) if len(chosen := prunings(run)) else pruning_effect(run)
+
+
 def pruning_effect_per_layer(run: xr.DataTree) -> xr.Dataset:
     """:func:`pruning_effect` layer by layer: dims (quantity, event, layer), which add up over ``layer``.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from .agreement import ORDERS, agree
 from .conditions import by_condition, conditions, first_comparison, mean_by_measure, several_seeds
-from .effect import filters_left, pruning_effect
+from .effect import effect_of_prunings, filters_left
 from .loss import loss_decrease, stability
 from .names import name_of
 from .norm import layer_norm_rate, network_norm_rate
@@ -38,24 +39,32 @@ def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, 
 
 
 def diverged(runs: Runs) -> list[str]:
-    """Which runs have parameters that are not finite any more, and from which step on."""
+    """Which runs have a ‖θ‖² that is not finite any more, and from which step on."""
     said = []
     for label, run in runs.items():
-        names = [name for name in ("param_sqnorm", "update_sqnorm") if has(run, "steps") and name in run["steps"]]
-        total = columns(run, "steps", names).sum("layer", skipna=False) if names else None
-        lost = [] if total is None else np.flatnonzero(~np.isfinite(total.to_array()).all("variable"))
-        if len(lost):
-            said.append(f"{label}: parameters are not finite from step {int(total.step[lost[0]])} on")
+        lost = [step + taken for name, taken in (("param_sqnorm", 0), ("update_sqnorm", 1))
+                for step in _not_finite(run, name)]  # fmt: skip
+        if lost:
+            said.append(f"{label}: ‖θ‖² is not finite from step {min(lost)} on")
     return said
+
+
+def _not_finite(run: xr.DataTree, name: str) -> list[int]:
+    """The first step, if there is one, in whose row a squared norm is not finite."""
+    if not has(run, "steps") or name not in run["steps"]:
+        return []
+    total = columns(run, "steps", [name])[name].sum("layer", skipna=False)
+    return total.step.values[~np.isfinite(total.values)][:1].tolist()
 
 
 def loss_prediction(runs: Runs) -> str:
     """How well the loss decrease of a step is predicted, over all runs."""
     pooled = _pool(each(runs, loss_decrease))
-    errors = [np.abs(pooled.measured - pooled[order]) for order in ORDERS]
-    closer = float((errors[1] < errors[0]).mean())
+    said = _errors(pooled)
+    first, second = (np.abs(pooled.measured - pooled[order]).values for order in ORDERS)
+    closer = (second < first)[np.isfinite(first) & np.isfinite(second)].mean()
     return (
-        f"{_errors(pooled)} The second order is the closer one in {closer:.0%} of the "
+        f"{said} The second order is the closer one in {closer:.0%} of the "
         f"steps{_ranks(agree(pooled).rank_correlation[1:])}."
     )
 
@@ -68,10 +77,12 @@ def loss_over_time(runs: Runs) -> str:
         halves["first"].append(prediction.isel(step=slice(middle)))
         halves["second"].append(prediction.isel(step=slice(middle, None)))
     errors = {half: agree(_pool(dict(enumerate(parts)))).median_relative_error for half, parts in halves.items()}
-    (early_first, early), (late_first, late) = (map(float, errors[half]) for half in halves)
+    if not any(np.isfinite(of).any() for of in errors.values()):
+        raise MissingQuantityError("no loss decrease that was measured is finite and has a finite prediction")
+    (early_first, early), (late_first, late) = (map(_percent, errors[half].values) for half in halves)
     return (
-        f"Median relative error in the first half of the training: {early_first:.1%} in first and {early:.1%} in "
-        f"second order; in the second half{', at smaller steps' * _slower(runs)}: {late_first:.1%} and {late:.1%}."
+        f"Median relative error in the first half of the training: {early_first} in first and {early} in "
+        f"second order; in the second half{', at smaller steps' * _slower(runs)}: {late_first} and {late}."
     )
 
 
@@ -106,11 +117,15 @@ def layer_spread(runs: Runs) -> str:
     run = runs[in_layers(runs)]
     steps = node(run, "steps", ["grad_sqnorm"])
     typical = steps.grad_sqnorm.median("step")
-    factor = float(typical.max() / typical[typical > 0].min())
-    said = f"The layers' median ‖g‖² lie a factor {_rounded(factor)} apart."
+    typical = typical[np.isfinite(typical) & (typical > 0)]
+    if typical.size < 2:
+        raise MissingQuantityError("fewer than two layers have a gradient that is finite and not zero")
+    said = f"The layers' median ‖g‖² lie a factor {_rounded(float(typical.max() / typical.min()))} apart."
     try:
         rate = np.abs(layer_norm_rate(run)).sum("step")
     except MissingQuantityError:
+        return said
+    if not 0 < rate.sum() < np.inf:
         return said
     most, share = str(rate.layer.values[np.argmax(rate.values)]), float(rate.max() / rate.sum())
     return f"{said} {share:.1%} of all |d‖θ‖²/dt|, as measured, is in layer {most}."
@@ -124,16 +139,13 @@ def final_accuracy(runs: Runs) -> str:
     last = mean_by_measure(runs, {label: float(values.test_accuracy) for label, values in found.items()})
     measure = conditions(runs).measure
     gone = {measure[label] for label, values in found.items() if max(values.sparsity, values.removed_parameters) > 0}
-    whole = ", ".join(f"{last[name]:.1%} without pruning" for name in last.index if name not in gone)
     mean = ", means over conditions and seeds" * (len(found) > len(last))
-    pruned = last[last.index.isin(gone)]
+    pruned, whole = last[last.index.isin(gone)], last[~last.index.isin(gone)]
     if pruned.empty:
-        return f"Final test accuracy{mean}: {whole}."
-    best, worst = pruned.idxmax(), pruned.idxmin()
-    spread = f"{last[worst]:.1%} ({name_of(worst)}) to {last[best]:.1%} ({name_of(best)})"
-    spread = spread if best != worst else f"{last[best]:.1%} ({name_of(best)})"
-    said = f"Final test accuracy of the pruned networks{mean}: {spread}"
-    return said + (f"; {whole}." if whole else ".") + _seeds(runs)
+        return f"Final test accuracy{mean}: {_from_to(whole)}."
+    said = f"Final test accuracy of the pruned networks{mean}: {_from_to(pruned)}"
+    without = f"; without pruning {_from_to(whole)}" if len(whole) else ""
+    return f"{said}{without}.{_seeds(runs)}"
 
 
 def layer_choice(runs: Runs) -> str:
@@ -163,24 +175,31 @@ def layer_choice(runs: Runs) -> str:
 
 def effect_prediction(runs: Runs) -> str:
     """How well the effect of a pruning is predicted, over all runs."""
-    pooled = {name: _pool({label: effect.sel(quantity=name) for label, effect in each(runs, pruning_effect).items()})
+    effects = each(runs, effect_of_prunings)
+    pooled = {name: _pool({label: effect.sel(quantity=name) for label, effect in effects.items()})
               for name in ("loss", "grad_sqnorm", "param_sqnorm_rate")}  # fmt: skip
     loss, norm, rate = (agree(values) for values in pooled.values())
     first, second = loss.median_relative_error.values
     removed = pooled["loss"].removed_share
+    low, high = (f"{100 * float(share):.0f}" for share in (removed.min(), removed.max()))
+    extent = f", each of {f'{low} to ' * (low != high)}{high} % of the parameters left"
+    counted = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
     return (
         f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order"
         f"{_ranks(loss.rank_correlation)}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}"
         f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt: {float(rate.median_relative_error[0]):.0%}"
-        f"{_ranks(rate.rank_correlation[:1])}. n = {removed.size} prunings, each of "
-        f"{float(removed.min()):.0%} to {float(removed.max()):.0%} of the parameters left."
+        f"{_ranks(rate.rank_correlation[:1])}. n = {removed.size} {counted}{'s' * (removed.size != 1)}"
+        f"{extent * (counted == 'pruning')}."
     )
 
 
 def time_unstable(runs: Runs) -> str:
     """Share of measured steps beyond the stability limit, and of those the share that lowered the loss."""
     found = each(runs, stability)
-    ratios = np.concatenate([of.stability.dropna("step").values for of in found.values()])
+    ratios = np.concatenate([of.stability.values for of in found.values()])
+    ratios = ratios[np.isfinite(ratios)]
+    if not ratios.size:
+        raise MissingQuantityError("Δt gᵀHg/‖g‖² is finite at no measured step")
     share, middle = (ratios > 2).mean(), np.median(ratios)
     said = f"The ratio is above 2 in {share:.0%} of the measured steps; its median is {middle:.2g}."
     lowered = np.concatenate([_decreases(runs[label], of.step[of.stability > 2]) for label, of in found.items()]) > 0
@@ -228,9 +247,28 @@ def _ranks(correlations: xr.DataArray) -> str:
 
 
 def _errors(pooled: xr.Dataset) -> str:
-    first, second = (float(value) for value in agree(pooled).median_relative_error)
-    points = f"Median relative error over {pooled.sizes['pair']} points"
-    return f"{points}: {first:.1%} in first order, {second:.1%} in second order."
+    agreed = agree(pooled)
+    count = int(agreed["count"].max())
+    if not count:
+        raise MissingQuantityError("no value that was measured is finite and has a finite prediction")
+    first, second = map(_percent, agreed.median_relative_error.values)
+    points = f"Median relative error over {count} point{'s' * (count != 1)}"
+    return f"{points}: {first} in first order, {second} in second order."
+
+
+def _percent(share: float) -> str:
+    """A share in per cent, with a digit that is not 0 however small it is."""
+    if not np.isfinite(share):
+        return "not finite"
+    return f"{share:.1%}" if share == 0 or abs(share) >= 0.0005 else f"{100 * share:.1g}%"
+
+
+def _from_to(values: pd.Series) -> str:
+    """The lowest and the highest of some values by name."""
+    worst, best = values.idxmin(), values.idxmax()
+    if len(values) == 1:
+        return f"{values[best]:.1%}" + f" ({name_of(best)})" * (best != "none")
+    return f"{values[worst]:.1%} ({name_of(worst)}) to {values[best]:.1%} ({name_of(best)})"
 
 
 def _seeds(runs: Runs) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import check_flow, described, event_steps, node, taken
+from .record import MissingQuantityError, check_flow, described, event_steps, node, taken
 
 
 def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
@@ -51,9 +51,21 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
 
 
 def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
-    """:func:`norm_rate` of the whole network over ``step``, averaged over 1/20 of the run, at least 10 steps."""
-    window = _window(run)
-    return norm_rate(run, window=window).sum("layer", skipna=False, keep_attrs=True).assign_attrs(window=window)
+    """:func:`norm_rate` of the whole network over ``step``, averaged over 1/20 of the recorded steps, 10 at least.
+
+    NaN where layers that are trained have different flow times: their velocities cannot be added up.
+
+    Raises:
+        MissingQuantityError: as :func:`norm_rate`, or the layers' flow times differ at every step.
+    """
+    window, rates = _window(run), norm_rate(run)
+    network = rates.sum("layer", skipna=False, keep_attrs=True).where(_have_one_time(run, rates.step))
+    if network.measured.isnull().all() and rates.measured.notnull().any():
+        raise MissingQuantityError(
+            "the velocity of the whole network's norm needs a flow time that all layers have in common, and theirs "
+            "differ at every step; norm_rate has each layer's, and norm_balance holds for all"
+        )
+    return _averaged(run, network, window).assign_attrs(window=window)
 
 
 def layer_norm_rate(run: xr.DataTree) -> xr.DataArray:
@@ -109,11 +121,22 @@ def _window(run: xr.DataTree) -> int:
 
 
 def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
-    """Means over windows of steps between which nothing was pruned."""
-    before = np.searchsorted(np.sort(event_steps(run)), rates.step, side="right")
-    parts = [rates.isel(step=np.flatnonzero(before == number)) for number in np.unique(before)]
-    means = [part.rolling(step=window, center=True, min_periods=(window + 1) // 2).mean() for part in parts]
+    """Means over windows of recorded steps between which nothing was pruned, and none is missing."""
+    events = np.searchsorted(np.sort(event_steps(run)), rates.step, side="right")
+    apart = np.diff(rates.step)
+    gaps = np.cumsum(np.r_[0, apart > 2 * np.median(apart)] if apart.size else 0)
+    parts = [rates.isel(step=np.flatnonzero(events + gaps == number)) for number in np.unique(events + gaps)]
+    least = (window + 1) // 2
+    means = [part.rolling(step=window, center=True, min_periods=least).mean(keep_attrs=True) for part in parts]
     return xr.concat(means, "step") if means else rates
+
+
+def _have_one_time(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:
+    """True where all layers that are trained have the same flow time, over ``step``."""
+    flow_step = node(run, "steps", ["flow_step"]).flow_step.sel(step=step)
+    trained = flow_step.where(flow_step != 0)
+    apart = (trained.max("layer") - trained.min("layer")).fillna(0) != 0
+    return flow_step.notnull().all("layer") & ~apart
 
 
 def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:

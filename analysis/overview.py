@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 import xarray as xr
@@ -15,10 +15,16 @@ from .record import MissingQuantityError
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
 
-Parts = dict[str, pd.DataFrame | list[str]]
+Part = pd.DataFrame | list[str]
+Parts = dict[str, Part]
 
 _OUTCOME = "What the runs came to"
 _ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
+_CONVERGENCE = (
+    "Convergence after the last pruning: training loss, mean ± half of its 95 % interval over seeds; steps to a share "
+    "of the first loss, median over seeds (and how many got there)"
+)
+_AGREEMENT = "Theory against measurement: medians over runs"
 _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
 _DIVERGED = "Trainings that diverged"
@@ -41,23 +47,20 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
 def _of_runs(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     if brief:
         return {"What the runs came to, and the median errors of what theory says": brief_table(runs)}
-    return {_OUTCOME: outcome_table(runs), "Theory against measurement": agreement_table(runs)}
+    return {_OUTCOME: outcome_table(runs), "Theory against measurement": _or_why_not(agreement_table, runs)}
+
+
+def _or_why_not(table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs: Mapping[str, xr.DataTree]) -> Part:
+    """A table; the reason, as a sentence, where the runs recorded too little for it."""
+    try:
+        return table(runs)
+    except MissingQuantityError as error:
+        return [str(error)]
 
 
 def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
-    parts: Parts = {}
-    for title, table in (
-        (
-            "Convergence after the last pruning: training loss, mean ± half of its 95 % interval over seeds; steps to "
-            "a share of the first loss, median over seeds (and how many got there)",
-            seed_tables.convergence_table,
-        ),
-        ("Theory against measurement: medians over runs", seed_tables.agreement_over_runs),
-    ):
-        try:
-            parts[title] = table(runs)
-        except MissingQuantityError as error:
-            parts[title] = [str(error)]
+    tables = {_CONVERGENCE: seed_tables.convergence_table, _AGREEMENT: seed_tables.agreement_over_runs}
+    parts = {title: _or_why_not(table, runs) for title, table in tables.items()}
     return parts | _of_claims(runs, brief=False)
 
 

@@ -143,7 +143,7 @@ def _mean(values: pd.Series, *, digits: str, interval: bool) -> str:
 
 
 def _median_steps(values: pd.Series) -> str:
-    if not len(values):
+    if not values.notna().any():
         return MISSING
     reached = int(np.isfinite(values).sum())
     said = f"{values.median():.0f}" if np.isfinite(values.median()) else "not reached"

@@ -11,36 +11,46 @@ import xarray as xr
 from .agreement import agreement
 from .findings import each
 from .outcome import outcome, pruned_units
+from .prunings import prunings
+from .record import MissingQuantityError
 from .typeset import MISSING
 
 
 def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
-    """One row a run: accuracy, loss and sparsity, in words and per cent."""
-    rows, units = {}, pruned_units(runs.values())
-    for label, run in runs.items():
-        found = outcome(run)
-        rows[label] = {
-            "test accuracy": _percent(found.test_accuracy),
-            "test loss": MISSING if np.isnan(found.test_loss) else f"{float(found.test_loss):.4f}",
-            f"{units} pruned": _percent(found.sparsity),
-            "parameters pruned": _percent(found.removed_parameters),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    """One row a run: accuracy and loss, and where any was pruned, its sparsity; in words and per cent."""
+    table = _outcomes(runs)
+    table.columns = [f"{what} pruned" if of == "pruned" else f"{of} {what}" for of, what in table]
+    return table
 
 
 def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """One row a run: :func:`outcome_table`, and how far off the predictions of a step are, in the median."""
-    table = outcome_table(runs)
-    table.columns = pd.MultiIndex.from_tuples(
-        [("test", "accuracy"), ("test", "loss"), ("pruned", pruned_units(runs.values())), ("pruned", "parameters")]
-    )
-    for label, found in each(runs, agreement).items():
-        errors = found.median_relative_error
+    table = _outcomes(runs)
+    try:
+        found = each(runs, agreement)
+    except MissingQuantityError:
+        return table
+    for label, agreed in found.items():
+        errors = agreed.median_relative_error
         for relation in (name for name in ("loss decrease", "norm rate") if name in errors.relation):
             for order in errors.order.values:
                 column = (f"error of {relation}", order.removesuffix("_order"))
                 table.loc[label, column] = _percent(errors.sel(relation=relation, order=order))
     return table
+
+
+def _outcomes(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    found = {label: outcome(run) for label, run in runs.items()}
+    rows = {
+        ("test", "accuracy"): [_percent(of.test_accuracy) for of in found.values()],
+        ("test", "loss"): [
+            MISSING if np.isnan(of.test_loss) else f"{float(of.test_loss):.4f}" for of in found.values()
+        ],
+    }
+    if any(len(prunings(run)) for run in runs.values()):
+        rows["pruned", pruned_units(runs.values())] = [_percent(of.sparsity) for of in found.values()]
+        rows["pruned", "parameters"] = [_percent(of.removed_parameters) for of in found.values()]
+    return pd.DataFrame(rows, index=pd.Index(found, name="run"))
 
 
 def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
@@ -52,6 +62,8 @@ def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     frames = [found.to_dataframe().assign(run=label) for label, found in each(runs, agreement).items()]
     table = pd.concat(frames).reset_index()
     table = table[table["count"] > 0]
+    if table.empty:
+        raise MissingQuantityError("no value that was measured is finite and has a finite prediction")
     table["order"] = table["order"].str.removesuffix("_order")
     for key in ("relation", "order"):  # the order of first appearance, not the alphabet's
         table[key] = pd.Categorical(table[key], table[key].unique(), ordered=True)

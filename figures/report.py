@@ -15,12 +15,14 @@ from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.condensed import SUFFIX
-from analysis.conditions import conditions, probe_mode
+from analysis.conditions import by_setting, conditions, probe_mode
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
+from analysis.prunings import prunings
 from analysis.record import experiment
-from analysis.typeset import grouped
+from analysis.typeset import exact, grouped
 from dynamics.places import check_folder
+from dynamics.schema import COMPARED_BY
 
 from .paper import FIGURES, Runs, caption, claim, compares, draw
 from .style import theme
@@ -76,8 +78,8 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
     """
     check_folder(folder, "figures and report", "out/figures")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, missing = [], {}
-    alone = conditions(runs).measure.nunique() < 2
+    drawn, missing, shown = [], {}, by_setting(runs)
+    alone = conditions(shown).measure.nunique() < 2 or not any(len(prunings(run)) for run in runs.values())
     for name in each(list(FIGURES)):
         try:
             figure = draw(name, runs)
@@ -88,7 +90,7 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
             continue
         png = _save(figure, folder / name, _origin(runs))
         heading = name.replace("_", " ").capitalize() if alone and compares(name) else claim(name)
-        drawn.append(Drawn(name, heading, caption(name), _finding(name, runs), png))
+        drawn.append(Drawn(name, heading, caption(name), _finding(name, shown), png))
     if not drawn:
         raise MissingQuantityError(next(iter(missing.values())))
     page = folder / "report.html"
@@ -149,7 +151,7 @@ def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, Table | l
 def _done(runs: Runs) -> str:
     """What was trained and pruned, in a few sentences, from the records' own configuration."""
     settings = [experiment(run) for run in runs.values()]
-    steps = sum(run["steps"].sizes.get("step", 0) for run in runs.values())
+    steps = sum(run["steps"].sizes.get("step", 0) for run in runs.values() if "steps" in run.children)
     extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded steps"
     if not all(one.keys() >= _SAID for one in settings):
         return f"{extent} of instrumented training{_told(runs)}. {probe_mode(runs)}".strip()
@@ -180,7 +182,12 @@ def _told(runs: Runs) -> str:
     if not trained:
         return ""
     seeds = table.seed.nunique()
-    return f": {trained}. {seeds} seed{'s' * (seeds > 1)}. Measures: {_listed(map(name_of, table.measure), ', ')}"
+    settings = [
+        f" {name.replace('_', ' ').capitalize()}: {_listed(map(exact, table[name].dropna().sort_values()), ', ')}."
+        for name in table if name not in (*COMPARED_BY, "record")
+    ]  # fmt: skip
+    measures = _listed(map(name_of, table.measure), ", ")
+    return f": {trained}. {seeds} seed{'s' * (seeds > 1)}. Measures: {measures}.{''.join(settings)}".removesuffix(".")
 
 
 def _listed(values: Iterable[str], between: str = "; ") -> str:

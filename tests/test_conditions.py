@@ -59,6 +59,17 @@ def test_runs_that_were_not_pruned_belong_to_every_comparison_of_their_model() -
     assert several_seeds(runs | {"again": record(seed=2)})
 
 
+def test_runs_without_pruning_that_lack_a_setting_differ_from_those_that_have_it() -> None:
+    def own(**said: object) -> xr.DataTree:
+        return xr.DataTree(xr.Dataset(attrs={"model": "m", "data": "d", "measure": "none"} | said))
+
+    whole = {"a": own(seed=0), "b": own(seed=1), "c": own(seed=0, augment="cutout"), "d": own(seed=1, augment="cutout")}
+    table = analysis.comparisons(whole)
+    assert table.groupby("augment", dropna=False).run.apply(list).tolist() == [["c", "d"], ["a", "b"]]
+    pruned = {"p": own(seed=0, measure="taylor", temperature=5.0), "q": own(seed=0)}
+    assert "temperature" not in analysis.conditions(pruned)  # a network that is not pruned does not depend on it
+
+
 def test_instrumented_loops_are_one_comparison() -> None:
     loops = {name: xr.DataTree() for name in ("one", "other", "none")}
     assert first_comparison(loops).run.tolist() == ["none", "one", "other"]

@@ -48,6 +48,12 @@ def test_what_is_not_reached_is_censored_and_what_is_there_at_once_takes_an_epoc
     assert np.isinf(steps.sel(share=[0.5, 0.25, 0.1])).all()
 
 
+def test_a_loss_that_is_negative_has_no_shares() -> None:
+    found = analysis.convergence(record(-1 - decay()))
+    assert found.steps_to_loss.isnull().all()
+    assert float(found.area) == pytest.approx(float((-1 - decay()).mean()))
+
+
 def test_a_network_that_was_not_pruned_is_compared_from_a_given_step() -> None:
     whole, pruned = record(decay()), record(decay(), pruned_at=48)
     assert analysis.convergence(whole, since=48).identical(analysis.convergence(pruned))

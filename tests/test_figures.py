@@ -352,3 +352,20 @@ def test_a_long_condition_is_a_title_of_several_lines(runs: dict[str, xr.DataTre
     assert [text.get_text().count("\n") for text in titles] == [1, 1]
     one, other = (text.get_window_extent() for text in titles)
     assert not one.overlaps(other)
+
+
+def test_a_report_is_written_whatever_was_recorded(tmp_path: Path) -> None:
+    for name, quantities in (("few", ["param_sqnorm", "loss"]), ("still", None)):
+        model, batches = smooth_network(), vectors(3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with Recorder(tmp_path / name, model, optimizer, quantities=quantities, curvature_every=1) as recorder:
+            for batch in recorder.watch(batches):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+                (loss * (name != "still")).backward()
+                optimizer.step()
+                recorder.log(loss=loss)
+        run = {name: open_run(tmp_path / name)}
+        page = write_report(run, tmp_path / f"drawn {name}", records=[name]).read_text(encoding="utf-8")
+        assert "What the runs came to" in page
+        assert overview(run, brief=True)

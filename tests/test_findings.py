@@ -6,7 +6,8 @@ import xarray as xr
 from synthetic_runs import record
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
-from analysis.conditions import mean_by_measure
+from analysis.conditions import by_setting, mean_by_measure
+from figures.report import _done
 
 
 def units(run: xr.DataTree, alive: list[int]) -> xr.DataTree:
@@ -111,3 +112,37 @@ def test_shares_removed_are_means_by_measure(runs: dict[str, xr.DataTree]) -> No
         "Mean share of ‖g‖² removed in a pruning, with the share of the parameters: magnitude 15.0% with 25.0%, "
         "loss preservation 50.0% with 25.0%."
     )
+
+
+def test_what_is_said_of_settings_is_a_mean_of_each_setting() -> None:
+    def run(rate: float, seed: int, accuracy: float) -> xr.DataTree:
+        said = {"model": "m", "data": "d", "measure": "none", "learning_rate": rate, "seed": seed}
+        epochs = xr.Dataset({"test_accuracy": ("epoch", [accuracy])}, coords={"epoch": [0]})
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=said), "/epochs": epochs})
+
+    runs = {f"{rate} {seed}": run(rate, seed, 0.5 + rate + 0.02 * seed) for rate in (0.1, 0.4) for seed in (0, 1)}
+    found = findings.final_accuracy(by_setting(runs))
+    assert found == (
+        "Final test accuracy, means over conditions and seeds: 61.0% (learning rate 0.1) to 91.0% (learning rate 0.4)."
+    )
+    assert findings.final_accuracy({"alone": runs["0.1 0"]}) == "Final test accuracy: 60.0%."
+    assert "Learning rate: 0.1, 0.4" in _done(runs)
+
+
+def test_what_is_not_finite_is_not_averaged() -> None:
+    whole = steps([0.1] * 16, 1.0)
+    lost = whole.map_over_datasets(lambda node: node.where(node.step < 8) if "step" in node.dims else node)
+    assert findings.norm_prediction({"lost": lost}).startswith("Median relative error over 9 points:")
+    assert findings.loss_over_time({"lost": lost}).endswith("in the second half: not finite and not finite.")
+    assert "in 0% of the measured steps" in findings.time_unstable({"lost": lost})
+    nothing = whole.map_over_datasets(lambda node: node.where(node.step < 0) if "step" in node.dims else node)
+    for finding in (findings.loss_prediction, findings.loss_over_time, findings.layer_spread):
+        with pytest.raises(MissingQuantityError, match="finite"):
+            finding({"nothing": nothing})
+
+
+def test_an_error_that_is_small_is_not_zero() -> None:
+    assert findings._percent(2.7e-5) == "0.003%"
+    assert findings._percent(0.0) == "0.0%"
+    assert findings._percent(0.0234) == "2.3%"
+    assert findings._percent(float("nan")) == "not finite"

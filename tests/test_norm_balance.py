@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from networks import Batch, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
 
-from analysis import norm_balance, norm_rate
+from analysis import MissingQuantityError, network_norm_rate, norm_balance, norm_rate
 from dynamics import Recorder, open_run
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -118,3 +119,29 @@ def test_no_window_reaches_over_a_pruning(tmp_path: Path) -> None:
         expected = single.sel(step=[other for other in within if abs(other - step) <= 2]).mean("step")
         for name in expected:
             np.testing.assert_allclose(averaged[name].sel(step=step), expected[name], rtol=1e-9)
+
+
+def test_no_window_reaches_over_a_gap_in_the_record(tmp_path: Path) -> None:
+    model = smooth_network()
+    run = recorded(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1), vectors(40), curvature_every=0)
+    steps = run["steps"].to_dataset().load()
+    parts = [steps.isel(step=slice(0, 14)), steps.isel(step=slice(26, 40))]
+    gap = xr.DataTree.from_dict({"/steps": xr.concat(parts, "step")})
+    alone = [network_norm_rate(xr.DataTree.from_dict({"/steps": part})).measured for part in parts]
+    found = network_norm_rate(gap)
+    assert found.attrs["window"] == 10
+    np.testing.assert_allclose(found.measured, xr.concat(alone, "step"), rtol=1e-12)
+    assert found.measured.notnull().all()
+
+
+def test_velocities_in_different_times_are_not_added_up(tmp_path: Path) -> None:
+    model = smooth_network()
+    groups = [{"params": list(model[index].parameters()), "lr": rate} for index, rate in ((0, 0.1), (2, 0.01))]
+    run = recorded(tmp_path / "run", model, torch.optim.SGD(groups), vectors(12), curvature_every=0)
+    np.testing.assert_allclose(norm_rate(run).second_order, norm_rate(run).measured, atol=1e-12)
+    with pytest.raises(MissingQuantityError, match="a flow time that all layers have in common"):
+        network_norm_rate(run)
+    frozen = smooth_network()
+    frozen[0].requires_grad_(False)
+    run = recorded(tmp_path / "frozen", frozen, torch.optim.SGD(frozen.parameters(), 0.1), vectors(3))
+    assert network_norm_rate(run).measured.notnull().all()  # a layer that stays has no time of its own

@@ -285,7 +285,7 @@ def test_a_training_that_diverged_is_named() -> None:
         return xr.DataTree.from_dict({"/": xr.Dataset(), "/steps": norm})
 
     found = diverged({"good": steps([1, 2, 3]), "bad": steps([1, np.inf, np.nan]), "none": xr.DataTree()})
-    assert found == ["bad: parameters are not finite from step 6 on"]
+    assert found == ["bad: ‖θ‖² is not finite from step 6 on"]
 
 
 def test_the_training_loss_of_an_epoch_is_that_of_its_steps() -> None:

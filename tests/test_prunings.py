@@ -10,8 +10,9 @@ from synthetic_runs import record
 from torch import nn
 
 import analysis
-from analysis import STATISTICS
+from analysis import STATISTICS, findings
 from analysis.convergence import last_pruning
+from analysis.effect import effect_of_prunings
 from analysis.outcome import pruning_epochs
 from analysis.prunings import prunings
 from analysis.record import event_steps, pruning_steps
@@ -75,6 +76,29 @@ def test_an_event_that_removes_nothing_is_no_pruning(tmp_path: Path) -> None:
     assert analysis.removed_decrease(pruned).sizes["event"] == 2
     with pytest.raises(analysis.MissingQuantityError, match="moved a parameter"):
         analysis.pruning_effect(whole)
+
+
+def test_other_events_are_no_part_of_how_well_prunings_are_predicted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, probe = network(), [(x.float(), y) for x, y in BATCHES[:1]]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+
+    def noise(recorder: Recorder) -> None:
+        with recorder.event("noise", probe=probe), torch.no_grad():
+            model[0].weight += 0.1 * torch.randn_like(model[0].weight)
+
+    with Recorder(tmp_path / "noise", model, optimizer) as recorder:
+        noise(recorder)
+    with Recorder(tmp_path / "both", model, optimizer) as recorder:
+        noise(recorder)
+        with recorder.event("prune", probe=probe):
+            Pruner(model, optimizer, "magnitude").prune(0.3)
+    alone, both = (open_run(tmp_path / name) for name in ("noise", "both"))
+    assert analysis.pruning_effect(both).kind.values.tolist() == ["noise", "prune"]
+    for run, kind, said in ((alone, "noise", "n = 1 event."), (both, "prune", "n = 1 pruning, each of")):
+        assert effect_of_prunings(run).kind.values.tolist() == [kind]
+        assert analysis.agreement(run).sel(relation="effect of pruning on the loss")["count"].values.tolist() == [1, 1]
+        assert said in findings.effect_prediction({"run": run})
 
 
 def test_what_removed_something_is_a_pruning_whatever_it_is_called() -> None:

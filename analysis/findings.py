@@ -260,7 +260,9 @@ def _percent(share: float) -> str:
     """A share in per cent, with a digit that is not 0 however small it is."""
     if not np.isfinite(share):
         return "not finite"
-    return f"{share:.1%}" if share == 0 or abs(share) >= 0.0005 else f"{100 * share:.1g}%"
+    if 0 < share < 1e-5:
+        return "under 0.001%"
+    return f"{share:.1%}" if share == 0 or share >= 0.0005 else f"{100 * share:.1g}%"
 
 
 def _from_to(values: pd.Series) -> str:

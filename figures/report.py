@@ -30,6 +30,8 @@ from .style import theme
 # What the report's first lines say of an experiment.
 _SAID = {"model", "data", "width", "epochs", "measure", "sparsity", "rounds", "seed"}
 
+_DOTS, _PIXELS = 200, 130  # of a picture, and of the page, for an inch of a figure
+
 FINDINGS: dict[str, Callable[[Runs], str]] = {
     "loss_decrease_scatter": findings.loss_prediction,
     "loss_decrease_over_time": findings.loss_over_time,
@@ -60,6 +62,7 @@ class Drawn:
     caption: str
     finding: str
     png: str
+    width: int
 
 
 def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable[[list[str]], object] = list) -> Path:
@@ -88,9 +91,9 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
             for suffix in (".png", ".pdf"):  # of other records
                 (folder / name).with_suffix(suffix).unlink(missing_ok=True)
             continue
-        png = _save(figure, folder / name, _origin(runs))
+        png, width = _save(figure, folder / name, _origin(runs))
         heading = name.replace("_", " ").capitalize() if alone and compares(name) else claim(name)
-        drawn.append(Drawn(name, heading, caption(name), _finding(name, shown), png))
+        drawn.append(Drawn(name, heading, caption(name), _finding(name, shown), png, width))
     if not drawn:
         raise MissingQuantityError(next(iter(missing.values())))
     page = folder / "report.html"
@@ -106,15 +109,16 @@ def _finding(name: str, runs: Runs) -> str:
         return ""
 
 
-def _save(figure: Figure, stem: Path, origin: str) -> str:
-    """Write PNG and PDF, and return the PNG in base64."""
+def _save(figure: Figure, stem: Path, origin: str) -> tuple[str, int]:
+    """Write PNG and PDF; the PNG in base64, and how many pixels wide it is on the page, all letters of one size."""
     buffer = io.BytesIO()
     with theme():
-        figure.savefig(buffer, format="png")
+        figure.savefig(buffer, format="png", dpi=_DOTS)
         figure.savefig(stem.with_suffix(".pdf"), metadata={"Subject": origin, "Creator": "thetadot"})
     stem.with_suffix(".png").write_bytes(buffer.getvalue())
     plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
+    inches = int.from_bytes(buffer.getvalue()[16:20], "big") / _DOTS  # a PNG says there how wide it is
+    return base64.b64encode(buffer.getvalue()).decode(), round(_PIXELS * inches)
 
 
 def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list[str]) -> str:

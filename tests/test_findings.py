@@ -144,5 +144,6 @@ def test_what_is_not_finite_is_not_averaged() -> None:
 def test_an_error_that_is_small_is_not_zero() -> None:
     assert findings._percent(2.7e-5) == "0.003%"
     assert findings._percent(0.0) == "0.0%"
+    assert findings._percent(4e-16) == "under 0.001%"
     assert findings._percent(0.0234) == "2.3%"
     assert findings._percent(float("nan")) == "not finite"

@@ -107,12 +107,14 @@ def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
 
 
 def median_and_range(values: xr.DataArray) -> xr.Dataset:
-    """``median`` over ``seed``, and what lies ``low``est and ``high``est; NaN where a seed's value is.
+    """``median`` over ``seed``, what lies ``low``est and ``high``est, and of how many ``seeds``: those finite there.
 
-    For what one seed of a few can carry away: a mean would follow it, and its interval cover all others.
+    For what one seed of a few can carry away: a mean would follow it, and its interval cover all others. A seed that
+    ended before the others, or diverged, is left out from there on, and ``seeds`` is less.
     """
-    of = {"median": values.median, "low": values.min, "high": values.max}
-    return xr.Dataset({name: find("seed", skipna=False) for name, find in of.items()})
+    known = values.where(np.isfinite(values))
+    of = {"median": known.median, "low": known.min, "high": known.max}
+    return xr.Dataset({name: find("seed") for name, find in of.items()} | {"seeds": known.count("seed")})
 
 
 def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:

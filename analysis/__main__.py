@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from dynamics.command_line import mistake
+from dynamics.command_line import mistake, printing
 
 from .condensed import SUFFIX, condense
 from .overview import overview
@@ -94,13 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        if given and given[0] in _COMMANDS:
-            _COMMANDS[given[0]](given[1:])
-        else:
-            _overview(given)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has enough; what is left goes nowhere, nor does Python's own last flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with printing():
+            if given and given[0] in _COMMANDS:
+                _COMMANDS[given[0]](given[1:])
+            else:
+                _overview(given)
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
         return 2

@@ -137,6 +137,8 @@ def final_accuracy(runs: Runs) -> str:
     if not found:
         raise MissingQuantityError("no run ended: an accuracy is final after the last epoch of the experiment")
     last = mean_by_measure(runs, {label: float(values.test_accuracy) for label, values in found.items()})
+    if last.empty:
+        raise MissingQuantityError("no accuracy is known of all measures under one condition")
     measure = conditions(runs).measure
     gone = {measure[label] for label, values in found.items() if max(values.sparsity, values.removed_parameters) > 0}
     mean = ", means over conditions and seeds" * (len(found) > len(last))

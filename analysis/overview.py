@@ -11,7 +11,7 @@ from . import seed_tables
 from .claims import CLAIMS, claims
 from .conditions import probe_mode, several_seeds
 from .findings import diverged
-from .record import MissingQuantityError
+from .record import MissingQuantityError, check_begun
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
 
@@ -35,8 +35,9 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
     """Tables by title, and the claims with their definitions where there are seeds to judge them by.
 
     Raises:
-        MissingQuantityError: the runs recorded too little for any.
+        MissingQuantityError: the runs recorded nothing.
     """
+    check_begun(*runs.values())
     lost = {_DIVERGED: said} if (said := diverged(runs)) else {}
     if not several_seeds(runs):
         return lost | _of_runs(runs, brief)

@@ -36,7 +36,7 @@ def node(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     Raises:
         MissingQuantityError: the node lacks one of the variables in ``needs``.
     """
-    return _checked(run, name, needs).load()
+    return _loaded(_checked(run, name, needs), name)
 
 
 def columns(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
@@ -46,7 +46,7 @@ def columns(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
         MissingQuantityError: the node lacks one of them.
     """
     needs = list(needs)
-    return _checked(run, name, needs)[needs].load()
+    return _loaded(_checked(run, name, needs)[needs], name)
 
 
 def at_prunings(run: xr.DataTree, needs: Iterable[str]) -> xr.Dataset:
@@ -69,17 +69,29 @@ def of_prunings(run: xr.DataTree, events: xr.Dataset) -> xr.Dataset:
     return events.isel(event=chosen)
 
 
+def _loaded(rows: xr.Dataset, name: str) -> xr.Dataset:
+    try:
+        return rows.load()
+    except RuntimeError as error:  # of the codec
+        raise RecordError(f"/{name} is damaged ({error}): copy the record again") from error
+
+
 def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     if not has(run, name):
-        if not any(has(run, other) for other in _HOW):
-            raise MissingQuantityError(
-                "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`"
-            )
+        check_begun(run)
         raise MissingQuantityError(f"nothing was recorded in /{name}. {_HOW[name]}")
     found = list(run[name].data_vars) + list(run[name].coords)
     if missing := [quantity for quantity in needs if quantity not in found]:
         raise MissingQuantityError(f"/{name} needs {missing}; this run recorded {sorted(found)} there. {_HOW[name]}")
     return run[name].to_dataset()
+
+
+def check_begun(*runs: xr.DataTree) -> None:
+    """Raise MissingQuantityError where nothing was recorded in any of the runs."""
+    if not any(has(run, name) for run in runs for name in _HOW):
+        raise MissingQuantityError(
+            "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`"
+        )
 
 
 def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:

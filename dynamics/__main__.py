@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .command_line import mistake
+from .command_line import mistake, printing
 from .data import DataError
 from .errors import one_line
 from .experiments.experiment import Experiment
@@ -106,13 +107,15 @@ def _execute(arguments: list[str] | None) -> int:
     if command == "run":
         settings = parsed.run
         experiment = Experiment(**{name: settings[name] for name in Experiment.__dataclass_fields__})
-        print(f"recorded {run(experiment, settings.output)}; see it with: python -m analysis {settings.output}")
+        path = run(experiment, settings.output)
+        print(f"recorded {path}; see it with: python -m analysis {quote(str(path))}")
     elif command == "sweep":
         return _sweep(parsed.sweep)
     elif command == "protocols":
         return _protocols(parsed.protocols)
     else:
-        print(summary(open_run(parsed.show.record)))
+        with printing():
+            print(summary(open_run(parsed.show.record)))
     return 0
 
 
@@ -126,7 +129,7 @@ def _sweep(settings: Namespace) -> int:
         print(failure(name, error), file=sys.stderr)
     recorded = len(experiments) - len(failed)
     if recorded:
-        print(f"recorded {recorded} runs in {folder}; see them with: python -m analysis {folder}/*.zarr")
+        print(f"recorded {recorded} runs in {folder}; see them with: python -m analysis {quote(str(folder))}/*.zarr")
     return 1 if failed else 0
 
 
@@ -140,7 +143,8 @@ def _protocols(settings: Namespace) -> int:
         print("interrupted; nothing is kept", file=sys.stderr)
         return 130
     print(f"recorded {len(paths)} protocols in {folder}")
-    print(f"see them with: python -m analysis protocol-diff {folder}/default.zarr {folder}/*.zarr")
+    quoted = quote(str(folder))
+    print(f"see them with: python -m analysis protocol-diff {quoted}/default.zarr {quoted}/*.zarr")
     return 0
 
 

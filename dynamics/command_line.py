@@ -1,12 +1,26 @@
-"""What is wrong with a command, in one line."""
+"""What commands say: to a reader who may have enough of it, and of what is wrong, in one line."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jsonargparse import ArgumentError
 
 from .errors import one_line
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """What is printed inside goes out at once; a reader that stops before its end, ``head`` say, is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # what is left goes nowhere, nor does Python's own last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def mistake(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Who reads the first lines only of what `python -m analysis` prints has no complaint."""
+"""Who reads the first lines only of what a command prints has no complaint."""
 
 import subprocess
 import sys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,19 @@ _NAME = ".checkpoint"
 
 
 def save(record: Path, state: Mapping[str, Any]) -> None:
-    """Keep a state of tensors, numbers and texts in place of the last one; a kill leaves either."""
-    half = record / f"{_NAME}.partial"
-    torch.save(dict(state), half)
-    half.replace(record / _NAME)
+    """Keep a state of tensors, numbers and texts in place of the last one; a kill leaves either.
+
+    Raises:
+        OSError: it could not be written, for a full disk say. The last one stays.
+    """
+    half, buffer = record / f"{_NAME}.partial", io.BytesIO()
+    torch.save(dict(state), buffer)  # into memory: torch says nothing of a disk that is full
+    try:
+        half.write_bytes(buffer.getbuffer())
+        half.replace(place(record))
+    except OSError:
+        half.unlink(missing_ok=True)
+        raise
 
 
 def load(record: Path) -> dict[str, Any] | None:
@@ -26,22 +37,30 @@ def load(record: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged, or holds more than tensors, numbers and texts.
     """
-    path = record / _NAME
+    path = place(record)
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the sums that it writes
+                raise ValueError(f"the sum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = named(error)[:120]
         raise ValueError(f"{path} cannot be read ({reason}); remove it, and the run begins anew") from error
 
 
+def place(record: Path) -> Path:
+    """The file."""
+    return record / _NAME
+
+
 def saved_at(record: Path) -> int | None:
     """When a state was kept last, in nanoseconds; None if there is none."""
-    path = record / _NAME
+    path = place(record)
     return path.stat().st_mtime_ns if path.exists() else None
 
 
 def remove(record: Path) -> None:
     """Let the state go."""
-    (record / _NAME).unlink(missing_ok=True)
+    place(record).unlink(missing_ok=True)

@@ -112,8 +112,9 @@ class Experiment:
                 raise ValueError(f"{field.name} must be {kind}, got {value!r}")
             if field.type == "float":  # 1 and 1.0 are one experiment
                 object.__setattr__(self, field.name, float(value))
-            elif field.type == "tuple[float, ...]":
-                object.__setattr__(self, field.name, tuple(map(float, value)))
+            elif field.type in ("tuple[float, ...]", "tuple[int, ...]"):
+                number = float if "float" in field.type else int
+                object.__setattr__(self, field.name, tuple(map(number, value)))
         self._check_choices()
         self._check_ranges()
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import filelock
 import torch
 
 from ..data import Data, load
-from ..errors import one_line
+from ..errors import named, one_line
 from ..hardware.device import find_device
 from ..hardware.reproducible import reproducible
 from ..models import build
+from ..places import check_folder
 from ..pruning import PROTOCOLS
 from ..record.reading import RecordError, check
 from ..record.store import Store
@@ -51,8 +55,17 @@ def run(
         ValueError: the training diverged, so that nothing can be ranked. What was recorded until then is kept.
     """
     path = Path(path)
-    if is_finished(path, experiment):
-        return path
+    if not is_finished(path, experiment):
+        with _alone(path):
+            if not is_finished(path, experiment):  # as another process may have left it meanwhile
+                _run(experiment, path, data, report, progress=progress)
+                _finish(path)
+    return path
+
+
+def _run(
+    experiment: Experiment, path: Path, data: Data | None, report: Callable[[int], object], *, progress: bool
+) -> None:
     device = find_device(experiment.device)
     data = chosen(data or load(experiment.data, root=experiment.root, download=experiment.download), experiment)
     torch.manual_seed(experiment.seed)
@@ -65,7 +78,7 @@ def run(
     )  # fmt: skip
     training = Training(experiment, data, device, model, optimizer)
     if (state := checkpoint.load(path)) is not None:
-        training.restore(state)
+        _restore(training, state, path)
     configuration = {
         "experiment": json.dumps(dataclasses.asdict(experiment)),
         "protocol": json.dumps(dataclasses.asdict(PROTOCOLS[experiment.protocol])),
@@ -78,8 +91,51 @@ def run(
         training.run(recorder, path, report, progress=progress)
     if recorder.failure is not None:
         raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
-    _finish(path)
-    return path
+
+
+def _restore(training: Training, state: dict[str, Any], path: Path) -> None:
+    """Go back to where a checkpoint was taken.
+
+    Raises:
+        ValueError: it is of another network, or of a longer training than the record.
+    """
+    advice = f"remove {checkpoint.place(path)}, and the run begins anew"
+    try:
+        training.restore(state)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint in {path} is of another training ({named(error)[:120]}); {advice}") from error
+    recorded = check(path).get("steps/step/.zarray", {"shape": [0]})["shape"][0]
+    if recorded < training.steps:
+        raise ValueError(
+            f"the checkpoint in {path} is of step {training.steps}, and the record ends at step {recorded}: copy both "
+            f"again, or {advice}"
+        )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no other process runs the experiment; the lock lies beside a record that is begun and not finished.
+
+    The record's own is not enough: between a look at the record and the recorder that takes its lock another process
+    may have gone on with it, or finished it.
+    """
+    check_folder(path.parent, "records", "out/run.zarr")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise BlockingIOError(f"{path} is being written by another process that runs the same experiment") from None
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if finished or not path.exists():
+            with suppress(OSError):
+                file.unlink()  # whoever has opened it meanwhile finds the record finished, or nothing, as before
+        lock.release()
 
 
 def is_finished(path: Path, experiment: Experiment) -> bool:
@@ -99,8 +155,11 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
         ) from error
     try:
         recorded = Experiment.of(json.loads(attributes["experiment"])).identity
-    except (KeyError, TypeError, ValueError) as error:  # not a record, or not an experiment's
-        raise FileExistsError(f"{path} exists already: choose another path, or remove it first") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # not an experiment's, or of another version
+        known = f", and it is no experiment's that this version knows ({one_line(error)})" * (
+            "experiment" in attributes
+        )
+        raise FileExistsError(f"{path} exists already{known}: choose another path, or remove it first") from error
     asked = experiment.identity
     differing = [name for name in asked if recorded.get(name) != asked[name]]
     if other := [f"{name} {recorded.get(name)!r}, not {asked[name]!r}" for name in differing]:

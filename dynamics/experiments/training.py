@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import Data
+from ..errors import one_line
 from ..hardware.captured import release_memory
 from ..network.masks import apply_masks, parameter_masks
 from ..probing.probe import Objective, cross_entropy_objective, mode_of
@@ -139,7 +141,14 @@ class Training:
                 self._epochs = epoch + 1
                 recorder.flush()
                 if recorder.failure is None:  # else the record would not reach as far as the checkpoint
-                    checkpoint.save(path, self.state())
+                    self._save(path)
+
+    def _save(self, path: Path) -> None:
+        """Keep a checkpoint; where that cannot be, go on: the last one costs an epoch more if the run is killed."""
+        try:
+            checkpoint.save(path, self.state())
+        except OSError as error:
+            warnings.warn(f"{path} has no checkpoint after epoch {self._epochs}: {one_line(error)}", stacklevel=2)
 
     def _check_finite(self, epoch: int) -> None:
         """Raise ValueError where parameters are no numbers any more: they will never be again."""

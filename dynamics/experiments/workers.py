@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,17 @@ from pathlib import Path
 import dask
 import torch
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from distributed import (
+    Client,
+    Future,
+    KilledWorker,
+    LocalCluster,
+    Status,
+    Worker,
+    WorkerPlugin,
+    as_completed,
+    get_worker,
+)
 
 from ..data import Data, DataError, load
 from ..errors import named, one_line
@@ -26,6 +37,9 @@ from .experiment import Experiment
 from .running import run
 
 _SECONDS = 0.5  # between two messages of a run
+_PATIENCE = 60.0  # seconds for which a run waits for a worker that is being ended, and has its record still
+_DEATHS = 10  # of workers that take a run with them before it began, a few at a time
+_OPEN = (Status.running, Status.paused)
 
 Runs = Mapping[Experiment, Path]
 Report = Callable[[Experiment, int], object]
@@ -67,23 +81,38 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
 def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experiment, str]]:
     """Run on a scheduler's workers; as :func:`here`, in any order.
 
-    A run whose worker dies goes on at another, as long as it gets an epoch further each time.
+    A run whose worker dies goes on at another, as long as it gets an epoch further each time, or only waited there.
     """
     topic, by_name = f"thetadot-{uuid.uuid4().hex}", {experiment.name: experiment for experiment in runs}
-    client.subscribe_topic(topic, lambda event: report(by_name[event[1]["run"]], event[1]["steps"]))
     submitted: dict[Future, tuple[Experiment, int | None]] = {}
+    began, waited = set(), Counter()
+
+    def hear(event: tuple[object, Mapping]) -> None:
+        experiment, steps = by_name[event[1]["run"]], event[1]["steps"]
+        began.add(experiment)
+        if steps is not None:
+            report(experiment, steps)
 
     def submit(experiment: Experiment) -> Future:
         path = runs[experiment]
+        began.discard(experiment)
         future = client.submit(_on_worker, experiment, path, topic, pure=False)
         submitted[future] = experiment, checkpoint.saved_at(path)
         return future
+
+    def goes_on(experiment: Experiment, before: int | None) -> bool:
+        if checkpoint.saved_at(runs[experiment]) != before:
+            return True
+        waited[experiment] += experiment not in began  # Dask blames all tasks that a worker had, running or not
+        return experiment not in began and waited[experiment] < _DEATHS
+
+    client.subscribe_topic(topic, hear)
 
     completed = as_completed([submit(experiment) for experiment in runs])
     for future in completed:
         experiment, before = submitted.pop(future)
         error = future.exception()
-        if isinstance(error, KilledWorker) and checkpoint.saved_at(runs[experiment]) != before:
+        if isinstance(error, KilledWorker) and goes_on(experiment, before):
             completed.add(submit(experiment))
         elif future.status == "finished":
             yield experiment, future.result()
@@ -95,11 +124,12 @@ def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experi
 def _cluster(workers: int) -> Iterator[LocalCluster]:
     """Processes on this machine, of one thread each. No limit on memory: a network's is not Dask's to manage.
 
-    Dask has them give freed memory back to the system at once, and a training would ask for it again at each step.
+    Dask has them give freed memory back to the system at once, and a training would ask for it again at each step. Runs
+    wait at the scheduler, not at a worker that may die with them.
     """
     trim = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"
     with (
-        dask.config.set({trim: None}),
+        dask.config.set({trim: None, "distributed.scheduler.worker-saturation": 1.0}),
         LocalCluster(
             n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0", silence_logs=logging.ERROR
         ) as cluster,
@@ -129,13 +159,15 @@ def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
     def report(steps: int) -> None:
         nonlocal said
         task = worker.state.tasks.get(key)
-        if task is None or task.state == "cancelled":
+        if task is None or task.state == "cancelled" or worker.status not in _OPEN:
             raise CancelledError("nobody waits for this run any more")
         if time.monotonic() - said > _SECONDS:
             worker.log_event(topic, {"run": experiment.name, "steps": steps})
             said = time.monotonic()
 
-    return _attempt(_placed(experiment, worker.name, torch.cuda.device_count()), path, report)
+    worker.log_event(topic, {"run": experiment.name, "steps": None})
+    placed = _placed(experiment, worker.name, torch.cuda.device_count())
+    return _attempt(placed, path, report, patience=_PATIENCE)
 
 
 def _placed(experiment: Experiment, worker: object, gpus: int) -> Experiment:
@@ -145,13 +177,20 @@ def _placed(experiment: Experiment, worker: object, gpus: int) -> Experiment:
     return experiment
 
 
-def _attempt(experiment: Experiment, path: Path, report: Callable[[int], object]) -> str:
-    """Run; returns what went wrong in one line, "" if nothing did."""
+def _attempt(experiment: Experiment, path: Path, report: Callable[[int], object], *, patience: float = 0.0) -> str:
+    """Run; returns what went wrong in one line, "" if nothing did. For so many seconds it waits for another writer."""
+    until = time.monotonic() + patience
     try:
         data = data_of(experiment.data, experiment.root, experiment.download)
-        run(experiment, path, data=data, progress=False, report=report)
+        while True:
+            try:
+                run(experiment, path, data=data, progress=False, report=report)
+                return ""
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_SECONDS)
     except (ValueError, OSError, DataError) as error:
         return one_line(error)
     except Exception as error:
         return named(error)
-    return ""

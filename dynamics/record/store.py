@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ import numpy as np
 import zarr
 from numcodecs import Blosc
 
+from ..errors import one_line
 from ..places import check_folder
 from ..schema import NODES, QUANTITIES, STUDIES
 from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, is_name, read_metadata
@@ -151,15 +153,17 @@ class Store:
 
     def keep(self, name: str, array: np.ndarray) -> None:
         """Keep an array beside the record's variables, where xarray does not see it."""
-        path = self.path / f".{name}.npy{_PARTIAL}"
-        with path.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        path.replace(self.path / f".{name}.npy")
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        self._replace(f".{name}.npy", buffer.getbuffer())
 
     def kept(self, name: str) -> np.ndarray | None:
         """The array that was kept under the name; None if there is none."""
         path = self.path / f".{name}.npy"
-        return np.load(path, allow_pickle=False) if path.exists() else None
+        try:
+            return np.load(path, allow_pickle=False) if path.exists() else None
+        except (ValueError, EOFError) as error:
+            raise RecordError(f"{path} cannot be read ({one_line(error)}): copy it again, or remove it") from error
 
     def close(self) -> None:
         """Let the next writer in. What was not committed is lost."""
@@ -254,7 +258,11 @@ class Store:
         entry = self._metadata[f"{node}/{name}/.zarray"]
         values = np.empty((entry["chunks"][0], *entry["shape"][1:]), entry["dtype"])
         if rows:
-            _CODEC.decode((self.path / node / name / chunk_key(number, values.ndim)).read_bytes(), values)
+            path = self.path / node / name / chunk_key(number, values.ndim)
+            try:
+                _CODEC.decode(path.read_bytes(), values)
+            except (RuntimeError, ValueError) as error:
+                raise RecordError(f"{path} is damaged ({one_line(error)}): copy the record again") from error
         values[rows:] = _missing(values, len(values) - rows)
         return values
 

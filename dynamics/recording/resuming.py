@@ -130,7 +130,8 @@ class Record:
             change, square = self.column("steps", "param_update"), self.column("steps", "update_sqnorm")
             if len(change) and len(square):
                 events = np.searchsorted(self.events, self.steps + 1, side="left")
-                after = self._sqnorm + 2 * change + square
+                with np.errstate(invalid="ignore"):  # of a training that diverged
+                    after = self._sqnorm + 2 * change + square
                 moments += zip((self.steps + 1).tolist(), events.tolist(), after, strict=True)
         staged = self.column("pruning", "param_sqnorm")
         moments += [(int(step), index + 1, staged[index, 1]) for index, step in enumerate(self.events)]

@@ -62,7 +62,8 @@ class Measurement:
             store.keep(self._name_of_start(), self._start.blocks.cpu().numpy())
         elif not begins:
             kept = store.kept(self._name_of_start()) if alone else None
-            self._start.blocks.copy_(torch.tensor(torch.nan) if kept is None else torch.from_numpy(kept))
+            known = kept is not None and kept.shape == tuple(self._start.blocks.shape)
+            self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
 
     def _name_of_start(self) -> str:
         """What θ₀ is kept under: for these shapes alone."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +20,10 @@ from experiments import few_digits
 
 from dynamics import open_run
 from dynamics.data import Data
-from dynamics.experiments import checkpoint
+from dynamics.experiments import checkpoint, running
 from dynamics.experiments.experiment import Experiment
 from dynamics.experiments.running import run
+from dynamics.record.store import Store
 
 TINY = Experiment(
     width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,
@@ -165,3 +170,79 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, data: Data, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"\.checkpoint cannot be read .* remove it, and the run begins anew"):
         run(TINY, tmp_path / "run.zarr", data=data, progress=False)
     assert not Path("trapped").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_its_record_is_refused(tmp_path: Path, data: Data) -> None:
+    """Damaged; of a step that the record did not reach, as where a copy was made of both meanwhile; of another net."""
+    path = tmp_path / "run.zarr"
+    killed(TINY, path, data, 3)
+    early = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    killed(TINY, path, data, 5)
+    late = (path / ".checkpoint").read_bytes()
+    flipped = bytearray(late)
+    flipped[len(flipped) // 2] ^= 255
+    shutil.rmtree(path)
+    for file, content in early.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    for content, said in (
+        (late, r"is of step 4, and the record ends at step 3: copy both again, or remove .*checkpoint"),
+        (bytes(flipped), "cannot be read .*sum of .* is wrong"),
+    ):
+        (path / ".checkpoint").write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            run(TINY, path, data=data, progress=False)
+    with (path / ".checkpoint").open("wb") as file:
+        torch.save({"epochs": 1, "model": {}}, file)
+    with pytest.raises(ValueError, match=r"of another training .* remove .*, and the run begins anew"):
+        run(TINY, path, data=data, progress=False)
+    assert open_run(path).steps.sizes["step"] == 3
+
+
+def test_a_disk_that_is_full_costs_a_checkpoint(tmp_path: Path, data: Data, whole: Path, monkeypatch) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if ".checkpoint" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.warns(UserWarning, match=r"no checkpoint after epoch \d: .*No space left"):
+            run(TINY, tmp_path / "run.zarr", data=data, progress=False)
+    assert_same_records(tmp_path / "run.zarr", whole)
+
+
+def test_one_process_at_a_time_runs_an_experiment(tmp_path: Path, data: Data, whole: Path, monkeypatch) -> None:
+    path = tmp_path / "run.zarr"
+    seen = []
+
+    def report(steps: int) -> None:
+        with pytest.raises(BlockingIOError, match="another process that runs the same experiment"):
+            run(TINY, path, data=data, progress=False)
+        seen.append(steps)
+
+    run(TINY, path, data=data, progress=False, report=report)
+    assert len(seen) == 3 * STEPS + 1
+    assert [file.name for file in tmp_path.iterdir()] == ["run.zarr"]
+    before, looks = contents(path), iter([False, True])  # between the two another process finished it
+    monkeypatch.setattr(running, "is_finished", lambda *asked: next(looks))
+    monkeypatch.setattr(running, "_run", lambda *asked, **how: pytest.fail("it is finished"))
+    run(TINY, path, data=data, progress=False)
+    assert contents(path) == before
+
+
+def test_a_record_of_a_later_version_is_named_as_such(tmp_path: Path, data: Data) -> None:
+    path = tmp_path / "run.zarr"
+    killed(TINY, path, data, 1)
+    store = Store.reopen(path)
+    store.note("experiment", json.dumps(dataclasses.asdict(TINY) | {"invented": 1}))
+    store.close()
+    with pytest.raises(FileExistsError, match=r"of no experiment that this version knows .*invented"):
+        run(TINY, path, data=data, progress=False)
+
+
+def test_lists_are_taken_for_tuples() -> None:
+    assert replace(TINY, epochs=[2, 1], learning_rates=[0.1, 0.01]) == TINY
+    assert hash(replace(TINY, epochs=[2, 1])) == hash(TINY)

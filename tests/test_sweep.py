@@ -232,3 +232,19 @@ def test_each_worker_has_a_gpu_of_its_own() -> None:
     assert workers._placed(TINY, 1, 1) == workers._placed(TINY, "tcp://10.0.0.1:1", 2) == TINY  # it sees one, its own
     chosen = replace(TINY, device="cuda:1")
     assert workers._placed(chosen, 0, 2) == chosen
+
+
+def test_a_run_waits_for_a_worker_that_is_being_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*asked: object, **how: object) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise BlockingIOError("is being written")
+
+    tries: list[int] = []
+    monkeypatch.setattr(workers, "run", busy)
+    monkeypatch.setattr(workers, "data_of", lambda *name: None)
+    monkeypatch.setattr(workers, "_SECONDS", 0.01)
+    assert workers._attempt(Experiment(), tmp_path, print) == "is being written"
+    tries.clear()
+    assert workers._attempt(Experiment(), tmp_path, print, patience=10) == ""
+    assert len(tries) == 3

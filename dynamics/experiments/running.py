@@ -156,10 +156,9 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
     try:
         recorded = Experiment.of(json.loads(attributes["experiment"])).identity
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # not an experiment's, or of another version
-        known = f", and it is no experiment's that this version knows ({one_line(error)})" * (
-            "experiment" in attributes
-        )
-        raise FileExistsError(f"{path} exists already{known}: choose another path, or remove it first") from error
+        unknown = f", and is of no experiment that this version knows ({one_line(error)})"
+        reason = unknown if "experiment" in attributes else ""
+        raise FileExistsError(f"{path} exists already{reason}: choose another path, or remove it first") from error
     asked = experiment.identity
     differing = [name for name in asked if recorded.get(name) != asked[name]]
     if other := [f"{name} {recorded.get(name)!r}, not {asked[name]!r}" for name in differing]:

@@ -15,6 +15,7 @@ import pytest
 import xarray as xr
 import zarr
 
+from analysis.record import columns
 from dynamics import RecordError, open_run
 from dynamics.record.reading import METADATA
 from dynamics.record.store import Store
@@ -168,6 +169,16 @@ def test_chunks_cut_short_or_missing(record: Path) -> None:
     shutil.rmtree(record / "steps" / "loss")
     with pytest.raises(RecordError, match="damaged: steps/loss/0 is missing"):
         open_run(record)
+
+
+def test_a_damaged_chunk_is_named(record: Path) -> None:
+    chunk = record / "steps" / "loss" / "2"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:16] + bytes(255 - byte for byte in content[16:]))  # what follows its header
+    with pytest.raises(RecordError, match="/steps is damaged .*: copy the record again"):
+        columns(open_run(record), "steps", ["loss"])
+    with pytest.raises(RecordError, match=r"steps/loss/2 is damaged .*: copy the record again"):
+        Store.reopen(record)
 
 
 def test_another_program_s_store_is_refused(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _cluster(workers: int) -> Iterator[LocalCluster]:
     with (
         dask.config.set({trim: None, "distributed.scheduler.worker-saturation": 1.0}),
         LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0", silence_logs=logging.ERROR
+            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0", silence_logs=logging.CRITICAL
         ) as cluster,
     ):
         yield cluster

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import analysis
-from analysis import comparison
+from analysis import MissingQuantityError, comparison
 from analysis.conditions import conditions
 from analysis.names import name_of
-from analysis.outcome import pruning_epochs
 from dynamics.schema import label as label_of
 
-from . import panels
-from .layout import by_measure, grid, legend_below, named, prunings_of, rows_of
+from . import panels, scales
+from .labels import wrapped
+from .layout import by_measure, events_of, grid, in_epochs, in_steps, legend_below, named, rows_of
 from .style import named_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -31,14 +31,16 @@ def accuracy(runs: Runs) -> Figure:
     which may leave the panel. Grey line: the mean of the networks that were not pruned.
     """
     found = comparison.compare(runs, comparison.final)
-    figure, axes = grid(len(found), width=4.1, height=1.9, columns=2, sharex=False, sharey=True)
+    if sum(values.sizes["seed"] for of in found.values() for values in of.values()) < 2:
+        raise MissingQuantityError("one run alone has nothing to be compared with; training_curves draws its accuracy")
+    figure, axes = grid(len(found), width=4.1, height=max(1.9, _height(found)), columns=2, sharex=False, sharey=True)
     styles = named_styles([measure for of in found.values() for measure in of])
     for ax, (name, of) in zip(axes, found.items(), strict=True):
         panels.draw_seeds({measure: values.test_accuracy for measure, values in of.items()}, styles, ax=ax)
         if "none" in of:
             ax.axvline(float(of["none"].test_accuracy.mean()), color="0.7", linewidth=0.9, zorder=0)
         ax.xaxis.set_major_locator(MaxNLocator(4))
-        panels.percent(ax.xaxis)
+        scales.percent(ax.xaxis)
         named(ax, name)
     figure.supxlabel("test accuracy", fontsize=9)
     return figure
@@ -50,14 +52,19 @@ def convergence(runs: Runs) -> Figure:
     A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch; median over
     seeds, in the band from the lowest to the highest. Middle: the area under that curve, per step. Right: steps until
     an epoch's mean loss, which takes an epoch at least, is the given share of the first loss, the least share that all
-    runs of the condition reached; without any, 75 % and only the runs that did. Not drawn where all took the same.
+    runs of the condition reached; without any, 75 % and only the runs that did. Not drawn where all took the same, and
+    of one run alone the left panel only.
     Small: each seed; large: their mean with its 95 % interval (Student's).
     """
     found = comparison.compare_convergence(runs)
-    figure, rows = rows_of(len(found), 3, width=3.6, height=2.3)
+    alone = sum(values.sizes["seed"] for of in found.values() for values in of.values()) < 2
+    figure, rows = rows_of(len(found), 1 if alone else 3, width=3.6, height=max(2.3, _height(found)))
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         _draw_medians(axes[0], of, "loss")
         axes[0].set(ylabel="training loss  [L]")
+        named(axes[0], name, panels=len(axes))
+        if alone:
+            continue
         share, steps = _reached(of)
         panels.draw_seeds({measure: values.area for measure, values in of.items()}, named_styles(of), ax=axes[1])
         panels.draw_seeds(steps, named_styles(of), ax=axes[2])
@@ -76,15 +83,15 @@ def norms(runs: Runs) -> Figure:
 
     A row a condition: ‖θ‖² of the whole network over training, and its measured velocity in flow time, averaged over
     windows of steps, where the optimizer follows the gradient; median over seeds, in the band from the lowest to the
-    highest, which may leave the panel. Prunings, dotted.
+    highest, which may leave the panel.
     """
-    found, events = comparison.compare(runs, comparison.network_norm), prunings_of(runs)
+    found, events = comparison.compare(runs, comparison.network_norm), events_of(runs, in_steps)
     moving = any("param_sqnorm_rate" in values for of in found.values() for values in of.values())
     figure, rows = rows_of(len(found), 1 + moving, width=3.9, height=2.2)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("param_sqnorm", "param_sqnorm_rate"), strict=False):
             _draw_medians(ax, of, quantity)
-            panels.draw_events(events[name], ax=ax)
+            panels.draw_events(*events[name], ax=ax)
             ax.set(ylabel=label_of(quantity))
             ax.set_visible(any(quantity in values for values in of.values()))
         named(axes[0], name, panels=len(axes))
@@ -96,19 +103,18 @@ def training_curves(runs: Runs) -> Figure:
     """What a pruning costs in loss and accuracy, and what training on makes up for.
 
     A row a condition: training loss and test accuracy after each epoch, in experiments before that epoch's pruning if
-    any. Median over seeds, in the band from the lowest to the highest. Prunings, dotted, after the steps that came
-    before them.
+    any. Median over seeds, in the band from the lowest to the highest. A pruning stands after the steps that came
+    before it.
     """
-    found, events = comparison.compare(runs, analysis.training_curve), prunings_of(runs, pruning_epochs)
+    found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, in_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("train_loss", "test_accuracy"), strict=True):
             _draw_medians(ax, of, quantity)
-            panels.draw_times(events[name], ax=ax)
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            panels.draw_times(*events[name], ax=ax)
             ax.set(ylabel=label_of(quantity))
             ax.set_visible(any(quantity in values for values in of.values()))
-        panels.percent(axes[1].yaxis)
+        scales.percent(axes[1].yaxis)
         named(axes[0], name, panels=len(axes))
     legend_below(figure)
     return figure
@@ -123,11 +129,11 @@ def filters_left(runs: Runs) -> Figure:
     found = comparison.compare(runs, _left_in_the_end)
     figure, axes = grid(len(found), width=7.2, height=2.7, columns=1, sharex=False)
     for ax, (name, of) in zip(axes, found.items(), strict=True):
-        for measure, style in named_styles(of).items():
+        for (measure, style), beside in zip(named_styles(of).items(), _beside(len(of)), strict=True):
             share = comparison.mean_and_interval(of[measure].share)
-            panels.draw_over_layers(share["mean"], ax=ax, alpha=0.9, **style | {"markersize": 3.5})
-            panels.draw_band(share.assign_coords(layer=np.arange(share.sizes["layer"])), ax=ax, color=style["color"])
-        ax.set(ylim=(0, 1.04), ylabel="share of filters left")
+            panels.draw_over_layers(share["mean"], ax=ax, beside=beside, alpha=0.9, **style | {"markersize": 3.5})
+            panels.draw_layer_bars(share, ax=ax, beside=beside, color=style["color"])
+        ax.set(ylim=(-0.03, 1.04), ylabel="share of filters left")
         named(ax, name)
     legend_below(figure)
     return figure
@@ -138,14 +144,14 @@ def stability(runs: Runs) -> Figure:
 
     The ratio at each measured step, a panel a condition: median over seeds, in the band from the lowest to the highest,
     which may leave the panel. The line marks 2. With momentum a step's flow time is η/(1−β), which the step itself is
-    too short for: it carries earlier gradients. Prunings, dotted.
+    too short for: it carries earlier gradients.
     """
-    found, events = comparison.compare(runs, analysis.stability), prunings_of(runs)
+    found, events = comparison.compare(runs, analysis.stability), events_of(runs, in_steps)
     figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
     for ax, (name, of) in zip(axes, found.items(), strict=True):
-        _draw_medians(ax, of, "stability")
+        _draw_medians(ax, of, "stability", [2])
         ax.axhline(2, color="0.3", linewidth=1)
-        panels.draw_events(events[name], ax=ax)
+        panels.draw_events(*events[name], ax=ax)
         ax.set(ylabel="Δt gᵀHg/‖g‖²")
         named(ax, name)
     legend_below(figure)
@@ -169,25 +175,40 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
             for label, style in by_measure(runs, labels).items():
                 ax.plot(found[label].removed_share, found[label][quantity], linestyle="none", alpha=0.8, **style)
             ax.axhline(1, color="0.7", linewidth=0.9, zorder=0)
-            panels.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
-            panels.percent(ax.xaxis)
+            scales.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
+            scales.percent(ax.xaxis)
         rows[1][column].set(xlabel="share of the parameters removed")
-        rows[0][column].set_title(", ".join(name_of(part) for part in (model, data) if part), fontsize=8)
+        named(rows[0][column], ", ".join(name_of(part) for part in (model, data) if part))
     rows[0][0].set(ylabel="loss after / before")
     rows[1][0].set(ylabel="‖g‖² after / before")
     legend_below(figure)
     return figure
 
 
-def _draw_medians(ax: Axes, of: comparison.ByMeasure, quantity: str) -> None:
-    """Median over seeds of each measure that has it, in the band of its range, which may leave the axis."""
+def _draw_medians(ax: Axes, of: comparison.ByMeasure, quantity: str, marks: Sequence[float] = ()) -> None:
+    """Median over seeds of each measure that has it, in the band of its range, which may leave the axis.
+
+    The axis holds the medians, and ``marks`` in any case.
+    """
     for measure, style in named_styles(of).items():
         if quantity in of[measure]:
             panels.draw_median(comparison.median_and_range(of[measure][quantity]), ax=ax, **style)
-    medians = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
+    panels.say_where_empty(ax)
+    shown = np.concatenate([*(line.get_ydata() for line in ax.lines), marks])
     if quantity != "test_accuracy":
-        panels.scale_axis(ax.yaxis, medians)
-    panels.fit_axis(ax.yaxis, medians)
+        scales.scale_axis(ax.yaxis, shown)
+    scales.fit_axis(ax.yaxis, shown)
+
+
+def _height(found: Mapping[str, comparison.ByMeasure]) -> float:
+    """Inches of a panel with a row a measure, as many lines high as its name."""
+    lines = (sum(1 + wrapped(name_of(measure)).count("\n") for measure in of) for of in found.values())
+    return 0.7 + 0.16 * max(lines)
+
+
+def _beside(count: int) -> np.ndarray:
+    """Places around a layer's for the points of several measures."""
+    return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
 
 
 def _left_in_the_end(run: xr.DataTree) -> xr.Dataset:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.conditions import by_condition, comparisons, conditions
-from analysis.record import pruning_steps
+from analysis.conditions import by_condition, compared_by, comparisons, conditions, name_of_condition
+from analysis.epochs import over
+from analysis.names import name_of
+from analysis.outcome import pruning_epochs
+from analysis.prunings import prunings as pruned_at
+from analysis.record import event_steps, has, pruning_steps
 
-from . import panels
-from .style import named_styles
+from . import panels, scales
+from .labels import layer_names, wrapped
+from .style import DEPTH, named_styles
 
 
 def compared(prediction: xr.Dataset) -> np.ndarray:
@@ -28,9 +35,10 @@ def compared(prediction: xr.Dataset) -> np.ndarray:
 def symmetric(ax: Axes, values: np.ndarray) -> None:
     """The same scale on both axes, square, with the line on which a prediction is exact."""
     for axis in (ax.xaxis, ax.yaxis):
-        panels.scale_axis(axis, values)
+        scales.scale_axis(axis, values, zeros=True)
         if axis.get_scale() == "linear":
             axis.set_major_locator(MaxNLocator(4))
+        scales.fit_axis(axis, values)
     panels.draw_identity(ax)
     ax.set_aspect("equal", adjustable="box")
 
@@ -56,12 +64,28 @@ def grid(
     return figure, list(axes.flat[:count])
 
 
+def alike(predictions: Mapping[str, xr.Dataset]) -> bool:
+    """Whether one axis of steps shows all: the longest is at most three times as long as the shortest."""
+    last = [float(of.step[-1]) + 1 for of in predictions.values() if of.sizes["step"]]
+    return max(last, default=1) <= 3 * min(last, default=1)
+
+
+def of_one_size(predictions: Mapping[str, xr.Dataset]) -> bool:
+    """Whether one scale shows all: the largest values of each lie within two decades."""
+    sizes = [np.abs(values[np.isfinite(values)]).max(initial=0) for values in map(compared, predictions.values())]
+    sizes = [size for size in sizes if size]
+    return max(sizes, default=1) <= 100 * min(sizes, default=1)
+
+
 def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> None:
-    """One scale for all panels, and labels on the outer ones only."""
-    panels.scale_axis(axes[0].yaxis, np.concatenate([compared(prediction) for prediction in predictions.values()]))
+    """One scale for all panels where they share it, else one each, and labels on the outer ones only."""
+    values = [compared(prediction) for prediction in predictions.values()]
+    shared = len(axes[0].get_shared_y_axes().get_siblings(axes[0])) > 1
+    for ax, own in zip(axes, values, strict=False):
+        scales.scale_axis(ax.yaxis, np.concatenate(values) if shared else own)
     for ax in axes:
         ax.set(ylabel="")
-        ax.yaxis.set_tick_params(labelleft=ax.get_subplotspec().is_first_col())
+        ax.yaxis.set_tick_params(labelleft=not shared or ax.get_subplotspec().is_first_col())
     label_lowest(axes)
     figure.supylabel(ylabel, fontsize=9)
 
@@ -75,20 +99,41 @@ def label_lowest(axes: list[Axes]) -> None:
 def named(ax: Axes, condition: str, *, panels: int = 1) -> None:
     """Give one or several panels in a row the name of their condition for a title, in as many lines as they take."""
     inches = ax.get_position().width * ax.figure.get_figwidth() * panels
-    ax.set_title(textwrap.fill(condition, int(20 * inches)), fontsize=8)
+    ax.set_title(wrapped(condition, int(19 * inches)), fontsize=8)
 
 
 def headed(figure: Figure, what: str) -> None:
     """Say over all panels what they show, in as many lines as it takes."""
-    figure.suptitle(textwrap.fill(what, int(15 * figure.get_figwidth())) or None, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(wrapped(what, int(14 * figure.get_figwidth())) or None, x=0.01, ha="left", fontsize=10)
 
 
 def legend_below(figure: Figure, *others: Line2D) -> None:
-    """One legend for all panels, under them: every label once; with further entries."""
+    """One legend for all panels, under them: every label once, in as many columns as fit; with further entries."""
     drawn = [handle for ax in figure.axes for handle in ax.get_legend_handles_labels()[0]]
     handles = list({handle.get_label(): handle for handle in [*drawn, *others][::-1]}.values())[::-1]
-    letters = sum(len(str(handle.get_label())) + 6 for handle in handles)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if letters < 70 else 3)
+    if handles:
+        columns = len(handles)
+        if _legend_width(figure, handles, columns) > figure.bbox.width:
+            columns = max(1, int(figure.bbox.width / _legend_width(figure, handles, 1)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def _legend_width(figure: Figure, handles: list[Artist], columns: int) -> float:
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    width = legend.get_window_extent(figure.canvas.get_renderer()).width
+    legend.remove()
+    return width
+
+
+def depth_bar(figure: Figure, axes: list[Axes], layers: Sequence[str]) -> None:
+    """The colours of many layers under all panels, with the first and the last by name."""
+    figure.set_figheight(figure.get_figheight() + 0.6)
+    scale = ScalarMappable(Normalize(0, len(layers) - 1), DEPTH)
+    bar = figure.colorbar(scale, ax=axes, location="bottom", aspect=50, shrink=0.8, ticks=[0, len(layers) - 1])
+    first, *_, last = layer_names(layers)
+    for text, side in zip(bar.ax.set_xticklabels([first, last]), ("left", "right"), strict=True):
+        text.set_horizontalalignment(side)
+    bar.set_label(f"{len(layers)} layers")
 
 
 def rows_of(
@@ -100,14 +145,45 @@ def rows_of(
     return figure, axes.tolist()
 
 
-def prunings_of(
-    runs: Mapping[str, xr.DataTree], when: Callable[[xr.DataTree], list[float]] = pruning_steps
-) -> dict[str, list[float]]:
-    """By condition, when the prunings of all its runs were: in steps, or in epochs."""
-    return {
-        condition: sorted({value for label in rows.run for value in when(runs[label])})
-        for condition, rows in by_condition(comparisons(runs)).items()
-    }
+def events_of(
+    runs: Mapping[str, xr.DataTree], when: Callable[[xr.DataTree], tuple[list[float], list[float]]]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """By condition, when the prunings of all its runs were and when their other events: in steps, or in epochs."""
+    found = {}
+    for condition, rows in by_condition(comparisons(runs)).items():
+        every = [when(runs[label]) for label in rows.run]
+        found[condition] = tuple(
+            sorted({time for times in kind for time in times}) for kind in zip(*every, strict=True)
+        )
+    return found
+
+
+def in_steps(run: xr.DataTree) -> tuple[list[float], list[float]]:
+    """The step to come at each pruning of a run, and at each of its other events."""
+    return pruning_steps(run), _others(run)
+
+
+def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
+    """How many epochs were over at each pruning of a run, and at each of its other events."""
+    epochs = run["epochs"].to_dataset() if has(run, "epochs") else xr.Dataset()
+    others = _others(run) if {"step", "epoch"} <= set(epochs.variables) else []
+    return pruning_epochs(run), over(epochs, others).tolist() if others else []
+
+
+def _others(run: xr.DataTree) -> list[int]:
+    steps = event_steps(run)
+    chosen = pruned_at(run).tolist() if steps else []
+    return [step for place, step in enumerate(steps) if place not in chosen]
+
+
+def told(label: str, runs: Mapping[str, xr.DataTree]) -> str:
+    """One of several runs in print, with every setting in which they differ."""
+    table = conditions(runs)
+    of = table.loc[label]
+    measure = name_of(of.measure)
+    if not of.model:
+        return measure
+    return ", ".join([name_of_condition(of[compared_by(table)]), measure, f"seed {of.seed}"])
 
 
 def by_measure(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, dict[str, object]]:

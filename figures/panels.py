@@ -8,27 +8,32 @@ import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from analysis.comparison import mean_and_interval
 from dynamics.schema import label
 
-from .style import FIRST, MEASURED, SECOND
+from .labels import layer_names
+from .lines import draw_line, evenly
+from .scales import count_axis, fit_axis
+from .style import DEPTH, FIRST, MEASURED, OTHER_EVENT, PRUNING, SECOND
 
 _LAYER_SIZE = 7  # points
+FEW_LAYERS = 15  # whose names a legend holds
+_DOTS = 80  # measured ones: more hide what was predicted
 
 _ORDERS = {"first_order": FIRST, "second_order": SECOND}
 
 
 def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``."""
+    """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; dots of some of many."""
     ax = ax or plt.gca()
     for order, style in _ORDERS.items():
-        ax.plot(prediction.step, prediction[order], **style)
-    many = prediction.sizes["step"] > 100
-    ax.plot(prediction.step, prediction.measured, **MEASURED | ({"markersize": 1.2} if many else {}))
+        draw_line(prediction.step.values, prediction[order].values, ax=ax, **style)
+    measured = prediction.measured.dropna("step")
+    dots = measured.isel(step=evenly(measured.sizes["step"], _DOTS))
+    ax.plot(dots.step, dots, **MEASURED | ({"markersize": 2} if dots.size > _DOTS // 2 else {}))
     ax.set(xlabel="step", ylabel=_axis(prediction.measured))
+    count_axis(ax.xaxis)
     return ax
 
 
@@ -52,25 +57,37 @@ def draw_identity(ax: Axes) -> Axes:
 
 
 def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """One line a layer over ``step``, coloured by depth from dark (input) to light (output)."""
+    """One line a layer over ``step``, coloured by depth from dark (input) to light (output); few have their names."""
     ax = ax or plt.gca()
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, quantity.sizes["layer"]))
-    for colour, layer in zip(colours, quantity.layer.values, strict=True):
-        ax.plot(quantity.step, quantity.sel(layer=layer), color=colour, linewidth=1, label=str(layer))
+    names = layer_names(quantity.layer.values)
+    few = len(names) <= FEW_LAYERS
+    colours = DEPTH(np.linspace(0, 1, len(names)))
+    for colour, layer, name in zip(colours, quantity.layer.values, names, strict=True):
+        style = {"color": colour, "linewidth": 1, "label": name if few else None}
+        draw_line(quantity.step.values, quantity.sel(layer=layer).values, ax=ax, band=few, **style)
     ax.set(xlabel="step", ylabel=label(quantity.name))
+    count_axis(ax.xaxis)
     return ax
 
 
-def draw_events(steps: Iterable[int], *, ax: Axes | None = None) -> Axes:
-    """A vertical line at each event, between the step before it and the step after."""
-    return draw_times([step - 0.5 for step in steps], ax=ax)
+def draw_events(steps: Iterable[int], others: Iterable[int] = (), *, ax: Axes | None = None) -> Axes:
+    """A vertical line at each pruning and each other event, between the step before it and the step after."""
+    return draw_times([step - 0.5 for step in steps], [step - 0.5 for step in others], ax=ax)
 
 
-def draw_times(times: Iterable[float], *, ax: Axes | None = None) -> Axes:
-    """A vertical dotted line at each of these places of the axis, over its grid and under what is drawn."""
+def draw_times(times: Iterable[float], others: Iterable[float] = (), *, ax: Axes | None = None) -> Axes:
+    """A vertical line at each pruning (dotted) and other event (dash-dotted), over the grid and under what is drawn."""
     ax = ax or plt.gca()
-    for time in times:
-        ax.axvline(time, color="0.45", linewidth=1, linestyle=":", zorder=1.5)
+    for places, style in ((times, PRUNING), (others, OTHER_EVENT)):
+        for number, time in enumerate(dict.fromkeys(places)):
+            ax.axvline(time, linewidth=1, zorder=1.5, **style | ({"label": None} if number else {}))
+    return ax
+
+
+def say_where_empty(ax: Axes) -> Axes:
+    """Say in the middle of a panel that none of its values is finite, if so."""
+    if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
+        ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", color="0.4")
     return ax
 
 
@@ -84,22 +101,14 @@ def draw_curve(curve: xr.DataArray, *, ax: Axes | None = None, **style: object) 
 
 
 def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
-    """The median over seeds of a quantity over its one dimension, in the band of its range; a dozen markers."""
+    """The median over seeds of a quantity over its one dimension, in the band of its range; few points are marked."""
     ax = ax or plt.gca()
     (dim,) = summary["median"].dims
-    every = max(1, summary.sizes[dim] // 12)
-    ax.plot(summary[dim], summary["median"], **{"markevery": every, "alpha": 0.9, "markersize": 3.5, **style})
-    draw_band(summary, ax=ax, color=style.get("color"))
+    values = (summary[name].values for name in (dim, "median", "low", "high"))
+    x, median, low, high = values
+    draw_line(x, median, ax=ax, low=low, high=high, **{"alpha": 0.9, "markersize": 3.5, **style})
     ax.set(xlabel=dim)
-    return ax
-
-
-def draw_band(summary: xr.Dataset, *, ax: Axes | None = None, color: object = None) -> Axes:
-    """From ``low`` to ``high``, as a band; nothing where they are not known."""
-    ax = ax or plt.gca()
-    (dim,) = summary.low.dims
-    if summary.low.notnull().any():
-        ax.fill_between(summary[dim], summary.low, summary.high, color=color, alpha=0.13, linewidth=0)
+    count_axis(ax.xaxis)
     return ax
 
 
@@ -126,65 +135,28 @@ def draw_seeds(
     return ax
 
 
-def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, **style: object) -> Axes:
-    """A value a layer, over ``layer`` in the network's order; as many layers are named as there is room for."""
+def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: float = 0.0, **style: object) -> Axes:
+    """A point a layer, over ``layer`` in the network's order; as many layers are named as there is room for.
+
+    ``beside``: so far from the layer's place, in layers, that several series are seen beside each other.
+    """
     ax = ax or plt.gca()
-    layers = values.layer.values
-    ax.plot(np.arange(len(layers)), values, **style)
+    names = layer_names(values.layer.values)
+    ax.plot(np.arange(len(names)) + beside, values, **{"marker": "o", **style, "linestyle": "none"})
     room = 72 * ax.figure.get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
-    labelled = np.arange(0, len(layers), -(-len(layers) // int(room)))
-    ax.set_xticks(labelled, layers[labelled], rotation=90, fontsize=_LAYER_SIZE)
-    ax.set_xticks(np.arange(len(layers)), minor=True)
+    labelled = np.arange(0, len(names), -(-len(names) // int(room)))
+    ax.set_xticks(labelled, [names[place] for place in labelled], rotation=90, fontsize=_LAYER_SIZE)
+    ax.set_xticks(np.arange(len(names)), minor=True)
     return ax
 
 
-def scale_axis(axis: Axis, values: np.ndarray) -> None:
-    """Logarithmic where no value is negative; else symmetric, linear below the first decile and 10⁻⁵ of the ninth.
-
-    Linear altogether where some are negative and their sizes span less than a factor 30.
-    At most three ticks a side of zero, none so close to it that labels would meet.
-    """
-    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
-    set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
-    if not sizes.size:
-        return
-    if np.nanmin(values) >= 0:
-        banded = bool(axis.axes.collections)  # a band that reaches zero ends at the edge; a line leaves zeros out
-        set_scale("log", nonpositive="clip" if banded else "mask")
-        if sizes.max() / sizes.min() < 8:
-            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        elif sizes.max() / sizes.min() < 300:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
-        return
-    if sizes.max() / np.quantile(sizes, 0.1) < 30:
-        return
-    lowest = int(np.floor(np.log10(max(np.quantile(sizes, 0.1), np.quantile(sizes, 0.9) * 1e-5))))
-    highest = int(np.floor(np.log10(sizes.max())))
-    set_scale("symlog", linthresh=10.0**lowest, linscale=0.6)
-    span = highest - lowest
-    apart = max(1, -(-span // (2 if span == 3 else 3)))
-    decades = [10.0**power for power in range(highest, lowest, -apart)]
-    axis.set_major_locator(FixedLocator([-decade for decade in decades] + [0.0] + decades[::-1]))
-    axis.set_minor_locator(NullLocator())
-
-
-def fit_axis(axis: Axis, values: np.ndarray) -> None:
-    """Limits that hold the values with a margin, whatever else is drawn."""
-    shown = values[np.isfinite(values) & ((values > 0) | (axis.get_scale() != "log"))]
-    if shown.size:
-        transform = axis.get_transform()
-        low, high = (transform.transform(bound) for bound in (shown.min(), shown.max()))
-        margin = 0.06 * ((high - low) or abs(high) or 1)
-        bounds = transform.inverted().transform(np.array([low - margin, high + margin]))
-        getattr(axis.axes, f"set_{axis.axis_name}lim")(*bounds)
-
-
-def percent(axis: Axis) -> None:
-    """Shares in per cent, with as many decimals as they need."""
-    axis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
+def draw_layer_bars(summary: xr.Dataset, *, ax: Axes | None = None, beside: float = 0.0, color: object = None) -> Axes:
+    """At each layer, or ``beside`` it, a bar from ``low`` to ``high``; none where they are not known."""
+    ax = ax or plt.gca()
+    ax.vlines(
+        np.arange(summary.sizes["layer"]) + beside, summary.low, summary.high, color=color, alpha=0.35, linewidth=1
+    )
+    return ax
 
 
 def _axis(variable: xr.DataArray) -> str:

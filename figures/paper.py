@@ -13,15 +13,31 @@ from matplotlib.lines import Line2D
 
 import analysis
 from analysis import MissingQuantityError
-from analysis.comparison import title
 from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
-from analysis.record import has, pruning_steps
+from analysis.record import has
 from dynamics.schema import label as label_of
 
-from . import comparison, panels, pruning
-from .layout import by_measure, compared, grid, headed, label_lowest, legend_below, shared_axes, symmetric
+from . import comparison, panels, pruning, scales
+from .labels import wrapped
+from .layout import (
+    alike,
+    by_measure,
+    compared,
+    depth_bar,
+    grid,
+    headed,
+    in_steps,
+    label_lowest,
+    legend_below,
+    of_one_size,
+    shared_axes,
+    symmetric,
+    told,
+)
+from .lines import evenly
+from .room import settle
 from .style import FIRST, SECOND, theme
 
 Runs = Mapping[str, xr.DataTree]
@@ -50,7 +66,7 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
 def loss_decrease_over_time(runs: Runs) -> Figure:
     """How predicted and measured loss decreases of single steps go together over training.
 
-    Loss decrease of each measured step on its own batch, with the prunings as dotted lines.
+    Loss decrease of each measured step on its own batch; of many steps, dots show some. A panel a run.
     """
     return _over_time(runs, analysis.each(runs, analysis.loss_decrease), ylabel="loss decrease  [L]")
 
@@ -58,8 +74,8 @@ def loss_decrease_over_time(runs: Runs) -> Figure:
 def norm_rate(runs: Runs) -> Figure:
     """Gradient flow moves the squared norm at −2θᵀg − 2λ‖θ‖²; a step of finite length Δt adds Δt‖g‖².
 
-    d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. Prunings,
-    dotted. The prediction is gradient descent's: a momentum carries the flow only after about 1/(1−β) steps.
+    d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. The
+    prediction is gradient descent's: a momentum carries the flow only after about 1/(1−β) steps.
     """
     return _over_time(runs, analysis.each(runs, analysis.network_norm_rate), ylabel="d‖θ‖²/dt  [L]")
 
@@ -67,8 +83,8 @@ def norm_rate(runs: Runs) -> Figure:
 def quantities_per_layer(runs: Runs) -> Figure:
     """How far norm, gradient and curvature of the layers lie apart, and how a pruning moves them.
 
-    The quantities of each layer of the first pruned run over its steps; d‖θ‖²/dt as measured, averaged over windows of
-    steps. Prunings, dotted.
+    The quantities of each layer over the steps of one run, of the first pruned one if any; d‖θ‖²/dt as measured,
+    averaged over windows of steps.
     """
     label = in_layers(runs)
     run = runs[label]
@@ -77,25 +93,23 @@ def quantities_per_layer(runs: Runs) -> Figure:
         raise MissingQuantityError("no quantity per layer in the record: record /steps or /curvature")
     figure, axes = grid(len(found), width=3.6, columns=2)
     for ax, quantity in zip(axes, found, strict=True):
-        panels.draw_layers(quantity, ax=ax)
-        panels.draw_events(pruning_steps(run), ax=ax)
-        panels.scale_axis(ax.yaxis, quantity.values)
+        panels.say_where_empty(panels.draw_layers(quantity, ax=ax))
+        scales.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines]))
+        panels.draw_events(*in_steps(run), ax=ax)
     label_lowest(axes)
-    handles, layers = axes[0].get_legend_handles_labels()
-    every = -(-len(layers) // 24)  # their colours are in the network's order, so that some of many are enough
-    figure.legend(
-        handles[::every], layers[::every], loc="outside right center", title="layer" + f", 1 in {every}" * (every > 1),
-        fontsize=7, handlelength=1.2,
-    )  # fmt: skip
-    headed(figure, title(label, run))
+    if found[0].sizes["layer"] > panels.FEW_LAYERS:
+        depth_bar(figure, axes, found[0].layer.values)
+    legend_below(figure)
+    headed(figure, told(label, runs))
     return figure
 
 
 def pruning_effect(runs: Runs) -> Figure:
     """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
 
-    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
-    and of θᵀHg. Open markers: first order; filled: second order, which θᵀHg does not have.
+    Each point is one pruning, or other event that moved parameters, at its fixed probe: measured against predicted
+    change of the loss, of ‖g‖², of d‖θ‖²/dt and of θᵀHg. Open markers: first order; filled: second order, which θᵀHg
+    does not have.
     """
     effects = analysis.each(runs, analysis.pruning_effect)
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
@@ -139,6 +153,8 @@ FIGURES: dict[str, Callable[[Runs], Figure]] = {
     )
 }
 
+_PANELS = 12  # of one run each
+
 _PER_LAYER = (
     ("steps", "param_sqnorm"),
     ("steps", "grad_sqnorm"),
@@ -163,7 +179,9 @@ def draw(name: str, runs: Runs) -> Figure:
         raise ValueError("no runs to draw: give at least one record")
     shown = by_setting(runs)
     with theme(_measures(shown)):
-        return figure(shown)
+        drawn = figure(shown)
+        settle(drawn)
+    return drawn
 
 
 def find_figure(name: str) -> Callable[[Runs], Figure]:
@@ -209,16 +227,18 @@ def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:
 
 
 def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> Figure:
-    """Measured and predicted values over the steps, a panel a measure in one seed, with the prunings marked."""
+    """Measured and predicted values over the steps, a panel a measure in one seed, with the events marked."""
     what, chosen = analysis.side_by_side({label: runs[label] for label in predictions})
-    predictions = {label: predictions[label] for label in chosen}
-    figure, axes = grid(len(predictions), sharey=True)
+    shown = [list(chosen)[place] for place in evenly(len(chosen), _PANELS)]
+    some = f"{len(shown)} of {len(chosen)} runs" if len(shown) < len(chosen) else ""
+    predictions = {label: predictions[label] for label in shown}
+    figure, axes = grid(len(predictions), sharex=alike(predictions), sharey=of_one_size(predictions))
     measures = conditions(chosen).measure
     for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
-        panels.draw_over_time(prediction, ax=ax)
-        panels.draw_events(pruning_steps(runs[label]), ax=ax)
-        ax.set_title(name_of(measures[label]))
-    headed(figure, what)
+        panels.say_where_empty(panels.draw_over_time(prediction, ax=ax))
+        panels.draw_events(*in_steps(runs[label]), ax=ax)
+        ax.set_title(wrapped(name_of(measures[label])))
+    headed(figure, ", ".join(filter(None, [what, some])))
     shared_axes(figure, axes, predictions, ylabel=ylabel)
     legend_below(figure)
     return figure

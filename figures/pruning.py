@@ -12,41 +12,40 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 import analysis
-from analysis.comparison import title
 from analysis.effect import first_pruning_per_layer
 from analysis.measures import WHOLE
 from analysis.names import name_of
 from dynamics.schema import label
 
-from . import panels
-from .layout import by_measure, compared, grid, headed, legend_below, named
-from .style import FIRST, MEASURED, MODES, SECOND, run_styles
+from . import panels, scales
+from .layout import by_measure, compared, grid, headed, legend_below, named, told
+from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
 
 Runs = Mapping[str, xr.DataTree]
 
 _OVERLAP_SHARE = 0.2
+_POINTS = {"first_order": FIRST_POINTS, "second_order": SECOND_POINTS, "measured": MEASURED}
 
 
 def pruning_effect_per_layer(runs: Runs) -> Figure:
     """A pruning moves gradient and flow of every layer, those it took nothing from as well.
 
-    The first pruning of the first pruned run, layer by layer at its fixed probe: measured and predicted changes of
+    The first pruning of one run, layer by layer at its fixed probe: measured and predicted changes of
     ‖g‖² and of d‖θ‖²/dt, which add up to the network's, and what each layer's removal adds to the predicted loss.
     """
     name, effect = next(iter(analysis.each(runs, first_pruning_per_layer).items()))
     figure, axes = plt.subplots(3, 1, figsize=(7.2, 7.2), sharex=True)
     for ax, quantity in zip(axes, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=True):
         chosen = effect.sel(quantity=quantity)
-        for order, style in (("first_order", FIRST), ("second_order", SECOND), ("measured", MEASURED)):
+        for order, style in _POINTS.items():
             if chosen[order].notnull().any():
                 panels.draw_over_layers(chosen[order], ax=ax, **style)
         ax.axhline(0, color="0.7", linewidth=0.9, zorder=0)
         ax.set(ylabel=f"Δ{label(quantity)}")
-        panels.scale_axis(ax.yaxis, compared(chosen))
-        panels.fit_axis(ax.yaxis, compared(chosen))
-    named(axes[0], f"{title(name, runs[name])}, first pruning")
-    styles = [Line2D([], [], **style) for style in (MEASURED, FIRST, SECOND)]
-    figure.legend(handles=styles, loc="outside lower center", ncols=3)
+        scales.scale_axis(ax.yaxis, compared(chosen), zeros=True)
+        scales.fit_axis(ax.yaxis, compared(chosen))
+    named(axes[0], f"{told(name, runs)}, first pruning")
+    legend_below(figure)
     return figure
 
 
@@ -66,16 +65,16 @@ def removed_decrease(runs: Runs) -> Figure:
     what, chosen = analysis.side_by_side({name: runs[name] for name in found})
     for name, style in by_measure(chosen, chosen).items():
         of_layer = found[name].of_layer.isel(event=0)
-        panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3}, linewidth=0.9)
+        panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3})
     named(right, what)
     left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²")
     left.axline((0.1, 0.1), (1, 1), color="0.7", linewidth=0.9, zorder=0)
     for axis, share in ((left.xaxis, "parameters"), (left.yaxis, "decrease")):
         values = np.concatenate([total[share] for total in totals.values()])
-        panels.scale_axis(axis, values)
-        panels.fit_axis(axis, values)
+        scales.scale_axis(axis, values)
+        scales.fit_axis(axis, values)
     for axis in (left.xaxis, left.yaxis, right.yaxis):
-        panels.percent(axis)
+        scales.percent(axis)
     right.set(ylabel="removed share of the layer's ‖g‖²")
     legend_below(figure)
     return figure
@@ -102,9 +101,9 @@ def removal_curve(runs: Runs) -> Figure:
     axes[1, 1].set(xscale="log", yscale="log", ylabel="relative error of Δloss")
     for ax in axes[1]:
         ax.set(xlabel="share of the filters removed", xticks=curve.fraction.values)
-        panels.percent(ax.xaxis)
+        scales.percent(ax.xaxis)
         ax.xaxis.set_minor_locator(NullLocator())
-    headed(figure, title(name, runs[name]))
+    headed(figure, told(name, runs))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip
     legend_below(figure, *twice)
@@ -140,7 +139,7 @@ def measure_agreement(runs: Runs) -> Figure:
             axes[0].errorbar(steps, whole.rank_correlation, whole.standard_error, **line)
             axes[1].errorbar(steps, common.overlap, common.standard_error, **line)
             layers = ours.isel(event=0).drop_sel(layer=WHOLE)
-            panels.draw_over_layers(layers.rank_correlation, ax=axes[2], **style, linewidth=1)
+            panels.draw_over_layers(layers.rank_correlation, ax=axes[2], **style)
     axes[1].axhline(_OVERLAP_SHARE, color="0.7", zorder=0)
     axes[1].set_ylim(bottom=0)
     with_other = [
@@ -165,7 +164,7 @@ def _compared_measures(runs: Runs) -> tuple[str, str, xr.Dataset, xr.Dataset, xr
     reference = "loss_preservation" if "loss_preservation" in measures else measures[0]
     overlap = analysis.removed_overlap(runs[name], share=_OVERLAP_SHARE)
     steps = runs[name]["pruning"].to_dataset().step.sel(event=noise.event).values
-    return title(name, runs[name]), reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
+    return told(name, runs), reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
 
 
 def scale_invariance(runs: Runs) -> Figure:
@@ -187,6 +186,6 @@ def scale_invariance(runs: Runs) -> Figure:
     left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale="log")
     right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale="log")
     right.set_yscale("symlog", linthresh=2)
-    headed(figure, title(name, runs[name]))
+    headed(figure, told(name, runs))
     legend_below(figure)
     return figure

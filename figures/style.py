@@ -8,17 +8,33 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
+from matplotlib.colors import LinearSegmentedColormap
 
 from analysis.conditions import MEASURES
 from analysis.names import name_of
+
+from .labels import wrapped
 
 _THEME = Path(__file__).with_name("thetadot.mplstyle")
 
 # measured = dots, first order = dashed, second order = solid
 MEASURED = {"linestyle": "none", "marker": "o", "color": "0.25", "markersize": 3, "label": "measured"}
-FIRST = {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order"}
+FIRST = {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order", "zorder": 2.2}  # seen on the second
 SECOND = {"linestyle": "-", "color": "#d55e00", "label": "second order"}
+
+# the same at each layer, where a line would join what has no order
+FIRST_POINTS = {"linestyle": "none", "marker": "D", "color": "#0173b2", "markerfacecolor": "none", "markersize": 4,
+                "label": "first order"}  # fmt: skip
+SECOND_POINTS = {"linestyle": "none", "marker": "s", "color": "#d55e00", "markersize": 3.5, "label": "second order"}
+
+# the depth of a layer, from the first to the last
+DEPTH = LinearSegmentedColormap.from_list("depth", plt.get_cmap("viridis")(np.linspace(0, 0.92, 64)))
+
+# where something was done to the network
+PRUNING = {"linestyle": ":", "color": "0.45", "label": "pruning"}
+OTHER_EVENT = {"linestyle": "-.", "color": "0.6", "label": "other event"}
 
 # the mode of a normalisation
 MODES = {
@@ -28,6 +44,7 @@ MODES = {
 
 _MARKERS = "osD^vPX*<>"
 _COLOURS = 10  # of seaborn's palette
+_LIGHTEST = 0.88  # of viridis, that is seen on white
 
 _drawn: ContextVar[tuple[str, ...]] = ContextVar("the measures of a figure", default=())
 
@@ -51,13 +68,18 @@ def theme(measures: Iterable[str] = ()) -> Iterator[None]:
 def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
     """Colour and marker of each run: one a measure, the same in every figure; others take what is left, or all.
 
-    The others are dealt theirs in the order of all that :func:`theme` was told of. No two of 100 have the same.
+    The others are dealt theirs in the order of all that :func:`theme` was told of, of more than ten from dark to light.
     """
     labels = list(labels)
     known = dict.fromkeys([*_drawn.get(), *labels])
     taken = MEASURES if known.keys() & set(MEASURES) else MEASURES[:1]
     order = [*taken, *(label for label in known if label not in taken)]
     colours = ["0.35", *sns.color_palette("colorblind", len(order) - 1)]
+    if len(order) > 1 + _COLOURS:
+        many = len(order) - len(taken)
+        colours[len(taken) :] = [
+            tuple(colour[:3]) for colour in plt.get_cmap("viridis")(np.linspace(0, _LIGHTEST, many))
+        ]
     return {label: {"color": colours[i], "marker": _marker(i)} for i, label in enumerate(order) if label in labels}
 
 
@@ -69,4 +91,4 @@ def _marker(number: int) -> str:
 def named_styles(measures: Iterable[str]) -> dict[str, dict[str, object]]:
     """:func:`run_styles` of the measures, each once, with its name for the legend."""
     styles = run_styles(dict.fromkeys(measures))
-    return {measure: style | {"label": name_of(measure)} for measure, style in styles.items()}
+    return {measure: style | {"label": wrapped(name_of(measure))} for measure, style in styles.items()}

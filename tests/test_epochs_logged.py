@@ -55,7 +55,7 @@ def test_runs_of_other_lengths_are_drawn_together(tmp_path: Path) -> None:
     runs = {str(seed): train(tmp_path / str(seed), watches=True, epochs=3 - seed, seed=seed) for seed in range(2)}
     accuracy = draw("training_curves", runs).axes[1]
     (line,) = (line for line in accuracy.lines if len(line.get_xdata()) > 2)
-    assert line.get_xdata().tolist() == [0, 1, 1.25, 2, 3]
+    assert line.get_xdata().tolist() == [0, 1, 1.25, 2]  # where both are
     assert line.get_ydata()[:4] == pytest.approx([0.1, 0.4, 0.5, 0.6])
 
 

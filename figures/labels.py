@@ -1,0 +1,46 @@
+"""How long names are written: in lines of a width that a panel has, and shortened where only their place counts."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+_WIDTH = 30  # characters of a label
+_LONG = 24  # characters of a layer's name
+_WHOLE = 8  # characters of a part of a dotted name that stays as it is
+_LONGEST = 36
+
+
+def wrapped(text: str, width: int = _WIDTH) -> str:
+    """The text in lines of at most so many characters."""
+    return textwrap.fill(text, width)
+
+
+def layer_names(names: Sequence[str]) -> list[str]:
+    """Names of layers without what all have in common at their head, the middle of long ones left out.
+
+    As much of the middle stays as tells them apart, up to a length.
+    """
+    names = [str(name) for name in names]
+    paths = [name.split(".") for name in names]
+    apart = (number for number, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1)
+    common = next(apart, min(map(len, paths), default=1) - 1) if len(names) > 1 else 0
+    bare = [".".join(path[common:]) for path in paths]
+    for length in range(_LONG, _LONGEST + 1, 4):
+        short = [_shortened(name, length) for name in bare]
+        if len(set(short)) == len(set(bare)):
+            break
+    return short
+
+
+def _shortened(name: str, length: int) -> str:
+    """``transformer_layers.3.attention_projection`` as ``tran….3.attention_…jection``."""
+    if len(name) <= length:
+        return name
+    *path, last = name.split(".")
+    path = [part if len(part) <= _WHOLE else f"{part[:4]}…" for part in path]
+    room = max(length - len(".".join([*path, ""])), _WHOLE)
+    if len(last) > room:
+        tail = room // 3
+        last = f"{last[: room - tail - 1]}…{last[-tail:]}"
+    return ".".join([*path, last])

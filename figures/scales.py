@@ -1,0 +1,111 @@
+"""Scales, limits and ticks of an axis, from the values that are drawn on it."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.ticker import (
+    FixedLocator,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
+
+_STEPS = (1, 2, 5, 10)  # nice multiples
+
+
+def scale_axis(axis: Axis, values: np.ndarray, *, zeros: bool = False) -> None:
+    """Logarithmic where no value is negative; else symmetric, linear below the first decile and 10⁻⁵ of the ninth.
+
+    Linear altogether where some are negative and their sizes span less than a factor 30.
+
+    Args:
+        axis: of a panel.
+        values: all that are drawn; inf and NaN count for nothing.
+        zeros: they are values like others, so that the scale is symmetric; else a logarithm leaves them out.
+    """
+    values = values[np.isfinite(values)]
+    sizes = np.abs(values[values != 0])
+    if not sizes.size:
+        return
+    if values.min() > 0 or (values.min() == 0 and not zeros):
+        _logarithmic(axis, sizes)
+    elif sizes.max() / np.quantile(sizes, 0.1) >= 30:
+        _symmetric(axis, values, sizes)
+
+
+def fit_axis(axis: Axis, values: np.ndarray) -> None:
+    """Limits that hold the values with a margin, whatever else is drawn."""
+    shown = values[np.isfinite(values) & ((values > 0) | (axis.get_scale() != "log"))]
+    if shown.size:
+        transform = axis.get_transform()
+        low, high = (transform.transform(bound) for bound in _bounds(axis, shown))
+        margin = 0.06 * ((high - low) or abs(high) or 1)
+        bounds = transform.inverted().transform(np.array([low - margin, high + margin]))
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(*bounds)
+
+
+def percent(axis: Axis) -> None:
+    """Shares in per cent, with as many decimals as they need; none below 0 or above 100 %."""
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%" if -1e-9 < share < 1 + 1e-9 else "")
+    if axis.get_scale() != "log":
+        low, high = axis.get_view_interval()
+        margin = 0.03 * (min(high, 1) - max(low, 0))  # a marker on the bound is whole
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(max(low, -margin), min(high, 1 + margin))
+
+
+def count_axis(axis: Axis) -> None:
+    """Ticks at whole numbers, of steps or of epochs, as many as there is room for."""
+    box = axis.axes.get_position()
+    inches = box.width * axis.axes.figure.get_figwidth()
+    axis.set_major_locator(MaxNLocator(max(5, round(3 * inches)), steps=_STEPS, integer=True))
+
+
+def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
+    banded = bool(axis.axes.collections)  # a band that reaches zero ends at the edge; a line leaves zeros out
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log", nonpositive="clip" if banded else "mask")
+    if sizes.max() / sizes.min() < 300:
+        narrow = sizes.max() / sizes.min() < 8
+        axis.set_major_locator(MaxNLocator(4, steps=_STEPS) if narrow else LogLocator(subs=(1, 2, 5)))
+        plain = sizes.min() >= 1e-4 and sizes.max() < 1e5
+        powers = LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf))  # labels all ticks
+        axis.set_major_formatter(StrMethodFormatter("{x:g}") if plain else powers)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _symmetric(axis: Axis, values: np.ndarray, sizes: np.ndarray) -> None:
+    """Ticks at zero, where the linear part ends, and at most two decades beyond it, on each side that has values."""
+    lowest = _power(max(np.quantile(sizes, 0.1), np.quantile(sizes, 0.9) * 1e-5))
+    span = _power(sizes.max()) - lowest
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=10.0**lowest, linscale=max(0.7, 0.2 * span))
+    apart = max(1, span if axis.axis_name == "x" else -(-span // 2))
+    ticks = [0.0]
+    for sign in (-1, 1):
+        side = sign * values[sign * values > 0]
+        highest = max(lowest, _power(side.max())) if side.size else lowest - 1
+        ticks += [sign * 10.0**power for power in range(lowest, highest + 1, apart)]
+    axis.set_major_locator(FixedLocator(sorted(ticks)))
+    axis.set_minor_locator(NullLocator())
+    bounds = [bound for bound in _bounds(axis, values) if bound not in (values.min(), values.max())]
+    if bounds:  # so that a tick is there where negative values are
+        places = [(bound, 0.0) if axis.axis_name == "x" else (0.0, bound) for bound in bounds]
+        axis.axes.update_datalim(places, updatex=axis.axis_name == "x", updatey=axis.axis_name == "y")
+        axis.axes.autoscale_view()
+
+
+def _bounds(axis: Axis, values: np.ndarray) -> tuple[float, float]:
+    """The least and the largest value; on a symmetric scale the linear part at least of each sign that there is."""
+    low, high = float(values.min()), float(values.max())
+    if axis.get_scale() == "symlog":
+        threshold = axis.get_transform().linthresh
+        low = min(low, -threshold) if low < 0 else low
+        high = max(high, threshold) if high > 0 else high
+    return low, high
+
+
+def _power(size: float) -> int:
+    """The power of ten of the leading digit."""
+    return int(np.floor(np.log10(size)))

@@ -1,0 +1,162 @@
+"""Whatever things are called, and however many they are: labels do not meet, and the data keep most of the picture."""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from synthetic_runs import record
+
+from analysis import MissingQuantityError
+from figures import draw, layout
+from figures.labels import layer_names, wrapped
+from figures.style import run_styles
+
+mpl.use("agg")
+
+LONG = "augmentation by RandAugment with magnitude 9 and probability one half, mixup 0.8, label smoothing 0.1"
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def named(names: list[str], **what: object) -> dict[str, xr.DataTree]:
+    """Runs of instrumented loops, each of a measure of its own."""
+    found = {}
+    for name in names:
+        run = record("magnitude", 0)
+        run.attrs = {
+            "model": "net",
+            "data": "images",
+            "seed": 0,
+            "measure": name,
+        } | what
+        found[name] = run
+    return found
+
+
+def measured(names: list[str], *, steps: list[int], scale: list[float]) -> dict[str, xr.DataTree]:
+    """Runs that measured their steps."""
+    found = {}
+    for name, count, size in zip(names, steps, scale, strict=True):
+        values = size * np.geomspace(1, 0.1, count)
+        per_layer = (("step", "layer"), values[:, None] * [0.6, 0.4])
+        names_of = ("grad_update", "update_hess_update", "grad_sqnorm", "grad_hess_grad")
+        curvature = xr.Dataset(
+            dict.fromkeys(names_of, per_layer)
+            | {"loss_before": ("step", 1 + values), "loss_after": ("step", np.ones(count))},
+            {"step": np.arange(count), "layer": ["a", "b"]},
+        )
+        flow = xr.Dataset({"flow_step": (("step", "layer"), np.full((count, 2), 0.1))}, curvature.coords)
+        found[name] = xr.DataTree.from_dict({"/curvature": curvature, "/steps": flow})
+    return found
+
+
+def meets(figure: Figure) -> bool:
+    """Whether a title, an entry of the legend or a row's name lies over another."""
+    figure.draw_without_rendering()
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for ax in (ax for ax in figure.axes if ax.get_visible()):
+        texts += [ax._left_title, *ax.get_yticklabels()]
+    boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+    return any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "convergence", "training_curves", "loss_decrease_over_time", "stability"])
+def test_long_names_do_not_meet_and_leave_the_data_their_room(name: str) -> None:
+    names = [f"{LONG} {number}" for number in range(3)]
+    of_steps = name in ("loss_decrease_over_time", "stability")
+    runs = measured(names, steps=[20] * 3, scale=[1.0] * 3) if of_steps else named(names)
+    figure = draw(name, runs)
+    assert not meets(figure)
+    for ax in (ax for ax in figure.axes if ax.get_visible()):
+        assert ax.get_window_extent().width > figure.dpi
+        assert ax.get_window_extent().height > figure.dpi
+
+
+def test_the_height_of_rows_grows_with_their_number() -> None:
+    for count in (2, 24):
+        figure = draw("accuracy", named([f"learning rate {number / 7}" for number in range(count)]))
+        assert not meets(figure)
+        assert len(figure.axes[0].get_yticklabels()) == count
+
+
+def test_of_many_runs_some_are_drawn_and_it_is_said() -> None:
+    names = [f"run {number:02d}" for number in range(24)]
+    figure = draw("loss_decrease_over_time", measured(names, steps=[9] * 24, scale=[1.0] * 24))
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_visible()]
+    assert len(titles) == 12
+    assert (titles[0], titles[-1]) == ("run 00", "run 23")
+    assert "12 of 24 runs" in figure.get_suptitle()
+    assert figure.get_figheight() <= 10
+
+
+def test_many_runs_have_colours_of_their_own() -> None:
+    styles = run_styles([f"run {number}" for number in range(24)])
+    assert len({to_hex(style["color"]) for style in styles.values()}) == 24
+    assert all(np.mean(mpl.colors.to_rgb(style["color"])) < 0.75 for style in styles.values())
+
+
+@pytest.mark.parametrize(("steps", "scale", "shared"), [
+    ([20, 50], [1.0, 2.0], (True, True)),
+    ([20, 2000], [1.0, 2.0], (False, True)),
+    ([20, 50], [1.0, 1e4], (True, False)),
+])  # fmt: skip
+def test_axes_are_shared_by_what_one_scale_shows(
+    steps: list[int], scale: list[float], shared: tuple[bool, bool]
+) -> None:
+    figure = draw("loss_decrease_over_time", measured(["one", "other"], steps=steps, scale=scale))
+    one, other = figure.axes
+    assert (one.get_shared_x_axes().joined(one, other), one.get_shared_y_axes().joined(one, other)) == shared
+    for ax, last in zip(figure.axes, steps, strict=True):
+        assert shared[0] or ax.get_xlim()[1] < 1.2 * last
+
+
+def test_layers_are_called_by_what_tells_them_apart() -> None:
+    assert layer_names(["0", "2"]) == ["0", "2"]
+    assert layer_names(["model.body.0.conv", "model.body.1.conv"]) == ["0.conv", "1.conv"]
+    assert layer_names(["only.one"]) == ["only.one"]
+    long = [f"transformer_decoder_layers.{number}.self_attention_{which}_projection"
+            for number in range(3) for which in ("query", "key", "value")]  # fmt: skip
+    short = layer_names(["token_embedding", *long])
+    assert len(set(short)) == len(short)
+    assert max(map(len, short)) <= 36
+    assert all(f".{number}." in name for number, name in zip(np.repeat(range(3), 3), short[1:], strict=True))
+
+
+def test_many_layers_have_a_bar_of_depth_with_the_first_and_the_last() -> None:
+    layers = [f"net.{number}.weight" for number in range(40)]
+    steps = xr.Dataset({"param_sqnorm": (("step", "layer"), np.ones((5, 40)))}, {"step": np.arange(5), "layer": layers})
+    figure = draw("quantities_per_layer", {"mine": xr.DataTree.from_dict({"/steps": steps})})
+    panel, bar = figure.axes
+    assert [label.get_text() for label in bar.get_xticklabels()] == ["0.weight", "39.weight"]
+    assert bar.get_xlabel() == "40 layers"
+    assert not figure.legends
+    assert panel.get_window_extent().width > 0.6 * figure.bbox.width
+
+
+def test_one_run_alone_has_no_accuracy_to_compare() -> None:
+    with pytest.raises(MissingQuantityError, match="one run alone has nothing to be compared with"):
+        draw("accuracy", named(["mine"]))
+    assert len(draw("convergence", named(["mine"])).axes) == 1
+
+
+def test_one_of_several_runs_is_told_with_every_setting_in_which_they_differ() -> None:
+    runs = {f"{rate} {decay}": named(["mine"], learning_rate=rate, weight_decay=decay)["mine"]
+            for rate in (0.1, 0.2) for decay in (0.0, 0.5)}  # fmt: skip
+    said = layout.told("0.2 0.5", runs)
+    assert "learning rate 0.2" in said
+    assert "weight decay 0.5" in said
+    assert layout.told("events_many", {"events_many": xr.DataTree(), "other": xr.DataTree()}) == "events many"
+
+
+def test_lines_of_a_label_are_short() -> None:
+    assert max(map(len, wrapped(LONG).splitlines())) <= 30

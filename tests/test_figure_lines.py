@@ -1,0 +1,104 @@
+"""Every value that was recorded is seen: lines go on between samples, end where values do, and are no solid blocks."""
+
+from collections.abc import Iterator
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+
+from figures import draw_layers, draw_over_layers, draw_over_time, lines, panels
+from figures.style import FIRST, SECOND
+
+mpl.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def median_of(values: list[float]) -> xr.Dataset:
+    return xr.Dataset(dict.fromkeys(("median", "low", "high"), ("step", values)), {"step": np.arange(len(values))})
+
+
+def prediction_of(steps: int, measured: np.ndarray | None = None) -> xr.Dataset:
+    values = np.sin(np.arange(steps) / 50)
+    of = {"first_order": values, "second_order": values, "measured": values if measured is None else measured}
+    return xr.Dataset({name: ("step", value) for name, value in of.items()}, {"step": np.arange(steps)})
+
+
+def test_values_between_gaps_are_joined_and_marked() -> None:
+    values = np.full(30, np.nan)
+    values[::7] = [1.0, 2.0, 1.5, 3.0, 2.5]
+    ax = panels.draw_median(median_of(values), marker="s")
+    (line,) = ax.lines
+    np.testing.assert_array_equal(line.get_xdata(), [0, 7, 14, 21, 28])
+    np.testing.assert_array_equal(line.get_ydata(), [1.0, 2.0, 1.5, 3.0, 2.5])
+    assert line.get_markevery() is None  # each
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_line_ends_at_a_cross_where_values_stop_being_finite(bad: float) -> None:
+    ax = panels.draw_median(median_of([1.0, 2.0, 4.0, bad, bad, bad]), marker="o")
+    line, cross = ax.lines
+    assert np.isfinite(line.get_ydata()).sum() == 3
+    assert (cross.get_marker(), cross.get_label()) == ("x", lines.ENDED)
+    np.testing.assert_array_equal(cross.get_xydata(), [[2, 4]])
+
+
+def test_a_line_that_is_sampled_to_its_end_has_no_cross() -> None:
+    values = np.full(20, np.nan)
+    values[::6] = 1.0
+    assert len(panels.draw_median(median_of(values)).lines) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_runs_of_a_step_or_two_are_seen(steps: int) -> None:
+    layers = xr.DataArray(np.ones((steps, 2)), {"step": np.arange(steps), "layer": ["a", "b"]}, ["step", "layer"])
+    drawn = [
+        *draw_layers(layers.rename("grad_sqnorm")).lines,
+        *draw_over_time(prediction_of(steps), ax=plt.figure().gca()).lines,
+    ]
+    assert all(line.get_marker() not in ("None", "", None) for line in drawn)
+
+
+def test_many_steps_are_medians_in_a_band_that_holds_them_all() -> None:
+    values = np.random.default_rng(0).lognormal(size=(5000, 1))
+    layers = xr.DataArray(values, {"step": np.arange(5000), "layer": ["a"]}, ["step", "layer"], "grad_sqnorm")
+    ax = draw_layers(layers)
+    (line,), (band,) = ax.lines, ax.collections
+    assert len(line.get_ydata()) < 300
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (values.min(), values.max())
+    assert np.ptp(line.get_ydata()) < np.ptp(values) / 5
+
+
+def test_measured_dots_leave_the_predictions_seen() -> None:
+    ax = draw_over_time(prediction_of(3000))
+    of = {line.get_label(): line for line in ax.lines}
+    assert 20 < len(of["measured"].get_xdata()) <= 200
+    assert set(of["measured"].get_ydata()) <= set(prediction_of(3000).measured.values)
+    assert of["measured"].get_xdata()[[0, -1]].tolist() == [0, 2999]
+    assert of["first order"].get_zorder() > of["second order"].get_zorder()
+    assert (FIRST["linestyle"], SECOND["linestyle"]) == ((0, (4, 2)), "-")
+
+
+def test_layers_are_points_that_no_line_joins() -> None:
+    ax = draw_over_layers(xr.DataArray([1.0, 2.0], {"layer": ["a", "b"]}, ["layer"]), **FIRST)
+    assert (ax.lines[0].get_linestyle(), ax.lines[0].get_marker()) == ("None", "o")
+
+
+@pytest.mark.parametrize(("count", "named"), [(15, 15), (16, 0)])
+def test_the_names_of_many_layers_are_no_legend(count: int, named: int) -> None:
+    names = [f"net.{number}" for number in range(count)]
+    layers = xr.DataArray(np.ones((3, count)), {"step": np.arange(3), "layer": names}, ["step", "layer"], "grad_sqnorm")
+    assert draw_layers(layers).get_legend_handles_labels()[1] == [str(number) for number in range(named)]
+
+
+def test_a_panel_without_finite_values_says_so() -> None:
+    for values, said in (([np.nan, np.nan], ["no finite value"]), ([np.nan, 1.0], [])):
+        ax = panels.draw_median(median_of(values), ax=plt.figure().gca())
+        assert [text.get_text() for text in panels.say_where_empty(ax).texts] == said

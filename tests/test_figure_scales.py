@@ -1,0 +1,123 @@
+"""Ticks say where values are: none meet, zeros and negative values have theirs, and shares end at their bounds."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+
+from figures import layout, room, scales
+from figures.style import theme
+
+mpl.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def panel(values: np.ndarray, *, width: float = 2.5, height: float = 2.1) -> Axes:
+    with theme():
+        _, ax = plt.subplots(figsize=(width, height))
+        ax.plot(values, values, "o")
+    return ax
+
+
+def ticks(axis: Axis) -> dict[float, str]:
+    """What is written at the ticks that are seen."""
+    axis.axes.figure.draw_without_rendering()
+    low, high = axis.get_view_interval()
+    return {tick.get_loc(): tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high}
+
+
+def apart(axis: Axis) -> bool:
+    axis.axes.figure.draw_without_rendering()
+    low, high = axis.get_view_interval()
+    shown = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    boxes = [tick.label1.get_window_extent() for tick in shown]
+    name = axis.axis_name
+    return all(getattr(one, f"{name}1") < getattr(other, f"{name}0") for one, other in pairwise(boxes))
+
+
+@pytest.mark.parametrize("least", [-5e-5, -0.3, -40.0])
+@pytest.mark.parametrize("largest", [0.5, 800.0])
+def test_a_symmetric_scale_has_ticks_on_each_side_that_has_values(least: float, largest: float) -> None:
+    values = np.r_[least, np.geomspace(1e-3, largest, 40)]
+    ax = panel(values, width=3.6, height=3.6)
+    scales.scale_axis(ax.yaxis, values)
+    threshold = ax.yaxis.get_transform().linthresh
+    found = ticks(ax.yaxis)
+    assert {-threshold, 0.0, threshold} <= found.keys()
+    assert len(found) >= 4
+    assert apart(ax.yaxis)
+
+
+def test_zeros_are_seen_where_they_are_part_of_the_data() -> None:
+    values = np.array([0.0, 0.0, 1e-4, 0.01, 0.3, 20.0])
+    ax = panel(values)
+    scales.scale_axis(ax.yaxis, values, zeros=True)
+    scales.fit_axis(ax.yaxis, values)
+    ax.figure.canvas.draw()
+    drawn = ax.transData.transform(np.c_[values, values])[:, 1]
+    assert np.isfinite(drawn).all()
+    assert (drawn > ax.bbox.y0).all()
+    assert 0.0 in ticks(ax.yaxis)
+
+
+def test_points_of_a_scatter_lie_whole_within_its_frame() -> None:
+    for values in (np.array([-2.2e12, -0.52e12, -2.1e12]), np.array([4e5, 6.5e5, 1.75e6]), np.array([0.0, 1e-3, 5.0])):
+        ax = panel(values, width=3.6, height=3.6)
+        layout.symmetric(ax, values)
+        ax.figure.draw_without_rendering()
+        drawn = ax.transData.transform(np.c_[values, values])
+        assert (drawn.min(0) - 4 > ax.bbox.min).all()
+        assert (drawn.max(0) + 4 < ax.bbox.max).all()
+
+
+@pytest.mark.parametrize("last", [1, 3, 20, 17500, 20000, 1_500_000])
+def test_steps_are_whole_numbers_that_do_not_meet(last: int) -> None:
+    ax = panel(np.array([0, last]))
+    scales.count_axis(ax.xaxis)
+    room.settle(ax.figure)
+    found = ticks(ax.xaxis)
+    assert len(found) >= 2
+    assert all(place == int(place) for place in found)
+    assert apart(ax.xaxis)
+
+
+@pytest.mark.parametrize("values", [[4e5, 1.75e6], [2e-7, 9e-7], [3e6, 4e8], [1e6, 1.5e6]])
+def test_large_and_small_numbers_are_powers_that_do_not_meet(values: list[float]) -> None:
+    ax = panel(np.array(values), width=3.6, height=3.6)
+    scales.scale_axis(ax.xaxis, np.array(values))
+    room.settle(ax.figure)
+    texts = ticks(ax.xaxis).values()
+    assert any(texts)
+    assert not any("e+" in text or "e-" in text for text in texts)
+    assert apart(ax.xaxis)
+
+
+def test_shares_end_at_nothing_and_at_all() -> None:
+    for values in ([0.9, 1.0], [0.0, 0.0], [0.0, 0.02], [0.2, 1.0]):
+        ax = panel(np.array(values))
+        scales.fit_axis(ax.yaxis, np.array(values))
+        scales.percent(ax.yaxis)
+        low, high = ax.get_ylim()
+        assert -0.04 < low < high < 1.04
+        shown = [text for text in ticks(ax.yaxis).values() if text]
+        assert all(0 <= float(text.removesuffix("%")) <= 100 for text in shown)
+        assert shown
+
+
+def test_linear_ticks_are_left_out_until_none_meet() -> None:
+    ax = panel(np.array([0.0, 1.0]))
+    ax.set_xticks(np.linspace(0, 1, 21))
+    room.settle(ax.figure)
+    assert 0 in ticks(ax.xaxis)
+    assert 2 <= len(ticks(ax.xaxis)) < 21
+    assert apart(ax.xaxis)

@@ -52,8 +52,7 @@ def convergence(runs: Runs) -> Figure:
     A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch; median over
     seeds, in the band from the lowest to the highest. Middle: the area under that curve, per step. Right: steps until
     an epoch's mean loss, which takes an epoch at least, is the given share of the first loss, the least share that all
-    runs of the condition reached; without any, 75 % and only the runs that did. Not drawn where all took the same, and
-    of one run alone the left panel only.
+    runs of the condition reached; without any, 75 % and only the runs that did. Not drawn where all took the same.
     Small: each seed; large: their mean with its 95 % interval (Student's).
     """
     found = comparison.compare_convergence(runs)

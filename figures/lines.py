@@ -62,4 +62,4 @@ def _marked(count: int, style: dict[str, object]) -> dict[str, object]:
     """The style with its markers so often that they are seen; a line of less than three points is made of them."""
     if "marker" in style and count > _FEW:
         return {"markevery": max(1, count // _DOZEN), **style}
-    return style if "marker" in style or count > 2 else {"marker": "o", "markersize": 3.5, **style}
+    return style if "marker" in style or count not in (1, 2) else {"marker": "o", "markersize": 3.5, **style}

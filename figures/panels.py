@@ -19,7 +19,7 @@ from .style import DEPTH, FIRST, MEASURED, OTHER_EVENT, PRUNING, SECOND
 
 _LAYER_SIZE = 7  # points
 FEW_LAYERS = 15  # whose names a legend holds
-_DOTS = 80  # measured ones: more hide what was predicted
+_DOTS = 60  # measured ones: more hide what was predicted
 
 _ORDERS = {"first_order": FIRST, "second_order": SECOND}
 
@@ -85,9 +85,10 @@ def draw_times(times: Iterable[float], others: Iterable[float] = (), *, ax: Axes
 
 
 def say_where_empty(ax: Axes) -> Axes:
-    """Say in the middle of a panel that none of its values is finite, if so."""
+    """Say in the middle of a panel that none of its values is finite, if so, in place of its ticks."""
     if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
         ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", color="0.4")
+        ax.tick_params(length=0, labelbottom=False, labelleft=False)
     return ax
 
 

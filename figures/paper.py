@@ -107,9 +107,8 @@ def quantities_per_layer(runs: Runs) -> Figure:
 def pruning_effect(runs: Runs) -> Figure:
     """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
 
-    Each point is one pruning, or other event that moved parameters, at its fixed probe: measured against predicted
-    change of the loss, of ‖g‖², of d‖θ‖²/dt and of θᵀHg. Open markers: first order; filled: second order, which θᵀHg
-    does not have.
+    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
+    and of θᵀHg. Open markers: first order; filled: second order, which θᵀHg does not have.
     """
     effects = analysis.each(runs, analysis.pruning_effect)
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
@@ -235,10 +234,12 @@ def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str
     figure, axes = grid(len(predictions), sharex=alike(predictions), sharey=of_one_size(predictions))
     measures = conditions(chosen).measure
     for ax, (label, prediction) in zip(axes, predictions.items(), strict=True):
-        panels.say_where_empty(panels.draw_over_time(prediction, ax=ax))
+        panels.draw_over_time(prediction, ax=ax)
         panels.draw_events(*in_steps(runs[label]), ax=ax)
         ax.set_title(wrapped(name_of(measures[label])))
     headed(figure, ", ".join(filter(None, [what, some])))
     shared_axes(figure, axes, predictions, ylabel=ylabel)
+    for ax in axes:
+        panels.say_where_empty(ax)
     legend_below(figure)
     return figure

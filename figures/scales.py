@@ -61,7 +61,7 @@ def count_axis(axis: Axis) -> None:
     """Ticks at whole numbers, of steps or of epochs, as many as there is room for."""
     box = axis.axes.get_position()
     inches = box.width * axis.axes.figure.get_figwidth()
-    axis.set_major_locator(MaxNLocator(max(5, round(3 * inches)), steps=_STEPS, integer=True))
+    axis.set_major_locator(MaxNLocator(max(5, round(3 * inches)), steps=_STEPS, integer=True, min_n_ticks=1))
 
 
 def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
@@ -77,16 +77,18 @@ def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
 
 
 def _symmetric(axis: Axis, values: np.ndarray, sizes: np.ndarray) -> None:
-    """Ticks at zero, where the linear part ends, and at most two decades beyond it, on each side that has values."""
+    """Ticks at zero, where the linear part ends, and one or two decades beyond it, on each side that has values."""
     lowest = _power(max(np.quantile(sizes, 0.1), np.quantile(sizes, 0.9) * 1e-5))
     span = _power(sizes.max()) - lowest
     getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=10.0**lowest, linscale=max(0.7, 0.2 * span))
-    apart = max(1, span if axis.axis_name == "x" else -(-span // 2))
+    parts = 1 if axis.axis_name == "x" else 2
     ticks = [0.0]
     for sign in (-1, 1):
         side = sign * values[sign * values > 0]
-        highest = max(lowest, _power(side.max())) if side.size else lowest - 1
-        ticks += [sign * 10.0**power for power in range(lowest, highest + 1, apart)]
+        if side.size:
+            highest = max(lowest, _power(side.max()))
+            apart = max(1, -(-(highest - lowest) // parts))
+            ticks += [sign * 10.0**power for power in range(lowest, highest + 1, apart)]
     axis.set_major_locator(FixedLocator(sorted(ticks)))
     axis.set_minor_locator(NullLocator())
     bounds = [bound for bound in _bounds(axis, values) if bound not in (values.min(), values.max())]

@@ -80,13 +80,13 @@ def test_points_of_a_scatter_lie_whole_within_its_frame() -> None:
         assert (drawn.max(0) + 4 < ax.bbox.max).all()
 
 
-@pytest.mark.parametrize("last", [1, 3, 20, 17500, 20000, 1_500_000])
+@pytest.mark.parametrize("last", [0, 1, 3, 20, 17500, 20000, 1_500_000])
 def test_steps_are_whole_numbers_that_do_not_meet(last: int) -> None:
     ax = panel(np.array([0, last]))
     scales.count_axis(ax.xaxis)
     room.settle(ax.figure)
     found = ticks(ax.xaxis)
-    assert len(found) >= 2
+    assert len(found) >= min(last, 1) + 1
     assert all(place == int(place) for place in found)
     assert apart(ax.xaxis)
 

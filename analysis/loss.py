@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import xarray as xr
 
 from .record import MissingQuantityError, check_flow, described, node, taken
@@ -57,7 +58,8 @@ def stability(run: xr.DataTree) -> xr.Dataset:
     NaN where the layers have different ones.
 
     Raises:
-        MissingQuantityError: no curvature was recorded, or no step has a flow time that all layers have in common.
+        MissingQuantityError: no curvature was recorded, or no measured step has a flow time that all layers have in
+            common and a gradient that is finite and not zero.
     """
     check_flow(node(run, "steps", ["flow_step"]))
     curvature = taken(run, node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"]))
@@ -66,6 +68,8 @@ def stability(run: xr.DataTree) -> xr.Dataset:
     if flow_step.size and flow_step.isnull().all():
         raise MissingQuantityError("stability needs one learning rate: the layers' differ at every measured step")
     ratio = flow_step * total.grad_hess_grad / total.grad_sqnorm
+    if ratio.size and not np.isfinite(ratio).any():
+        raise MissingQuantityError("stability needs a measured step whose gradient is finite and not zero")
     return xr.Dataset({"stability": ratio.assign_attrs(long_name="Δt gᵀHg/‖g‖²", units="1")})
 
 

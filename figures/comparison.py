@@ -193,8 +193,9 @@ def _draw_medians(ax: Axes, of: comparison.ByMeasure, quantity: str, marks: Sequ
         if quantity in of[measure]:
             panels.draw_median(comparison.median_and_range(of[measure][quantity]), ax=ax, **style)
     panels.say_where_empty(ax)
-    shown = np.concatenate([*(line.get_ydata() for line in ax.lines), marks])
-    if quantity != "test_accuracy":
+    medians = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
+    shown = np.concatenate([medians, marks])
+    if quantity != "test_accuracy" and np.any(medians != 0):
         scales.scale_axis(ax.yaxis, shown)
     scales.fit_axis(ax.yaxis, shown)
 

@@ -10,7 +10,7 @@ _MANY = 500  # points: more are a solid block
 _WINDOWS = 150
 _DOZEN = 12  # markers of a line of more than a few points
 
-ENDED = "last finite value"
+ENDED = "last finite value of a run"
 
 
 def draw_line(
@@ -36,7 +36,12 @@ def draw_line(
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.13, linewidth=0)
     finite = np.flatnonzero(np.isfinite(y))
     if ended and finite.size:
-        ax.plot(x[finite[-1]], y[finite[-1]], "x", color=line.get_color(), markersize=6, label=ENDED, zorder=3)
+        mark_end(x[finite[-1:]], y[finite[-1:]], ax=ax, color=line.get_color())
+
+
+def mark_end(x: np.ndarray, y: np.ndarray, *, ax: Axes, color: object) -> None:
+    """A cross where a run has its last finite value."""
+    ax.plot(x, y, "x", color=color, markersize=6, label=ENDED, zorder=3)
 
 
 def evenly(count: int, most: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from analysis.comparison import mean_and_interval
 from dynamics.schema import label
 
 from .labels import layer_names
-from .lines import draw_line, evenly
+from .lines import draw_line, evenly, mark_end
 from .scales import count_axis, fit_axis
 from .style import DEPTH, FIRST, MEASURED, OTHER_EVENT, PRUNING, SECOND
 
@@ -102,12 +102,18 @@ def draw_curve(curve: xr.DataArray, *, ax: Axes | None = None, **style: object) 
 
 
 def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
-    """The median over seeds of a quantity over its one dimension, in the band of its range; few points are marked."""
+    """The median over seeds of a quantity over its one dimension, in the band of its range; few points are marked.
+
+    A cross is where one of several seeds ends, or is finite for the last time: beyond, the median is of the others.
+    """
     ax = ax or plt.gca()
     (dim,) = summary["median"].dims
-    values = (summary[name].values for name in (dim, "median", "low", "high"))
-    x, median, low, high = values
+    x, median, low, high, seeds = (summary[name].values for name in (dim, "median", "low", "high", "seeds"))
     draw_line(x, median, ax=ax, low=low, high=high, **{"alpha": 0.9, "markersize": 3.5, **style})
+    to_come = np.maximum.accumulate(seeds[::-1])[::-1]  # how many are there at once from here on
+    fewer = np.flatnonzero((np.diff(to_come) < 0) & (to_come[1:] > 0))
+    if fewer.size:
+        mark_end(x[fewer], median[fewer], ax=ax, color=style.get("color"))
     ax.set(xlabel=dim)
     count_axis(ax.xaxis)
     return ax

@@ -11,6 +11,7 @@ from networks import plain_step, smooth_network, vectors
 import analysis
 from dynamics import Recorder, open_run
 from figures import draw
+from figures.lines import ENDED
 
 LOSSES = [1.0, 0.5, 0.25]  # logged of the epochs that train
 ACCURACIES = [0.4, 0.6, 0.8]
@@ -55,7 +56,9 @@ def test_runs_of_other_lengths_are_drawn_together(tmp_path: Path) -> None:
     runs = {str(seed): train(tmp_path / str(seed), watches=True, epochs=3 - seed, seed=seed) for seed in range(2)}
     accuracy = draw("training_curves", runs).axes[1]
     (line,) = (line for line in accuracy.lines if len(line.get_xdata()) > 2)
-    assert line.get_xdata().tolist() == [0, 1, 1.25, 2]  # where both are
+    assert line.get_xdata().tolist() == [0, 1, 1.25, 2, 3]
+    (cross,) = (line for line in accuracy.lines if line.get_label() == ENDED)
+    assert cross.get_xdata().tolist() == [2]  # the last at which both are
     assert line.get_ydata()[:4] == pytest.approx([0.1, 0.4, 0.5, 0.6])
 
 

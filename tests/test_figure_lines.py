@@ -21,7 +21,9 @@ def _closed_figures() -> Iterator[None]:
 
 
 def median_of(values: list[float]) -> xr.Dataset:
-    return xr.Dataset(dict.fromkeys(("median", "low", "high"), ("step", values)), {"step": np.arange(len(values))})
+    return xr.Dataset(
+        dict.fromkeys(("median", "low", "high"), ("step", values)), {"step": np.arange(len(values))}
+    ).assign(seeds=("step", np.isfinite(values).astype(int)))
 
 
 def prediction_of(steps: int, measured: np.ndarray | None = None) -> xr.Dataset:
@@ -95,7 +97,9 @@ def test_layers_are_points_that_no_line_joins() -> None:
 def test_the_names_of_many_layers_are_no_legend(count: int, named: int) -> None:
     names = [f"net.{number}" for number in range(count)]
     layers = xr.DataArray(np.ones((3, count)), {"step": np.arange(3), "layer": names}, ["step", "layer"], "grad_sqnorm")
-    assert draw_layers(layers).get_legend_handles_labels()[1] == [str(number) for number in range(named)]
+    assert draw_layers(layers, ax=plt.subplots()[1]).get_legend_handles_labels()[1] == [
+        str(number) for number in range(named)
+    ]
 
 
 def test_a_panel_without_finite_values_says_so() -> None:

@@ -192,7 +192,7 @@ def test_a_zero_is_left_out_of_a_logarithmic_axis() -> None:
 
 
 def test_a_band_that_reaches_zero_stays_whole_on_a_logarithmic_axis() -> None:
-    values = {"median": [2.0, 1.0, 0.5], "low": [1.0, 0.0, -0.5], "high": [3.0, 2.0, 1.5]}
+    values = {"median": [2.0, 1.0, 0.5], "low": [1.0, 0.0, -0.5], "high": [3.0, 2.0, 1.5], "seeds": [2, 2, 2]}
     ax = panels.draw_median(xr.Dataset({name: ("step", value) for name, value in values.items()}, {"step": [0, 1, 2]}))
     scales.scale_axis(ax.yaxis, np.array(values["median"]))
     ax.figure.canvas.draw()

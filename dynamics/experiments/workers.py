@@ -127,11 +127,15 @@ def _cluster(workers: int) -> Iterator[LocalCluster]:
     Dask has them give freed memory back to the system at once, and a training would ask for it again at each step. Runs
     wait at the scheduler, not at a worker that may die with them.
     """
-    trim = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"
+    trim, silent = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_", logging.CRITICAL
     with (
         dask.config.set({trim: None, "distributed.scheduler.worker-saturation": 1.0}),
         LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0", silence_logs=logging.CRITICAL
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=0,
+            dashboard_address=":0",
+            silence_logs=silent,
         ) as cluster,
     ):
         yield cluster

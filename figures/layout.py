@@ -114,7 +114,9 @@ def legend_below(figure: Figure, *others: Line2D) -> None:
     if handles:
         columns = len(handles)
         if _legend_width(figure, handles, columns) > figure.bbox.width:
-            columns = max(1, int(figure.bbox.width / _legend_width(figure, handles, 1)))
+            columns = min(columns, 1 + int(figure.bbox.width / _legend_width(figure, handles, 1)))
+        while columns > 1 and _legend_width(figure, handles, columns) > figure.bbox.width:
+            columns -= 1
         figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 

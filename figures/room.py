@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, Tick
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import Bbox
@@ -29,34 +31,39 @@ def _shown(figure: Figure) -> Iterator[Axes]:
 
 
 def _grow(figure: Figure) -> None:
-    renderer = figure.canvas.get_renderer()
-    aside: dict[int, float] = {}
-    above: dict[int, float] = {}
+    renderer, size = figure.canvas.get_renderer(), figure.bbox.size
+    columns: dict[int, float] = {}
+    rows: dict[int, float] = {}
     for ax in _shown(figure):
-        outer, inner = ax.get_tightbbox(renderer, for_layout_only=True), ax.get_window_extent(renderer)
-        column, row = _place(ax)
-        aside[column] = max(aside.get(column, 0), outer.width - inner.width)
-        above[row] = max(above.get(row, 0), outer.height - inner.height)
+        if spec := ax.get_subplotspec():
+            outer, inner = ax.get_tightbbox(renderer, for_layout_only=True), ax.get_window_extent(renderer)
+            wide, high = _KEPT * size / (spec.get_gridspec().ncols, spec.get_gridspec().nrows)
+            high = max(high, _names(ax, renderer))
+            column, row = spec.colspan.start, spec.rowspan.start
+            columns[column] = max(columns.get(column, 0), outer.width - inner.width + wide)
+            rows[row] = max(rows.get(row, 0), outer.height - inner.height + high)
     beside = [text for text in figure.texts if text.get_rotation()]
     over = [artist for artist in (*figure.texts, *figure.legends) if artist not in beside]
-    wide = sum(aside.values()) + sum(text.get_window_extent(renderer).width for text in beside)
-    high = sum(above.values()) + sum(artist.get_window_extent(renderer).height for artist in over)
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(
-        max(width, _KEPT * width + wide / figure.dpi), max(height, _KEPT * height + high / figure.dpi)
-    )
+    wide = sum(columns.values()) + sum(text.get_window_extent(renderer).width for text in beside)
+    high = sum(rows.values()) + sum(artist.get_window_extent(renderer).height for artist in over)
+    figure.set_size_inches(np.maximum(size, (wide, high)) / figure.dpi)
 
 
-def _place(ax: Axes) -> tuple[int, int]:
-    """Column and row of a panel; of a colour bar, which stands between them, a column of its own."""
-    spec = ax.get_subplotspec()
-    return (spec.colspan.start, spec.rowspan.start) if spec else (-1, 0)
+def _names(ax: Axes, renderer: RendererBase) -> float:
+    """How high the names of a panel's rows are, one under the other."""
+    return 1.2 * sum(tick.label1.get_window_extent(renderer).height for tick in _in_view(ax.yaxis))
+
+
+def _in_view(axis: Axis) -> list[Tick]:
+    """The ticks that are seen with a label."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = axis.get_major_ticks() if axis.get_majorticklabels() else []  # these bring the ticks up to date
+    return [tick for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()]
 
 
 def _thin(axis: Axis) -> None:
     """Every second tick, or third, and so on, until no labels meet; zero is among them."""
-    low, high = sorted(axis.get_view_interval())
-    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    ticks = _in_view(axis)
     if not ticks or not ticks[0].label1.get_visible():
         return
     places = [tick.get_loc() for tick in ticks]

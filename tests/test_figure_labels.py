@@ -72,11 +72,12 @@ def meets(figure: Figure) -> bool:
 
 @pytest.mark.parametrize("name", ["accuracy", "convergence", "training_curves", "loss_decrease_over_time", "stability"])
 def test_long_names_do_not_meet_and_leave_the_data_their_room(name: str) -> None:
-    names = [f"{LONG} {number}" for number in range(3)]
+    names = [f"{LONG} {number}" for number in range(8)]
     of_steps = name in ("loss_decrease_over_time", "stability")
-    runs = measured(names, steps=[20] * 3, scale=[1.0] * 3) if of_steps else named(names)
+    runs = measured(names, steps=[20] * 8, scale=[1.0] * 8) if of_steps else named(names)
     figure = draw(name, runs)
     assert not meets(figure)
+    assert all(legend.get_window_extent().width <= figure.bbox.width for legend in figure.legends)
     for ax in (ax for ax in figure.axes if ax.get_visible()):
         assert ax.get_window_extent().width > figure.dpi
         assert ax.get_window_extent().height > figure.dpi

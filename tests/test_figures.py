@@ -293,6 +293,15 @@ def test_a_curve_holds_the_predictions_along_both_directions(runs: dict[str, xr.
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), curve.first_order.sel(direction="parameters"))
 
 
+def test_a_layer_in_which_nothing_changed_is_drawn_at_zero(runs: dict[str, xr.DataTree]) -> None:
+    figure = draw("pruning_effect_per_layer", runs)
+    figure.canvas.draw()
+    loss = figure.axes[0]
+    (points,) = (line for line in loss.lines if line.get_label() == "first order")
+    assert 0 in points.get_ydata()
+    assert np.isfinite(loss.transData.transform(points.get_xydata())).all()
+
+
 def test_what_was_removed_stands_at_its_shares(runs: dict[str, xr.DataTree]) -> None:
     (points, *_), share = draw("removed_decrease", runs).axes[0].lines, analysis.removed_decrease(runs["magnitude"])
     np.testing.assert_array_equal(points.get_xdata(), share.parameters.sum("layer"))

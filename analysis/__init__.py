@@ -6,7 +6,14 @@ from .comparison import compare, compare_convergence, mean_and_interval, median_
 from .condensed import condense, expand
 from .conditions import comparisons, conditions
 from .convergence import convergence
-from .effect import filters_left, pruning_effect, pruning_effect_per_layer, removal_curve, removed_decrease
+from .effect import (
+    effect_of_prunings,
+    filters_left,
+    pruning_effect,
+    pruning_effect_per_layer,
+    removal_curve,
+    removed_decrease,
+)
 from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .loss import loss_decrease, stability
@@ -37,6 +44,7 @@ __all__ = [
     "convergence",
     "convergence_table",
     "each",
+    "effect_of_prunings",
     "expand",
     "filters_left",
     "grasp_and_gradient",

@@ -110,7 +110,7 @@ def pruning_effect(runs: Runs) -> Figure:
     Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
     and of θᵀHg. Open markers: first order; filled: second order, which θᵀHg does not have.
     """
-    effects = analysis.each(runs, analysis.pruning_effect)
+    effects = analysis.each(runs, analysis.effect_of_prunings)
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
     for ax, quantity in zip(axes.flat, next(iter(effects.values())).quantity.values, strict=True):
         chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}

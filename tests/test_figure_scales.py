@@ -72,8 +72,8 @@ def test_zeros_are_seen_where_they_are_part_of_the_data() -> None:
 
 def test_points_of_a_scatter_lie_whole_within_its_frame() -> None:
     for values in (np.array([-2.2e12, -0.52e12, -2.1e12]), np.array([4e5, 6.5e5, 1.75e6]), np.array([0.0, 1e-3, 5.0])):
-        ax = panel(values[:1], width=3.6, height=3.6)
-        points = np.c_[np.full(len(values), values[0]), values]  # their own limits are narrower on one axis
+        ax = panel(np.empty(0), width=3.6, height=3.6)
+        points = np.array([[values.min(), values.max()]])  # alone, on each axis it has limits that hold it only
         ax.plot(*points.T, "o")
         layout.symmetric(ax, values)
         ax.figure.draw_without_rendering()

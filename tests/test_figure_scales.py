@@ -78,8 +78,8 @@ def test_points_of_a_scatter_lie_whole_within_its_frame() -> None:
         layout.symmetric(ax, values)
         ax.figure.draw_without_rendering()
         drawn = ax.transData.transform(points)
-        assert (drawn.min(0) - 4 > ax.bbox.min).all()
-        assert (drawn.max(0) + 4 < ax.bbox.max).all()
+        assert (drawn.min(0) - 8 > ax.bbox.min).all()
+        assert (drawn.max(0) + 8 < ax.bbox.max).all()
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, 20, 17500, 20000, 1_500_000])

@@ -91,6 +91,12 @@ def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float,
         float(1 - np.sum((measured - predicted) ** 2) / np.sum((measured - measured.mean()) ** 2))
         if varied
         else np.nan,
-        float(stats.spearmanr(predicted, measured).statistic) if varied else np.nan,
+        float(stats.spearmanr(_rounded(predicted), _rounded(measured)).statistic) if varied else np.nan,
         count,
     )
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Values that differ by their rounding alone, as overlapping windows' do, as the same: they have one rank."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(mantissa, 12), exponent)

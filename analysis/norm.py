@@ -127,7 +127,9 @@ def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
     gaps = np.cumsum(np.r_[0, apart > 2 * np.median(apart)] if apart.size else 0)
     parts = [rates.isel(step=np.flatnonzero(events + gaps == number)) for number in np.unique(events + gaps)]
     least = (window + 1) // 2
-    means = [part.rolling(step=window, center=True, min_periods=least).mean(keep_attrs=True) for part in parts]
+    means = [
+        part.astype(float).rolling(step=window, center=True, min_periods=least).mean(keep_attrs=True) for part in parts
+    ]
     return xr.concat(means, "step") if means else rates
 
 

@@ -162,3 +162,10 @@ def test_a_run_that_has_just_begun_stands_beside_the_others(tmp_path: Path, reco
     runs = {"whole": record, "begun": open_run(tmp_path / "begun.zarr")}
     assert set(analysis.agreement_table(runs).index.get_level_values("run")) == {"whole"}
     assert list(analysis.outcome_table(runs).index) == ["whole", "begun"]
+
+
+def test_values_that_differ_by_rounding_alone_have_one_rank() -> None:
+    exact = np.array([1e-14, 2e-14, 3.0, 3.0, 3.0, 5.0])
+    noisy = exact * (1 + 1e-15 * np.array([0, 0, 3, -2, 1, 0]))
+    values = {"measured": ("step", exact), "first_order": ("step", noisy), "second_order": ("step", exact)}
+    assert analysis.agree(xr.Dataset(values)).rank_correlation.values == pytest.approx([1, 1], abs=1e-15)

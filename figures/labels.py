@@ -12,8 +12,10 @@ _LONGEST = 36
 
 
 def wrapped(text: str, width: int = _WIDTH) -> str:
-    """The text in lines of at most so many characters."""
-    return textwrap.fill(text, width)
+    """The text in lines of at most so many characters; a last word of one or two, a seed say, does not stand alone."""
+    head, _, last = text.rpartition(" ")
+    whole = f"{head}\0{last}" if head and len(last) < 3 else text
+    return textwrap.fill(whole, width).replace("\0", " ")
 
 
 def layer_names(names: Sequence[str]) -> list[str]:

@@ -161,3 +161,8 @@ def test_one_of_several_runs_is_told_with_every_setting_in_which_they_differ() -
 
 def test_lines_of_a_label_are_short() -> None:
     assert max(map(len, wrapped(LONG).splitlines())) <= 30
+
+
+def test_a_seed_does_not_stand_alone_in_a_line() -> None:
+    assert wrapped("70 % pruned in 1 round, seed 0", 28) == "70 % pruned in 1 round,\nseed 0"
+    assert wrapped("short 0", 28) == "short 0"

@@ -72,7 +72,6 @@ def convergence(runs: Runs) -> Figure:
         axes[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
         axes[2].set_visible(len(np.unique(np.concatenate([reached.values for reached in steps.values()]))) > 1)
-        named(axes[0], name, panels=3)
     legend_below(figure)
     return figure
 

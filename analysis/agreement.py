@@ -82,7 +82,8 @@ def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float,
     finite = np.isfinite(measured) & np.isfinite(predicted)
     measured, predicted = measured[finite].astype(float), predicted[finite].astype(float)
     count = len(measured)
-    varied = count > 2 and np.ptp(measured) > 0 and np.ptp(predicted) > 0
+    distinct = _rounded(predicted), _rounded(measured)
+    varied = count > 2 and all(np.ptp(values) > 0 for values in distinct)
     nonzero = measured != 0
     error = np.abs(predicted - measured)[nonzero] / np.abs(measured[nonzero])
     return (
@@ -91,7 +92,7 @@ def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float,
         float(1 - np.sum((measured - predicted) ** 2) / np.sum((measured - measured.mean()) ** 2))
         if varied
         else np.nan,
-        float(stats.spearmanr(_rounded(predicted), _rounded(measured)).statistic) if varied else np.nan,
+        float(stats.spearmanr(*distinct).statistic) if varied else np.nan,
         count,
     )
 

@@ -126,13 +126,17 @@ def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
     return f"{next(iter(names))}{seeds}", {label: runs[label] for label in chosen.run}
 
 
-def title(label: str, run: xr.DataTree) -> str:
-    """One run in print: ``VGG-13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; else its label."""
-    table = conditions({label: run})
-    of = table.iloc[0]
+def title(label: str, runs: Runs) -> str:
+    """One of several runs in print, with every setting in which they differ.
+
+    ``VGG-13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; where its model was not said, its measure.
+    """
+    table = conditions(runs)
+    of = table.loc[label]
+    measure = name_of(of.measure)
     if not of.model:
-        return label
-    return ", ".join([name_of_condition(of[compared_by(table)]), name_of(of.measure), f"seed {of.seed}"])
+        return measure
+    return ", ".join([name_of_condition(of[compared_by(table)]), measure, f"seed {of.seed}"])
 
 
 def _compared(runs: Runs, jobs: Mapping[str, tuple[pd.DataFrame, Callable]]) -> dict[str, ByMeasure]:

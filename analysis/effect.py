@@ -59,8 +59,9 @@ def effect_of_prunings(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: no event was recorded, or none moved a parameter.
     """
-    rows = _rows(run)
-    return _of_rows(rows.isel(event=chosen), per_layer=False) if len(chosen := prunings(run)) else pruning_effect(run)
+    if not len(prunings(run)):
+        return pruning_effect(run)
+    return _of_rows(of_prunings(run, _rows(run)), per_layer=False)
 
 
 def pruning_effect_per_layer(run: xr.DataTree) -> xr.Dataset:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import MissingQuantityError, check_flow, described, node, taken
+from .flow import check_flow, common_flow_step
+from .record import MissingQuantityError, described, node, taken
 
 
 def loss_decrease(run: xr.DataTree) -> xr.Dataset:
@@ -80,9 +81,7 @@ def _flow_step(run: xr.DataTree, curvature: xr.Dataset) -> xr.DataArray:
     as that of a sum over the batch or a clipped one, the step is as many times as long, gᵀĝ/‖g‖².
     """
     flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
-    counted = flow_step.where((flow_step != 0) | (curvature.grad_sqnorm != 0))
-    common = counted.max("layer")
-    common = common.where((counted.min("layer") == common) & ~flow_step.isnull().any("layer"))
+    common = common_flow_step(flow_step, curvature.grad_sqnorm)
     if "grad_applied_grad" not in curvature:
         return common
     product, square = (curvature[name].sum("layer", skipna=False) for name in ("grad_applied_grad", "grad_sqnorm"))

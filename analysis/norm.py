@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import MissingQuantityError, check_flow, described, event_steps, node, taken
+from .flow import check_flow, common_flow_step
+from .record import MissingQuantityError, columns, described, event_steps, node, taken
 
 
 def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
@@ -134,11 +135,10 @@ def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
 
 
 def _have_one_time(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:
-    """True where all layers that are trained have the same flow time, over ``step``."""
-    flow_step = node(run, "steps", ["flow_step"]).flow_step.sel(step=step)
-    trained = flow_step.where(flow_step != 0)
-    apart = (trained.max("layer") - trained.min("layer")).fillna(0) != 0
-    return flow_step.notnull().all("layer") & ~apart
+    """True where all layers that are trained have the same flow time, or none is trained, over ``step``."""
+    steps = columns(run, "steps", ["flow_step", "grad_sqnorm"]).sel(step=step)
+    still = ((steps.flow_step == 0) & (steps.grad_sqnorm == 0)).all("layer")
+    return common_flow_step(steps.flow_step, steps.grad_sqnorm).notnull() | still
 
 
 def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:

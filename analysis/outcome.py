@@ -10,7 +10,7 @@ import xarray as xr
 from .effect import filters_left
 from .epochs import logged, over
 from .protocol import counted
-from .prunings import compounded, networks, prunings
+from .prunings import compounded, networks, others, prunings
 from .record import columns, has, node
 
 
@@ -64,9 +64,19 @@ def pruning_epochs(run: xr.DataTree) -> list[float]:
     By the steps that were taken before it and before each epoch was logged; of records that do not say these, by the
     epoch that it was in, as if at its end.
     """
-    if not len(chosen := prunings(run)):
+    return _epochs_at(run, prunings(run))
+
+
+def other_epochs(run: xr.DataTree) -> list[float]:
+    """:func:`pruning_epochs` of the events that are no prunings."""
+    return _epochs_at(run, others(run))
+
+
+def _epochs_at(run: xr.DataTree, chosen: np.ndarray) -> list[float]:
+    if not len(chosen):
         return []
-    events, epochs = run["pruning"].to_dataset().isel(event=chosen), run["epochs"].to_dataset()
+    events = run["pruning"].to_dataset().isel(event=chosen)
+    epochs = run["epochs"].to_dataset() if has(run, "epochs") else xr.Dataset()
     if not {"step", "epoch"} <= set(epochs.variables) or "step" not in events:
         return (events.epoch.values + 1.0).tolist() if "epoch" in events else []
     return over(epochs, events.step.values).tolist()

@@ -22,6 +22,12 @@ def prunings(run: xr.DataTree) -> np.ndarray:
     return np.flatnonzero(np.any(said, axis=0)) if said else np.arange(events.sizes.get("event", 0))
 
 
+def others(run: xr.DataTree) -> np.ndarray:
+    """Positions of the events of a run that are no :func:`prunings`."""
+    events = run["pruning"].sizes.get("event", 0) if "pruning" in run.children else 0
+    return np.setdiff1d(np.arange(events), prunings(run))
+
+
 def compounded(events: xr.Dataset, name: str) -> float:
     """A sparsity after all prunings, as a share of the units of the network as it was before the first.
 

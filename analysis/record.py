@@ -12,7 +12,7 @@ from dynamics.record.reading import RecordError, experiment, open_run
 from dynamics.schema import QUANTITIES
 
 from .condensed import SUFFIX, expand
-from .prunings import prunings
+from .prunings import others, prunings
 
 _HOW = {
     "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",
@@ -102,15 +102,6 @@ def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
     return rows.isel(step=np.flatnonzero(skipped.values != 1))
 
 
-def check_flow(steps: xr.Dataset) -> None:
-    """Raise MissingQuantityError where no step has a flow time."""
-    if steps.sizes["step"] and steps.flow_step.isnull().all():
-        raise MissingQuantityError(
-            "gradient flow needs steps along the gradient, and no step here has a flow time (those of SGD have); "
-            "loss_decrease and norm_balance hold for any optimizer"
-        )
-
-
 def has(run: xr.DataTree, name: str) -> bool:
     """Whether anything was recorded in a node.
 
@@ -159,8 +150,17 @@ def event_steps(run: xr.DataTree) -> list[int]:
 
 def pruning_steps(run: xr.DataTree) -> list[int]:
     """The step to come at each pruning of a run."""
+    return _steps_at(run, prunings(run))
+
+
+def other_steps(run: xr.DataTree) -> list[int]:
+    """The step to come at each event of a run that is no pruning."""
+    return _steps_at(run, others(run))
+
+
+def _steps_at(run: xr.DataTree, chosen: np.ndarray) -> list[int]:
     steps = event_steps(run)
-    return [steps[number] for number in prunings(run)] if steps else []
+    return [steps[number] for number in chosen] if steps else []
 
 
 def described(dataset: xr.Dataset, like: str, **symbols: str) -> xr.Dataset:

@@ -15,12 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.conditions import by_condition, compared_by, comparisons, conditions, name_of_condition
-from analysis.epochs import over
-from analysis.names import name_of
-from analysis.outcome import pruning_epochs
-from analysis.prunings import prunings as pruned_at
-from analysis.record import event_steps, has, pruning_steps
+from analysis.conditions import by_condition, comparisons, conditions
+from analysis.outcome import other_epochs, pruning_epochs
+from analysis.record import other_steps, pruning_steps
 
 from . import panels, scales
 from .labels import layer_names, wrapped
@@ -160,32 +157,14 @@ def events_of(
     return found
 
 
-def in_steps(run: xr.DataTree) -> tuple[list[float], list[float]]:
+def in_steps(run: xr.DataTree) -> tuple[list[int], list[int]]:
     """The step to come at each pruning of a run, and at each of its other events."""
-    return pruning_steps(run), _others(run)
+    return pruning_steps(run), other_steps(run)
 
 
 def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
     """How many epochs were over at each pruning of a run, and at each of its other events."""
-    epochs = run["epochs"].to_dataset() if has(run, "epochs") else xr.Dataset()
-    others = _others(run) if {"step", "epoch"} <= set(epochs.variables) else []
-    return pruning_epochs(run), over(epochs, others).tolist() if others else []
-
-
-def _others(run: xr.DataTree) -> list[int]:
-    steps = event_steps(run)
-    chosen = pruned_at(run).tolist() if steps else []
-    return [step for place, step in enumerate(steps) if place not in chosen]
-
-
-def told(label: str, runs: Mapping[str, xr.DataTree]) -> str:
-    """One of several runs in print, with every setting in which they differ."""
-    table = conditions(runs)
-    of = table.loc[label]
-    measure = name_of(of.measure)
-    if not of.model:
-        return measure
-    return ", ".join([name_of_condition(of[compared_by(table)]), measure, f"seed {of.seed}"])
+    return pruning_epochs(run), other_epochs(run)
 
 
 def by_measure(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, dict[str, object]]:

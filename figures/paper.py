@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 
 import analysis
 from analysis import MissingQuantityError
+from analysis.comparison import title
 from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
@@ -34,7 +35,6 @@ from .layout import (
     of_one_size,
     shared_axes,
     symmetric,
-    told,
 )
 from .lines import evenly
 from .room import settle
@@ -100,7 +100,7 @@ def quantities_per_layer(runs: Runs) -> Figure:
     if found[0].sizes["layer"] > panels.FEW_LAYERS:
         depth_bar(figure, axes, found[0].layer.values)
     legend_below(figure)
-    headed(figure, told(label, runs))
+    headed(figure, title(label, runs))
     return figure
 
 

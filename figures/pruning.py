@@ -12,13 +12,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 import analysis
+from analysis.comparison import title
 from analysis.effect import first_pruning_per_layer
 from analysis.measures import WHOLE
 from analysis.names import name_of
 from dynamics.schema import label
 
 from . import panels, scales
-from .layout import by_measure, compared, grid, headed, legend_below, named, told
+from .layout import by_measure, compared, grid, headed, legend_below, named
 from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -44,7 +45,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
         ax.set(ylabel=f"Δ{label(quantity)}")
         scales.scale_axis(ax.yaxis, compared(chosen), zeros=True)
         scales.fit_axis(ax.yaxis, compared(chosen))
-    named(axes[0], f"{told(name, runs)}, first pruning")
+    named(axes[0], f"{title(name, runs)}, first pruning")
     legend_below(figure)
     return figure
 
@@ -103,7 +104,7 @@ def removal_curve(runs: Runs) -> Figure:
         ax.set(xlabel="share of the filters removed", xticks=curve.fraction.values)
         scales.percent(ax.xaxis)
         ax.xaxis.set_minor_locator(NullLocator())
-    headed(figure, told(name, runs))
+    headed(figure, title(name, runs))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip
     legend_below(figure, *twice)
@@ -164,7 +165,7 @@ def _compared_measures(runs: Runs) -> tuple[str, str, xr.Dataset, xr.Dataset, xr
     reference = "loss_preservation" if "loss_preservation" in measures else measures[0]
     overlap = analysis.removed_overlap(runs[name], share=_OVERLAP_SHARE)
     steps = runs[name]["pruning"].to_dataset().step.sel(event=noise.event).values
-    return told(name, runs), reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
+    return title(name, runs), reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
 
 
 def scale_invariance(runs: Runs) -> Figure:
@@ -186,6 +187,6 @@ def scale_invariance(runs: Runs) -> Figure:
     left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale="log")
     right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale="log")
     right.set_yscale("symlog", linthresh=2)
-    headed(figure, told(name, runs))
+    headed(figure, title(name, runs))
     legend_below(figure)
     return figure

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from synthetic_runs import record
 
 from analysis import MissingQuantityError
-from figures import draw, layout
+from analysis.comparison import title
+from figures import draw
 from figures.labels import layer_names, wrapped
 from figures.style import run_styles
 
@@ -153,10 +154,10 @@ def test_one_run_alone_has_no_accuracy_to_compare() -> None:
 def test_one_of_several_runs_is_told_with_every_setting_in_which_they_differ() -> None:
     runs = {f"{rate} {decay}": named(["mine"], learning_rate=rate, weight_decay=decay)["mine"]
             for rate in (0.1, 0.2) for decay in (0.0, 0.5)}  # fmt: skip
-    said = layout.told("0.2 0.5", runs)
+    said = title("0.2 0.5", runs)
     assert "learning rate 0.2" in said
     assert "weight decay 0.5" in said
-    assert layout.told("events_many", {"events_many": xr.DataTree(), "other": xr.DataTree()}) == "events many"
+    assert title("events_many", {"events_many": xr.DataTree(), "other": xr.DataTree()}) == "events many"
 
 
 def test_lines_of_a_label_are_short() -> None:

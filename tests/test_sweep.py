@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import pytest
@@ -248,3 +250,67 @@ def test_a_run_waits_for_a_worker_that_is_being_ended(tmp_path: Path, monkeypatc
     tries.clear()
     assert workers._attempt(Experiment(), tmp_path, print, patience=10) == ""
     assert len(tries) == 3
+
+
+class Given:
+    """A future that ended so."""
+
+    def __init__(self, outcome: str | Exception) -> None:
+        self.outcome, self.status = outcome, "error" if isinstance(outcome, Exception) else "finished"
+
+    def exception(self) -> Exception | None:
+        return self.outcome if isinstance(self.outcome, Exception) else None
+
+    def result(self) -> str:
+        return self.outcome
+
+
+class Futures(list):
+    """As ``distributed.as_completed``."""
+
+    add = list.append
+
+
+def outcomes(monkeypatch: pytest.MonkeyPatch, path: Path, killed: int, *, begins: bool) -> tuple[list[str], int]:
+    """What is said of a run whose worker dies so often before one ends it, and how often it was submitted."""
+    ends = iter([workers.KilledWorker("task", SimpleNamespace(address="tcp://worker"), 3)] * killed + [""])
+    heard, submitted = [], []
+
+    def submit(*task: object, **how: object) -> Given:
+        submitted.append(task)
+        if begins:
+            heard[0]((0, {"run": experiment.name, "steps": None}))
+        return Given(next(ends))
+
+    experiment, client = (
+        Experiment(),
+        SimpleNamespace(submit=submit, subscribe_topic=lambda _, hear: heard.append(hear)),
+    )
+    monkeypatch.setattr(workers, "as_completed", Futures)
+    said = [error for _, error in workers.on_dask(client, {experiment: path}, lambda *done: None)]
+    return said, len(submitted)
+
+
+def test_a_run_is_not_given_up_for_workers_on_which_it_only_waited(tmp_path: Path, monkeypatch) -> None:
+    assert outcomes(monkeypatch, tmp_path, 4, begins=False) == ([""], 5)
+    (said,), submitted = outcomes(monkeypatch, tmp_path, 4, begins=True)
+    assert "KilledWorker" in said
+    assert submitted == 1
+    (said,), submitted = outcomes(monkeypatch, tmp_path, 1000, begins=False)  # it kills them before it can say so
+    assert "KilledWorker" in said
+    assert submitted == workers._DEATHS
+
+
+@pytest.mark.parametrize("status", ["running", "closing", "closing_gracefully", "closed"])
+def test_a_worker_that_is_being_ended_lets_its_run_go(tmp_path: Path, monkeypatch, status: str) -> None:
+    worker = SimpleNamespace(
+        status=workers.Status[status], name=0, log_event=lambda *said: None, get_current_task=lambda: "task",
+        state=SimpleNamespace(tasks={"task": SimpleNamespace(state="executing")}),
+    )  # fmt: skip
+    monkeypatch.setattr(workers, "get_worker", lambda: worker)
+    monkeypatch.setattr(workers, "_attempt", lambda run, path, report, **how: report(1) or "went on")
+    if status == "running":
+        assert workers._on_worker(Experiment(), tmp_path, "topic") == "went on"
+        return
+    with pytest.raises(CancelledError):
+        workers._on_worker(Experiment(), tmp_path, "topic")

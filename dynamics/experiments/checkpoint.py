@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import named
+from ..record.files import replace
 
 _NAME = ".checkpoint"
 
@@ -21,14 +22,9 @@ def save(record: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: it could not be written, for a full disk say. The last one stays.
     """
-    half, buffer = record / f"{_NAME}.partial", io.BytesIO()
+    buffer = io.BytesIO()
     torch.save(dict(state), buffer)  # into memory: torch says nothing of a disk that is full
-    try:
-        half.write_bytes(buffer.getbuffer())
-        half.replace(place(record))
-    except OSError:
-        half.unlink(missing_ok=True)
-        raise
+    replace(place(record), buffer.getbuffer())
 
 
 def load(record: Path) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from ..data import Data, load
@@ -20,7 +19,8 @@ from ..hardware.reproducible import reproducible
 from ..models import build
 from ..places import check_folder
 from ..pruning import PROTOCOLS
-from ..record.reading import RecordError, check
+from ..record.files import locked
+from ..record.reading import RecordError, check, read_metadata
 from ..record.store import Store
 from ..recording.recorder import Recorder
 from . import checkpoint
@@ -104,7 +104,7 @@ def _restore(training: Training, state: dict[str, Any], path: Path) -> None:
         training.restore(state)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the checkpoint in {path} is of another training ({named(error)[:120]}); {advice}") from error
-    recorded = check(path).get("steps/step/.zarray", {"shape": [0]})["shape"][0]
+    recorded = read_metadata(path).get("steps/step/.zarray", {"shape": [0]})["shape"][0]
     if recorded < training.steps:
         raise ValueError(
             f"the checkpoint in {path} is of step {training.steps}, and the record ends at step {recorded}: copy both "
@@ -122,11 +122,7 @@ def _alone(path: Path) -> Iterator[None]:
     check_folder(path.parent, "records", "out/run.zarr")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise BlockingIOError(f"{path} is being written by another process that runs the same experiment") from None
+    lock = locked(file, f"{path} is being written by another process that runs the same experiment")
     finished = False
     try:
         yield

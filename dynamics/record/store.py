@@ -29,12 +29,12 @@ from numcodecs import Blosc
 from ..errors import one_line
 from ..places import check_folder
 from ..schema import NODES, QUANTITIES, STUDIES
+from .files import PARTIAL, locked, replace
 from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, is_name, read_metadata
 
 _CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1} | dict.fromkeys(STUDIES, 1)
 _OTHER_CHUNK_ROWS = 256
 _CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
-_PARTIAL = ".partial"
 
 
 class Store:
@@ -205,7 +205,7 @@ class Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._replace(key, text)
         for group in (self.path, *(self.path / node for node in NODES)):
-            for half in group.glob(f".*{_PARTIAL}"):
+            for half in group.glob(f".*{PARTIAL}"):
                 half.unlink()
         for folder in [folder for node in NODES for folder in (self.path / node).iterdir() if folder.is_dir()]:
             entry = metadata.get(f"{folder.parent.name}/{folder.name}/.zarray")
@@ -266,12 +266,8 @@ class Store:
         values[rows:] = _missing(values, len(values) - rows)
         return values
 
-    def _replace(self, key: str, data: bytes) -> None:
-        """Write a file so that whoever looks finds the old one or the new one."""
-        path = self.path / key
-        half = path.with_name(f".{path.name}{_PARTIAL}")
-        half.write_bytes(data)
-        half.replace(path)
+    def _replace(self, key: str, data: bytes | memoryview) -> None:
+        replace(self.path / key, data)
 
 
 _LABELS = dict.fromkeys(("units", "scores", "invariance"), ("layer", "index"))
@@ -305,14 +301,9 @@ def _empty_nodes() -> Metadata:
 
 
 def _locked(path: Path) -> filelock.BaseFileLock:
-    """The lock of a record's one writer. The system takes it back from a process that dies."""
-    lock = filelock.FileLock(path / ".lock", thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        reason = "is being written by another recorder: close that one, or choose another path"
-        raise BlockingIOError(f"{path} {reason}") from None
-    return lock
+    """The lock of a record's one writer."""
+    reason = "is being written by another recorder: close that one, or choose another path"
+    return locked(path / ".lock", f"{path} {reason}")
 
 
 def _consolidated(metadata: Metadata) -> bytes:

@@ -145,3 +145,12 @@ def test_velocities_in_different_times_are_not_added_up(tmp_path: Path) -> None:
     frozen[0].requires_grad_(False)
     run = recorded(tmp_path / "frozen", frozen, torch.optim.SGD(frozen.parameters(), 0.1), vectors(3))
     assert network_norm_rate(run).measured.notnull().all()  # a layer that stays has no time of its own
+
+
+def test_where_nothing_is_trained_the_norm_stands_still(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
+        for _ in range(3):
+            optimizer.step()  # without a gradient
+    assert network_norm_rate(open_run(tmp_path / "run")).measured.values.tolist() == [0, 0, 0]

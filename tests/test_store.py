@@ -12,6 +12,7 @@ from networks import plain_step, recorded, smooth_network, vectors
 
 from dynamics import QUANTITIES, Recorder, RecordError, open_run
 from dynamics.record import store
+from dynamics.record.files import replace
 from dynamics.record.store import Store
 
 ATTRIBUTES = {"schema_version": 1}
@@ -259,3 +260,15 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path) -> None:
     Store(tmp_path / "foreign", {})
     with pytest.raises(RecordError, match="has schema version none"):
         open_run(tmp_path / "foreign")
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    def full(path: Path, target: Path) -> None:
+        raise OSError("No space left on device")
+
+    replace(tmp_path / "file", b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            replace(tmp_path / "file", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}

@@ -1,6 +1,7 @@
 """What memory a recorder takes, in bytes a parameter, beside its floor: ``python benchmarks/memory.py``.
 
-Each contender trains in a process of its own; the peaks of their memory are compared with that of the bare training.
+Each contender trains in a process of its own; the peaks of their memory, on a GPU of what PyTorch allocated there, are
+compared with that of the bare training.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ FLOORS = {  # vectors in float32 that must be there at once
 }
 
 
-def train(settings: dict | None, width: int, depth: int, steps: int) -> float:
-    """Peak memory of this process in bytes a parameter, after training a perceptron with SGD."""
+def train(settings: dict | None, width: int, depth: int, steps: int, device: torch.device) -> float:
+    """Peak memory in bytes a parameter, of this process or on its GPU, after training a perceptron with SGD."""
     torch.manual_seed(0)
     layers = [part for _ in range(depth) for part in (nn.Linear(width, width), nn.ReLU())]
-    model = nn.Sequential(*layers, nn.Linear(width, 10))
+    model = nn.Sequential(*layers, nn.Linear(width, 10)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    batches = [(torch.randn(8, width), torch.randint(10, (8,)))] * steps
+    batches = [(torch.randn(8, width, device=device), torch.randint(10, (8,), device=device))] * steps
     with tempfile.TemporaryDirectory() as folder:
         recording = settings is not None
         with (
@@ -52,7 +53,10 @@ def train(settings: dict | None, width: int, depth: int, steps: int) -> float:
                 optimizer.zero_grad()
                 cross_entropy(model(inputs), labels).backward()
                 optimizer.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak / sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -62,13 +66,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096, help="width of the perceptron")
     parser.add_argument("--depth", type=int, default=6, help="its hidden layers")
     parser.add_argument("--steps", type=int, default=4, help="training steps")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--contender", choices=CONTENDERS, help="train this one here, and print its peak alone")
     asked = parser.parse_args()
     if asked.contender:
-        print(train(CONTENDERS[asked.contender], asked.width, asked.depth, asked.steps))
+        device = torch.device(asked.device)
+        print(train(CONTENDERS[asked.contender], asked.width, asked.depth, asked.steps, device))
         return
-    print(describe())
-    sizes = [f"--{name}={getattr(asked, name)}" for name in ("width", "depth", "steps")]
+    print(describe(asked.device))
+    sizes = [f"--{name}={getattr(asked, name)}" for name in ("width", "depth", "steps", "device")]
     peaks = {
         name: float(subprocess.check_output([sys.executable, __file__, *sizes, "--contender", name]).split()[-1])
         for name in CONTENDERS

@@ -149,9 +149,10 @@ def curvlinops(training: Training, stack: ExitStack) -> Step:
     return step
 
 
-CURVED, CAPTURED = "thetadot, curvature and decrease", "the same, captured"  # as CUDA graphs
+FIRST, CURVED = "thetadot, first order", "thetadot, curvature and decrease"
+CAPTURED = "the same, captured"  # as CUDA graphs
 CONTENDERS: dict[str, Callable[[Training, ExitStack], Step]] = {
-    "thetadot, first order": thetadot(0),
+    FIRST: thetadot(0),
     CURVED: thetadot(1),
     CAPTURED: thetadot(1, capture=True),
     "by hand, .item()": by_item,
@@ -183,10 +184,10 @@ def ratios(name: str, batch: int, device: torch.device, contender: str, repetiti
     return np.array(found)
 
 
-def compare(name: str, batch: int, device: torch.device, repetitions: int) -> None:
+def compare(name: str, batch: int, device: torch.device, contenders: list[str], repetitions: int) -> None:
     """Print the ratios of one network."""
     found = {}
-    for contender in CONTENDERS:
+    for contender in contenders:
         if contender == CAPTURED and device.type != "cuda":
             continue
         try:
@@ -196,9 +197,9 @@ def compare(name: str, batch: int, device: torch.device, repetitions: int) -> No
             print(f"  {contender:34} not measured: {type(error).__name__}: {reason:.70}")
         else:
             print(f"  {contender:34} {quartiles(found[contender])}", flush=True)
-    first = found["thetadot, first order"]
+    first = found.get(FIRST)
     for curved, what in ((CURVED, "thetadot, curvature every 64"), (CAPTURED, "the same, captured")):
-        if curved in found:
+        if first is not None and curved in found:
             print(f"  {what:34} {quartiles((63 * first + found[curved]) / 64)}   (63 × first order + 1)/64")
 
 
@@ -214,13 +215,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vgg13", "resnet56"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"some of: {'; '.join(CONTENDERS)}",
+    )
     parser.add_argument("--repetitions", type=int, default=15)
     options = parser.parse_args()
     device = torch.device(options.device)
     print(describe(str(device)))
     for name in options.models:
         print(f"\n{name}, batch {options.batch}: ratio to the bare step, median [quartiles] of {options.repetitions}")
-        compare(name, options.batch, device, options.repetitions)
+        compare(name, options.batch, device, options.contenders, options.repetitions)
 
 
 if __name__ == "__main__":

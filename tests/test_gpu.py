@@ -26,6 +26,7 @@ from dynamics.experiments.passes import Passes
 from dynamics.experiments.running import run
 from dynamics.probing.probe import Probe, cross_entropy_objective
 from dynamics.pruning import MEASURES, Pruner
+from dynamics.quantities import Vectors
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +99,15 @@ def test_every_optimizer(tmp_path: Path, name: str) -> None:
     )
     by_hand.agrees_with(open_run(tmp_path / "run")["steps"])
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_a_large_network_is_added_up_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamics.quantities._GPU_BLOCKS", 3)
+    pieces: list[int] = []
+    split = Vectors.split
+    monkeypatch.setattr(Vectors, "split", lambda self, blocks: pieces.append(blocks) or split(self, blocks))
+    test_every_optimizer(tmp_path, "adam")
+    assert set(pieces) == {3}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynamics.network.masks import parameter_masks
 from dynamics.pruning import Pruner, scores
-from dynamics.pruning.units import unit_layers
+from dynamics.pruning.candidates.units import unit_layers
 
 TORCHVISION = ["resnet18", "alexnet", "mobilenet_v2", "squeezenet1_0", "densenet121", "shufflenet_v2_x0_5"]
 

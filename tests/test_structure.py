@@ -20,17 +20,25 @@ MAY_IMPORT = {
     "analysis": {"analysis", *OF_RECORDS},
     "figures": {"figures", "analysis", *OF_RECORDS},
 }
-FLOORS = (  # of dynamics, from the ground: whatever stands on one may import what stands below it
-    {"errors", "models", "places", "quantities", "schema"},
-    {"command_line", "data", "hardware", "network", "record"},
-    {"curvature"},
-    {"probing"},
-    {"loop"},
-    {"recording"},
-    {"pruning"},
-    {"experiments", "frameworks"},
-    {"__init__", "__main__"},
-)
+FLOORS = {  # from the ground: whatever stands on one may import what stands below it
+    "dynamics": (
+        {"errors", "models", "places", "quantities", "schema"},
+        {"command_line", "data", "hardware", "network", "record"},
+        {"curvature"},
+        {"probing"},
+        {"loop"},
+        {"recording"},
+        {"pruning"},
+        {"experiments", "frameworks"},
+        {"__init__", "__main__"},
+    ),
+    "dynamics.pruning": (
+        {"candidates", "latency", "schedule", "selection"},
+        {"cost", "importance", "invariance", "protocol", "shrinking"},
+        {"curve", "pruner"},
+        {"__init__"},
+    ),
+}
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -54,19 +62,27 @@ def test_imports_point_one_way(path: Path) -> None:
             assert name.split(".")[0] not in ("torch", "torchvision")
 
 
+def room_in(building: str, path: Path) -> str:
+    """The room of a building in which a file stands; "" if that is elsewhere."""
+    inside = ".".join(path.with_suffix("").parts)
+    return inside.removeprefix(f"{building}.").split(".")[0] if inside.startswith(f"{building}.") else ""
+
+
+@pytest.mark.parametrize("building", FLOORS)
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "dynamics"], ids=str)
-def test_rooms_import_from_the_floors_below(path: Path) -> None:
-    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-    own = path.parts[1].removesuffix(".py")
-    for name in imported(path):
-        package, room, *_ = name.split(".") if "." in name else (name, "")
-        if package == "dynamics" and room in floor_of and room != own:
-            assert floor_of[room] < floor_of[own], name
+def test_rooms_import_from_the_floors_below(path: Path, building: str) -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS[building]) for room in rooms}
+    if own := room_in(building, path):
+        for name in imported(path):
+            room = room_in(building, Path(*name.split(".")))
+            if room in floor_of and room != own:
+                assert floor_of[room] < floor_of[own], name
 
 
-def test_every_room_has_a_floor() -> None:
-    rooms = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "dynamics"}
-    assert rooms == set.union(*FLOORS)
+@pytest.mark.parametrize("building", FLOORS)
+def test_every_room_has_a_floor(building: str) -> None:
+    rooms = {room for path in FILES if (room := room_in(building, path))}
+    assert rooms == set.union(*FLOORS[building])
 
 
 def test_a_record_is_studied_without_torch() -> None:

@@ -8,7 +8,7 @@ from prunable import NETWORKS, goes_with, parameters_with
 from torch import Tensor, nn
 
 from dynamics.models import build
-from dynamics.pruning.units import unit_layers
+from dynamics.pruning.candidates.units import unit_layers
 
 PUBLISHED = {"vgg13": (10, 2944), "mobilenet_v1": (14, 5984), "resnet56": (57, 2128)}
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..network.masks import filters_left
 from ..probing.probe import Objective
 from ..pruning import MEASURES, Pruning, removal_curve, resampled_scores, scale_invariance
-from ..pruning.invariance import standing
 from ..recording.event import Event
 from ..schema import PAPER_MEASURES
 
@@ -30,7 +30,7 @@ def add_studies(
     """
     protected = tuple(getattr(model, "protected", ()))
     ranking = {name: scores for name, scores in pruning.scores.items() if name not in protected}
-    left = [int(standing(model, name).sum()) for name in ranking]
+    left = [int(filters_left(model, name).sum()) for name in ranking]
     if round(_FRACTIONS[-1] * sum(left)) <= sum(max(count - 1, 0) for count in left):
         if MEASURES[pruning.settings["measure"]].highest_first:
             ranking = {name: -scores for name, scores in ranking.items()}

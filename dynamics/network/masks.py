@@ -40,6 +40,13 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def filters_left(model: nn.Module, layer: str) -> Tensor:
+    """Which filters of a layer are not pruned, boolean (filter,)."""
+    weight = f"{layer}.weight"
+    kept = parameter_masks(model).get(weight, torch.ones_like(model.get_parameter(weight), dtype=torch.bool))
+    return kept.flatten(1).any(1)
+
+
 def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
     """A parameter's own mask, which follows it to its device."""
     masks, device = owner.__dict__.get(_MASKS, {}), getattr(owner, leaf).device

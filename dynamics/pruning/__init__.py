@@ -3,15 +3,15 @@
 from ..network.masks import apply_masks, parameter_masks
 from .cost import Cost, network_cost
 from .curve import removal_curve
-from .importance import scores, scores_by_measure
+from .importance.measures import MEASURES, Measure
+from .importance.resampling import resampled_scores
+from .importance.scores import scores, scores_by_measure
 from .invariance import scale_invariance
 from .latency import latency
-from .measures import MEASURES, Measure
 from .protocol import PROTOCOLS, Protocol
 from .pruner import Pruner, Pruning
-from .resampling import resampled_scores
 from .schedule import exponential_share_left, share_left
-from .shrink import Shrunk, shrink
+from .shrinking.shrink import Shrunk, shrink
 
 __all__ = [
     "MEASURES",

@@ -23,7 +23,7 @@ from ..network.exchanged import exchanged
 from ..network.masks import parameter_masks
 from ..probing.moment import random_numbers_untouched
 from ..probing.probe import mode_of, unwrap
-from .channels import LAYERS, NORMALISATIONS, TRANSPOSED
+from .candidates.channels import LAYERS, NORMALISATIONS, TRANSPOSED
 
 # In the network of silence, what subtracts a mean would make zeros of ones.
 _PASSED_BY = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm)

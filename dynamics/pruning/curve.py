@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..loop.processes import Processes
 from ..network.layers import Layers
-from ..network.masks import apply_masks
+from ..network.masks import apply_masks, filters_left
 from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
 from ..recording.event import Stage, measured, predicted
 from ..schema import STAGES, quantities
-from .channels import NORMALISATIONS
-from .invariance import standing
+from .candidates.channels import NORMALISATIONS
+from .candidates.units import UnitLayer, unit_layers
 from .selection import Ranked, capacity, lowest
-from .units import UnitLayer, unit_layers
 
 DIRECTIONS = ("parameters", "output")
 
@@ -102,7 +101,7 @@ def _stage(model: nn.Module, objective: Objective, batches: Sequence[Any], mode:
 
 def _ranked(model: nn.Module, layer: UnitLayer, scores: Tensor) -> Ranked:
     """A layer's filters in the ranking: those that stand; the best of them stays."""
-    return Ranked(scores.cpu().double(), standing(model, layer.name).cpu(), keep=1, movable=not layer.head)
+    return Ranked(scores.cpu().double(), filters_left(model, layer.name).cpu(), keep=1, movable=not layer.head)
 
 
 def _masks(model: nn.Module, units: Mapping[str, UnitLayer], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:

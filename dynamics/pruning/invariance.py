@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 
-from ..network.masks import parameter_masks
+from ..network.masks import filters_left
 from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
 from ..quantities import FORMULAS, Vectors
 from ..schema import quantities
-from .units import unit_layers
+from .candidates.units import unit_layers
 
 MODES = ("train", "eval")
 
@@ -68,7 +68,7 @@ def _of_filters(
         key = f"{layer}.weight"
         rows = [vectors[key].detach().double().flatten(1) for vectors in (expansion.theta, grad, hess_grad)]
         of_layer = Vectors(theta=rows[0], grad=rows[1], hess_grad=rows[2])
-        alive = standing(model, layer)
+        alive = filters_left(model, layer)
         found.append([FORMULAS[name](of_layer).where(alive, torch.nan) for name in names])
     return xr.Dataset(
         {
@@ -76,10 +76,3 @@ def _of_filters(
             for name, parts in zip(names, zip(*found, strict=True), strict=True)
         }
     )
-
-
-def standing(model: nn.Module, layer: str) -> Tensor:
-    """Which filters of a layer are not pruned, boolean (filter,)."""
-    weight = f"{layer}.weight"
-    kept = parameter_masks(model).get(weight, torch.ones_like(model.get_parameter(weight), dtype=torch.bool))
-    return kept.flatten(1).any(1)

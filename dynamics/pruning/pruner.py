@@ -15,14 +15,14 @@ from ..network.masks import apply_masks, lift_masks, parameter_masks
 from ..probing.batch import sample_count
 from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from ..recording.arguments import as_given
+from .candidates.units import UnitLayer, unit_layers
+from .candidates.weights import weight_layers, within
 from .cost import Cost, network_cost
-from .importance import at_temperature, check_settings, initial_weights, paper_temperature, scores
-from .measures import find_measure
+from .importance.measures import find_measure
+from .importance.scores import at_temperature, check_settings, initial_weights, paper_temperature, scores
 from .protocol import find_protocol
 from .schedule import check_sparsity
 from .selection import Ranked, capacity, counted, floor_of, lowest, without
-from .units import UnitLayer, unit_layers
-from .weights import weight_layers, within
 
 _FLOOR = {"filter": 0.05, "weight": 0.0}
 

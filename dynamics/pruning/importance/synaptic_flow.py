@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..network.exchanged import exchanged
-from ..probing.moment import random_numbers_untouched
-from ..probing.probe import mode_of
+from ...network.exchanged import exchanged
+from ...probing.moment import random_numbers_untouched
+from ...probing.probe import mode_of
 
 
 def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..probing.batch import sample_count, tensors_of
-from ..probing.probe import Objective
+from ...probing.batch import sample_count, tensors_of
+from ...probing.probe import Objective
 from .derivatives import Derivatives, Passing, add
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from ..errors import first_line
-from ..recording.arguments import check_initialised
+from ...errors import first_line
+from ...recording.arguments import check_initialised
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
 from .weights import not_plain, within
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import one_line
-from ..network.identities import is_layer
-from ..probing.moment import random_numbers_untouched
+from ...errors import one_line
+from ...network.identities import is_layer
+from ...probing.moment import random_numbers_untouched
 from .coupling import dependency_graph, plan, silent_units
 
 _OUTPUT = "the output"

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network.identities import is_layer
-from ..network.masks import parameter_masks
-from .channels import NORMALISATIONS, is_depthwise
+from ...network.identities import is_layer
+from ...network.masks import parameter_masks
+from ..candidates.channels import NORMALISATIONS, is_depthwise
 
 _NORMALISATIONS = (*NORMALISATIONS, nn.SyncBatchNorm)
 _POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdaptiveAvg") for dims in (1, 2, 3)]

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..hardware.precision import full_precision
-from ..probing.moment import random_numbers_untouched
-from ..probing.probe import Objective, mode_of
+from ...hardware.precision import full_precision
+from ...probing.moment import random_numbers_untouched
+from ...probing.probe import Objective, mode_of
 
 
 @full_precision()

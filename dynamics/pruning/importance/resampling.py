@@ -10,9 +10,13 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..probing.batch import sample_count
-from ..probing.probe import Objective, cross_entropy_objective, unwrap
-from .importance import (
+from ...network.masks import filters_left
+from ...probing.batch import sample_count
+from ...probing.probe import Objective, cross_entropy_objective, unwrap
+from ..candidates.units import UnitLayer, unit_layers
+from .measures import Measure, find_measure
+from .resampled_derivatives import resampled_derivatives
+from .scores import (
     at_temperature,
     check_one_device,
     check_request,
@@ -21,10 +25,6 @@ from .importance import (
     paper_temperature,
     scores_from,
 )
-from .invariance import standing
-from .measures import Measure, find_measure
-from .resampled_derivatives import resampled_derivatives
-from .units import UnitLayer, unit_layers
 
 
 def resampled_scores(
@@ -116,4 +116,4 @@ def _scored(
 
 def _row(model: nn.Module, found: dict[str, Tensor]) -> Tensor:
     """Scores of all units, (unit,); NaN for those that are pruned."""
-    return torch.cat([values.double().where(standing(model, layer), torch.nan) for layer, values in found.items()])
+    return torch.cat([values.double().where(filters_left(model, layer), torch.nan) for layer, values in found.items()])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network.identities import Identity, expand, identities, is_layer, keep_units
-from ..network.masks import parameter_masks, replace_mask
-from ..probing.probe import unwrap
+from ...network.identities import Identity, expand, identities, is_layer, keep_units
+from ...network.masks import parameter_masks, replace_mask
+from ...probing.probe import unwrap
 from .cut import find_cut, rows_left, take
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import named
-from ..probing.probe import Objective, cross_entropy_objective, unwrap
+from ...errors import named
+from ...probing.probe import Objective, cross_entropy_objective, unwrap
+from ..candidates.units import UnitLayer, unit_layers
+from ..candidates.weights import weight_layers
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
-from .units import UnitLayer, unit_layers
-from .weights import weight_layers
 
 
 def scores(

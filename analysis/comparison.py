@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .conditions import by_condition, compared_by, comparisons, conditions, first_comparison, name_of_condition
+from .conditions import by_condition, comparisons, conditions, first_comparison, names_of_conditions
 from .convergence import convergence, epoch_window, last_pruning
 from .findings import each
 from .intervals import half_width
@@ -136,7 +136,7 @@ def title(label: str, runs: Runs) -> str:
     measure = name_of(of.measure)
     if not of.model:
         return measure
-    return ", ".join([name_of_condition(of[compared_by(table)]), measure, f"seed {of.seed}"])
+    return ", ".join([names_of_conditions(table)[label], measure, f"seed {of.seed}"])
 
 
 def _compared(runs: Runs, jobs: Mapping[str, tuple[pd.DataFrame, Callable]]) -> dict[str, ByMeasure]:

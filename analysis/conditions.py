@@ -13,7 +13,7 @@ from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTING
 from .names import name_of
 from .prunings import compounded, prunings
 from .record import experiment
-from .typeset import exact
+from .typeset import MISSING, told_apart
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
@@ -93,8 +93,8 @@ def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
 def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Rows of :func:`comparisons` by their condition in print: ``VGG-13, digits, 70 % pruned in 5 rounds``."""
-    by = compared_by(table)
-    return {name_of_condition(rows[by].iloc[0]): rows for _, rows in table.groupby(by, sort=False, dropna=False)}
+    names = names_of_conditions(table)
+    return dict(iter(table.groupby(names, sort=False)))
 
 
 def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
@@ -109,7 +109,7 @@ def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
         return dict(runs)
     name = table[settings].nunique(dropna=False).idxmax()
     said = name.removesuffix(" (setting)").replace("_", " ")
-    table = table.assign(measure=table[name].map(lambda value: f"{said} {exact(value)}")).sort_values(name)
+    table = table.assign(measure=f"{said} " + told_apart(table[name]).fillna(MISSING)).sort_values(name)
     kept = table.drop(columns=[name])
     return {label: _saying(runs[label], row.dropna().to_dict()) for label, row in kept.iterrows()}
 
@@ -154,12 +154,19 @@ def compared_by(table: pd.DataFrame) -> list[str]:
     return [name for name in table if name not in ("run", "measure", "seed")]
 
 
-def name_of_condition(condition: pd.Series) -> str:
-    """What the runs of a comparison have in common, in print."""
+def names_of_conditions(table: pd.DataFrame) -> pd.Series:
+    """What the runs of each row's comparison have in common, in print."""
+    by = compared_by(table)
+    settings = table[by].drop(columns=["model", "data", "rounds", "sparsity"])
+    printed = table[by].assign(**{name: told_apart(settings[name]) for name in settings})
+    return printed.apply(_in_print, axis=1)
+
+
+def _in_print(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
     pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
-    settings = (f"{name.replace('_', ' ')} {exact(value)}" for name, value in others.items())
+    settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
     parts = [name_of(model), name_of(data), pruned, *settings]
     return ", ".join(part for part in parts if part)
 

@@ -18,7 +18,7 @@ from .names import name_of
 from .outcome import outcome, pruned_units
 from .record import MissingQuantityError, ended
 from .tables import agreement_table
-from .typeset import MISSING, exact
+from .typeset import MISSING, told_apart
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -161,8 +161,10 @@ def _effect(row: tuple) -> str:
 def _in_print(table: pd.DataFrame) -> pd.DataFrame:
     """The table with the names in print of its models, data sets and measures, and of settings that only some have."""
     for level in table.index.names:
-        if table.index.get_level_values(level).hasnans:
-            table = table.rename(index=exact, level=level)
+        values = table.index.get_level_values(level)
+        if values.hasnans:
+            printed = dict(zip(values, told_apart(values.to_series()), strict=True))
+            table = table.rename(index=lambda one, of=printed: MISSING if pd.isna(one) else of[one], level=level)
     for level in {"model", "data", "measure"} & set(table.index.names):
         table = table.rename(index=name_of, level=level)
     return table

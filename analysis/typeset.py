@@ -140,12 +140,16 @@ def _cells(table: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
-def exact(value: object) -> str:
-    """The value of a setting in print, with all its digits; a dash where a run does not have it."""
-    if not isinstance(value, float):
-        return str(value)
+def told_apart(values: pd.Series) -> pd.Series:
+    """The values of a setting in print: numbers with three digits, or as many as tell them apart; NaN stays."""
+    numbers = {value for value in values.dropna() if isinstance(value, float)}
+    digits = next(count for count in range(3, 18) if len({_short(one, count) for one in numbers}) == len(numbers))
+    return values.map(lambda one: _short(one, digits) if isinstance(one, float) else str(one), na_action="ignore")
+
+
+def _short(value: float, digits: int) -> str:
     short = f"{value:g}"
-    return MISSING if pd.isna(value) else short if float(short) == value else str(value)
+    return short if float(short) == value else f"{value:.{digits}g}"
 
 
 def cell(value: object) -> str:

@@ -20,7 +20,7 @@ from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.prunings import prunings
 from analysis.record import experiment
-from analysis.typeset import exact, grouped
+from analysis.typeset import grouped, told_apart
 from dynamics.places import check_folder
 from dynamics.schema import COMPARED_BY
 
@@ -187,7 +187,7 @@ def _told(runs: Runs) -> str:
         return ""
     seeds = table.seed.nunique()
     settings = [
-        f" {name.replace('_', ' ').capitalize()}: {_listed(map(exact, table[name].dropna().sort_values()), ', ')}."
+        f" {name.replace('_', ' ').capitalize()}: {_listed(told_apart(table[name].dropna().sort_values()), ', ')}."
         for name in table if name not in (*COMPARED_BY, "record")
     ]  # fmt: skip
     measures = _listed(map(name_of, table.measure), ", ")

@@ -6,14 +6,17 @@ from itertools import combinations
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from synthetic_runs import record
 
-from analysis import MissingQuantityError
+from analysis import MissingQuantityError, comparisons
 from analysis.comparison import title
+from analysis.conditions import by_condition, by_setting
+from analysis.typeset import told_apart
 from figures import draw
 from figures.labels import layer_names, wrapped
 from figures.style import run_styles
@@ -158,6 +161,22 @@ def test_one_of_several_runs_is_told_with_every_setting_in_which_they_differ() -
     assert "learning rate 0.2" in said
     assert "weight decay 0.5" in said
     assert title("events_many", {"events_many": xr.DataTree(), "other": xr.DataTree()}) == "events many"
+
+
+def test_settings_have_the_digits_that_tell_them_apart() -> None:
+    rates = [1e-4, 10**-3.5, 0.001, 1024.0, float("nan")]
+    assert told_apart(pd.Series(rates)).fillna("-").tolist() == ["0.0001", "0.000316", "0.001", "1024", "-"]
+    assert told_apart(pd.Series([1 / 3, 1 / 3 + 1e-5, 0.5])).tolist() == ["0.33333", "0.33334", "0.5"]
+    assert told_apart(pd.Series([0.1 + 0.2, 0.3])).tolist() == ["0.30000000000000004", "0.3"]
+    assert told_apart(pd.Series(["cosine", (1, 2)])).tolist() == ["cosine", "(1, 2)"]
+
+
+def test_conditions_are_told_by_short_numbers() -> None:
+    runs = {str(rate): named(["mine"], learning_rate=rate)["mine"] for rate in np.logspace(-3, -1, 5)}
+    assert [name.rpartition("rate ")[2] for name in by_condition(comparisons(runs))] == [
+        "0.001", "0.00316", "0.01", "0.0316", "0.1",
+    ]  # fmt: skip
+    assert {run.attrs["measure"] for run in by_setting(runs).values()} >= {"learning rate 0.0316", "learning rate 0.1"}
 
 
 def test_lines_of_a_label_are_short() -> None:

@@ -238,6 +238,21 @@ def test_the_weight_norm_whose_own_second_derivative_is_wrong() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_hard_sigmoid_of_which_torch_has_one_derivative(inplace: bool) -> None:
+    x, weight = 3 * torch.randn(6, 3), torch.randn(4, 3)
+
+    def loss_of(function: Callable[[Tensor], Tensor]) -> Loss:
+        return lambda theta: mean_square(function(F.linear(x, theta["weight"]).tanh() * 4))
+
+    by_hand, torchs = loss_of(lambda y: F.relu6(y + 3) / 6), loss_of(lambda y: F.hardsigmoid(y, inplace=inplace))
+    check(by_hand, {"weight": weight})
+    found = (gated_products(loss, {"weight": weight}, [{"weight": weight}], {"weight": 0}, 1)
+             for loss in (by_hand, torchs))  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 def test_a_weight_times_a_variable_is_no_gated_parameter() -> None:
     theta = {"scale": torch.randn(2, 3), "weight": torch.randn(2, 3)}
     x = torch.randn(4, 3)

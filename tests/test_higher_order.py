@@ -111,6 +111,22 @@ def test_normalisations(name: str, mode: str) -> None:
     check(loss_of(layer, inputs), parameters(layer))
 
 
+def test_a_hard_sigmoid() -> None:
+    squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Hardsigmoid(inplace=True))
+    check(loss_of(squeeze, torch.randn(3, 4, 6, 6)), parameters(squeeze))
+
+
+def test_a_backward_pass_that_cannot_be_recorded_has_differences() -> None:
+    layer, inputs = nn.CrossMapLRN2d(2, alpha=0.5), torch.randn(3, 4, 6, 6)
+    theta = parameters(layer)
+    loss, v = loss_of(layer, inputs), directions(theta, 1)[0]
+    expansion = Expansion([loss], [1.0], theta)
+    assert not expansion.exact
+    torch.testing.assert_close(flat(expansion.grad), gradient(loss, theta))
+    ahead, behind = (gradient(loss, moved(theta, v, step)) for step in (1e-5, -1e-5))
+    assert_near(flat(expansion.hessian_product(v)), (ahead - behind) / 2e-5, 1e-6)
+
+
 def check(loss: Callable[[dict[str, Tensor]], Tensor], theta: dict[str, Tensor]) -> None:
     """Value and gradient are those of torch's operations; Hv and T[u,v] central differences of that gradient."""
     expansion, (u, v) = Expansion([loss], [1.0], theta), directions(theta, 2)

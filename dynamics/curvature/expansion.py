@@ -17,7 +17,9 @@ from .graph import WayBack, nodes, on_the_way_back
 from .higher_order import HigherOrder
 
 _ONCE = "an operation of the loss is once_differentiable"
-_NOT_TWICE = ("is not implemented", "double backward", "once_differentiable")  # how autograd says it has no derivative
+_NOT_TWICE = (  # how autograd says that it has no derivative
+    "is not implemented", "double backward", "once_differentiable", "support automatic differentiation",
+)  # fmt: skip
 
 LossFunction = Callable[[dict[str, Tensor]], Tensor]
 
@@ -58,12 +60,23 @@ class Expansion:
         keep = len(self._losses) == 1
         total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
         for loss_of, weight in self._losses:
-            found = _gradient(loss_of, self.theta, create_graph=keep)
+            found = self._first(loss_of) if keep else _gradient(loss_of, self.theta)
             self.exact = self.exact and found.exact
             total_loss = total_loss + weight * found.loss.detach()
             torch._foreach_add_(total_grad, [part.detach() for part in found.grad], alpha=weight)
             self._graph = found if keep and self.exact else None
         return total_loss, total_grad
+
+    def _first(self, loss_of: LossFunction) -> _Gradient:
+        """A gradient with its graph; without, and not exact, where a backward pass cannot itself be recorded."""
+        try:
+            return _gradient(loss_of, self.theta, create_graph=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            found = _gradient(loss_of, self.theta)
+            _say("second", error)
+            return found._replace(exact=False)
 
     @full_precision()
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:

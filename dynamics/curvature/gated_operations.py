@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .composed_norms import weight_norm
+from .composed import hard_sigmoid, weight_norm
 from .convolution import geometry
 from .gated_affine import Affine, Gated, Linear, Phase
 from .gated_batch_norm import BatchNorm
@@ -137,6 +137,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     F.conv2d: _convolution,
     F.conv3d: _convolution,
     F.batch_norm: _batch_norm,
+    F.hardsigmoid: lambda operations, function, *given, **named: hard_sigmoid(*given, **named),
     torch._weight_norm: lambda operations, function, *given: weight_norm(*given),
     torch.mul: _product,
     Tensor.mul: _product,

@@ -1,7 +1,7 @@
-"""Convolutions and normalisations with derivatives of every order, each right, and as fast as a first one.
+"""Convolutions, normalisations and others with derivatives of every order, each right, and as fast as a first one.
 
 Torch's own convolution in groups goes through them one by one at its second derivative, which is most of the time of a
-depthwise one, and has no third where it is transposed with an output padding; of normalisations see there.
+depthwise one, and has no third where it is transposed with an output padding; of others see :mod:`.composed`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .composed_norms import batch_norm, instance_norm, layer_norm, weight_norm
+from .composed import batch_norm, hard_sigmoid, instance_norm, layer_norm, weight_norm
 from .convolution import Geometry, geometry, transposed_geometry
 from .ordinary import is_batched, is_ordinary, is_transformed, memory_format
 
@@ -92,5 +92,6 @@ _OWN: dict[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: layer_norm,
+    F.hardsigmoid: hard_sigmoid,
     torch._weight_norm: weight_norm,
 }

@@ -1,9 +1,9 @@
-"""Normalisations put together of elementary operations, whose derivatives are right at every order.
+"""Operations put together of elementary ones, whose derivatives are right at every order.
 
-Torch's own have two (BatchNorm, in training mode), a wrong third one (LayerNorm), a wrong second one (weight norm).
-With m and v the mean and variance of x, y = γ(x − m)/√(v + ε) + β (Ioffe and Szegedy 2015, Ba et al. 2016); a weight is
-w = g v/‖v‖ (Salimans and Kingma 2016). Each takes what torch's function takes, and is NotImplemented for all that torch
-might refuse.
+Torch's own normalisations have two (BatchNorm, in training mode), a wrong third one (LayerNorm), a wrong second one
+(weight norm); its hard sigmoid has one. With m and v the mean and variance of x, y = γ(x − m)/√(v + ε) + β (Ioffe and
+Szegedy 2015, Ba et al. 2016); a weight is w = g v/‖v‖ (Salimans and Kingma 2016); a hard sigmoid is min(max(x + 3, 0),
+6)/6. Each takes what torch's function takes, and is NotImplemented for all that torch might refuse.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .ordinary import is_ordinary, memory_format
@@ -82,6 +83,14 @@ def layer_norm(
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """As ``torch._weight_norm``: over all dimensions but ``dim``, or over all where it is −1."""
     return v * (g / torch.norm_except_dim(v, 2, dim)) if is_ordinary(v, g) else NotImplemented
+
+
+def hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """As ``F.hardsigmoid``."""
+    if not is_ordinary(input):
+        return NotImplemented
+    y = F.relu6(input + 3) / 6
+    return input.copy_(y) if inplace else y
 
 
 def _is_plain(input: Tensor, running: list[Tensor], weight: Tensor | None, bias: Tensor | None, training: bool) -> bool:

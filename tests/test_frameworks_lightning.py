@@ -70,6 +70,9 @@ def trained(
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]))
 
+        def on_train_epoch_end(self) -> None:
+            self.log("train/batches", float(len(self.losses)))
+
         def configure_gradient_clipping(self, *args: Any, **settings: Any) -> None:
             super().configure_gradient_clipping(*args, **settings)
             self.applied.append(squares(self))
@@ -129,6 +132,14 @@ def test_a_fit_is_recorded_and_stays_the_same(tmp_path: Path, case: str) -> None
     np.testing.assert_array_equal(run["steps"].epoch, np.repeat([0, 1], losses.shape[1]))
     np.testing.assert_allclose(run["epochs"].train_loss, np.reshape(module.losses, (2, 5)).mean(1), rtol=tolerance)
     assert (run["epochs"].val_loss > 0).all()
+    np.testing.assert_array_equal(run["epochs"].train_batches, [5, 10])  # logged when the epoch had ended
+
+
+def test_an_epoch_has_the_metrics_that_it_led_to_alone(tmp_path: Path) -> None:
+    trained([frameworks.LightningRecorder(tmp_path / "run")], epochs=4, check_val_every_n_epoch=2)
+    epochs = open_run(tmp_path / "run")["epochs"]
+    np.testing.assert_array_equal(np.isfinite(epochs.val_loss), [False, True, False, True])
+    assert epochs.step.values.tolist() == [5, 10, 15, 20]
 
 
 def test_a_fit_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:

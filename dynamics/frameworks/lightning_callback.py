@@ -36,10 +36,11 @@ class LightningRecorder(*_callbacks()):
 
         trainer = L.Trainer(callbacks=[LightningRecorder("run.zarr", curvature_every=64)])
 
-    ``loss`` in ``/steps`` is what ``training_step`` returns, and ``/epochs`` holds ``trainer.callback_metrics`` at the
-    end of each training epoch. Curvature is that of ``objective(module, batch)``: Lightning offers no way to ask
-    ``training_step`` for a loss outside its loop, so the default is the cross-entropy of ``(inputs, labels)`` with
-    ``module(inputs)`` as logits. While a fit lasts, ``recorder`` is its :class:`dynamics.Recorder`.
+    ``loss`` in ``/steps`` is what ``training_step`` returns, and ``/epochs`` holds what came to
+    ``trainer.callback_metrics`` in each training epoch. Curvature is that of ``objective(module, batch)``: Lightning
+    offers no way to ask ``training_step`` for a loss outside its loop, so the default is the cross-entropy of
+    ``(inputs, labels)`` with ``module(inputs)`` as logits. While a fit lasts, ``recorder`` is its
+    :class:`dynamics.Recorder`.
 
     Args:
         path: where the record goes, a new folder.
@@ -51,6 +52,8 @@ class LightningRecorder(*_callbacks()):
         self._recording = recording(path, **settings)
         self._losses: list[Tensor] = []
         self._stepped = 0
+        self._metrics: dict[str, Any] = {}  # when the last epoch was logged
+        self._epoch_ended = False
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Begin: the optimizers are there, and a checkpoint has been loaded."""
@@ -58,9 +61,11 @@ class LightningRecorder(*_callbacks()):
             trainer.model, trainer.optimizers, trainer.global_step // len(trainer.optimizers)
         )
         self._losses, self._stepped = [], trainer.global_step
+        self._metrics, self._epoch_ended = {}, False
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Count the epoch."""
+        """Log the epoch before, and count this one."""
+        self._log_epoch(trainer)
         self.recorder.begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
@@ -77,19 +82,27 @@ class LightningRecorder(*_callbacks()):
             self._losses, self._stepped = [], trainer.global_step
 
     def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Log the epoch's metrics."""
-        if metrics := simple_scalars(trainer.callback_metrics):
-            self.recorder.log_epoch(**metrics)
+        """It is logged later: the module's own hook comes after this one, and may have metrics, too."""
+        self._epoch_ended = True
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Close the record."""
-        self._close()
+        self._close(trainer)
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Close the record."""
-        self._close()
+        self._close(trainer)
 
-    def _close(self) -> None:
-        recorder, self.recorder = self.recorder, None
-        if recorder:
+    def _log_epoch(self, trainer: Any) -> None:
+        """Log what the epoch that has ended led to; what was validated in an epoch before is left out."""
+        if self._epoch_ended:
+            before, self._metrics, self._epoch_ended = self._metrics, dict(trainer.callback_metrics), False
+            new = {name: value for name, value in self._metrics.items() if value is not before.get(name)}
+            if metrics := simple_scalars(new):
+                self.recorder.log_epoch(**metrics)
+
+    def _close(self, trainer: Any) -> None:
+        if self.recorder:
+            self._log_epoch(trainer)
+            recorder, self.recorder = self.recorder, None
             recorder.close()

@@ -61,10 +61,11 @@ def texts(model: nn.Module) -> list[dict[str, Tensor]]:
 
 def trainer(model: nn.Module, path: Path, callbacks: list[Any], **settings: Any) -> Any:
     """A Trainer of two epochs of five batches."""
-    settings = {"max_grad_norm": 0.0, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1} | settings
+    given = {"max_grad_norm": 0.0, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1, "save_strategy": "no"}
+    settings = given | settings
     arguments = transformers.TrainingArguments(
-        path, per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, save_strategy="no", report_to=[],
-        disable_tqdm=True, **settings,
+        path, per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, report_to=[], disable_tqdm=True,
+        **settings,
     )  # fmt: skip
     data = texts(model)
     return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
@@ -161,6 +162,16 @@ def test_labels_that_the_trainer_keeps_from_the_model_cost_the_curvature(tmp_pat
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-5)
     assert not run["curvature"]
+
+
+def test_a_training_that_goes_on_within_an_epoch_is_still_in_it(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    applied = trained(language_model(), tmp_path, [frameworks.TrainerRecorder(tmp_path / "run")], **settings)
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", resume="rewind")
+    trainer(language_model(), tmp_path, [recorder]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-4)
+    np.testing.assert_array_equal(run["steps"].epoch, np.repeat([0, 1], 5))
 
 
 class Failing(transformers.TrainerCallback):

@@ -47,6 +47,7 @@ class TrainerRecorder(TrainerCallback):
         self._objective = objective or self._share_of_the_step
         self._hook: RemovableHandle | None = None
         self._samples, self._processes = 0, 1
+        self._within_epoch = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Begin: the optimizer is there, and a checkpoint has been loaded.
@@ -60,15 +61,17 @@ class TrainerRecorder(TrainerCallback):
                 f"TrainerRecorder needs all parameters in one process, and {kind.value} spreads them: "
                 "train with data parallelism, or without this callback"
             )
+        self._within_epoch = bool((state.epoch or 0) % 1)  # the checkpoint's
         if state.is_world_process_zero:
             self._processes = args.world_size if args.average_tokens_across_devices else 1
             self.recorder = self._recording(training["model"], training["optimizer"], state.global_step)
             self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
-        """Count the epoch."""
-        if self.recorder:
+        """Count the epoch, unless a checkpoint was saved within it."""
+        if self.recorder and not self._within_epoch:
             self.recorder.begin_epoch()
+        self._within_epoch = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Count the step's samples from 0."""

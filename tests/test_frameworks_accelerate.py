@@ -1,5 +1,6 @@
 """A recorder takes what Accelerate has prepared; what it records is what the loop itself sees."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,3 +82,19 @@ def test_a_loop_is_recorded_and_stays_the_same(tmp_path: Path, case: str) -> Non
     np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-5)
     np.testing.assert_array_equal(run["steps"].epoch, np.repeat([0, 1], len(applied) // 2))
     assert run["curvature"].sizes["step"] == len(applied)
+
+
+def test_curvature_is_measured_in_full_precision_whatever_the_forward_pass_rounds_to(tmp_path: Path) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    plain, losses = convolutional_network(), []
+    model = copy.deepcopy(plain)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch([(DATA.tensors[0].float(), DATA.tensors[1])] * 3):
+            plain.load_state_dict(model.state_dict())
+            losses.append(F.cross_entropy(plain(inputs), labels).item())
+            accelerator.backward(F.cross_entropy(model(inputs), labels))
+            optimizer.step()
+            optimizer.zero_grad()
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-6)

@@ -177,7 +177,7 @@ class Probe:
         kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
         values = kept | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
-        with again as others, mode_of(self._model, self._mode), _differentiable_twice():
+        with again as others, mode_of(self._model, self._mode), _differentiable_twice(), _unrounded(self._model):
             given = as_measured(copied(batch), self._device)
             with exchanged(self._model, values):
                 loss = self._objective(self._model, given)
@@ -257,6 +257,19 @@ class _Recomputing:
     def apply(*arguments: Any) -> None:
         """Refuse."""
         raise RuntimeError(_RECOMPUTED)
+
+
+@contextmanager
+def _unrounded(model: nn.Module) -> Iterator[None]:
+    """Inside, the forward pass is without the autocast that Accelerate wraps around it for mixed precision."""
+    wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
+    try:
+        for module in wrapped:
+            module.forward = module._original_forward
+        yield
+    finally:
+        for module, forward in wrapped.items():
+            module.forward = forward
 
 
 @contextmanager

@@ -1,11 +1,16 @@
 """Frameworks are imported when they are asked for, and settings are checked when they are given."""
 
+import copy
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from networks import plain_step, smooth_network, vectors
 
-from dynamics import frameworks
+from dynamics import frameworks, open_run
 from dynamics.frameworks.recording import recording, simple_scalars
 
 
@@ -48,3 +53,22 @@ def test_a_setting_that_the_recorder_lacks_is_refused_at_once() -> None:
 def test_metrics_get_names_that_are_variables() -> None:
     metrics = {"val/loss": 0.5, "f1-micro": 1, "epoch": 2.0, "step": 7.0, "confusion": [[1, 0], [0, 1]], "kind": "text"}
     assert simple_scalars(metrics) == {"val_loss": 0.5, "f1_micro": 1.0}
+
+
+def test_a_training_goes_on_at_the_step_of_its_parameters_whatever_the_framework_counts(tmp_path: Path) -> None:
+    """Of several optimizers, and of steps that a gradient scaler skips, it counts more than are recorded."""
+    model, settings = smooth_network(), {"curvature_every": 0, "resume": "rewind"}
+    optimizer, states = torch.optim.SGD(model.parameters(), 0.1), []
+    for counted, known in ((0, 0), (4, 3), (7, 7)):  # what it counts, and what is right
+        if known == 3:
+            model.load_state_dict(states[3])
+        if known == 7:  # the record has nothing of these parameters
+            model.load_state_dict({name: 2 * theta for name, theta in states[0].items()})
+        with recording(tmp_path / "run", **settings)(model, optimizer, counted) as recorder:
+            for batch in recorder.watch(vectors(5)):
+                states.append(copy.deepcopy(model.state_dict()))
+                plain_step(model, optimizer, batch)
+        steps = open_run(tmp_path / "run")["steps"]
+        np.testing.assert_array_equal(steps.step, np.arange(known + 5))
+        squares = [sum(theta.square().sum().item() for theta in state.values()) for state in states[-5:]]
+        np.testing.assert_allclose(steps.param_sqnorm.sum("layer")[-5:], squares, rtol=1e-12)

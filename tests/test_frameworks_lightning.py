@@ -160,6 +160,20 @@ def test_a_fit_that_goes_on_from_a_checkpoint_is_recorded_from_there(tmp_path: P
     assert len(module.losses) == 5
 
 
+def test_a_checkpoint_finds_what_was_recorded_before_it_on_the_disk(tmp_path: Path) -> None:
+    found = []
+
+    class Saving(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *others: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "eight.ckpt")
+                found.append(open_run(tmp_path / "run"))
+
+    trained([frameworks.LightningRecorder(tmp_path / "run"), Saving()])
+    assert found[0]["steps"].loss.notnull().sum() == 8
+    assert found[0]["epochs"].step.values.tolist() == [5]
+
+
 def test_another_objective_is_given_module_and_batch(tmp_path: Path) -> None:
     def halved(module: nn.Module, batch: list[Tensor]) -> Tensor:
         return F.cross_entropy(module(batch[0]), batch[1]) / 2

@@ -174,6 +174,18 @@ def test_a_training_that_goes_on_within_an_epoch_is_still_in_it(tmp_path: Path) 
     np.testing.assert_array_equal(run["steps"].epoch, np.repeat([0, 1], 5))
 
 
+def test_what_was_recorded_is_on_the_disk_when_a_checkpoint_is(tmp_path: Path) -> None:
+    found = []
+
+    class Looking(transformers.TrainerCallback):
+        def on_save(self, *args: Any, **training: Any) -> None:
+            found.append(int(open_run(tmp_path / "run")["steps"].loss.notnull().sum()))
+
+    callbacks = [frameworks.TrainerRecorder(tmp_path / "run", curvature_every=0), Looking()]
+    trained(language_model(), tmp_path, callbacks, save_strategy="steps", save_steps=4)
+    assert found == [4, 8, 10]
+
+
 class Failing(transformers.TrainerCallback):
     """Ends a training after three steps."""
 

@@ -85,6 +85,12 @@ class LightningRecorder(*_callbacks()):
         """It is logged later: the module's own hook comes after this one, and may have metrics, too."""
         self._epoch_ended = True
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Write what was recorded, which a training that goes on from there needs."""
+        if self.recorder:
+            self._log_epoch(trainer)
+            self.recorder.flush()
+
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Close the record."""
         self._close(trainer)

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..recording.recorder import Recorder
+from ..recording.resuming import Counted
 
 
 def recording(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:
-    """A function ``(model, optimizer, step) -> Recorder``; the step counts where a record is resumed.
+    """A function ``(model, optimizer, step) -> Recorder``; the step counts where a record does not know the parameters.
 
     Raises:
         TypeError: a setting that :class:`Recorder` does not have; now, not when the training begins.
@@ -24,7 +25,7 @@ def recording(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorde
 
     def begin(model: nn.Module, optimizer: Any, step: int) -> Recorder:
         resumes = bool(settings.get("resume")) and step > 0
-        return Recorder(path, model, optimizer, **({"step": step} if resumes else {}) | settings)
+        return Recorder(path, model, optimizer, **({"step": Counted(step)} if resumes else {}) | settings)
 
     return begin
 

@@ -115,6 +115,11 @@ class TrainerRecorder(TrainerCallback):
         if self.recorder:
             self.recorder.log(**simple_scalars(metrics))
 
+    def on_save(self, args: Any, state: Any, control: Any, **training: Any) -> None:
+        """Write what was recorded, which a training that goes on from the checkpoint needs."""
+        if self.recorder:
+            self.recorder.flush()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Close the record."""
         self.close()

@@ -48,6 +48,10 @@ class Present:
     remaining: np.ndarray
 
 
+class Counted(int):
+    """A step as a framework counts it, which need not be as the recorder does: of no account where θ is found."""
+
+
 class Record:
     """The columns of a record that say where its steps and events were."""
 
@@ -182,6 +186,8 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
             f"{path} is the record of another network: it has layers {recorded}, the model has {present.layers}"
         )
     end, met = record.end, record.meets()
+    if isinstance(step, Counted) and met is not None and not (rewind and len(record.exact) > 1):
+        step = None
     if step is None and met is None:
         raise ValueError(
             f"the model's parameters are those of no step in {path}, which ends at step {end[0]}: load the checkpoint "

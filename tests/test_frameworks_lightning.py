@@ -160,18 +160,35 @@ def test_a_fit_that_goes_on_from_a_checkpoint_is_recorded_from_there(tmp_path: P
     assert len(module.losses) == 5
 
 
+class Saving(lightning.Callback):
+    """Saves a checkpoint after a step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path, self._step = path, step
+
+    def on_train_batch_end(self, trainer: Any, *others: Any) -> None:
+        if trainer.global_step == self._step:
+            trainer.save_checkpoint(self._path)
+
+
 def test_a_checkpoint_finds_what_was_recorded_before_it_on_the_disk(tmp_path: Path) -> None:
-    found = []
-
-    class Saving(lightning.Callback):
-        def on_train_batch_end(self, trainer: Any, *others: Any) -> None:
-            if trainer.global_step == 8:
-                trainer.save_checkpoint(tmp_path / "eight.ckpt")
-                found.append(open_run(tmp_path / "run"))
-
-    trained([frameworks.LightningRecorder(tmp_path / "run"), Saving()])
+    found, saving = [], Saving(tmp_path / "eight.ckpt", 8)
+    saving.on_save_checkpoint = lambda *others: found.append(open_run(tmp_path / "run"))
+    trained([frameworks.LightningRecorder(tmp_path / "run"), saving])
     assert found[0]["steps"].loss.notnull().sum() == 8
     assert found[0]["epochs"].step.values.tolist() == [5]
+
+
+@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_epochs_go_on_from_a_checkpoint_within_one_or_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr("dynamics.frameworks.lightning_callback.simple_scalars", lambda metrics: {})  # as if none were
+    trained([frameworks.LightningRecorder(tmp_path / "run"), Saving(tmp_path / "one.ckpt", step)])
+    recorder = frameworks.LightningRecorder(tmp_path / "run", resume="rewind")
+    trained([recorder], checkpoint=tmp_path / "one.ckpt")
+    np.testing.assert_array_equal(open_run(tmp_path / "run")["steps"].epoch, np.repeat([0, 1], 5))
 
 
 def test_another_objective_is_given_module_and_batch(tmp_path: Path) -> None:

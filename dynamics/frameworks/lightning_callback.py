@@ -64,12 +64,13 @@ class LightningRecorder(*_callbacks()):
         self._metrics, self._epoch_ended = {}, False
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Log the epoch before, and count this one."""
+        """Log the epoch before."""
         self._log_epoch(trainer)
-        self.recorder.begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        """Observe the batch."""
+        """Observe the batch; the first one begins an epoch, which may have no other start after a checkpoint."""
+        if batch_idx == 0:
+            self.recorder.begin_epoch()
         self.recorder.observe(batch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:

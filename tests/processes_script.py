@@ -27,13 +27,20 @@ def train(path: Path, kind: str) -> None:
     model = convolutional_network() if convolutional else smooth_network()
     batches = images(3) if convolutional else vectors(5) if kind == "ddp with skips" else vectors(3)
     mine = [tuple(part.chunk(world)[rank] for part in batch) for batch in batches]
-    if kind.startswith("fsdp"):
+    if kind == "fsdp of a part":
+        model[0].requires_grad_(False)
+        fully_shard(model[2])
+    elif kind.startswith("fsdp"):
         fully_shard(model[0])
         fully_shard(model)
     else:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    settings = {"curvature_every": 64 if kind == "fsdp with curvature" else 0 if kind == "fsdp" else 1}
+    if kind == "fsdp after an evaluation":  # FSDP2 leaves the last parameters as they were gathered for it
+        with torch.no_grad():
+            model(mine[0][0])
+    sharded = kind.startswith("fsdp")
+    settings = {"curvature_every": 64 if kind == "fsdp with curvature" else 0 if sharded else 1}
     with Recorder(path, model, optimizer, **settings) as recorder:
         for number, (inputs, labels) in enumerate(recorder.watch(mine)):
             optimizer.zero_grad()

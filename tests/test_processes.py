@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import xarray as xr
 from networks import Batch, recorded, smooth_network, vectors
@@ -25,10 +26,11 @@ def together(path: Path, kind: str, count: int = 2) -> tuple[xr.DataTree, str]:
     return open_run(path), done.stderr
 
 
-def alone(path: Path, batches: list[Batch]) -> xr.DataTree:
-    """The record of one process on the whole batches."""
+def alone(path: Path, batches: list[Batch], *, frozen: bool = False) -> xr.DataTree:
+    """The record of one process on the whole batches; the first layer may be frozen."""
     torch.manual_seed(0)
     model = smooth_network()
+    model[0].requires_grad_(not frozen)
     return recorded(path, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), batches, curvature_every=1)
 
 
@@ -66,6 +68,12 @@ def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
     assert "step" not in run["curvature"].sizes
     refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
     assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in refused)
+
+
+@pytest.mark.parametrize("kind", ["fsdp of a part", "fsdp after an evaluation"])
+def test_what_every_process_holds_counts_once(tmp_path: Path, kind: str) -> None:
+    run, _ = together(tmp_path / "run", kind)
+    assert_same(run, alone(tmp_path / "alone", vectors(3), frozen=kind == "fsdp of a part"), "steps")
 
 
 def test_curvature_of_shards_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -18,10 +18,15 @@ class Processes:
     ``replicated`` (DistributedDataParallel): every process holds all parameters and the mean gradient, but sees its own
     batches; so losses and Hessian products are averaged. ``sharded`` (FSDP2): every process holds a part of each
     parameter; so inner products are added up. Any other model is this process's own.
+
+    What FSDP2 has gathered for a forward pass without a gradient, and would leave so until the next, is sharded again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        for module in model.modules() if together else ():
+            if callable(getattr(module, "unshard", None)):
+                module.reshard()
         wrapped = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
         self.sharded = together and any(hasattr(parameter, "to_local") for parameter in model.parameters())
         self.replicated = together and wrapped and not self.sharded

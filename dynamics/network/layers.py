@@ -9,6 +9,7 @@ from operator import attrgetter, is_
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..quantities import Vectors, evaluate, sums
@@ -20,6 +21,12 @@ def plain_name(name: str) -> str:
     """A parameter's name before compilation, a parametrization or torch.nn.utils.prune made it ``conv.weight_orig``."""
     name = name.replace("_orig_mod.", "")
     return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name).removesuffix("_orig")
+
+
+def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Of parameters of which some are sharded, those that count here: what every process holds, in the first alone."""
+    sharded = {name: parameter for name, parameter in named.items() if hasattr(parameter, "to_local")}
+    return sharded if sharded and dist.get_rank() else named
 
 
 _kind = attrgetter("shape", "dtype", "device")
@@ -72,10 +79,11 @@ class Layers:
         self._sizes = list(map(len, self._tables))
         slots = [(table, key, value) for table in self._tables for key, value in table.items()]
         self._slots = [[slot[part] for slot in slots] for part in range(3)]  # tables, keys, values
-        found = {plain_name(name): (name, parameter) for name, parameter in self._model.named_parameters()}
+        named = dict(self._model.named_parameters())
+        found = {plain_name(name): (name, parameter) for name, parameter in _held(named).items()}
         if added := [name for name in found if name not in self._known]:
             warnings.warn(f"parameters that came after recording began are not recorded: {added}", stacklevel=5)
-        absent = (None, torch.empty(0))
+        absent = (None, torch.empty(0, device=next(iter(named.values()), torch.empty(0)).device))
         self._found = [found.get(name, absent) for name in self._known]
         self.parameters = [parameter for _, parameter in self._found]
         self._kinds = list(map(_kind, self.parameters))

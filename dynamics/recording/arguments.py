@@ -21,7 +21,7 @@ _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 _KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
 
 
-def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int, curvature_every: int) -> None:
+def check_arguments(model: nn.Module, objective: Any, every: int, curvature_every: int) -> None:
     """Raise TypeError or ValueError where a recorder cannot work with its arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -37,8 +37,12 @@ def check_arguments(model: nn.Module, optimizer: Any, objective: Any, every: int
         raise ValueError(
             f"every must be a whole number >= 1 and curvature_every one >= 0, got {every!r} and {curvature_every!r}"
         )
+
+
+def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise ValueError where the optimizers train another model."""
     ours = {id(parameter) for parameter in model.parameters()}
-    held = [group["params"] for one in optimizers(optimizer) for group in one.param_groups]
+    held = [group["params"] for one in optimizers for group in one.param_groups]
     if not any(id(parameter) in ours for parameters in held for parameter in parameters):
         raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
 

@@ -33,6 +33,7 @@ from .arguments import (
     check_arguments,
     check_attributes,
     check_epoch,
+    check_pair,
     check_resume,
     check_scalar,
     optimizers,
@@ -113,13 +114,14 @@ class Recorder:
         resume: bool | Literal["rewind"] = False,
         step: int | None = None,
     ) -> None:
-        check_arguments(model, optimizer, objective, every, curvature_every)
+        check_arguments(model, objective, every, curvature_every)
         attributes = as_plain({} if attributes is None else attributes)
         check_attributes(attributes)
         check_resume(resume, step)
         names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
         held, self._path = optimizers(optimizer), path
         network, processes = unwrap(model), Processes(model)
+        check_pair(model, held)
         self._layers = Layers(network)
         groups = Groups(held, self._layers)
         measurement = Measurement(self._layers, groups, processes, names, curvature_names)

@@ -375,6 +375,22 @@ def test_gates_on_channels_stay_whole() -> None:
     assert parameter_masks(model)
 
 
+def test_dropout_before_a_normalisation_is_no_other_network() -> None:
+    """It drops other entries of a smaller tensor, in training mode, and moves the running statistics by them."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Dropout(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Flatten(),
+        nn.Linear(6 * 28 * 28, 4),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    train(model, optimizer, 2)
+    silence(model, optimizer, {"0": [1, 4], "3": [2], "4": [2]})
+    masked, _ = twin(model, optimizer)
+    shrink(model, optimizer)
+    assert model[0].weight.shape == (4, 1, 3, 3)
+    assert model[3].weight.shape == (5, 4, 3, 3)
+    assert_same(model.eval()(batch(7)[0]), masked.eval()(batch(7)[0]))
+
+
 class Odd(nn.Module):
     """A silenced convolution whose channels meet something before the next one reads them."""
 

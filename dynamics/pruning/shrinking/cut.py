@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -119,20 +120,28 @@ def _run(model: nn.Module, inputs: Any, otherwise: str) -> dict[str, list[Tensor
     It has to run in training mode, too, which may call more of its modules.
     """
     outputs: dict[str, list[Tensor]] = {}
-    layers = [(name, module) for name, module in model.named_modules() if is_layer(module)]
-    hooks = [module.register_forward_hook(partial(_keep, outputs.setdefault, name)) for name, module in layers]
     try:
         with torch.no_grad(), random_numbers_untouched(next(model.parameters()).device):
-            model.train()(inputs)
-            outputs.clear()
-            outputs[_OUTPUT] = list(_tensors(model.eval()(inputs)))
+            with _noted(model, outputs):
+                outputs[_OUTPUT] = list(_tensors(model.eval()(inputs)))
+            model.train()(inputs)  # the last, for it moves statistics: by dropout's numbers, and so by the sizes
+            model.eval()
     except Exception as error:
         reason = one_line(error)[:200]
         raise ValueError(f"{otherwise} ({type(error).__name__}: {reason})") from error
+    return outputs
+
+
+@contextmanager
+def _noted(model: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Inside, what each layer puts out is appended to ``outputs``, by its name."""
+    layers = [(name, module) for name, module in model.named_modules() if is_layer(module)]
+    hooks = [module.register_forward_hook(partial(_keep, outputs.setdefault, name)) for name, module in layers]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return outputs
 
 
 def _keep(place: Callable[[str, list], list], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from prunable import NETWORKS, batch, trained
 from test_masks import cut
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamics.models import build
-from dynamics.pruning import Pruner, network_cost
+from dynamics.pruning import Pruner, network_cost, scores
 
 
 def counted(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -108,3 +109,42 @@ def test_what_reads_tokens_is_pruned_without_a_count() -> None:
         assert pruning.scores.keys() == layers
         assert pruning.cost is None
         assert not {"parameters_left", "multiply_adds_left"} & pruning.attributes.keys()
+
+
+class Pair(nn.Module):
+    """What takes two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(1, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head((self.left(left) + self.right(right)).relu().mean((2, 3)))
+
+
+class Casting(nn.Sequential):
+    """What takes an image, but not in every precision."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs.float())
+
+
+@pytest.mark.parametrize("measure", ["magnitude", "fisher", "gradient_norm_increase"])
+def test_what_takes_more_than_an_image_is_pruned_without_a_count(measure: str) -> None:
+    images = torch.randn(4, 3, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4) % 2
+    casting = Casting(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 2)).float()
+    cases = (
+        (Pair(), lambda model, batch: F.cross_entropy(model(*batch[:2]), batch[2])),
+        (nn.Sequential(nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 2)),
+         lambda model, batch: F.cross_entropy(model(batch[0].flatten(1)), batch[2])),
+        (casting, lambda model, batch: F.cross_entropy(model(batch[0]), batch[2])),
+    )  # fmt: skip
+    for model, objective in cases:
+        pruning = Pruner(model, None, measure, objective=objective).prune(0.5, [images])
+        assert sum(int(kept.sum()) for kept in pruning.alive.values()) == round(
+            0.5 * sum(map(len, pruning.alive.values()))
+        )
+        assert pruning.cost is pruning.dense is None
+        assert not {"parameters_left", "multiply_adds_left"} & pruning.attributes.keys()
+        with pytest.raises(ValueError, match=r"synflow runs the model on one input of ones, .*8, 8\), and that failed"):
+            scores(model, [images], "synflow", objective=objective)

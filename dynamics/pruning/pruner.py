@@ -33,7 +33,8 @@ class Pruning:
 
     ``scores`` it ranks by and what is ``alive`` after it, both by layer; the sparsity asked for (``target``) and
     reached; the :class:`Cost` of the network before anything was pruned (``dense``) and after this pruning, where a
-    batch said what an input looks like. ``attributes`` is what an event's record says of it.
+    batch said what an input looks like and the model takes it alone. ``attributes`` is what an event's record says of
+    it.
     """
 
     scores: dict[str, Tensor]
@@ -278,13 +279,16 @@ class Pruner:
         return max(left - round(total * (1 - sparsity)), 0)
 
     def _costs(self, alive: dict[str, Tensor], shape: Sequence[int] | None) -> tuple[Cost | None, Cost | None]:
-        """Of the network as it will be, and before anything was pruned; None where no input is known."""
+        """Of the network as it will be, and before anything was pruned; None where no input is known that it takes."""
         if shape is None:
             return None, None
         model = unwrap(self._model)
-        if self._dense is None:
-            self._dense = network_cost(model, shape, {})
-        return network_cost(model, shape, parameter_masks(model) | self._parameter_masks(alive)), self._dense
+        try:
+            if self._dense is None:
+                self._dense = network_cost(model, shape, {})
+            return network_cost(model, shape, parameter_masks(model) | self._parameter_masks(alive)), self._dense
+        except Exception:  # it takes several inputs, or others than those of the batch: the objective knows
+            return None, None
 
     def _described(self, batches: Iterable[Any] | None) -> dict[str, str | float]:
         described: dict[str, str | float] = {

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...errors import named
 from ...network.exchanged import exchanged
 from ...probing.moment import random_numbers_untouched
 from ...probing.probe import mode_of
@@ -21,6 +22,9 @@ def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
 
     BatchNorm is as in the paper's code: in eval mode, with |γ|, |β| and the absolute values of its running statistics.
     Everything is in float64, since R grows with the product of all layers' norms. Pruned parameters are zero.
+
+    Raises:
+        ValueError: the model does not run on such an input.
     """
     device = next(model.parameters()).device
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -29,6 +33,16 @@ def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
     ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
     with torch.enable_grad(), random_numbers_untouched(device), mode_of(model, "eval"):
         with exchanged(model, positive):
-            flow = model(ones).sum()
+            flow = _flow(model, ones)
         grad = torch.autograd.grad(flow, list(theta.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(theta, grad, strict=True))
+
+
+def _flow(model: nn.Module, ones: Tensor) -> Tensor:
+    try:
+        return model(ones).sum()
+    except Exception as error:
+        raise ValueError(
+            f"synflow runs the model on one input of ones, in float64 and of shape {tuple(ones.shape[1:])}, and that "
+            f"failed with {named(error)}: choose another measure"
+        ) from error

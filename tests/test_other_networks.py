@@ -177,6 +177,34 @@ def test_a_convolution_called_twice_goes_with_all_that_follows_it() -> None:
     assert layer.summed
 
 
+class WithHelper(nn.Module):
+    """A head beside the network that training alone runs, as GoogLeNet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Linear(8, 2)
+        self.helper, self.helper_head = nn.Conv2d(6, 10, 1), nn.Linear(10, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        hidden = F.relu(self.stem(inputs))
+        logits = self.head(F.relu(self.body(hidden)).mean((2, 3)))
+        if self.training:
+            return logits, self.helper_head(F.relu(self.helper(hidden)).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("made_in_training", [True, False])
+def test_what_training_alone_runs_is_not_ranked_in_whichever_mode_the_network_is(made_in_training: bool) -> None:
+    model = WithHelper().train(made_in_training)
+    pruner = Pruner(model, None, "taylor")
+    alive = pruner.prune(0.5, [(torch.randn(4, 3, 8, 8), torch.arange(4) % 2)]).alive
+    model.train(not made_in_training)
+    again = pruner.prune(0.7, [(torch.randn(4, 3, 8, 8), torch.arange(4) % 2)]).alive
+    assert alive.keys() == again.keys() == {"stem", "body"}
+    assert [sum(int(kept.sum()) for kept in one.values()) for one in (alive, again)] == [7, 4]
+    assert model.training != made_in_training
+
+
 @pytest.mark.parametrize("granularity", ["filter", "weight"])
 @pytest.mark.parametrize(
     ("sparsity", "batches", "measure", "message"),

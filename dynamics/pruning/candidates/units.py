@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from ...errors import first_line
+from ...probing.probe import mode_of
 from ...recording.arguments import check_initialised
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
 from .weights import not_plain, within
@@ -56,7 +57,7 @@ class _Way:
 
 
 def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLayer]:
-    """The ranked layers of a model in the order of its modules, found by tracing it symbolically.
+    """The ranked layers of a model in the order of its modules, found by tracing it symbolically in eval mode.
 
     These are its convolutions, and those linear layers that are not its output. Depthwise convolutions are not ranked:
     their filters go with those of the layer that feeds them. Layers in ``protected`` are left out.
@@ -101,7 +102,8 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
 
 def _traced(model: nn.Module) -> fx.Graph:
     try:
-        return fx.symbolic_trace(model).graph
+        with mode_of(model, "eval"):
+            return fx.symbolic_trace(model).graph
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "

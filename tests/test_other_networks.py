@@ -98,6 +98,19 @@ class OneNorm(nn.Module):
         return self.head(self.norm(self.first(inputs)) * self.norm(self.second(inputs))).mean((2, 3))
 
 
+class RunAgain(nn.Module):
+    """A layer's channels run through a module, and so does the sum of them and of what another layer makes of them."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+        self.shared = shared
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.shared(self.first(inputs))
+        return self.head(self.shared(hidden + self.second(hidden)).mean((2, 3)))
+
+
 def chain(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers, nn.Flatten(), nn.Linear(256, 2))
 
@@ -115,7 +128,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sigmoid": (lambda: chain(nn.Sigmoid()), r"layer '0' runs into '1' \(Sigmoid\), which makes something of"),
     "group norm": (lambda: chain(nn.GroupNorm(2, 4)), r"layer '0' runs into '1' \(GroupNorm\)"),
     "no γ and β": (lambda: chain(nn.BatchNorm2d(4, affine=False)), "layer '0' runs into '1', which has no γ and β"),
-    "one norm for two": (OneNorm, "layer 'second' runs into 'norm', and so does 'first'"),
+    "one norm for two": (OneNorm, "layer 'first' runs into 'norm', and so do other channels; layer 'second' runs into"),
+    "a norm again after a sum": (
+        lambda: RunAgain(nn.BatchNorm2d(4)),
+        "layer 'first' runs into 'shared', and so do other channels; to leave",
+    ),
+    "depthwise again after a sum": (
+        lambda: RunAgain(nn.Conv2d(4, 4, 1, groups=4)),
+        "layer 'first' runs into 'shared', and so do other channels; to",
+    ),
     "tied": (tied, "layer '1' shares its weight with '2'"),
     "parametrized": (
         lambda: chain(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))),
@@ -147,6 +168,12 @@ def test_a_refused_layer_may_be_left_as_it_is() -> None:
     alive = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude", protected=gates).prune(0.4).alive
     assert not set(gates) & alive.keys()
     assert sum(int(kept.sum()) for kept in alive.values()) == round(0.6 * sum(map(len, alive.values())))
+
+
+def test_what_shares_a_normalisation_with_a_layer_that_is_left_as_it_is_is_refused_too() -> None:
+    with pytest.raises(ValueError, match=r"^layer 'first' runs into 'norm', and so do other channels; to leave it as"):
+        unit_layers(OneNorm(), protected=["second"])
+    assert [layer.name for layer in unit_layers(OneNorm(), protected=["first", "second"])] == ["head"]
 
 
 def test_layers_inside_a_module_that_tracing_does_not_open_are_no_filters_unseen() -> None:

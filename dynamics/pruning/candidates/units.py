@@ -49,9 +49,10 @@ class UnitLayer:
 
 @dataclass
 class _Way:
-    """Where a layer's channels run: what they meet alone, and what is the matter with it."""
+    """Where a layer's channels run: what they meet alone, at which nodes, and what is the matter with it."""
 
     modules: list[str] = field(default_factory=list)
+    nodes: set[fx.Node] = field(default_factory=set)
     summed: bool = False
     refusal: str | None = None
 
@@ -86,13 +87,15 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         filters, way = len(module.weight), _Way()
         for node in calls[name]:
             _follow(model, node, filters, way)
+        for shared in (one for one in way.modules if not way.nodes.issuperset(calls[one])):
+            way.refusal = f"runs into {shared!r}, and so do other channels"
         if refusal := _refusal(model, name, module) or (None if head else way.refusal):
             refusals.append(f"layer {name!r} {refusal}")
             continue
         modules = tuple(dict.fromkeys([name, *way.modules]))
         copies = sum(is_depthwise(model.get_submodule(one)) for one in modules)
         layers.append(UnitLayer(name, filters, modules, copies, way.summed, head))
-    refusals += _shared(layers) + _unseen(model, calls, protected)
+    refusals += _unseen(model, calls, protected)
     if refusals:
         raise ValueError(f"{'; '.join(refusals)}; {_LEAVE}")
     if not layers:
@@ -131,6 +134,7 @@ def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way) -> None:
             if isinstance(module, NORMALISATIONS) and module.weight is None:
                 way.refusal = f"runs into {user.target!r}, which has no γ and β: a silenced filter is not silent"
             way.modules.append(user.target)
+            way.nodes.add(user)
             _follow(model, user, filters, way)
         elif is_sum(user):
             way.summed = True
@@ -169,15 +173,4 @@ def _unseen(model: nn.Module, calls: Iterable[str], protected: Iterable[str]) ->
         if layers:
             kind = type(module).__name__
             refusals.append(f"torch.fx does not look into {name!r} ({kind}), where layers are, such as {layers[0]!r}")
-    return refusals
-
-
-def _shared(layers: list[UnitLayer]) -> list[str]:
-    """Refusals of layers whose channels run through the same module."""
-    owners: dict[str, str] = {}
-    refusals = []
-    for layer in layers:
-        for module in layer.modules:
-            if owners.setdefault(module, layer.name) != layer.name:
-                refusals.append(f"layer {layer.name!r} runs into {module!r}, and so does {owners[module]!r}")
     return refusals

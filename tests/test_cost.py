@@ -100,6 +100,62 @@ def test_nothing_is_silent_before_it_is_pruned(name: str) -> None:
     assert (cost.parameters, cost.multiply_adds) == counted(model, (3, 64, 64))
 
 
+class Standardised(nn.Conv2d):
+    """Its weights less their mean, as in BiT."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(inputs, weight, self.bias, self.stride, self.padding)
+
+
+class Shifted(nn.Module):
+    """Pixels less their mean, as a network takes them that is given 0 … 255."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs - 127.5) / 64
+
+
+class Compared(nn.Module):
+    """An image and its mirror image through one layer, and their difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head((self.both(inputs) - self.both(inputs.flip(3))).abs().mean((2, 3)))
+
+
+def shifted() -> nn.Sequential:
+    first, second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3)
+    return nn.Sequential(Shifted(), first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(80, 2))
+
+
+@pytest.mark.parametrize("case", ["standardised", "shifted", "compared"])
+def test_what_is_zero_without_pruning_is_not_silent(case: str) -> None:
+    standardised = nn.Sequential(
+        Standardised(3, 6, 3, bias=False), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(),
+        nn.Linear(80, 2),
+    )  # fmt: skip
+    model = {"standardised": standardised, "shifted": shifted(), "compared": Compared()}[case]
+    cost = network_cost(model, (3, 8, 8))
+    assert (cost.parameters, cost.multiply_adds) == counted(model, (3, 8, 8))
+
+
+def test_what_follows_negative_numbers_is_counted() -> None:
+    model = shifted()
+    cost = Pruner(model, None, "random", seed=0, protected=["3"]).prune(0.5, [(torch.zeros(1, 3, 8, 8), None)]).cost
+    assert cost.multiply_adds == 3 * 27 * 36 + 5 * 27 * 16 + 160
+    assert cost.parameters == 3 * 28 + 5 * 28 + 162
+
+
+def test_attention_is_counted() -> None:
+    """Of 6 tokens: three projections and one, weights and values, two layers. torch's fast path hides them."""
+    model = nn.TransformerEncoderLayer(8, 2, 10, batch_first=True)
+    assert network_cost(model, (6, 8)).multiply_adds == 6 * 8 * 24 + 6 * 8 * 8 + 2 * 6 * 6 * 8 + 2 * 6 * 8 * 10
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_what_reads_tokens_is_pruned_without_a_count() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
     tokens = [(torch.arange(12).view(4, 3) % 9, torch.arange(4) % 3)]

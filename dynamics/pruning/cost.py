@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..network.exchanged import exchanged
@@ -43,18 +44,22 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
 
     ``keep`` maps parameter names to masks that are to be there in place of the model's. To see which channels are
     silent, a sample of ones runs through the network of silence: weights that are kept are positive, and pruned ones
-    zero, so that nothing but pruning makes a zero.
+    zero, so that hardly anything but pruning makes a zero; what is zero without masks, too, is not silent.
     """
     model = unwrap(model)
     keep = dict(parameter_masks(model) if keep is None else keep)
     with _reading(model) as read, random_numbers_untouched(next(model.parameters()).device), mode_of(model, "eval"):
-        counts = _count(model, shape, _silence(model, keep))
+        counts = _count(model, shape, _silence(model, {}))
+        whole = dict(read)
+        if keep:
+            read.clear()
+            _count(model, shape, _silence(model, keep))
     total, parameters = counts.get("Global", 0), 0
     for name, parameter in model.named_parameters():
         kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
         layer = name.removesuffix(".weight") if name.endswith(".weight") else name
         if layer in read:
-            kept = kept & _slices(model.get_submodule(layer), read[layer])
+            kept = kept & _slices(model.get_submodule(layer), read[layer] | ~whole[layer])
             total -= counts.get(layer, 0) * (1 - kept.sum().item() / kept.numel())
         parameters += int(kept.sum())
     return Cost(parameters, round(total / 2))
@@ -75,14 +80,19 @@ def _silence(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yields layer → which of its input channels are not silent, (channel,), filled by a forward pass inside."""
+    """Yields layer → which of its input channels are not silent, (channel,), filled by a forward pass inside.
+
+    In it a layer is given ones for all that is not zero, so that what it puts out is positive.
+    """
     read: dict[str, Tensor] = {}
     hooks = []
 
-    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         channels_at = inputs[0].ndim - 1 if isinstance(module, nn.Linear) else 1
-        alive = (inputs[0] != 0).movedim(channels_at, 0).flatten(1).any(1)
+        given = inputs[0] != 0
+        alive = given.movedim(channels_at, 0).flatten(1).any(1)
         read[name] = read[name] | alive if name in read else alive
+        return given.to(inputs[0]), *inputs[1:]
 
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
@@ -99,10 +109,22 @@ def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:
     """FLOPs of a sample by module, and "Global" for all."""
     ones = torch.ones(1, *shape, dtype=torch.float64, device=next(model.parameters()).device)
-    with FlopCounterMode(display=False) as counter, exchanged(model, values):
+    with _plain_attention(), FlopCounterMode(display=False) as counter, exchanged(model, values):
         model(ones)
     root = f"{type(model).__name__}."
     return {name.removeprefix(root): sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Inside, attention is made of matrix products, which the counter sees."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _slices(module: nn.Module, alive: Tensor) -> Tensor:

@@ -234,6 +234,22 @@ def test_data_may_come_in_any_pieces(measure: str) -> None:
     torch.testing.assert_close(scores(model, pieces, measure), whole, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("measure", ["magnitude", "magnitude_l1", "random"])
+def test_weights_of_few_digits_are_ranked_with_all_of_their_own(measure: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 200, 3), nn.Flatten(), nn.Linear(200, 2)).bfloat16()
+    found = scores(model, None, measure, seed=0)["0"]
+    assert len(found.unique()) == 200
+    assert measure == "random" or torch.equal(found, scores(model.float(), None, measure)["0"])
+
+
+@pytest.mark.parametrize("measure", ["loss_preservation", "gradient_norm_increase", "fisher"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_batches_of_few_digits_add_up(measure: str, dtype: torch.dtype) -> None:
+    model, ((inputs, labels),) = convolutional_network().to(dtype), images(1)
+    one, many = (scores(model, [(inputs.to(dtype), labels)] * count, measure)["0"] for count in (1, 300))
+    torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("measure", [name for name in MEASURES if name != "random"])
 def test_scoring_leaves_no_trace(measure: str, mode: str) -> None:

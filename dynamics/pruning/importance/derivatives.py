@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...probing.batch import as_measured, sample_count, tensors_of
@@ -91,7 +92,12 @@ def _limited(batches: Iterable[Any], uses: set[str]) -> Iterator[Any]:
 def add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> None:
     """Add the terms times a weight to sums of the same names."""
     for name, term in terms.items():
-        sums[name] = sums[name].add_(term, alpha=weight) if name in sums else weight * term
+        sums[name] = sums[name].add_(term, alpha=weight) if name in sums else weight * precise(term)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float32 at least: of numbers with fewer digits many sums are the same, or do not grow any more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _hessian_product(passing: Passing, batches: Iterable[Any], first: Derivatives) -> dict[str, Tensor]:
@@ -100,7 +106,7 @@ def _hessian_product(passing: Passing, batches: Iterable[Any], first: Derivative
     for passing.batch in batches:
         count = sample_count(passing.batch)
         expansion = passing.probe.expand()
-        product = expansion.hessian_product([first.grad[name] for name in expansion.theta])
+        product = expansion.hessian_product([first.grad[name].to(one.dtype) for name, one in expansion.theta.items()])
         add(again.hess_grad, dict(zip(expansion.theta, product, strict=True)), count)
         again.samples += count
         again.loss += count * expansion.loss

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import named
 from ...probing.probe import Objective, cross_entropy_objective, unwrap
-from ..candidates.units import UnitLayer, unit_layers
-from ..candidates.weights import weight_layers
-from .derivatives import Derivatives, derivatives
+from .derivatives import Derivatives, derivatives, precise
 from .measures import Evidence, Measure, find_measure, normalised
 
 
@@ -225,7 +223,7 @@ def _evidence(
 ) -> Evidence:
     weight = f"{name}.weight"
     return Evidence(
-        theta=model.get_parameter(weight).detach(),
+        theta=precise(model.get_parameter(weight).detach()),
         initial=initial,
         grad=found.grad.get(weight),
         hess_grad=found.hess_grad.get(weight),

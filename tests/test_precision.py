@@ -7,15 +7,18 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from networks import smooth_network, vectors
 from torch import nn
 from torch.backends import cudnn
 
 from dynamics import Recorder, open_run
 from dynamics.hardware.precision import full_precision
+from dynamics.pruning import apply_masks
 
 # Each in a process of its own: some of PyTorch's settings cannot be undone.
 SETTINGS = {
@@ -114,3 +117,21 @@ def test_a_step_within_autocast_is_measured_in_full_precision(tmp_path: Path) ->
         return open_run(path)["curvature"].to_dataset()
 
     xr.testing.assert_equal(measured(tmp_path / "in", inside=True), measured(tmp_path / "out", inside=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_batches_of_a_network_of_few_digits_are_measured_as_one(tmp_path: Path, dtype: torch.dtype) -> None:
+    def measured(count: int) -> xr.Dataset:
+        model = smooth_network().to(dtype)
+        model.load_state_dict(start)
+        keep = {"0.weight": torch.arange(20).view(5, 4) % 5 > 0}
+        with Recorder(tmp_path / f"{count}.zarr", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+            with recorder.event("prune", probe=[(inputs.to(dtype), labels)] * count):
+                apply_masks(model, keep)
+        return open_run(tmp_path / f"{count}.zarr")["pruning"].to_dataset().drop_vars("kind")
+
+    start, ((inputs, labels),) = smooth_network().state_dict(), vectors(1)
+    one, many = measured(1), measured(300)
+    for name in ("loss", "grad_sqnorm", "param_hess_grad", "grad_sqnorm_second_order"):
+        largest = float(np.abs(one[name]).max())
+        np.testing.assert_allclose(many[name], one[name], rtol=0, atol=0.01 * largest, err_msg=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import named
 from ..hardware.memory_order import channels_first
-from ..hardware.precision import full_precision
+from ..hardware.precision import full_precision, precise
 from .graph import WayBack, nodes, on_the_way_back
 from .higher_order import HigherOrder
 
@@ -58,11 +58,11 @@ class Expansion:
     @full_precision()
     def _loss_and_grad(self) -> tuple[Tensor, list[Tensor]]:
         keep = len(self._losses) == 1
-        total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in self._leaves]
+        total_loss, total_grad = 0.0, _no_sums(self._leaves)
         for loss_of, weight in self._losses:
             found = self._first(loss_of) if keep else _gradient(loss_of, self.theta)
             self.exact = self.exact and found.exact
-            total_loss = total_loss + weight * found.loss.detach()
+            total_loss = total_loss + weight * precise(found.loss.detach())
             torch._foreach_add_(total_grad, [part.detach() for part in found.grad], alpha=weight)
             self._graph = found if keep and self.exact else None
         return total_loss, total_grad
@@ -101,7 +101,7 @@ class Expansion:
 
         NaN where autograd has no third derivative of an operation.
         """
-        totals = [[torch.zeros_like(leaf) for leaf in self._leaves] for _ in vectors]
+        totals = [_no_sums(self._leaves) for _ in vectors]
         direction, *vectors = ([channels_first(v) for v in vector] for vector in (direction, *vectors))
         try:
             for loss_of, weight in self._losses:
@@ -165,7 +165,7 @@ class Expansion:
         return mean_gradient(losses, weights, dict(zip(self.theta, moved, strict=True)))[1]
 
     def _second_backward(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        total_product = [torch.zeros_like(leaf) for leaf in self._leaves]
+        total_product = _no_sums(self._leaves)
         for loss_of, weight in self._losses:
             kept = self._graph is not None
             found = self._graph if kept else self._twice(loss_of)
@@ -224,12 +224,17 @@ def mean_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """L = Σ_b w_b L_b at θ and its gradient, one tensor a parameter."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
-    total_loss, total_grad = 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
+    total_loss, total_grad = 0.0, _no_sums(leaves.values())
     for loss_of, weight in zip(losses, weights, strict=True):
         found = _gradient(loss_of, leaves)
-        total_loss = total_loss + weight * found.loss
+        total_loss = total_loss + weight * precise(found.loss)
         torch._foreach_add_(total_grad, found.grad, alpha=weight)
     return total_loss, total_grad
+
+
+def _no_sums(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Zeros to which gradients may be added."""
+    return [precise(torch.zeros_like(leaf)) for leaf in leaves]
 
 
 def _has_none(grad: Sequence[Tensor]) -> bool:
@@ -248,4 +253,4 @@ def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: d
     with torch.enable_grad():
         copies = {name: tensor.detach().clone() for name, tensor in theta.items()}  # which the loss may change
         leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in copies.items()}
-        return sum(weight * loss_of(leaves).detach() for loss_of, weight in zip(losses, weights, strict=True))
+        return sum(weight * precise(loss_of(leaves).detach()) for loss_of, weight in zip(losses, weights, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
+from torch import Tensor
 from torch.backends import cuda, cudnn, mkldnn
 
 _lock, _undo, _inside = threading.Lock(), ExitStack(), 0
@@ -52,3 +53,8 @@ def _set() -> None:
             torch.set_float32_matmul_precision("highest")
     for kind in convolving + multiplying:
         kind.fp32_precision = "ieee"
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float32 at least: of numbers with fewer digits many sums are the same, or do not grow any more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ...hardware.precision import precise
 from ...probing.batch import as_measured, sample_count, tensors_of
 from ...probing.probe import Objective, Probe
 from .sample_gradients import squared_sample_grads
@@ -93,11 +93,6 @@ def add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> Non
     """Add the terms times a weight to sums of the same names."""
     for name, term in terms.items():
         sums[name] = sums[name].add_(term, alpha=weight) if name in sums else weight * precise(term)
-
-
-def precise(tensor: Tensor) -> Tensor:
-    """In float32 at least: of numbers with fewer digits many sums are the same, or do not grow any more."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _hessian_product(passing: Passing, batches: Iterable[Any], first: Derivatives) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import named
+from ...hardware.precision import precise
 from ...probing.probe import Objective, cross_entropy_objective, unwrap
-from .derivatives import Derivatives, derivatives, precise
+from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
 
 

@@ -18,7 +18,7 @@ from torch.backends import cudnn
 
 from dynamics import Recorder, open_run
 from dynamics.hardware.precision import full_precision
-from dynamics.pruning import apply_masks
+from dynamics.pruning import Pruner, apply_masks
 
 # Each in a process of its own: some of PyTorch's settings cannot be undone.
 SETTINGS = {
@@ -135,3 +135,18 @@ def test_many_batches_of_a_network_of_few_digits_are_measured_as_one(tmp_path: P
     for name in ("loss", "grad_sqnorm", "param_hess_grad", "grad_sqnorm_second_order"):
         largest = float(np.abs(one[name]).max())
         np.testing.assert_allclose(many[name], one[name], rtol=0, atol=0.01 * largest, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_few_digits_is_no_wrong_derivative(tmp_path: Path, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    block = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    probe = [(torch.randn(32, 3, 8, 8).to(dtype), torch.arange(32) % 4)]
+    with Recorder(tmp_path / "run.zarr", model.to(dtype), torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=probe):
+            Pruner(model, None, "magnitude", granularity="weight").prune(0.3)
+    assert open_run(tmp_path / "run.zarr").pruning.grad_sqnorm_second_order.notnull().all()

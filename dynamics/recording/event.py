@@ -101,6 +101,7 @@ class Stage:
         self.shapes = layers.shapes
         (self.loss,) = processes.mean([expansion.loss])
         self._names = list(expansion.theta)
+        self._rounding = max(torch.finfo(one.dtype).eps for one in expansion.theta.values()) ** 0.5
         self.theta = layers.theta(layers.zeros()).blocks
         self.kept = layers.kept()
         self.grad = self._vector(expansion.grad)
@@ -132,13 +133,11 @@ class Stage:
             self._is_symmetric("second", (self.grad, self._hess_grad), (removal, product))
         return product
 
-    @staticmethod
-    def _is_symmetric(which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    def _is_symmetric(self, which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
         """Whether uᵀ(Av) = vᵀ(Au), but for rounding, for (u, Au) and (v, Av): else a derivative of torch's is wrong."""
         forth, back = (one[0] * other[1]).sum(), (other[0] * one[1]).sum()
         size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
-        rounding = torch.finfo(size.dtype).eps ** 0.5 * size
-        if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + rounding:
+        if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + self._rounding * size:
             warnings.warn(
                 f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the other): "
                 "an operation of the network has a wrong derivative, and what an event predicts by it is wrong",

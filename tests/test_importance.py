@@ -179,6 +179,20 @@ def test_the_temperature_is_of_the_cross_entropy_alone() -> None:
         scores(model, batches, "taylor")
 
 
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+@pytest.mark.parametrize("measure", ["loss_preservation", "gradient_norm_increase", "snip"])
+def test_what_is_frozen_has_no_gradient_to_be_ranked_by(measure: str, granularity: str) -> None:
+    model, batches = convolutional_network(), images(2)
+    model[0].weight.requires_grad_(False)
+    refused = rf"^{measure} is made of gradients, and '0.weight' is frozen .* it would go first: name .* in protected="
+    with pytest.raises(ValueError, match=refused):
+        Pruner(model, None, measure, granularity=granularity).plan(0.3, batches)
+    with pytest.raises(ValueError, match=refused):
+        resampled_scores(model, batches, [measure])
+    for of_frozen in ("magnitude", "fisher", "synflow"):
+        assert (scores(model, batches, of_frozen)["0"] > 0).all()
+
+
 def test_random_scores_follow_the_seed() -> None:
     model = convolutional_network()
     first, second = (scores(model, None, "random")["0"] for _ in range(2))

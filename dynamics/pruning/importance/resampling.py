@@ -20,6 +20,7 @@ from .scores import (
     at_temperature,
     check_one_device,
     check_request,
+    check_trained,
     gammas,
     initial_weights,
     paper_temperature,
@@ -64,7 +65,9 @@ def resampled_scores(
     check_request(rows, batches, 1.0, mode, "filter")
     check_one_device(model)
     layers = unit_layers(model, protected)
-    start = initial_weights(model, [layer.name for layer in layers], rows, initial)
+    names = [layer.name for layer in layers]
+    check_trained(model, names, rows)
+    start = initial_weights(model, names, rows, initial)
     found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), objective, mode, start)
     values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()
     filters = {layer: len(scores) for layer, scores in found[0][measures[0]].items()}

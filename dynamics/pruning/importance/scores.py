@@ -56,7 +56,8 @@ def scores(
 
     Raises:
         ValueError: unknown measure, mode or granularity, a temperature that is not positive, no data or no ``initial``
-            where the measure needs some, a model on several devices, or one with a layer that cannot be pruned safely.
+            where the measure needs some, a frozen layer where it needs gradients, a model on several devices, or one
+            with a layer that cannot be pruned safely.
     """
     found = scores_by_measure(
         model, batches, [measure], objective=objective, temperature=temperature, mode=mode, granularity=granularity,
@@ -87,6 +88,7 @@ def scores_by_measure(
     check_one_device(model)
     layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
     names = [layer.name for layer in layers] if granularity == "filter" else layers
+    check_trained(model, names, rows)
     start = initial_weights(model, names, rows, initial)
     scales = gammas(model, layers, rows) if granularity == "filter" else {}
     uses = {row.uses for row in rows if row.needs_data}
@@ -178,6 +180,16 @@ def check_settings(temperature: float, mode: str, granularity: str) -> None:
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def check_trained(model: nn.Module, layers: Sequence[str], rows: Sequence[Measure]) -> None:
+    """Raise ValueError where a measure looks at the gradient of a weight that is frozen."""
+    frozen = [name for name in layers if not model.get_parameter(f"{name}.weight").requires_grad]
+    if frozen and (needing := [row.name for row in rows if row.uses in ("grad", "hess_grad")]):
+        raise ValueError(
+            f"{needing[0]} is made of gradients, and '{frozen[0]}.weight' is frozen (requires_grad=False): its own is "
+            "0, so that it would go first: name what is frozen in protected=(...), or choose another measure"
+        )
 
 
 def gammas(model: nn.Module, layers: list[UnitLayer], rows: Sequence[Measure]) -> dict[str, Tensor]:

@@ -193,6 +193,25 @@ def test_what_is_frozen_has_no_gradient_to_be_ranked_by(measure: str, granularit
         assert (scores(model, batches, of_frozen)["0"] > 0).all()
 
 
+class Frames(nn.Module):
+    """Images of a film, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, films: Tensor) -> Tensor:
+        images = self.image(films.flatten(0, 1)).relu().mean((2, 3))
+        return self.head(images.view(films.shape[0], -1, 4).mean(1))
+
+
+def test_fisher_says_that_it_needs_the_samples_one_by_one() -> None:
+    films = [(torch.randn(3, 5, 1, 6, 6), torch.arange(3) % 2)]
+    with pytest.raises(ValueError, match=r"^fisher .* layer 'image' puts out 15 for a batch of 3: choose another"):
+        scores(Frames(), films, "fisher")
+    assert scores(Frames(), films, "taylor").keys() == {"image"}
+
+
 def test_random_scores_follow_the_seed() -> None:
     model = convolutional_network()
     first, second = (scores(model, None, "random")["0"] for _ in range(2))

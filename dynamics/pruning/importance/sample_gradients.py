@@ -23,8 +23,9 @@ def squared_sample_grads(
     ``objective(model, None)`` is the mean loss of the batch's ``count`` samples.
 
     A gate of ones on the layer's output (before its bias) has the gradient θ_fᵀ g_n, since the output is linear in the
-    filter. Samples are independent in eval mode; in train mode BatchNorm couples them, and g_n is then the gradient
-    through sample n's own outputs. Source: Molchanov et al. 2019; Theis et al. 2018.
+    filter; its samples are along the first dimension. They are independent in eval mode; in train mode BatchNorm
+    couples them, and g_n is then the gradient through sample n's own outputs. Source: Molchanov et al. 2019; Theis et
+    al. 2018.
     """
     device = next(model.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -44,7 +45,13 @@ def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str
     """Inside, each layer's output, without its bias, is multiplied by a gate of ones (sample, filter)."""
     gates, hooks = {}, []
 
-    def gated(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, gate: Tensor) -> Tensor:
+    def gated(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if len(output) != count:
+            raise ValueError(
+                f"fisher takes the gradients of single samples, and along its first dimension layer {name!r} puts out "
+                f"{len(output)} for a batch of {count}: choose another measure"
+            )
+        gate = gates[name]
         filters_at = output.ndim - 1 if isinstance(module, nn.Linear) else 1
         shape = [gate.shape[1] if axis == filters_at else 1 for axis in range(output.ndim)]
         bias = 0 if module.bias is None else module.bias.view(shape)
@@ -53,7 +60,7 @@ def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str
     for name in layers:
         weight = model.get_submodule(name).weight
         gates[name] = torch.ones(count, len(weight), device=weight.device, dtype=weight.dtype, requires_grad=True)
-        hooks.append(model.get_submodule(name).register_forward_hook(partial(gated, gate=gates[name])))
+        hooks.append(model.get_submodule(name).register_forward_hook(partial(gated, name)))
     try:
         yield gates
     finally:

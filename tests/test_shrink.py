@@ -375,6 +375,34 @@ def test_gates_on_channels_stay_whole() -> None:
     assert parameter_masks(model)
 
 
+PASSED: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # what a pruner follows channels through, by dimensions
+    "pooling": (1, lambda: nn.Sequential(nn.MaxPool1d(2), nn.AvgPool1d(2))),
+    "adaptive pooling": (1, lambda: nn.AdaptiveAvgPool1d(2)),
+    "adaptive maximum": (1, lambda: nn.AdaptiveMaxPool1d(2)),
+    "dropout": (1, lambda: nn.Dropout1d()),
+    "linear upsampling": (1, lambda: nn.Upsample(scale_factor=2, mode="linear")),
+    "upsampling": (1, lambda: nn.Upsample(scale_factor=2)),
+    "bicubic upsampling": (2, lambda: nn.Upsample(scale_factor=2, mode="bicubic")),
+    "padding": (2, lambda: nn.ZeroPad2d(1)),
+    "activations": (2, lambda: nn.Sequential(nn.CELU(), nn.RReLU(), nn.Softsign(), nn.Hardshrink(0.01), nn.SELU())),
+    "shrinking": (2, lambda: nn.Softshrink(0.01)),
+    "volumes": (3, lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.MaxPool3d(2))),
+    "trilinear upsampling": (3, lambda: nn.Upsample(scale_factor=2, mode="trilinear")),
+}
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_what_passes_channels_by_themselves_is_followed(case: str) -> None:
+    dimensions, make = PASSED[case]
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    model = nn.Sequential(convolution(2, 6, 3), make(), convolution(6, 4, 1))
+    Pruner(model, None, "random", seed=0).prune(0.3)
+    masked, inputs = copy.deepcopy(model), torch.randn(2, 2, *[8] * dimensions)
+    shrink(model, inputs=inputs)
+    assert len(model[0].weight) == 3
+    assert_same(model.eval()(inputs), masked.eval()(inputs))
+
+
 def test_dropout_before_a_normalisation_is_no_other_network() -> None:
     """It drops other entries of a smaller tensor, in training mode, and moves the running statistics by them."""
     model = nn.Sequential(

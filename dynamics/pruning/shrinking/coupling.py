@@ -20,10 +20,25 @@ from ..candidates.channels import NORMALISATIONS, is_depthwise
 
 _NORMALISATIONS = (*NORMALISATIONS, nn.SyncBatchNorm)
 _POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdaptiveAvg") for dims in (1, 2, 3)]
-_ACTIVATIONS = ["Relu", "LeakyRelu", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Tanh"]
-_OTHERS = ["Add", "Sub", "Mul", "Div", "Neg", "Mean", "Sum", "Squeeze", "Clone", "NativeDropout"]
+_ACTIVATIONS = ["Relu", "LeakyRelu", "RreluWithNoise", "Hardtanh", "Elu", "Celu", "Gelu", "Silu", "Mish", "Hardswish"]
+_ACTIVATIONS += ["Tanh", "Abs", "Softshrink", "Hardshrink"]
+_OTHERS = [
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Neg",
+    "Mean",
+    "Sum",
+    "Squeeze",
+    "Unsqueeze",
+    "Clone",
+    "NativeDropout",
+    "ConstantPadNd",
+]
 _OTHERS += [f"{kind}Pool{dims}DWithIndices" for kind in ("Max", "AdaptiveMax") for dims in (2, 3)]
-_OTHERS += ["AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "UpsampleNearest2D", "UpsampleBilinear2D"]
+_OTHERS += ["AdaptiveMaxPool2D", "AdaptiveMaxPool3D", *(f"UpsampleNearest{dims}D" for dims in (1, 2, 3))]
+_OTHERS += ["UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleTrilinear3D"]
 # Operations that treat every channel alike and map 0 to 0, by autograd's name of them, less its number.
 CHANNELWISE = frozenset(f"{name}Backward" for name in (*_POOLINGS, *_ACTIVATIONS, *_OTHERS))
 # These treat every channel alike, but map 0 to something: what reads them does not read zeros.

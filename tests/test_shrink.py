@@ -363,6 +363,23 @@ def test_channels_are_followed_through_flattening_and_concatenation() -> None:
     assert_same(model(batch(7)[0]), masked(batch(7)[0]))
 
 
+class OfMapping(nn.Sequential):
+    """A network of all that belongs to a sample; it looks at the image, a part of which may be masked."""
+
+    def forward(self, sample: dict[str, Tensor], mask: Tensor | float = 1.0) -> Tensor:
+        return super().forward(sample["image"] * mask)
+
+
+def test_channels_are_followed_from_whatever_the_model_takes_in_whatever_order() -> None:
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    model = OfMapping(*layers).to(memory_format=torch.channels_last)
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"0": [1, 2], "2": [5]})
+    masked, inputs = copy.deepcopy(model), {"image": batch(7)[0].to(memory_format=torch.channels_last)}
+    shrink(model, inputs=inputs)
+    assert model[2].weight.shape == (5, 2, 3, 3)
+    assert_same(model(inputs), masked(inputs))
+
+
 def test_gates_on_channels_stay_whole() -> None:
     """Squeeze and excitation: a filter's channel is multiplied by a gate that nobody silenced."""
     torch.set_default_dtype(torch.float32)
@@ -532,6 +549,10 @@ def test_what_is_in_the_way_is_said() -> None:
     _is_left_alone(model, optimizer, r"second.weight_orig is made into the layer's own .*utils.prune.remove")
     with pytest.raises(ValueError, match="it has no 2D convolution: give inputs=a batch it takes"):
         shrink(nn.Linear(3, 2), None)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1)))
+    with pytest.raises(ValueError, match=r"^0.weight_g is made into the layer's own"):
+        shrink(normed, None)
 
 
 def test_a_transformer_is_refused() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...network.identities import is_layer
 from ...network.masks import parameter_masks
+from ...probing.batch import mapped
 from ..candidates.channels import NORMALISATIONS, is_depthwise
 
 _NORMALISATIONS = (*NORMALISATIONS, nn.SyncBatchNorm)
@@ -52,10 +53,12 @@ def dependency_graph(model: nn.Module, inputs: Any) -> Any:
         ModuleNotFoundError: torch-pruning is not installed.
         ValueError: it fails on the model.
     """
-    tools = _torch_pruning()
+    tools, inputs = _torch_pruning(), mapped(inputs, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
     try:
         with _contiguous(model):
-            return tools.DependencyGraph().build_dependency(model, inputs, verbose=False)
+            return tools.DependencyGraph().build_dependency(
+                model, inputs, forward_fn=lambda model, inputs: model(inputs), verbose=False
+            )
     except Exception as error:
         raise ValueError(f"torch-pruning cannot follow the channels of {type(model).__name__}: {error}") from error
 

@@ -98,10 +98,10 @@ def _check_plain(model: nn.Module) -> None:
     for name, parameter in unwrap(model).named_parameters():
         if hasattr(parameter, "to_local"):
             raise ValueError(f"{name} is spread over processes (FSDP2): shrink the model before it is sharded")
-        if "parametrizations." in name or name.endswith("_orig"):
+        if "parametrizations." in name or name.endswith(("_orig", "weight_g", "weight_v")):
             raise ValueError(
-                f"{name} is made into the layer's own by torch.nn.utils (prune or parametrize): make that permanent, "
-                "with torch.nn.utils.prune.remove(module, name), say"
+                f"{name} is made into the layer's own by torch.nn.utils (prune, parametrize, weight_norm): make that "
+                "permanent, with torch.nn.utils.prune.remove(module, name), say"
             )
 
 

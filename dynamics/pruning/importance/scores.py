@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...errors import named
 from ...hardware.precision import precise
 from ...probing.probe import Objective, cross_entropy_objective, unwrap
+from ..candidates.units import UnitLayer, unit_layers
+from ..candidates.weights import weight_layers
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
 

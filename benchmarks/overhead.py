@@ -169,8 +169,8 @@ def seconds(step: Step, watch: Stopwatch) -> float:
     return watch.seconds(lambda: [step() for _ in range(count)]) / count
 
 
-def ratios(name: str, batch: int, device: torch.device, contender: str, repetitions: int) -> np.ndarray:
-    """Time of the contender's step over that of the bare step beside it, one a repetition."""
+def pairs(name: str, batch: int, device: torch.device, contender: str, repetitions: int) -> np.ndarray:
+    """Seconds of a step of the contender and of the bare step beside it, (repetition, 2)."""
     watch = Stopwatch(device)
     with ExitStack() as stack:
         bare = Training(name, batch, device).step
@@ -180,23 +180,27 @@ def ratios(name: str, batch: int, device: torch.device, contender: str, repetiti
         found = []
         for repetition in range(repetitions):
             pair = [seconds(one, watch) for one in ((bare, step) if repetition % 2 else (step, bare))]
-            found.append(pair[1] / pair[0] if repetition % 2 else pair[0] / pair[1])
+            found.append(pair[::-1] if repetition % 2 else pair)
     return np.array(found)
 
 
 def compare(name: str, batch: int, device: torch.device, contenders: list[str], repetitions: int) -> None:
     """Print the ratios of one network."""
-    found = {}
+    found, bare = {}, []
     for contender in contenders:
         if contender == CAPTURED and device.type != "cuda":
             continue
         try:
-            found[contender] = ratios(name, batch, device, contender, repetitions)
+            times = pairs(name, batch, device, contender, repetitions)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else ""
             print(f"  {contender:34} not measured: {type(error).__name__}: {reason:.70}")
         else:
+            found[contender] = times[:, 0] / times[:, 1]
+            bare.extend(times[:, 1])
             print(f"  {contender:34} {quartiles(found[contender])}", flush=True)
+    if bare:
+        print(f"  a bare step takes {1000 * np.median(bare):.3g} ms")
     first = found.get(FIRST)
     for curved, what in ((CURVED, "thetadot, curvature every 64"), (CAPTURED, "the same, captured")):
         if first is not None and curved in found:

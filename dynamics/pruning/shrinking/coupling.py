@@ -24,19 +24,8 @@ _POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdap
 _ACTIVATIONS = ["Relu", "LeakyRelu", "RreluWithNoise", "Hardtanh", "Elu", "Celu", "Gelu", "Silu", "Mish", "Hardswish"]
 _ACTIVATIONS += ["Tanh", "Abs", "Softshrink", "Hardshrink"]
 _OTHERS = [
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Neg",
-    "Mean",
-    "Sum",
-    "Squeeze",
-    "Unsqueeze",
-    "Clone",
-    "NativeDropout",
-    "ConstantPadNd",
-]
+    "Add", "Sub", "Mul", "Div", "Neg", "Mean", "Sum", "Squeeze", "Unsqueeze", "Clone", "NativeDropout", "ConstantPadNd",
+]  # fmt: skip
 _OTHERS += [f"{kind}Pool{dims}DWithIndices" for kind in ("Max", "AdaptiveMax") for dims in (2, 3)]
 _OTHERS += ["AdaptiveMaxPool2D", "AdaptiveMaxPool3D", *(f"UpsampleNearest{dims}D" for dims in (1, 2, 3))]
 _OTHERS += ["UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleTrilinear3D"]

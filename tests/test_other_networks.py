@@ -204,6 +204,35 @@ def test_a_convolution_called_twice_goes_with_all_that_follows_it() -> None:
     assert layer.summed
 
 
+class Optional(nn.Module):
+    """A network that can do else than it does, if asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 2)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        features: bool = False,
+        end: str = "mean",
+        *,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        hidden = F.relu(self.norm(self.body(inputs)))
+        hidden = hidden if mask is None else hidden * mask
+        if features:
+            return hidden
+        return self.head(hidden.mean((2, 3)) if end == "mean" else hidden.amax((2, 3))) * scale
+
+
+def test_a_network_is_traced_as_it_runs_when_nothing_is_said() -> None:
+    (layer,) = unit_layers(Optional())
+    assert layer.modules == ("body", "norm")
+    assert not layer.head
+
+
 class WithHelper(nn.Module):
     """A head beside the network that training alone runs, as GoogLeNet has them."""
 

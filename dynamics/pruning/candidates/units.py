@@ -8,6 +8,7 @@ layer are filters too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -104,9 +105,12 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
 
 
 def _traced(model: nn.Module) -> fx.Graph:
+    """Its graph in eval mode, with those settings of its forward pass that have a default."""
     try:
+        arguments = inspect.signature(model.forward).parameters.values()
+        settings = {one.name: one.default for one in arguments if isinstance(one.default, bool | int | float | str)}
         with mode_of(model, "eval"):
-            return fx.symbolic_trace(model).graph
+            return fx.symbolic_trace(model, concrete_args=settings or None).graph
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "

@@ -511,6 +511,22 @@ def test_what_cannot_be_followed_is_refused_by_name_and_left_alone(message: str)
     _is_left_alone(model, optimizer, message)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_digits_hide_no_other_network(dtype: torch.dtype) -> None:
+    model, inputs = Odd(lambda hidden: hidden * hidden.mean(1, keepdim=True)), torch.randn(2, 1, 8, 8).to(dtype)
+    model.first, model.second = nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 4, 1)
+    model.to(dtype)
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"first": [5]})
+    with pytest.raises(ValueError, match="computes something else than the masked one, first in layer 'second'"):
+        shrink(model, inputs=inputs)
+    model.between = nn.Tanh()
+    masked = copy.deepcopy(model)
+    shrink(model, inputs=inputs)
+    assert model.first.weight.shape == (63, 1, 3, 3)
+    assert {tensor.dtype for tensor in model.parameters()} == {dtype}
+    torch.testing.assert_close(model(inputs), masked(inputs))
+
+
 def _is_left_alone(model: nn.Module, optimizer: torch.optim.Optimizer, message: str, **inputs: Tensor) -> None:
     parameters, mode = list(model.parameters()), model.training
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), parameter_masks(model), str(model)))

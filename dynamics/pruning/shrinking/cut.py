@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import one_line
+from ...hardware.precision import precise
 from ...network.identities import is_layer
+from ...probing.batch import mapped
 from ...probing.moment import random_numbers_untouched
 from .coupling import dependency_graph, plan, silent_units
 
@@ -35,11 +37,13 @@ class Cut:
 def find_cut(model: nn.Module, inputs: Any) -> Cut:
     """What can be cut away from the model, which is left as it is. At least one unit of every layer stays.
 
+    The copy that is tried has float32 at least: in fewer digits another network looks much like this one.
+
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.
         ValueError: the model does not run on the inputs, or has something that cannot be cut for sure.
     """
-    small = _bare_copy(model)
+    small, inputs = _bare_copy(model), mapped(inputs, lambda one: precise(one) if one.is_floating_point() else one)
     before = _run(small, inputs, "the model does not run on the inputs: give shrink() inputs that it takes")
     graph = dependency_graph(small, inputs)
     sizes = {name: _sizes(module) for name, module in small.named_modules()}
@@ -47,7 +51,8 @@ def find_cut(model: nn.Module, inputs: Any) -> Cut:
     _check_shared(model, kept)
     values = dict(_floating(model))
     for name, tensor in _floating(small):
-        tensor.data = take(values[name], kept[name]) if name in kept else values[name].detach().clone()
+        value = precise(values[name].detach())
+        tensor.data = take(value, kept[name]) if name in kept else value.clone()
     after = _run(small, inputs, "the smaller network does not run: its code may name a number of channels")
     rows = {
         name.removesuffix(".weight"): rows_left(index, values[name]) for name, index in kept.items() if index.ndim > 1
@@ -76,6 +81,8 @@ def _bare_copy(model: nn.Module) -> nn.Module:
             hooks.clear()
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    for _, tensor in _floating(twin):
+        tensor.data = precise(tensor.data)
     return twin
 
 

@@ -162,6 +162,22 @@ def test_a_record_that_is_removed_meanwhile_does_not_come_back(tmp_path: Path) -
     assert not (tmp_path / "run.zarr").exists()
 
 
+def test_a_record_that_was_removed_leaves_the_next_at_its_place_alone(tmp_path: Path) -> None:
+    """A notebook's cell may have left a recorder open, and is run again in a folder that was removed."""
+    first = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    first.append("steps", rows(0, 9))
+    shutil.rmtree(tmp_path / "run.zarr")
+    second = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    second.append("steps", rows(0, 3))
+    for write in (first.commit, lambda: first.append("steps", rows(9, 10))):
+        with pytest.raises(FileNotFoundError, match="the record was removed, and"):
+            write()
+    first.close()
+    second.commit()
+    second.close()
+    assert open_run(tmp_path / "run.zarr")["steps"].sizes["step"] == 3
+
+
 def test_nothing_can_be_kept_that_is_not_there(tmp_path: Path) -> None:
     target = Store(tmp_path / "run.zarr", ATTRIBUTES)
     target.append("steps", rows(0, 3))

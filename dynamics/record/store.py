@@ -34,6 +34,7 @@ from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_ke
 
 _CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1} | dict.fromkeys(STUDIES, 1)
 _OTHER_CHUNK_ROWS = 256
+_LOCK = ".lock"
 _CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
 
 
@@ -50,7 +51,7 @@ class Store:
     def __init__(self, path: str | os.PathLike, attributes: Mapping[str, Any]) -> None:
         self.path = Path(path)
         _create(self.path, attributes)
-        self._lock = _locked(self.path)
+        self._take()
         self._load(read_metadata(self.path))
 
     @classmethod
@@ -64,7 +65,7 @@ class Store:
         store = cls.__new__(cls)
         store.path = Path(path)
         check(store.path)  # before a lock file is put into somebody's folder
-        store._lock = _locked(store.path)
+        store._take()
         committed = check(store.path)
         store._make_good(committed)
         store._load(committed)
@@ -97,6 +98,7 @@ class Store:
         """
         if not len(values):
             return
+        self._check_still_there()
         if name not in self._coordinates[node]:
             self._write_chunk(node, name, 0, values)
             self._declare(node, name, values, len(values), [dim])
@@ -110,6 +112,7 @@ class Store:
         A variable that is new or absent this time is missing (NaN) in the rows that do not have it. One that was there
         before keeps its type.
         """
+        self._check_still_there()
         start, chunk = self._length[node], self._chunk[node]
         length = start + len(next(iter(rows.values())))
         still_open = {
@@ -125,6 +128,7 @@ class Store:
 
     def commit(self) -> None:
         """Let readers see all that was appended, at once."""
+        self._check_still_there()
         self._replace(METADATA, _consolidated(self._metadata))
 
     def truncate(self, lengths: Mapping[str, int]) -> None:
@@ -168,10 +172,21 @@ class Store:
     def close(self) -> None:
         """Let the next writer in. What was not committed is lost."""
         with contextlib.suppress(OSError, RecordError):
+            self._check_still_there()
             self._make_good(read_metadata(self.path))
         self._lock.release()
 
     # what is on disk and what is in memory
+
+    def _take(self) -> None:
+        """Lock the folder, and know it again by the lock's file: no other is the same while it is held."""
+        self._lock = _locked(self.path)
+        self._place = (self.path / _LOCK).stat()
+
+    def _check_still_there(self) -> None:
+        """Raise FileNotFoundError where the folder was removed, and another record may have come to stand there."""
+        if not os.path.samestat((self.path / _LOCK).stat(), self._place):
+            raise FileNotFoundError(f"the record was removed, and {self.path} is another one now")
 
     def _load(self, metadata: Metadata) -> None:
         """Take lengths, coordinates and the rows of open chunks from what is committed."""
@@ -303,7 +318,7 @@ def _empty_nodes() -> Metadata:
 def _locked(path: Path) -> filelock.BaseFileLock:
     """The lock of a record's one writer."""
     reason = "is being written by another recorder: close that one, or choose another path"
-    return locked(path / ".lock", f"{path} {reason}")
+    return locked(path / _LOCK, f"{path} {reason}")
 
 
 def _consolidated(metadata: Metadata) -> bytes:

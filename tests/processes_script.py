@@ -51,6 +51,11 @@ def train(path: Path, kind: str) -> None:
         if kind == "ddp":
             with recorder.event("look", probe=mine):
                 pass
+            try:
+                with recorder.event("prune", probe=mine), torch.no_grad():
+                    model.module[0].weight[rank] = 0
+            except ValueError as error:
+                Path(f"{path}.unlike.{rank}").write_text(str(error))
         if kind == "fsdp":
             try:
                 with recorder.event("look", probe=mine):

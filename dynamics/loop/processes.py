@@ -62,6 +62,14 @@ class Processes:
         dist.all_reduce(said, dist.ReduceOp.MIN)
         return bool(said)
 
+    def alike(self, tensor: Tensor) -> bool:
+        """Whether it is the same in every replica."""
+        if not self.replicated:
+            return True
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        return self.all_agree(torch.equal(first.nan_to_num(), tensor.nan_to_num()), tensor.device)
+
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean over replicas of each tensor."""
         if self.replicated:

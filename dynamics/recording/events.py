@@ -58,6 +58,11 @@ class Events:
         before = self._stage(probe, mode, [moment] * len(probe))
         yield (event := Event(self._model, self._units))
         after = self._stage(probe, mode, [moment.later()] * len(probe))
+        if not self._processes.alike(after.theta):
+            raise ValueError(
+                "inside event() the processes' networks came to differ, and would stay so: plan a pruning on the same "
+                "batches in all of them"
+            )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._count, "kind": kind, "mode": mode, **now}
         with structure.again():  # predictions are of the network before

@@ -207,7 +207,7 @@ class Recorder:
         """Measure before and after whatever happens inside, on the same batches: a row of ``/pruning``.
 
         Parameters are compared by name, so what happens inside may replace Parameter objects, as
-        ``torch.nn.utils.prune`` does. Among several processes every one has to come here.
+        ``torch.nn.utils.prune`` does. Among several processes every one has to come here, and to do the same inside.
 
         Args:
             kind: what happens, e.g. ``"prune"``.
@@ -221,7 +221,7 @@ class Recorder:
         Raises:
             Whatever the body raises; then no row is written.
             ValueError: an argument is not what it must be, or was of another kind in an event before, or a parameter
-                changes its shape inside.
+                changes its shape inside, or processes do not change their replicas alike.
         """
         self._events.check(kind, probe, mode, attributes)
         self._attachment.end()

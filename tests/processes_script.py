@@ -27,6 +27,8 @@ def train(path: Path, kind: str) -> None:
     model = convolutional_network() if convolutional else smooth_network()
     batches = images(3) if convolutional else vectors(5) if kind == "ddp with skips" else vectors(3)
     mine = [tuple(part.chunk(world)[rank] for part in batch) for batch in batches]
+    if accumulates := kind == "ddp with unequal batches":
+        mine = [tuple(part[: 8 - 5 * (number % 2)] for part in batch) for number, batch in enumerate(vectors(6))]
     if kind == "fsdp of a part":
         model[0].requires_grad_(False)
         fully_shard(model[2])
@@ -43,11 +45,13 @@ def train(path: Path, kind: str) -> None:
     settings = {"curvature_every": 64 if kind == "fsdp with curvature" else 0 if sharded else 1}
     with Recorder(path, model, optimizer, **settings) as recorder:
         for number, (inputs, labels) in enumerate(recorder.watch(mine)):
-            optimizer.zero_grad()
+            if not (accumulates and number % 2):
+                optimizer.zero_grad()
             if kind == "ddp with skips" and number in _SKIPPED:
                 continue
             F.cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
+            if not accumulates or number % 2:
+                optimizer.step()
         if kind == "ddp":
             with recorder.event("look", probe=mine):
                 pass

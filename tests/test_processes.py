@@ -59,6 +59,13 @@ def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path) -> 
     assert_same(run, alone(tmp_path / "alone", batches), "curvature")
 
 
+def test_batches_that_accumulate_in_replicas_may_count_equally(tmp_path: Path) -> None:
+    """Their gradients add up, whatever their sizes: that of the objective, their mean, is half of it."""
+    run, _ = together(tmp_path / "run", "ddp with unequal batches")
+    assert run["curvature"].step.values.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
+
+
 def test_replicas_with_batchnorm_have_curvature(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "ddp with batchnorm")
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)

@@ -144,8 +144,12 @@ class StepCurvature:
             return []
         if self._processes.replicated:  # each has to try as many
             alone = self._processes.all_agree(len(known) == 1, self._device)
+            likeliest = known[0][1] if known else []
+            alike = self._processes.all_agree(len(_weights_that_differ(likeliest)) == 1, self._device)
             return [
-                self._candidate(number, seen, _Way()) for number, seen in (known[0], known[-1])[: 1 if alone else 2]
+                self._candidate(number, seen, _Way(by_samples=by_samples))
+                for number, seen in (known[0], known[-1])[: 1 if alone else 2]
+                for by_samples in ([True] if alike else [True, False])
             ]
         tried = [
             (number, seen, _Way(moment, by_samples))

@@ -62,11 +62,10 @@ def texts(model: nn.Module) -> list[dict[str, Tensor]]:
 def trainer(model: nn.Module, path: Path, callbacks: list[Any], **settings: Any) -> Any:
     """A Trainer of two epochs of five batches."""
     given = {"max_grad_norm": 0.0, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1, "save_strategy": "no"}
-    settings = given | settings
+    settings = given | {"num_train_epochs": 2} | settings
     arguments = transformers.TrainingArguments(
-        path, per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, report_to=[], disable_tqdm=True,
-        **settings,
-    )  # fmt: skip
+        path, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True, **settings
+    )
     data = texts(model)
     return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
@@ -201,6 +200,26 @@ def test_a_training_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
             trained(model, tmp_path, [recorder, Failing()])
     assert nothing_is_attached(model)
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2]
+
+
+class FullMemory(transformers.TrainerCallback):
+    """Has a training fail twice, as of a batch that is too large."""
+
+    def __init__(self) -> None:
+        self.fails_at = [0, 2]
+
+    def on_step_begin(self, args: Any, state: Any, *others: Any, **training: Any) -> None:
+        if self.fails_at and state.global_step == self.fails_at[0]:
+            del self.fails_at[0]
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_training_that_the_trainer_begins_anew_goes_on_in_the_record(tmp_path: Path) -> None:
+    callbacks = [frameworks.TrainerRecorder(tmp_path / "run", curvature_every=0), FullMemory()]
+    applied = trained(language_model(), tmp_path, callbacks, auto_find_batch_size=True, num_train_epochs=1)
+    run = open_run(tmp_path / "run")
+    assert len(applied) > 5
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-5)
 
 
 def test_parameters_that_are_spread_over_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

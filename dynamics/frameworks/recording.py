@@ -18,14 +18,17 @@ from ..recording.resuming import Counted
 def recording(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:
     """A function ``(model, optimizer, step) -> Recorder``; the step counts where a record does not know the parameters.
 
+    It goes on with a record ``again=True``, after a training that did not end.
+
     Raises:
         TypeError: a setting that :class:`Recorder` does not have; now, not when the training begins.
     """
     signature(Recorder).bind(path, None, None, **settings)
 
-    def begin(model: nn.Module, optimizer: Any, step: int) -> Recorder:
+    def begin(model: nn.Module, optimizer: Any, step: int, *, again: bool = False) -> Recorder:
         resumes = bool(settings.get("resume")) and step > 0
-        return Recorder(path, model, optimizer, **({"step": Counted(step)} if resumes else {}) | settings)
+        given = ({"step": Counted(step)} if resumes else {}) | settings
+        return Recorder(path, model, optimizer, **given | {"resume": settings.get("resume") or again})
 
     return begin
 

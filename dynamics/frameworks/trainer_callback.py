@@ -32,7 +32,7 @@ class TrainerRecorder(TrainerCallback):
     A batch is what the Trainer gives the model. ``loss`` in ``/steps`` is the one that the Trainer logs (every step's
     with ``logging_steps=1``); the metrics of an evaluation stand in the row of the step before it. While a training
     lasts, ``recorder`` is its :class:`dynamics.Recorder`. The Trainer tells no callback of an exception: then
-    :meth:`close`, ``with TrainerRecorder(...) as callback``, or the next training closes the record.
+    :meth:`close` or ``with TrainerRecorder(...) as callback`` closes the record, or the next training goes on with it.
 
     Args:
         path: where the record goes, a new folder.
@@ -55,6 +55,7 @@ class TrainerRecorder(TrainerCallback):
         Raises:
             ValueError: no process holds all parameters.
         """
+        again = self.recorder is not None  # as auto_find_batch_size does
         self.close()
         if (kind := AcceleratorState().distributed_type) in _SPREAD:
             raise ValueError(
@@ -64,7 +65,7 @@ class TrainerRecorder(TrainerCallback):
         self._within_epoch = bool((state.epoch or 0) % 1)  # the checkpoint's
         if state.is_world_process_zero:
             self._processes = args.world_size if args.average_tokens_across_devices else 1
-            self.recorder = self._recording(training["model"], training["optimizer"], state.global_step)
+            self.recorder = self._recording(training["model"], training["optimizer"], state.global_step, again=again)
             self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:

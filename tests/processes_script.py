@@ -71,6 +71,10 @@ def train(path: Path, kind: str) -> None:
             Recorder(path, model, optimizer)
         except FileExistsError as error:
             Path(f"{path}.{rank}").write_text(str(error))
+        try:  # each for itself, at the same place
+            Recorder(f"{path}.own", model.module, optimizer).close()
+        except FileExistsError as error:
+            Path(f"{path}.note").write_text(*error.__notes__)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
     assert run["pruning"].sizes["event"] == 1
     refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
     assert all("exists already" in text for text in refused)
+    assert "the model that DistributedDataParallel" in (tmp_path / "run.note").read_text()
     unlike = [(tmp_path / f"run.unlike.{rank}").read_text() for rank in range(2)]
     assert all(text.startswith("inside event() the processes' networks came to differ") for text in unlike)
 

@@ -31,6 +31,7 @@ class Processes:
         self.sharded = together and any(hasattr(parameter, "to_local") for parameter in model.parameters())
         self.replicated = together and wrapped and not self.sharded
         self._together = self.sharded or self.replicated
+        self._apart = together and not self._together
         self.writes = not self._together or dist.get_rank() == 0
 
     def first(self, make: Callable[[], _Made]) -> _Made | None:
@@ -42,6 +43,11 @@ class Processes:
             except Exception as raised:
                 error = raised
         error = self.told(error)
+        if isinstance(error, OSError) and self._apart:
+            error.add_note(
+                "This is one of several processes, and each has a recorder of its own: for one record of all of them, "
+                "give the model that DistributedDataParallel returned."
+            )
         if error is not None:
             raise error
         return made

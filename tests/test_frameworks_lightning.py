@@ -13,7 +13,7 @@ from networks import convolutional_network, images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynamics import frameworks, open_run
+from dynamics import Recorder, frameworks, open_run
 
 lightning = pytest.importorskip("lightning.pytorch")
 pytest.importorskip("pytorch_lightning")
@@ -228,3 +228,26 @@ def test_several_optimizers_take_one_step_together(tmp_path: Path) -> None:
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(12, 3)), 4))
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].grad_sqnorm, module.applied, rtol=1e-10)
     assert nothing_is_attached(module, trainer.optimizers)
+
+
+@pytest.mark.filterwarnings("ignore:The `device_type=.*` is not")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fabrics_module_is_the_one_that_it_wraps(tmp_path: Path, precision: str) -> None:
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1, precision=precision)
+    torch.manual_seed(0)
+    network = convolutional_network().float()
+    model, optimizer = fabric.setup(network, torch.optim.SGD(network.parameters(), 0.1, momentum=0.9))
+    batches = [(inputs.float(), labels) for inputs, labels in images(4)]
+    applied, losses = [], []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(batches):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), labels)
+            fabric.backward(loss)
+            applied.append(squares(network))
+            losses.append(loss.item())
+            optimizer.step()
+    run = open_run(tmp_path / "run")
+    assert run["steps"].layer.values.tolist()[0] == "0"
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-5)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-5 if precision == "32-true" else 0.02)

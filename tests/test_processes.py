@@ -72,6 +72,15 @@ def test_replicas_with_batchnorm_have_curvature(tmp_path: Path) -> None:
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
+def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(tmp_path: Path) -> None:
+    run, said = together(tmp_path / "run", "ddp with a process that ends first")
+    assert run["steps"].sizes["step"] == 3
+    assert "step" not in run["curvature"].sizes
+    assert said.count("inside DDP's join() processes end apart") == 2
+    whole = alone(tmp_path / "alone", vectors(3))
+    xr.testing.assert_allclose(run["steps"].grad_sqnorm[:2], whole["steps"].grad_sqnorm[:2])
+
+
 def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "fsdp")
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")

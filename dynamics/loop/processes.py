@@ -27,12 +27,17 @@ class Processes:
         for module in model.modules() if together else ():
             if callable(getattr(module, "unshard", None)):
                 module.reshard()
-        wrapped = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+        self._wrappers = [one for one in model.modules() if isinstance(one, nn.parallel.DistributedDataParallel)]
         self.sharded = together and any(hasattr(parameter, "to_local") for parameter in model.parameters())
-        self.replicated = together and wrapped and not self.sharded
+        self.replicated = together and bool(self._wrappers) and not self.sharded
         self._together = self.sharded or self.replicated
         self._apart = together and not self._together
         self.writes = not self._together or dist.get_rank() == 0
+
+    @property
+    def may_end_apart(self) -> bool:
+        """Whether the loop is inside ``DDP.join()``, where one process may have batches when others have none left."""
+        return self.replicated and any(one._join_config.enable for one in self._wrappers)
 
     def first(self, make: Callable[[], _Made]) -> _Made | None:
         """What ``make`` gives in the process that writes, None in the others; its exception is raised in all."""

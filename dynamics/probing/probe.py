@@ -61,10 +61,15 @@ def _is_negative(values: Tensor) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that compilation and data parallelism wrap: second derivatives exist only there."""
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    """The module that compilation, data parallelism and Fabric wrap: second derivatives exist only there."""
+    while hasattr(model, "_orig_mod") or _is_wrapper(model):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    return parallel or type(model).__name__ == "_FabricModule"
 
 
 def is_compiled(model: nn.Module) -> bool:

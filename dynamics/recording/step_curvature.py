@@ -120,7 +120,14 @@ class StepCurvature:
         self._probes = []
         if not self.due(step):
             return
-        if self._batches:
+        if self._processes.may_end_apart:
+            self.stop()
+            self._say_once(
+                f"curvature is not recorded from step {step} on: inside DDP's join() processes end apart, and all of "
+                "them would have to measure it; give curvature_every=0 to record first-order quantities only",
+                "apart",
+            )
+        elif self._batches:
             self._measurement.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []
         elif self._batches.told:

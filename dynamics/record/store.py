@@ -317,7 +317,10 @@ def _empty_nodes() -> Metadata:
 
 def _locked(path: Path) -> filelock.BaseFileLock:
     """The lock of a record's one writer."""
-    reason = "is being written by another recorder: close that one, or choose another path"
+    reason = (
+        "is being written by another recorder: close that one, if need be with its process (a notebook's kernel, say), "
+        "or choose another path"
+    )
     return locked(path / _LOCK, f"{path} {reason}")
 
 

@@ -302,3 +302,21 @@ def test_a_wrong_derivative_of_an_operation_is_found_out(tmp_path: Path, order: 
     effect = pruning_effect(open_run(tmp_path / "run")).isel(event=0)
     assert bool(effect.second_order.sel(quantity="grad_sqnorm").isnull())
     assert bool(effect.second_order.sel(quantity="loss").notnull())
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_what_frozen_parameters_do_is_not_predicted(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, touched: bool
+) -> None:
+    model, batches = smooth_network(), vectors(2)
+    model[0].requires_grad_(False)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model[2:].parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=batches), torch.no_grad():
+            torch.nn.utils.prune.random_unstructured(model[0 if touched else 2], "weight", 0.1)
+    run = open_run(tmp_path / "run")
+    assert (run["pruning"].removed.sum("layer") > 0).all()
+    effect = pruning_effect(run).isel(event=0).sel(quantity="loss")
+    assert np.isfinite(effect.measured)
+    assert np.isnan(effect.first_order) == np.isnan(effect.second_order) == touched
+    said = [str(one.message) for one in recwarn if "frozen" in str(one.message)]
+    assert [text.startswith("frozen parameters are removed or changed, '0.weight") for text in said] == [True] * touched

@@ -148,6 +148,11 @@ class Layers:
         return {name: view for (name, _), view in parts if name is not None}
 
     @property
+    def frozen(self) -> set[str]:
+        """The parameters that have no gradient, by the name that the model has for each."""
+        return {name for name, parameter in self._found if name is not None and not parameter.requires_grad}
+
+    @property
     def layer_of(self) -> dict[str, int]:
         """Index of the layer of each parameter, by the name that the model has for it."""
         parts = zip(self._found, self.layer_of_parameter, strict=True)

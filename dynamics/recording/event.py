@@ -100,7 +100,7 @@ class Stage:
         self._layers, self._processes, self._expansion = layers, processes, expansion
         self.shapes = layers.shapes
         (self.loss,) = processes.mean([expansion.loss])
-        self._names = list(expansion.theta)
+        self._names, self._frozen = list(expansion.theta), layers.frozen
         self._rounding = max(torch.finfo(one.dtype).eps for one in expansion.theta.values()) ** 0.5
         self.theta = layers.theta(layers.zeros()).blocks
         self.kept = layers.kept()
@@ -126,6 +126,11 @@ class Stage:
             return products
         return [torch.full_like(product, torch.nan) for product in products]
 
+    def frozen_in(self, removal: Tensor) -> list[str]:
+        """Names of the frozen parameters that a removal moves."""
+        parts = zip(self._names, self._layers.tensors(removal, self._names), strict=True) if self._frozen else ()
+        return [name for name, part in parts if name in self._frozen and part.any()]
+
     def removal_product(self, removal: Tensor) -> Tensor:
         """Hδ at this stage."""
         product = self.hessian_product(removal)
@@ -149,6 +154,9 @@ class Stage:
     def vectors(self, **others: Tensor) -> Vectors:
         """θ, g, Hg and what is kept, with further vectors."""
         return Vectors(theta=self.theta, grad=self.grad, hess_grad=self._hess_grad, kept=self.kept, **others)
+
+
+_COUNTED = ("removed", "removed_grad_sqnorm")  # of a removal, but no prediction
 
 
 @torch.no_grad()
@@ -181,7 +189,10 @@ def measured(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node: str = "pruning") -> dict[str, Tensor]:
-    """The quantities of a node that are of a removal δ, (layer,): from the network before, and R."""
+    """The quantities of a node that are of a removal δ, (layer,): from the network before, and R.
+
+    Predictions are NaN where δ moves frozen parameters, of whose gradient nothing is known.
+    """
     names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
     removed, hess_removal = before.kept * (1 - after.kept), before.removal_product(removal)
     vectors = {"removal": removal, "hess_removal": hess_removal, "removed": removed}
@@ -191,4 +202,12 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
         vectors |= {"third_removal": third, "hess_grad_change": moved + third_grad}
     else:
         (vectors["third_removal"],) = before.third_products(removal, removal)
-    return layers.evaluate(names, before.vectors(**vectors))
+    values = layers.evaluate(names, before.vectors(**vectors))
+    if moved := before.frozen_in(removal):
+        warnings.warn(
+            f"frozen parameters are removed or changed, {moved[0]!r} first: what that does is not predicted, for they "
+            "have no gradient, and predictions are NaN; requires_grad_() before that, if they are wanted",
+            stacklevel=2,
+        )
+        values |= {name: torch.full_like(value, torch.nan) for name, value in values.items() if name not in _COUNTED}
+    return values

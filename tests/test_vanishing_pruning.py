@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from networks import convolutional_network, dense, flat, images, smooth_network, vectors
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import prune
 
 from analysis import pruning_effect, pruning_effect_per_layer, removed_decrease
 from dynamics import Recorder, open_run
@@ -312,7 +313,7 @@ def test_what_frozen_parameters_do_is_not_predicted(
     model[0].requires_grad_(False)
     with Recorder(tmp_path / "run", model, torch.optim.SGD(model[2:].parameters(), 0.1)) as recorder:
         with recorder.event("prune", probe=batches), torch.no_grad():
-            torch.nn.utils.prune.random_unstructured(model[0 if touched else 2], "weight", 0.1)
+            prune.random_unstructured(model[0 if touched else 2], "weight", 0.1)
     run = open_run(tmp_path / "run")
     assert (run["pruning"].removed.sum("layer") > 0).all()
     effect = pruning_effect(run).isel(event=0).sel(quantity="loss")

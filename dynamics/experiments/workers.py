@@ -127,7 +127,7 @@ def _cluster(workers: int) -> Iterator[LocalCluster]:
     Dask has them give freed memory back to the system at once, and a training would ask for it again at each step. Runs
     wait at the scheduler, not at a worker that may die with them.
     """
-    trim, silent = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_", logging.CRITICAL
+    trim = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"
     with (
         dask.config.set({trim: None, "distributed.scheduler.worker-saturation": 1.0}),
         LocalCluster(
@@ -135,7 +135,7 @@ def _cluster(workers: int) -> Iterator[LocalCluster]:
             threads_per_worker=1,
             memory_limit=0,
             dashboard_address=":0",
-            silence_logs=silent,
+            silence_logs=logging.CRITICAL,
         ) as cluster,
     ):
         yield cluster

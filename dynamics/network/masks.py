@@ -42,8 +42,9 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def filters_left(model: nn.Module, layer: str) -> Tensor:
     """Which filters of a layer are not pruned, boolean (filter,)."""
-    weight = f"{layer}.weight"
-    kept = parameter_masks(model).get(weight, torch.ones_like(model.get_parameter(weight), dtype=torch.bool))
+    module = model.get_submodule(layer)
+    mask = _mask(module, "weight")
+    kept = torch.ones_like(module.weight, dtype=torch.bool) if mask is None else mask.bool()
     return kept.flatten(1).any(1)
 
 

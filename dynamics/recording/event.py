@@ -194,7 +194,17 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
     Predictions are NaN where δ moves frozen parameters, of whose gradient nothing is known.
     """
     names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
-    removed, hess_removal = before.kept * (1 - after.kept), before.removal_product(removal)
+    removed = before.kept * (1 - after.kept)
+    if frozen := before.frozen_in(removal):
+        warnings.warn(
+            f"frozen parameters are removed or changed, {frozen[0]!r} first: what that does is not predicted, for they "
+            "have no gradient, and predictions are NaN; requires_grad_() before that, if they are wanted",
+            stacklevel=2,
+        )
+        counted = layers.evaluate(_COUNTED, before.vectors(removed=removed))
+        unknown = torch.full_like(counted["removed"], torch.nan)
+        return {name: counted.get(name, unknown) for name in names}
+    hess_removal = before.removal_product(removal)
     vectors = {"removal": removal, "hess_removal": hess_removal, "removed": removed}
     if "param_hess_grad_first_order" in names:  # the change of Hg is H((Hδ)_K − g_R) + T[δ]g_K
         third, third_grad = before.third_products(removal, removal, before.grad * (1 - removed))
@@ -202,12 +212,4 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
         vectors |= {"third_removal": third, "hess_grad_change": moved + third_grad}
     else:
         (vectors["third_removal"],) = before.third_products(removal, removal)
-    values = layers.evaluate(names, before.vectors(**vectors))
-    if moved := before.frozen_in(removal):
-        warnings.warn(
-            f"frozen parameters are removed or changed, {moved[0]!r} first: what that does is not predicted, for they "
-            "have no gradient, and predictions are NaN; requires_grad_() before that, if they are wanted",
-            stacklevel=2,
-        )
-        values |= {name: torch.full_like(value, torch.nan) for name, value in values.items() if name not in _COUNTED}
-    return values
+    return layers.evaluate(names, before.vectors(**vectors))

@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .intervals import half_width, p_value
+from .intervals import half_width, p_value, stand
 from .names import name_of
 from .statistics import STATISTICS, log, statistics
 
 _AGNOSTIC = ("loss_preservation", "gradient_norm_increase", "gradient_norm_preservation")
 _NOT_FIRST_ORDER = ("magnitude", "gradient_norm_increase", "gradient_norm_preservation")
 _NOT_INCREASE = ("magnitude", "loss_preservation", "loss_preservation_times_magnitude", "gradient_norm_preservation")
+
+# What a row says of its claim and condition.
+JUDGED = ("value", "low", "high", "null", "p", "stands", "seeds", "verdict")
 
 _NEGLIGIBLE = {"ratio": np.log(1.01), "difference": 0.001}
 
@@ -172,11 +175,13 @@ def claims(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     random, the changes of loss and gradient are as large as the loss and the gradient were, and alike to any digit.
 
     Each interval stands for itself: of claims that say nothing true, one in twenty gets a verdict by chance, half of
-    them "supported". Count the conditions that agree before believing one. And seeds vary the initialisation and the
-    order of the data (and which samples, where an experiment takes a part), not the data set or the settings.
+    them "supported". Count the conditions that agree before believing one; ``stands`` says which intervals exclude
+    their null even when all of the table are corrected for their number (:func:`analysis.intervals.stand`). And seeds
+    vary the initialisation and the order of the data (and which samples, where an experiment takes a part), not the
+    data set or the settings.
 
     Columns: claim, says, the condition, any other setting that differs (:func:`analysis.conditions`), value, low, high,
-    null, p (that of Student's test of the null), seeds, verdict.
+    null, p (that of Student's test of the null), stands, seeds, verdict.
 
     Raises:
         ValueError: two runs are of the same measure, seed and condition.
@@ -205,9 +210,21 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
         for condition, values in groups
         if claim.rounds in (None, condition["rounds"])
     ]
-    return pd.DataFrame(
-        rows, columns=["claim", "says", *where, "value", "low", "high", "null", "p", "seeds", "verdict"]
+    found = pd.DataFrame(rows, columns=["claim", "says", *where, *JUDGED])
+    return found.assign(stands=stand(found.p))
+
+
+def as_claimed(found: pd.DataFrame) -> pd.DataFrame:
+    """:func:`claims` with every effect turned so that it is above the null where it is as its claim says.
+
+    Where a claim says less, a ratio is inverted, a difference negated, and the bounds change places.
+    """
+    less = found.claim.map({name: claim.expected for name, claim in CLAIMS.items()}) < 0
+    bounds = found[["value", "low", "high"]]
+    turned = (
+        (1 / bounds).where(found.null == 1, -bounds, axis=0)[["value", "high", "low"]].set_axis(bounds.columns, axis=1)
     )
+    return found.assign(**bounds.mask(less, turned, axis=0))
 
 
 def _judge(claim: Claim, values: pd.DataFrame) -> dict:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from .claims import claims
 from .comparison import at_pruning, network_norm
 from .conditions import comparisons, conditions, mean_by_measure
 from .convergence import convergence
@@ -54,6 +55,21 @@ def moved_at_pruning(runs: Runs) -> str:
         pd.Series({name: float(pooled[name][quantity]) for name in order}) for quantity in ("loss", "grad_sqnorm")
     )
     return f"After over before a pruning, in the median: loss {_listed(loss, '.2f')}; ‖g‖² {_listed(norm, '.2f')}."
+
+
+def verdicts(runs: Runs) -> str:
+    """How many of the claims' intervals support them or not, and how many stand when corrected for their number."""
+    found = claims(runs)
+    judged = found[found.low.notna()]
+    counts = judged.verdict.value_counts()
+    said = {
+        "supported": "support a claim",
+        "contradicted": "contradict one",
+        "negligible": "are negligibly narrow about no effect",
+        "inconclusive": "are inconclusive",
+    }
+    listed = ", ".join(f"{counts[verdict]} {what}" for verdict, what in said.items() if counts.get(verdict))
+    return f"Of {len(judged)} intervals {listed}; corrected for their number {judged.stands.sum()} stand."
 
 
 def _listed(values: pd.Series, form: str) -> str:

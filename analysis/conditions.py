@@ -24,9 +24,9 @@ _MODES = {
 
 # What tables and claims have columns of their own for: a setting of such a name has another one there.
 _TAKEN = (
-    "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "seeds", "verdict",
-    "decrease_per_parameter", "decrease_within_layers", "loss_change", "norm_rate_change", "norm_acceleration_change",
-    "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy",
+    "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "stands", "seeds",
+    "verdict", "decrease_per_parameter", "decrease_within_layers", "loss_change", "norm_rate_change",
+    "norm_acceleration_change", "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy",
 )  # fmt: skip
 
 # Where events do not say it, it is not known, which is no value.

@@ -8,9 +8,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import xarray as xr
-from scipy import stats
 
-from .claims import CLAIMS
+from .claims import CLAIMS, JUDGED
 from .conditions import compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
@@ -93,21 +92,24 @@ def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims_table(found: pd.DataFrame) -> pd.DataFrame:
-    """:func:`analysis.claims` in print: effect and interval, as a ratio or in per cent of accuracy."""
-    names = [name for name in found if name not in ("says", "value", "low", "high", "null", "p", "seeds", "verdict")]
+    """:func:`analysis.claims` in print: effect and interval, as a ratio or in per cent of accuracy.
+
+    A verdict that stands when all are corrected for their number has a star.
+    """
+    names = [name for name in found if name not in ("says", *JUDGED)]
     printed = found.set_index(_telling(found, names))
     printed["effect"] = [_effect(row) for row in found.itertuples()]
+    printed["verdict"] += [" *" * stands for stands in found.stands]
     return _in_print(printed[["effect", "seeds", "verdict"]])
 
 
 def chance(found: pd.DataFrame) -> str:
     """How many verdicts to expect by chance alone, and how many stand corrected for that, in two sentences."""
-    p = found.p.dropna()
-    stand = (stats.false_discovery_control(p) <= 1 - CONFIDENCE).sum() if len(p) else 0
+    count = found.p.count()
     return (
-        f"If there were no effects at all, about {(1 - CONFIDENCE) * len(p):.1f} of {len(p)} intervals would give a "
+        f"If there were no effects at all, about {(1 - CONFIDENCE) * count:.1f} of {count} intervals would give a "
         f"verdict by chance. Corrected for their number (false discovery rate {1 - CONFIDENCE:.0%}, Benjamini and "
-        f"Hochberg 1995), {stand} of them would stand."
+        f"Hochberg 1995), {found.stands.sum()} of them would stand: those with a star."
     )
 
 

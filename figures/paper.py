@@ -20,7 +20,7 @@ from analysis.names import name_of
 from analysis.record import has
 from dynamics.schema import label as label_of
 
-from . import comparison, panels, pruning, scales
+from . import claims, comparison, panels, pruning, scales
 from .labels import wrapped
 from .layout import (
     alike,
@@ -149,6 +149,7 @@ FIGURES: dict[str, Callable[[Runs], Figure]] = {
         pruning.measure_agreement,
         pruning.scale_invariance,
         comparison.stability,
+        claims.claims,
     )
 }
 

@@ -50,6 +50,7 @@ FINDINGS: dict[str, Callable[[Runs], str]] = {
     "measure_agreement": pruning_findings.measures_agree,
     "scale_invariance": pruning_findings.filters_invariant,
     "stability": findings.time_unstable,
+    "claims": comparison_findings.verdicts,
 }
 
 

@@ -42,6 +42,14 @@ MODES = {
     "eval": {"linestyle": "none", "marker": "x", "color": "#cc78bc", "markersize": 3, "label": "eval mode"},
 }
 
+# what seeds say of a claim
+VERDICTS = {
+    "supported": {"color": "#0173b2"},
+    "contradicted": {"color": "#d55e00"},
+    "negligible": {"color": "0.1"},
+    "inconclusive": {"color": "0.6"},
+}
+
 _MARKERS = "osD^vPX*<>"
 _COLOURS = 10  # of seaborn's palette
 _LIGHTEST = 0.88  # of viridis, that is seen on white
@@ -80,10 +88,10 @@ def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
         colours[len(taken) :] = [
             tuple(colour[:3]) for colour in plt.get_cmap("viridis")(np.linspace(0, _LIGHTEST, many))
         ]
-    return {label: {"color": colours[i], "marker": _marker(i)} for i, label in enumerate(order) if label in labels}
+    return {label: {"color": colours[i], "marker": marker(i)} for i, label in enumerate(order) if label in labels}
 
 
-def _marker(number: int) -> str:
+def marker(number: int) -> str:
     """A marker for each of a turn of the colours; the next turn gives each colour another one."""
     return _MARKERS[(number + max(number - 1, 0) // _COLOURS) % len(_MARKERS)]
 

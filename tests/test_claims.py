@@ -59,8 +59,8 @@ def test_the_interval_covers_the_mean_nineteen_times_in_twenty(count: int) -> No
 def test_a_known_effect_is_found_with_its_size() -> None:
     found = analysis.claims(runs(magnitude={"area": 0.5, "accuracy": 0.7}, gradient_norm_increase={"accuracy": 0.4}))
     assert found.columns.tolist() == [
-        "claim", "says", "model", "data", "rounds", "sparsity", "value", "low", "high", "null", "p", "seeds",
-        "verdict",
+        "claim", "says", "model", "data", "rounds", "sparsity", "value", "low", "high", "null", "p", "stands",
+        "seeds", "verdict",
     ]  # fmt: skip
     assert found.claim.tolist() == list(analysis.CLAIMS)
     of = found.set_index("claim")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import xarray as xr
-from scipy.stats import false_discovery_control
 
 import analysis
 from analysis.overview import overview
@@ -52,6 +51,25 @@ def test_its_tables_are_those_of_the_records(parts: dict[str, pd.DataFrame | lis
     assert len(tables) == 5
     assert all(as_markdown(table) in PAGE for table in tables)
     assert len(re.findall(r"^\| --- ", PAGE, re.MULTILINE)) == len(tables)
+
+
+def test_at_a_glance_it_counts_the_verdicts(laptop: Runs, training_mode: Runs, wide: Runs) -> None:
+    sets = [[laptop], [training_mode, records("training_mode/prunings_1r")], [wide]]
+    found = [pd.concat(map(analysis.claims, several)) for several in sets]
+    for name, told in analysis.CLAIMS.items():
+        verdicts = [of.verdict[of.claim == name] for of in found]
+        assert {of.size for of in verdicts} == {3 if name == "ii.c" else 6}
+        cells = " | ".join(for_and_against(of) for of in verdicts)
+        assert f"| {name} | {told.says} | {cells} |" in PAGE
+    about = pd.concat([of.verdict[of.claim.str.startswith("ii.")] for of in found])
+    counts = about.value_counts()
+    said = f"{counts['supported']} of {about.size} intervals bear out, and {counts['contradicted']} speak against it"
+    assert said in FLAT
+
+
+def for_and_against(verdicts: pd.Series) -> str:
+    counts = {"for": (verdicts == "supported").sum(), "against": (verdicts == "contradicted").sum()}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "–"
 
 
 def test_its_pictures_are_figures_with_their_claims() -> None:
@@ -119,12 +137,11 @@ NETWORKS = ("mobilenet_v1", "resnet56", "vgg13")
 def test_the_wide_networks_have_the_effects_that_it_says(wide: Runs) -> None:
     claims = analysis.claims(wide)
     verdicts = claims.verdict.value_counts()
-    stands = claims.p.where(claims.p.isna(), false_discovery_control(claims.p)) <= 0.05
     supported, contradicted = verdicts["supported"], verdicts["contradicted"]
     said = f"Of {verdicts.sum()} intervals {supported} support a claim, {contradicted} contradict one, and "
-    in_support = stands[claims.verdict == "supported"].sum()
-    assert f"{said}{stands.sum()} stand when corrected, {in_support} of them in support" in PAGE
-    claims["cell"] = list(map(effect, claims.itertuples(), stands))
+    in_support = claims.stands[claims.verdict == "supported"].sum()
+    assert f"{said}{claims.stands.sum()} stand when corrected, {in_support} of them in support" in PAGE
+    claims["cell"] = list(map(effect, claims.itertuples()))
     for rounds, text in zip((5, 1), PAGE.split("and with one round:"), strict=True):
         cells = claims[claims.rounds == rounds].pivot(index="claim", columns="model", values="cell")
         for claim_name, of in cells.iterrows():
@@ -167,13 +184,13 @@ def test_measures_of_a_seed_begin_apart_on_a_gpu(wide: Runs) -> None:
     assert points in FLAT
 
 
-def effect(row: tuple, stands: bool) -> str:
+def effect(row: tuple) -> str:
     """An effect with its interval: bold if supported, in italics if contradicted, with a star if that stands."""
     scale, form = (1, ".3g") if row.null else (100, "+.1f")
     value, low, high = (f"{scale * number:{form}}" for number in (row.value, row.low, row.high))
     text = f"{value} [{low}, {high}]" + ("" if row.null else " points")
     mark = {"supported": "**", "contradicted": "_", "inconclusive": ""}[row.verdict]
-    return f"{mark}{text}{mark}" + (r"\*" if stands else "")
+    return f"{mark}{text}{mark}" + (r"\*" if row.stands else "")
 
 
 def test_the_wide_networks_are_predicted_as_it_says(wide: Runs) -> None:
@@ -242,8 +259,7 @@ def test_one_training_diverged_and_what_it_decides_is_said(laptop: Runs) -> None
 def test_what_the_diverged_training_decides_in_training_mode_is_said(laptop: Runs, training_mode: Runs) -> None:
     diverged = "mobilenet_v1-fashion-mnist-gradient_norm_increase-0.7-5r-seed3"
     found = analysis.claims({label: run for label, run in training_mode.items() if label != diverged})
-    stands = false_discovery_control(found.p) <= 0.05
-    of = found.assign(stands=stands)[found.model == "mobilenet_v1"].set_index("claim")
+    of = found[found.model == "mobilenet_v1"].set_index("claim")
     values = {name: f"{of.value[name]:.2g}" for name in ("iii.a", "iii.b", "iii.c")}
     assert (
         f"without it iii.b is {values['iii.b']}, iii.a {values['iii.a']}, iii.c {values['iii.c']} and inconclusive"
@@ -251,13 +267,10 @@ def test_what_the_diverged_training_decides_in_training_mode_is_said(laptop: Run
     )
     assert of.verdict["iii.c"] == "inconclusive"
     assert not of.stands["iii.d"]
-    assert (
-        f"{(found.verdict == 'supported').sum()} of the 45 intervals support a claim then, and {stands.sum()} stand"
-        in FLAT
-    )
+    supported = (found.verdict == "supported").sum()
+    assert f"{supported} of the 45 intervals support a claim then, and {found.stands.sum()} stand" in FLAT
     found = analysis.claims({label: run for label, run in laptop.items() if label != diverged})
-    of = found.assign(stands=false_discovery_control(found.p) <= 0.05)
-    of = of[(of.model == "mobilenet_v1") & (of["rounds"] == 5)].set_index("claim")
+    of = found[(found.model == "mobilenet_v1") & (found["rounds"] == 5)].set_index("claim")
     assert f"ii.b is {of.value['ii.b']:.2f}\\* in MobileNet-V1 with 5 rounds, supported" in FLAT
     assert of.stands["ii.b"]
     assert f"(iii.a; {of.value['iii.a']:.1f} times, without the star" in FLAT

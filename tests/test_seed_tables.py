@@ -13,6 +13,7 @@ import analysis
 from analysis.__main__ import main
 from analysis.comparison import mean_and_interval, median_and_range
 from analysis.conditions import several_seeds
+from analysis.intervals import stand
 from analysis.overview import overview
 from analysis.seed_tables import VERDICTS, chance, claims_table, verdict_table
 from analysis.typeset import FORMATS, as_latex, as_markdown, page
@@ -115,13 +116,18 @@ def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:
     assert counts[[*VERDICTS]].sum(axis=1).to_dict() == {name: int(name != "ii.c") for name in analysis.CLAIMS}
 
 
-def test_verdicts_are_corrected_for_their_number() -> None:
+@pytest.mark.parametrize(("others", "count"), [(0.04, 16), (0.06, 1)])
+def test_verdicts_are_corrected_for_their_number(others: float, count: int) -> None:
+    """Of sixteen p at 0.04 all stand, at 0.06 the smallest alone, which is 0.001; one that is not known is none."""
     found = analysis.claims(runs())
-    found["p"] = [0.001, *[0.04] * (len(found) - 1)]
-    assert "about 0.8 of 16 intervals" in chance(found)
-    assert "16 of them would stand" in chance(found)  # at 0.04 all, at 0.06 the first alone
-    found["p"] = [0.001, *[0.06] * (len(found) - 1)]
-    assert "1 of them would stand" in chance(found)
+    found["stands"] = stand([0.001, *[others] * 15])
+    assert stand([np.nan, 0.001, *[others] * 15]).tolist() == [False, *found.stands]
+    assert (
+        f"about 0.8 of 16 intervals would give a verdict by chance. Corrected for their number (false discovery "
+        f"rate 5%, Benjamini and Hochberg 1995), {count} of them would stand" in chance(found)
+    )
+    starred = claims_table(found).verdict.str.endswith(" *")
+    assert starred.tolist() == found.stands.tolist()
 
 
 def test_networks_that_were_not_pruned_make_no_claims() -> None:

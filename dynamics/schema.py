@@ -216,7 +216,7 @@ def label(name: str) -> str:
 
 
 def markdown_table() -> str:
-    """The table of quantities in Markdown, as the README prints it."""
+    """The table of quantities in Markdown, as docs/record.md prints it."""
     lines = ["| variable | symbol | unit | order | where | meaning |", "| --- | --- | --- | --- | --- | --- |"]
     for row in QUANTITIES.values():
         where = ", ".join(f"`/{node}`" for node in row.nodes)

@@ -2,7 +2,7 @@
 
 from .agreement import agree, agreement, residuals
 from .claims import CLAIMS, claims
-from .comparison import compare, compare_convergence, mean_and_interval, median_and_range, side_by_side
+from .comparison import compare, compare_convergence, mean_and_interval, median_and_quartiles, side_by_side
 from .condensed import condense, expand
 from .conditions import comparisons, conditions
 from .convergence import convergence
@@ -51,7 +51,7 @@ __all__ = [
     "layer_norm_rate",
     "loss_decrease",
     "mean_and_interval",
-    "median_and_range",
+    "median_and_quartiles",
     "network_norm_rate",
     "norm_balance",
     "norm_rate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -106,15 +107,19 @@ def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
     return xr.Dataset({"mean": mean, "low": mean - half, "high": mean + half})
 
 
-def median_and_range(values: xr.DataArray) -> xr.Dataset:
-    """``median`` over ``seed``, what lies ``low``est and ``high``est, and of how many ``seeds``: those finite there.
+def median_and_quartiles(values: xr.DataArray) -> xr.Dataset:
+    """``median`` over ``seed``, the quartiles ``low`` and ``high``, and of how many ``seeds``: those finite there.
 
-    For what one seed of a few can carry away: a mean would follow it, and its interval cover all others. A seed that
-    ended before the others, or diverged, is left out from there on, and ``seeds`` is less.
+    For what one seed of a few can carry away: a mean would follow it, its interval and a range cover all others. A seed
+    that ended before the others, or diverged, is left out from there on, and ``seeds`` is less. Between two seeds
+    quartiles are interpolated.
     """
     known = values.where(np.isfinite(values))
-    of = {"median": known.median, "low": known.min, "high": known.max}
-    return xr.Dataset({name: find("seed") for name, find in of.items()} | {"seeds": known.count("seed")})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice")  # where no seed has a value there is no median
+        quartiles = known.quantile([0.25, 0.5, 0.75], "seed", skipna=bool(known.isnull().any()))
+    low, median, high = quartiles.drop_vars("quantile")
+    return xr.Dataset({"median": median, "low": low, "high": high, "seeds": known.count("seed")})
 
 
 def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:

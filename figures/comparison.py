@@ -12,13 +12,12 @@ from matplotlib.ticker import MaxNLocator
 
 import analysis
 from analysis import MissingQuantityError, comparison
-from analysis.conditions import conditions
 from analysis.names import name_of
 from dynamics.schema import label as label_of
 
 from . import panels, scales
 from .labels import wrapped
-from .layout import by_measure, events_of, grid, in_epochs, in_steps, legend_below, named, rows_of
+from .layout import by_measure, events_of, grid, in_epochs, in_steps, legend_below, models, named, rows_of, share_bar
 from .style import named_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -50,7 +49,7 @@ def convergence(runs: Runs) -> Figure:
     """How fast the networks that each measure leaves train on after the last pruning.
 
     A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch; median over
-    seeds, in the band from the lowest to the highest. Middle: the area under that curve, per step. Right: steps until
+    seeds, in the band of their quartiles. Middle: the area under that curve, per step. Right: steps until
     an epoch's mean loss, which takes an epoch at least, is the given share of the first loss, the least share that all
     runs of the condition reached; without any, 75 % and only the runs that did. Not drawn where all took the same.
     Small: each seed; large: their mean with its 95 % interval (Student's).
@@ -80,8 +79,8 @@ def norms(runs: Runs) -> Figure:
     """A pruning takes its part of ‖θ‖², and from then on the norm of what is left moves by the same law.
 
     A row a condition: ‖θ‖² of the whole network over training, and its measured velocity in flow time, averaged over
-    windows of steps, where the optimizer follows the gradient; median over seeds, in the band from the lowest to the
-    highest, which may leave the panel.
+    windows of steps, where the optimizer follows the gradient; median over seeds, in the band of their quartiles,
+    which may leave the panel.
     """
     found, events = comparison.compare(runs, comparison.network_norm), events_of(runs, in_steps)
     moving = any("param_sqnorm_rate" in values for of in found.values() for values in of.values())
@@ -101,8 +100,7 @@ def training_curves(runs: Runs) -> Figure:
     """What a pruning costs in loss and accuracy, and what training on makes up for.
 
     A row a condition: training loss and test accuracy after each epoch, in experiments before that epoch's pruning if
-    any. Median over seeds, in the band from the lowest to the highest. A pruning stands after the steps that came
-    before it.
+    any. Median over seeds, in the band of their quartiles. A pruning stands after the steps that came before it.
     """
     found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, in_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
@@ -122,17 +120,27 @@ def filters_left(runs: Runs) -> Figure:
     """From which layers each measure takes its filters at the same sparsity.
 
     Share of each layer's filters that is left after the last pruning, a panel a condition. Mean over seeds, with its
-    95 % interval (Student's).
+    95 % interval (Student's); of more layers than have room for points, the mean as a colour.
     """
     found = comparison.compare(runs, _left_in_the_end)
-    figure, axes = grid(len(found), width=7.2, height=2.7, columns=1, sharex=False)
+    many = {name for name, of in found.items() if next(iter(of.values())).sizes["layer"] > panels.MANY_LAYERS}
+    figure, axes = grid(len(found), width=9.6 if many else 7.2, height=2.7, columns=1, sharex=False)
+    mapped = []
     for ax, (name, of) in zip(axes, found.items(), strict=True):
-        for (measure, style), beside in zip(named_styles(of).items(), _beside(len(of)), strict=True):
-            share = comparison.mean_and_interval(of[measure].share)
-            panels.draw_over_layers(share["mean"], ax=ax, beside=beside, alpha=0.9, **style | {"markersize": 3.5})
-            panels.draw_layer_bars(share, ax=ax, beside=beside, color=style["color"])
-        ax.set(ylim=(-0.03, 1.04), ylabel="share of filters left")
+        styles = named_styles(of)
+        if name in many:
+            means = {style["label"]: of[measure].share.mean("seed", skipna=False) for measure, style in styles.items()}
+            panels.draw_layer_map(means, ax=ax)
+            mapped.append(ax)
+        else:
+            for (measure, style), beside in zip(styles.items(), _beside(len(of)), strict=True):
+                share = comparison.mean_and_interval(of[measure].share)
+                panels.draw_over_layers(share["mean"], ax=ax, beside=beside, alpha=0.9, **style | {"markersize": 3.5})
+                panels.draw_layer_bars(share, ax=ax, beside=beside, color=style["color"])
+            ax.set(ylim=(-0.03, 1.04), ylabel="share of filters left")
         named(ax, name)
+    if mapped:
+        share_bar(figure, mapped, "share of filters left")
     legend_below(figure)
     return figure
 
@@ -140,9 +148,9 @@ def filters_left(runs: Runs) -> Figure:
 def stability(runs: Runs) -> Figure:
     """Where Δt gᵀHg/‖g‖² is above 2 the quadratic model says that a step of that flow time raises the loss.
 
-    The ratio at each measured step, a panel a condition: median over seeds, in the band from the lowest to the highest,
-    which may leave the panel. The line marks 2. With momentum a step's flow time is η/(1−β), which the step itself is
-    too short for: it carries earlier gradients.
+    The ratio at each measured step, a panel a condition: median over seeds, in the band of their quartiles, which may
+    leave the panel. The line marks 2. With momentum a step's flow time is η/(1−β), which the step itself is too short
+    for: it carries earlier gradients.
     """
     found, events = comparison.compare(runs, analysis.stability), events_of(runs, in_steps)
     figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
@@ -164,10 +172,9 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
     is that of the parameters that stay.
     """
     found = analysis.each(runs, comparison.at_pruning)
-    table = conditions(runs).loc[list(found)]
-    groups = list(table.groupby(["model", "data"], sort=False).groups.items())
+    groups = models(runs, found)
     figure, rows = rows_of(2, len(groups), width=3.4, height=2.7, least=5.4)
-    for column, ((model, data), labels) in enumerate(groups):
+    for column, (name, labels) in enumerate(groups.items()):
         for axes, quantity in zip(rows, ("loss", "grad_sqnorm"), strict=True):
             ax = axes[column]
             for label, style in by_measure(runs, labels).items():
@@ -176,7 +183,7 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
             scales.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
             scales.percent(ax.xaxis)
         rows[1][column].set(xlabel="share of the parameters removed")
-        named(rows[0][column], ", ".join(name_of(part) for part in (model, data) if part))
+        named(rows[0][column], name)
     rows[0][0].set(ylabel="loss after / before")
     rows[1][0].set(ylabel="‖g‖² after / before")
     legend_below(figure)
@@ -184,13 +191,13 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
 
 
 def _draw_medians(ax: Axes, of: comparison.ByMeasure, quantity: str, marks: Sequence[float] = ()) -> None:
-    """Median over seeds of each measure that has it, in the band of its range, which may leave the axis.
+    """Median over seeds of each measure that has it, in the band of its quartiles, which may leave the axis.
 
     The axis holds the medians, and ``marks`` in any case.
     """
     for measure, style in named_styles(of).items():
         if quantity in of[measure]:
-            panels.draw_median(comparison.median_and_range(of[measure][quantity]), ax=ax, **style)
+            panels.draw_median(comparison.median_and_quartiles(of[measure][quantity]), ax=ax, **style)
     panels.say_where_empty(ax)
     medians = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
     shown = np.concatenate([medians, marks])

@@ -13,9 +13,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from analysis.conditions import by_condition, comparisons, conditions
+from analysis.names import name_of
 from analysis.outcome import other_epochs, pruning_epochs
 from analysis.record import other_steps, pruning_steps
 
@@ -36,6 +37,8 @@ def symmetric(ax: Axes, values: np.ndarray) -> None:
         if axis.get_scale() == "linear":
             axis.set_major_locator(MaxNLocator(4))
         scales.fit_axis(axis, values)
+    if ax.get_yscale() != "linear":
+        ax.xaxis.set_major_locator(FixedLocator(ax.get_yticks()))
     panels.draw_identity(ax)
     ax.set_aspect("equal", adjustable="box")
 
@@ -135,6 +138,12 @@ def depth_bar(figure: Figure, axes: list[Axes], layers: Sequence[str]) -> None:
     bar.set_label(f"{len(layers)} layers")
 
 
+def share_bar(figure: Figure, axes: list[Axes], what: str) -> None:
+    """The colours of shares beside the panels that :func:`figures.panels.draw_layer_map` drew."""
+    bar = figure.colorbar(axes[0].collections[0], ax=axes, label=what, pad=0.01, aspect=25)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
+
+
 def rows_of(
     count: int, columns: int, *, width: float, height: float, least: float = 0
 ) -> tuple[Figure, list[list[Axes]]]:
@@ -155,6 +164,12 @@ def events_of(
             sorted({time for times in kind for time in times}) for kind in zip(*every, strict=True)
         )
     return found
+
+
+def models(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, list[str]]:
+    """Runs by model and data set, whose names in print they have in common."""
+    groups = conditions(runs).loc[list(labels)].groupby(["model", "data"], sort=False).groups
+    return {", ".join(name_of(part) for part in names if part): list(of) for names, of in groups.items()}
 
 
 def in_steps(run: xr.DataTree) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ from .style import DEPTH, FIRST, MEASURED, OTHER_EVENT, PRUNING, SECOND
 
 _LAYER_SIZE = 7  # points
 FEW_LAYERS = 15  # whose names a legend holds
+MANY_LAYERS = 24  # over which the points of several measures are not told apart
 _DOTS = 60  # measured ones: more hide what was predicted
 
 _ORDERS = {"first_order": FIRST, "second_order": SECOND}
@@ -102,7 +103,7 @@ def draw_curve(curve: xr.DataArray, *, ax: Axes | None = None, **style: object) 
 
 
 def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
-    """The median over seeds of a quantity over its one dimension, in the band of its range; few points are marked.
+    """The median over seeds of a quantity over its one dimension, in the band of its quartiles; few points are marked.
 
     A cross is where one of several seeds ends, or is finite for the last time: beyond, the median is of the others.
     """
@@ -150,10 +151,20 @@ def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: fl
     ax = ax or plt.gca()
     names = layer_names(values.layer.values)
     ax.plot(np.arange(len(names)) + beside, values, **{"marker": "o", **style, "linestyle": "none"})
-    room = 72 * ax.figure.get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
-    labelled = np.arange(0, len(names), -(-len(names) // int(room)))
-    ax.set_xticks(labelled, [names[place] for place in labelled], rotation=90, fontsize=_LAYER_SIZE)
-    ax.set_xticks(np.arange(len(names)), minor=True)
+    _name_layers(ax, names)
+    return ax
+
+
+def draw_layer_map(values: Mapping[str, xr.DataArray], *, ax: Axes | None = None) -> Axes:
+    """A row a name, a column a layer, in the network's order: shares from 0 to 1 as colours."""
+    ax = ax or plt.gca()
+    names = layer_names(next(iter(values.values())).layer.values)
+    places = np.arange(len(names)), np.arange(len(values))
+    ax.pcolormesh(*places, np.stack(list(values.values())), vmin=0, vmax=1, cmap="viridis")
+    ax.set_yticks(places[1], list(values))
+    ax.invert_yaxis()
+    ax.grid(False)
+    _name_layers(ax, names)
     return ax
 
 
@@ -164,6 +175,14 @@ def draw_layer_bars(summary: xr.Dataset, *, ax: Axes | None = None, beside: floa
         np.arange(summary.sizes["layer"]) + beside, summary.low, summary.high, color=color, alpha=0.35, linewidth=1
     )
     return ax
+
+
+def _name_layers(ax: Axes, names: list[str]) -> None:
+    """A tick a layer, with the names of as many as there is room for."""
+    room = 72 * ax.figure.get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
+    labelled = np.arange(0, len(names), -(-len(names) // int(room)))
+    ax.set_xticks(labelled, [names[place] for place in labelled], rotation=90, fontsize=_LAYER_SIZE)
+    ax.set_xticks(np.arange(len(names)), minor=True)
 
 
 def _axis(variable: xr.DataArray) -> str:

@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 import analysis
 from analysis import MissingQuantityError
+from analysis.agreement import ORDERS
 from analysis.comparison import title
 from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
@@ -38,7 +38,7 @@ from .layout import (
 )
 from .lines import evenly
 from .room import settle
-from .style import FIRST, SECOND, theme
+from .style import theme
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -108,24 +108,23 @@ def pruning_effect(runs: Runs) -> Figure:
     """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
 
     Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
-    and of θᵀHg. Open markers: first order; filled: second order, which θᵀHg does not have.
+    and of θᵀHg, in first order (top) and in second (bottom), which θᵀHg does not have. On the grey line a prediction is
+    exact.
     """
     effects = analysis.each(runs, analysis.effect_of_prunings)
-    figure, axes = plt.subplots(2, 2, figsize=(7.2, 7.4))
-    for ax, quantity in zip(axes.flat, next(iter(effects.values())).quantity.values, strict=True):
+    quantities = next(iter(effects.values())).quantity.values
+    figure, axes = plt.subplots(2, len(quantities), figsize=(2.6 * len(quantities), 5.8))
+    for column, quantity in zip(axes.T, quantities, strict=True):
         chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}
-        for label, style in by_measure(runs, chosen).items():
-            style = style | {"markersize": 5.5 if len(chosen) <= 10 else 4}
-            first = style | {"label": None}
-            panels.draw_predicted_measured(chosen[label], "first_order", ax=ax, filled=False, **first)
-            panels.draw_predicted_measured(chosen[label], "second_order", ax=ax, **style)
-        symmetric(ax, np.concatenate([compared(effect) for effect in chosen.values()]))
-        ax.set(xlabel=f"predicted Δ{label_of(quantity)}", ylabel=f"measured Δ{label_of(quantity)}")
-    orders = [
-        Line2D([], [], marker="o", linestyle="none", color="0.3", markerfacecolor=face, label=name)
-        for face, name in (("none", FIRST["label"]), ("0.3", SECOND["label"]))
-    ]
-    legend_below(figure, *orders)
+        values = np.concatenate([compared(effect) for effect in chosen.values()])
+        for ax, order in zip(column, ORDERS, strict=True):
+            for label, style in by_measure(runs, chosen).items():
+                panels.draw_predicted_measured(chosen[label], order, ax=ax, alpha=0.7, **style | {"markersize": 3.5})
+            ax.set_visible(any(effect[order].notnull().any() for effect in chosen.values()))
+            symmetric(ax, values)
+            ax.set(xlabel=f"predicted Δ{label_of(quantity)}", ylabel=f"measured Δ{label_of(quantity)}")
+            ax.set_title(order.replace("_", " "))
+    legend_below(figure)
     return figure
 
 

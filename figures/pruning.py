@@ -19,7 +19,7 @@ from analysis.names import name_of
 from dynamics.schema import label
 
 from . import panels, scales
-from .layout import by_measure, compared, grid, headed, legend_below, named
+from .layout import by_measure, compared, grid, headed, legend_below, models, named, share_bar
 from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
 
 Runs = Mapping[str, xr.DataTree]
@@ -53,32 +53,49 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
 def removed_decrease(runs: Runs) -> Figure:
     """How much of the first-order decrease of the loss a pruning takes with its parameters depends on the measure.
 
-    Along gradient flow dL/dt = −‖g‖². Left: each pruning's share of ‖g‖² at its probe against its share of the
-    parameters, on logarithmic axes; on the grey line the removed parameters carried as much as the average one. Right:
-    share of each layer's own ‖g‖² that went with the first pruning, in one run of each measure.
+    Along gradient flow dL/dt = −‖g‖². Top: each pruning's share of ‖g‖² at its probe against its share of the
+    parameters, on logarithmic axes, a panel a model and data set; on the grey line the removed parameters carried as
+    much as the average one. Bottom: share of each layer's own ‖g‖² that went with the first pruning, in one run of each
+    measure.
     """
     found = analysis.each(runs, analysis.removed_decrease)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.8, 4.2), width_ratios=(1, 1.25))
     totals = {name: of[["decrease", "parameters"]].sum("layer") for name, of in found.items()}
-    for name, style in by_measure(runs, found).items():
-        total = totals[name]
-        left.plot(total.parameters, total.decrease, linestyle="none", alpha=0.8, **style)
+    groups = models(runs, found)
+    figure = plt.figure(figsize=(max(2.9 * len(groups), 7.2), 5.6))
+    places = figure.add_gridspec(2, len(groups), height_ratios=(1.2, 1))
+    for column, (name, labels) in enumerate(groups.items()):
+        ax = figure.add_subplot(places[0, column])
+        _draw_shares(ax, runs, {label: totals[label] for label in labels})
+        ax.set(xlabel="parameters removed", ylabel="" if column else "their share of ‖g‖²")
+        named(ax, name)
+    below = figure.add_subplot(places[1, :])
     what, chosen = analysis.side_by_side({name: runs[name] for name in found})
-    for name, style in by_measure(chosen, chosen).items():
-        of_layer = found[name].of_layer.isel(event=0)
-        panels.draw_over_layers(of_layer, ax=right, **style | {"markersize": 3})
-    named(right, what)
-    left.set(xlabel="share of the parameters removed", ylabel="their share of ‖g‖²")
-    left.axline((0.1, 0.1), (1, 1), color="0.7", linewidth=0.9, zorder=0)
-    for axis, share in ((left.xaxis, "parameters"), (left.yaxis, "decrease")):
+    of_layer = {name: found[name].of_layer.isel(event=0) for name in chosen}
+    styles = by_measure(chosen, chosen)
+    if max(share.sizes["layer"] for share in of_layer.values()) > panels.MANY_LAYERS:
+        panels.draw_layer_map({styles[name]["label"]: share for name, share in of_layer.items()}, ax=below)
+        share_bar(figure, [below], "removed share of ‖g‖²")
+    else:
+        for name, style in styles.items():
+            panels.draw_over_layers(of_layer[name], ax=below, **style | {"markersize": 3})
+        below.set(ylabel="removed share of the layer's ‖g‖²")
+        scales.percent(below.yaxis)
+    named(below, what)
+    legend_below(figure)
+    return figure
+
+
+def _draw_shares(ax: plt.Axes, runs: Runs, totals: Mapping[str, xr.Dataset]) -> None:
+    for name, style in by_measure(runs, totals).items():
+        ax.plot(
+            totals[name].parameters, totals[name].decrease, linestyle="none", alpha=0.7, **style | {"markersize": 3}
+        )
+    ax.axline((0.1, 0.1), (1, 1), color="0.7", linewidth=0.9, zorder=0)
+    for axis, share in ((ax.xaxis, "parameters"), (ax.yaxis, "decrease")):
         values = np.concatenate([total[share] for total in totals.values()])
         scales.scale_axis(axis, values)
         scales.fit_axis(axis, values)
-    for axis in (left.xaxis, left.yaxis, right.yaxis):
         scales.percent(axis)
-    right.set(ylabel="removed share of the layer's ‖g‖²")
-    legend_below(figure)
-    return figure
 
 
 def removal_curve(runs: Runs) -> Figure:

@@ -62,19 +62,34 @@ def _in_view(axis: Axis) -> list[Tick]:
 
 
 def _thin(axis: Axis) -> None:
-    """Every second tick, or third, and so on, until no labels meet; zero is among them."""
+    """Leave out ticks until no labels meet, zero the last: of a symmetric scale those that do, else every second."""
     ticks = _in_view(axis)
     if not ticks or not ticks[0].label1.get_visible():
         return
-    places = [tick.get_loc() for tick in ticks]
+    places = np.array([tick.get_loc() for tick in ticks])
     boxes = [tick.label1.get_window_extent() for tick in ticks]
-    zero = places.index(0) if 0 in places else 0
-    for every in range(1, len(places) + 1):
-        kept = slice(zero % every, None, every)
-        if not _meet(boxes[kept], axis.axis_name):
-            break
-    if every > 1:
+    kept = (_outward if axis.get_scale() == "symlog" else _every)(places, boxes, axis.axis_name)
+    if len(kept) < len(places):
         axis.set_major_locator(FixedLocator(places[kept]))
+
+
+def _every(places: np.ndarray, boxes: list[Bbox], along: str) -> list[int]:
+    """All, or every second, or third, and so on, zero among them."""
+    zero = int(np.abs(places).argmin()) if 0 in places else 0
+    for every in range(1, len(places) + 1):
+        kept = list(range(zero % every, len(places), every))
+        if not _meet([boxes[place] for place in kept], along):
+            break
+    return kept
+
+
+def _outward(places: np.ndarray, boxes: list[Bbox], along: str) -> list[int]:
+    """From zero outwards each that meets none of those before it."""
+    kept: list[int] = []
+    for place in np.argsort(np.abs(places), kind="stable").tolist():
+        if not _meet([boxes[one] for one in (*kept, place)], along):
+            kept.append(place)
+    return sorted(kept)
 
 
 def _meet(boxes: list[Bbox], along: str) -> bool:

@@ -11,7 +11,7 @@ from synthetic_runs import record, runs
 
 import analysis
 from analysis.__main__ import main
-from analysis.comparison import mean_and_interval, median_and_range
+from analysis.comparison import mean_and_interval, median_and_quartiles
 from analysis.conditions import several_seeds
 from analysis.intervals import stand
 from analysis.overview import overview
@@ -34,12 +34,13 @@ def some() -> dict[str, xr.DataTree]:
 
 
 def test_a_median_stays_where_a_mean_is_carried_away() -> None:
-    found = median_and_range(xr.DataArray([[1.0, 2.0], [3.0, np.nan], [1e9, 1.0]], dims=("seed", "step")))
+    seeds = [[1.0, 2.0], [2.0, np.nan], [3.0, np.nan], [4.0, np.inf], [1e9, 1.0]]
+    found = median_and_quartiles(xr.DataArray(seeds, dims=("seed", "step")))
     assert found["median"].values.tolist() == [3.0, 1.5]
-    assert found.low.values.tolist() == [1.0, 1.0]
-    assert found.high.values.tolist() == [1e9, 2.0]
-    assert found.seeds.values.tolist() == [3, 2]
-    assert median_and_range(xr.DataArray([[np.inf], [np.nan]], dims=("seed", "step")))["median"].isnull().all()
+    assert found.low.values.tolist() == [2.0, 1.25]
+    assert found.high.values.tolist() == [4.0, 1.75]
+    assert found.seeds.values.tolist() == [5, 2]
+    assert median_and_quartiles(xr.DataArray([[np.inf], [np.nan]], dims=("seed", "step")))["median"].isnull().all()
 
 
 def test_accuracies_are_means_with_students_interval(some: dict[str, xr.DataTree]) -> None:

@@ -133,7 +133,7 @@ class Recorder:
         self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
         counted = None if processes.replicated else groups.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)
-        probing = network, objective, self._batches, measurement, processes
+        probing = network, objective, self._batches, measurement, processes, place.step
         self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
         hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])

@@ -71,11 +71,11 @@ class _Found(NamedTuple):
 
 
 class StepCurvature:
-    """Measures the curvature of every so-manieth step, 0 for none.
+    """Measures the curvature of every so-manieth step, 0 for none; of the ``first`` only which batches it is of.
 
-    Where batches were skipped or read ahead there are several candidates for those that a step is of; they are the
-    ones whose gradient points where the applied one does. Whatever the objective does wrong costs the curvature, with
-    one warning, not the training.
+    For how far a loop reads ahead shows when it begins. Where batches were skipped or read ahead there are several
+    candidates for those that a step is of; they are the ones whose gradient points where the applied one does. Whatever
+    the objective does wrong costs the curvature, with one warning, not the training.
     """
 
     def __init__(
@@ -85,12 +85,13 @@ class StepCurvature:
         batches: Batches,
         measurement: Measurement,
         processes: Processes,
+        first: int,
         every: int,
         *,
         capture: bool,
     ) -> None:
         self._model, self._objective, self._batches = model, objective, batches
-        self._measurement, self._processes, self._every = measurement, processes, every
+        self._measurement, self._processes, self._every, self._first = measurement, processes, every, first
         self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
         self._probes: list[_Candidate] = []
         self._way = _Way()  # the likeliest
@@ -106,8 +107,11 @@ class StepCurvature:
             )
 
     def due(self, step: int) -> bool:
-        """Whether a step is to be measured."""
-        return bool(self._every) and step % self._every == 0
+        """Whether a step is to be looked at."""
+        return bool(self._every) and (step == self._first or self._records(step))
+
+    def _records(self, step: int) -> bool:
+        return step % self._every == 0
 
     def stop(self) -> None:
         """Measure no more."""
@@ -178,9 +182,10 @@ class StepCurvature:
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
         probes, self._probes = self._probes, []
-        self.unseen += self.due(step) and not self._batches.told
-        best = self._best(probes, step)
-        if best is None or self._are_others_lost(best.probe):
+        records = self._records(step)
+        self.unseen += records and not self._batches.told
+        best = self._best(probes, step) if records or len(probes) > 1 else None
+        if best is None or self._are_others_lost(best.probe) or not records:
             return None
         values = self._or_give_up(partial(best.by.curvature_values, best.probe, best.loss, best.grad), step)
         if values is None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from by_hand import ByHand
 from networks import Batch, convolutional_network, images, plain_step, smooth_network, vectors
+from torch import nn
 
 from dynamics import Recorder, open_run
 
@@ -50,6 +51,54 @@ def test_each_step_is_one_of_the_watched_batch(tmp_path: Path, when: str, curvat
     np.testing.assert_allclose(run["curvature"].loss_after, after[::curvature_every], rtol=1e-12)
     grads = run["steps"].grad_sqnorm.sel(step=run["curvature"].step)
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, grads, rtol=1e-9)
+
+
+@pytest.mark.parametrize("curvature_every", [1, 2])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.filterwarnings("ignore:/curvature may be of another loss")
+def test_each_step_of_a_batch_has_its_own_noise_before_the_network_runs(
+    tmp_path: Path, clipped: bool, curvature_every: int
+) -> None:
+    def noisy_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    how = {"objective": noisy_loss, "curvature_every": curvature_every}
+    with Recorder(tmp_path / "run", model, optimizer, **how) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss = noisy_loss(model, batch)
+                loss.backward()
+                if clipped:  # so that no gradient surely is the one applied
+                    nn.utils.clip_grad_value_(model.parameters(), 0.01)
+                optimizer.step()
+                losses.append(loss.item())
+    loss_before = open_run(tmp_path / "run")["curvature"].loss_before
+    np.testing.assert_allclose(loss_before, losses[::curvature_every], rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_teacher_within_that_follows_between_the_steps_of_a_batch(tmp_path: Path) -> None:
+    """It is larger than what is trained, and would be kept only if it moved within a step."""
+
+    class Taught(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pupil, self.teacher = smooth_network(), nn.Linear(4, 60).requires_grad_(False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.pupil(inputs) + self.teacher(inputs)[:, :3]
+
+    model, losses = Taught(), []
+    optimizer = torch.optim.SGD(model.pupil.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(2)):
+            for _ in range(3):
+                losses.append(plain_step(model, optimizer, batch).item())
+                model.teacher.weight.data.mul_(0.9)
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
 def test_steps_with_closures_and_a_forward_pass_in_between(tmp_path: Path) -> None:

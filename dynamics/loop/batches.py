@@ -18,7 +18,7 @@ from ..probing.bystanders import Bystanders
 from ..probing.moment import Moment, random_numbers_untouched
 from ..probing.probe import Objective, is_compiled, unwrap
 from .backward_passes import BackwardPasses
-from .forward_passes import ForwardPasses
+from .forward_passes import ForwardPasses, trains
 from .seen import Mark, Seen, candidates, read_ahead, trained_on, used
 
 _MOST = 4096  # batches of one step
@@ -57,6 +57,7 @@ class Batches:
         self._seen: list[Seen] = []
         self._staying: list[Any] = []  # the batch that stays, if one does
         self._stays_surely = True
+        self._after_step: Moment | None = None  # from which a further step of the batch that stays may begin
         self._of_epoch = 0
         self._ahead = 0  # how many batches the loop reads before it uses them
         self._stepped_at = 0  # the number of backward passes until the last step
@@ -84,6 +85,8 @@ class Batches:
         """Until the step is taken, keep the moments of forward passes; not of a compiled model: hooks slow it down."""
         self._awaits, self._asleep = True, asleep
         self._seen = [self._kept(one) for one in self._seen]
+        with self._not_in_the_loop():
+            self._after_step = self._moment() if self._staying else None
         if (self._seen or self._staying) and not self._compiled:
             self._look_for_passes()
 
@@ -106,7 +109,7 @@ class Batches:
                 waiting.moment.others = before.others if before else {}
                 waiting.gradient_moment = waiting.last_moment = None
                 waiting.passed_at = self._passes.total
-                waiting.evaluated_at = None if _trains(module) else self._passes.total
+                waiting.evaluated_at = None if trains(module) else self._passes.total
                 for other in (seen for seen in self._seen if not seen.passed):  # perhaps it is of one of them
                     other.gradient_moment = other.last_moment = waiting.moment
             elif self._seen:
@@ -129,8 +132,9 @@ class Batches:
 
     def _are_moved(self) -> bool:
         """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
-        first = self._seen[0].first_moment if self._seen else None  # what moved since a later one moved since this, too
-        moved = first is not None and first.moved
+        first = self._seen[0] if self._seen else None  # what moved since a later one came moved since this, too
+        since = first and (first.moment if first.again else first.first_moment)
+        moved = since is not None and since.moved
         lost = moved and not self._keeps_frozen
         self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
         return lost
@@ -152,7 +156,7 @@ class Batches:
 
         Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
         """
-        if _trains(module):
+        if trains(module):
             gone = self._passes.are_gone
             for seen in self._seen:
                 if seen.evaluated_at is not None and (gone or seen.evaluated_at == self._passes.total):
@@ -167,7 +171,7 @@ class Batches:
             self._seen = []
         if self._passes.pending:  # it was that of the batch that stays
             self.repeat(due=False)
-        self._staying, self._stays_surely = [batch] if stays else [], True
+        self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
         without = len(self._seen) - self._ahead - self._passes.count
         if (without == _IDLE and self._passes.count) or len(self._seen) == _MOST:
             if not self._idle:
@@ -194,17 +198,17 @@ class Batches:
     def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
         seen_at = self._stepped_at if again else self._passes.total
         seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source, seen_at=seen_at)
-        self._seen.append(self._kept(seen) if due else seen)
+        self._seen.append(self._kept(seen, self._after_step if again else None) if due else seen)
         if due and self._awaits and not self._compiled:
             self._look_for_passes()
             self.bystanders.watch(self._moment_of_last, self._asleep)
 
-    def _kept(self, seen: Seen) -> Seen:
+    def _kept(self, seen: Seen, moment: Moment | None = None) -> Seen:
         """With a copy of the batch, and the moment it is: in another thread than that of the steps there is none."""
         if threading.get_ident() != self._thread:  # random generators are the loop's, which runs meanwhile
             return replace(seen, batch=copied(seen.batch))
         with self._not_in_the_loop(), random_numbers_untouched(self._device):
-            moment = self._moment()
+            moment = moment or self._moment()
             return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
         return seen
 
@@ -295,7 +299,7 @@ class Batches:
         self._seen = read_ahead(self._seen, self._used, self._passes.count, self._ahead)
         self._passes.stepped()
         self._stepped_at = self._passes.total
-        self._of_epoch, self._awaits = 0, False
+        self._of_epoch, self._awaits, self._after_step = 0, False, None
         self._forward_passes.leave()
         self.bystanders.leave()
 
@@ -304,8 +308,3 @@ class Batches:
         self.clear()
         self.leave()
         self._passes.close()
-
-
-def _trains(module: nn.Module) -> bool:
-    """Whether a part of it is in training mode."""
-    return any(part.training for part in module.modules())

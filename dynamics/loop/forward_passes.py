@@ -71,3 +71,8 @@ class _OfOneModel:
 
 def _can_be_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether a part of it is in training mode."""
+    return any(part.training for part in module.modules())

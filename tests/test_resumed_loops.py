@@ -1,5 +1,7 @@
 """A loop that goes on in its record: what shows when it begins is seen again, what is not known is not guessed."""
 
+import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, smooth_network, vectors
+from networks import Batch, plain_step, smooth_network, vectors
 
 from dynamics import Recorder, open_run
+from dynamics.record.store import Store
+from dynamics.recording.flow_times import FlowTimes
 
 
 def one_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -37,3 +41,63 @@ def test_a_loop_that_reads_ahead_goes_on_at_any_step(tmp_path: Path, stop: int) 
     curvature = open_run(tmp_path / "run")["curvature"]
     assert curvature.step.values.tolist() == [0, 4, 8]
     np.testing.assert_allclose(curvature.loss_before, losses[::4], rtol=1e-12)
+
+
+class Scheduled:
+    """A training whose learning rate falls at each step, and its flow time by hand."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = smooth_network()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+        self.times = [0.0]
+
+    def train(self, recorder: Recorder, steps: int) -> None:
+        for batch in recorder.watch(vectors(steps)):
+            self.times.append(self.times[-1] + self.optimizer.param_groups[0]["lr"])
+            plain_step(self.model, self.optimizer, batch)
+            self.scheduler.step()
+
+
+@pytest.mark.parametrize("stop", [4, 5, 6, 7])
+def test_flow_time_goes_on_where_the_rate_changed_between_recorded_steps(tmp_path: Path, stop: int) -> None:
+    training = Scheduled()
+    for begin, steps in ((0, stop), (stop, 12 - stop)):
+        how = {"every": 4, "curvature_every": 0, "resume": True, "step": begin}
+        with Recorder(tmp_path / "run.zarr", training.model, training.optimizer, **how) as recorder:
+            training.train(recorder, steps)
+    assert open_run(tmp_path / "run.zarr").steps.step.values.tolist() == [0, 4, 8]
+    np.testing.assert_allclose(open_run(tmp_path / "run.zarr").steps.flow_time, training.times[:12:4], rtol=1e-12)
+
+
+@pytest.mark.parametrize("flushed", [True, False])
+def test_flow_time_is_known_at_a_checkpoint_before_which_the_record_was_flushed(tmp_path: Path, flushed: bool) -> None:
+    training, how = Scheduled(), {"every": 4, "curvature_every": 0}
+    with Recorder(tmp_path / "run.zarr", training.model, training.optimizer, **how) as recorder:
+        training.train(recorder, 6)
+        if flushed:
+            recorder.flush()
+        saved = copy.deepcopy(training)
+        training.train(recorder, 6)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        resumed = Recorder(tmp_path / "run.zarr", saved.model, saved.optimizer, **how, resume="rewind", step=6)
+    with resumed as recorder:
+        saved.optimizer.param_groups[0]["lr"] *= 3  # it goes on otherwise than it did
+        saved.train(recorder, 4)
+    assert ["flow_time is not known from step 6 on" in str(one.message) for one in said] == [True] * (not flushed)
+    expected = [*saved.times[:8:4], saved.times[8] if flushed else np.nan]
+    np.testing.assert_allclose(open_run(tmp_path / "run.zarr").steps.flow_time, expected, rtol=1e-12)
+
+
+def test_flow_times_of_what_was_taken_back_are_forgotten(tmp_path: Path) -> None:
+    known = FlowTimes(Store(tmp_path / "run.zarr", {}))
+    known.keep(3, 0.3)
+    known.keep(5, 0.5)
+    known.keep(5, 0.6)
+    assert [known.at(step) for step in (3, 4, 5)] == [0.3, None, 0.6]
+    known.forget_from(3)
+    assert [known.at(step) for step in (3, 5)] == [0.3, None]
+    known.forget_from(2)
+    assert known.at(3) is None

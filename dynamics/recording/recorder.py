@@ -43,6 +43,7 @@ from .attachment import Attachment
 from .epochs import Epochs, Pass
 from .event import Event
 from .events import Events
+from .flow_times import FlowTimes
 from .resuming import begin
 from .rows import Rows
 from .step import Measurement
@@ -138,7 +139,7 @@ class Recorder:
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
         hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])
         parts = groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs
-        self._steps = Steps(*parts, place, names, every)
+        self._steps = Steps(*parts, place, FlowTimes(store), names, every)
         common = self._layers, processes, self._steps, self._epochs, self._rows
         self._events = Events(network, objective, *common, place.events)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..record.store import Store
 from ..schema import STUDIES
+from .flow_times import FlowTimes
 
 _SAME = 16  # roundings: what is left of a squared norm's precision after a step is added up
 
@@ -98,6 +99,8 @@ class Record:
             return float("nan")
         if before < len(times) and self.steps[before] == step:
             return float(times[before])
+        if (kept := FlowTimes(self._store).at(step)) is not None:
+            return kept
         skipped = self.column("steps", "skipped")
         row = flow_steps[before - 1]
         last, others = row[self._present.first], np.unique(row[row != 0])
@@ -105,6 +108,13 @@ class Record:
             last = others[0]
         last = self._present.flow_step if np.isnan(last) else last  # the layer's parameters differ in it
         taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
+        if taken > 1 and abs(last - self._present.flow_step) > 1e-9 * abs(last):
+            warnings.warn(
+                f"flow_time is not known from step {step} on, for the learning rate changed between recorded steps: "
+                "call recorder.flush() before a checkpoint is saved, or record with every=1",
+                stacklevel=2,
+            )
+            return float("nan")
         return float(times[before - 1] + last * taken)
 
     def meets(self) -> tuple[int, int] | None:
@@ -209,6 +219,7 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
     place = record.place(*met)
     _check_masks(record, present, met[1])
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
+    FlowTimes(store).forget_from(place.step)
     store.note("resumed", [*store.attributes.get("resumed", []), trace])
     ahead = record.column("curvature", "step") >= met[0]  # of a step that was not recorded any more
     if met < end or ahead.any():  # after the trace, so that a kill in between loses neither

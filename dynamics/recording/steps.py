@@ -16,6 +16,7 @@ from ..loop.batches import Batches
 from ..loop.groups import Group, Groups
 from ..loop.optimizer_hooks import OptimizerHooks
 from .epochs import Epochs
+from .flow_times import FlowTimes
 from .resuming import Place
 from .rows import Rows
 from .step import Measurement
@@ -38,6 +39,7 @@ class Steps:
         rows: where the rows go.
         epochs: which epoch it is.
         place: where the training is: ``number`` is the step to come.
+        flow_times: what is known of the flow time where it may go on.
         names: quantities of ``/steps`` that a row has.
         every: record at every such step.
     """
@@ -52,12 +54,13 @@ class Steps:
         rows: Rows,
         epochs: Epochs,
         place: Place,
+        flow_times: FlowTimes,
         names: Sequence[str],
         every: int,
     ) -> None:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
         self._hooks, self._rows, self._epochs, self._names, self._every = hooks, rows, epochs, names, every
-        self.number, self._flow_time = place.step, place.flow_time
+        self.number, self._flow_time, self._flow_times = place.step, place.flow_time, flow_times
         self.busy = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
         self._await_forward()
@@ -128,6 +131,8 @@ class Steps:
 
     def finish(self, *, ends: bool = False) -> None:
         """What was logged of the last step is all that will be; it ``ends`` the training, or only this row."""
+        if self.number and self._every > 1 and "flow_time" in self._names:
+            self._flow_times.keep(self.number, float(self._flow_time))
         self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
 
     @contextmanager

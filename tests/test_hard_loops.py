@@ -5,6 +5,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,31 @@ def test_learning_rates_and_decay_are_of_what_is_trained(tmp_path: Path) -> None
     steps = open_run(tmp_path / "run")["steps"]
     np.testing.assert_allclose(steps.learning_rate, [[0.0, 0.1]] * 2 + [[0.1, 0.1]] * 2)
     assert (steps.decay_sqnorm.values > 0).tolist() == [[False, True]] * 2 + [[True, True]] * 2
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("how", [{"momentum": 0.9}, {"weight_decay": 0.1}])
+def test_what_moves_a_frozen_layer_on_is_not_predicted(tmp_path: Path, how: dict, to_none: bool) -> None:
+    model, losses, moves = smooth_network(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, **how)
+    said = pytest.warns(UserWarning, match="along steps that move frozen parameters, '0.weight' first, is NaN")
+    with nullcontext() if to_none else said:
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+            for number, (inputs, labels) in enumerate(recorder.watch(vectors(4))):
+                model[0].requires_grad_(number != 2)
+                optimizer.zero_grad(set_to_none=to_none)
+                loss = F.cross_entropy(model(inputs), labels)
+                loss.backward()
+                before = model[0].weight.clone()
+                optimizer.step()
+                moves.append(not torch.equal(before, model[0].weight))
+                losses.append((loss.item(), F.cross_entropy(model(inputs), labels).item()))
+    curvature = open_run(tmp_path / "run")["curvature"]
+    assert moves == [True, True, not to_none, True]
+    for name in ("grad_update", "update_hess_update"):
+        assert np.isnan(curvature[name]).any("layer").values.tolist() == [False, False, not to_none, False]
+    assert np.isfinite(curvature.grad_hess_grad).all()
+    np.testing.assert_allclose(np.stack([curvature.loss_before, curvature.loss_after], 1), losses, rtol=1e-12)
 
 
 def test_torch_prunings_in_a_row(tmp_path: Path) -> None:

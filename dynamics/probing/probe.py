@@ -134,6 +134,11 @@ class Probe:
         return self._device
 
     @property
+    def trained(self) -> set[str]:
+        """Names of the parameters that are no constants."""
+        return self._trained
+
+    @property
     def moved_others(self) -> set[nn.Module]:
         """Modules outside the model that were evaluated with other parameters than they had at the moment."""
         return {module for _, moment in self._at for module in moment.moved_others}

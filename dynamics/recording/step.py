@@ -42,7 +42,8 @@ class Measurement:
         self._start: Vector | None = None
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._rest: list[int] = []  # indices of the parameters that no optimizer held which took the step
-        self._said = self._compared = False
+        self._said: set[str] = set()
+        self._compared = False
 
     def present(self) -> Present:
         """The model as it is now."""
@@ -200,6 +201,21 @@ class Measurement:
         }
         return {name: others[name]() for name in self._others} | values
 
+    def unless_frozen_move(self, probe: Probe, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The quantities of ``/curvature``; those along the step are NaN where it moves what the probe holds fixed."""
+        update = self._layers.named(self._update)
+        moved = {name: part.nan_to_num(0).any() for name, part in update.items() if name not in probe.trained}
+        if not (moved and torch.stack(list(moved.values())).any()):
+            return values
+        name = next(name for name, moves in moved.items() if moves)
+        self._say_once(
+            f"along steps that move frozen parameters, {name!r} first, is NaN: they have no gradient. By momentum or "
+            "weight decay an optimizer moves them on where .grad is zero and not None; zero_grad() makes it None",
+            "frozen",
+        )
+        unknown = [name for name in ("grad_update", "update_hess_update") if name in values]
+        return values | {name: torch.full_like(values[name], torch.nan) for name in unknown}
+
     def _after(self) -> dict[str, Tensor] | None:
         """θ + Δθ by parameter name; None where the model still has it.
 
@@ -250,10 +266,10 @@ class Measurement:
                 "@torch.autograd.function.once_differentiable, and differences are recorded"
             )
 
-    def _say_once(self, what: str) -> None:
-        if not self._said:
+    def _say_once(self, what: str, of: str = "products") -> None:
+        if of not in self._said:
             warnings.warn(f"curvature {what}", stacklevel=2)
-        self._said = True
+        self._said.add(of)
 
     def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         directions = [grad] if {"grad_hess_grad", "param_hess_grad"} & set(names) else []

@@ -208,7 +208,7 @@ class StepCurvature:
                 "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
                 "approximate",
             )
-        return self._processes.mean_values(values)
+        return self._processes.mean_values(self._measurement.unless_frozen_move(best.probe, values))
 
     def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
         """What the loop logged as a step's loss; it is looked at when the next is measured, or in the end."""

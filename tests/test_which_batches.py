@@ -179,6 +179,26 @@ def test_two_loaders_of_different_batch_sizes_count_equally(tmp_path: Path, pass
     check(tmp_path / "run", model, objective, loop)
 
 
+@pytest.mark.parametrize("how", ["in the order of reading", "the other way round", "together"])
+def test_pairs_of_two_loaders_are_watched_with_an_objective_of_both(tmp_path: Path, how: str) -> None:
+    def of_both(model: nn.Module, pair: tuple[Batch, Batch]) -> torch.Tensor:
+        if how == "together":
+            return F.cross_entropy(model(torch.cat([pair[0][0], pair[1][0]])), torch.cat([pair[0][1], pair[1][1]]))
+        first, second = pair if how == "in the order of reading" else pair[::-1]
+        return F.cross_entropy(model(first[0]), first[1]) + F.cross_entropy(model(second[0]), second[1]) / 2
+
+    model, losses = nn.Sequential(nn.Dropout(0.3), smooth_network()), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=of_both, curvature_every=1) as recorder:
+        for pair in recorder.watch(zip(vectors(4), vectors(4, seed=5), strict=True)):
+            optimizer.zero_grad()
+            loss = of_both(model, pair)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
 def test_random_numbers_before_the_network_runs_in_batches_of_different_sizes(tmp_path: Path) -> None:
     """As diffusion models are trained: the loss draws its noise first; the last batch of an epoch is smaller."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))

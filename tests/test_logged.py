@@ -155,3 +155,32 @@ def test_a_loss_that_was_logged_before_training_is_not_that_of_the_first_step(tm
             recorder.log(loss=loss)
             losses.append(loss.item())
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("when", ["before the backward pass", "before the step", "after the step"])
+@pytest.mark.parametrize("turns", ["ab", "aab", "aaab", "abab", "abaab"])
+def test_optimizers_that_take_turns_on_a_batch(tmp_path: Path, turns: str, when: str) -> None:
+    """A row is of a step of each optimizer, or of those that stepped before one of them steps again."""
+    model = smooth_network()
+    optimizers = {name: torch.optim.SGD(model[index].parameters(), 0.1) for name, index in (("a", 0), ("b", 2))}
+    rows: list[dict[str, float]] = []
+    with Recorder(tmp_path / "run", model, list(optimizers.values()), curvature_every=0) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+            rows.append({})
+            for turn in turns:
+                if turn in rows[-1] or len(rows[-1]) == 2:
+                    rows.append({})
+                model.zero_grad()
+                loss = F.cross_entropy(model(inputs), labels) * (1 if turn == "a" else 10)
+                rows[-1][turn] = loss.item()
+                for moment in ("before the backward pass", "before the step", "after the step"):
+                    if moment == "before the step":
+                        loss.backward()
+                    if moment == "after the step":
+                        optimizers[turn].step()
+                    if moment == when:
+                        recorder.log(**{turn: loss}, loss=loss)
+    steps = open_run(tmp_path / "run")["steps"]
+    for name in "ab":
+        np.testing.assert_allclose(steps[name], [row.get(name, np.nan) for row in rows], rtol=1e-12)
+    np.testing.assert_allclose(steps.loss, [np.mean(list(row.values())) for row in rows], rtol=1e-12)

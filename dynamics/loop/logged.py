@@ -37,6 +37,7 @@ class Logged:
         self._before: set[str] = set()  # names that come before the backward pass, or the batch, of their step
         self._announced = self._watched = self._waits = self._stepped = False
         self._passed = False  # whether a pass over the data has ended since the last batch
+        self._paused: tuple[int, dict[str, int]] = 0, {}  # backward passes, and entries by name, at :meth:`pause`
 
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
         """Keep a scalar."""
@@ -95,8 +96,17 @@ class Logged:
         """No batch waits for a step any more, or none but those whose gradients are there: a pass has ended."""
         self._waits, self._passed = False, True
 
-    def step(self, mark: Mark) -> dict[str, Scalar]:
-        """A step is done: the scalars of the one before. What came for a batch that no step is of is dropped."""
+    def pause(self, mark: Mark) -> None:
+        """Of several optimizers some are through; if one of them is the next to step, that is a step of its own."""
+        self._paused = mark.backwards, {name: len(entries) for name, entries in self._upcoming.items()}
+
+    def step(self, mark: Mark, *, late: bool = False) -> dict[str, Scalar]:
+        """A step is done: the scalars of the one before. What came for a batch that no step is of is dropped.
+
+        If ``late``, it was done when it paused, and the next is under way: that has what came before it since.
+        """
+        late = late and self._announced
+        later = self._take_later() if late else {}
         kept: dict[str, list[Scalar]] = {}
         for name, entries in self._upcoming.items():
             if own := [one.value for one in entries if self._counts(name, one, mark)]:
@@ -110,8 +120,16 @@ class Logged:
                 if name not in kept and (own := [one.value for one in entries if not one.waited])
             }
         self._of_last, self._initial = kept | initial, set(initial)
-        self._upcoming, self._waits, self._stepped = {}, False, True
+        self._upcoming, self._waits, self._stepped = later, late, True
         return values
+
+    def _take_later(self) -> dict[str, list[_Entry]]:
+        (backwards, paused), later = self._paused, {}
+        for name, entries in self._upcoming.items():
+            since = entries[paused.get(name, 0) :]
+            later[name] = [one for one in since if name in self._before or one.mark.backwards > backwards]
+            self._upcoming[name] = entries[: len(entries) - len(later[name])]
+        return later
 
     def of_last(self, *, ends: bool = False) -> dict[str, Scalar]:
         """The scalars of the step that was; if the training ``ends``, with those of a step that will not be."""

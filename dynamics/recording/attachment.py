@@ -55,7 +55,7 @@ class Attachment:
             self._nested += 1
             return None
         if self._stepping is not None or number in self._stepped:
-            self._finish()
+            self._finish(late=True)
         self._stepping = number
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if not self._stepped:
@@ -113,6 +113,8 @@ class Attachment:
         self._steps.take_update(number)
         if len(self._stepped) == len(self._optimizers):
             self.end()
+        else:
+            self._steps.pause()
 
     def end(self) -> None:
         """End the step of those that have stepped, if any has; not inside a step."""
@@ -120,12 +122,12 @@ class Attachment:
             self._finish()
             self._come_last()
 
-    def _finish(self) -> None:
+    def _finish(self, *, late: bool = False) -> None:
         """End the step of those that are through. One that has begun was ended by an exception."""
         self._stepping, self._nested = None, 0
         if self._stepped:
             stepped, self._stepped = sorted(self._stepped), set()
-            self._steps.end(stepped)
+            self._steps.end(stepped, late=late)
 
     def _come_last(self) -> None:
         """Take gradients when all other hooks are through: they may change them."""

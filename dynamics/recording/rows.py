@@ -49,12 +49,12 @@ class Rows:
             self._coordinate("units", "index", "unit", index)
             self.add("units", {"event": number, **event.unit_row()})
 
-    def step(self, row: Mapping[str, Any] | None, mark: Mark) -> Mapping[str, Scalar]:
+    def step(self, row: Mapping[str, Any] | None, mark: Mark, *, late: bool) -> Mapping[str, Scalar]:
         """A step is done: send the last one's row and keep this one's; None if it is not recorded.
 
         Returns what was logged of the last one.
         """
-        logged = self.logged.step(mark)
+        logged = self.logged.step(mark, late=late)
         self._send(logged)
         self._step = dict(row or {})
         return logged

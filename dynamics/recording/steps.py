@@ -107,8 +107,12 @@ class Steps:
             with self.measuring(_FIRST_ORDER):
                 self._measurement.take_update(number)
 
-    def end(self, stepped: list[int]) -> None:
-        """All optimizers have stepped, or a new step begins: measure what the step did."""
+    def pause(self) -> None:
+        """Some of several optimizers have stepped: the others may, or one of these again."""
+        self._rows.logged.pause(self._batches.mark)
+
+    def end(self, stepped: list[int], *, late: bool = False) -> None:
+        """All optimizers have stepped, or, if ``late``, a new step begins: measure what the step did."""
         row = None
         if self._begun:
             with self.measuring(_FIRST_ORDER):
@@ -124,7 +128,8 @@ class Steps:
             moved = 1 - self._skips.get(0, 0.0)
             self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
         self._begun = False
-        self._curvature.logged(self.number - 1, self._rows.step(row, self._batches.mark_of_step).get("loss"))
+        logged = self._rows.step(row, self._batches.mark_of_step, late=late)
+        self._curvature.logged(self.number - 1, logged.get("loss"))
         self.number += 1
         self._batches.clear()
         self._await_forward()

@@ -222,6 +222,29 @@ def test_random_numbers_before_the_network_runs_in_batches_of_different_sizes(tm
     check(tmp_path / "run", model, objective, loop)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_random_numbers_before_the_network_runs_on_batches_with_one_backward_pass(tmp_path: Path, every: int) -> None:
+    def noisy(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, losses, waiting = smooth_network(), [], []
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        path = tmp_path / str(seed)
+        with Recorder(path, model, optimizer, objective=noisy, curvature_every=every) as recorder:
+            for batch in recorder.watch(vectors(8, seed=seed)):
+                waiting.append(noisy(model, batch))
+                if len(waiting) == 2:
+                    optimizer.zero_grad()
+                    loss = sum(waiting) / 2
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.item())
+                    waiting = []
+        np.testing.assert_allclose(open_run(path)["curvature"].loss_before, losses[::every], rtol=1e-12)
+
+
 @pytest.mark.parametrize("loaders", [1, 2])
 def test_a_model_whose_parts_alone_are_called(tmp_path: Path, loaders: int) -> None:
     """An encoder with dropout and a head in a ModuleDict; something else draws before they run."""

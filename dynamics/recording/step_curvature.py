@@ -94,7 +94,7 @@ class StepCurvature:
         self._measurement, self._processes, self._every, self._first = measurement, processes, every, first
         self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
         self._probes: list[_Candidate] = []
-        self._way = _Way()  # the likeliest
+        self._way: _Way | None = None  # the likeliest, as far as a step has told
         self._said: set[str] = set()
         self._loss = LoggedLoss()
         self.unseen = 0  # steps that were due, and taken, before any batch was seen
@@ -140,7 +140,8 @@ class StepCurvature:
     def _make_probes(self) -> list[_Candidate]:
         """Probes of what the step may be of, the likeliest first.
 
-        The likeliest batches are tried in all ways in which they differ, the others from the likeliest moment on.
+        The likeliest batches, at first all, are tried in all ways in which they differ, the others from the likeliest
+        moment on.
         """
         if self._batches.failure is not None:
             raise RuntimeError(f"what the step starts from cannot be kept: {self._batches.failure}")
@@ -165,10 +166,11 @@ class StepCurvature:
         tried = [
             (number, seen, _Way(moment, by_samples))
             for number, seen in known
-            for moment in (_moments_that_differ(seen) if number == 0 else [self._way.moment])
+            for moment in (_moments_that_differ(seen) if number == 0 or not self._way else [self._way.moment])
             for by_samples in _weights_that_differ(seen)
         ]
-        return [self._candidate(*one) for one in sorted(tried, key=lambda one: (one[0], one[2] != self._way))]
+        tried.sort(key=lambda one: (one[0], one[2] != (self._way or _Way())))
+        return [self._candidate(*one) for one in tried]
 
     @property
     def _device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -162,6 +163,12 @@ class Probe:
         self._fixed = True
         self._at = [(to_device(batch, self._device), moment) for batch, moment in self._at]
         return self
+
+    def later(self) -> Probe:
+        """The probe from what there is by now, but with the same random numbers."""
+        other = copy.copy(self)
+        other._at = [(batch, moment.later()) for batch, moment in self._at]
+        return other
 
     def free(self) -> None:
         """Not :meth:`fixed` any more."""

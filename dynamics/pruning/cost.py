@@ -12,8 +12,9 @@ Filters that are masked but still in memory save no time; :mod:`dynamics.pruning
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,6 @@ def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     In it a layer is given ones for all that is not zero, so that what it puts out is positive.
     """
     read: dict[str, Tensor] = {}
-    hooks = []
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         channels_at = inputs[0].ndim - 1 if isinstance(module, nn.Linear) else 1
@@ -94,16 +94,13 @@ def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         read[name] = read[name] | alive if name in read else alive
         return given.to(inputs[0]), *inputs[1:]
 
-    for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            hooks.append(module.register_forward_pre_hook(lambda *given, name=name: note(name, *given)))
-        elif isinstance(module, _PASSED_BY):
-            hooks.append(module.register_forward_hook(lambda module, inputs, output: inputs[0]))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, LAYERS):
+                hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
+            elif isinstance(module, _PASSED_BY):
+                hooks.enter_context(module.register_forward_hook(lambda module, inputs, output: inputs[0]))
         yield read
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -43,7 +43,7 @@ def squared_sample_grads(
 @contextmanager
 def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str, Tensor]]:
     """Inside, each layer's output, without its bias, is multiplied by a gate of ones (sample, filter)."""
-    gates, hooks = {}, []
+    gates = {}
 
     def gated(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if len(output) != count:
@@ -57,12 +57,9 @@ def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str
         bias = 0 if module.bias is None else module.bias.view(shape)
         return (output - bias) * gate.view(count, *shape[1:]) + bias
 
-    for name in layers:
-        weight = model.get_submodule(name).weight
-        gates[name] = torch.ones(count, len(weight), device=weight.device, dtype=weight.dtype, requires_grad=True)
-        hooks.append(model.get_submodule(name).register_forward_hook(partial(gated, name)))
-    try:
+    with ExitStack() as hooks:
+        for name in layers:
+            weight = model.get_submodule(name).weight
+            gates[name] = torch.ones(count, len(weight), device=weight.device, dtype=weight.dtype, requires_grad=True)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(gated, name)))
         yield gates
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,13 +142,11 @@ def _run(model: nn.Module, inputs: Any, otherwise: str) -> dict[str, list[Tensor
 @contextmanager
 def _noted(model: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
     """Inside, what each layer puts out is appended to ``outputs``, by its name."""
-    layers = [(name, module) for name, module in model.named_modules() if is_layer(module)]
-    hooks = [module.register_forward_hook(partial(_keep, outputs.setdefault, name)) for name, module in layers]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if is_layer(module):
+                hooks.enter_context(module.register_forward_hook(partial(_keep, outputs.setdefault, name)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _keep(place: Callable[[str, list], list], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:

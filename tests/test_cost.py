@@ -204,3 +204,31 @@ def test_what_takes_more_than_an_image_is_pruned_without_a_count(measure: str) -
         assert not {"parameters_left", "multiply_adds_left"} & pruning.attributes.keys()
         with pytest.raises(ValueError, match=r"synflow runs the model on one input of ones, .*8, 8\), and that failed"):
             scores(model, [images], "synflow", objective=objective)
+
+
+class Lifted(nn.Module):
+    """To what a convolution puts out something is added before the next one reads it."""
+
+    def __init__(self, added: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(5, 2)
+        self.register_buffer("buffer", torch.full((1, 6, 1, 1), 0.25))
+        self.number, self.parameter = 0.5, nn.Parameter(torch.full((1, 6, 1, 1), 0.5))
+        self.added = added
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        channels = (self.first(inputs) + getattr(self, self.added)).relu()
+        return self.head(self.second(channels).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("added", ["number", "buffer", "parameter"])
+def test_a_channel_that_is_constant_where_its_filter_went_is_read(added: str) -> None:
+    model = Lifted(added)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    pruning = Pruner(model, None, "magnitude", protected=["second"]).prune(0.5, [(torch.rand(2, 3, 8, 8), None)])
+    read = []
+    model.second.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].amax((0, 2, 3))))
+    model(torch.rand(2, 3, 8, 8))
+    assert (read[0][~pruning.alive["first"]] > 0).all()  # not silent, so that its weights in the next are of use
+    assert pruning.cost.parameters == whole - 3 * 28
+    assert pruning.cost.multiply_adds == 3 * 27 * 36 + 5 * 6 * 9 * 16 + 10

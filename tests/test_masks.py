@@ -5,9 +5,12 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from prunable import NETWORKS, OPTIMIZERS, batch, goes_with, parameters_with, train, trained
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dynamics.models import VGG, MobileNet
 from dynamics.network.masks import apply_masks, lift_masks, parameter_masks
@@ -178,6 +181,37 @@ def test_masks_stay_out_of_the_state_dict() -> None:
     keys = list(model.state_dict())
     apply_masks(model, {"weight": torch.tensor([[False, True, True], [True, True, True]])})
     assert list(model.state_dict()) == keys
+
+
+def test_a_rewound_network_is_as_pruned_as_it_was() -> None:
+    """Weights are rewound, and so is the optimizer, whose momentum is of filters that were not pruned then."""
+    model, optimizer = trained("vgg13")
+    early = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    alive = Pruner(model, optimizer, "magnitude").prune(0.5).alive
+    for network in (model, copy.deepcopy(model)):
+        network.load_state_dict(early[0])
+        for layer, names in parameters_with(model).items():
+            for name in names:
+                assert (network.get_parameter(name)[~alive[layer]] == 0).all()
+                assert torch.equal(network.get_parameter(name)[alive[layer]], early[0][name][alive[layer]])
+    optimizer.load_state_dict(early[1])
+    apply_masks(model, parameter_masks(model), optimizer)
+    train(model, optimizer, 2)
+    assert all((part == 0).all() for part in gone(model, alive))
+
+
+def test_a_pruned_network_that_is_sharded_loads_its_checkpoint() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    keep = torch.arange(12).view(4, 3) % 2 == 0
+    apply_masks(model, {"0.weight": keep})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model.load_state_dict(model.state_dict())
+        model(torch.ones(1, 3)).sum().backward()
+        assert torch.equal(model[0].weight.grad.full_tensor() != 0, keep)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_average_begun_before_the_pruning_goes_on() -> None:

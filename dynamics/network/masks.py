@@ -4,7 +4,7 @@ The masks of a module's own parameters are a dictionary in an attribute of the m
 state dict. They are no buffers, since an averaged copy of a model (torch.optim.swa_utils) pairs those by position.
 While a mask is there, three things hold a pruned parameter at zero under any optimizer whose update of a parameter with
 zero value, gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...): its value is zero, its
-gradient is masked as it arrives, and its optimizer state is masked once.
+gradient is masked as it arrives, and its optimizer state is masked once. Values that the module loads are masked, too.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def _register(owner: nn.Module, leaf: str, mask: Tensor) -> None:
     _mask_gradient(owner, leaf)
     if not any(hook is _mask_gradients for hook in owner._forward_pre_hooks.values()):
         owner.register_forward_pre_hook(_mask_gradients)
+        owner.register_load_state_dict_post_hook(_mask_loaded)
 
 
 class _Masking:
@@ -88,6 +89,15 @@ def _mask_gradients(owner: nn.Module, inputs: tuple) -> None:
             own = isinstance(parameter, nn.Parameter)  # not what functional_call puts in its place
             if own and parameter.requires_grad and leaf in owner.__dict__.get(_MASKS, {}):
                 _mask_gradient(owner, leaf)
+
+
+@torch.no_grad()
+def _mask_loaded(owner: nn.Module, keys: tuple) -> None:
+    """After each load_state_dict: a rewound module, say, is as pruned as it was."""
+    for leaf in owner.__dict__.get(_MASKS, {}):
+        parameter = getattr(owner, leaf)
+        if not hasattr(parameter, "to_local"):  # one that is sharded (FSDP2) since has its mask whole
+            _zero(parameter, _mask(owner, leaf))
 
 
 @torch.no_grad()
@@ -136,6 +146,7 @@ def replace_mask(model: nn.Module, name: str, kept: Tensor | None) -> None:
     _drop(getattr(owner, leaf)._backward_hooks, lambda hook: isinstance(hook, _Masking))
     if not masks:
         _drop(owner._forward_pre_hooks, lambda hook: hook is _mask_gradients)
+        _drop(owner._load_state_dict_post_hooks, lambda hook: hook is _mask_loaded)
 
 
 def _drop(hooks: MutableMapping[int, Any] | None, unwanted: Callable[[Any], bool]) -> None:

@@ -225,3 +225,15 @@ def test_an_empty_parameter_costs_nothing(granularity: str) -> None:
     model.empty = nn.Parameter(torch.zeros(0, 3))
     found = Pruner(model, None, "magnitude", granularity=granularity).plan(0.3, [(torch.zeros(2, 6), torch.zeros(2))])
     assert found.attributes == whole.attributes
+
+
+def test_what_another_pruner_took_is_gone() -> None:
+    model, optimizer = trained("vgg13")
+    pruner, other = Pruner(model, optimizer, "random", seed=0), Pruner(model, optimizer, "magnitude")
+    gone = {layer: ~kept for layer, kept in other.prune(0.3).alive.items()}
+    pruning = pruner.prune(0.5, [batch(1)])
+    left = {layer: model.get_submodule(layer).weight.flatten(1).any(1) for layer in gone}  # that the network has
+    assert sum(int(kept.sum()) for kept in left.values()) == round(0.5 * sum(map(len, left.values())))
+    for layer, kept in left.items():
+        assert torch.equal(pruning.alive[layer], kept)
+        assert not (kept & gone[layer]).any()

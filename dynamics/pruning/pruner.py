@@ -135,7 +135,7 @@ class Pruner:
         self._units = self._find_units(granularity)
         initial_weights(unwrap(model), list(self._units), [self._measure], self._settings["initial"])
         self._dense: Cost | None = None
-        self.alive = {name: self._standing(name, granularity) for name in self._units}
+        self.alive = self._standing()
 
     def __repr__(self) -> str:
         return f"<Pruner by {self._measure.name}: {_left(self.alive, self._settings['granularity'])}>"
@@ -147,11 +147,13 @@ class Pruner:
             return dict.fromkeys(weight_layers(model, self._protected))
         return {layer.name: layer for layer in unit_layers(model, self._protected)}
 
-    def _standing(self, name: str, granularity: str) -> Tensor:
-        """Which units of a layer are not pruned: as its weight's mask has them, if it has one."""
-        weight, masks = f"{name}.weight", parameter_masks(unwrap(self._model))
-        kept = masks.get(weight, torch.ones(unwrap(self._model).get_parameter(weight).shape, dtype=torch.bool)).cpu()
-        return kept.clone() if granularity == "weight" else kept.flatten(1).any(1)
+    def _standing(self) -> dict[str, Tensor]:
+        """Which units of each layer are not pruned: as its weight's mask has them, if it has one."""
+        model, weights = unwrap(self._model), self._settings["granularity"] == "weight"
+        masks, shapes = parameter_masks(model), {name: model.get_submodule(name).weight.shape for name in self._units}
+        whole = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+        left = {name: masks.get(f"{name}.weight", kept).cpu() for name, kept in whole.items()}
+        return {name: kept.clone() if weights else kept.flatten(1).any(1) for name, kept in left.items()}
 
     def _check_sizes(self, alive: Mapping[str, Tensor]) -> None:
         """Raise ValueError where ``alive`` is of other units than the model has now."""
@@ -203,6 +205,7 @@ class Pruner:
         self._check_sizes(self.alive)
         shape, batches = _input_shape(batches)
         found = scores(self._model, batches, self._measure.name, protected=self._protected, **self._settings)
+        self.alive = self._standing()  # others may prune the model, too: another Pruner, apply_masks
         ranked = {name: self._ranked(name, values.cpu().double().flatten()) for name, values in found.items()}
         standing = {name: layer.standing for name, layer in ranked.items()}
         quota = self._possible(ranked, sparsity)
@@ -232,7 +235,7 @@ class Pruner:
         if not self._keep_state:
             for optimizer in self._optimizers:
                 optimizer.state.clear()
-        self.alive = {name: kept.clone() for name, kept in pruning.alive.items()}
+        self.alive = self._standing()
 
     def _possible(self, ranked: dict[str, Ranked], sparsity: float) -> int:
         """How many units are to go; ValueError where the floors do not allow it."""

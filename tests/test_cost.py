@@ -206,6 +206,17 @@ def test_what_takes_more_than_an_image_is_pruned_without_a_count(measure: str) -
             scores(model, [images], "synflow", objective=objective)
 
 
+def test_filters_pruned_after_single_weights_are_counted_without_either() -> None:
+    model = nn.Sequential(nn.Linear(6, 9, bias=False), nn.ReLU(), nn.Linear(9, 4, bias=False))
+    batches = [(torch.rand(3, 6), None)]
+    Pruner(model, None, "magnitude", granularity="weight").prune(0.4, batches)
+    cost = Pruner(model, None, "magnitude").plan(0.5, batches).cost
+    Pruner(model, None, "magnitude").prune(0.5)
+    read = model[0].weight.any(1)
+    left = int(model[0].weight.count_nonzero() + model[2].weight[:, read].count_nonzero())
+    assert (cost.parameters, cost.multiply_adds) == (left, left)
+
+
 class Lifted(nn.Module):
     """To what a convolution puts out something is added before the next one reads it."""
 

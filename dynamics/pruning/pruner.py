@@ -289,7 +289,9 @@ class Pruner:
         try:
             if self._dense is None:
                 self._dense = network_cost(model, shape, {})
-            return network_cost(model, shape, parameter_masks(model) | self._parameter_masks(alive)), self._dense
+            masks = {} if self._protocol.revive_silenced else parameter_masks(model)
+            planned = {name: kept & masks.get(name, kept) for name, kept in self._parameter_masks(alive).items()}
+            return network_cost(model, shape, masks | planned), self._dense
         except Exception:  # it takes several inputs, or others than those of the batch: the objective knows
             return None, None
 

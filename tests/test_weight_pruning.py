@@ -120,3 +120,21 @@ def test_shared_and_computed_weights_are_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude", granularity="weight")
+
+
+@pytest.mark.parametrize("measure", BY_WEIGHT)
+def test_a_model_may_be_one_layer(measure: str) -> None:
+    """As logistic regression is: its layer has no name."""
+    data = [(torch.randn(9, 10), torch.arange(9) % 3)]
+    found = []
+    for model, name in ((nn.Linear(10, 3), ""), (nn.Sequential(nn.Linear(10, 3)), "0")):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.linspace(-1, 2, parameter.numel()).view_as(parameter).sin())
+        initial = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+        pruner = Pruner(model, None, measure, granularity="weight", initial=initial, seed=0)
+        for sparsity in (0.3, 0.6):
+            pruning = pruner.prune(sparsity, data)
+        assert (pruning.cost.parameters, pruning.cost.multiply_adds) == (12 + 3, 12)
+        found.append((pruning.scores[name], pruning.alive[name], model.get_submodule(name).weight != 0))
+    assert all(map(torch.equal, *found))

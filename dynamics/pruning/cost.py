@@ -26,6 +26,7 @@ from ..network.masks import parameter_masks
 from ..probing.moment import random_numbers_untouched
 from ..probing.probe import mode_of, unwrap
 from .candidates.channels import LAYERS, NORMALISATIONS, TRANSPOSED
+from .candidates.weights import weight_of
 
 # In the network of silence, what subtracts a mean would make zeros of ones.
 _PASSED_BY = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm)
@@ -55,13 +56,13 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
         if keep:
             read.clear()
             _count(model, shape, _silence(model, keep))
-    total, parameters = counts.get("Global", 0), 0
+    total, parameters, layers = counts.get("Global", 0), 0, {weight_of(layer): layer for layer in read}
     for name, parameter in model.named_parameters():
         kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
-        layer = name.removesuffix(".weight") if name.endswith(".weight") else name
-        if layer in read:
+        layer = layers.get(name)
+        if layer is not None:
             kept = kept & _slices(model.get_submodule(layer), read[layer] | ~whole[layer])
-            total -= counts.get(layer, 0) * (1 - kept.sum().item() / kept.numel())
+            total -= counts.get(layer or "Global", 0) * (1 - kept.sum().item() / kept.numel())
         parameters += int(kept.sum())
     return Cost(parameters, round(total / 2))
 

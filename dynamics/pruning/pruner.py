@@ -16,7 +16,7 @@ from ..probing.batch import sample_count
 from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from ..recording.arguments import as_given
 from .candidates.units import UnitLayer, unit_layers
-from .candidates.weights import weight_layers, within
+from .candidates.weights import weight_layers, weight_of, within
 from .cost import Cost, network_cost
 from .importance.measures import find_measure
 from .importance.scores import at_temperature, check_settings, initial_weights, paper_temperature, scores
@@ -152,7 +152,7 @@ class Pruner:
         model, weights = unwrap(self._model), self._settings["granularity"] == "weight"
         masks, shapes = parameter_masks(model), {name: model.get_submodule(name).weight.shape for name in self._units}
         whole = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
-        left = {name: masks.get(f"{name}.weight", kept).cpu() for name, kept in whole.items()}
+        left = {name: masks.get(weight_of(name), kept).cpu() for name, kept in whole.items()}
         return {name: kept.clone() if weights else kept.flatten(1).any(1) for name, kept in left.items()}
 
     def _check_sizes(self, alive: Mapping[str, Tensor]) -> None:
@@ -313,7 +313,7 @@ class Pruner:
         for name, layer in self._units.items():
             if alive[name].all() and not whole:
                 continue
-            for owned in [f"{name}.weight"] if layer is None else layer.parameter_names(model):
+            for owned in [weight_of(name)] if layer is None else layer.parameter_names(model):
                 parameter = model.get_parameter(owned)
                 kept = alive[name].to(parameter.device)
                 masks[owned] = kept.view(*kept.shape, *[1] * (parameter.ndim - kept.ndim)).expand_as(parameter)

@@ -29,6 +29,11 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
     return layers
 
 
+def weight_of(layer: str) -> str:
+    """Name of a layer's weight: "weight" alone where the model itself is the layer, whose name is empty."""
+    return f"{layer}.weight".removeprefix(".")
+
+
 def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """The modules of these names, or of one, and all that are in them.
 

@@ -13,7 +13,7 @@ from ...errors import named
 from ...hardware.precision import precise
 from ...probing.probe import Objective, cross_entropy_objective, unwrap
 from ..candidates.units import UnitLayer, unit_layers
-from ..candidates.weights import weight_layers
+from ..candidates.weights import weight_layers, weight_of
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
 
@@ -221,13 +221,13 @@ def initial_weights(
     found = {}
     for row in (row for row in rows if row.needs_initial):
         for name in layers:
-            theta, start = model.get_parameter(f"{name}.weight"), (initial or {}).get(f"{name}.weight")
+            theta, start = model.get_parameter(weight_of(name)), (initial or {}).get(weight_of(name))
             if start is None or start.shape != theta.shape or start.data_ptr() == theta.data_ptr():
                 got = "nothing" if start is None else f"shape {tuple(start.shape)}"
                 got = "the model's own memory" if start is not None and start.shape == theta.shape else got
                 raise ValueError(
-                    f"{row.name} needs θ₀ of '{name}.weight', of shape {tuple(theta.shape)}, got {got}: pass initial= "
-                    "a copy.deepcopy(model.state_dict()) taken before the training"
+                    f"{row.name} needs θ₀ of {weight_of(name)!r}, of shape {tuple(theta.shape)}, got {got}: pass "
+                    "initial= a copy.deepcopy(model.state_dict()) taken before the training"
                 )
             found[name] = start.detach().to(theta)
     return found
@@ -236,7 +236,7 @@ def initial_weights(
 def _evidence(
     model: nn.Module, name: str, found: Derivatives, scale: Tensor | None, initial: Tensor | None
 ) -> Evidence:
-    weight = f"{name}.weight"
+    weight = weight_of(name)
     return Evidence(
         theta=precise(model.get_parameter(weight).detach()),
         initial=initial,

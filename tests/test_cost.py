@@ -7,6 +7,7 @@ import torchvision
 from prunable import NETWORKS, batch, trained
 from test_masks import cut
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamics.models import build
@@ -215,6 +216,31 @@ def test_filters_pruned_after_single_weights_are_counted_without_either() -> Non
     read = model[0].weight.any(1)
     left = int(model[0].weight.count_nonzero() + model[2].weight[:, read].count_nonzero())
     assert (cost.parameters, cost.multiply_adds) == (left, left)
+
+
+def bare() -> nn.Sequential:
+    first, second = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 6, 3, bias=False)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(24, 3, bias=False))
+
+
+def test_what_torch_prunes_is_counted_as_gone() -> None:
+    filters, weights = bare(), bare()
+    prune.ln_structured(filters[0], "weight", 1, n=2, dim=0)
+    cost = network_cost(filters, (1, 6, 6))
+    assert cost.parameters == 3 * 9 + 6 * 3 * 9 + 72  # what would have read the fourth channel is gone, too
+    assert cost.multiply_adds == 3 * 9 * 16 + 6 * 3 * 9 * 4 + 72
+    prune.l1_unstructured(weights[2], "weight", 100)
+    cost = network_cost(weights, (1, 6, 6))
+    assert cost.parameters == 36 + 116 + 72
+    assert cost.multiply_adds == 36 * 16 + 116 * 4 + 72
+
+
+def test_a_weight_that_is_computed_from_another_reads_no_silent_channel() -> None:
+    model = bare()
+    nn.utils.parametrizations.spectral_norm(model[2])
+    cost = Pruner(model, None, "magnitude", protected=["2"]).prune(0.5, [(torch.rand(2, 1, 6, 6), None)]).cost
+    assert cost.parameters == 2 * 9 + 6 * 2 * 9 + 72
+    assert cost.multiply_adds == 2 * 9 * 16 + 6 * 2 * 9 * 4 + 72
 
 
 class Lifted(nn.Module):

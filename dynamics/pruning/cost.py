@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..network.exchanged import exchanged
+from ..network.layers import plain_name
 from ..network.masks import parameter_masks
 from ..probing.moment import random_numbers_untouched
 from ..probing.probe import mode_of, unwrap
@@ -59,8 +60,8 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
     total, parameters, layers = counts.get("Global", 0), 0, {weight_of(layer): layer for layer in read}
     for name, parameter in model.named_parameters():
         kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
-        layer = layers.get(name)
-        if layer is not None:
+        layer = layers.get(plain_name(name))
+        if layer is not None and parameter.shape == model.get_submodule(layer).weight.shape:
             kept = kept & _slices(model.get_submodule(layer), read[layer] | ~whole[layer])
             total -= counts.get(layer or "Global", 0) * (1 - kept.sum().item() / kept.numel())
         parameters += int(kept.sum())
@@ -73,6 +74,8 @@ def _silence(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         kept = keep[name].double() if name in keep else torch.ones_like(parameter, dtype=torch.float64)
         values[name] = kept * (len(kept) / max(kept.numel(), 1)) if kept.ndim > 1 else kept
+        if name.endswith("_orig"):  # torch.nn.utils.prune has its mask among the buffers
+            values[f"{name.removesuffix('_orig')}_mask"] = torch.ones_like(kept)
     for name, module in model.named_modules():
         if isinstance(module, NORMALISATIONS) and module.running_mean is not None:
             values[f"{name}.running_mean"] = torch.zeros_like(module.running_mean, dtype=torch.float64)

@@ -235,6 +235,24 @@ def test_a_copy_is_masked_too() -> None:
         assert torch.equal(network.weight.grad != 0, keep)
 
 
+@pytest.mark.parametrize("how", ["copied", "thawed"])
+def test_attention_s_projection_is_masked_too(how: str) -> None:
+    """Its module is never called: what a forward pass has to do, that of the attention does."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    for weight in weights.values():
+        weight.requires_grad_(how == "copied")
+    keep = {name: torch.rand_like(weight) > 0.5 for name, weight in weights.items()}
+    apply_masks(model, keep)
+    twin = copy.deepcopy(model).requires_grad_()
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1)
+    for _ in range(2):
+        twin(torch.randn(3, 5, 8)).square().sum().backward()
+        optimizer.step()
+    assert "0.self_attn.out_proj.weight" in keep
+    assert all(torch.equal(twin.get_parameter(name) != 0, kept) for name, kept in keep.items())
+
+
 def test_several_optimizers_are_pruned_together() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4 * 4, 3))
     optimizers = [torch.optim.Adam(part.parameters(), 0.1) for part in (model[:2], model[2:])]

@@ -56,11 +56,16 @@ def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
     return masks.get(leaf)
 
 
-def _register(owner: nn.Module, leaf: str, mask: Tensor) -> None:
+def _register(model: nn.Module, name: str, mask: Tensor) -> None:
+    owner, leaf = _owner(model, name)
     owner.__dict__.setdefault(_MASKS, {})[leaf] = mask
     _mask_gradient(owner, leaf)
-    if not any(hook is _mask_gradients for hook in owner._forward_pre_hooks.values()):
-        owner.register_forward_pre_hook(_mask_gradients)
+    above = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    # attention takes its projection's weight, and never calls it
+    for module in (owner, above) if isinstance(above, nn.MultiheadAttention) else (owner,):
+        if not any(hook is _mask_gradients for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_mask_gradients)
+    if not any(hook is _mask_loaded for hook in owner._load_state_dict_post_hooks.values()):
         owner.register_load_state_dict_post_hook(_mask_loaded)
 
 
@@ -85,10 +90,10 @@ def _mask_gradient(owner: nn.Module, leaf: str) -> None:
 def _mask_gradients(owner: nn.Module, inputs: tuple) -> None:
     """Before each forward pass: a copy of the module, or a parameter that was replaced, gets its hook back."""
     if not torch.compiler.is_compiling():
-        for leaf, parameter in owner._parameters.items():
-            own = isinstance(parameter, nn.Parameter)  # not what functional_call puts in its place
-            if own and parameter.requires_grad and leaf in owner.__dict__.get(_MASKS, {}):
-                _mask_gradient(owner, leaf)
+        for module in (owner, *owner.children()):
+            for leaf in module.__dict__.get(_MASKS, {}):
+                if isinstance(module._parameters.get(leaf), nn.Parameter):  # not what functional_call puts in its place
+                    _mask_gradient(module, leaf)
 
 
 @torch.no_grad()
@@ -111,7 +116,7 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
         parameter, mask = getattr(owner, leaf), _mask(owner, leaf)
         if mask is None:
             mask = torch.ones_like(parameter, dtype=torch.bool)
-            _register(owner, leaf, mask)
+            _register(model, name, mask)
         mask.logical_and_(kept.to(mask.device))
         _zero(parameter, mask)
         if parameter.grad is not None:
@@ -139,7 +144,7 @@ def replace_mask(model: nn.Module, name: str, kept: Tensor | None) -> None:
     """Put a mask in place of a parameter's own, after the parameter got another shape, say; None takes it away."""
     owner, leaf = _owner(model, name)
     if kept is not None:
-        _register(owner, leaf, kept)
+        _register(model, name, kept)
         return
     masks = owner.__dict__[_MASKS]
     del masks[leaf]

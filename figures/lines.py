@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 _FEW = 30  # points, each of which is marked
 _MANY = 500  # points: more are a solid block
 _WINDOWS = 150
+_PAUSE = 10  # gaps beside one
 _DOZEN = 12  # markers of a line of more than a few points
 
 ENDED = "last finite value of a run"
@@ -19,8 +20,9 @@ def draw_line(
 ) -> None:  # fmt: skip
     """A line through the values that are known, in the band from ``low`` to ``high``.
 
-    A NaN between two values is a place where nothing was recorded: the line goes on. Where NaN lasts to the end for
-    longer than it ever did between values, the line ends at a cross. Of many points the line is the median of windows,
+    A NaN between two values is a place where nothing was recorded: the line goes on, but not over a gap ten times as
+    long as those beside it, as where recording paused. Where NaN lasts to the end for longer than it ever did between
+    values, the line ends at a cross. Of many points the line is the median of windows,
     and the band holds all in them. Few points are marked each, many a dozen times. So many lines that their bands
     would hide them are drawn without: ``band=False``.
     """
@@ -31,6 +33,9 @@ def draw_line(
     x, y, low, high = x[known], y[known], low[known], high[known]
     if len(y) > _MANY:
         x, y, low, high = _windows(x, y, low, high)
+    pauses = _pauses(x)
+    y, low, high = (np.insert(of.astype(float), pauses, np.nan) for of in (y, low, high))
+    x = np.insert(x, pauses, x[pauses])
     (line,) = ax.plot(x, y, **_marked(len(y), style))
     if band and np.any(low < high):
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.13, linewidth=0)
@@ -55,6 +60,12 @@ def _ended(y: np.ndarray) -> bool:
     if not finite.size:
         return False
     return len(y) - 1 - finite[-1] >= np.diff(finite).max(initial=1)
+
+
+def _pauses(x: np.ndarray) -> np.ndarray:
+    """Places behind a gap that is much longer than the one before it and the one after it."""
+    gaps = np.diff(x)
+    return 2 + np.flatnonzero(gaps[1:-1] > _PAUSE * np.maximum(gaps[:-2], gaps[2:]))
 
 
 def _windows(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:

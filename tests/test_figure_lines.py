@@ -42,6 +42,15 @@ def test_values_between_gaps_are_joined_and_marked() -> None:
     assert line.get_markevery() is None  # each
 
 
+def test_a_line_is_broken_where_recording_paused_and_not_where_it_is_sampled_less() -> None:
+    steps = np.array([0, 4, 8, 12, 400, 404, 408, 472, 536, 600])
+    prediction = prediction_of(601).isel(step=steps)
+    line = draw_over_time(prediction).lines[0]
+    assert np.flatnonzero(np.isnan(line.get_ydata())).tolist() == [4]  # between 12 and 400, not at 408
+    drawn = line.get_xydata()[~np.isnan(line.get_ydata())]
+    np.testing.assert_array_equal(drawn, np.transpose([steps, np.sin(steps / 50)]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_line_ends_at_a_cross_where_values_stop_being_finite(bad: float) -> None:
     ax = panels.draw_median(median_of([1.0, 2.0, 4.0, bad, bad, bad]), marker="o")

@@ -35,7 +35,8 @@ FLOORS = {  # from the ground: whatever stands on one may import what stands bel
     "dynamics.pruning": (
         {"candidates", "latency", "schedule", "selection"},
         {"cost", "importance", "invariance", "protocol", "shrinking"},
-        {"curve", "pruner"},
+        {"curve", "plan"},
+        {"pruner"},
         {"__init__"},
     ),
 }

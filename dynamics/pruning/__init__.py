@@ -8,8 +8,9 @@ from .importance.resampling import resampled_scores
 from .importance.scores import scores, scores_by_measure
 from .invariance import scale_invariance
 from .latency import latency
+from .plan import Pruning
 from .protocol import PROTOCOLS, Protocol
-from .pruner import Pruner, Pruning
+from .pruner import Pruner
 from .schedule import exponential_share_left, share_left
 from .shrinking.shrink import Shrunk, shrink
 

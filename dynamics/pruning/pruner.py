@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,41 +19,12 @@ from .candidates.weights import weight_layers, weight_of, within
 from .cost import Cost, network_cost
 from .importance.measures import find_measure
 from .importance.scores import at_temperature, check_settings, initial_weights, paper_temperature, scores
+from .plan import Pruning, units_left
 from .protocol import find_protocol
 from .schedule import check_sparsity
 from .selection import Ranked, capacity, counted, floor_of, lowest, without
 
 _FLOOR = {"filter": 0.05, "weight": 0.0}
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What one pruning does, before or after it is done.
-
-    ``scores`` it ranks by and what is ``alive`` after it, both by layer; the sparsity asked for (``target``) and
-    reached; the :class:`Cost` of the network before anything was pruned (``dense``) and after this pruning, where a
-    batch said what an input looks like and the model takes it alone. ``attributes`` is what an event's record says of
-    it.
-    """
-
-    scores: dict[str, Tensor]
-    alive: dict[str, Tensor]
-    target: float
-    sparsity: float
-    cost: Cost | None
-    dense: Cost | None
-    settings: dict[str, str | float] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        said = {"measure": "?", "granularity": "unit"} | self.settings
-        return f"<Pruning by {said['measure']}: {_left(self.alive, said['granularity'])}, {self.sparsity:.1%} gone>"
-
-    @property
-    def attributes(self) -> dict[str, str | float]:
-        """Numbers and texts for ``recorder.event("prune", ..., **pruning.attributes)``."""
-        costs = {} if self.cost is None else {f"{name}_left": count for name, count in asdict(self.cost).items()}
-        costs |= {} if self.dense is None else {f"dense_{name}": count for name, count in asdict(self.dense).items()}
-        return {**self.settings, "target": self.target, "sparsity": self.sparsity, **costs}
 
 
 class Pruner:
@@ -138,7 +108,7 @@ class Pruner:
         self.alive = self._standing()
 
     def __repr__(self) -> str:
-        return f"<Pruner by {self._measure.name}: {_left(self.alive, self._settings['granularity'])}>"
+        return f"<Pruner by {self._measure.name}: {units_left(self.alive, self._settings['granularity'])}>"
 
     def _find_units(self, granularity: str) -> dict[str, UnitLayer | None]:
         """Layer → what is known of its filters, None where single weights are pruned."""
@@ -341,9 +311,3 @@ def _input_shape(batches: Iterable[Any] | None) -> tuple[torch.Size | None, Iter
         batches = itertools.chain([first], iterator)
     known = isinstance(first, Sequence) and isinstance(first[0], Tensor) and first[0].is_floating_point()
     return first[0].shape[1:] if known else None, batches
-
-
-def _left(alive: Mapping[str, Tensor], unit: str) -> str:
-    """How many units are left, in words."""
-    whole = sum(kept.numel() for kept in alive.values())
-    return f"{counted(list(alive.values()))} of {whole} {unit}s left, in {len(alive)} layer{'s' * (len(alive) != 1)}"

@@ -1,0 +1,49 @@
+"""A pruning, planned or done: what it ranks by, what it leaves, what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from torch import Tensor
+
+from .cost import Cost
+from .selection import counted
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What one pruning does, before or after it is done.
+
+    ``scores`` it ranks by and what is ``alive`` after it, both by layer; the sparsity asked for (``target``) and
+    reached; the :class:`Cost` of the network before anything was pruned (``dense``) and after this pruning, where a
+    batch said what an input looks like and the model takes it alone. ``attributes`` is what an event's record says of
+    it.
+    """
+
+    scores: dict[str, Tensor]
+    alive: dict[str, Tensor]
+    target: float
+    sparsity: float
+    cost: Cost | None
+    dense: Cost | None
+    settings: dict[str, str | float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        said = {"measure": "?", "granularity": "unit"} | self.settings
+        return (
+            f"<Pruning by {said['measure']}: {units_left(self.alive, said['granularity'])}, {self.sparsity:.1%} gone>"
+        )
+
+    @property
+    def attributes(self) -> dict[str, str | float]:
+        """Numbers and texts for ``recorder.event("prune", ..., **pruning.attributes)``."""
+        costs = {} if self.cost is None else {f"{name}_left": count for name, count in asdict(self.cost).items()}
+        costs |= {} if self.dense is None else {f"dense_{name}": count for name, count in asdict(self.dense).items()}
+        return {**self.settings, "target": self.target, "sparsity": self.sparsity, **costs}
+
+
+def units_left(alive: Mapping[str, Tensor], unit: str) -> str:
+    """How many units are left in how many layers, in words."""
+    whole = sum(kept.numel() for kept in alive.values())
+    return f"{counted(list(alive.values()))} of {whole} {unit}s left, in {len(alive)} layer{'s' * (len(alive) != 1)}"

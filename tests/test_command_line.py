@@ -1,5 +1,6 @@
 """The command lines as a newcomer tries them; each mistake is one clear line, exit status 2, and costs nothing."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from networks import recorded, smooth_network, vectors
 import analysis.__main__
 import dynamics.__main__
 import figures.__main__
-from dynamics.data import load
+from dynamics.data import DATASETS, load
 from dynamics.experiments.experiment import Experiment
+from dynamics.models import MODELS
+from dynamics.pruning import MEASURES, PROTOCOLS
 from dynamics.record.store import Store
 
 MAINS = {
@@ -65,6 +68,8 @@ def test_help_names_every_command_and_every_setting(capsys: pytest.CaptureFixtur
     for field in fields(Experiment):
         assert f"--{field.name} " in shown
         assert f"default: {'null' if field.default is None else field.default})" in shown
+    said = set(re.split(r"[\s,:.\"]+", shown.replace("- ", "-")))  # fashion-mnist may be broken
+    assert {*MODELS, *DATASETS, *MEASURES, *PROTOCOLS} <= said
     assert "a list stands for each of its values" in shown_help(["sweep"], capsys)
     assert "out/run.zarr" in shown_help(["show"], capsys)
 

@@ -42,11 +42,14 @@ class Experiment:
     Args:
         model: Network: vgg13, mobilenet_v1 or resnet56.
         data: Data set: digits (ships with scikit-learn), fashion-mnist, cifar10 or cifar100.
-        measure: Importance measure to prune by, or "none" to train without pruning.
+        measure: Importance measure to prune by, or "none" to train without pruning: magnitude, loss_preservation,
+            loss_preservation_times_magnitude, loss_preservation_times_distance, gradient_norm_increase,
+            gradient_norm_preservation, magnitude_l1, bn_scale, taylor, fisher, snip, grasp, synflow or random.
         sparsity: Share of all filters that is gone after the last round.
         rounds: Number of rounds of pruning.
         granularity: What is pruned: "filter", or "weight" for single weights.
-        protocol: "default", "reference" for the quirks of the paper's code, or one quirk's name.
+        protocol: "default", "reference" for the quirks of the paper's code, or one quirk's name: whole_percent,
+            floor_by_index, revive_silenced, count_copies, prune_ties or select_on_test.
         width: Factor on the network's numbers of channels.
         epochs: Epochs in each stage of the learning-rate schedule.
         learning_rates: Learning rate of each stage.

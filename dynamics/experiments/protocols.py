@@ -32,7 +32,7 @@ class Comparison:
     Args:
         model: Network: vgg13, mobilenet_v1 or resnet56.
         data: Data set whose training samples the measure looks at.
-        measure: Importance measure to prune by.
+        measure: Importance measure to prune by: one of those of `run`, but for loss_preservation_times_distance.
         sparsity: Share of all filters that is to be gone after the last round.
         rounds: Number of rounds of pruning.
         width: Factor on the network's numbers of channels.

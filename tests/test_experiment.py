@@ -258,6 +258,16 @@ def test_impossible_settings_are_refused(change: dict, message: str) -> None:
         replace(TINY, **change)
 
 
+def test_it_says_first_what_is_trained(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = replace(TINY, device="cpu")
+    run(settings, tmp_path / "run.zarr", data=data)
+    first = "training vgg13 of width 0.05 on digits for 3 epochs on cpu, pruned by magnitude to 50% in 2 rounds"
+    assert capsys.readouterr().err.splitlines()[0] == first
+    run(settings, tmp_path / "run.zarr", data=data)  # it is finished
+    run(replace(TINY, measure="none"), tmp_path / "quiet.zarr", data=data, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_existing_record_is_not_touched(tmp_path: Path, data: Data) -> None:
     (tmp_path / "run.zarr").mkdir()
     (tmp_path / "run.zarr" / "precious").write_text("mine")

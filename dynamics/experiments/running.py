@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,7 +47,7 @@ def run(
         experiment: what to run.
         path: where the record goes.
         data: the data set, if it is loaded already.
-        progress: show a bar, one tick a step.
+        progress: say on stderr what is trained, and show a bar, one tick a step.
         report: called with the number of steps that are done, at the start and after each.
 
     Raises:
@@ -88,9 +89,23 @@ def _run(
         path, training.trained, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
         capture=True, attributes=configuration, resume="rewind", step=training.steps,
     ) as recorder:  # fmt: skip
+        if progress:
+            print(_said(experiment, device), file=sys.stderr)
         training.run(recorder, path, report, progress=progress)
     if recorder.failure is not None:
         raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
+
+
+def _said(experiment: Experiment, device: torch.device) -> str:
+    """What is trained, in one line."""
+    chosen, epochs = experiment, len(experiment.schedule())
+    pruned = "" if chosen.measure == "none" else (
+        f", pruned by {chosen.measure} to {chosen.sparsity:.0%} in {chosen.rounds} round{'s' * (chosen.rounds != 1)}"
+    )  # fmt: skip
+    return (
+        f"training {chosen.model} of width {chosen.width:g} on {chosen.data} for {epochs} epoch{'s' * (epochs != 1)} "
+        f"on {device}{pruned}"
+    )
 
 
 def _restore(training: Training, state: dict[str, Any], path: Path) -> None:

@@ -268,6 +268,13 @@ def test_it_says_first_what_is_trained(tmp_path: Path, data: Data, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
+def test_the_bar_says_while_it_prunes(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    run(TINY, tmp_path / "run.zarr", data=data)
+    bars = capsys.readouterr().err.split("\r")
+    prunes = [bar.endswith(", pruning]") for bar in bars]
+    assert (sum(prunes), prunes[-1]) == (2, False)
+
+
 def test_an_existing_record_is_not_touched(tmp_path: Path, data: Data) -> None:
     (tmp_path / "run.zarr").mkdir()
     (tmp_path / "run.zarr" / "precious").write_text("mine")

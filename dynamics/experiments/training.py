@@ -135,9 +135,11 @@ class Training:
                     seconds=time.perf_counter() - started,
                 )  # fmt: skip
                 self._check_finite(epoch + 1)
-                bar.set_postfix_str(f"epoch {epoch + 1}/{len(schedule)}, test accuracy {test[1]:.1%}")
+                bar.set_postfix_str(said := f"epoch {epoch + 1}/{len(schedule)}, test accuracy {test[1]:.1%}")
                 if self._pruner is not None and epoch < self.experiment.rounds:
+                    bar.set_postfix_str(f"{said}, pruning")
                     self._prune(epoch + 1)
+                    bar.set_postfix_str(said)
                 self._epochs = epoch + 1
                 recorder.flush()
                 if recorder.failure is None:  # else the record would not reach as far as the checkpoint

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import SUPPRESS
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -18,6 +19,11 @@ from .overview import overview
 from .protocol import fresh_runs, protocol_table
 from .record import open_runs
 from .typeset import FORMATS, as_text, page
+
+# Settings of `python -m dynamics protocols` that `protocol-diff` passes on, with what they are there if not given.
+_FRESH = {
+    "model": "resnet56", "measure": "gradient_norm_increase", "sparsity": 0.75, "rounds": 5, "width": 0.25,
+}  # fmt: skip
 
 
 def _parser() -> ArgumentParser:
@@ -46,20 +52,21 @@ def _protocol_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument(
-        "runs", nargs="*", metavar="RUN",
+        "runs", nargs="*", default=SUPPRESS, metavar="RUN",
         help="records of the same rounds by different protocols; without any, a small fresh network is pruned now",
     )  # fmt: skip
-    for name in ("model", "measure", "sparsity", "rounds", "width"):
-        parser.add_argument(f"--{name}", help="of the fresh network: see `python -m dynamics protocols --help`")
+    for name, default in _FRESH.items():
+        parser.add_argument(f"--{name}", default=SUPPRESS, help=f"of the fresh network; by default {default}")
     return parser
 
 
 def _protocol_diff(arguments: list[str]) -> None:
     settings = _protocol_parser().parse_args(arguments)
-    fresh = [f"--{name}={value}" for name, value in vars(settings).items() if name != "runs" and value is not None]
-    if settings.runs and fresh:
+    runs = settings.pop("runs", [])
+    fresh = [f"--{name}={value}" for name, value in vars(settings).items()]
+    if runs and fresh:
         raise ValueError(f"{' '.join(fresh)} is of a fresh network: give either that, or records")
-    print(as_text(protocol_table(open_runs(settings.runs) if settings.runs else fresh_runs(fresh))))
+    print(as_text(protocol_table(open_runs(runs) if runs else fresh_runs(fresh))))
 
 
 def _condense_parser() -> ArgumentParser:

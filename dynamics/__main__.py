@@ -34,6 +34,8 @@ def _parser() -> ArgumentParser:
     show = ArgumentParser(description="Say in a few lines what a record holds.", exit_on_error=False)
     show.add_argument("record", help="a record, e.g. out/run.zarr")
     commands.add_subcommand("show", show, help="say what a record holds")
+    for name, command in commands.choices.items():  # there are no options before its name
+        command.prog = f"{parser.prog} {name}"
     return parser
 
 

@@ -17,6 +17,7 @@ import dynamics.__main__
 import figures.__main__
 from dynamics.data import DATASETS, load
 from dynamics.experiments.experiment import Experiment
+from dynamics.experiments.protocols import Comparison
 from dynamics.models import MODELS
 from dynamics.pruning import MEASURES, PROTOCOLS
 from dynamics.record.store import Store
@@ -55,9 +56,9 @@ def test_help_teaches(package: str, words: str) -> None:
     assert words in " ".join(shown.split())
 
 
-def shown_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def shown_help(arguments: list[str], capsys: pytest.CaptureFixture[str], package: str = "dynamics") -> str:
     with pytest.raises(SystemExit, match=r"^0$"):
-        MAINS["dynamics"]([*arguments, "--help"])
+        MAINS[package]([*arguments, "--help"])
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -72,6 +73,18 @@ def test_help_names_every_command_and_every_setting(capsys: pytest.CaptureFixtur
     assert {*MODELS, *DATASETS, *MEASURES, *PROTOCOLS} <= said
     assert "a list stands for each of its values" in shown_help(["sweep"], capsys)
     assert "out/run.zarr" in shown_help(["show"], capsys)
+
+
+def test_help_of_a_command_shows_its_usage_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "sweep", "protocols", "show"):
+        assert shown_help([command], capsys).startswith(f"usage: python -m dynamics {command} ")
+
+
+def test_help_of_protocol_diff_says_what_it_does_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    shown, comparison = shown_help(["protocol-diff"], capsys, "analysis"), Comparison()
+    assert "(required)" not in shown
+    for setting in ("model", "measure", "sparsity", "rounds", "width"):
+        assert f"of the fresh network; by default {getattr(comparison, setting)}" in shown
 
 
 def test_from_nothing_to_a_report(

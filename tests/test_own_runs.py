@@ -1,6 +1,7 @@
 """Runs of someone's own loop are compared as experiments are: by what was said of them and what their events say."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,17 @@ def test_what_no_table_could_read_is_refused_and_nothing_written(tmp_path, attri
 
 def test_show_says_what_a_run_was_said_to_be(runs) -> None:
     assert summary(runs["magnitude-2"]).startswith("experiment  model my net, data my images, seed 2\n")
+
+
+def test_show_says_what_a_run_came_to_and_which_groups_are_empty(runs, tmp_path) -> None:
+    _, came_to, *groups = summary(runs["magnitude-2"]).splitlines()
+    reached = float(runs["magnitude-2"]["pruning"].sparsity[-1])
+    assert came_to == f"came to     test accuracy 52.0%, sparsity {reached:.1%}, 9 steps, 2 events"
+    assert "/curvature  empty" in groups
+    model = nn.Linear(2, 2)
+    Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), lr=0.1)).close()
+    *groups, _ = summary(open_run(tmp_path / "run.zarr")).splitlines()
+    assert all(re.fullmatch(r"/\w+ +empty", group) for group in groups)
 
 
 def of(test_accuracy: float = 0.5, **said: object) -> xr.DataTree:

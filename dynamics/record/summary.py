@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import numpy as np
 import xarray as xr
 
+from ..schema import NODES
 from .reading import experiment
 
 
 def summary(run: xr.DataTree) -> str:
-    """Experiment, extent and origin of a record as text."""
+    """Experiment, outcome, extent and origin of a record as text."""
     lines = []
     said = experiment(run) or run.attrs
     if known := [f"{name} {said[name]}" for name in ("model", "data", "measure", "seed") if name in said]:
         lines.append("experiment  " + ", ".join(known))
+    if reached := _outcome(run):
+        lines.append("came to     " + ", ".join(reached))
     for name, node in run.children.items():
-        sizes = " × ".join(f"{size} {dim}" + "s" * (size != 1) for dim, size in node.sizes.items()) or "empty"
+        rows = node.sizes.get(NODES[name][0], 0) if name in NODES else len(node.sizes)
+        sizes = " × ".join(map(_counted, node.sizes.values(), node.sizes)) if rows else "empty"
         lines.append(f"/{name:<10} {sizes}" + (f": {', '.join(node.data_vars)}" if node.data_vars else ""))
     origin = ", ".join(
         f"{name} {run.attrs[name]}" for name in ("thetadot", "commit", "torch", "device") if run.attrs.get(name)
     )
     return "\n".join([*lines, f"recorded    {run.attrs.get('created', '')} with {origin}"])
+
+
+def _outcome(run: xr.DataTree) -> list[str]:
+    """The last test accuracy and the last sparsity that are known, and how many steps and events there were."""
+    said = []
+    for node, name, words in (("epochs", "test_accuracy", "test accuracy"), ("pruning", "sparsity", "sparsity")):
+        values = run[node][name].values if name in run.children.get(node, ()) else np.empty(0)
+        if values.dtype.kind == "f" and (known := values[np.isfinite(values)]).size:  # someone's own may be a text
+            said.append(f"{words} {known[-1]:.1%}")
+    if "step" in run.children.get("steps", ()) and (steps := run["steps"].step.values).size:
+        said.append(_counted(int(steps[-1]) + 1, "step"))
+    if "pruning" in run.children and (events := run["pruning"].sizes.get("event", 0)):
+        said.append(_counted(events, "event"))
+    return said
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)

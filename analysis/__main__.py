@@ -16,6 +16,7 @@ from dynamics.command_line import mistake, printing
 
 from .condensed import SUFFIX, condense
 from .overview import overview
+from .progress import shown
 from .protocol import fresh_runs, protocol_table
 from .record import open_runs
 from .typeset import FORMATS, as_text, page
@@ -90,7 +91,9 @@ def _condense(arguments: list[str]) -> None:
 
 def _overview(arguments: list[str]) -> None:
     settings = _parser().parse_args(arguments)
-    print(page(overview(open_runs(settings.runs), brief=settings.brief), settings.format))
+    with shown():
+        parts = overview(open_runs(settings.runs), brief=settings.brief)
+    print(page(parts, settings.format))
 
 
 _COMMANDS = {"protocol-diff": _protocol_diff, "condense": _condense}

@@ -15,6 +15,7 @@ from .loss import loss_decrease, stability
 from .names import name_of
 from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
+from .progress import passed
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, node
 
@@ -28,7 +29,7 @@ def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, 
         MissingQuantityError: none of the runs did.
     """
     found, missing = {}, MissingQuantityError("no runs given")
-    for label, run in runs.items():
+    for label, run in passed(runs.items(), "theory"):
         try:
             found[label] = analyse(run)
         except MissingQuantityError as error:

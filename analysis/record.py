@@ -12,6 +12,7 @@ from dynamics.record.reading import RecordError, experiment, open_run
 from dynamics.schema import QUANTITIES
 
 from .condensed import SUFFIX, expand
+from .progress import passed
 from .prunings import others, prunings
 
 _HOW = {
@@ -129,7 +130,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
     runs: dict[str, xr.DataTree] = {}
-    for path in dict.fromkeys(str(Path(path)) for path in paths):
+    for path in passed(dict.fromkeys(str(Path(path)) for path in paths), "opening"):
         if path.endswith(SUFFIX):
             runs |= {f"{path}/{name}": run for name, run in expand(path).items()}
         else:

@@ -15,6 +15,7 @@ from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
 from .outcome import outcome, pruned_units
+from .progress import passed
 from .record import MissingQuantityError, ended
 from .tables import agreement_table
 from .typeset import MISSING, told_apart
@@ -31,7 +32,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     not end, or whose accuracy is not a number, are left out, and said under ``seeds``.
     """
     table = comparisons(runs)
-    found = {label: outcome(run) for label, run in runs.items() if ended(run)}
+    found = {label: outcome(run) for label, run in passed(runs.items(), "accuracy") if ended(run)}
     same = compared_by(table)
     titles = {
         "test accuracy, %": "test_accuracy",
@@ -59,7 +60,8 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     same = compared_by(table)
     since = pd.Series([last_pruning(runs[label]) for label in table.run])
     since = since.groupby([table[name] for name in same], dropna=False).transform("max")
-    found = [_convergence(runs[label], start) for label, start in zip(table.run, since, strict=True)]
+    each = passed([*zip(table.run, since, strict=True)], "convergence")
+    found = [_convergence(runs[label], start) for label, start in each]
     if not any(found):
         raise MissingQuantityError("convergence needs runs that ended and logged their loss: recorder.log(loss=...)")
     table = table.assign(counts=[bool(one) and np.isfinite(one["area"]) for one in found]).join(pd.DataFrame(found))

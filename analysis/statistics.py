@@ -13,6 +13,7 @@ from .conditions import conditions
 from .convergence import convergence
 from .effect import removed_decrease
 from .outcome import outcome
+from .progress import passed
 from .record import MissingQuantityError, at_prunings, ended
 
 
@@ -106,7 +107,8 @@ def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
     and in a run that did not end: what it came to is not known.
     """
-    return conditions(runs).join(pd.DataFrame([_values(run) for run in runs.values()], index=list(runs)))
+    found = [_values(run) for run in passed(runs.values(), "claims")]
+    return conditions(runs).join(pd.DataFrame(found, index=list(runs)))
 
 
 def log(ratio: np.ndarray | xr.DataArray) -> np.ndarray | xr.DataArray:

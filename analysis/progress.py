@@ -1,0 +1,29 @@
+"""How far a command is: a bar on the terminal's stderr for each pass over the runs, gone when the pass is done."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+One = TypeVar("One")
+
+_SHOWN: ContextVar[bool] = ContextVar("_SHOWN", default=False)
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """What is :func:`passed` over inside has a bar, where stderr is a terminal."""
+    token = _SHOWN.set(True)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+def passed(runs: Collection[One], what: str) -> Iterable[One]:
+    """The runs, one after the other."""
+    return tqdm(runs, desc=what, unit="run", leave=False, disable=None) if _SHOWN.get() else runs

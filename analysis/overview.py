@@ -9,7 +9,7 @@ import xarray as xr
 
 from . import seed_tables
 from .claims import CLAIMS, claims
-from .conditions import probe_mode, several_seeds
+from .conditions import conditions, probe_mode, several_seeds
 from .findings import diverged
 from .record import MissingQuantityError, check_begun
 from .statistics import STATISTICS
@@ -27,8 +27,9 @@ _CONVERGENCE = (
 _AGREEMENT = "Theory against measurement: medians over runs"
 _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
+_LACKING = "Claims without a verdict: what they need, and no run has"
 _DIVERGED = "Trainings that diverged"
-SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _VERDICTS)  # what a report begins with
+SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _VERDICTS, _LACKING)  # what a report begins with
 
 
 def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
@@ -69,12 +70,15 @@ def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     found = claims(runs)
     if found.empty:  # nothing was pruned
         return {}
-    said = probe_mode(runs)
-    counts: Parts = ({_PROBES: [said]} if said else {}) | {_VERDICTS: seed_tables.verdict_table(found)}
-    if brief:
+    unknown = seed_tables.lacking(found, set(conditions(runs).measure))
+    known = found[~found.claim.isin(unknown)]
+    counts: Parts = {_PROBES: [said]} if (said := probe_mode(runs)) else {}
+    counts |= {} if known.empty else {_VERDICTS: seed_tables.verdict_table(known)}
+    counts |= {_LACKING: [seed_tables.who_needs(unknown)]} if unknown else {}
+    if brief or known.empty:
         return counts
     return counts | {
-        "Claims: effect with its 95 % interval over seeds": seed_tables.claims_table(found),
+        "Claims: effect with its 95 % interval over seeds": seed_tables.claims_table(known),
         "What the claims compare, and why": [
             *(f"{name}: {claim.definition}" for name, claim in CLAIMS.items()),
             seed_tables.chance(found),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from .claims import CLAIMS, JUDGED
-from .conditions import compared_by, comparisons, conditions
+from .conditions import MEASURES, compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
@@ -83,14 +83,32 @@ def agreement_over_runs(runs: Runs) -> pd.DataFrame:
 def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
     """Of :func:`analysis.claims`: under how many conditions each claim has which verdict.
 
-    Behind that, under how many the mean over seeds lies on the side that the claim says, whatever its interval.
+    Behind that, under how many the mean over seeds lies on the side that the claim says, whatever its interval. A claim
+    that is about none of the conditions has no row.
     """
-    rows = pd.MultiIndex.from_tuples(((claim.name, claim.says) for claim in CLAIMS.values()), names=["claim", "says"])
+    rows = pd.MultiIndex.from_frame(found[["claim", "says"]].drop_duplicates())
     counts = pd.crosstab([found.claim, found.says], found.verdict.str.replace(r" \(.*", "", regex=True))
     counts = counts.reindex(index=rows, columns=VERDICTS, fill_value=0)
     side = np.sign(found.value - found.null) == found.claim.map({name: one.expected for name, one in CLAIMS.items()})
     counts["mean as claimed"] = side.groupby([found.claim, found.says]).sum().reindex(rows, fill_value=0)
     return counts.rename_axis(columns=None).rename_axis(["claim", "what it says"])
+
+
+def lacking(found: pd.DataFrame, measures: Collection[str]) -> dict[str, list[str]]:
+    """The measures that claims of :func:`analysis.claims` need and that are none of these, by the claim's name."""
+    needs = {name: (CLAIMS[name].measure, *CLAIMS[name].others) for name in found.claim.unique()}
+    others = {
+        name: [one for one in MEASURES if one in needed and one not in measures] for name, needed in needs.items()
+    }
+    return {name: named for name, named in others.items() if named}
+
+
+def who_needs(measures: Mapping[str, list[str]]) -> str:
+    """Which claims need which measures, in one sentence."""
+    claims: dict[str, list[str]] = {}
+    for claim, needed in measures.items():
+        claims.setdefault(", ".join(map(name_of, needed)), []).append(claim)
+    return "; ".join(f"{', '.join(of)} need{'s' * (len(of) == 1)} {needed}" for needed, of in claims.items())
 
 
 def claims_table(found: pd.DataFrame) -> pd.DataFrame:

@@ -114,7 +114,24 @@ def test_verdicts_are_counted_over_conditions() -> None:
 def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:
     found = analysis.claims({label: record(label[:-2], int(label[-1]), rounds=2) for label in runs()})
     counts = verdict_table(found).droplevel("what it says")
-    assert counts[[*VERDICTS]].sum(axis=1).to_dict() == {name: int(name != "ii.c") for name in analysis.CLAIMS}
+    assert counts[[*VERDICTS]].sum(axis=1).to_dict() == {name: 1 for name in analysis.CLAIMS if name != "ii.c"}
+
+
+def test_claims_that_need_a_measure_of_no_run_are_one_sentence() -> None:
+    every = runs()
+    some = {label: run for label, run in every.items() if label.startswith(("magnitude-", "loss_preservation-"))}
+    for brief in (True, False):
+        parts = overview(some, brief=brief)
+        judged = [of for name, of in parts.items() if name.startswith("Claims: ")]
+        for table in judged:
+            assert list(table.index.unique("claim")) == ["i.a", "i.b", "i.c", "ii.c"]
+        (said,) = next(of for name, of in parts.items() if name.startswith("Claims without a verdict"))
+        assert "i.d, iii.b need gradient norm increase; i.e needs gradient norm preservation; " in said
+        assert "i.f, ii.a, ii.b, iii.d, iii.f need gradient norm increase, gradient norm preservation; " in said
+        assert said.count("need") == 5
+    assert not any("without a verdict" in name for name in overview(every))
+    alone = overview({label: run for label, run in every.items() if label.startswith("gradient_norm_p")}, brief=True)
+    assert len(alone) == 2  # accuracy, and what each claim needs
 
 
 @pytest.mark.parametrize(("others", "count"), [(0.04, 16), (0.06, 1)])
@@ -143,7 +160,7 @@ def test_runs_of_one_seed_stay_rows_of_their_own(some: dict[str, xr.DataTree]) -
     assert not several_seeds(single)
     # (what theory says of a run needs more than these records hold)
     over_seeds = overview(some, brief=True)
-    assert [len(table) for table in over_seeds.values()] == [4, 16]
+    assert [len(table) for table in over_seeds.values()] == [4, 2, 1]
 
 
 def test_an_overview_holds_every_definition() -> None:

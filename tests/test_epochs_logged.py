@@ -73,3 +73,27 @@ def test_what_was_logged_before_a_training_that_is_resumed_ends_no_epoch(tmp_pat
                 plain_step(model, optimizer, batch)
             recorder.log_epoch(test_accuracy=ACCURACIES[epoch])
     assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("accuracy", [87.0, -0.5, torch.tensor([87.0])])
+def test_an_accuracy_is_a_share_and_what_was_recorded_before_another_stays(tmp_path: Path, accuracy: object) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"takes test_accuracy as a share .*, from 0 to 1, got (87|-0.5)$"):
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+            plain_step(model, optimizer, vectors(1)[0])
+            recorder.log_epoch(test_accuracy=1, train_accuracy=float("nan"), train_loss=9.0)
+            recorder.log_epoch(test_accuracy=accuracy)
+    run = open_run(tmp_path / "run")
+    assert (run["steps"].sizes["step"], run["epochs"].test_accuracy.values.tolist()) == (1, [1.0])
+
+
+def test_a_name_close_to_one_that_tables_read_is_recorded_with_a_warning(tmp_path: Path) -> None:
+    model = smooth_network()
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1), curvature_every=0) as recorder:
+        with pytest.warns(UserWarning, match="records 'test_acc', but tables and figures read 'test_accuracy'") as said:
+            recorder.log_epoch(test_acc=0.5)
+        assert said[0].filename == __file__
+        recorder.log_epoch(test_accuracy=0.5, test_accuracy_top5=0.9)
+        recorder.log_epoch(val_accuracy=0.5, val_loss=1.0, eval_accuracy=0.5, top5_accuracy=0.9, accuracy=0.5, lr=0.1)
+    assert open_run(tmp_path / "run")["epochs"].test_acc.values[0] == 0.5

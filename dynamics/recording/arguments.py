@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,10 @@ from ..record.buffer import LONGEST_TEXT
 
 _WITHIN = ("optimizer", "base_optimizer", "_base_optimizer")  # what wrappers call the optimizer by which they step
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
+
+_READ = [row.name for row in schema.quantities("epochs")]
+_CLOSE = 0.75  # as "test_acc" is to "test_accuracy"; 1 is the same
+_ROUNDING = 1e-6  # of a mean in single precision
 
 _KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
 
@@ -149,11 +154,16 @@ def _check_name(method: str, name: str) -> None:
 
 
 def check_epoch(scalars: Mapping[str, Any]) -> None:
-    """Raise ValueError where a row of ``/epochs`` cannot hold the scalars."""
+    """Raise ValueError where a row of ``/epochs`` cannot hold the scalars; warn of a name nearly as tables read it."""
     for name, value in scalars.items():
         _check_name("log_epoch", name)
         if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
             raise ValueError(f"log_epoch() takes numbers, {name!r} is {value!r:.60}")
+        if name in ("train_accuracy", "test_accuracy") and abs(float(value) - 0.5) > 0.5 + _ROUNDING:
+            raise ValueError(f"log_epoch() takes {name} as a share of right answers, from 0 to 1, got {float(value):g}")
+        near = difflib.get_close_matches(name, [one for one in _READ if one[:2] == name[:2]], 1, _CLOSE)
+        if near and near[0] not in scalars:
+            warnings.warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}", stacklevel=3)
     if counted := sorted({"epoch", "step"} & scalars.keys()):
         raise ValueError(f"log_epoch() cannot take {counted[0]!r}: it counts steps and epochs itself")
 

@@ -187,6 +187,8 @@ class Recorder:
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come.
 
+        Accuracies are shares, from 0 to 1: others are a ValueError, and what was recorded until then stays.
+
         In a loop that watches no loader and calls no :meth:`begin_epoch` an epoch ends here, if a step was taken. In
         analyses and figures what was logged before the first step is of epoch 0, and calls at one step are one row.
         """

@@ -141,7 +141,7 @@ def final_accuracy(runs: Runs) -> str:
     if last.empty:
         raise MissingQuantityError("no accuracy is known of all measures under one condition")
     measure = conditions(runs).measure
-    gone = {measure[label] for label, values in found.items() if max(values.sparsity, values.removed_parameters) > 0}
+    gone = {measure[label] for label, values in found.items() if values.sparsity > 0 or values.removed_parameters > 0}
     mean = ", means over conditions and seeds" * (len(found) > len(last))
     pruned, whole = last[last.index.isin(gone)], last[~last.index.isin(gone)]
     if pruned.empty:

@@ -19,7 +19,8 @@ def outcome(run: xr.DataTree) -> xr.Dataset:
     shares of units (``sparsity``), of parameters (``removed_parameters``) and of multiply-adds
     (``removed_multiply_adds``) that pruning removed: of the network without what reads silent channels only, and all as
     shares of the network as it was before the first pruning, though it was made smaller since. Where a pruning did not
-    count them, the parameters are those that are masked, and the multiply-adds NaN.
+    count them, the parameters are those that are masked, and the multiply-adds NaN; so is the sparsity where neither an
+    event nor its units say it.
 
     The last epoch counts, but for a run whose protocol selects on the test set: :func:`analysis.protocol.counted`.
     """
@@ -38,7 +39,8 @@ def _pruned(run: xr.DataTree) -> dict[str, float]:
     masked, first, last = events.remaining.sum("layer"), events.isel(event=0), events.isel(event=-1)
     if "sparsity" in events and (described := np.flatnonzero(events.sparsity.notnull())).size:
         first, last = (events.isel(event=described[place]) for place in (0, -1))
-    values = {"removed_parameters": 1 - float(masked[-1, 1] / masked[0, 0]), "removed_multiply_adds": np.nan}
+    values = {"removed_parameters": 1 - float(masked[-1, 1] / masked[0, 0])}
+    values["sparsity"] = values["removed_multiply_adds"] = np.nan
     for name in ("parameters", "multiply_adds"):
         if {f"{name}_left", f"dense_{name}"} <= set(last):
             values[f"removed_{name}"] = 1 - float(last[f"{name}_left"] / first[f"dense_{name}"])

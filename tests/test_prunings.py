@@ -101,6 +101,20 @@ def test_other_events_are_no_part_of_how_well_prunings_are_predicted(tmp_path: P
         assert said in findings.effect_prediction({"run": run})
 
 
+def test_how_many_filters_went_is_not_known_where_no_event_says_it(tmp_path: Path) -> None:
+    model, probe = network(), [(x.float(), y) for x, y in BATCHES[:1]]
+    with Recorder(tmp_path / "run", model, optimizer := torch.optim.SGD(model.parameters(), 0.05)) as recorder:
+        with recorder.event("prune", probe=probe):
+            Pruner(model, optimizer, "magnitude").prune(0.6, probe)
+        recorder.log_epoch(test_accuracy=0.5)
+    run = open_run(tmp_path / "run")
+    found = analysis.outcome(run)
+    assert float(found.removed_parameters) > 0.3
+    assert np.isnan([found.sparsity, found.removed_multiply_adds]).all()
+    assert analysis.outcome_table({"run": run}).loc["run", "filters pruned"] == "–"
+    assert findings.final_accuracy({"run": run}).startswith("Final test accuracy of the pruned networks")
+
+
 def test_what_removed_something_is_a_pruning_whatever_it_is_called() -> None:
     removed, kind = [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], ["mine", "prune", "look"]
     events = {"removed": (("event", "layer"), removed), "kind": ("event", kind), "step": ("event", [1, 2, 3])}

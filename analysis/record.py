@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -123,14 +124,15 @@ def ended(run: xr.DataTree) -> bool:
 def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree]:
     """Open records under short labels that tell them apart: their measures where these differ, else their file names.
 
-    A file of condensed records (:func:`analysis.condense`) stands for all the records in it.
+    A file of condensed records (:func:`analysis.condense`) stands for all records in it; a path with ``*``, ``?`` or
+    ``[...]`` stands for all that it matches, in the order of their names.
 
     Raises:
-        RecordError: a path is no record, or two paths are the same.
+        RecordError: a path is no record or matches none, or two paths are the same.
     """
-    paths = [paths] if isinstance(paths, str | Path) else paths
+    given = [paths] if isinstance(paths, str | Path) else paths
     runs: dict[str, xr.DataTree] = {}
-    for path in passed(dict.fromkeys(str(Path(path)) for path in paths), "opening"):
+    for path in passed(dict.fromkeys(path for one in given for path in _matching(str(Path(one)))), "opening"):
         if path.endswith(SUFFIX):
             runs |= {f"{path}/{name}": run for name, run in expand(path).items()}
         else:
@@ -142,6 +144,15 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
         if None not in labels and len(set(labels)) == len(labels):
             return dict(zip(labels, runs.values(), strict=True))
     raise RecordError(f"the records cannot be told apart: {paths}")
+
+
+def _matching(path: str) -> list[str]:
+    """The path itself, or in their order those that it matches."""
+    if Path(path).exists() or not set(path) & set("*?["):
+        return [path]
+    if found := sorted(glob.glob(path)):
+        return found
+    raise RecordError(f"nothing matches {path}: give the paths of records, e.g. 'out/demo/*.zarr' or sweep.zarr.zip")
 
 
 def event_steps(run: xr.DataTree) -> list[int]:

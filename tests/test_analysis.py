@@ -131,6 +131,17 @@ def test_runs_are_told_apart(tmp_path: Path) -> None:
     assert list(analysis.open_runs(paths)) == paths
 
 
+def test_a_pattern_stands_for_all_that_it_matches_in_their_order(tmp_path: Path) -> None:
+    for name in ("b", "a", "[c]"):
+        model = smooth_network()
+        recorded(tmp_path / f"{name}.zarr", model, torch.optim.SGD(model.parameters(), 0.1), vectors(1))
+    assert list(analysis.open_runs(f"{tmp_path}/*.zarr")) == ["[c]", "a", "b"]
+    assert list(analysis.open_runs([tmp_path / "b.zarr", tmp_path / "?.zarr"])) == ["b", "a"]
+    assert list(analysis.open_runs(tmp_path / "[c].zarr")) == ["[c]"]
+    with pytest.raises(ValueError, match=r"nothing matches .*/\*\.zip: give the paths of records, e\.g\."):
+        analysis.open_runs(f"{tmp_path}/*.zip")
+
+
 def test_a_diverged_step_is_not_taken_for_zero(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(3)
     batches[1] = (batches[1][0] * torch.nan, batches[1][1])

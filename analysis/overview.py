@@ -25,6 +25,12 @@ _CONVERGENCE = (
     "of the first loss, median over seeds (and how many got there)"
 )
 _AGREEMENT = "Theory against measurement: medians over runs"
+_READING = "How to read theory against measurement"
+_READ = (
+    "Each row stands on so many steps, windows of steps or prunings as its count says. Medians are what to read: a "
+    "single step beyond the expansion's reach, the first at a high learning rate say, decides slope and R²; measured "
+    "alone it decides everything."
+)
 _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
 _LACKING = "Claims without a verdict: what they need, and no run has"
@@ -49,7 +55,13 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
 def _of_runs(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
     if brief:
         return {"What the runs came to, and the median errors of what theory says": brief_table(runs)}
-    return {_OUTCOME: outcome_table(runs), "Theory against measurement": _or_why_not(agreement_table, runs)}
+    return {_OUTCOME: outcome_table(runs)} | _agreement("Theory against measurement", agreement_table, runs)
+
+
+def _agreement(title: str, table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs: Mapping) -> Parts:
+    """A table of agreement, and how it is read; the reason where there is none."""
+    found = _or_why_not(table, runs)
+    return {title: found} | ({_READING: [_READ]} if isinstance(found, pd.DataFrame) else {})
 
 
 def _or_why_not(table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs: Mapping[str, xr.DataTree]) -> Part:
@@ -61,9 +73,11 @@ def _or_why_not(table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs
 
 
 def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
-    tables = {_CONVERGENCE: seed_tables.convergence_table, _AGREEMENT: seed_tables.agreement_over_runs}
-    parts = {title: _or_why_not(table, runs) for title, table in tables.items()}
-    return parts | _of_claims(runs, brief=False)
+    return (
+        {_CONVERGENCE: _or_why_not(seed_tables.convergence_table, runs)}
+        | _agreement(_AGREEMENT, seed_tables.agreement_over_runs, runs)
+        | _of_claims(runs, brief=False)
+    )
 
 
 def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:

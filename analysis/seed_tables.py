@@ -73,11 +73,14 @@ def agreement_over_runs(runs: Runs) -> pd.DataFrame:
     """:func:`analysis.agreement_table` by relation, order, model and data: medians over that many runs.
 
     Slope, R² and rank correlation are of those runs alone that have more than two points: a single pruning has none.
+    ``count`` is the median of the numbers of points.
     """
     table = agreement_table(runs).reset_index().join(conditions(runs)[["model", "data"]], on="run")
-    groups = table.drop(columns="count").groupby(["relation", "order", "model", "data"], sort=False, observed=True)
+    groups = table.groupby(["relation", "order", "model", "data"], sort=False, observed=True)
+    medians = groups.median(numeric_only=True)
+    medians["count"] = medians["count"].map("{:g}".format)
     counts = {"runs": groups.size(), "of them with > 2 points": groups["rank correlation"].count()}
-    return _in_print(groups.median(numeric_only=True).assign(**counts))
+    return _in_print(medians.assign(**counts))
 
 
 def verdict_table(found: pd.DataFrame) -> pd.DataFrame:

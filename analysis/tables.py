@@ -24,7 +24,7 @@ def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
 
 def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
-    """One row a run: :func:`outcome_table`, and how far off the predictions of a step are, in the median."""
+    """One row a run: :func:`outcome_table`, and how far off predictions of a step are, in the median of how many."""
     table = _outcomes(runs)
     try:
         found = each(runs, agreement)
@@ -36,6 +36,8 @@ def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
             for order in errors.order.values:
                 column = (f"error of {relation}", order.removesuffix("_order"))
                 table.loc[label, column] = _percent(errors.sel(relation=relation, order=order))
+            counts = agreed["count"].sel(relation=relation)
+            table.loc[label, (f"error of {relation}", "count")] = str(int(counts.max("order")))
     return table
 
 

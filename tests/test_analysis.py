@@ -9,6 +9,7 @@ import xarray as xr
 from networks import recorded, smooth_network, vectors
 
 import analysis
+from analysis.overview import overview
 from dynamics import Recorder, open_run
 from dynamics.models import VGG, build
 from dynamics.pruning import Pruner
@@ -120,6 +121,28 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(analysis.MissingQuantityError, match=message):
             analyse(run)
+
+
+def test_tables_of_agreement_say_on_how_much_they_stand_and_how_to_read_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    runs = {}
+    for seed in range(2):
+        model = smooth_network()
+        attributes = {"model": "m", "data": "d", "measure": "none", "seed": seed}
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        runs[str(seed)] = recorded(
+            tmp_path / str(seed), model, optimizer, vectors(6), curvature_every=2 + seed, attributes=attributes
+        )
+    parts = overview({"0": runs["0"]})
+    table = parts["Theory against measurement"]
+    assert table["count"].loc["loss decrease"].tolist() == [3, 3]
+    assert "Medians are what to read" in parts["How to read theory against measurement"][0]
+    (brief,) = overview({"0": runs["0"]}, brief=True).values()
+    assert brief["error of loss decrease", "count"].tolist() == ["3"]
+    parts = overview(runs)
+    table = parts["Theory against measurement: medians over runs"]
+    assert table["count"].loc["loss decrease"].tolist() == ["2.5", "2.5"]
+    assert "Medians are what to read" in parts["How to read theory against measurement"][0]
 
 
 def test_runs_are_told_apart(tmp_path: Path) -> None:

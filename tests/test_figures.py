@@ -281,7 +281,7 @@ def test_a_table_of_the_report_says_once_what_its_rows_have_in_common() -> None:
 def test_the_report_has_every_number_of_the_tables(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
     page = write_report({"magnitude": runs["magnitude"]}, tmp_path, records=["a.zarr"]).read_text(encoding="utf-8")
     parts = overview({"magnitude": runs["magnitude"]})
-    for table in parts.values():
+    for table in (part for part in parts.values() if not isinstance(part, list)):
         assert all(f"<td>{cell(value)}</td>" in page for value in table.to_numpy().ravel())
 
 

@@ -75,6 +75,7 @@ def _or_why_not(table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs
 def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
     return (
         {_CONVERGENCE: _or_why_not(seed_tables.convergence_table, runs)}
+        | ({"Runs that end with a pruning": [said]} if (said := seed_tables.pruned_last(runs)) else {})
         | _agreement(_AGREEMENT, seed_tables.agreement_over_runs, runs)
         | _of_claims(runs, brief=False)
     )

@@ -16,7 +16,7 @@ from .intervals import CONFIDENCE, half_width
 from .names import name_of
 from .outcome import outcome, pruned_units
 from .progress import passed
-from .record import MissingQuantityError, ended
+from .record import MissingQuantityError, ended, has
 from .tables import agreement_table
 from .typeset import MISSING, told_apart
 
@@ -63,10 +63,24 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     each = passed([*zip(table.run, since, strict=True)], "convergence")
     found = [_convergence(runs[label], start) for label, start in each]
     if not any(found):
-        raise MissingQuantityError("convergence needs runs that ended and logged their loss: recorder.log(loss=...)")
+        raise MissingQuantityError(
+            "convergence needs runs that trained on after their last pruning, ended, and logged recorder.log(loss=...)"
+        )
     table = table.assign(counts=[bool(one) and np.isfinite(one["area"]) for one in found]).join(pd.DataFrame(found))
     cells = {title: partial(_mean, digits=".3g", interval=True) for title in ("area", "final loss")}
     return _over_seeds(table, same, cells | {f"steps to {share:.0%}": _median_steps for share in SHARES})
+
+
+def pruned_last(runs: Runs) -> str:
+    """How many runs were pruned after their last step, in a sentence on :func:`convergence_table`; "" if none was."""
+    trained = [run for run in runs.values() if ended(run) and has(run, "steps")]
+    last = [run for run in trained if last_pruning(run) > max(run["steps"].step.values[-1:], default=-1)]
+    if not last:
+        return ""
+    return (
+        f"{len(last)} of {len(runs)} runs took no step after their last pruning: the convergence of these, and of what "
+        "is compared with them, is not known. Train an epoch more than there are rounds."
+    )
 
 
 def agreement_over_runs(runs: Runs) -> pd.DataFrame:

@@ -111,6 +111,17 @@ def test_verdicts_are_counted_over_conditions() -> None:
     )
 
 
+def test_runs_that_end_with_a_pruning_say_why_they_have_no_convergence() -> None:
+    every = runs(seeds=2)
+    assert not any("end with a pruning" in title for title in overview(every))
+    late = [label for label in every if label.startswith("magnitude")]
+    for label in late:
+        events = every[label]["pruning"].to_dataset()
+        every[label]["pruning"] = events.assign(step=events.step + 4)
+    (said,) = overview(every)["Runs that end with a pruning"]
+    assert said.startswith("2 of 10 runs took no step after their last pruning")
+
+
 def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:
     found = analysis.claims({label: record(label[:-2], int(label[-1]), rounds=2) for label in runs()})
     counts = verdict_table(found).droplevel("what it says")

@@ -142,6 +142,17 @@ def test_an_epoch_has_the_metrics_that_it_led_to_alone(tmp_path: Path) -> None:
     assert epochs.step.values.tolist() == [5, 10, 15, 20]
 
 
+class InPercent(lightning.Callback):
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        pl_module.log("test_accuracy", 87.0)
+
+
+def test_metrics_that_cannot_be_recorded_do_not_end_a_fit(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="metrics of an epoch are not recorded: .* from 0 to 1, got 87"):
+        trained([InPercent(), frameworks.LightningRecorder(tmp_path / "run")])
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 10
+
+
 def test_a_fit_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
     callback = frameworks.LightningRecorder(tmp_path / "run")
     with pytest.raises(RuntimeError, match="out of memory"):

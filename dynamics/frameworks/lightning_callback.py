@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -106,7 +107,10 @@ class LightningRecorder(*_callbacks()):
             before, self._metrics, self._epoch_ended = self._metrics, dict(trainer.callback_metrics), False
             new = {name: value for name, value in self._metrics.items() if value is not before.get(name)}
             if metrics := simple_scalars(new):
-                self.recorder.log_epoch(**metrics)
+                try:
+                    self.recorder.log_epoch(**metrics)
+                except ValueError as error:  # which is no reason to end a training
+                    warnings.warn(f"the metrics of an epoch are not recorded: {error}", stacklevel=2)
 
     def _close(self, trainer: Any) -> None:
         if self.recorder:

@@ -325,7 +325,7 @@ def test_word_language_model(tmp_path: Path) -> None:
 def test_reinforce(tmp_path: Path) -> None:
     policy, by_hand = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), None
     optimizer, by_hand, rewards_of = torch.optim.Adam(policy.parameters(), 1e-2), ByHand(policy), []
-    with Recorder(tmp_path / "run", policy, optimizer) as recorder:
+    with Recorder(tmp_path / "run", policy, optimizer, curvature_every=0) as recorder:
         for episode in range(4):
             state, log_probs, rewards = torch.randn(4), [], []
             for _ in range(5 + episode):

@@ -130,7 +130,7 @@ def test_what_is_pruned_is_not_counted(tmp_path: Path) -> None:
 def test_a_record_without_the_study_says_how_to_get_it(tmp_path: Path) -> None:
     model = half_normalised()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with Recorder(tmp_path / "run", model, optimizer):
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
         optimizer.step()
     with pytest.raises(
         MissingQuantityError, match=r'nothing was recorded in /invariance. Call event.add\("invariance"'

@@ -104,7 +104,7 @@ def test_what_is_done_around_a_step_is_part_of_it(tmp_path: Path, name: str, clo
 def test_a_wrapper_that_something_else_wraps_meanwhile_goes_on(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     optimizer = Noam(sgd(list(model.parameters())))
-    with Recorder(tmp_path / "run", model, optimizer):
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
         inner, calls = optimizer.step, []
         optimizer.step = lambda: (calls.append(1), inner())
         optimizer.step()
@@ -222,7 +222,7 @@ def test_a_wrapped_step_that_fails_is_none(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     optimizer = Noam(sgd(list(model.parameters())))
     optimizer.optimizer.register_step_post_hook(lambda *given: 1 / 0 if optimizer.taken == 1 else None)
-    with Recorder(tmp_path / "run", model, optimizer):
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
         with pytest.raises(ZeroDivisionError):
             optimizer.step()
         optimizer.step()

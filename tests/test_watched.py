@@ -105,11 +105,13 @@ def test_a_loader_that_fails_once_goes_on(tmp_path: Path, of_iterator: bool) -> 
         recorder.close()
 
 
+@pytest.mark.parametrize("every", [2, 64])
 @pytest.mark.parametrize("seen", [True, False])
-def test_a_loader_that_was_not_watched_is_said(tmp_path: Path, seen: bool) -> None:
+def test_a_loader_that_was_not_watched_is_said(tmp_path: Path, seen: bool, every: int) -> None:
+    """Also if of four steps the first alone was due."""
     model, batches = smooth_network(), vectors(4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with nullcontext() if seen else pytest.warns(UserWarning, match="no batch was seen, so no curvature was recorded"):
-        with Recorder(tmp_path / "run", model, optimizer, curvature_every=2) as recorder:
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
             for batch in recorder.watch(batches) if seen else batches:
                 plain_step(model, optimizer, batch)

@@ -270,7 +270,7 @@ class Recorder:
                 "over, give both from the start: Recorder(..., [first, second])",
                 stacklevel=2,
             )
-        if self._curvature.unseen > 1 and not self._batches.told:
+        if self._curvature.unseen and not self._batches.told:
             warnings.warn(
                 "no batch was seen, so no curvature was recorded: watch the loader (recorder.watch(loader)), observe "
                 "each batch, or give curvature_every=0",

@@ -77,6 +77,36 @@ def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: 
             train()
 
 
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("divided", [True, False])
+def test_a_loss_that_is_logged_after_it_was_divided_by_the_number_of_micro_batches_is_said_once(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, divided: bool, parts: int, rounds: bool
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    model, batches = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), vectors(4 * parts)
+    batches = [(x.float(), y) for x, y in batches]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torch.no_grad():
+        first = np.mean([F.cross_entropy(model(x), y).item() for x, y in batches[:parts]])
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+            logged = np.mean([F.cross_entropy(model(x), y).item() for x, y in batches[:parts]]) / parts
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, (x, y) in enumerate(recorder.watch(batches), 1):
+            with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+                loss = F.cross_entropy(model(x), y)
+            (loss / parts).backward()
+            recorder.log(loss=loss / parts if divided else loss)
+            if number % parts == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    expected = (
+        f"the loss that was logged at step 0, {logged:.4g}, is 1/{parts} of the objective's, {first:.4g}: log the loss "
+        "before it is divided by the number of micro-batches"
+    )
+    assert [str(one.message) for one in recwarn] == [expected] * (divided and parts > 1)
+
+
 def test_a_scripted_part_has_no_curvature(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh())))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

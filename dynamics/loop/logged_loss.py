@@ -14,16 +14,19 @@ _PARTS = 16  # a loss may be logged as its part in so many micro-batches, or as 
 
 @dataclass
 class _Doubt:
-    """A step whose gradient is not the objective's, and its loss: by the objective, and as it was logged."""
+    """A step, the cosine of its gradient with the objective's, and its loss: by the objective, and as it was logged."""
 
     step: int
     cosine: float
     objective: Tensor
+    batches: int
     logged: float | Tensor | None = None
 
 
 class LoggedLoss:
-    """Compares both at steps where the gradient that was applied is not the objective's either.
+    """Compares both at steps of several micro-batches, by which a loop may have divided what it logs.
+
+    And where the gradient that was applied is not the objective's either.
 
     What is logged comes later, and on a GPU would have to be waited for: it is looked at when it may be.
     """
@@ -31,10 +34,10 @@ class LoggedLoss:
     def __init__(self) -> None:
         self._doubts: list[_Doubt] = []
 
-    def measured(self, step: int, cosine: float, objective: Tensor) -> None:
-        """The objective of a step, and the cosine of its gradient with the one applied."""
-        if cosine < _EXPLAINED:
-            self._doubts.append(_Doubt(step, cosine, objective.detach().clone()))
+    def measured(self, step: int, cosine: float, objective: Tensor, batches: int) -> None:
+        """The objective of a step on so many batches, and the cosine of its gradient with the one applied."""
+        if cosine < _EXPLAINED or batches > 1:
+            self._doubts.append(_Doubt(step, cosine, objective.detach().clone(), batches))
 
     def logged(self, step: int, loss: float | Tensor | None) -> None:
         """What was logged as the loss of a step that is done, or None."""
@@ -42,18 +45,29 @@ class LoggedLoss:
             if doubt.step == step:
                 doubt.logged = loss
 
-    def differing(self, step: int) -> Iterator[str]:
-        """Of the steps up to this one, what is to be said where they differ; then they are forgotten."""
+    def differing(self, step: int) -> Iterator[tuple[str, str]]:
+        """Of the steps up to this one, which difference there is, and what is to be said; then they are forgotten."""
         known, self._doubts = self._doubts, [doubt for doubt in self._doubts if doubt.step > step]
         for doubt in (one for one in known if one.step <= step and one.logged is not None):
-            logged, objective = float(doubt.logged), float(doubt.objective)
-            if not any(_agree(logged, n * objective) or _agree(n * logged, objective) for n in range(1, _PARTS + 1)):
+            logged, objective, batches = float(doubt.logged), float(doubt.objective), doubt.batches
+            if _agree(batches * logged, objective) and not _agree(logged, objective):
                 yield (
+                    "divided",
+                    f"the loss that was logged at step {doubt.step}, {logged:.4g}, is 1/{batches} of the objective's, "
+                    f"{objective:.4g}: log the loss before it is divided by the number of micro-batches",
+                )
+            elif doubt.cosine < _EXPLAINED and not _is_part_or_sum(logged, objective):
+                yield (
+                    "doubtful",
                     f"the loss of step {doubt.step} was logged as {logged:.4g}, and the objective is {objective:.4g} "
                     f"on its batch; the gradients have cosine {doubt.cosine:.3f}. If it was the loop's loss that was "
                     "logged, /curvature is of another: give the recorder the same, Recorder(..., objective=lambda "
-                    "model, batch: <the loss>)"
+                    "model, batch: <the loss>)",
                 )
+
+
+def _is_part_or_sum(logged: float, objective: float) -> bool:
+    return any(_agree(logged, n * objective) or _agree(n * logged, objective) for n in range(1, _PARTS + 1))
 
 
 def _agree(one: float, other: float) -> bool:

@@ -129,6 +129,10 @@ class Probe:
         self.own_operations = False  # whether the loss goes through operations of someone's own
         self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
 
+    def __len__(self) -> int:
+        """How many batches it is of."""
+        return len(self._at)
+
     @property
     def device(self) -> torch.device:
         """Where it is evaluated."""

@@ -193,7 +193,7 @@ class StepCurvature:
         if values is None:
             return None
         self._batches.bystanders.of_objective(best.probe.others)
-        self._loss.measured(step, best.cosine, best.loss)
+        self._loss.measured(step, best.cosine, best.loss, len(best.probe))
         if best.cosine < _DOUBTFUL:
             self._say_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
@@ -216,8 +216,8 @@ class StepCurvature:
         """What the loop logged as a step's loss; it is looked at when the next is measured, or in the end."""
         self._loss.logged(step, loss)
         if last or self.due(step + 1):
-            for difference in self._loss.differing(step):
-                self._say_once(difference, "doubtful")
+            for what, text in self._loss.differing(step):
+                self._say_once(text, what)
 
     def _are_others_lost(self, probe: Probe) -> bool:
         """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""

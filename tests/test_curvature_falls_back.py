@@ -107,6 +107,24 @@ def test_a_loss_that_is_logged_after_it_was_divided_by_the_number_of_micro_batch
     assert [str(one.message) for one in recwarn] == [expected] * (divided and parts > 1)
 
 
+def test_a_loss_that_differs_by_autocast_alone_may_be_rounding_is_said(tmp_path: Path) -> None:
+    """Logits around 1000 are multiples of 4 in bfloat16, and so all the same here: the loss is log 3."""
+    torch.set_default_dtype(torch.float32)
+    model, x = nn.Linear(4, 3), torch.randn(16, 4)
+    with torch.no_grad():
+        model.bias.add_(1000)
+    optimizer, y = torch.optim.SGD(model.parameters(), 0.1), model(x).argmax(1)
+    said = r"logged as 1\.099.* cosine 0\.98.* training that rounds to half precision, by autocast say, may differ so"
+    with Recorder(tmp_path / "run", model, optimizer) as recorder, pytest.warns(UserWarning, match=said):
+        for x_, y_ in recorder.watch([(x, y)]):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(x_), y_)
+            loss.backward()
+            optimizer.step()
+            recorder.log(loss=loss)
+        recorder.flush()
+
+
 def test_a_scripted_part_has_no_curvature(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh())))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -60,9 +60,10 @@ class LoggedLoss:
                 yield (
                     "doubtful",
                     f"the loss of step {doubt.step} was logged as {logged:.4g}, and the objective is {objective:.4g} "
-                    f"on its batch; the gradients have cosine {doubt.cosine:.3f}. If it was the loop's loss that was "
-                    "logged, /curvature is of another: give the recorder the same, Recorder(..., objective=lambda "
-                    "model, batch: <the loss>)",
+                    f"on its batch; the gradients have cosine {doubt.cosine:.3f}. A training that rounds to half "
+                    "precision, by autocast say, may differ so by rounding alone. If this one does not, and it was the "
+                    "loop's loss that was logged, /curvature is of another: give the recorder the same, Recorder(..., "
+                    "objective=lambda model, batch: <the loss>)",
                 )
 
 

@@ -198,10 +198,10 @@ class StepCurvature:
             self._say_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
                 f"gradient and the one applied have cosine {best.cosine:.2f} (grad_applied_grad tells at each step). "
-                "Unless the loop itself changes gradients before they are applied, give the recorder its own loss: "
-                "Recorder(..., objective=lambda model, batch: <scalar loss>). If it has that, something that the loss "
-                "uses changed between forward pass and step: with several networks, call observe() right before the "
-                "forward pass of each, and give all optimizers that step meanwhile",
+                "Unless the loop itself changes gradients before they are applied, or rounds to half precision, give "
+                "the recorder its own loss: Recorder(..., objective=lambda model, batch: <scalar loss>). If it has "
+                "that, something that the loss uses changed between forward pass and step: with several networks, call "
+                "observe() right before the forward pass of each, and give all optimizers that step meanwhile",
                 "doubtful",
             )
         if values.get("approximate"):

@@ -300,6 +300,7 @@ def test_more_than_can_be_pruned_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run.zarr").exists()
 
 
+@pytest.mark.filterwarnings("ignore:‖g‖² of .* is not finite at step")
 @pytest.mark.parametrize("measure", ["none", "magnitude"])
 def test_a_training_that_diverges_fails_and_says_when(tmp_path: Path, data: Data, measure: str) -> None:
     settings = replace(TINY, measure=measure, rounds=1, learning_rates=(0.1, 1e300))

@@ -37,6 +37,7 @@ DIVERGING = replace(TINY, learning_rates=(1e30,), seed=9)
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as POSIX has it"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:‖g‖² of .* is not finite at step"),  # of what diverges
 ]
 
 

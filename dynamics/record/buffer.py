@@ -23,7 +23,7 @@ import numpy as np
 from .columns import LONGEST_TEXT as LONGEST_TEXT
 from .columns import Row, stack
 from .store import Store
-from .writer import Block, Entry, Request, Writer
+from .writer import Block, Entry, Look, Request, Writer
 
 _LOG = logging.getLogger("thetadot")
 _ROWS, _SECONDS = 256, 5.0
@@ -36,9 +36,13 @@ class Buffer:
     If the store cannot be written, a warning is logged, and the rows stay in memory and are tried again. When 256 MiB
     of them wait, recording stops with a warning, and training goes on. In a forked process, e.g. a loader's worker,
     nothing happens. What is left when the program ends is written then.
+
+    Args:
+        store: where the rows go.
+        look: is shown the columns of each node as they are written, in the thread that writes them.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, look: Look | None = None) -> None:
         self._store, self._process = store, os.getpid()
         self._log: dict[tuple[str, int], Entry] = {}  # by the row's identity: the same again is no second one
         self._since = time.monotonic()
@@ -46,7 +50,7 @@ class Buffer:
         self._stopped: Exception | None = None
         self._stopped_since = ""
         self._closed = False
-        self._writer = Writer(store)
+        self._writer = Writer(store, look)
         self._thread = threading.Thread(target=self._writer.run, name="thetadot-writer", daemon=True)
         self._thread.start()
         atexit.register(self.close)

@@ -6,7 +6,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +20,7 @@ _LOG = logging.getLogger("thetadot")
 _RETRY_SECONDS = 10.0
 
 Coordinate = tuple[str, str, str, np.ndarray]
+Look = Callable[[str, Mapping[str, np.ndarray]], object]  # at the columns of a node
 
 
 @dataclass(eq=False)
@@ -65,12 +66,12 @@ class Writer:
         written: bytes of all blocks that are committed.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, look: Look | None = None) -> None:
         self.queue: queue.SimpleQueue[Block | Request] = queue.SimpleQueue()  # its put may be interrupted by a put
         self.failure: Exception | None = None
         self.failing_since = ""
         self.missing, self.written = 0, 0
-        self._store, self._taken = store, 0
+        self._store, self._look, self._taken = store, look, 0
         self._tasks: deque[Callable[[], object]] = deque()
 
     def run(self) -> None:
@@ -104,7 +105,10 @@ class Writer:
         self._taken += block.nbytes
 
     def _append(self, node: str, columns: Columns, fresh: np.ndarray) -> None:
-        self._store.append(node, {name: values[fresh] for name, values in arrays(columns).items()})
+        values = {name: values[fresh] for name, values in arrays(columns).items()}
+        if self._look is not None:
+            self._look(node, values)
+        self._store.append(node, values)
 
     def _try(self) -> None:
         if not self._tasks and self.failure is None:

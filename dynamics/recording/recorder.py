@@ -25,7 +25,6 @@ from ..loop.processes import Processes
 from ..network.layers import Layers
 from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from ..record import provenance
-from ..record.buffer import Buffer
 from .arguments import (
     as_given,
     as_number,
@@ -131,7 +130,7 @@ class Recorder:
         store, place = processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
         place = processes.told(place)
         measurement.start_from(store, begins=place.step == 0)
-        self._rows = Rows(None if store is None else Buffer(store), self._layers.names)
+        self._rows = Rows(store, self._layers.names)
         counted = None if processes.replicated else groups.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)
         probing = network, objective, self._batches, measurement, processes, place.step

@@ -11,17 +11,20 @@ from .. import schema
 from ..loop.logged import Logged, Scalar
 from ..loop.seen import Mark
 from ..record.buffer import Buffer
+from ..record.store import Store
 from .event import Event
+from .finite_gradients import FiniteGradients
 
 
 class Rows:
-    """Rows for a buffer; without one, in a process that does not write, they go nowhere.
+    """Rows for a store; without one, in a process that does not write, they go nowhere.
 
-    The row of a step gets what is ``logged`` of it.
+    The row of a step gets what is ``logged`` of it, and its ``gradients`` are looked at on their way.
     """
 
-    def __init__(self, buffer: Buffer | None, layers: list[str]) -> None:
-        self._buffer = buffer
+    def __init__(self, store: Store | None, layers: list[str]) -> None:
+        self.gradients = FiniteGradients(layers)
+        self._buffer = None if store is None else Buffer(store, self.gradients.look)
         self.logged = Logged()
         self._step: dict[str, Any] = {}  # the row of the step that was
         for node in ("steps", "curvature", "pruning"):
@@ -36,6 +39,7 @@ class Rows:
         """Send a row."""
         if self._buffer is not None:
             self._buffer.add(node, row)
+            self.gradients.say()
 
     def add_units(self, number: int, event: Event) -> None:
         """Send an event's row of ``/units``, if it told of any, and of each study that was added to it."""
@@ -84,9 +88,11 @@ class Rows:
         self.finish()
         if self._buffer is not None:
             self._buffer.flush(wait=True)
+            self.gradients.say()
 
     def close(self) -> None:
         """Write everything and let the record go."""
         self.finish(ends=True)
         if self._buffer is not None:
             self._buffer.close()
+            self.gradients.say()

@@ -102,7 +102,7 @@ class Steps:
     def take_update(self, number: int) -> None:
         """Take what an optimizer did, before anything else changes θ."""
         if (skips := self._groups.skips(number)) is not None:
-            self._skips[number] = skips
+            self._skips[number], self._rows.gradients.scaled = skips, True
         if self._begun:
             with self.measuring(_FIRST_ORDER):
                 self._measurement.take_update(number)

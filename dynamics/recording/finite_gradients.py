@@ -1,0 +1,43 @@
+"""Whether the gradients of a training are finite: looked at where rows arrive in the host's memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+class FiniteGradients:
+    """Says, once, where the first gradient is not finite that an optimizer applied.
+
+    The thread that writes rows finds it, the training's says it. Of a loop with a gradient scaler nothing is said: it
+    skips such steps.
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self._layers = layers
+        self._found: tuple[int, str] | None = None
+        self._said = False
+        self.scaled = False  # whether a gradient scaler was seen
+
+    def look(self, node: str, columns: Mapping[str, np.ndarray]) -> None:
+        """Look at rows of a node, by name."""
+        if node != "steps" or "grad_sqnorm" not in columns or self._found:
+            return
+        for row, layer in np.argwhere(~np.isfinite(columns["grad_sqnorm"]))[:1]:
+            self._found = int(columns["step"][row]), self._layers[layer]
+
+    def say(self) -> None:
+        """Say what was found."""
+        if self._found is None or self._said or self.scaled:
+            return
+        self._said = True
+        step, layer = self._found
+        warnings.warn(
+            f"‖g‖² of {layer} is not finite at step {step}: the optimizer was given a gradient that is infinite or no "
+            "number there, and it is recorded as it is. If the training has not diverged, "
+            "torch.autograd.set_detect_anomaly(True) tells where that comes from; a loop may skip such a step, as a "
+            "gradient scaler does",
+            stacklevel=2,
+        )

@@ -198,7 +198,7 @@ def seconds_of_a_round(experiment: Experiment, images: ImageSet, watch: Stopwatc
 
     def prune() -> None:
         pruning = pruner.plan(0.5, scored)
-        with recorder.event("prune", probe=probed):
+        with recorder.event("prune", probe=probed, mode="eval"):
             pruner.apply(pruning)
 
     with TemporaryDirectory() as folder, trained.record(folder, 0) as recorder:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import named
 from ..loop.processes import Processes
@@ -18,6 +19,7 @@ from .arguments import as_number, check_description
 from .epochs import Epochs
 from .event import Event, Stage, effect
 from .rows import Rows
+from .running_statistics import RunningStatistics
 from .steps import Steps
 
 
@@ -39,10 +41,11 @@ class Events:
         self._steps, self._epochs, self._rows, self._count = steps, epochs, rows, count
         self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
         self._units: list[tuple[str, int]] = []  # that events told of
+        self._statistics = RunningStatistics(model)
 
-    def check(self, kind: str, probe: Any, mode: str, attributes: Mapping[str, Any]) -> None:
+    def check(self, kind: str, probe: Any, mode: str | None, attributes: Mapping[str, Any]) -> None:
         """Raise ValueError where an event cannot be measured or described so."""
-        if mode not in ("train", "eval"):
+        if mode not in ("train", "eval", None):
             raise ValueError(f"event() measures in mode 'train' or 'eval', got {mode!r:.60}")
         if not isinstance(probe, list | tuple) or not probe:
             raise ValueError(f"event() needs a list of batches as probe, got {probe!r:.60}")
@@ -51,11 +54,16 @@ class Events:
         check_description(kind, attributes, self._kinds)
 
     @contextmanager
-    def measured(self, kind: str, probe: Sequence[Any], mode: str, attributes: Mapping[str, Any]) -> Iterator[Event]:
+    def measured(
+        self, kind: str, probe: Sequence[Any], given: str | None, attributes: Mapping[str, Any]
+    ) -> Iterator[Event]:
         """Around an event; its row is sent if nothing is raised inside."""
+        mode = given or "eval"
         described = {name: as_number(value) for name, value in attributes.items()}
         moment, structure = Moment(self._model, self._layers.device, self._objective), Structure(self._model)
         before = self._stage(probe, mode, [moment] * len(probe))
+        compares = given is None and self._statistics.may_lag
+        training = self._loss_in_training(probe, [moment] * len(probe), before.loss) if compares else None
         yield (event := Event(self._model, self._units))
         after = self._stage(probe, mode, [moment.later()] * len(probe))
         if not self._processes.alike(after.theta):
@@ -72,6 +80,8 @@ class Events:
         self._kinds |= {name: isinstance(value, str) for name, value in described.items()}
         self._units = event.unit_labels() or self._units
         self._count += 1
+        if training is not None:
+            self._statistics.compare(before.loss, training, after.loss)
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
         with self._steps.measuring():
@@ -82,3 +92,12 @@ class Events:
             except Exception as error:
                 raise ValueError(f"event(): the objective failed on the probe's batches with {named(error)}") from error
             return Stage(self._layers, self._processes, expansion)
+
+    def _loss_in_training(self, batches: Sequence[Any], moments: Sequence[Moment], like: Tensor) -> Tensor:
+        """The probe's loss in training mode; NaN where there is none, as of one sample that is normalised by itself."""
+        with self._steps.measuring():
+            try:
+                loss = Probe(self._model, self._objective, batches, mode="train", moments=moments).loss()
+            except Exception:  # in eval mode all is well
+                loss = torch.full_like(like, torch.nan)
+            return self._processes.mean([loss])[0]

@@ -204,7 +204,7 @@ class Recorder:
 
     @contextmanager
     def event(
-        self, kind: str, *, probe: Sequence[Any], mode: str = "eval", **attributes: float | str
+        self, kind: str, *, probe: Sequence[Any], mode: str | None = None, **attributes: float | str
     ) -> Iterator[Event]:
         """Measure before and after whatever happens inside, on the same batches: a row of ``/pruning``.
 
@@ -214,7 +214,8 @@ class Recorder:
         Args:
             kind: what happens, e.g. ``"prune"``.
             probe: list of batches at which everything is evaluated.
-            mode: "eval" or "train", the mode of BatchNorm and dropout at the probe.
+            mode: "eval" or "train", the mode of BatchNorm and dropout at the probe. By default "eval", and where
+                BatchNorm's running statistics lag far behind the weights, a warning says so.
             attributes: numbers and strings that describe the event; each becomes a variable over ``event``.
 
         Yields:

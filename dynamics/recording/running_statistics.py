@@ -1,0 +1,41 @@
+"""Running statistics that lag behind the weights: with them an event sees another network than training does."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class RunningStatistics:
+    """Compares what events in eval mode measure with what training sees, and says, once, where these are far apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._said = model, False
+
+    @property
+    def may_lag(self) -> bool:
+        """Whether normalisations of torch's train by each batch, are evaluated by others, and nothing was said yet.
+
+        Those that stay in eval mode while the model trains do not. SyncBatchNorm would wait for other processes.
+        """
+        layers = [one for one in self._model.modules() if isinstance(one, _NormBase) and one.running_mean is not None]
+        waits = any(isinstance(one, nn.SyncBatchNorm) for one in layers)
+        return any(one.training == self._model.training for one in layers) and not (waits or self._said)
+
+    def compare(self, before: Tensor, training: Tensor, after: Tensor) -> None:
+        """An event's loss: before and after it in eval mode, and before it in training mode.
+
+        They are far apart where most of the loss before is not there in training, and that is more than half of what
+        the event changes. Dropout raises the loss in training alone.
+        """
+        if not before - training > max(abs(before), abs(after - before)) / 2:
+            return
+        self._said = True
+        warnings.warn(
+            f"the probe's loss is {before:.4g} in eval mode, in which event() measures by default, and {training:.4g} "
+            "in training mode: running statistics, of BatchNorm say, lag behind the weights. What training sees is "
+            'measured by event(..., mode="train"); mode="eval" says that eval mode is meant',
+            stacklevel=2,
+        )

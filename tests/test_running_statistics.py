@@ -92,15 +92,14 @@ def test_nothing_is_said_where_training_sees_the_same_or_a_mode_was_given(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("before", "training", "after", "said"),
+    ("evaluated", "training", "said"),
     [
-        (2.3, 0.2, 2.3, True), (2.3, 0.2, 6.4, True), (2.3, 0.2, 6.6, False), (0.12, 0.03, 0.12, True),
-        (2.3, 1.2, 2.3, False), (0.2, 2.3, 0.2, False), (-1.0, -1.6, -1.0, True), (-1.0, -1.4, -1.0, False),
-        (2.3, float("nan"), 2.3, False),
+        (2.3, 0.2, True), (0.12, 0.03, True), (2.3, 1.2, False), (0.2, 2.3, False), (-1.0, -1.6, True),
+        (-1.0, -1.4, False), (2.3, float("nan"), False),
     ],
 )  # fmt: skip
-def test_far_apart_is_more_than_half_of_the_loss_and_of_its_change(
-    recwarn: pytest.WarningsRecorder, before: float, training: float, after: float, said: bool
+def test_far_apart_is_more_than_half_of_the_loss(
+    recwarn: pytest.WarningsRecorder, evaluated: float, training: float, said: bool
 ) -> None:
-    RunningStatistics(nn.BatchNorm1d(3)).compare(*map(torch.tensor, (before, training, after)))
+    RunningStatistics(nn.BatchNorm1d(3)).compare(*map(torch.tensor, (evaluated, training)))
     assert len(recwarn) == said

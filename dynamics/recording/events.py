@@ -62,8 +62,8 @@ class Events:
         described = {name: as_number(value) for name, value in attributes.items()}
         moment, structure = Moment(self._model, self._layers.device, self._objective), Structure(self._model)
         before = self._stage(probe, mode, [moment] * len(probe))
-        compares = given is None and self._statistics.may_lag
-        training = self._loss_in_training(probe, [moment] * len(probe), before.loss) if compares else None
+        if given is None and self._statistics.may_lag:
+            self._statistics.compare(before.loss, self._loss_in_training(probe, [moment] * len(probe), before.loss))
         yield (event := Event(self._model, self._units))
         after = self._stage(probe, mode, [moment.later()] * len(probe))
         if not self._processes.alike(after.theta):
@@ -80,8 +80,6 @@ class Events:
         self._kinds |= {name: isinstance(value, str) for name, value in described.items()}
         self._units = event.unit_labels() or self._units
         self._count += 1
-        if training is not None:
-            self._statistics.compare(before.loss, training, after.loss)
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
         with self._steps.measuring():

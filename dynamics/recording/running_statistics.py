@@ -24,18 +24,17 @@ class RunningStatistics:
         waits = any(isinstance(one, nn.SyncBatchNorm) for one in layers)
         return any(one.training == self._model.training for one in layers) and not (waits or self._said)
 
-    def compare(self, before: Tensor, training: Tensor, after: Tensor) -> None:
-        """An event's loss: before and after it in eval mode, and before it in training mode.
+    def compare(self, evaluated: Tensor, training: Tensor) -> None:
+        """The loss before an event in eval mode and in training mode.
 
-        They are far apart where most of the loss before is not there in training, and that is more than half of what
-        the event changes. Dropout raises the loss in training alone.
+        They are far apart where most of it is not there in training. Dropout raises the loss in training alone.
         """
-        if not before - training > max(abs(before), abs(after - before)) / 2:
+        if not evaluated - training > abs(evaluated) / 2:
             return
         self._said = True
         warnings.warn(
-            f"the probe's loss is {before:.4g} in eval mode, in which event() measures by default, and {training:.4g} "
-            "in training mode: running statistics, of BatchNorm say, lag behind the weights. What training sees is "
-            'measured by event(..., mode="train"); mode="eval" says that eval mode is meant',
+            f"the probe's loss is {evaluated:.4g} in eval mode, in which event() measures by default, and "
+            f"{training:.4g} in training mode: running statistics, of BatchNorm say, lag behind the weights. What "
+            'training sees is measured by event(..., mode="train"); mode="eval" says that eval mode is meant',
             stacklevel=2,
         )

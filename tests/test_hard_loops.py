@@ -203,42 +203,6 @@ def test_what_moves_a_frozen_layer_on_is_not_predicted(tmp_path: Path, how: dict
     np.testing.assert_allclose(np.stack([curvature.loss_before, curvature.loss_after], 1), losses, rtol=1e-12)
 
 
-class SetByFirstBatch(nn.Module):
-    """Scales and shifts by what the first batch says, as Glow's ActNorm does."""
-
-    def __init__(self, in_buffer: bool) -> None:
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(5)), nn.Parameter(torch.zeros(5))
-        if in_buffer:
-            self.register_buffer("is_set", torch.tensor(False))
-        else:
-            self.is_set = False
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if not self.is_set:
-            self.scale.data.copy_(1 / inputs.detach().std(0))
-            self.shift.data.copy_(-inputs.detach().mean(0))
-            self.is_set = torch.tensor(True) if isinstance(self.is_set, Tensor) else True
-        return (inputs + self.shift) * self.scale
-
-
-@pytest.mark.parametrize("in_buffer", [True, False])
-def test_a_layer_that_the_first_batch_sets(tmp_path: Path, in_buffer: bool) -> None:
-    model = nn.Sequential(nn.Linear(4, 5), SetByFirstBatch(in_buffer), nn.Tanh(), nn.Linear(5, 3))
-    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
-        for batch in recorder.watch(vectors(3)):
-            optimizer.zero_grad()
-            loss = cross_entropy(model, batch)
-            loss.backward()
-            optimizer.step()
-            losses.append((loss.item(), cross_entropy(model, batch).item()))
-    run = open_run(tmp_path / "run")
-    measured = np.stack([run["curvature"].loss_before, run["curvature"].loss_after], 1)
-    np.testing.assert_allclose(measured, losses, rtol=1e-12)
-    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
-
-
 def test_torch_prunings_in_a_row(tmp_path: Path) -> None:
     model, (batch,) = smooth_network(), vectors(1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -167,12 +166,6 @@ class Probe:
         self._fixed = True
         self._at = [(to_device(batch, self._device), moment) for batch, moment in self._at]
         return self
-
-    def later(self) -> Probe:
-        """The probe from what there is by now, but with the same random numbers."""
-        other = copy.copy(self)
-        other._at = [(batch, moment.later()) for batch, moment in self._at]
-        return other
 
     def free(self) -> None:
         """Not :meth:`fixed` any more."""

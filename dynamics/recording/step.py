@@ -43,7 +43,7 @@ class Measurement:
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._rest: list[int] = []  # indices of the parameters that no optimizer held which took the step
         self._said: set[str] = set()
-        self._compared = self._begins = self._is_first = False
+        self._compared = False
 
     def present(self) -> Present:
         """The model as it is now."""
@@ -55,7 +55,6 @@ class Measurement:
 
     def start_from(self, store: Store | None, *, begins: bool) -> None:
         """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
-        self._begins = begins
         if "distance_sqnorm" not in self._steps:
             return
         self._start = self._layers.theta(self._layers.zeros())
@@ -106,7 +105,6 @@ class Measurement:
 
     def begin(self) -> None:
         """Keep θ as it is before the step."""
-        self._is_first, self._begins = self._begins, False
         self._layers.refresh()
         self._groups.refresh()
         if self._version != self._layers.version:
@@ -198,7 +196,7 @@ class Measurement:
                 values |= self._second_order(probe, grad, vectors, second)
         others = {
             "loss_before": lambda: loss,
-            "loss_after": lambda: (probe.later() if self._moved_before_first() else probe).loss(self._after()),
+            "loss_after": lambda: probe.loss(self._after()),
             "approximate": lambda: torch.zeros(()),
         }
         return {name: others[name]() for name in self._others} | values
@@ -217,10 +215,6 @@ class Measurement:
         )
         unknown = [name for name in ("grad_update", "update_hess_update") if name in values]
         return values | {name: torch.full_like(values[name], torch.nan) for name in unknown}
-
-    def _moved_before_first(self) -> bool:
-        """Whether it is the first step, and θ has moved already: some layers set themselves by their first batch."""
-        return self._is_first and self._start is not None and not torch.equal(self._theta.blocks, self._start.blocks)
 
     def _after(self) -> dict[str, Tensor] | None:
         """θ + Δθ by parameter name; None where the model still has it.

@@ -58,9 +58,9 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: the record allows none.
     """
     relations, reasons = {}, []
-    for name, predict in _RELATIONS.items():
+    for predicted in (_steps_predicted, _norm_predicted, _prunings_predicted):
         try:
-            relations[name] = agree(predict(run))
+            relations |= {name: agree(prediction) for name, prediction in predicted(run).items()}
         except MissingQuantityError as error:
             reasons.append(error)
     if not relations:
@@ -68,14 +68,18 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
     return xr.concat(relations.values(), xr.Variable("relation", list(relations)))
 
 
-_RELATIONS = {
-    "loss decrease": loss_decrease,
-    "norm rate": network_norm_rate,
-    "effect of pruning on the loss": lambda run: effect_of_prunings(run).sel(quantity="loss"),
-    "effect of pruning on ‖g‖²": lambda run: effect_of_prunings(run).sel(quantity="grad_sqnorm"),
-    "effect of pruning on d‖θ‖²/dt": lambda run: effect_of_prunings(run).sel(quantity="param_sqnorm_rate"),
-    "effect of pruning on θᵀHg": lambda run: effect_of_prunings(run).sel(quantity="param_hess_grad"),
-}
+def _steps_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
+    return {"loss decrease": loss_decrease(run)}
+
+
+def _norm_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
+    return {"norm rate": network_norm_rate(run)}
+
+
+def _prunings_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
+    effect = effect_of_prunings(run)
+    symbols = {"loss": "the loss", "grad_sqnorm": "‖g‖²", "param_sqnorm_rate": "d‖θ‖²/dt", "param_hess_grad": "θᵀHg"}
+    return {f"effect of pruning on {symbol}": effect.sel(quantity=name) for name, symbol in symbols.items()}
 
 
 def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float, float, float, int]:

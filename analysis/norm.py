@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import xarray as xr
 
@@ -127,11 +129,35 @@ def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
     apart = np.diff(rates.step)
     gaps = np.cumsum(np.r_[0, apart > 2 * np.median(apart)] if apart.size else 0)
     parts = [rates.isel(step=np.flatnonzero(events + gaps == number)) for number in np.unique(events + gaps)]
-    least = (window + 1) // 2
-    means = [
-        part.astype(float).rolling(step=window, center=True, min_periods=least).mean(keep_attrs=True) for part in parts
-    ]
+    means = [part.map(partial(_rolled, window=window), keep_attrs=True) for part in parts]
     return xr.concat(means, "step") if means else rates
+
+
+def _rolled(values: xr.DataArray, window: int) -> xr.DataArray:
+    """Means over windows around each step, of half of its values at least; NaN where one of them is infinite."""
+    rows = values.transpose("step", ...)
+    table = rows.values.reshape(rows.sizes["step"], -1).astype(float)
+    finite = np.isfinite(table)
+    total, known, infinite = (
+        _sums(part.astype(float), window) for part in (np.where(finite, table, 0), finite, np.isinf(table))
+    )
+    enough = (known >= (window + 1) // 2) & (infinite == 0)
+    return rows.copy(data=np.where(enough, total / np.maximum(known, 1), np.nan).reshape(rows.shape))
+
+
+def _sums(rows: np.ndarray, window: int) -> np.ndarray:
+    """Sums of the rows in a window around each, at a cost that does not grow with the window.
+
+    A window is the end of one block of so many rows and the beginning of the next. Nothing is subtracted, as where a
+    sum slides along, so that what left the window leaves no rounding behind.
+    """
+    count = len(rows)
+    padded = np.pad(rows, ((window // 2, 2 * window - (window // 2 + count) % window), (0, 0)))
+    blocks = padded.reshape(-1, window, rows.shape[1])
+    ends = blocks[:, ::-1].cumsum(1)[:, ::-1].reshape(padded.shape)[:count]
+    beginnings = blocks.cumsum(1).reshape(padded.shape)[window - 1 :][:count]
+    aligned = (np.arange(count) % window == 0)[:, None]
+    return np.where(aligned, ends, ends + beginnings)
 
 
 def _have_one_time(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:

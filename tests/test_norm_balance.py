@@ -1,5 +1,6 @@
 """‖θ+Δθ‖² − ‖θ‖² = 2θᵀΔθ + ‖Δθ‖² for every optimizer; under SGD it splits into gradient, decay and the rest."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from networks import Batch, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
 
 from analysis import MissingQuantityError, network_norm_rate, norm_balance, norm_rate
+from analysis.norm import _rolled
 from dynamics import Recorder, open_run
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -154,3 +156,17 @@ def test_where_nothing_is_trained_the_norm_stands_still(tmp_path: Path) -> None:
         for _ in range(3):
             optimizer.step()  # without a gradient
     assert network_norm_rate(open_run(tmp_path / "run")).measured.values.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("window", [1, 4, 5, 40])
+def test_a_window_is_the_mean_of_half_its_values_at_least_and_of_finite_ones(window: int) -> None:
+    values = np.random.default_rng(0).normal(size=(30, 2)) * 10.0 ** np.linspace(6, -6, 30)[:, None]
+    values[[3, 4, 11], 0], values[20, 1] = np.nan, np.inf
+    found = _rolled(xr.DataArray(values.T, dims=("layer", "step")), window).transpose("step", "layer")
+    for step in range(30):
+        around = values[max(0, step - window // 2) : step + (window + 1) // 2]
+        finite = np.isfinite(around)
+        known = (finite.sum(0) >= (window + 1) // 2) & ~np.isinf(around).any(0)
+        sums = [math.fsum(column[of]) for column, of in zip(around.T, finite.T, strict=True)]
+        expected = np.where(known, sums / np.maximum(finite.sum(0), 1), np.nan)
+        np.testing.assert_allclose(found.isel(step=step), expected, rtol=1e-11)

@@ -141,6 +141,8 @@ class Logged:
         return name in self._before and not self._watched
 
     def _counts(self, name: str, entry: _Entry, step: Mark) -> bool:
+        if self._waits and not step.batches:  # of a further step of what was observed, which is not seen again
+            return True
         if self._announced:
             used = entry.mark.batches in step.used if step.used else entry.mark.batches > 0
             last = entry.mark.pending and entry.mark.backwards == step.backwards  # after all gradients of the step

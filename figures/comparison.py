@@ -123,7 +123,8 @@ def filters_left(runs: Runs) -> Figure:
     95 % interval (Student's); of more layers than have room for points, the mean as a colour.
     """
     found = comparison.compare(runs, _left_in_the_end)
-    many = {name for name, of in found.items() if next(iter(of.values())).sizes["layer"] > panels.MANY_LAYERS}
+    layers = {name: max(values.sizes["layer"] for values in of.values()) for name, of in found.items()}
+    many = [name for name, count in layers.items() if count > panels.MANY_LAYERS]
     figure, axes = grid(len(found), width=9.6 if many else 7.2, height=2.7, columns=1, sharex=False)
     mapped = []
     for ax, (name, of) in zip(axes, found.items(), strict=True):

@@ -156,12 +156,16 @@ def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: fl
 
 
 def draw_layer_map(values: Mapping[str, xr.DataArray], *, ax: Axes | None = None) -> Axes:
-    """A row a name, a column a layer, in the network's order: shares from 0 to 1 as colours."""
+    """A row a name, a column a layer, in the network's order: shares from 0 to 1 as colours.
+
+    Where networks differ in their layers, each has its own only.
+    """
     ax = ax or plt.gca()
-    names = layer_names(next(iter(values.values())).layer.values)
-    places = np.arange(len(names)), np.arange(len(values))
-    ax.pcolormesh(*places, np.stack(list(values.values())), vmin=0, vmax=1, cmap="viridis")
-    ax.set_yticks(places[1], list(values))
+    layers = list(dict.fromkeys(layer for shares in values.values() for layer in shares.layer.values.tolist()))
+    names, rows = layer_names(layers), [shares.reindex(layer=layers) for shares in values.values()]
+    edges = np.arange(len(names) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
+    ax.pcolormesh(*edges, np.stack(rows), vmin=0, vmax=1, cmap="viridis")
+    ax.set_yticks(np.arange(len(rows)), list(values))
     ax.invert_yaxis()
     ax.grid(False)
     _name_layers(ax, names)

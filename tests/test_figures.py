@@ -128,6 +128,18 @@ def test_the_names_of_layers_do_not_meet(count: int) -> None:
     assert len(shown) >= min(count, 25)
 
 
+def test_shares_of_layers_are_seen_as_colours_of_one_network_or_of_several() -> None:
+    """Each cell is as high as a row and as wide as a column: of a single row, too."""
+    first = xr.DataArray([0.2, 0.4], {"layer": ["a", "b"]}, ["layer"])
+    other = xr.DataArray([0.6, 0.8], {"layer": ["b", "c"]}, ["layer"])
+    for rows, expected in (([first], [[0.2, 0.4]]), ([first, other], [[0.2, 0.4, np.nan], [np.nan, 0.6, 0.8]])):
+        ax = panels.draw_layer_map({str(place): shares for place, shares in enumerate(rows)}, ax=plt.figure().gca())
+        (cells,) = ax.collections
+        np.testing.assert_array_equal(cells.get_array().filled(np.nan), expected)
+        height, width = np.shape(expected)
+        np.testing.assert_allclose(cells.get_datalim(ax.transData).extents, [-0.5, -0.5, width - 0.5, height - 0.5])
+
+
 def test_a_measure_has_one_colour_whatever_it_is_drawn_with() -> None:
     alone, together = run_styles(["magnitude"]), run_styles(["none", "loss_preservation", "magnitude", "mine"])
     assert alone["magnitude"] == together["magnitude"]

@@ -38,6 +38,7 @@ class Logged:
         self._announced = self._watched = self._waits = self._stepped = False
         self._passed = False  # whether a pass over the data has ended since the last batch
         self._paused: tuple[int, dict[str, int]] = 0, {}  # backward passes, and entries by name, at :meth:`pause`
+        self._first: int | None = None  # the first backward pass of the step under way, as it paused first
 
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
         """Keep a scalar."""
@@ -99,14 +100,16 @@ class Logged:
     def pause(self, mark: Mark) -> None:
         """Of several optimizers some are through; if one of them is the next to step, that is a step of its own."""
         self._paused = mark.backwards, {name: len(entries) for name, entries in self._upcoming.items()}
+        self._first = mark.first_backward if self._first is None else self._first
 
     def step(self, mark: Mark, *, late: bool = False) -> dict[str, Scalar]:
         """A step is done: the scalars of the one before. What came for a batch that no step is of is dropped.
 
         If ``late``, it was done when it paused, and the next is under way: that has what came before it since.
         """
-        late = late and self._announced
         later = self._take_later() if late else {}
+        if self._first is not None:  # since when other gradients may have been set to zero
+            mark = mark._replace(first_backward=min(mark.first_backward, self._first))
         kept: dict[str, list[Scalar]] = {}
         for name, entries in self._upcoming.items():
             if own := [one.value for one in entries if self._counts(name, one, mark)]:
@@ -120,7 +123,7 @@ class Logged:
                 if name not in kept and (own := [one.value for one in entries if not one.waited])
             }
         self._of_last, self._initial = kept | initial, set(initial)
-        self._upcoming, self._waits, self._stepped = later, late, True
+        self._upcoming, self._waits, self._stepped, self._first = later, late, True, None
         return values
 
     def _take_later(self) -> dict[str, list[_Entry]]:
@@ -141,9 +144,7 @@ class Logged:
         return name in self._before and not self._watched
 
     def _counts(self, name: str, entry: _Entry, step: Mark) -> bool:
-        if self._waits and not step.batches:  # of a further step of what was observed, which is not seen again
-            return True
-        if self._announced:
+        if self._announced and step.batches:
             used = entry.mark.batches in step.used if step.used else entry.mark.batches > 0
             last = entry.mark.pending and entry.mark.backwards == step.backwards  # after all gradients of the step
             read = last and entry.mark.batches == step.batches  # and after what was read ahead then

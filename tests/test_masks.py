@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from prunable import NETWORKS, OPTIMIZERS, batch, goes_with, parameters_with, train, trained
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -200,9 +201,9 @@ def test_a_rewound_network_is_as_pruned_as_it_was() -> None:
     assert all((part == 0).all() for part in gone(model, alive))
 
 
-def test_a_pruned_network_that_is_sharded_loads_its_checkpoint() -> None:
+def test_a_pruned_network_that_is_sharded_loads_its_checkpoint_or_its_initial_weights() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    keep = torch.arange(12).view(4, 3) % 2 == 0
+    initial, keep = copy.deepcopy(model.state_dict()), torch.arange(12).view(4, 3) % 2 == 0
     apply_masks(model, {"0.weight": keep})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -210,6 +211,8 @@ def test_a_pruned_network_that_is_sharded_loads_its_checkpoint() -> None:
         model.load_state_dict(model.state_dict())
         model(torch.ones(1, 3)).sum().backward()
         assert torch.equal(model[0].weight.grad.full_tensor() != 0, keep)
+        set_model_state_dict(model, dict(initial), options=StateDictOptions(full_state_dict=True))
+        assert torch.equal(model[0].weight.full_tensor(), initial["0.weight"] * keep)
     finally:
         dist.destroy_process_group()
 

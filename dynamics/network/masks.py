@@ -100,9 +100,12 @@ def _mask_gradients(owner: nn.Module, inputs: tuple) -> None:
 def _mask_loaded(owner: nn.Module, keys: tuple) -> None:
     """After each load_state_dict: a rewound module, say, is as pruned as it was."""
     for leaf in owner.__dict__.get(_MASKS, {}):
-        parameter = getattr(owner, leaf)
-        if not hasattr(parameter, "to_local"):  # one that is sharded (FSDP2) since has its mask whole
-            _zero(parameter, _mask(owner, leaf))
+        parameter, mask = getattr(owner, leaf), _mask(owner, leaf)
+        if hasattr(parameter, "to_local"):  # one that is sharded (FSDP2) since has its mask whole
+            mesh, placements = parameter.device_mesh, parameter.placements
+            mask = torch.distributed.tensor.distribute_tensor(mask, mesh, placements, src_data_rank=None).to_local()
+            parameter = parameter.to_local()
+        _zero(parameter, mask)
 
 
 @torch.no_grad()

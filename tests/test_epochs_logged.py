@@ -96,4 +96,5 @@ def test_a_name_close_to_one_that_tables_read_is_recorded_with_a_warning(tmp_pat
         assert said[0].filename == __file__
         recorder.log_epoch(test_accuracy=0.5, test_accuracy_top5=0.9)
         recorder.log_epoch(val_accuracy=0.5, val_loss=1.0, eval_accuracy=0.5, top5_accuracy=0.9, accuracy=0.5, lr=0.1)
+        recorder.log_epoch(train_lr=0.1, test_accuracy_top5=0.9)
     assert open_run(tmp_path / "run")["epochs"].test_acc.values[0] == 0.5

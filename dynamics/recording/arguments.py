@@ -21,7 +21,7 @@ _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 _READ = [row.name for row in schema.quantities("epochs")]
 _SHARES = ("train_accuracy", "test_accuracy")
-_CLOSE = 0.75  # as "test_acc" is to "test_accuracy"; 1 is the same
+_CLOSE = 0.85  # as "test_losses" is to "test_loss", and "train_lr" is not to "train_loss"; 1 is the same
 _ROUNDING = 1e-6  # of a mean in single precision
 
 _KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
@@ -163,7 +163,8 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
         waits = isinstance(value, Tensor) and value.is_cuda  # for the GPU, which it is not worth
         if name in _SHARES and not waits and abs(float(value) - 0.5) > 0.5 + _ROUNDING:
             raise ValueError(f"log_epoch() takes {name} as a share of right answers, from 0 to 1, got {float(value):g}")
-        near = difflib.get_close_matches(name, [one for one in _READ if one[:2] == name[:2]], 1, _CLOSE)
+        near = [one for one in _READ if "_" in name and one.startswith(name)]  # as "test_acc" is short
+        near = near or difflib.get_close_matches(name, [one for one in _READ if one[:2] == name[:2]], 1, _CLOSE)
         if near and near[0] not in scalars:
             warnings.warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}", stacklevel=3)
     if counted := sorted({"epoch", "step"} & scalars.keys()):

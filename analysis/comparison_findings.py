@@ -16,6 +16,7 @@ from .findings import each
 from .names import name_of
 from .prunings import prunings
 from .record import MissingQuantityError, ended
+from .seed_tables import VERDICTS
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -62,13 +63,7 @@ def verdicts(runs: Runs) -> str:
     found = claims(runs)
     judged = found[found.low.notna()]
     counts = judged.verdict.value_counts()
-    said = {
-        "supported": "support a claim",
-        "contradicted": "contradict one",
-        "negligible": "are negligibly narrow about no effect",
-        "inconclusive": "are inconclusive",
-    }
-    listed = ", ".join(f"{counts[verdict]} {what}" for verdict, what in said.items() if counts.get(verdict))
+    listed = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts.get(verdict))
     return f"Of {len(judged)} intervals {listed}; corrected for their number {judged.stands.sum()} stand."
 
 

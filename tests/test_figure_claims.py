@@ -86,7 +86,7 @@ def test_its_finding_counts_the_verdicts() -> None:
     some = runs(**EFFECTS)
     found = analysis.claims(some)
     said = FINDINGS["claims"](some)
-    assert said.startswith(f"Of {len(CLAIMS)} intervals {(found.verdict == 'supported').sum()} support a claim, ")
+    assert said.startswith(f"Of {len(CLAIMS)} intervals {(found.verdict == 'supported').sum()} supported, ")
     assert said.endswith(f"{found.stands.sum()} stand.")
     assert claim("claims").endswith(".")
     assert len(caption("claims")) > 30

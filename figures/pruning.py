@@ -78,7 +78,7 @@ def removed_decrease(runs: Runs) -> Figure:
     else:
         for name, style in styles.items():
             panels.draw_over_layers(of_layer[name], ax=below, **style | {"markersize": 3})
-        below.set(ylabel="removed share of the layer's ‖g‖²")
+        below.set(ylabel="removed share of ‖g‖²")
         scales.percent(below.yaxis)
     named(below, what)
     legend_below(figure)

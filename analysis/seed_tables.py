@@ -78,8 +78,8 @@ def pruned_last(runs: Runs) -> str:
     if not last:
         return ""
     return (
-        f"{len(last)} of {len(runs)} runs took no step after their last pruning: the convergence of these, and of what "
-        "is compared with them, is not known. Train an epoch more than there are rounds."
+        f"{len(last)} of {len(runs)} runs have no step recorded after their last pruning: the convergence of these, "
+        "and of what is compared with them, is not known. Train an epoch more than there are rounds."
     )
 
 

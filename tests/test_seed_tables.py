@@ -119,7 +119,7 @@ def test_runs_that_end_with_a_pruning_say_why_they_have_no_convergence() -> None
         events = every[label]["pruning"].to_dataset()
         every[label]["pruning"] = events.assign(step=events.step + 4)
     (said,) = overview(every)["Runs that end with a pruning"]
-    assert said.startswith("2 of 10 runs took no step after their last pruning")
+    assert said.startswith("2 of 10 runs have no step recorded after their last pruning")
 
 
 def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:

@@ -23,7 +23,8 @@ class FlowTimes:
         """One more; where it cannot be written, it is not known later."""
         if self._store is not None and self._process == os.getpid():
             with suppress(OSError, RecordError):
-                self._store.keep(_NAME, np.array([*self._pairs(), (step, flow_time)]))
+                pairs = dict(self._pairs()) | {step: flow_time}
+                self._store.keep(_NAME, np.array([*pairs.items()], float))
 
     def at(self, step: int) -> float | None:
         """The flow time before a step, if it was kept."""

@@ -6,6 +6,8 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+from dynamics.schema import QUANTITIES
+
 from .effect import effect_of_prunings
 from .loss import loss_decrease
 from .norm import network_norm_rate
@@ -78,7 +80,7 @@ def _norm_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
 
 def _prunings_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
     effect = effect_of_prunings(run)
-    symbols = {"loss": "the loss", "grad_sqnorm": "‖g‖²", "param_sqnorm_rate": "d‖θ‖²/dt", "param_hess_grad": "θᵀHg"}
+    symbols = {name: QUANTITIES[name].symbol for name in effect.quantity.values.tolist()} | {"loss": "the loss"}
     return {f"effect of pruning on {symbol}": effect.sel(quantity=name) for name, symbol in symbols.items()}
 
 

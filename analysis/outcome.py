@@ -39,8 +39,8 @@ def _pruned(run: xr.DataTree) -> dict[str, float]:
     masked, first, last = events.remaining.sum("layer"), events.isel(event=0), events.isel(event=-1)
     if "sparsity" in events and (described := np.flatnonzero(events.sparsity.notnull())).size:
         first, last = (events.isel(event=described[place]) for place in (0, -1))
-    values = {"removed_parameters": 1 - float(masked[-1, 1] / masked[0, 0])}
-    values["sparsity"] = values["removed_multiply_adds"] = np.nan
+    gone = 1 - float(masked[-1, 1] / masked[0, 0])
+    values = {"removed_parameters": gone, "sparsity": np.nan, "removed_multiply_adds": np.nan}
     for name in ("parameters", "multiply_adds"):
         if {f"{name}_left", f"dense_{name}"} <= set(last):
             values[f"removed_{name}"] = 1 - float(last[f"{name}_left"] / first[f"dense_{name}"])

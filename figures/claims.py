@@ -78,7 +78,7 @@ def _networks(found: pd.DataFrame) -> list[str]:
 
 def _prunings(found: pd.DataFrame) -> list[str]:
     """Rounds and further settings of each row, in print."""
-    settings = found.drop(columns=["claim", "says", *JUDGED, "network"], errors="ignore")
+    settings = found.drop(columns=["claim", "says", *JUDGED])
     others = names_of_conditions(settings.assign(model="", data="", rounds=0))
     rounds = [f"{count} round{'s' * (count != 1)}" for count in found.rounds]
     return [", ".join(filter(None, said)) for said in zip(rounds, others, strict=True)]

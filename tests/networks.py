@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,6 +51,16 @@ def images(batches: int, seed: int = 1, size: int = 8) -> list[Batch]:
         )
         for _ in range(batches)
     ]
+
+
+def one_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, each read before the one before it is used, as by a loader that copies while a network computes."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, smooth_network, vectors
+from networks import Batch, one_ahead, smooth_network, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -67,19 +67,11 @@ def test_accumulation_and_then_a_step_on_the_last_batch_alone(tmp_path: Path) ->
 
 
 def test_accumulation_over_batches_that_are_read_ahead(tmp_path: Path) -> None:
-    def prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
-        waiting: list[Batch] = []
-        for batch in batches:
-            waiting.append(batch)
-            if len(waiting) > 1:
-                yield waiting.pop(0)
-        yield from waiting
-
     model, losses, parts = smooth_network(), [], []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
         for _ in range(2):
-            for number, batch in enumerate(prefetched(recorder.watch(vectors(6)))):
+            for number, batch in enumerate(one_ahead(recorder.watch(vectors(6)))):
                 loss = cross_entropy(model, batch)
                 (loss / 2).backward()
                 recorder.log(loss=loss)

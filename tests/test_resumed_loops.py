@@ -2,28 +2,17 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, plain_step, smooth_network, vectors
+from networks import one_ahead, plain_step, smooth_network, vectors
 
 from dynamics import Recorder, open_run
 from dynamics.record.store import Store
 from dynamics.recording.flow_times import FlowTimes
-
-
-def one_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """As a loader that copies to a GPU while the network computes."""
-    waiting: list[Batch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if len(waiting) > 1:
-            yield waiting.pop(0)
-    yield from waiting
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])

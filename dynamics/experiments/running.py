@@ -96,9 +96,9 @@ def _run(
         raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
 
 
-def _said(experiment: Experiment, device: torch.device) -> str:
+def _said(chosen: Experiment, device: torch.device) -> str:
     """What is trained, in one line."""
-    chosen, epochs = experiment, len(experiment.schedule())
+    epochs = len(chosen.schedule())
     pruned = "" if chosen.measure == "none" else (
         f", pruned by {chosen.measure} to {chosen.sparsity:.0%} in {chosen.rounds} round{'s' * (chosen.rounds != 1)}"
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network.masks import apply_masks, lift_masks, parameter_masks
+from ..network.masks import apply_masks, filters_left, lift_masks, parameter_masks
 from ..probing.batch import sample_count
 from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from ..recording.arguments import as_given
@@ -119,11 +119,12 @@ class Pruner:
 
     def _standing(self) -> dict[str, Tensor]:
         """Which units of each layer are not pruned: as its weight's mask has them, if it has one."""
-        model, weights = unwrap(self._model), self._settings["granularity"] == "weight"
+        model = unwrap(self._model)
+        if self._settings["granularity"] == "filter":
+            return {name: filters_left(model, name).cpu() for name in self._units}
         masks, shapes = parameter_masks(model), {name: model.get_submodule(name).weight.shape for name in self._units}
         whole = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
-        left = {name: masks.get(weight_of(name), kept).cpu() for name, kept in whole.items()}
-        return {name: kept.clone() if weights else kept.flatten(1).any(1) for name, kept in left.items()}
+        return {name: masks.get(weight_of(name), kept).cpu().clone() for name, kept in whole.items()}
 
     def _check_sizes(self, alive: Mapping[str, Tensor]) -> None:
         """Raise ValueError where ``alive`` is of other units than the model has now."""

@@ -23,20 +23,22 @@ class FlowTimes:
         """One more; where it cannot be written, it is not known later."""
         if self._store is not None and self._process == os.getpid():
             with suppress(OSError, RecordError):
-                pairs = dict(self._pairs()) | {step: flow_time}
-                self._store.keep(_NAME, np.array([*pairs.items()], float))
+                self._write(self._known() | {step: flow_time})
 
     def at(self, step: int) -> float | None:
         """The flow time before a step, if it was kept."""
-        return dict(self._pairs()).get(step)
+        return self._known().get(step)
 
     def forget_from(self, step: int) -> None:
         """A training goes on at a step: what comes later comes anew."""
-        pairs = self._pairs()
-        left = [pair for pair in pairs if pair[0] <= step]
-        if len(left) < len(pairs):
-            self._store.keep(_NAME, np.array(left).reshape(-1, 2))
+        known = self._known()
+        left = {one: time for one, time in known.items() if one <= step}
+        if len(left) < len(known):
+            self._write(left)
 
-    def _pairs(self) -> list[tuple[float, float]]:
+    def _known(self) -> dict[float, float]:
         kept = self._store.kept(_NAME)
-        return [] if kept is None else [tuple(pair) for pair in kept.tolist()]
+        return {} if kept is None else dict(kept.tolist())
+
+    def _write(self, times: dict[float, float]) -> None:
+        self._store.keep(_NAME, np.array([*times.items()], float).reshape(-1, 2))

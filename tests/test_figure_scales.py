@@ -36,13 +36,13 @@ def ticks(axis: Axis) -> dict[float, str]:
     return {tick.get_loc(): tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high}
 
 
-def apart(axis: Axis) -> bool:
+def apart(axis: Axis, pixels: float = 0) -> bool:
     axis.axes.figure.draw_without_rendering()
     low, high = axis.get_view_interval()
     shown = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_text()]
     boxes = [tick.label1.get_window_extent() for tick in shown]
     name = axis.axis_name
-    return all(getattr(one, f"{name}1") < getattr(other, f"{name}0") for one, other in pairwise(boxes))
+    return all(getattr(one, f"{name}1") + pixels < getattr(other, f"{name}0") for one, other in pairwise(boxes))
 
 
 @pytest.mark.parametrize("least", [-5e-5, -0.3, -40.0])
@@ -133,3 +133,26 @@ def test_linear_ticks_are_left_out_until_none_meet() -> None:
     assert 0 in ticks(ax.xaxis)
     assert 2 <= len(ticks(ax.xaxis)) < 21
     assert apart(ax.xaxis)
+
+
+def test_a_symmetric_panel_has_the_same_ticks_on_both_axes() -> None:
+    values = np.concatenate([-np.logspace(-4, 2, 30), np.logspace(-4, 2, 30)])
+    ax = panel(values, width=7, height=7)
+    layout.symmetric(ax, values)
+    assert ax.get_xticks().tolist() == ax.get_yticks().tolist()
+    assert min(ax.get_xticks()) < 0 < max(ax.get_xticks())
+
+
+def test_of_a_symmetric_scale_no_tick_is_left_out_that_would_meet_no_other() -> None:
+    values = np.concatenate([-np.logspace(-4, 2, 30), np.logspace(-4, 2, 30)])
+    ax = panel(values, width=2.6)
+    layout.symmetric(ax, values)
+    every = ax.get_xticks().tolist()
+    room.settle(ax.figure)
+    kept = ax.get_xticks().tolist()
+    assert 0 in kept
+    assert len(kept) < len(every)
+    assert apart(ax.xaxis)
+    for left_out in set(every) - set(kept):
+        ax.set_xticks(sorted([*kept, left_out]))
+        assert not apart(ax.xaxis, pixels=2)

@@ -159,6 +159,12 @@ def test_verdicts_are_corrected_for_their_number(others: float, count: int) -> N
     assert starred.tolist() == found.stands.tolist()
 
 
+def test_of_several_tests_one_needs_more_than_if_it_were_alone() -> None:
+    """Benjamini and Hochberg: the k smallest of n stand if the k-th is ≤ 5 % k/n, 0.0031, 0.00625, ... of sixteen."""
+    assert stand([0.04, 0.002, 0.006, *[0.9] * 13]).tolist() == [False, True, True, *[False] * 13]
+    assert stand([0.04]).tolist() == [True]
+
+
 def test_networks_that_were_not_pruned_make_no_claims() -> None:
     parts = overview({str(seed): unpruned(seed, accuracy=0.5) for seed in range(2)}, brief=True)
     (table,) = parts.values()

@@ -68,7 +68,7 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         rows = rows.rename(columns={name: f"{name} (setting)" for name in other})
         others = [f"{name} (setting)" if name in other else name for name in others]
     _tell_apart(rows, runs, others)
-    others = [name for name in rows if name not in COMPARED_BY]
+    others = [name for name in rows if name not in COMPARED_BY and rows[name].nunique(dropna=False) > 1]
     own = pd.Series([not experiment(run) for run in runs.values()], index=rows.index)
     return rows[[*COMPARED_BY, *(name for name in others if _varies(rows, name, own))]]
 

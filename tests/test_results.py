@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 import xarray as xr
 
 import analysis
+from analysis.claims import judged
 from analysis.overview import overview
 from analysis.seed_tables import chance
 from analysis.typeset import as_markdown
@@ -41,6 +43,15 @@ def wide() -> Runs:
     return records("full_width/*")
 
 
+@cache
+def statistics(name: str) -> pd.DataFrame:
+    return analysis.statistics(records(name))
+
+
+def claims(name: str) -> pd.DataFrame:
+    return judged(statistics(name))
+
+
 @pytest.fixture(scope="module")
 def parts(laptop: Runs) -> dict[str, pd.DataFrame | list[str]]:
     return overview(laptop)
@@ -53,9 +64,9 @@ def test_its_tables_are_those_of_the_records(parts: dict[str, pd.DataFrame | lis
     assert len(re.findall(r"^\| --- ", PAGE, re.MULTILINE)) == len(tables)
 
 
-def test_at_a_glance_it_counts_the_verdicts(laptop: Runs, training_mode: Runs, wide: Runs) -> None:
-    sets = [[laptop], [training_mode, records("training_mode/prunings_1r")], [wide]]
-    found = [pd.concat(map(analysis.claims, several)) for several in sets]
+def test_at_a_glance_it_counts_the_verdicts() -> None:
+    sets = [["laptop"], ["training_mode/prunings", "training_mode/prunings_1r"], ["full_width/*"]]
+    found = [pd.concat(map(claims, several)) for several in sets]
     for name, told in analysis.CLAIMS.items():
         verdicts = [of.verdict[of.claim == name] for of in found]
         assert {of.size for of in verdicts} == {3 if name == "ii.c" else 6}
@@ -113,11 +124,11 @@ def median_errors(runs: Runs) -> pd.DataFrame:
 
 def test_the_prunings_in_one_round_are_summed_up_as_they_are(laptop: Runs) -> None:
     runs = records("training_mode/prunings_1r")
-    claims = analysis.claims(runs)
-    verdicts = claims.verdict.value_counts()
+    found = claims("training_mode/prunings_1r")
+    verdicts = found.verdict.value_counts()
     assert f"of {verdicts.sum()} intervals {verdicts['supported']} support a claim" in FLAT
     assert "contradicted" not in verdicts
-    assert "8 of them would stand" in chance(claims)
+    assert "8 of them would stand" in chance(found)
     assert "and 8 stand when corrected" in PAGE
     errors = median_errors(runs).loc["effect of pruning on the loss"]
     for order, text in (
@@ -134,24 +145,24 @@ def test_the_prunings_in_one_round_are_summed_up_as_they_are(laptop: Runs) -> No
 NETWORKS = ("mobilenet_v1", "resnet56", "vgg13")
 
 
-def test_the_wide_networks_have_the_effects_that_it_says(wide: Runs) -> None:
-    claims = analysis.claims(wide)
-    verdicts = claims.verdict.value_counts()
+def test_the_wide_networks_have_the_effects_that_it_says() -> None:
+    found = claims("full_width/*")
+    verdicts = found.verdict.value_counts()
     supported, contradicted = verdicts["supported"], verdicts["contradicted"]
     said = f"Of {verdicts.sum()} intervals {supported} support a claim, {contradicted} contradict one, and "
-    in_support = claims.stands[claims.verdict == "supported"].sum()
-    assert f"{said}{claims.stands.sum()} stand when corrected, {in_support} of them in support" in PAGE
-    claims["cell"] = list(map(effect, claims.itertuples()))
+    in_support = found.stands[found.verdict == "supported"].sum()
+    assert f"{said}{found.stands.sum()} stand when corrected, {in_support} of them in support" in PAGE
+    found["cell"] = list(map(effect, found.itertuples()))
     for rounds, text in zip((5, 1), PAGE.split("and with one round:"), strict=True):
-        cells = claims[claims.rounds == rounds].pivot(index="claim", columns="model", values="cell")
+        cells = found[found.rounds == rounds].pivot(index="claim", columns="model", values="cell")
         for claim_name, of in cells.iterrows():
             assert f"| {claim_name} | {' | '.join(of[list(NETWORKS)])} |" in text
-    seeds = claims.groupby("rounds").seeds.unique()
+    seeds = found.groupby("rounds").seeds.unique()
     assert (list(seeds[1]), list(seeds[5])) == ([4], [5])
 
 
 def test_how_the_wide_networks_end_is_what_it_says(wide: Runs) -> None:
-    table = next(part for part in overview(wide).values() if isinstance(part, pd.DataFrame)).reset_index()
+    table = analysis.accuracy_table(wide).reset_index()
     pruned = table[table.measure != "not pruned"].assign(kept=100 - table["multiply-adds pruned, %"].astype(float))
     kept = pruned[pruned.rounds == 5].pivot(index="measure", columns="model", values="kept").round(1)
     cheapest, others = kept.loc["gradient norm increase"], kept.drop("gradient norm increase")
@@ -243,11 +254,12 @@ def loss_changes(label: str, run: xr.DataTree) -> pd.DataFrame:
     )
 
 
-def test_one_training_diverged_and_what_it_decides_is_said(laptop: Runs) -> None:
-    last = analysis.statistics(laptop).accuracy
+def test_one_training_diverged_and_what_it_decides_is_said() -> None:
+    table = statistics("laptop")
+    last = table.accuracy
     (diverged,) = last.index[last < 0.2]
     assert diverged == "mobilenet_v1-fashion-mnist-gradient_norm_increase-0.7-5r-seed3"
-    found = analysis.claims({label: run for label, run in laptop.items() if label != diverged})
+    found = judged(table.drop(index=diverged))
     values = found[(found.model == "mobilenet_v1") & (found.rounds == 5)].set_index("claim").value
     assert f"{100 * (1 - values['i.f']):.0f} % without the training that diverged" in FLAT
     worse, better = (f"{100 * values[name]:+.1f}".replace("-", "−") for name in ("iii.e", "iii.f"))
@@ -256,9 +268,9 @@ def test_one_training_diverged_and_what_it_decides_is_said(laptop: Runs) -> None
         assert (found[found.claim == name].value * against > 0).sum() == 4
 
 
-def test_what_the_diverged_training_decides_in_training_mode_is_said(laptop: Runs, training_mode: Runs) -> None:
+def test_what_the_diverged_training_decides_in_training_mode_is_said() -> None:
     diverged = "mobilenet_v1-fashion-mnist-gradient_norm_increase-0.7-5r-seed3"
-    found = analysis.claims({label: run for label, run in training_mode.items() if label != diverged})
+    found = judged(statistics("training_mode/prunings").drop(index=diverged))
     of = found[found.model == "mobilenet_v1"].set_index("claim")
     values = {name: f"{of.value[name]:.2g}" for name in ("iii.a", "iii.b", "iii.c")}
     assert (
@@ -269,7 +281,7 @@ def test_what_the_diverged_training_decides_in_training_mode_is_said(laptop: Run
     assert not of.stands["iii.d"]
     supported = (found.verdict == "supported").sum()
     assert f"{supported} of the 45 intervals support a claim then, and {found.stands.sum()} stand" in FLAT
-    found = analysis.claims({label: run for label, run in laptop.items() if label != diverged})
+    found = judged(statistics("laptop").drop(index=diverged))
     of = found[(found.model == "mobilenet_v1") & (found["rounds"] == 5)].set_index("claim")
     assert f"ii.b is {of.value['ii.b']:.2f}\\* in MobileNet-V1 with 5 rounds, supported" in FLAT
     assert of.stands["ii.b"]
@@ -278,9 +290,9 @@ def test_what_the_diverged_training_decides_in_training_mode_is_said(laptop: Run
     assert not of.stands["i.d"]
 
 
-def test_the_two_modes_have_the_verdicts_that_it_says(laptop: Runs, training_mode: Runs) -> None:
-    outside = analysis.claims({label: laptop[label] for label in training_mode}).verdict.value_counts()
-    verdicts = analysis.claims(training_mode).verdict.value_counts()
+def test_the_two_modes_have_the_verdicts_that_it_says() -> None:
+    same = statistics("laptop").loc[statistics("training_mode/prunings").index]
+    outside, verdicts = (of.verdict.value_counts() for of in (judged(same), claims("training_mode/prunings")))
     assert f"Of {verdicts.sum()} intervals {verdicts['supported']} support a claim, none" in FLAT
     assert f"eval mode {outside['supported']} support one and {outside['contradicted']} contradict one" in FLAT
     assert "contradicted" not in verdicts

@@ -1,5 +1,6 @@
 """Figures: draws what analysis computes, and computes nothing."""
 
+from .explore import explore
 from .panels import (
     draw_curve,
     draw_events,
@@ -24,5 +25,6 @@ __all__ = [
     "draw_over_layers",
     "draw_over_time",
     "draw_predicted_measured",
+    "explore",
     "write_report",
 ]

@@ -94,7 +94,7 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
             continue
         png, width = _save(figure, folder / name, _origin(runs))
         heading = name.replace("_", " ").capitalize() if alone and compares(name) else claim(name)
-        drawn.append(Drawn(name, heading, caption(name), _finding(name, shown), png, width))
+        drawn.append(Drawn(name, heading, caption(name), finding(name, shown), png, width))
     if not drawn:
         raise MissingQuantityError(next(iter(missing.values())))
     page = folder / "report.html"
@@ -102,7 +102,7 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
     return page
 
 
-def _finding(name: str, runs: Runs) -> str:
+def finding(name: str, runs: Runs) -> str:
     """What was found, in a sentence; nothing where it takes more than the figure does."""
     try:
         return FINDINGS[name](runs)

@@ -1,0 +1,118 @@
+"""Looking around in records, in Jupyter: pictures and numbers that follow what is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.conditions import conditions
+from analysis.record import has
+from dynamics.schema import quantities
+
+from .pages import PREDICTIONS, WHOLE, figure_page, prediction_page, quantity_page
+from .paper import FIGURES, Runs
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ipywidgets import Tab, Widget, interactive
+
+_OVER_STEPS = ("steps", "curvature")
+_WIDE = {"width": "36em"}
+
+
+def explore(runs: Runs) -> Tab:
+    """Look around in records, as the last line of a cell: ``figures.explore(analysis.open_runs("out/*.zarr"))``.
+
+    Three tabs: the figures, each with the claim it shows, how it is read and what was found; theory against
+    measurement within the steps that are chosen, with its agreement in numbers; and any quantity over the steps, of the
+    whole network, to which layers add up, or of single layers. Where a choice needs what was not recorded, the reason
+    stands in the picture's place.
+
+    Args:
+        runs: records by label.
+
+    Raises:
+        ValueError: no runs, or these are none.
+        ModuleNotFoundError: ipywidgets is not installed.
+    """
+    conditions(runs)
+    widgets, recorded = _ipywidgets(), _quantities(runs)
+    tabs = {
+        "Figures": _shown(
+            widgets,
+            partial(figure_page, runs),
+            name=widgets.Dropdown(options=_figure_names(), description="figure"),
+            labels=_several(widgets, list(runs), list(runs), "runs"),
+        )
+    }
+    if recorded:
+        one, window = partial(widgets.Dropdown, options=list(runs), description="run"), partial(_window, widgets, runs)
+        tabs["Theory against measurement"] = _shown(
+            widgets,
+            partial(prediction_page, runs),
+            label=one(),
+            prediction=widgets.Dropdown(options=list(PREDICTIONS), description="of"),
+            window=window(),
+        )
+        tabs["Quantities"] = _shown(
+            widgets,
+            partial(quantity_page, runs),
+            label=one(),
+            quantity=widgets.Dropdown(options=recorded, description="quantity", layout=_WIDE),
+            layers=_several(widgets, [WHOLE, *_layers(runs)], [WHOLE], "layers"),
+            window=window(),
+        )
+    return widgets.Tab(children=list(tabs.values()), titles=list(tabs))
+
+
+def _figure_names() -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), name) for name in FIGURES]
+
+
+def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
+    """What runs recorded over their steps: in print, and as group and name."""
+    found = dict.fromkeys(
+        (node, name) for node in _OVER_STEPS for run in runs.values() if has(run, node) for name in run[node].data_vars
+    )
+    known = {(node, row.name): f": {row.symbol}" for node in _OVER_STEPS for row in quantities(node)}
+    order = [*(of for of in known if of in found), *(of for of in found if of not in known)]
+    return [(f"/{node} {name}{known.get((node, name), '')}", (node, name)) for node, name in order]
+
+
+def _layers(runs: Runs) -> list[str]:
+    nodes = [run[node] for run in runs.values() for node in _OVER_STEPS if has(run, node)]
+    return list(dict.fromkeys(str(layer) for node in nodes if "layer" in node.dims for layer in node.layer.values))
+
+
+def _window(widgets: ModuleType, runs: Runs) -> Widget:
+    ends = [run[node].step.values[[0, -1]] for run in runs.values() for node in _OVER_STEPS if has(run, node)]
+    first, last = int(np.min(ends)), int(np.max(ends))
+    return widgets.IntRangeSlider(
+        value=(first, last), min=first, max=last, description="steps", continuous_update=False, layout=_WIDE
+    )
+
+
+def _several(widgets: ModuleType, options: list[str], chosen: list[str], description: str) -> Widget:
+    return widgets.SelectMultiple(
+        options=options, value=chosen, description=description, rows=min(len(options), 6), layout=_WIDE
+    )
+
+
+def _shown(widgets: ModuleType, page: Callable[..., str], **controls: object) -> interactive:
+    """Controls, and under them the page of what they say."""
+    from IPython.display import HTML
+
+    return widgets.interactive(lambda **chosen: HTML(page(**chosen)), **controls)
+
+
+def _ipywidgets() -> ModuleType:
+    try:
+        import ipywidgets
+    except ModuleNotFoundError as error:
+        text = "explore() needs ipywidgets, which is not installed: pip install ipywidgets"
+        raise ModuleNotFoundError(text, name="ipywidgets") from error
+    return ipywidgets

@@ -1,0 +1,128 @@
+"""What a choice comes to, in HTML: a figure, a prediction or a quantity, with what is to be said of it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+import analysis
+from analysis import MissingQuantityError
+from analysis.comparison import title
+from analysis.conditions import by_setting
+from analysis.record import columns
+from dynamics.schema import label as label_of
+
+from . import panels, scales
+from .layout import compared, depth_bar, headed, in_steps, legend_below
+from .lines import draw_line
+from .paper import Runs, caption, claim, draw
+from .report import finding
+from .room import settle
+from .style import theme
+
+PREDICTIONS: dict[str, Callable[[xr.DataTree], xr.Dataset]] = {
+    "loss decrease of a step": analysis.loss_decrease,
+    "d‖θ‖²/dt of the network": analysis.network_norm_rate,
+}
+WHOLE = "whole network"
+
+_NO_SUMS = ("learning_rate", "flow_step")  # of a layer, which do not add up to the network's
+_DOTS = 110  # of a picture, for an inch
+_SIZE = (7.2, 3.6)  # inches
+
+
+def figure_page(runs: Runs, name: str, labels: Iterable[str]) -> str:
+    """A figure of the runs that are chosen, in HTML, under its claim and over how it is read and what was found."""
+    chosen, heading = {label: runs[label] for label in labels}, f"<h4>{html.escape(claim(name), quote=False)}</h4>"
+    if not chosen:
+        return _said("No run is chosen.")
+    try:
+        picture = _picture(draw(name, chosen))
+    except MissingQuantityError as error:
+        return heading + _said(f"Not drawn: {error}")
+    return f"{heading}{picture}{_said(caption(name), finding(name, by_setting(chosen)))}"
+
+
+def prediction_page(runs: Runs, label: str, prediction: str, window: tuple[int, int]) -> str:
+    """Predicted and measured values of the steps of a window, both with them, in HTML, and how well they agree."""
+    run = runs[label]
+    try:
+        found = PREDICTIONS[prediction](run).sel(step=slice(*window))
+    except MissingQuantityError as error:
+        return _said(str(error))
+    with theme():
+        figure, ax = plt.subplots(figsize=_SIZE)
+        panels.draw_over_time(found, ax=ax)
+        scales.scale_axis(ax.yaxis, compared(found))
+        _finish(figure, title(label, runs), run, window)
+    return _picture(figure) + analysis.agree(found).to_dataframe().T.round(3).to_html(border=0)
+
+
+def quantity_page(
+    runs: Runs, label: str, quantity: tuple[str, str], layers: Iterable[str], window: tuple[int, int]
+) -> str:
+    """A quantity over the steps of a window, both with them, of the layers that are chosen, in HTML."""
+    (node, name), run = quantity, runs[label]
+    try:
+        values = columns(run, node, [name])[name].sel(step=slice(*window))
+    except MissingQuantityError as error:
+        return _said(str(error))
+    if not (chosen := _chosen(values, list(layers))):
+        return _said("No layer of the run is chosen.")
+    name_of_whole = WHOLE if "layer" in values.dims else None
+    with theme():
+        figure, ax = plt.subplots(figsize=_SIZE)
+        for one in chosen:
+            if "layer" in one.dims:
+                panels.draw_layers(one, ax=ax)
+                if one.sizes["layer"] > panels.FEW_LAYERS:
+                    depth_bar(figure, [ax], one.layer.values)
+            else:
+                draw_line(one.step.values, one.values, ax=ax, color="0.1", label=name_of_whole)
+                ax.set(xlabel="step", ylabel=label_of(values.name))
+        drawn = np.concatenate([line.get_ydata() for line in ax.lines])
+        if len(np.unique(drawn[np.isfinite(drawn)])) > 1:
+            scales.scale_axis(ax.yaxis, drawn)
+        _finish(figure, title(label, runs), run, window)
+    return _picture(figure) + _said(values.attrs.get("description", ""))
+
+
+def _chosen(values: xr.DataArray, layers: list[str]) -> list[xr.DataArray]:
+    """The layers that are chosen, and the whole network, to which they add up."""
+    if "layer" not in values.dims:
+        return [values]
+    if WHOLE in layers and values.name in _NO_SUMS:
+        return [values]
+    of = values.sel(layer=[layer for layer in values.layer.values if layer in layers])
+    whole = [values.sum("layer", skipna=False)] if WHOLE in layers else []
+    return ([of] if of.sizes["layer"] else []) + whole
+
+
+def _finish(figure: Figure, heading: str, run: xr.DataTree, window: tuple[int, int]) -> None:
+    """What belongs to a single panel over steps: the events in its window, a legend, a heading."""
+    (ax, *_) = figure.axes
+    within = [[step for step in steps if window[0] < step <= window[1]] for steps in in_steps(run)]
+    panels.draw_events(*within, ax=ax)
+    panels.say_where_empty(ax)
+    legend_below(figure)
+    headed(figure, heading)
+    settle(figure)
+
+
+def _picture(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with theme():
+        figure.savefig(buffer, format="png", dpi=_DOTS)
+    plt.close(figure)
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" style="max-width: 100%">'
+
+
+def _said(*sentences: str) -> str:
+    return "".join(f"<p>{html.escape(sentence, quote=False)}</p>" for sentence in sentences if sentence)

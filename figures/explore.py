@@ -18,7 +18,7 @@ from .paper import FIGURES, Runs
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from ipywidgets import Tab, Widget, interactive
+    from ipywidgets import Tab, ValueWidget, VBox
 
 _OVER_STEPS = ("steps", "curvature")
 _WIDE = {"width": "36em"}
@@ -88,7 +88,7 @@ def _layers(runs: Runs) -> list[str]:
     return list(dict.fromkeys(str(layer) for node in nodes if "layer" in node.dims for layer in node.layer.values))
 
 
-def _window(widgets: ModuleType, runs: Runs) -> Widget:
+def _window(widgets: ModuleType, runs: Runs) -> ValueWidget:
     ends = [run[node].step.values[[0, -1]] for run in runs.values() for node in _OVER_STEPS if has(run, node)]
     first, last = int(np.min(ends)), int(np.max(ends))
     return widgets.IntRangeSlider(
@@ -96,17 +96,23 @@ def _window(widgets: ModuleType, runs: Runs) -> Widget:
     )
 
 
-def _several(widgets: ModuleType, options: list[str], chosen: list[str], description: str) -> Widget:
+def _several(widgets: ModuleType, options: list[str], chosen: list[str], description: str) -> ValueWidget:
     return widgets.SelectMultiple(
         options=options, value=chosen, description=description, rows=min(len(options), 6), layout=_WIDE
     )
 
 
-def _shown(widgets: ModuleType, page: Callable[..., str], **controls: object) -> interactive:
+def _shown(widgets: ModuleType, page: Callable[..., str], **controls: ValueWidget) -> VBox:
     """Controls, and under them the page of what they say."""
-    from IPython.display import HTML
+    shown = widgets.HTML()
 
-    return widgets.interactive(lambda **chosen: HTML(page(**chosen)), **controls)
+    def follow(_: object = None) -> None:
+        shown.value = page(**{name: control.value for name, control in controls.items()})
+
+    for control in controls.values():
+        control.observe(follow, names="value")
+    follow()
+    return widgets.VBox([*controls.values(), shown])
 
 
 def _ipywidgets() -> ModuleType:

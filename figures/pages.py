@@ -13,10 +13,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import analysis
-from analysis import MissingQuantityError
 from analysis.comparison import title
 from analysis.conditions import by_setting
-from analysis.record import columns
+from analysis.record import RecordError, columns
 from dynamics.schema import label as label_of
 
 from . import panels, scales
@@ -45,7 +44,7 @@ def figure_page(runs: Runs, name: str, labels: Iterable[str]) -> str:
         return _said("No run is chosen.")
     try:
         picture = _picture(draw(name, chosen))
-    except MissingQuantityError as error:
+    except RecordError as error:
         return heading + _said(f"Not drawn: {error}")
     return f"{heading}{picture}{_said(caption(name), finding(name, by_setting(chosen)))}"
 
@@ -55,7 +54,7 @@ def prediction_page(runs: Runs, label: str, prediction: str, window: tuple[int, 
     run = runs[label]
     try:
         found = PREDICTIONS[prediction](run).sel(step=slice(*window))
-    except MissingQuantityError as error:
+    except RecordError as error:
         return _said(str(error))
     with theme():
         figure, ax = plt.subplots(figsize=_SIZE)
@@ -72,7 +71,7 @@ def quantity_page(
     (node, name), run = quantity, runs[label]
     try:
         values = columns(run, node, [name])[name].sel(step=slice(*window))
-    except MissingQuantityError as error:
+    except RecordError as error:
         return _said(str(error))
     if not (chosen := _chosen(values, list(layers))):
         return _said("No layer of the run is chosen.")

@@ -128,23 +128,25 @@ def test_its_controls_offer_what_was_recorded_and_show_what_is_chosen(run: xr.Da
     assert ("/curvature grad_hess_grad: gᵀHg", ("curvature", "grad_hess_grad")) in quantity.options
     assert layers.options == (pages.WHOLE, "0", "2")
     assert (window.min, window.max, window.value) == (0, 7, (0, 7))
-    for of in tabs.children:
-        of.update()
-        assert picture(of).startswith(b"\x89PNG")
+    assert all(picture(of).startswith(b"\x89PNG") for of in tabs.children)
     before = picture(quantities)
     quantity.value = ("steps", "temperature")
     assert picture(quantities) != before
     label.value = "other"
-    assert "/steps needs ['temperature']" in quantities.result.data
+    assert "/steps needs ['temperature']" in shown(quantities)
     figures.children[1].value = ["mine"]
     figures.children[0].value = "stability"
-    assert claim("stability") in figures.result.data
+    assert claim("stability") in shown(figures)
     theory.children[2].value = (4, 5)
-    assert re.search(r"<th>count</th>\s*<td>1.000</td>", theory.result.data)
+    assert re.search(r"<th>count</th>\s*<td>1.000</td>", shown(theory))
 
 
-def picture(of: ipywidgets.interactive) -> bytes:
-    return base64.b64decode(re.search(r'base64,([^"]*)"', of.result.data)[1])
+def shown(tab: ipywidgets.VBox) -> str:
+    return tab.children[-1].value
+
+
+def picture(tab: ipywidgets.VBox) -> bytes:
+    return base64.b64decode(re.search(r'base64,([^"]*)"', shown(tab))[1])
 
 
 def test_events_alone_are_explored_by_figures(run: xr.DataTree) -> None:
@@ -167,4 +169,4 @@ def test_without_ipywidgets_it_says_what_to_install(run: xr.DataTree, monkeypatc
 
 def test_figures_are_imported_without_it() -> None:
     text = (Path(__file__).parents[1] / "figures" / "explore.py").read_text(encoding="utf-8")
-    assert not re.search(r"^(import|from) (ipywidgets|IPython)", text, re.MULTILINE)
+    assert not re.search(r"^(import|from) ipywidgets", text, re.MULTILINE)

@@ -48,6 +48,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
     return recorded(tmp_path_factory.mktemp("runs"))
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.DataTree]) -> Path:
+    return write_report(runs, tmp_path_factory.mktemp("report"), records=["a.zarr"])
+
+
+@pytest.fixture(scope="module")
+def report_of_one(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.DataTree]) -> Path:
+    return write_report({"magnitude": runs["magnitude"]}, tmp_path_factory.mktemp("report"), records=["a.zarr"])
+
+
 @pytest.fixture(autouse=True)
 def _closed_figures() -> Iterator[None]:
     yield
@@ -254,12 +264,12 @@ def test_prunings_are_lines_where_they_were_among_the_epochs(runs: dict[str, xr.
     assert dotted
 
 
-def test_the_report_stands_alone(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
-    page = write_report(runs, tmp_path / "report", records=["a.zarr"]).read_text(encoding="utf-8")
+def test_the_report_stands_alone(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
     for name in OF_ONE_SEED:
         assert claim(name).split("‖")[0] in page
-        assert (tmp_path / "report" / f"{name}.pdf").stat().st_size > 1000
-        assert (tmp_path / "report" / f"{name}.png").stat().st_size > 1000
+        assert report.with_name(f"{name}.pdf").stat().st_size > 1000
+        assert report.with_name(f"{name}.png").stat().st_size > 1000
     assert page.count("data:image/png;base64,") == len(OF_ONE_SEED)
     assert "<script" not in page
     assert not any(link in page for link in ('src="http', "href="))
@@ -290,8 +300,8 @@ def test_a_table_of_the_report_says_once_what_its_rows_have_in_common() -> None:
     assert said.groups == {"vgg13, digits, rounds 5": [["magnitude", "77 ± 2", "0.123"], ["grasp", "59", "–"]]}
 
 
-def test_the_report_has_every_number_of_the_tables(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
-    page = write_report({"magnitude": runs["magnitude"]}, tmp_path, records=["a.zarr"]).read_text(encoding="utf-8")
+def test_the_report_has_every_number_of_the_tables(report_of_one: Path, runs: dict[str, xr.DataTree]) -> None:
+    page = report_of_one.read_text(encoding="utf-8")
     parts = overview({"magnitude": runs["magnitude"]})
     for table in (part for part in parts.values() if not isinstance(part, list)):
         assert all(f"<td>{cell(value)}</td>" in page for value in table.to_numpy().ravel())
@@ -355,10 +365,10 @@ def test_a_record_of_an_event_alone_has_a_report(tmp_path: Path) -> None:
     assert "quantities_per_layer</code>: no quantity per layer" in page.read_text(encoding="utf-8")
 
 
-def test_a_report_of_one_measure_claims_no_comparison(runs: dict[str, xr.DataTree], tmp_path: Path) -> None:
-    write_report({"magnitude": runs["magnitude"]}, tmp_path / "one", records=["magnitude.zarr"])
-    write_report(runs, tmp_path / "all", records=["all.zarr"])
-    one, several = ((tmp_path / name / "report.html").read_text() for name in ("one", "all"))
+def test_a_report_of_one_measure_claims_no_comparison(
+    runs: dict[str, xr.DataTree], report: Path, report_of_one: Path
+) -> None:
+    one, several = (page.read_text(encoding="utf-8") for page in (report_of_one, report))
     for name in ("accuracy", "convergence"):
         assert claim(name).split("‖")[0] in several
         assert claim(name).split("‖")[0] not in one

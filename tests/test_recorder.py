@@ -1,5 +1,6 @@
 """What the recorder says of a loop is what a plain computation beside the loop says."""
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -515,6 +516,21 @@ def test_an_event_predicts_from_the_network_before_whatever_replaces_its_parts(t
     assert float(abs(rows[0].removal_hess_removal).sum()) > 0
 
 
+def test_a_pruning_of_something_else_is_said(tmp_path: Path) -> None:
+    model, probe = smooth_network(), vectors(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        with pytest.warns(UserWarning, match="the pruning before step 0 changed nothing in the model: prune the model"):
+            with recorder.event("prune", probe=probe, target=0.5), torch.no_grad():
+                copy.deepcopy(model)[0].weight[0] = 0
+        with recorder.event("prune", probe=probe, target=0):
+            pass  # nothing was asked for
+        with recorder.event("prune", probe=probe, target=0.2), torch.no_grad():
+            model[0].weight[0] = 0
+    sqnorm = open_run(tmp_path / "run")["pruning"].param_sqnorm.sum("layer")
+    assert (sqnorm[:, 0] != sqnorm[:, 1]).values.tolist() == [False, False, True]
+
+
 def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer, probe = torch.optim.SGD(model.parameters(), 0.1), vectors(1)
@@ -522,7 +538,7 @@ def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
         loss = F.cross_entropy(model(probe[0][0]), probe[0][1])
         recorder.log_epoch(one=torch.tensor([0.5]), with_a_graph=loss)
-        with recorder.event("prune", probe=probe, number=loss, text="a") as event:
+        with recorder.event("look", probe=probe, number=loss, text="a") as event:
             with pytest.raises(ValueError, match=r"one score a filter.*\(5,\), \(3,\)"):
                 event.units(alive={"0": five}, scores={"0": torch.ones(3)})
             with pytest.raises(ValueError, match=r"layer '2' has 3 filters, got 5 booleans"):
@@ -530,10 +546,10 @@ def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path
             event.units(alive={"0": five, "2": [1, 0, 1]})
         for name, value in (("number", "two"), ("text", 1.0)):
             with pytest.raises(ValueError, match=f"event\\(\\) takes '{name}' as a"), recorder.event(
-                "prune", probe=probe, **{name: value}
+                "look", probe=probe, **{name: value}
             ):  # fmt: skip
                 pass
-        with recorder.event("prune", probe=probe, number=2) as event:
+        with recorder.event("look", probe=probe, number=2) as event:
             with pytest.raises(ValueError, match=r"the same (units|filters) in all events"):
                 event.units(alive={"0": five})
             event.units(alive={"2": torch.ones(3), "0": ~five})

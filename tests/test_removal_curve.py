@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from analysis import removal_curve as analysed
 from dynamics import Recorder, open_run
 from dynamics.network.masks import apply_masks, parameter_masks
-from dynamics.pruning import scores
+from dynamics.pruning import Pruner, scores
 from dynamics.pruning.curve import removal_curve
 
 FILTERS, FRACTIONS = 64, (1 / 32, 1 / 16, 1 / 8)
@@ -127,6 +127,15 @@ def test_what_is_pruned_already_does_not_go_again() -> None:
     curve = removal_curve(model, batches, {"0": torch.arange(FILTERS)}, [0.25])
     assert curve.removed.sel(layer="2").values.tolist() == [2 * 8]  # a quarter of 32
     assert float(curve.loss.sel(stage="after")[0]) != float(curve.loss.sel(stage="before")[0])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_as_many_go_as_by_a_pruner(share: float) -> None:
+    """Of five filters the half is between two numbers, and so are 0.3 and 0.7: 1.5 and 3.5."""
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Tanh(), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 3))
+    curve = removal_curve(model, images(1), scores(model, None, "magnitude"), [share])
+    pruning = Pruner(model, None, "magnitude").plan(share)
+    assert int(curve.removed.sel(layer="2").sum()) == 2 * int((~pruning.alive["0"]).sum())
 
 
 def test_impossible_curves_are_refused() -> None:

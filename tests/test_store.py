@@ -158,7 +158,7 @@ def test_a_whole_number_may_be_followed_by_a_fraction(tmp_path: Path, apart: boo
         for accuracy, target in ((1, 0), (0.5, 0.25)):
             recorder.log_epoch(test_accuracy=accuracy)
             extra = {"seed": 7} if target else {}
-            with recorder.event("prune", probe=vectors(1), target=target, **extra):
+            with recorder.event("look", probe=vectors(1), target=target, **extra):
                 pass
             if apart:
                 recorder.flush()

@@ -33,10 +33,10 @@ def scores(seed: int) -> xr.Dataset:
 def test_a_study_is_read_back_as_it_was_added(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(1)
     with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
-        with recorder.event("prune", probe=batches):
+        with recorder.event("look", probe=batches):
             pass
         for seed in (1, 2):
-            with recorder.event("prune", probe=batches) as event:
+            with recorder.event("look", probe=batches) as event:
                 event.add("scores", scores(seed))
     found = open_run(tmp_path / "run")["scores"].to_dataset().load()
     assert found.event.values.tolist() == [1, 2]
@@ -50,7 +50,7 @@ def test_a_study_is_read_back_as_it_was_added(tmp_path: Path) -> None:
 def test_a_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(1)
     with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
-        with recorder.event("prune", probe=batches) as event:
+        with recorder.event("look", probe=batches) as event:
             with pytest.raises(ValueError, match="takes studies curve, scores, invariance, got 'units'"):
                 event.add("units", scores(0))
             with pytest.raises(ValueError, match=r"/scores takes .*, got 'score' over \('unit',\)"):
@@ -64,7 +64,7 @@ def test_units_are_filters(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(1)
     pruning = Pruner(model, None, "magnitude", granularity="weight").plan(0.5)
     with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
-        with recorder.event("prune", probe=batches) as event:
+        with recorder.event("look", probe=batches) as event:
             with pytest.raises(
                 ValueError, match=r"one boolean a filter, \(unit,\), got shape \(5, 4\) for '0': single"
             ):

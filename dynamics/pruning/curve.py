@@ -67,7 +67,7 @@ def removal_curve(
     units = {layer.name: layer for layer in unit_layers(model, protected)}
     ranked = {name: _ranked(model, layer, scores[name]) for name, layer in units.items()}
     left = sum(int(layer.standing.sum()) for layer in ranked.values())
-    counts = [round(fraction * left) for fraction in fractions]
+    counts = [left - round(left * (1 - fraction)) for fraction in fractions]  # as a Pruner counts
     if counts[-1] > capacity(ranked):
         raise ValueError(f"fraction {fractions[-1]} asks for {counts[-1]} filters to go, only {capacity(ranked)} can")
     layers, before = Layers(model), _stage(model, objective, probe, mode)

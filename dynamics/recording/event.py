@@ -107,6 +107,11 @@ class Stage:
         self.grad = self._vector(expansion.grad)
         self._hess_grad = self.hessian_product(self.grad)
 
+    def is_as(self, other: Stage) -> bool:
+        """Whether parameters, what is kept of them, and the loss are the same: masks may lie in buffers."""
+        pairs = [(self.theta, other.theta), (self.kept, other.kept), (self.loss, other.loss)]
+        return all(torch.equal(*pair) for pair in pairs)
+
     def _vector(self, tensors: list[Tensor]) -> Tensor:
         return self._layers.vector(dict(zip(self._names, self._processes.mean(tensors), strict=True)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,12 @@ class Events:
             raise ValueError(
                 "inside event() the processes' networks came to differ, and would stay so: plan a pruning on the same "
                 "batches in all of them"
+            )
+        if kind == "prune" and attributes.get("target") != 0 and before.is_as(after):
+            warnings.warn(
+                f"the pruning before step {self._steps.number} changed nothing in the model: prune the model that the "
+                "recorder was given, not a copy, and by masks or in place",
+                stacklevel=4,
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._count, "kind": kind, "mode": mode, **now}

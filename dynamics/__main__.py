@@ -82,7 +82,20 @@ def _sweep_parser() -> ArgumentParser:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as jsonargparse reads it for `run`: 1e-4 is a number."""
+    """YAML as jsonargparse reads it for `run`: 1e-4 is a number. A setting stands once in a mapping, as YAML says."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping as it stands there, before others are merged into it.
+
+        Raises:
+            MarkedYAMLError: it has a key twice, of which PyYAML would take the last.
+        """
+        node, names = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in names:
+                raise yaml.MarkedYAMLError(problem=f"{name} is set twice", problem_mark=key.start_mark)
+            names.add(name)
+        return node
 
 
 _Loader.add_implicit_resolver(

@@ -235,6 +235,11 @@ MISTAKES = {
     "grid on no device": ("dynamics", ["sweep", "{abacus}", "-o", "{new}"], "device 'abacus' cannot be used"),
     "grid exists": ("dynamics", ["sweep", "{seed}", "-o", "{folder}"], "none-seed3.zarr exists already"),
     "grid twice": ("dynamics", ["sweep", "{twice}", "-o", "{new}"], "would write the same record: vary model"),
+    "grid that says it twice": (
+        "dynamics",
+        ["sweep", "{doubled}", "-o", "{new}"],
+        "doubled.yaml is not YAML: seed is set twice",
+    ),
     "grid on too few": ("dynamics", ["sweep", "{seed}", "-o", "{new}", "--workers", "-1"], "workers must be 0 or more"),
     "existing": ("dynamics", ["run", "-o", "{record}", *TINY], "exists already"),
     "no data": ("dynamics", ["run", "-o", "{new}", "--data", "cifar10", "--root", "{folder}"], "--download"),
@@ -292,6 +297,7 @@ FILES = {
     "latin": "model: größe\n".encode("latin-1"),
     "abacus": b"device: abacus\n",
     "seed": b"measure: none\nseed: [3, 4]\n",
+    "doubled": b"measure: none\nseed: [3, 4]\nepochs: [1]\nlearning_rates: [1]\nseed: 5\n",
     "twice": b"width: [1, 2]\nmeasure: magnitude\n",
 }
 

@@ -209,7 +209,7 @@ def read_stored(root: Path, download: bool, *, kind: str, files: str, elsewhere:
         with one_line(f"cannot download {kind} to {root}", f"check the network, or delete {root / files}"):
             return splits(kind, root, download=True)
     if not any(root.glob(files)):
-        advice = "download it with --download, or name its folder with --root"
+        advice = "download it with --download, or name its folder with --root (in a file: `download: true`, `root:`)"
         raise FileNotFoundError(f"{kind} is not on disk: found no {root / files}{elsewhere}; {advice}")
     with one_line(f"{root / files} is damaged or incomplete", "delete it and run again with --download"):
         return splits(kind, root, download=False)

@@ -324,7 +324,7 @@ def test_unknown_name_lists_the_options() -> None:
 
 @pytest.mark.parametrize("name", STORED)
 def test_missing_set_says_where_it_was_looked_for_and_what_to_do(name: str, tmp_path: Path, no_package: None) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"found no {tmp_path}.*--download.*--root") as caught:
+    with pytest.raises(FileNotFoundError, match=rf"found no {tmp_path}.*--download.*--root.*download: true") as caught:
         load(name, root=tmp_path)
     assert_one_line(caught)
     assert ("apt-get install dataset-fashion-mnist" in str(caught.value)) == (name == "fashion-mnist")

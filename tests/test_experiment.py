@@ -237,7 +237,7 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
         ({"epochs": (-1, 2)}, r"epochs and learning_rates need one entry a stage, got \(-1, 2\)"),
         ({"epochs": (), "learning_rates": ()}, "epochs and learning_rates need one entry a stage"),
         ({"learning_rates": (0.1, 0.0)}, r"learning_rates must be positive, got \(0.1, 0.0\)"),
-        ({"rounds": 0}, "a round must be in 0 … rounds"),
+        ({"rounds": 0}, "rounds must be 1 or more, got 0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"seed": 2**63}, "seed must be less than"),
         ({"rounds": "many"}, "rounds must be a whole number, got 'many'"),

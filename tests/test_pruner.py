@@ -173,8 +173,13 @@ def test_bad_arguments_are_said() -> None:
             Pruner(model, optimizer, "taylor").plan(0.5, batches)
     one, other = (Pruner(model, optimizer, "magnitude", protected=names) for names in ("features.0", ["features.0"]))
     assert one.alive.keys() == other.alive.keys() != Pruner(model, optimizer, "magnitude").alive.keys()
-    for sparsity, rounds, number in ((1.0, 1, 1), (0.5, 0, 0), (0.5, 2, 3), (0.5, 2, -1)):
-        with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\)|a round must be in 0 … rounds"):
+    for sparsity, rounds, number, message in (
+        (1.0, 1, 1, r"sparsity must be in \[0, 1\), got 1.0"),
+        (0.5, 0, 0, "rounds must be 1 or more, got 0"),
+        (0.5, 2, 3, "a round must be in 0 … rounds, got round 3 of 2"),
+        (0.5, 2, -1, "a round must be in 0 … rounds, got round -1 of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
             share_left(sparsity, rounds, number)
 
 

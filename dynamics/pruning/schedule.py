@@ -49,8 +49,10 @@ def share_left_in_whole_percent(sparsity: float, rounds: int, round_number: int)
 
 def _check(sparsity: float, rounds: int, round_number: int) -> None:
     check_sparsity(sparsity)
-    if rounds < 1 or not 0 <= round_number <= rounds:
-        raise ValueError(f"a round must be in 0 … rounds and rounds >= 1, got round {round_number} of {rounds}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds}")
+    if not 0 <= round_number <= rounds:
+        raise ValueError(f"a round must be in 0 … rounds, got round {round_number} of {rounds}")
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -1,16 +1,18 @@
 """Scores that the reference does not hold, the arguments of `scores`, and that scoring leaves no trace."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import convolutional_network, images
-from prunable import NETWORKS, batch, goes_with, trained
+from prunable import NETWORKS, batch, goes_with, train, trained
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from dynamics.models import build
+from dynamics.models import ResNet, build
+from dynamics.network.masks import apply_masks, filters_left
 from dynamics.pruning import MEASURES, Pruner, resampled_scores, scores
 
 
@@ -39,6 +41,56 @@ def test_fisher_leaves_the_bias_alone() -> None:
     (grad,) = torch.autograd.grad(F.cross_entropy(model(one[0]), one[1]), [model[0].weight])
     expected = (model[0].weight.detach() * grad).flatten(1).sum(1).square() / 2
     torch.testing.assert_close(scores(model, [one], "fisher")["0"], expected)
+
+
+def feeding(model: nn.Module) -> dict[str, str]:
+    """Which ranked layer alone feeds each ranked layer, by the networks' own naming."""
+    ranked = list(goes_with(model))
+    if isinstance(model, ResNet):  # what reads a stream reads a sum of several
+        return {name: name.replace("conv2", "conv1") for name in ranked if name.endswith("conv2")}
+    return dict(itertools.pairwise(ranked[::-1]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_magnitude_is_of_what_is_left_where_filters_that_were_read_are_gone(name: str) -> None:
+    """As the paper's code has it, which cuts pruned filters out, with all that would have read them, but for sums."""
+    model, optimizer = trained(name)
+    Pruner(model, optimizer, "random", seed=0).prune(0.4)
+    train(model, optimizer, 1)
+    fed_by, sliced = feeding(model), 0
+    for measure, norm in (("magnitude", 2), ("magnitude_l1", 1)):
+        found = scores(model, None, measure)
+        for layer, values in found.items():
+            weight = model.get_parameter(f"{layer}.weight").detach()
+            if layer in fed_by:
+                left = filters_left(model, fed_by[layer])
+                sliced += int((~left).sum())
+                weight = weight[:, left]
+            torch.testing.assert_close(values, weight.flatten(1).norm(norm, dim=1))
+    assert sliced
+    assert all(
+        (model.get_parameter(f"{layer}.weight")[:, ~filters_left(model, other)] != 0).any()
+        for layer, other in fed_by.items()
+        if not filters_left(model, other).all()
+    )  # they are there
+
+
+@pytest.mark.parametrize("flatten", [nn.Flatten(), nn.Flatten(2)], ids=["channels", "pixels"])
+def test_neurons_that_read_a_flattened_channel_lose_all_of_its_pixels(flatten: nn.Module) -> None:
+    """They lie channel after channel; where a linear layer reads along the pixels, no weight is one channel's alone."""
+    side = 4 if flatten.start_dim == 1 else 1
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), flatten, nn.Dropout(), nn.Linear(4 * 4 * side, 6), nn.ReLU(),
+        nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2),
+    )  # fmt: skip
+    kept = {"0": torch.tensor([1, 0, 1, 1]).bool(), "4": torch.tensor([1, 1, 0, 1, 0, 1]).bool()}
+    apply_masks(model, {f"{layer}.weight": rows.view(-1, *[1] * (model[int(layer)].weight.ndim - 1)).expand_as(
+        model[int(layer)].weight) for layer, rows in kept.items()})  # fmt: skip
+    found = scores(model, None, "magnitude_l1")
+    hidden, last = (model[place].weight.detach().abs() for place in (4, 6))
+    expected = hidden.view(6, 4, -1)[:, [0, 2, 3]] if side == 4 else hidden
+    torch.testing.assert_close(found["4"], expected.flatten(1).sum(1))
+    torch.testing.assert_close(found["6"], last[:, [0, 1, 3, 5]].sum(1))
 
 
 FORMULAS = {

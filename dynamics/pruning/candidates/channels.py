@@ -64,6 +64,14 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     return "alone" if alone else "lifts" if lifts else "ends"
 
 
+def lays_out(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation lays a sample's channels one after the other, as a linear layer reads them."""
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    start = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+    return node.target in (torch.flatten, "flatten") and (start.get("start_dim"), start.get("end_dim", -1)) == (1, -1)
+
+
 def is_sum(node: fx.Node) -> bool:
     """Whether an operation adds several tensors up."""
     return node.target in _SUMS and len(node.all_input_nodes) > 1

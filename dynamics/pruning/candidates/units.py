@@ -12,12 +12,13 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ...errors import first_line
+from ...network.masks import filters_left
 from ...probing.probe import mode_of
 from ...recording.arguments import check_initialised
-from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum
+from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out
 from .weights import not_plain, within
 
 _LEAVE = "to leave it as it is, name it in protected=(...)"
@@ -28,7 +29,8 @@ class UnitLayer:
     """A layer whose filters are ranked; ``modules`` are those its channels run through alone, itself first.
 
     ``copies`` of the modules are depthwise, ``summed`` says whether the channels end in a sum with others, ``head``
-    whether they may be the network's output: nothing goes from there.
+    whether they may be the network's output: nothing goes from there. ``readers`` are the layers that read these
+    channels and no others.
     """
 
     name: str
@@ -37,6 +39,7 @@ class UnitLayer:
     copies: int = 0
     summed: bool = False
     head: bool = False
+    readers: tuple[str, ...] = ()
 
     def parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters whose first dimension is the filter."""
@@ -53,6 +56,7 @@ class _Way:
     """Where a layer's channels run: what they meet alone, at which nodes, and what is the matter with it."""
 
     modules: list[str] = field(default_factory=list)
+    readers: dict[str, bool] = field(default_factory=dict)  # and whether the channels are laid out for them
     nodes: set[fx.Node] = field(default_factory=set)
     summed: bool = False
     refusal: str | None = None
@@ -95,13 +99,33 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
             continue
         modules = tuple(dict.fromkeys([name, *way.modules]))
         copies = sum(is_depthwise(model.get_submodule(one)) for one in modules)
-        layers.append(UnitLayer(name, filters, modules, copies, way.summed, head))
+        readers = tuple(
+            reader
+            for reader, laid_out in way.readers.items()
+            if len(calls[reader]) == 1 and _reads_each(module, model.get_submodule(reader), laid_out=laid_out)
+        )
+        layers.append(UnitLayer(name, filters, modules, copies, way.summed, head, readers))
     refusals += _unseen(model, calls, protected)
     if refusals:
         raise ValueError(f"{'; '.join(refusals)}; {_LEAVE}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or hidden linear layer whose filters could go")
     return layers
+
+
+def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Tensor]:
+    """Layer → which of its weights read a channel that is left, in the weight's shape; of layers that read others, too.
+
+    A channel is gone where the filter that it comes from is pruned. Where channels end in a sum, it stays.
+    """
+    found = {}
+    for layer in layers:
+        left = filters_left(model, layer.name)
+        for reader in layer.readers if not left.all() else ():
+            weight = model.get_submodule(reader).weight
+            inputs = left.repeat_interleave(weight.shape[1] // len(left))
+            found[reader] = inputs.view(1, -1, *[1] * (weight.ndim - 2)).expand_as(weight)
+    return found
 
 
 def _traced(model: nn.Module) -> fx.Graph:
@@ -128,7 +152,7 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     return not_plain(model, name)
 
 
-def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way) -> None:
+def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way, *, laid_out: bool = False) -> None:
     """Go with the node's channels one by one, as far as nothing mixes them."""
     for user in node.users:
         module = model.get_submodule(user.target) if user.op == "call_module" else None
@@ -139,7 +163,7 @@ def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way) -> None:
                 way.refusal = f"runs into {user.target!r}, which has no γ and β: a silenced filter is not silent"
             way.modules.append(user.target)
             way.nodes.add(user)
-            _follow(model, user, filters, way)
+            _follow(model, user, filters, way, laid_out=laid_out)
         elif is_sum(user):
             way.summed = True
         elif user.op != "output" and (effect := does(user, module)) != "ends":
@@ -148,7 +172,17 @@ def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way) -> None:
                 kind = f" ({type(module).__name__})" if module is not None else ""
                 way.refusal = f"runs into {what!r}{kind}, which makes something of a silenced filter"
             else:
-                _follow(model, user, filters, way)
+                _follow(model, user, filters, way, laid_out=laid_out or lays_out(user, module))
+        elif isinstance(module, LAYERS):
+            way.readers[user.target] = laid_out
+
+
+def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
+    """Whether each input channel of a reader, or as many features where they are laid out, is one of a layer's."""
+    filters, inputs = len(layer.weight), reader.weight.shape[1]
+    if laid_out and not isinstance(layer, nn.Linear):
+        return isinstance(reader, nn.Linear) and inputs % filters == 0
+    return type(reader) is type(layer) and inputs == filters
 
 
 def _reaches_output(model: nn.Module, node: fx.Node) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 class Evidence:
     """What a measure may look at, for one layer. What no measure that was asked for uses is None."""
 
-    theta: Tensor  # θ, shape (filter, ...)
+    theta: Tensor  # θ, shape (filter, ...), zero where it is pruned, or reads a channel that is
     initial: Tensor | None = None  # θ₀, θ at initialisation
     grad: Tensor | None = None  # g
     hess_grad: Tensor | None = None  # Hg

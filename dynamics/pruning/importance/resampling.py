@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...network.masks import filters_left
 from ...probing.batch import sample_count
 from ...probing.probe import Objective, cross_entropy_objective, unwrap
-from ..candidates.units import UnitLayer, unit_layers
+from ..candidates.units import UnitLayer, unit_layers, weights_left
 from .measures import Measure, find_measure
 from .resampled_derivatives import resampled_derivatives
 from .scores import (
@@ -104,7 +104,7 @@ def _scored(
     initial: dict[str, Tensor],
 ) -> list[dict[str, dict[str, Tensor]]]:
     """For each draw measure → layer → scores, each measure at its own temperature."""
-    names, scales = [layer.name for layer in layers], gammas(model, layers, rows)
+    names, scales, left = [layer.name for layer in layers], gammas(model, layers, rows), weights_left(model, layers)
     scored: list[dict[str, dict[str, Tensor]]] = [{} for _ in shares]
     temperatures = [paper_temperature(row, objective) for row in rows]
     for temperature in dict.fromkeys(temperatures):
@@ -113,7 +113,7 @@ def _scored(
         loss = at_temperature(objective, temperature)
         found = resampled_derivatives(model, names, batches, shares, uses, loss, mode)
         for one, draw in zip(scored, found, strict=True):
-            one |= scores_from(model, names, together, draw, scales, initial)
+            one |= scores_from(model, names, together, draw, scales, initial, left)
     return scored
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import named
 from ...hardware.precision import precise
 from ...probing.probe import Objective, cross_entropy_objective, unwrap
-from ..candidates.units import UnitLayer, unit_layers
+from ..candidates.units import UnitLayer, unit_layers, weights_left
 from ..candidates.weights import weight_layers, weight_of
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, find_measure, normalised
@@ -51,7 +51,9 @@ def scores(
             then.
         seed: of the measure "random", for numbers of its own; None draws them from torch's generator.
 
-    Depthwise convolutions have no scores of their own as filters: they go with the layer that feeds them. Source:
+    Depthwise convolutions have no scores of their own as filters: they go with the layer that feeds them. A filter is
+    scored by its weights that are left: those that read a pruned filter's channel have gone with it, as in the paper's
+    code, which cuts both out; where channels end in a sum, they stay. Source:
     Lubana & Dick, ICLR 2021, sections 3 and 4; Molchanov et al. 2019 for taylor and fisher; Lee et al. 2019, eq. 4, for
     snip; Wang et al. 2020, eq. 8, for grasp, where g and H are here those of all trainable parameters (freeze biases
     and normalisations for its code's, which takes weights only); Tanaka et al. 2020 for synflow.
@@ -95,8 +97,9 @@ def scores_by_measure(
     scales = gammas(model, layers, rows) if granularity == "filter" else {}
     uses = {row.uses for row in rows if row.needs_data}
     found = _derivatives(model, names, batches, uses, loss, mode) if uses else Derivatives()
+    left = weights_left(model, layers) if granularity == "filter" else {}
     drawn = torch.Generator().manual_seed(seed) if seed is not None else None
-    return scores_from(model, names, rows, found, scales, start, granularity, drawn)
+    return scores_from(model, names, rows, found, scales, start, left, granularity, drawn)
 
 
 def at_temperature(objective: Objective, temperature: float) -> Objective:
@@ -143,11 +146,17 @@ def scores_from(
     found: Derivatives,
     scales: Mapping[str, Tensor],
     initial: Mapping[str, Tensor],
+    left: Mapping[str, Tensor],
     granularity: str = "filter",
     drawn: torch.Generator | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Measure → layer → scores, from what was gathered over the batches, and γ and θ₀ of the layers that have them."""
-    evidence = {name: _evidence(model, name, found, scales.get(name), initial.get(name)) for name in layers}
+    """Measure → layer → scores, from what was gathered over the batches.
+
+    Of the layers that have them: γ, θ₀, and which weights are ``left``, as the channels that they read are.
+    """
+    evidence = {
+        name: _evidence(model, name, found, scales.get(name), initial.get(name), left.get(name)) for name in layers
+    }
     return {row.name: _scores(row, evidence, granularity, drawn) for row in rows}
 
 
@@ -234,11 +243,17 @@ def initial_weights(
 
 
 def _evidence(
-    model: nn.Module, name: str, found: Derivatives, scale: Tensor | None, initial: Tensor | None
+    model: nn.Module,
+    name: str,
+    found: Derivatives,
+    scale: Tensor | None,
+    initial: Tensor | None,
+    left: Tensor | None,
 ) -> Evidence:
     weight = weight_of(name)
+    theta = precise(model.get_parameter(weight).detach())
     return Evidence(
-        theta=precise(model.get_parameter(weight).detach()),
+        theta=theta if left is None else theta.masked_fill(~left, 0),
         initial=initial,
         grad=found.grad.get(weight),
         hess_grad=found.hess_grad.get(weight),

@@ -31,6 +31,7 @@ TINY = Experiment(
 )  # fmt: skip
 STEPS = 2  # in an epoch
 CLOCKS = {"created", "resumed", "commit"}
+METADATA = {".zattrs", ".zgroup", ".zmetadata", ".lock"}
 
 
 class Interruption(BaseException):
@@ -139,6 +140,16 @@ def test_a_finished_record_is_left_as_it_is(data: Data, whole: Path) -> None:
     assert checkpoint.load(whole) is None
     run(replace(TINY, device="cpu", download=True), whole, data=data, progress=False)
     assert contents(whole) == before
+
+
+def test_a_finished_record_keeps_nothing_to_go_on_with(tmp_path: Path, data: Data, whole: Path) -> None:
+    """θ₀ is as large as the network; what is left is what xarray reads, and a lock."""
+    killed(TINY, path := tmp_path / "run.zarr", data, 3)
+    assert {".checkpoint"} < {file.name for file in path.glob(".*")} - {*METADATA}
+    run(TINY, path, data=data, progress=False)
+    assert {file.name for file in path.glob(".*")} == {*METADATA}
+    assert {file.name for file in whole.glob(".*")} == {*METADATA}
+    assert_same_records(path, whole)
 
 
 def test_where_and_how_it_would_prune_make_no_other_experiment() -> None:

@@ -180,10 +180,11 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
 
 
 def _finish(path: Path) -> None:
-    """Say in the record that nothing is missing."""
+    """Say in the record that nothing is missing, and let go what it kept to go on with."""
     store = Store.reopen(path)
     try:
         store.note("finished", True)
+        store.drop_kept()
     finally:
         store.close()
     checkpoint.remove(path)

@@ -169,6 +169,11 @@ class Store:
         except (ValueError, EOFError) as error:
             raise RecordError(f"{path} cannot be read ({one_line(error)}): copy it again, or remove it") from error
 
+    def drop_kept(self) -> None:
+        """Let all go that was kept: nobody goes on with the record."""
+        for path in self.path.glob(".*.npy"):
+            path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let the next writer in. What was not committed is lost."""
         with contextlib.suppress(OSError, RecordError):

@@ -56,7 +56,9 @@ class Experiment:
         batch_size: Samples in a training batch.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD, on every parameter.
-        temperature: T of the training loss, the cross-entropy of logits / T.
+        temperature: T of the training loss, the cross-entropy of logits / T, and of the probes. Importance has the T of
+            its measure's paper, whatever this is: 5 for loss preservation, 200 for gradient_norm_increase and grasp,
+            else 1.
         augment: Shift the training images by up to 4 pixels at random, and mirror them where that keeps their class.
         keep_momentum: Keep the optimizer's momentum over a pruning; by default it is dropped, as in the paper.
         importance_samples: Training samples that an importance measure looks at.

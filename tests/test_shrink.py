@@ -21,8 +21,8 @@ from torchvision.models import VisionTransformer, efficientnet_b0, resnet18
 
 from dynamics import Recorder, open_run
 from dynamics.models import build
-from dynamics.network.masks import apply_masks, parameter_masks
-from dynamics.pruning import Pruner, latency, network_cost, shrink
+from dynamics.network.masks import apply_masks, filters_left, parameter_masks
+from dynamics.pruning import Pruner, latency, network_cost, scores, shrink
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -253,6 +253,20 @@ def test_units_are_the_original_networks_through_all_rounds(name: str) -> None:
             assert_same(copy.deepcopy(model).train(mode)(batch(7)[0]), copy.deepcopy(masked).train(mode)(batch(7)[0]))
         train(model.train(), optimizer, 1)
         train(masked.train(), of_masked, 1)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_magnitude_ranks_what_is_left_as_in_the_masked_network(name: str) -> None:
+    model, optimizer = trained(name)
+    Pruner(model, optimizer, "random", seed=0).prune(0.4)
+    train(model, optimizer, 1)
+    masked = scores(model, None, "magnitude")
+    left = {layer: values[filters_left(model, layer)] for layer, values in masked.items()}
+    shrink(model, optimizer)
+    found = scores(model, None, "magnitude")
+    assert found.keys() == left.keys()
+    for layer, values in found.items():
+        torch.testing.assert_close(values[values > 0], left[layer])
 
 
 def test_a_mask_that_masks_nothing_goes() -> None:

@@ -54,7 +54,7 @@ def _run_parser() -> ArgumentParser:
 def _protocols_parser() -> ArgumentParser:
     several = ArgumentParser(
         description="Prune the same fresh network in rounds, without training, by the protocol done right, with each "
-        "quirk of the paper's code, and with all of them. `python -m analysis protocol-diff` prints what differs.",
+        "quirk alone, and as the paper's code does. `python -m analysis protocol-diff` prints what differs.",
         exit_on_error=False,
     )
     several.add_argument("-o", "--output", required=True, help="folder for the records, one a protocol")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import xarray as xr
 from experiments import assert_agree, few_digits, recorded
 
@@ -22,7 +23,7 @@ from dynamics.data import Data
 from dynamics.experiments.experiment import Experiment
 from dynamics.experiments.running import run
 from dynamics.models import build
-from dynamics.pruning import MEASURES, PROTOCOLS, share_left
+from dynamics.pruning import MEASURES, PROTOCOLS, Pruner, share_left
 
 TINY = Experiment(
     width=0.05, rounds=2, epochs=(2, 1), learning_rates=(0.1, 0.01), sparsity=0.5, batch_size=32,
@@ -138,6 +139,34 @@ def test_the_reference_protocol_is_an_experiments_too(tmp_path: Path, data: Data
     assert quirky.name.endswith("-0.3-2r-reference-seed0")
     with pytest.raises(ValueError, match="unknown protocol 'paper': choose one of default, whole_percent"):
         replace(quirky, protocol="paper")
+
+
+@pytest.mark.parametrize("measure", ["loss_preservation", "gradient_norm_increase"])
+@pytest.mark.parametrize(
+    ("protocol", "augment", "shifted"),
+    [("default", True, False), ("score_augmented", True, True), ("reference", True, True), ("reference", False, False)],
+)
+def test_importance_is_scored_where_the_protocol_does(
+    tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch, measure: str, protocol: str, augment: bool,
+    shifted: bool,
+) -> None:  # fmt: skip
+    """On images as they are, or, as the paper's code does, as its training's loader has them: one of 81 crops each."""
+    seen, plan = [], Pruner.plan
+    monkeypatch.setattr(Pruner, "plan", lambda self, sparsity, batches: seen.extend(batches) or plan(self, 0, batches))
+    scored = replace(
+        TINY, measure=measure, protocol=protocol, augment=augment, rounds=1, epochs=(1, 0), curvature_every=0
+    )  # fmt: skip
+    run(scored, tmp_path / "run.zarr", data=data, progress=False)
+    padded = F.pad(data.train.images, (4, 4, 4, 4)) / 127.5 - 1
+    crops = torch.stack([padded[:, :, r : r + 32, c : c + 32] for r in range(9) for c in range(9)])
+    middle = []
+    for inputs, labels in seen:
+        for image, label in zip(inputs, labels, strict=True):
+            same = (crops == image).all((2, 3, 4)) & (data.train.labels == label)
+            assert same.any()
+            middle.append(bool(same[40].any()))  # 4 rows and 4 columns: the image itself
+    assert len(middle) >= 40
+    assert np.mean(middle) < 0.2 if shifted else all(middle)
 
 
 def test_studies_are_made_before_the_first_and_the_last_pruning(tmp_path: Path, data: Data) -> None:

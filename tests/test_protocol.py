@@ -195,6 +195,24 @@ def test_the_comparison_says_what_a_quirk_changes(compared: dict[str, xr.DataTre
     assert (found.sel(run="count_copies").reached != found.sel(run="default").reached).any()
 
 
+def test_samples_are_augmented_for_those_that_score_them_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All from the same images, which augmenting shifts: beside ours, nothing but zeros moves in."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def rounds(model: nn.Module, batches: list, name: str, comparison: Comparison) -> list:
+        seen[name] = torch.cat([inputs for inputs, _ in batches])
+        return []
+
+    monkeypatch.setattr(protocols, "rounds", rounds)
+    compare(Comparison(model="vgg13", width=0.05, samples=20), tmp_path)
+    different = {name for name, inputs in seen.items() if not torch.equal(inputs, seen["default"])}
+    assert different == {"score_augmented", "reference"}
+    assert torch.equal(seen["score_augmented"], seen["reference"])
+    padded = F.pad(seen["default"], (4, 4, 4, 4), value=-1.0)
+    crops = torch.stack([padded[:, :, r : r + 32, c : c + 32] for r in range(9) for c in range(9)])
+    assert (crops == seen["reference"]).all((2, 3, 4)).any(0).all()
+
+
 def test_records_of_different_networks_are_not_compared(compared: dict[str, xr.DataTree], tmp_path: Path) -> None:
     other = compare(Comparison(model="vgg13", measure="magnitude", rounds=1, width=0.05), tmp_path)[0]
     with pytest.raises(ValueError, match="other cannot be compared with default"):

@@ -49,7 +49,7 @@ class Experiment:
         rounds: Number of rounds of pruning.
         granularity: What is pruned: "filter", or "weight" for single weights.
         protocol: "default", "reference" for the quirks of the paper's code, or one quirk's name: whole_percent,
-            floor_by_index, revive_silenced, count_copies, prune_ties or select_on_test.
+            floor_by_index, revive_silenced, count_copies, prune_ties, score_augmented or select_on_test.
         width: Factor on the network's numbers of channels.
         epochs: Epochs in each stage of the learning-rate schedule.
         learning_rates: Learning rate of each stage.
@@ -60,6 +60,7 @@ class Experiment:
             its measure's paper, whatever this is: 5 for loss preservation, 200 for gradient_norm_increase and grasp,
             else 1.
         augment: Shift the training images by up to 4 pixels at random, and mirror them where that keeps their class.
+            Importance looks at them as they are, but by the protocols reference and score_augmented.
         keep_momentum: Keep the optimizer's momentum over a pruning; by default it is dropped, as in the paper.
         importance_samples: Training samples that an importance measure looks at.
         probe_samples: Training samples at which everything is measured before and after each pruning.

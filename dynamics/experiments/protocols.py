@@ -29,6 +29,8 @@ _MEASURES = [name for name, row in MEASURES.items() if not row.needs_initial]  #
 class Comparison:
     """Rounds of pruning of a fresh network under every protocol, from the same weights and on the same samples.
 
+    Those that score augmented samples see the same ones shifted, and mirrored where that keeps their class.
+
     Args:
         model: Network: vgg13, mobilenet_v1 or resnet56.
         data: Data set whose training samples the measure looks at.
@@ -85,10 +87,12 @@ def compare(comparison: Comparison, folder: Path) -> list[Path]:
     )  # fmt: skip
     chosen = torch.Generator().manual_seed(comparison.seed)
     per_class = max(comparison.samples // data.num_classes, 1)
-    batches = list(data.train.class_balanced(per_class, generator=chosen).batches(128))
+    samples = data.train.class_balanced(per_class, generator=chosen)
+    shown = {augment: list(samples.batches(128, augment=augment, generator=chosen)) for augment in (False, True)}
     done: list[Path] = []
     try:
         for name, path in tqdm(list(zip(names, paths, strict=True)), desc="protocols", unit="protocol"):
+            batches = shown[PROTOCOLS[name].score_augmented]
             _record(path, name, comparison, rounds(copy.deepcopy(model), batches, name, comparison))
             done.append(path)
     except BaseException:  # half of a comparison is none

@@ -205,9 +205,10 @@ class Training:
         return 1 - protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
 
     def _importance_batches(self) -> Batches:
-        count, classes = self.experiment.importance_samples, self.data.num_classes
-        if MEASURES[self.experiment.measure].class_balanced:
+        chosen, count, classes = self.experiment, self.experiment.importance_samples, self.data.num_classes
+        if MEASURES[chosen.measure].class_balanced:
             images = self.data.train.class_balanced(max(count // classes, 1), generator=self._choice)
         else:
             images = self.data.train.sample(count, generator=self._choice)
-        return list(images.batches(self.experiment.batch_size, device=self.device))
+        augment = chosen.augment and PROTOCOLS[chosen.protocol].score_augmented
+        return list(images.batches(chosen.batch_size, augment=augment, generator=self._choice, device=self.device))

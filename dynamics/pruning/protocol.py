@@ -22,6 +22,7 @@ class Protocol:
         count_copies: a filter that a depthwise filter goes with counts twice in how many are to go.
         prune_ties: all filters that score no more than the last one to go, go with it: what a threshold makes of ties.
             The paper's code counts, and so does "reference".
+        score_augmented: where the training's samples are augmented, so are those that an experiment scores by.
         select_on_test: the epoch that counts is the best on the test set, not the last.
 
     Of the paper's code, no switch has what it makes of whole numbers: it cuts down how many go in each round, so that
@@ -36,6 +37,7 @@ class Protocol:
     revive_silenced: bool = False
     count_copies: bool = False
     prune_ties: bool = False
+    score_augmented: bool = False
     select_on_test: bool = False
 
     def share_left(self, sparsity: float, rounds: int, round_number: int, *, residual: bool) -> float:

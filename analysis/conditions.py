@@ -164,7 +164,8 @@ def names_of_conditions(table: pd.DataFrame) -> pd.Series:
 
 def _in_print(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
-    pruned = f"{100 * sparsity:g} % pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
+    extent = "" if pd.isna(sparsity) else f"{100 * sparsity:g} % "
+    pruned = f"{extent}pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
     settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
     parts = [name_of(model), name_of(data), pruned, *settings]

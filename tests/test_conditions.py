@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 import analysis
-from analysis.conditions import first_comparison, probe_mode, several_seeds
+from analysis.conditions import first_comparison, names_of_conditions, probe_mode, several_seeds
 
 SETTINGS = {
     "model": "vgg13", "data": "digits", "measure": "magnitude", "sparsity": 0.5, "rounds": 3, "granularity": "filter",
@@ -73,6 +73,14 @@ def test_runs_without_pruning_that_lack_a_setting_differ_from_those_that_have_it
 def test_instrumented_loops_are_one_comparison() -> None:
     loops = {name: xr.DataTree() for name in ("one", "other", "none")}
     assert first_comparison(loops).run.tolist() == ["none", "one", "other"]
+
+
+def test_a_sparsity_that_nobody_asked_for_is_not_in_a_conditions_name() -> None:
+    kinds = xr.Dataset({"kind": ("event", ["prune", "prune"])})
+    own = {"/": xr.Dataset(attrs={"model": "net", "data": "images"}), "/pruning": kinds}
+    runs = {"masked": xr.DataTree.from_dict(own), "asked": record()}
+    names = names_of_conditions(analysis.comparisons(runs))
+    assert sorted(names) == ["VGG-13, digits, 50 % pruned in 3 rounds", "net, images, pruned in 2 rounds"]
 
 
 def test_the_mode_of_the_prunings_is_said() -> None:

@@ -8,11 +8,15 @@ from .record import MissingQuantityError
 
 
 def check_flow(steps: xr.Dataset) -> None:
-    """Raise MissingQuantityError where no step has a flow time."""
-    if steps.sizes["step"] and steps.flow_step.isnull().all():
+    """Raise MissingQuantityError where no step has a flow time: it is NaN in every layer that is trained, 0 in others.
+
+    Where it is 0 in all layers nothing was trained, which is no lack.
+    """
+    unknown = steps.flow_step.isnull()
+    if unknown.any() and (unknown | (steps.flow_step == 0)).all():
         raise MissingQuantityError(
-            "gradient flow needs steps along the gradient, and no step here has a flow time (those of SGD have); "
-            "loss_decrease and norm_balance hold for any optimizer"
+            "gradient flow needs steps along the gradient, and no step here has a flow time (those of SGD have, in "
+            "layers of one learning rate); loss_decrease and norm_balance hold for any optimizer"
         )
 
 

@@ -168,8 +168,11 @@ def _have_one_time(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:
 
 
 def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:
-    """Change over the flow time; where nothing is trained both are zero, and so is the rate."""
-    still = (steps.flow_step == 0) & (steps.grad_sqnorm == 0) & (change == 0)
+    """Change over the flow time; where nothing is trained both are zero, and so is the rate.
+
+    Not of a layer that is trained at other steps, and has no flow time there: its rate is unknown.
+    """
+    still = (steps.flow_step == 0) & (steps.grad_sqnorm == 0) & (change == 0) & steps.flow_step.notnull().all("step")
     return (change / steps.flow_step.where(steps.flow_step != 0)).where(~still, 0.0)
 
 

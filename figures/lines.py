@@ -16,7 +16,7 @@ ENDED = "last finite value of a run"
 
 def draw_line(
     x: np.ndarray, y: np.ndarray, *, ax: Axes, low: np.ndarray | None = None, high: np.ndarray | None = None,
-    band: bool = True, **style: object,
+    band: bool = True, zeros: bool = True, **style: object,
 ) -> None:  # fmt: skip
     """A line through the values that are known, in the band from ``low`` to ``high``.
 
@@ -24,10 +24,11 @@ def draw_line(
     long as those beside it, as where recording paused. Where NaN lasts to the end for longer than it ever did between
     values, the line ends at a cross. Of many points the line is the median of windows,
     and the band holds all in them. Few points are marked each, many a dozen times. So many lines that their bands
-    would hide them are drawn without: ``band=False``.
+    would hide them are drawn without: ``band=False``. Where the axis has no place for zeros, ``zeros=False``, the line
+    is that of the others, and goes on over zeros as over NaN.
     """
     x, y = np.asarray(x), np.asarray(y)
-    known = ~np.isnan(y)
+    known = ~np.isnan(y) & (zeros | (y != 0))
     ended = _ended(y)
     low, high = (y if bound is None else np.asarray(bound) for bound in (low, high))
     x, y, low, high = x[known], y[known], low[known], high[known]

@@ -58,14 +58,21 @@ def draw_identity(ax: Axes) -> Axes:
 
 
 def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """One line a layer over ``step``, coloured by depth from dark (input) to light (output); few have their names."""
+    """One line a layer over ``step``, coloured by depth from dark (input) to light (output); few have their names.
+
+    Where no value is negative, and the axis is to be logarithmic, the lines are those of the values above zero: of a
+    network whose optimizers take turns, each layer's gradient at the steps in which it is trained.
+    """
     ax = ax or plt.gca()
     names = layer_names(quantity.layer.values)
     few = len(names) <= FEW_LAYERS
+    finite = quantity.where(np.isfinite(quantity))
+    logarithmic = bool((finite > 0).any() and not (finite < 0).any())
     colours = DEPTH(np.linspace(0, 1, len(names)))
     for colour, layer, name in zip(colours, quantity.layer.values, names, strict=True):
         style = {"color": colour, "linewidth": 1, "label": name if few else None}
-        draw_line(quantity.step.values, quantity.sel(layer=layer).values, ax=ax, band=few, **style)
+        values = quantity.sel(layer=layer).values
+        draw_line(quantity.step.values, values, ax=ax, band=few, zeros=not logarithmic, **style)
     ax.set(xlabel="step", ylabel=label(quantity.name))
     count_axis(ax.xaxis)
     return ax

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from figures import draw_layers, draw_over_layers, draw_over_time, lines, panels
+from figures import draw_layers, draw_over_layers, draw_over_time, lines, panels, scales
 from figures.style import FIRST, SECOND
 
 mpl.use("agg")
@@ -109,6 +109,29 @@ def test_the_names_of_many_layers_are_no_legend(count: int, named: int) -> None:
     assert draw_layers(layers, ax=plt.subplots()[1]).get_legend_handles_labels()[1] == [
         str(number) for number in range(named)
     ]
+
+
+@pytest.mark.parametrize("steps", [200, 2000])
+def test_a_layer_that_is_trained_at_every_second_step_is_seen_beside_another(steps: int) -> None:
+    values = np.zeros((steps, 2))
+    values[::2, 0], values[1::2, 1] = 10.0, 0.1
+    trained = xr.DataArray(values, {"step": np.arange(steps), "layer": ["a", "b"]}, name="grad_sqnorm")
+    ax = draw_layers(trained)
+    scales.scale_axis(ax.yaxis, values)
+    ax.figure.canvas.draw()
+    assert ax.get_yscale() == "log"
+    for line, value in zip(ax.lines, (10.0, 0.1), strict=True):  # and no cross at an end
+        assert np.unique(line.get_ydata()).tolist() == [value]
+        assert len(line.get_ydata()) >= min(steps // 2, 150)
+
+
+def test_zeros_are_drawn_where_they_have_a_place() -> None:
+    layers = {"step": np.arange(4), "layer": ["a", "b"]}
+    for values in ([[1.0, 2.0], [0.0, -2.0], [1.0, 2.0], [0.0, 0.0]], np.zeros((4, 2))):
+        ax = draw_layers(xr.DataArray(values, layers, name="grad_hess_grad"))
+        for line, value in zip(ax.lines, np.transpose(values), strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), value)
+        plt.close()
 
 
 def test_a_panel_without_finite_values_says_so() -> None:

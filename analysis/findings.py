@@ -114,11 +114,11 @@ def _layers(run: xr.DataTree) -> set[str]:
 
 
 def layer_spread(runs: Runs) -> str:
-    """How far apart the layers are in gradient, and which of them moves the norm."""
+    """How far apart the layers are in gradient, at the steps that give each one, and which of them moves the norm."""
     run = runs[in_layers(runs)]
-    steps = node(run, "steps", ["grad_sqnorm"])
-    typical = steps.grad_sqnorm.median("step")
-    typical = typical[np.isfinite(typical) & (typical > 0)]
+    gradients = node(run, "steps", ["grad_sqnorm"]).grad_sqnorm
+    typical = gradients.where(gradients > 0).median("step")
+    typical = typical[np.isfinite(typical)]
     if typical.size < 2:
         raise MissingQuantityError("fewer than two layers have a gradient that is finite and not zero")
     said = f"The layers' median ‖g‖² lie a factor {_rounded(float(typical.max() / typical.min()))} apart."

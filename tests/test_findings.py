@@ -141,6 +141,14 @@ def test_what_is_not_finite_is_not_averaged() -> None:
             finding({"nothing": nothing})
 
 
+def test_layers_whose_optimizers_take_turns_are_compared_by_the_gradients_that_they_have() -> None:
+    values = np.zeros((6, 3))
+    values[::2, 0], values[1::2, 1], values[1, 2] = [3.0, 4.0, 5.0], [0.01, 0.02, 0.03], 0.6
+    steps = xr.Dataset({"grad_sqnorm": (("step", "layer"), values)}, {"step": np.arange(6), "layer": list("abc")})
+    said = findings.layer_spread({"gan": xr.DataTree.from_dict({"/steps": steps})})
+    assert said == "The layers' median ‖g‖² lie a factor 200 apart."  # 4 over 0.02
+
+
 def test_an_error_that_is_small_is_not_zero() -> None:
     assert findings._percent(2.7e-5) == "0.003%"
     assert findings._percent(0.0) == "0.0%"

@@ -205,3 +205,15 @@ def test_values_that_differ_by_rounding_alone_have_one_rank() -> None:
     noisy = exact * (1 + 1e-15 * np.array([0, 0, 3, -2, 1, 0]))
     values = {"measured": ("step", exact), "first_order": ("step", noisy), "second_order": ("step", exact)}
     assert analysis.agree(xr.Dataset(values)).rank_correlation.values == pytest.approx([1, 1], abs=1e-15)
+
+
+def test_curvature_that_lacks_quantities_says_how_to_have_them(tmp_path: Path) -> None:
+    model, names = smooth_network(), ["grad_update", "update_hess_update"]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = recorded(tmp_path / "run", model, optimizer, vectors(3), curvature_every=1, quantities=names)
+    needs = r"/curvature needs \['loss_before', .*\. Record with quantities=None, or name them in Recorder\(quantities="
+    with pytest.raises(analysis.MissingQuantityError, match=needs):
+        analysis.loss_decrease(run)
+    run = recorded(tmp_path / "none", model, optimizer, vectors(3), curvature_every=0)
+    with pytest.raises(analysis.MissingQuantityError, match=r"in /curvature\. Record with curvature_every > 0"):
+        analysis.loss_decrease(run)

@@ -84,6 +84,8 @@ def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
         raise MissingQuantityError(f"nothing was recorded in /{name}. {_HOW[name]}")
     found = list(run[name].data_vars) + list(run[name].coords)
     if missing := [quantity for quantity in needs if quantity not in found]:
+        if missing == ["loss"] and name == "steps":
+            raise MissingQuantityError("no loss was logged. Call recorder.log(loss=...) at each step.")
         how = _HOW["steps" if name == "curvature" else name]  # of both Recorder(quantities=...) chooses some
         raise MissingQuantityError(f"/{name} needs {missing}; this run recorded {sorted(found)} there. {how}")
     return run[name].to_dataset()

@@ -78,7 +78,7 @@ def test_a_training_that_diverged_has_no_area() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    with pytest.raises(analysis.MissingQuantityError, match=r"/steps needs \['loss'\]"):
+    with pytest.raises(analysis.MissingQuantityError, match=r"^no loss was logged\. Call recorder\.log\(loss="):
         analysis.convergence(xr.DataTree.from_dict({"/steps": record(decay())["steps"].to_dataset().drop_vars("loss")}))
     with pytest.raises(analysis.MissingQuantityError, match="/steps needs rows from step 400 on"):
         analysis.convergence(record(decay(), pruned_at=STEPS))

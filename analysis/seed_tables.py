@@ -86,11 +86,13 @@ def pruned_last(runs: Runs) -> str:
 def agreement_over_runs(runs: Runs) -> pd.DataFrame:
     """:func:`analysis.agreement_table` by relation, order, model and data: medians over that many runs.
 
+    Over all measures, rounds, sparsities and seeds; of any other setting in which runs differ each value is by itself.
     Slope, R² and rank correlation are of those runs alone that have more than two points: a single pruning has none.
     ``count`` is the median of the numbers of points.
     """
-    table = agreement_table(runs).reset_index().join(conditions(runs)[["model", "data"]], on="run")
-    groups = table.groupby(["relation", "order", "model", "data"], sort=False, observed=True)
+    settings = conditions(runs).drop(columns=["measure", "rounds", "sparsity", "seed"])
+    table = agreement_table(runs).reset_index().join(settings, on="run")
+    groups = table.groupby(["relation", "order", *settings], sort=False, observed=True, dropna=False)
     medians = groups.median(numeric_only=True)
     medians["count"] = medians["count"].map("{:g}".format)
     counts = {"runs": groups.size(), "of them with > 2 points": groups["rank correlation"].count()}

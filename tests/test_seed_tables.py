@@ -15,7 +15,7 @@ from analysis.comparison import mean_and_interval, median_and_quartiles
 from analysis.conditions import several_seeds
 from analysis.intervals import stand
 from analysis.overview import overview
-from analysis.seed_tables import VERDICTS, chance, claims_table, verdict_table
+from analysis.seed_tables import VERDICTS, agreement_over_runs, chance, claims_table, verdict_table
 from analysis.typeset import FORMATS, as_latex, as_markdown, page
 
 
@@ -93,6 +93,25 @@ def test_the_sparsity_stands_where_it_differs(some: dict[str, xr.DataTree]) -> N
     assert table.loc[("VGG-13", "digits", 1)].index.tolist() == [
         (0.5, "not pruned"), (0.5, "magnitude"), (0.9, "not pruned"), (0.9, "magnitude"),
     ]  # fmt: skip
+
+
+def test_agreement_is_a_median_over_runs_of_one_setting() -> None:
+    def measured(error: float, **said: object) -> xr.DataTree:
+        rows = {name: (("step", "layer"), np.ones((3, 1))) for name in ("grad_sqnorm", "grad_hess_grad")}
+        rows |= {"grad_update": (("step", "layer"), -np.ones((3, 1))), "loss_before": ("step", np.full(3, 1 + error))}
+        rows |= {"update_hess_update": (("step", "layer"), np.zeros((3, 1))), "loss_after": ("step", np.zeros(3))}
+        curvature = xr.Dataset(rows, {"step": range(3), "layer": ["a"]})
+        steps = curvature[["grad_sqnorm"]].rename(grad_sqnorm="flow_step")
+        said = {"model": "m", "data": "d", "measure": "none"} | said
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=said), "/curvature": curvature, "/steps": steps})
+
+    runs = {f"{rate} {seed}": measured(error + seed / 8, seed=seed, rate=rate)
+            for rate, error in ((0.1, 0.0), (0.2, 1.0)) for seed in (0, 1, 2)}  # fmt: skip
+    table = agreement_over_runs(runs)
+    assert table.index.names == ["relation", "order", "model", "data", "rate"]
+    found = table.loc[("loss decrease", "first", "m", "d"), "median relative error"]
+    assert found.tolist() == pytest.approx([0.125 / 1.125, 1.125 / 2.125])
+    assert table.runs.tolist() == [3, 3, 3, 3]
 
 
 def test_verdicts_are_counted_over_conditions() -> None:

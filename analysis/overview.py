@@ -20,6 +20,7 @@ Parts = dict[str, Part]
 
 _OUTCOME = "What the runs came to"
 _ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
+_TEST_LOSS = "Test loss: mean ± half of its 95 % interval over seeds"
 _CONVERGENCE = (
     "Convergence after the last pruning: training loss, mean ± half of its 95 % interval over seeds; steps to a share "
     "of the first loss, median over seeds (and how many got there)"
@@ -35,7 +36,7 @@ _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
 _LACKING = "Claims without a verdict: what they need, and no run has"
 _DIVERGED = "Trainings that diverged"
-SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _VERDICTS, _LACKING)  # what a report begins with
+SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # what a report begins with
 
 
 def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
@@ -48,8 +49,9 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
     lost = {_DIVERGED: said} if (said := diverged(runs)) else {}
     if not several_seeds(runs):
         return lost | _of_runs(runs, brief)
-    accuracy = lost | {_ACCURACY: seed_tables.accuracy_table(runs)}
-    return accuracy | (_of_claims(runs, brief) if brief else _of_seeds(runs))
+    reached = seed_tables.accuracy_table(runs)
+    outcome = lost | {_TEST_LOSS if "test loss" in reached else _ACCURACY: reached}
+    return outcome | (_of_claims(runs, brief) if brief else _of_seeds(runs))
 
 
 def _of_runs(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:

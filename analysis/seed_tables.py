@@ -16,6 +16,7 @@ from .intervals import CONFIDENCE, half_width
 from .names import name_of
 from .outcome import outcome, pruned_units
 from .progress import passed
+from .prunings import prunings
 from .record import MissingQuantityError, ended, has
 from .tables import agreement_table
 from .typeset import MISSING, told_apart
@@ -28,22 +29,29 @@ VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdi
 def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Test accuracy by model, data, rounds and measure: mean ± half of its 95 % interval over seeds.
 
-    Beside it what the pruning took: filters or weights, parameters and multiply-adds, means over seeds. Runs that did
-    not end, or whose accuracy is not a number, are left out, and said under ``seeds``.
+    Where no run logged an accuracy, the test loss. Beside it, where any was pruned, what the pruning took: filters or
+    weights, parameters and multiply-adds, means over seeds. Runs that did not end, or whose accuracy is not a number,
+    are left out, and said under ``seeds``.
     """
     table = comparisons(runs)
     found = {label: outcome(run) for label, run in passed(runs.items(), "accuracy") if ended(run)}
     same = compared_by(table)
-    titles = {
-        "test accuracy, %": "test_accuracy",
+    accuracy, loss = (any(np.isfinite(of[name]) for of in found.values()) for name in ("test_accuracy", "test_loss"))
+    title, name, scale, digits = "test accuracy, %", "test_accuracy", 100, ".1f"
+    if loss and not accuracy:
+        title, name, scale, digits = "test loss", "test_loss", 1, ".3g"
+    pruned = {
         f"{pruned_units(runs.values())} pruned, %": "sparsity",
         "parameters pruned, %": "removed_parameters",
         "multiply-adds pruned, %": "removed_multiply_adds",
     }
-    for title, name in titles.items():
-        table[title] = [100 * float(found[label][name]) if label in found else np.nan for label in table.run]
-    cells = {title: partial(_mean, digits=".1f", interval=title.startswith("test")) for title in titles}
-    known = table["test accuracy, %"].notna()
+    pruned = pruned if any(len(prunings(run)) for run in runs.values()) else {}
+    for column, of in ({title: name} | pruned).items():
+        values = {label: float(came_to[of]) for label, came_to in found.items()}
+        table[column] = table.run.map(values) * (scale if column == title else 100)
+    cells = {title: partial(_mean, digits=digits, interval=True)}
+    cells |= dict.fromkeys(pruned, partial(_mean, digits=".1f", interval=False))
+    known = table[title].notna()
     return _over_seeds(table.assign(counts=table.run.isin(found) & (known | ~known.any())), same, cells)
 
 

@@ -14,7 +14,7 @@ from analysis.__main__ import main
 from analysis.comparison import mean_and_interval, median_and_quartiles
 from analysis.conditions import several_seeds
 from analysis.intervals import stand
-from analysis.overview import overview
+from analysis.overview import SUMMARY, overview
 from analysis.seed_tables import VERDICTS, agreement_over_runs, chance, claims_table, verdict_table
 from analysis.typeset import FORMATS, as_latex, as_markdown, page
 
@@ -93,6 +93,22 @@ def test_the_sparsity_stands_where_it_differs(some: dict[str, xr.DataTree]) -> N
     assert table.loc[("VGG-13", "digits", 1)].index.tolist() == [
         (0.5, "not pruned"), (0.5, "magnitude"), (0.9, "not pruned"), (0.9, "magnitude"),
     ]  # fmt: skip
+
+
+def test_where_no_accuracy_was_logged_test_losses_are_the_outcome() -> None:
+    def trained(loss: float, **said: object) -> xr.DataTree:
+        epochs = xr.Dataset({"test_loss": ("epoch", [9.0, loss])}, {"epoch": [0, 1]})
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs={"model": "m", "data": "d"} | said), "/epochs": epochs})
+
+    runs = {f"{decay} {seed}": trained(2 + decay + seed / 10, seed=seed, decay=decay)
+            for decay in (0.0, 0.5) for seed in (0, 1)}  # fmt: skip
+    table = analysis.accuracy_table(runs)
+    assert table.columns.tolist() == ["test loss", "seeds"]  # nothing was pruned
+    assert table["test loss"].tolist() == ["2.05 ± 0.635", "2.55 ± 0.635"]  # Student's 12.706 · 0.0707 / √2
+    assert next(iter(overview(runs))) == "Test loss: mean ± half of its 95 % interval over seeds"
+    assert next(iter(overview(runs))) in SUMMARY
+    known = runs | {"accurate": unpruned(0, accuracy=0.5)}
+    assert "test loss" not in analysis.accuracy_table(known)
 
 
 def test_agreement_is_a_median_over_runs_of_one_setting() -> None:

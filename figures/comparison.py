@@ -100,17 +100,21 @@ def training_curves(runs: Runs) -> Figure:
     """What a pruning costs in loss and accuracy, and what training on makes up for.
 
     A row a condition: training loss and test accuracy after each epoch, in experiments before that epoch's pruning if
-    any. Median over seeds, in the band of their quartiles. A pruning stands after the steps that came before it.
+    any; the test loss where no accuracy was logged. Median over seeds, in the band of their quartiles. A pruning stands
+    after the steps that came before it.
     """
     found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, in_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
     for axes, (name, of) in zip(rows, found.items(), strict=True):
-        for ax, quantity in zip(axes, ("train_loss", "test_accuracy"), strict=True):
+        accurate = any("test_accuracy" in values for values in of.values())
+        tested = "test_accuracy" if accurate else "test_loss"
+        for ax, quantity in zip(axes, ("train_loss", tested), strict=True):
             _draw_medians(ax, of, quantity)
             panels.draw_times(*events[name], ax=ax)
             ax.set(ylabel=label_of(quantity))
             ax.set_visible(any(quantity in values for values in of.values()))
-        scales.percent(axes[1].yaxis)
+        if accurate:
+            scales.percent(axes[1].yaxis)
         named(axes[0], name, panels=len(axes))
     legend_below(figure)
     return figure

@@ -264,6 +264,17 @@ def test_prunings_are_lines_where_they_were_among_the_epochs(runs: dict[str, xr.
     assert dotted
 
 
+@pytest.mark.parametrize("accurate", [False, True])
+def test_where_no_accuracy_was_logged_the_test_loss_is_drawn(accurate: bool) -> None:
+    logged = {"train_loss": [3.0, 2.0], "test_loss": [4.0, 3.5]} | ({"test_accuracy": [0.25, 0.5]} if accurate else {})
+    epochs = xr.Dataset({name: ("epoch", values) for name, values in logged.items()}, {"epoch": [0, 1]})
+    ax = draw("training_curves", {"language model": xr.DataTree.from_dict({"/epochs": epochs})}).axes[1]
+    assert ax.get_ylabel() == ("test accuracy" if accurate else "test loss  [L]")
+    assert ax.lines[0].get_ydata().tolist() == logged["test_accuracy" if accurate else "test_loss"]
+    percent = ax.yaxis.get_major_formatter()(0.5, 0) == "50%"
+    assert percent == accurate
+
+
 def test_the_report_stands_alone(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     for name in OF_ONE_SEED:

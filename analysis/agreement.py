@@ -11,6 +11,7 @@ from dynamics.schema import QUANTITIES
 from .effect import effect_of_prunings
 from .loss import loss_decrease
 from .norm import network_norm_rate
+from .prunings import prunings
 from .record import MissingQuantityError
 
 ORDERS = ("first_order", "second_order")
@@ -54,7 +55,8 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
     """Theory against measurement in one run: :func:`agree` for every relation that the record allows.
 
     Dims (relation, order); relations: "loss decrease" of a step; "norm rate" of the whole network, averaged over
-    windows of a twentieth of the run, at least ten steps; "effect of pruning" on the loss, ‖g‖², d‖θ‖²/dt and θᵀHg.
+    windows of a twentieth of the run, at least ten steps; "effect of pruning" on the loss, ‖g‖², d‖θ‖²/dt and θᵀHg;
+    of a run without prunings, "effect of events" on them.
 
     Raises:
         MissingQuantityError: the record allows none.
@@ -81,7 +83,8 @@ def _norm_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
 def _prunings_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
     effect = effect_of_prunings(run)
     symbols = {name: QUANTITIES[name].symbol for name in effect.quantity.values.tolist()} | {"loss": "the loss"}
-    return {f"effect of pruning on {symbol}": effect.sel(quantity=name) for name, symbol in symbols.items()}
+    what = "pruning" if len(prunings(run)) else "events"
+    return {f"effect of {what} on {symbol}": effect.sel(quantity=name) for name, symbol in symbols.items()}
 
 
 def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float, float, float, int]:

@@ -97,7 +97,8 @@ def test_other_events_are_no_part_of_how_well_prunings_are_predicted(tmp_path: P
     assert analysis.pruning_effect(both).kind.values.tolist() == ["noise", "prune"]
     for run, kind, said in ((alone, "noise", "n = 1 event."), (both, "prune", "n = 1 pruning, each of")):
         assert effect_of_prunings(run).kind.values.tolist() == [kind]
-        assert analysis.agreement(run).sel(relation="effect of pruning on the loss")["count"].values.tolist() == [1, 1]
+        relation = f"effect of {'pruning' if kind == 'prune' else 'events'} on the loss"
+        assert analysis.agreement(run).sel(relation=relation)["count"].values.tolist() == [1, 1]
         assert said in findings.effect_prediction({"run": run})
 
 

@@ -176,6 +176,17 @@ def test_show_says_what_a_run_came_to_and_which_groups_are_empty(runs, tmp_path)
     assert all(re.fullmatch(r"/\w+ +empty", group) for group in groups)
 
 
+def test_show_counts_the_steps_that_were_taken_not_those_up_to_the_last_that_was_recorded(tmp_path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=0, every=5) as recorder:
+        for _ in range(19):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        recorder.log_epoch(test_loss=1.0)
+    assert "came to     19 steps, 4 of them recorded\n" in summary(open_run(tmp_path / "run.zarr"))
+
+
 def of(test_accuracy: float = 0.5, **said: object) -> xr.DataTree:
     """A run of someone's loop that said so of itself, and has an accuracy."""
     epochs = xr.Dataset({"test_accuracy": ("epoch", [test_accuracy])}, coords={"epoch": [0]})

@@ -34,11 +34,19 @@ def _outcome(run: xr.DataTree) -> list[str]:
         values = run[node][name].values if name in run.children.get(node, ()) else np.empty(0)
         if values.dtype.kind == "f" and (known := values[np.isfinite(values)]).size:  # someone's own may be a text
             said.append(f"{words} {known[-1]:.1%}")
-    if "step" in run.children.get("steps", ()) and (steps := run["steps"].step.values).size:
-        said.append(_counted(int(steps[-1]) + 1, "step"))
+    if "step" in run.children.get("steps", ()) and (recorded := run["steps"].sizes["step"]):
+        taken = _taken(run)
+        said.append(_counted(taken, "step"))
+        said += [f"{recorded} of them recorded"] * (recorded < taken)
     if "pruning" in run.children and (events := run["pruning"].sizes.get("event", 0)):
         said.append(_counted(events, "event"))
     return said
+
+
+def _taken(run: xr.DataTree) -> int:
+    """How many steps were taken: up to the last that was recorded, the last event or the last epoch that was logged."""
+    behind = [run[node].step.values for node in ("epochs", "pruning") if "step" in run.children.get(node, ())]
+    return int(max([run["steps"].step.values[-1] + 1, *(steps.max() for steps in behind if steps.size)]))
 
 
 def _counted(count: int, what: str) -> str:

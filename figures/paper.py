@@ -66,7 +66,8 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
 def loss_decrease_over_time(runs: Runs) -> Figure:
     """How predicted and measured loss decreases of single steps go together over training.
 
-    Loss decrease of each measured step on its own batch; of many steps, dots show some. A panel a run.
+    Loss decrease of each measured step on its own batch; of many steps, dots show some. A panel a measure: of several
+    conditions the first that was pruned, in one seed.
     """
     return _over_time(runs, analysis.each(runs, analysis.loss_decrease), ylabel="loss decrease  [L]")
 
@@ -75,7 +76,8 @@ def norm_rate(runs: Runs) -> Figure:
     """Gradient flow moves the squared norm at −2θᵀg − 2λ‖θ‖²; a step of finite length Δt adds Δt‖g‖².
 
     d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. The
-    prediction is gradient descent's: a momentum carries the flow only after about 1/(1−β) steps.
+    prediction is gradient descent's: a momentum carries the flow only after about 1/(1−β) steps. A panel a measure: of
+    several conditions the first that was pruned, in one seed.
     """
     return _over_time(runs, analysis.each(runs, analysis.network_norm_rate), ylabel="d‖θ‖²/dt  [L]")
 

@@ -17,7 +17,7 @@ from analysis import MissingQuantityError, comparisons
 from analysis.comparison import title
 from analysis.conditions import by_condition, by_setting
 from analysis.typeset import told_apart
-from figures import draw
+from figures import caption, draw
 from figures.labels import layer_names, wrapped
 from figures.style import run_styles
 
@@ -92,6 +92,11 @@ def test_the_height_of_rows_grows_with_their_number() -> None:
         figure = draw("accuracy", named([f"learning rate {number / 7}" for number in range(count)]))
         assert not meets(figure)
         assert len(figure.axes[0].get_yticklabels()) == count
+
+
+@pytest.mark.parametrize("name", ["loss_decrease_over_time", "norm_rate"])
+def test_a_caption_says_that_one_condition_and_seed_is_drawn_over_time(name: str) -> None:
+    assert caption(name).endswith("A panel a measure: of several conditions the first that was pruned, in one seed.")
 
 
 def test_of_many_runs_some_are_drawn_and_it_is_said() -> None:

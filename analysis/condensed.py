@@ -17,6 +17,7 @@ from dynamics.record.reading import METADATA, Metadata, RecordError, checked_met
 from dynamics.schema import NODES, SCHEMA_VERSION, STUDIES
 
 from .prunings import prunings
+from .runs import check_runs
 
 SUFFIX = ".zarr.zip"
 
@@ -46,9 +47,10 @@ def condense(runs: Mapping[str, xr.DataTree], path: str | Path) -> Path:
     saying whose they are: a hundred runs are a few hundred arrays.
 
     Raises:
-        ValueError: no runs, or the file's name does not end as it must.
+        ValueError: no runs by label, or the file's name does not end as it must.
         IsADirectoryError, NotADirectoryError, PermissionError: there can be no such file.
     """
+    check_runs(runs)
     path = Path(path)
     if not runs or not path.name.endswith(SUFFIX):
         raise ValueError(f"condense needs records and a file named *{SUFFIX}, got {len(runs)} records and {path}")

@@ -13,6 +13,7 @@ from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTING
 from .names import name_of
 from .prunings import compounded, prunings
 from .record import experiment
+from .runs import check_runs
 from .typeset import MISSING, told_apart
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
@@ -55,8 +56,7 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     Raises:
         ValueError: no runs, or two experiments are the same, so that their values would count twice.
     """
-    if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
-        raise ValueError(f"runs are given by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
+    check_runs(runs)
     if not runs:
         raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
     if other := [label for label, run in runs.items() if not isinstance(run, xr.DataTree)]:

@@ -18,6 +18,7 @@ from .outcome import outcome
 from .progress import passed
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, node
+from .runs import check_runs
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -26,8 +27,9 @@ def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, 
     """The analysis of every run that recorded what it needs.
 
     Raises:
-        MissingQuantityError: none of the runs did.
+        MissingQuantityError: none of the runs did. ValueError: they are not given by label.
     """
+    check_runs(runs)
     found, missing = {}, MissingQuantityError("no runs given")
     for label, run in passed(runs.items(), "theory"):
         try:

@@ -13,6 +13,7 @@ from .findings import each
 from .outcome import outcome, pruned_units
 from .prunings import prunings
 from .record import MissingQuantityError
+from .runs import check_runs
 from .typeset import MISSING
 
 
@@ -42,6 +43,7 @@ def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
 
 
 def _outcomes(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    check_runs(runs)
     found = {label: outcome(run) for label, run in runs.items()}
     rows = {
         ("test", "accuracy"): [_percent(of.test_accuracy) for of in found.values()],

@@ -110,6 +110,19 @@ def test_no_runs_are_said_to_be_none(table) -> None:
         table(of())
 
 
+@pytest.mark.parametrize(
+    "analyse",
+    [analysis.outcome_table, analysis.agreement_table, lambda run: analysis.each(run, analysis.loss_decrease),
+     lambda run: analysis.condense(run, "never.zarr.zip")],
+)  # fmt: skip
+@pytest.mark.parametrize("given", ["a record", "a list"])
+def test_a_record_without_a_label_is_not_taken_for_its_groups(analyse, given, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"runs are given by label, .* got a (DataTree|list)"):
+        analyse(of() if given == "a record" else [of()])
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_pruned_is_not_what_runs_are_laid_side_by_side_by() -> None:
     runs = {unit: of(granularity=unit) for unit in ("filter", "weight")}
     assert by_setting(runs) == runs

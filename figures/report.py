@@ -66,7 +66,9 @@ class Drawn:
     width: int
 
 
-def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable[[list[str]], object] = list) -> Path:
+def write_report(
+    runs: Runs, folder: str | Path, *, records: list[str], each: Callable[[list[str]], object] = list
+) -> Path:
     """Draw every figure that the runs allow, as PNG and PDF, and ``report.html``; returns the page's path.
 
     Args:
@@ -80,6 +82,7 @@ def write_report(runs: Runs, folder: Path, *, records: list[str], each: Callable
         MissingQuantityError: the runs allow no figure at all.
         NotADirectoryError: there is a file in the folder's place. PermissionError: it may not be written.
     """
+    folder = Path(folder)
     check_folder(folder, "figures and report", "out/figures")
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing, shown = [], {}, by_setting(runs)

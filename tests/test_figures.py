@@ -403,6 +403,13 @@ def test_a_long_condition_is_a_title_of_several_lines(runs: dict[str, xr.DataTre
     assert not one.overlaps(other)
 
 
+def test_a_report_may_go_to_a_folder_by_its_name(tmp_path: Path) -> None:
+    epochs = xr.Dataset({"test_accuracy": ("epoch", [0.25, 0.5])}, {"epoch": [0, 1]})
+    page = write_report({"mine": xr.DataTree.from_dict({"/epochs": epochs})}, str(tmp_path / "drawn"), records=[])
+    assert page == tmp_path / "drawn" / "report.html"
+    assert (tmp_path / "drawn" / "training_curves.png").exists()
+
+
 def test_a_report_is_written_whatever_was_recorded(tmp_path: Path) -> None:
     for name, quantities in (("few", ["param_sqnorm", "loss"]), ("still", None)):
         model, batches = smooth_network(), vectors(3)

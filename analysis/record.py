@@ -115,6 +115,8 @@ def has(run: xr.DataTree, name: str) -> bool:
     """
     if not isinstance(run, xr.DataTree):
         raise ValueError(f"an analysis is of a record, open_run(path), got {run!r:.60}")
+    if run.path.removeprefix("/") in _HOW:
+        raise ValueError(f"an analysis is of a whole record, open_run(path), got its group {run.path}")
     return name in run.children and bool(run[name].data_vars)
 
 

@@ -207,6 +207,13 @@ def test_values_that_differ_by_rounding_alone_have_one_rank() -> None:
     assert analysis.agree(xr.Dataset(values)).rank_correlation.values == pytest.approx([1, 1], abs=1e-15)
 
 
+@pytest.mark.parametrize("analyse", [analysis.loss_decrease, analysis.norm_rate, analysis.agreement])
+def test_a_group_of_a_record_is_not_said_to_be_an_empty_record(analyse) -> None:
+    run = xr.DataTree.from_dict({"/steps": xr.Dataset({"loss": ("step", [1.0])})})
+    with pytest.raises(ValueError, match=r"^an analysis is of a whole record, open_run\(path\), got its group /steps$"):
+        analyse(run["steps"])
+
+
 def test_curvature_that_lacks_quantities_says_how_to_have_them(tmp_path: Path) -> None:
     model, names = smooth_network(), ["grad_update", "update_hess_update"]
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

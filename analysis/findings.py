@@ -82,7 +82,7 @@ def loss_over_time(runs: Runs) -> str:
     errors = {half: agree(_pool(dict(enumerate(parts)))).median_relative_error for half, parts in halves.items()}
     if not any(np.isfinite(of).any() for of in errors.values()):
         raise MissingQuantityError("no loss decrease that was measured is finite and has a finite prediction")
-    (early_first, early), (late_first, late) = (map(_percent, errors[half].values) for half in halves)
+    (early_first, early), (late_first, late) = (map(error_in_percent, errors[half].values) for half in halves)
     return (
         f"Median relative error in the first half of the training: {early_first} in first and {early} in "
         f"second order; in the second half{', at smaller steps' * _slower(runs)}: {late_first} and {late}."
@@ -254,12 +254,12 @@ def _errors(pooled: xr.Dataset) -> str:
     count = int(agreed["count"].max())
     if not count:
         raise MissingQuantityError("no value that was measured is finite and has a finite prediction")
-    first, second = map(_percent, agreed.median_relative_error.values)
+    first, second = map(error_in_percent, agreed.median_relative_error.values)
     points = f"Median relative error over {count} point{'s' * (count != 1)}"
     return f"{points}: {first} in first order, {second} in second order."
 
 
-def _percent(share: float) -> str:
+def error_in_percent(share: float) -> str:
     """A share in per cent, with a digit that is not 0 however small it is."""
     if not np.isfinite(share):
         return "not finite"

@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from .agreement import agreement
-from .findings import each
+from .findings import each, error_in_percent
 from .outcome import outcome, pruned_units
 from .prunings import prunings
 from .record import MissingQuantityError
@@ -36,7 +36,8 @@ def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
         for relation in (name for name in ("loss decrease", "norm rate") if name in errors.relation):
             for order in errors.order.values:
                 column = (f"error of {relation}", order.removesuffix("_order"))
-                table.loc[label, column] = _percent(errors.sel(relation=relation, order=order))
+                error = float(errors.sel(relation=relation, order=order))
+                table.loc[label, column] = error_in_percent(error) if np.isfinite(error) else MISSING
             counts = agreed["count"].sel(relation=relation)
             table.loc[label, (f"error of {relation}", "count")] = str(int(counts.max("order")))
     return table

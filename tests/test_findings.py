@@ -150,8 +150,8 @@ def test_layers_whose_optimizers_take_turns_are_compared_by_the_gradients_that_t
 
 
 def test_an_error_that_is_small_is_not_zero() -> None:
-    assert findings._percent(2.7e-5) == "0.003%"
-    assert findings._percent(0.0) == "0.0%"
-    assert findings._percent(4e-16) == "under 0.001%"
-    assert findings._percent(0.0234) == "2.3%"
-    assert findings._percent(float("nan")) == "not finite"
+    assert findings.error_in_percent(2.7e-5) == "0.003%"
+    assert findings.error_in_percent(0.0) == "0.0%"
+    assert findings.error_in_percent(4e-16) == "under 0.001%"
+    assert findings.error_in_percent(0.0234) == "2.3%"
+    assert findings.error_in_percent(float("nan")) == "not finite"

@@ -278,6 +278,16 @@ def test_cadence_epochs_and_flow_time(tmp_path: Path) -> None:
     np.testing.assert_allclose(run["steps"].flow_time, [0, 0.8, 1.6, 2.4])
 
 
+def test_one_step_of_one_layer_is_no_plural(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        assert repr(recorder).endswith("run: recording, 0 steps, 1 layer>")
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert repr(recorder).endswith("run: closed, 1 step, 1 layer>")
+
+
 def test_nothing_of_second_order_is_computed_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **settings: object) -> None:
         raise AssertionError("a Hessian product that nobody asked for")

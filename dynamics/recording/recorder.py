@@ -294,7 +294,9 @@ class Recorder:
 
     def __repr__(self) -> str:
         state = "recording" if self._attachment else "closed"
-        return f"<Recorder {self._path}: {state}, {self._steps.number} steps, {len(self._layers)} layers>"
+        steps, layers = self._steps.number, len(self._layers)
+        extent = f"{steps} step{'s' * (steps != 1)}, {layers} layer{'s' * (layers != 1)}"
+        return f"<Recorder {self._path}: {state}, {extent}>"
 
     @property
     def failure(self) -> Exception | None:

@@ -107,8 +107,9 @@ def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
     and in a run that did not end: what it came to is not known.
     """
+    table = conditions(runs)
     found = [_values(run) for run in passed(runs.values(), "claims")]
-    return conditions(runs).join(pd.DataFrame(found, index=list(runs)))
+    return table.join(pd.DataFrame(found, index=list(runs)))
 
 
 def log(ratio: np.ndarray | xr.DataArray) -> np.ndarray | xr.DataArray:

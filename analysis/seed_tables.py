@@ -220,7 +220,8 @@ def _in_print(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _telling(table: pd.DataFrame, names: list[str]) -> list[str]:
-    """The columns that tell rows apart: all but a sparsity that all pruned networks have in common."""
+    """The columns that tell rows apart: all but a sparsity that all pruned networks have in common, and no rounds."""
     pruned = table[table.measure != "none"] if "measure" in table else table
-    common = "sparsity" in names and pruned.sparsity.nunique(dropna=False) < 2
-    return [name for name in names if not (common and name == "sparsity")]
+    alike = {"sparsity"} if "sparsity" in names and pruned.sparsity.nunique(dropna=False) < 2 else set()
+    alike |= {"rounds"} if pruned.empty else set()
+    return [name for name in names if name not in alike]

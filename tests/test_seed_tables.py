@@ -104,6 +104,7 @@ def test_where_no_accuracy_was_logged_test_losses_are_the_outcome() -> None:
             for decay in (0.0, 0.5) for seed in (0, 1)}  # fmt: skip
     table = analysis.accuracy_table(runs)
     assert table.columns.tolist() == ["test loss", "seeds"]  # nothing was pruned
+    assert table.index.names == ["model", "data", "decay", "measure"]
     assert table["test loss"].tolist() == ["2.05 ± 0.635", "2.55 ± 0.635"]  # Student's 12.706 · 0.0707 / √2
     assert next(iter(overview(runs))) == "Test loss: mean ± half of its 95 % interval over seeds"
     assert next(iter(overview(runs))) in SUMMARY

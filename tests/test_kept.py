@@ -223,6 +223,27 @@ def test_a_helper_that_holds_another_network_counts_as_the_step_does(tmp_path: P
     assert one == other
 
 
+class Making(nn.Module):
+    """Makes its target in the first forward pass, as some make BYOL's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.target = nn.Linear(4, 3), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.target is None:
+            self.target = nn.Linear(4, 3).requires_grad_(False)
+            self.target.load_state_dict(self.layer.state_dict())
+        return self.layer(x) - self.target(x)
+
+
+def test_a_module_that_the_first_forward_pass_makes_stays_the_models(tmp_path: Path) -> None:
+    one = trained(None, Making(), cross_entropy, lambda: 0)
+    with pytest.warns(UserWarning, match="parameters that came after recording began are not recorded"):
+        other = trained(tmp_path / "run", Making(), cross_entropy, lambda: 0)
+    assert one == other
+
+
 def test_what_is_not_the_models_business_is_left_alone() -> None:
     model, data = nn.Linear(4, 3), torch.zeros(2**20 + 1)
     trained = torch.zeros(2, requires_grad=True)

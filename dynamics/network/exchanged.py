@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 def exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the model has ``tensors``, by their names there, instead of its own; afterwards its own again.
 
+    So are its modules, whichever a forward pass makes or replaces inside.
+
     A parameter that stands in several places is exchanged in all of them, also where a module itself does: with
     ``torch.func.functional_call`` (PyTorch 2.14), a module that a model holds twice keeps the other tensors for good.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     others = {id(one): tensors[name] for name, one in named if name in tensors}
-    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    tables = [table for module in model.modules() for table in _tables(module)]
     own = [dict(table.items()) for table in tables]
     try:
         for table, before in zip(tables, own, strict=True):
@@ -30,3 +34,8 @@ def exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
                 del table[name]
             for name, one in before.items():
                 table[name] = one
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    tensors = module._parameters, module._buffers
+    return tensors if isinstance(module, torch.jit.ScriptModule) else (*tensors, module._modules)

@@ -13,6 +13,7 @@ import xarray as xr
 from by_hand import ByHand
 from networks import convolutional_network, images, smooth_network, vectors
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 from dynamics import Recorder, open_run
 
@@ -547,3 +548,35 @@ def test_a_generator_that_steps_first_and_runs_again_for_the_discriminator(tmp_p
             optimizers[1].step()
             losses.append(loss.item())
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_maml_by_vmap_over_tasks(tmp_path: Path) -> None:
+    """As in PyTorch's tutorials on torch.func: the network runs inside of vmap and grad."""
+    model = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer, losses = torch.optim.Adam(model.parameters(), 0.05), []
+
+    def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        theta = dict(model.named_parameters())
+
+        def squared_error(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return F.mse_loss(functional_call(model, theta, (x,)), y)
+
+        def of_task(x: Tensor, y: Tensor, queries: Tensor, answers: Tensor) -> Tensor:
+            slope = grad(squared_error)(theta, x, y)
+            return squared_error({name: one - 0.1 * slope[name] for name, one in theta.items()}, queries, answers)
+
+        return vmap(of_task)(*batch).mean()
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=loss_of, curvature_every=1) as recorder:
+        for _ in range(3):
+            batch = [torch.randn(2, 4, 1) for _ in range(4)]
+            recorder.observe(batch)
+            theta = theta_of(model)
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+    agree_with_autograd(run, 2, model, theta, lambda: loss_of(model, batch))

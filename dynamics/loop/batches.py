@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..curvature.ordinary import is_batched
 from ..errors import named
 from ..probing.batch import copied
 from ..probing.bystanders import Bystanders
@@ -100,7 +101,7 @@ class Batches:
             return
         if self._seen:
             self._seen[-1].looked = False  # it is trained on after all
-        if not self._awaits or self.failure:
+        if not self._awaits or self.failure or is_batched():  # what torch.func has put into it is none of its own
             return
         with self._not_in_the_loop():
             self.repeat(due=True)

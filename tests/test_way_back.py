@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,44 @@ def test_a_backward_pass_that_has_no_derivative_is_said(tmp_path: Path, once: bo
                 objective(model, batch).backward()
                 optimizer.step()
     assert open_run(tmp_path / "run")["curvature"].approximate.values.tolist() == [float(once)]
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_a_hook_that_has_no_derivative_is_said(tmp_path: Path, implicit: bool) -> None:
+    """Of deep equilibrium models, as in the tutorial of Kolter and others; one that only looks changes nothing."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"inner": nn.Linear(6, 6), "inject": nn.Linear(4, 6), "out": nn.Linear(6, 3)}).double()
+    nn.init.orthogonal_(model["inner"].weight)
+
+    def step(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.9 * model["inner"](z) + model["inject"](x))
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        z = torch.zeros(len(batch[0]), 6).double()
+        with torch.no_grad():
+            for _ in range(30):
+                z = step(z, batch[0])
+        z = step(z, batch[0])
+        start = z.clone().detach().requires_grad_()
+        again = step(start, batch[0])
+
+        def solve(grad: Tensor) -> Tensor:
+            solution = grad
+            for _ in range(30):
+                solution = torch.autograd.grad(again, start, solution, retain_graph=True)[0] + grad
+            return solution
+
+        if z.requires_grad:
+            z.register_hook(solve if implicit else lambda grad: seen.append(grad.sum()))
+        return F.cross_entropy(model["out"](z), batch[1])
+
+    optimizer, seen = torch.optim.SGD(model.parameters(), 0.1), []
+    said = pytest.warns(UserWarning, match="hook on a tensor, autograd cannot differentiate")
+    with said if implicit else nullcontext():
+        with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+            for batch in recorder.watch([(torch.randn(8, 4).double() / 5, torch.randint(3, (8,)))]):
+                objective(model, batch).backward()
+                optimizer.step()
 
 
 def test_an_operation_with_a_derivative_is_believed(tmp_path: Path) -> None:

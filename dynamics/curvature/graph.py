@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 _LENT = "_lent_on_the_way_back"
 _KNOWN = ("torch", __package__.partition(".")[0])  # whose functions never run a network again
@@ -55,6 +57,20 @@ def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
         elif (variable := getattr(node, "variable", None)) is not None and id(variable) in own:
             raise ValueError(_FOREIGN.format(shape=tuple(variable.shape)))
     return found
+
+
+@contextmanager
+def hooks_on_tensors() -> Iterator[list[Callable]]:
+    """Those that are put on tensors inside: they may change gradients on the way back, by whatever computation."""
+    hooks: list[Callable] = []
+    own = Tensor.register_hook
+
+    def register_hook(tensor: Tensor, hook: Callable) -> RemovableHandle:
+        hooks.append(hook)
+        return own(tensor, hook)
+
+    with mock.patch.object(Tensor, "register_hook", register_hook):
+        yield hooks
 
 
 def lend_on_the_way_back(loss: Tensor, lent: Callable[[], AbstractContextManager]) -> None:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..curvature.expansion import Expansion, LossFunction, mean_gradient, mean_loss
 from ..curvature.gates import Products, gated_products
-from ..curvature.graph import lend_on_the_way_back, may_run_again
+from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_again
 from ..curvature.ordinary import masked
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
@@ -125,7 +125,7 @@ class Probe:
         self._at = list(zip(batches, moments, strict=True))
         self._fixed = False
         self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
-        self.own_operations = False  # whether the loss goes through operations of someone's own
+        self.own_operations = False  # whether the loss goes through operations or hooks of someone's own
         self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
 
     def __len__(self) -> int:
@@ -193,9 +193,11 @@ class Probe:
         again = nullcontext(set()) if self._fixed else moment.again()
         with again as others, mode_of(self._model, self._mode), _differentiable_twice(), _unrounded(self._model):
             given = as_measured(copied(batch), self._device)
-            with exchanged(self._model, values):
+            with exchanged(self._model, values), hooks_on_tensors() as hooks:
                 loss = self._objective(self._model, given)
             self.others |= others
+            if hooks:
+                self.repeatable, self.own_operations = False, True
             if self.repeatable and not self._fixed:
                 self.repeatable = not moment.drawn() and not any(map(_keeps, self.others))
             if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -262,8 +262,8 @@ class Measurement:
             self._say_once(
                 f"of an operation of your own is not the change of its gradient: gᵀHg is {exact:.4g} by its backward "
                 f"pass, and {change:.4g} by differences of gradients. One that passes on another gradient than its own "
-                "has none; one whose backward pass autograd cannot differentiate says so by "
-                "@torch.autograd.function.once_differentiable, and differences are recorded"
+                "has none; one whose backward pass, or hook on a tensor, autograd cannot differentiate says so as a "
+                "function with @torch.autograd.function.once_differentiable, and differences are recorded"
             )
 
     def _say_once(self, what: str, of: str = "products") -> None:

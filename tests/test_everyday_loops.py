@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import plain_step, recorded, smooth_network, vectors
+from networks import one_ahead, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -563,6 +563,34 @@ def test_a_batch_that_the_loop_changes_in_place(tmp_path: Path, kind: str) -> No
             optimizer.step()
             losses.append(loss.item())
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("by", ["the loop", "the objective", "what reads ahead"])
+def test_a_batch_that_is_changed_in_place_before_its_forward_pass(tmp_path: Path, by: str) -> None:
+    """Normalised, or mixed by CutMix, where it lies."""
+    torch.manual_seed(0)
+    model, losses = nn.Linear(4, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def normalised(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        batch[0].sub_(5).div_(2)
+        return batch
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = normalised(batch) if by == "the objective" else batch
+        return F.cross_entropy(model(x), y)
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        batches = recorder.watch([(x + 5, y) for x, y in vectors(4)])
+        for batch in one_ahead(map(normalised, batches)) if by == "what reads ahead" else batches:
+            loss = objective(model, normalised(batch) if by == "the loop" else batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
 
 
 def test_what_a_device_is_sent() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..curvature.ordinary import is_batched
 from ..errors import named
-from ..probing.batch import copied
+from ..probing.batch import changes, copied
 from ..probing.bystanders import Bystanders
 from ..probing.moment import Moment, random_numbers_untouched
 from ..probing.probe import Objective, is_compiled, unwrap
@@ -107,6 +107,8 @@ class Batches:
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
                 before, waiting.moment, waiting.passed = waiting.moment, self._moment(), True
+                if waiting.look_again is not None:
+                    waiting.changed, waiting.look_again = waiting.look_again(), None
                 waiting.moment.others = before.others if before else {}
                 waiting.gradient_moment = waiting.last_moment = None
                 waiting.passed_at = self._passes.total
@@ -210,7 +212,8 @@ class Batches:
             return replace(seen, batch=copied(seen.batch))
         with self._not_in_the_loop(), random_numbers_untouched(self._device):
             moment = moment or self._moment()
-            return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment)
+            again = seen.look_again or changes(seen.batch)
+            return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment, look_again=again)
         return seen
 
     @contextmanager

@@ -5,7 +5,7 @@ A gradient is of the batch that was read last when its backward pass came; where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ class Seen:
 
     batch: Any
     moment: Moment | None
+    look_again: Callable[[], Any] | None = None  # for what the loop changes in the batch in place
+    changed: Any = None  # the batch as its forward pass began, if it had been changed by then
     first_moment: Moment | None = None
     gradient_moment: Moment | None = None  # of the last further pass before its gradient was there
     last_moment: Moment | None = None

@@ -33,6 +33,13 @@ def copied(batch: Any) -> Any:
     return mapped(batch, _copy_of_tensor, _copy)
 
 
+def changes(batch: Any) -> Callable[[], Any]:
+    """What gives, when it is called, a copy of the batch if its tensors were changed in place meanwhile, else None."""
+    tensors = [tensor for tensor in tensors_of(batch) if not tensor.is_inference()]
+    before = [tensor._version for tensor in tensors]
+    return lambda: None if before == [tensor._version for tensor in tensors] else copied(batch)
+
+
 def _copy_of_tensor(tensor: Tensor) -> Tensor:
     """A copy; one that gradients are taken by, such as a point where a derivative enters the loss, stays one."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)

@@ -39,10 +39,14 @@ _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
 
 
 class _Way(NamedTuple):
-    """How a step may be of its batches: from which of :data:`_MOMENTS` on, counted by their samples or equally."""
+    """How a step may be of its batches: from which of :data:`_MOMENTS` on, counted by their samples or equally.
+
+    And as they were seen, or as the loop had ``changed`` them in place by their forward pass.
+    """
 
     moment: str = "forward pass"
     by_samples: bool = True
+    changed: bool = False
 
 
 class _Candidate(NamedTuple):
@@ -164,10 +168,11 @@ class StepCurvature:
                 for by_samples in ([True] if alike else [True, False])
             ]
         tried = [
-            (number, seen, _Way(moment, by_samples))
+            (number, seen, _Way(moment, by_samples, changed))
             for number, seen in known
             for moment in (_moments_that_differ(seen) if number == 0 or not self._way else [self._way.moment])
             for by_samples in _weights_that_differ(seen)
+            for changed in ([True, False] if any(one.changed is not None for one in seen) else [False])
         ]
         tried.sort(key=lambda one: (one[0], one[2] != (self._way or _Way())))
         return [self._candidate(*one) for one in tried]
@@ -177,7 +182,8 @@ class StepCurvature:
         return next(self._model.parameters()).device
 
     def _candidate(self, number: int, seen: list[Seen], way: _Way) -> _Candidate:
-        batches, moments = [one.batch for one in seen], [_MOMENTS[way.moment](one) for one in seen]
+        batches = [one.changed if way.changed and one.changed is not None else one.batch for one in seen]
+        moments = [_MOMENTS[way.moment](one) for one in seen]
         probe = Probe(self._model, self._objective, batches, moments=moments, by_samples=way.by_samples)
         return _Candidate(number, way, probe, all(one.certain for one in seen))
 

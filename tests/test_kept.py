@@ -244,6 +244,26 @@ def test_a_module_that_the_first_forward_pass_makes_stays_the_models(tmp_path: P
     assert one == other
 
 
+class Replacing(nn.Module):
+    """A codebook that moves by averages: each forward pass makes a new parameter of it, as in a much used VQ-VAE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.codes = nn.Linear(4, 3), nn.Embedding(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        chosen = F.one_hot(torch.cdist(z, self.codes.weight).argmin(1), 5).to(z.dtype)
+        quantised = chosen @ self.codes.weight
+        self.codes.weight = nn.Parameter(0.5 * self.codes.weight + 0.1 * chosen.T @ z)
+        return z + (quantised - z).detach() + F.mse_loss(quantised.detach(), z)
+
+
+def test_a_parameter_that_the_forward_pass_replaces_is_the_one_it_had(tmp_path: Path) -> None:
+    one, other = (trained(path, Replacing(), cross_entropy, lambda: 0) for path in (None, tmp_path / "run"))
+    assert one == other
+
+
 def test_what_is_not_the_models_business_is_left_alone() -> None:
     model, data = nn.Linear(4, 3), torch.zeros(2**20 + 1)
     trained = torch.zeros(2, requires_grad=True)

@@ -74,6 +74,7 @@ class Moment:
     Attributes:
         frozen: the parameters that are not trained, if they were to be kept: a forward pass may move them.
         others: modules outside the model that have run since, with what they had when they last began to.
+        replaced: parameters in whose places others had been put by :meth:`look_for_replaced`, by a forward pass.
         moved_others: of those whose parameters were not kept, the ones that then ran :meth:`again` with different ones.
     """
 
@@ -88,9 +89,11 @@ class Moment:
         self._model, self._device, self._objective = model, device, objective
         self._random, self._attributes = RandomState(device), kept(model.modules(), objective)
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._parameters = {name: one for name, one in model.named_parameters() if isinstance(one, nn.Parameter)}
         frozen = self._frozen()
         self._norms = _norms(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
+        self.replaced: dict[str, Tensor] = {}
         self.others: dict[nn.Module, _Other] = {}
         self.moved_others: set[nn.Module] = set()
 
@@ -112,6 +115,13 @@ class Moment:
         held = _copies(own) if parameters else {}
         norms = {} if held else _norms(own)
         self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)
+
+    def look_for_replaced(self) -> None:
+        """Which parameters of the moment are not the model's any more, as far as it has others in their places."""
+        for name, now in self._model.named_parameters():
+            was = self._parameters.get(name, now)
+            if was is not now and was.shape == now.shape:
+                self.replaced[name] = was.detach()
 
     @property
     def moved(self) -> bool:

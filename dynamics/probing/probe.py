@@ -99,7 +99,8 @@ class Probe:
     of the given ``moments``, one a batch, whatever happens to the model later. Every evaluation leaves them and the
     random numbers as they are (a BatchNorm in training mode moves no running statistics), draws the moment's random
     numbers (the same dropout mask as the training step's), and multiplies the parameters by the masks: a pruned
-    parameter is the constant zero, so it has no gradient; nor has a frozen one (``requires_grad=False``). Batches count
+    parameter is the constant zero, so it has no gradient; nor has a frozen one
+    (``requires_grad=False``), or one that the forward pass itself replaces by another. Batches count
     by their number of samples, or equally. Nothing runs compiled: that has no second derivative.
     """
 
@@ -123,6 +124,8 @@ class Probe:
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._at = list(zip(batches, moments, strict=True))
+        for moment in moments:
+            moment.look_for_replaced()
         self._fixed = False
         self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
         self.own_operations = False  # whether the loss goes through operations or hooks of someone's own
@@ -188,6 +191,7 @@ class Probe:
     def _loss(self, batch: Any, moment: Moment, theta: Theta) -> Tensor:
         fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
         free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
+        free |= {name: replaced.clone() for name, replaced in moment.replaced.items() if name in free}
         kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
         values = kept | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()

@@ -13,7 +13,7 @@ import xarray as xr
 from by_hand import ByHand
 from networks import convolutional_network, images, smooth_network, vectors
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 
 from dynamics import Recorder, open_run
 
@@ -580,3 +580,23 @@ def test_maml_by_vmap_over_tasks(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
     agree_with_autograd(run, 2, model, theta, lambda: loss_of(model, batch))
+
+
+def test_a_network_that_only_torch_func_runs_drops_out_what_the_step_did(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+
+    def loss_of(theta: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, theta, (inputs,)), labels)
+
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            torch.rand(5)  # the loop's own
+            grads, loss = grad_and_value(loss_of)(dict(model.named_parameters()), *batch)
+            for name, parameter in model.named_parameters():
+                parameter.grad = grads[name]
+            optimizer.step()
+            losses.append(loss.item())
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)

@@ -101,12 +101,12 @@ class Batches:
             return
         if self._seen:
             self._seen[-1].looked = False  # it is trained on after all
-        if not self._awaits or self.failure or is_batched():  # what torch.func has put into it is none of its own
+        if not self._awaits or self.failure:
             return
         with self._not_in_the_loop():
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
-                before, waiting.moment, waiting.passed = waiting.moment, self._moment(), True
+                before, waiting.moment, waiting.passed = waiting.moment, self._moment_of_pass(waiting.moment), True
                 if waiting.look_again is not None:
                     waiting.changed, waiting.look_again = waiting.look_again(), None
                 waiting.moment.others = before.others if before else {}
@@ -117,7 +117,7 @@ class Batches:
                     other.gradient_moment = other.last_moment = waiting.moment
             elif self._seen:
                 last = self._seen[-1]
-                last.last_moment = again = self._moment()
+                last.last_moment = again = self._moment_of_pass(last.moment)
                 if self._passes.total == last.passed_at:
                     last.gradient_moment = again
                 again.others = last.moment.others | (last.later.others if last.later else {})
@@ -226,6 +226,10 @@ class Batches:
 
     def _moment(self) -> Moment:
         return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
+
+    def _moment_of_pass(self, before: Moment | None) -> Moment:
+        """Now; but where torch.func runs the model, what it has put into it is none of its own: that of before."""
+        return before.with_present_numbers() if before and is_batched() else self._moment()
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first."""

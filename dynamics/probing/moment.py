@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -104,6 +105,12 @@ class Moment:
         """What there is by now, but with the random numbers of this moment."""
         moment = Moment(self._model, self._device, self._objective)
         moment._random = self._random
+        return moment
+
+    def with_present_numbers(self) -> Moment:
+        """The moment, but with the random numbers that there are by now."""
+        moment = copy.copy(self)
+        moment._random, moment.others, moment.moved_others = RandomState(self._device), dict(self.others), set()
         return moment
 
     def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
@@ -218,15 +225,15 @@ def _copies(tensors: Tensors) -> dict[str, Tensor | None]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    own = tensor.detach().clone()
+    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
 
 def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
     """Put copies of tensors into a module's table; what puts its own back. In place, a graph could not be gone back."""
     present = _own(table)
     own = {name: present[name] for name in tensors if name in present}
-    table.update({name: copy for name, copy in _copies(tensors).items() if name in own})
+    table.update({name: one for name, one in _copies(tensors).items() if name in own})
     return lambda: table.update(own)
 
 

@@ -155,6 +155,32 @@ def step_of(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
     return loss.item()
 
 
+def test_micro_batches_that_count_by_their_tokens_are_one_batch(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 3))
+    steps = [[(x, y.masked_fill(torch.rand(16) < share, -100)) for x, y in vectors(2)] for share in (0.1, 0.5, 0.8)]
+
+    def total(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    def of_tokens(model: nn.Module, batches: list[Batch]) -> torch.Tensor:
+        return sum(total(model, batch) for batch in batches) / sum((y >= 0).sum() for _, y in batches)
+
+    def loop(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        for batches in steps:
+            recorder.observe(batches)
+            optimizer.zero_grad()
+            parts = []
+            for batch in batches:
+                parts.append(total(model, batch) / sum((y >= 0).sum() for _, y in batches))
+                parts[-1].backward()
+            optimizer.step()
+            losses.append(sum(parts).item())
+        return losses
+
+    check(tmp_path / "run", model, of_tokens, loop)
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_two_loaders_of_different_batch_sizes_count_equally(tmp_path: Path, passes: int) -> None:
     """As FixMatch: few labelled samples and many that are not, their two losses added up."""

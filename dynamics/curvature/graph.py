@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +68,11 @@ def hooks_on_tensors() -> Iterator[list[Callable]]:
         hooks.append(hook)
         return own(tensor, hook)
 
-    with mock.patch.object(Tensor, "register_hook", register_hook):
+    Tensor.register_hook = register_hook
+    try:
         yield hooks
+    finally:
+        Tensor.register_hook = own
 
 
 def lend_on_the_way_back(loss: Tensor, lent: Callable[[], AbstractContextManager]) -> None:

@@ -1,5 +1,6 @@
 """Every test runs in float64, from one seed, on one rule: a warning is an error (pyproject.toml)."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,14 @@ def _float64_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures() -> Iterator[None]:
+    """A figure that a test left open would be another one's current axes."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,6 @@
 """The figure of the claims shows their table: right of the line what is as claimed, in its verdict's colour."""
 
-from collections.abc import Iterator
-
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -23,12 +20,6 @@ EFFECTS = {
     "gradient_norm_increase": {"accuracy": 0.9},
     "loss_preservation_times_magnitude": {"area": 0.01},
 }
-
-
-@pytest.fixture(autouse=True)
-def _closed_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 def points(ax: Axes) -> list[tuple[float, float, str, str, bool]]:

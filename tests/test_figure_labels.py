@@ -1,10 +1,8 @@
 """Whatever things are called, and however many they are: labels do not meet, and the data keep most of the picture."""
 
-from collections.abc import Iterator
 from itertools import combinations
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,12 +22,6 @@ from figures.style import run_styles
 mpl.use("agg")
 
 LONG = "augmentation by RandAugment with magnitude 9 and probability one half, mixup 0.8, label smoothing 0.1"
-
-
-@pytest.fixture(autouse=True)
-def _closed_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 def named(names: list[str], **what: object) -> dict[str, xr.DataTree]:

@@ -1,7 +1,5 @@
 """Every value that was recorded is seen: lines go on between samples, end where values do, and are no solid blocks."""
 
-from collections.abc import Iterator
-
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,12 +10,6 @@ from figures import draw_layers, draw_over_layers, draw_over_time, lines, panels
 from figures.style import FIRST, SECOND
 
 mpl.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def _closed_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 def median_of(values: list[float]) -> xr.Dataset:

@@ -1,6 +1,5 @@
 """Ticks say where values are: none meet, zeros and negative values have theirs, and shares end at their bounds."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import matplotlib as mpl
@@ -14,12 +13,6 @@ from figures import layout, room, scales
 from figures.style import theme
 
 mpl.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def _closed_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 def panel(values: np.ndarray, *, width: float = 2.5, height: float = 2.1) -> Axes:

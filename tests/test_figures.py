@@ -1,6 +1,5 @@
 """A figure shows the numbers of its analysis: its artists hold them, and its axes carry the table's symbols."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,12 +55,6 @@ def report(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.DataTree
 @pytest.fixture(scope="module")
 def report_of_one(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.DataTree]) -> Path:
     return write_report({"magnitude": runs["magnitude"]}, tmp_path_factory.mktemp("report"), records=["a.zarr"])
-
-
-@pytest.fixture(autouse=True)
-def _closed_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 @pytest.mark.parametrize("name", OF_ONE_SEED)

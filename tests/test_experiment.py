@@ -152,7 +152,7 @@ def test_importance_is_scored_where_the_protocol_does(
 ) -> None:  # fmt: skip
     """On images as they are, or, as the paper's code does, as its training's loader has them: one of 81 crops each."""
     seen, plan = [], Pruner.plan
-    monkeypatch.setattr(Pruner, "plan", lambda self, sparsity, batches: seen.extend(batches) or plan(self, 0, batches))
+    monkeypatch.setattr(Pruner, "plan", lambda self, share, batches: seen.extend(batches) or plan(self, share, batches))
     scored = replace(
         TINY, measure=measure, protocol=protocol, augment=augment, rounds=1, epochs=(1, 0), curvature_every=0
     )  # fmt: skip

@@ -139,7 +139,7 @@ def test_the_prunings_in_one_round_are_summed_up_as_they_are(laptop: Runs) -> No
         assert text in FLAT
         assert re.findall(r"(\d+)(?: %|,| and)", text) == found
     same = [run["epochs"].test_loss.identical(laptop[label]["epochs"].test_loss) for label, run in runs.items()]
-    assert f"of its {len(same)} trainings {sum(same)} are those of eval mode" in FLAT
+    assert f"of the {len(same)} trainings in one round {sum(same)} are those of eval mode" in FLAT
 
 
 NETWORKS = ("mobilenet_v1", "resnet56", "vgg13")

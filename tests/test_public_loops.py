@@ -600,3 +600,31 @@ def test_a_network_that_only_torch_func_runs_drops_out_what_the_step_did(tmp_pat
     curvature = open_run(tmp_path / "run")["curvature"]
     np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
     np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shares", [(0.9,), (0.9, 0.8)])
+def test_a_network_that_runs_with_other_parameters_too_keeps_its_own(tmp_path: Path, shares: tuple[float, ...]) -> None:
+    """As a teacher of averages by functional_call: its parameters are in the network while it runs, and gone then."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+
+    def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        said = [
+            functional_call(
+                model, {name: nn.Parameter(share * one.detach()) for name, one in model.named_parameters()}, batch[0]
+            ).detach()
+            for share in shares
+        ]
+        answers = model(batch[0])
+        return F.cross_entropy(answers, batch[1]) + sum(F.mse_loss(answers, one) for one in said)
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=loss_of, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)

@@ -106,7 +106,7 @@ class Batches:
         with self._not_in_the_loop():
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
-                before, waiting.moment, waiting.passed = waiting.moment, self._moment_of_pass(waiting.moment), True
+                before, waiting.moment, waiting.passed = waiting.moment, self._moment_of_pass(waiting), True
                 if waiting.look_again is not None:
                     waiting.changed, waiting.look_again = waiting.look_again(), None
                 waiting.moment.others = before.others if before else {}
@@ -117,7 +117,7 @@ class Batches:
                     other.gradient_moment = other.last_moment = waiting.moment
             elif self._seen:
                 last = self._seen[-1]
-                last.last_moment = again = self._moment_of_pass(last.moment)
+                last.last_moment = again = self._moment_of_pass(last)
                 if self._passes.total == last.passed_at:
                     last.gradient_moment = again
                 again.others = last.moment.others | (last.later.others if last.later else {})
@@ -227,9 +227,11 @@ class Batches:
     def _moment(self) -> Moment:
         return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
 
-    def _moment_of_pass(self, before: Moment | None) -> Moment:
+    def _moment_of_pass(self, seen: Seen) -> Moment:
         """Now; but where torch.func runs the model, what it has put into it is none of its own: that of before."""
-        return before.with_present_numbers() if before and is_batched() else self._moment()
+        if seen.moment and is_batched():
+            return seen.moment.with_present_numbers()
+        return self._moment().of_pass(seen.first_moment)
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first."""

@@ -95,6 +95,7 @@ class Moment:
         self._norms = _norms(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.replaced: dict[str, Tensor] = {}
+        self._outside: dict[str, Tensor] = {}  # parameters as the pass's batch was seen, if the moment is a pass's
         self.others: dict[nn.Module, _Other] = {}
         self.moved_others: set[nn.Module] = set()
 
@@ -123,11 +124,19 @@ class Moment:
         norms = {} if held else _norms(own)
         self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)
 
+    def of_pass(self, first: Moment | None) -> Moment:
+        """The moment; it is that of a pass of the batch that was seen at the first."""
+        self._outside = first._parameters if first else {}
+        return self
+
     def look_for_replaced(self) -> None:
-        """Which parameters of the moment are not the model's any more, as far as it has others in their places."""
+        """Which parameters of the moment are not the model's any more, as far as it has others in their places.
+
+        Not those that ``torch.func.functional_call`` had put there for a pass: the model has its own again.
+        """
         for name, now in self._model.named_parameters():
-            was = self._parameters.get(name, now)
-            if was is not now and was.shape == now.shape:
+            was, lent = self._parameters.get(name, now), self._outside.get(name) is now
+            if was is not now and not lent and was.shape == now.shape:
                 self.replaced[name] = was.detach()
 
     @property

@@ -593,6 +593,24 @@ def test_a_batch_that_is_changed_in_place_before_its_forward_pass(tmp_path: Path
     np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
 
 
+def test_a_batch_that_is_changed_in_place_after_a_pass_in_eval_mode(tmp_path: Path) -> None:
+    """Adversarial training: along the gradient of a pass that is none of the step's."""
+    torch.manual_seed(0)
+    model, losses = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.2)), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for x, y in recorder.watch(vectors(4)):
+            point = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(F.cross_entropy(model.eval()(point), y), point)
+            x.add_(slope.sign(), alpha=0.3)
+            loss = F.cross_entropy(model.train()(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
 def test_what_a_device_is_sent() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)], enforce_sorted=False)
     sent = to_device({"packed": packed, "graphs": Graphs(torch.ones(2), torch.ones(2))}, torch.device("meta"))

@@ -108,7 +108,8 @@ class Batches:
             if (waiting := self._next_to_pass(module)) is not None:
                 before, waiting.moment, waiting.passed = waiting.moment, self._moment_of_pass(waiting), True
                 if waiting.look_again is not None:
-                    waiting.changed, waiting.look_again = waiting.look_again(), None
+                    waiting.changed = waiting.look_again()
+                    waiting.look_again = None if trains(module) else waiting.look_again
                 waiting.moment.others = before.others if before else {}
                 waiting.gradient_moment = waiting.last_moment = None
                 waiting.passed_at = self._passes.total

@@ -27,7 +27,8 @@ _MODES = {
 _TAKEN = (
     "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "stands", "seeds",
     "verdict", "decrease_per_parameter", "decrease_within_layers", "loss_change", "norm_rate_change",
-    "norm_acceleration_change", "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy",
+    "norm_acceleration_change", "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy", "relation",
+    "order", "median relative error", "slope", "r squared", "rank correlation", "count",
 )  # fmt: skip
 
 # Where events do not say it, it is not known, which is no value.

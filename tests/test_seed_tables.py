@@ -112,7 +112,8 @@ def test_where_no_accuracy_was_logged_test_losses_are_the_outcome() -> None:
     assert "test loss" not in analysis.accuracy_table(known)
 
 
-def test_agreement_is_a_median_over_runs_of_one_setting() -> None:
+@pytest.mark.parametrize("setting", ["rate", "relation", "order", "slope", "count", "rank correlation", "runs"])
+def test_agreement_is_a_median_over_runs_of_one_setting(setting: str) -> None:
     def measured(error: float, **said: object) -> xr.DataTree:
         rows = {name: (("step", "layer"), np.ones((3, 1))) for name in ("grad_sqnorm", "grad_hess_grad")}
         rows |= {"grad_update": (("step", "layer"), -np.ones((3, 1))), "loss_before": ("step", np.full(3, 1 + error))}
@@ -122,10 +123,11 @@ def test_agreement_is_a_median_over_runs_of_one_setting() -> None:
         said = {"model": "m", "data": "d", "measure": "none"} | said
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=said), "/curvature": curvature, "/steps": steps})
 
-    runs = {f"{rate} {seed}": measured(error + seed / 8, seed=seed, rate=rate)
+    runs = {f"{rate} {seed}": measured(error + seed / 8, seed=seed, **{setting: rate})
             for rate, error in ((0.1, 0.0), (0.2, 1.0)) for seed in (0, 1, 2)}  # fmt: skip
     table = agreement_over_runs(runs)
-    assert table.index.names == ["relation", "order", "model", "data", "rate"]
+    assert table.index.names[:4] == ["relation", "order", "model", "data"]
+    assert table.index.names[4].removesuffix(" (setting)") == setting
     found = table.loc[("loss decrease", "first", "m", "d"), "median relative error"]
     assert found.tolist() == pytest.approx([0.125 / 1.125, 1.125 / 2.125])
     assert table.runs.tolist() == [3, 3, 3, 3]

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from dynamics import Recorder, open_run
 from dynamics.curvature.expansion import Expansion
 from dynamics.network.layers import Layers
+from dynamics.pruning import Pruner
 from dynamics.quantities import Vectors
 
 
@@ -530,15 +531,34 @@ def test_a_pruning_of_something_else_is_said(tmp_path: Path) -> None:
     model, probe = smooth_network(), vectors(1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-        with pytest.warns(UserWarning, match="the pruning before step 0 changed nothing in the model: prune the model"):
+        said = "the pruning before step 0 changed nothing in the model: prune the model"
+        with pytest.warns(UserWarning, match=said) as warned:
             with recorder.event("prune", probe=probe, target=0.5), torch.no_grad():
                 copy.deepcopy(model)[0].weight[0] = 0
+        assert warned[0].filename == __file__
         with recorder.event("prune", probe=probe, target=0):
             pass  # nothing was asked for
         with recorder.event("prune", probe=probe, target=0.2), torch.no_grad():
             model[0].weight[0] = 0
     sqnorm = open_run(tmp_path / "run")["pruning"].param_sqnorm.sum("layer")
     assert (sqnorm[:, 0] != sqnorm[:, 1]).values.tolist() == [False, False, True]
+
+
+def test_a_round_in_which_no_filter_was_to_go_is_no_pruning_of_something_else(tmp_path: Path) -> None:
+    """Of few filters a round's share comes to none."""
+    model, probe = smooth_network(), vectors(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner, reached = Pruner(model, optimizer, "magnitude"), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for share in (0.05, 0.2, 0.25):
+            pruning = pruner.plan(share)
+            with recorder.event("prune", probe=probe, **pruning.attributes):
+                pruner.apply(pruning)
+            reached.append(pruning.sparsity)
+        with pytest.warns(UserWarning, match="changed nothing in the model"):
+            with recorder.event("prune", probe=probe, target=0.5, sparsity=0.4):
+                pass
+    assert reached == pytest.approx([0, 0.2, 0.2])
 
 
 def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Events:
         self._steps, self._epochs, self._rows, self._count = steps, epochs, rows, count
         self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
         self._units: list[tuple[str, int]] = []  # that events told of
+        self._sparsity = 0.0  # that the last pruning is said to have reached
         self._statistics = RunningStatistics(model)
 
     def check(self, kind: str, probe: Any, mode: str | None, attributes: Mapping[str, Any]) -> None:
@@ -72,11 +73,12 @@ class Events:
                 "inside event() the processes' networks came to differ, and would stay so: plan a pruning on the same "
                 "batches in all of them"
             )
-        if kind == "prune" and attributes.get("target") != 0 and before.is_as(after):
+        idle = described.get("target") == 0 or described.get("sparsity") == self._sparsity  # nothing was to go
+        if kind == "prune" and not idle and before.is_as(after):
             warnings.warn(
                 f"the pruning before step {self._steps.number} changed nothing in the model: prune the model that the "
                 "recorder was given, not a copy, and by masks or in place",
-                stacklevel=4,
+                stacklevel=5,  # behind two context managers
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._count, "kind": kind, "mode": mode, **now}
@@ -84,6 +86,7 @@ class Events:
             found = effect(self._layers, before, after)
         self._rows.add("pruning", row | described | found)
         self._rows.add_units(self._count, event)
+        self._sparsity = described.get("sparsity", self._sparsity) if kind == "prune" else self._sparsity
         self._kinds |= {name: isinstance(value, str) for name, value in described.items()}
         self._units = event.unit_labels() or self._units
         self._count += 1

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xarray as xr
 
 from analysis.conditions import conditions
 from analysis.record import has
@@ -75,21 +76,25 @@ def _figure_names() -> list[tuple[str, str]]:
 
 def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
     """What runs recorded over their steps: in print, and as group and name."""
-    found = dict.fromkeys(
-        (node, name) for node in _OVER_STEPS for run in runs.values() if has(run, node) for name in run[node].data_vars
-    )
+    found = dict.fromkeys((of.name, name) for of in _over_steps(runs) for name in of.data_vars)
     known = {(node, row.name): f": {row.symbol}" for node in _OVER_STEPS for row in quantities(node)}
     order = [*(of for of in known if of in found), *(of for of in found if of not in known)]
     return [(f"/{node} {name}{known.get((node, name), '')}", (node, name)) for node, name in order]
 
 
 def _layers(runs: Runs) -> list[str]:
-    nodes = [run[node] for run in runs.values() for node in _OVER_STEPS if has(run, node)]
-    return list(dict.fromkeys(str(layer) for node in nodes if "layer" in node.dims for layer in node.layer.values))
+    nodes = [node for node in _over_steps(runs) if "layer" in node.dims]
+    return list(dict.fromkeys(str(layer) for node in nodes for layer in node.layer.values))
+
+
+def _over_steps(runs: Runs) -> list[xr.DataTree]:
+    """The groups of runs in which there is any step: of a training that begins anew they are empty."""
+    nodes = [run[name] for name in _OVER_STEPS for run in runs.values() if has(run, name)]
+    return [node for node in nodes if node.sizes["step"]]
 
 
 def _window(widgets: ModuleType, runs: Runs) -> ValueWidget:
-    ends = [run[node].step.values[[0, -1]] for run in runs.values() for node in _OVER_STEPS if has(run, node)]
+    ends = [node.step.values[[0, -1]] for node in _over_steps(runs)]
     first, last = int(np.min(ends)), int(np.max(ends))
     return widgets.IntRangeSlider(
         value=(first, last), min=first, max=last, description="steps", continuous_update=False, layout=_WIDE

@@ -154,6 +154,17 @@ def test_events_alone_are_explored_by_figures(run: xr.DataTree) -> None:
     assert tabs.titles == ("Figures",)
 
 
+def test_a_record_that_begins_anew_is_explored_as_the_others_are(run: xr.DataTree) -> None:
+    """Recorder(..., resume="rewind") at step 0 leaves groups without a step."""
+    empty = run.copy()
+    for node in ("steps", "curvature"):
+        empty[node] = xr.DataTree(run[node].to_dataset().isel(step=slice(0)))
+    assert explore({"empty": empty}).titles == ("Figures",)
+    tabs = explore({"empty": empty, "mine": run})
+    assert tabs.children[2].children[3].value == (0, 5)
+    assert tabs.children[2].children[2].options == (pages.WHOLE, "0", "2")
+
+
 def test_what_is_no_run_is_said(run: xr.DataTree) -> None:
     with pytest.raises(ValueError, match="runs are given by label"):
         explore(run)

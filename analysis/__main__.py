@@ -48,7 +48,7 @@ def _parser() -> ArgumentParser:
 def _protocol_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m analysis protocol-diff",
-        description="Print what the protocol, each quirk of the paper's code and all of them make of a pruning: "
+        description="Print what the protocol, each quirk alone and the paper's code make of a pruning: "
         "sparsity asked and reached, layers emptied, filters that differ from the first record's.",
         exit_on_error=False,
     )

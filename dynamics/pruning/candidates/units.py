@@ -116,7 +116,8 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
 def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Tensor]:
     """Layer → which of its weights read a channel that is left, in the weight's shape; of layers that read others, too.
 
-    A channel is gone where the filter that it comes from is pruned. Where channels end in a sum, it stays.
+    A channel is gone where the filter that it comes from is pruned. What reads several layers' channels, added up or
+    side by side, keeps its weights.
     """
     found = {}
     for layer in layers:

@@ -53,7 +53,7 @@ def scores(
 
     Depthwise convolutions have no scores of their own as filters: they go with the layer that feeds them. A filter is
     scored by its weights that are left: those that read a pruned filter's channel have gone with it, as in the paper's
-    code, which cuts both out; where channels end in a sum, they stay. Source:
+    code, which cuts both out; those that read several layers' channels, added up or side by side, stay. Source:
     Lubana & Dick, ICLR 2021, sections 3 and 4; Molchanov et al. 2019 for taylor and fisher; Lee et al. 2019, eq. 4, for
     snip; Wang et al. 2020, eq. 8, for grasp, where g and H are here those of all trainable parameters (freeze biases
     and normalisations for its code's, which takes weights only); Tanaka et al. 2020 for synflow.

@@ -14,7 +14,7 @@ from numcodecs import Blosc
 
 from dynamics.places import check_folder
 from dynamics.record.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
-from dynamics.schema import NODES, SCHEMA_VERSION, STUDIES
+from dynamics.schema import NODES, SCHEMA_VERSION, SPEEDS, STUDIES
 
 from .prunings import prunings
 from .runs import check_runs
@@ -22,7 +22,6 @@ from .runs import check_runs
 SUFFIX = ".zarr.zip"
 
 _SUMMED = ("steps", "curvature")
-_SPEEDS = ("learning_rate", "flow_step")  # the layers have them in common: a sum would multiply them
 _ROUNDED = ("steps", "units", "scores")
 _EXACT = ("param_sqnorm",)
 _CODEC = Blosc(cname="zstd", clevel=9, shuffle=Blosc.SHUFFLE)
@@ -136,7 +135,7 @@ def _moves_as_one(run: xr.DataTree) -> bool:
     """Whether all layers that move at all have one learning rate at every step, so that sums lose nothing."""
     rows = run["steps"].to_dataset()
     moves = rows.update_sqnorm != 0 if "update_sqnorm" in rows else True
-    for name in _SPEEDS:
+    for name in SPEEDS:
         if name in rows:
             speed = rows[name].where((rows[name] != 0) | moves)
             unknown = rows[name].isnull()
@@ -151,7 +150,7 @@ def _network(rows: xr.Dataset) -> xr.Dataset:
         lambda values: (
             values
             if "layer" not in values.dims
-            else (values.max("layer") if values.name in _SPEEDS else values.sum("layer", skipna=False))
+            else (values.max("layer") if values.name in SPEEDS else values.sum("layer", skipna=False))
         ),
         keep_attrs=True,
     )

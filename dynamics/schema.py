@@ -24,6 +24,9 @@ NODES: dict[str, tuple[str, ...]] = {
 STAGES = ("before", "after")
 STUDIES = ("curve", "scores", "invariance")  # what an event may add, each computed by dynamics.pruning
 
+# Of a layer, but no part of the network's: layers have them in common, and a sum would multiply them.
+SPEEDS = ("learning_rate", "flow_step")
+
 # What runs are compared by, as a record's attributes or an experiment's settings; and the attributes of every record.
 COMPARED_BY = {"model": str, "data": str, "measure": str, "rounds": Real, "sparsity": Real, "seed": Real}
 ORIGIN = ("schema_version", "thetadot", "commit", "torch", "cuda", "created", "device", "resumed", "finished")

@@ -16,6 +16,7 @@ import analysis
 from analysis.comparison import title
 from analysis.conditions import by_setting
 from analysis.record import RecordError, columns
+from dynamics.schema import SPEEDS
 from dynamics.schema import label as label_of
 
 from . import panels, scales
@@ -32,7 +33,6 @@ PREDICTIONS: dict[str, Callable[[xr.DataTree], xr.Dataset]] = {
 }
 WHOLE = "whole network"
 
-_NO_SUMS = ("learning_rate", "flow_step")  # of a layer, which do not add up to the network's
 _DOTS = 110  # of a picture, for an inch
 _SIZE = (7.2, 3.6)  # inches
 
@@ -97,7 +97,7 @@ def _chosen(values: xr.DataArray, layers: list[str]) -> list[xr.DataArray]:
     """The layers that are chosen, and the whole network, to which they add up."""
     if "layer" not in values.dims:
         return [values]
-    if WHOLE in layers and values.name in _NO_SUMS:
+    if WHOLE in layers and values.name in SPEEDS:
         return [values]
     of = values.sel(layer=[layer for layer in values.layer.values if layer in layers])
     whole = [values.sum("layer", skipna=False)] if WHOLE in layers else []

@@ -18,7 +18,6 @@ from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
 from analysis.record import has
-from analysis.runs import check_runs
 from dynamics.schema import label as label_of
 
 from . import claims, comparison, panels, pruning, scales
@@ -175,7 +174,6 @@ def draw(name: str, runs: Runs) -> Figure:
         ValueError: no such figure, or no runs. MissingQuantityError: no run recorded what the figure needs.
     """
     figure = find_figure(name)
-    check_runs(runs)
     if not runs:
         raise ValueError("no runs to draw: give at least one record")
     shown = by_setting(runs)

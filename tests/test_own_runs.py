@@ -17,6 +17,7 @@ from analysis.findings import diverged
 from dynamics import Recorder, open_run
 from dynamics.pruning import Pruner
 from dynamics.record.summary import summary
+from figures import draw
 from figures.report import _done
 
 MEASURES = ("magnitude", "loss_preservation")
@@ -113,7 +114,7 @@ def test_no_runs_are_said_to_be_none(table) -> None:
 @pytest.mark.parametrize(
     "analyse",
     [analysis.outcome_table, analysis.agreement_table, lambda run: analysis.each(run, analysis.loss_decrease),
-     lambda run: analysis.condense(run, "never.zarr.zip")],
+     lambda run: analysis.condense(run, "never.zarr.zip"), lambda run: draw("norm_rate", run)],
 )  # fmt: skip
 @pytest.mark.parametrize("given", ["a record", "a list"])
 def test_a_record_without_a_label_is_not_taken_for_its_groups(analyse, given, tmp_path, monkeypatch) -> None:

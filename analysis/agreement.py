@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy  # of which `stats` is loaded where it is first used
 import xarray as xr
-from scipy import stats
 
 from dynamics.schema import QUANTITIES
 
@@ -97,11 +97,11 @@ def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float,
     error = np.abs(predicted - measured)[nonzero] / np.abs(measured[nonzero])
     return (
         float(np.median(error)) if error.size else np.nan,
-        float(stats.linregress(predicted, measured).slope) if varied else np.nan,
+        float(scipy.stats.linregress(predicted, measured).slope) if varied else np.nan,
         float(1 - np.sum((measured - predicted) ** 2) / np.sum((measured - measured.mean()) ** 2))
         if varied
         else np.nan,
-        float(stats.spearmanr(*distinct).statistic) if varied else np.nan,
+        float(scipy.stats.spearmanr(*distinct).statistic) if varied else np.nan,
         count,
     )
 

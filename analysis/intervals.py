@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy  # of which `stats` is loaded where it is first used
 from numpy.typing import ArrayLike
-from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -21,7 +21,7 @@ def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
     count = values.shape[axis]
     if count < 2:
         return np.full(values.sum(axis).shape, np.nan)
-    return stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis, ddof=1) / np.sqrt(count)
+    return scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis, ddof=1) / np.sqrt(count)
 
 
 def p_value(values: ArrayLike) -> float:
@@ -31,7 +31,7 @@ def p_value(values: ArrayLike) -> float:
         return np.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.abs(values.mean()) / (values.std(ddof=1) / np.sqrt(len(values)))
-    return float(2 * stats.t.sf(np.nan_to_num(t, nan=0.0, posinf=np.inf), len(values) - 1))
+    return float(2 * scipy.stats.t.sf(np.nan_to_num(t, nan=0.0, posinf=np.inf), len(values) - 1))
 
 
 def stand(p: ArrayLike) -> np.ndarray:
@@ -43,5 +43,5 @@ def stand(p: ArrayLike) -> np.ndarray:
     found = np.zeros(p.shape, bool)
     known = ~np.isnan(p)
     if known.any():
-        found[known] = stats.false_discovery_control(p[known]) <= 1 - CONFIDENCE
+        found[known] = scipy.stats.false_discovery_control(p[known]) <= 1 - CONFIDENCE
     return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy  # of which `stats` is loaded where it is first used
 import xarray as xr
-from scipy import stats
 
 from .record import node
 
@@ -52,4 +52,4 @@ def grasp_and_gradient(run: xr.DataTree) -> xr.Dataset:
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float:
     finite = np.isfinite(left) & np.isfinite(right)
-    return float(stats.spearmanr(left[finite], right[finite]).statistic) if finite.sum() > 2 else np.nan
+    return float(scipy.stats.spearmanr(left[finite], right[finite]).statistic) if finite.sum() > 2 else np.nan

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import scipy  # of which `stats` is loaded where it is first used
 import xarray as xr
-from scipy import stats
 
 from dynamics.schema import HIGHEST_FIRST
 
@@ -122,7 +122,7 @@ def _rank_correlations(scores: np.ndarray) -> np.ndarray:
     if scores.shape[1] < 3:
         return np.full((len(scores), len(scores)), np.nan)
     with np.errstate(invalid="ignore"):  # a row that is constant has no correlation
-        return np.corrcoef(stats.rankdata(scores, axis=1))
+        return np.corrcoef(scipy.stats.rankdata(scores, axis=1))
 
 
 def _overlaps(scores: np.ndarray, share: float) -> np.ndarray:

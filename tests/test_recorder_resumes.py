@@ -172,6 +172,37 @@ def test_distances_go_on_from_where_recording_began(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def distances(path: Path) -> np.ndarray:
+    return open_run(path)["steps"].distance_sqnorm.sum("layer", skipna=False).values
+
+
+def test_a_record_that_begins_late_has_distances_from_there(tmp_path: Path) -> None:
+    batches = vectors(4)
+    state = train(tmp_path / "run", fresh(), batches[:2])
+    train(tmp_path / "late", loaded(state), batches[2:], resume=True, step=1000)
+    assert distances(tmp_path / "late")[0] == 0
+    np.testing.assert_array_less(0, distances(tmp_path / "late")[1:])
+
+
+def test_distances_go_on_after_an_event_before_the_first_step(tmp_path: Path) -> None:
+    pair, (batch, *_) = fresh(), vectors(1)
+    with Recorder(tmp_path / "run", *pair) as recorder, recorder.event("prune", probe=[batch]), torch.no_grad():
+        removed = pair[0][0].weight[0].square().sum().item()
+        pair[0][0].weight[0] = 0
+    train(tmp_path / "run", pair, [batch], resume=True)
+    np.testing.assert_allclose(distances(tmp_path / "run"), [removed], rtol=1e-12)
+
+
+def test_distances_from_what_is_not_known_any_more_are_said(tmp_path: Path) -> None:
+    batches = vectors(3)
+    state = train(tmp_path / "run", fresh(), batches[:2])
+    for kept in (tmp_path / "run").glob(".start-*"):
+        kept.unlink()
+    with pytest.warns(UserWarning, match=r"‖θ−θ₀‖² \(distance_sqnorm\) is NaN from step 2 on: .*run keeps no θ₀"):
+        train(tmp_path / "run", loaded(state), batches[2:], resume=True)
+    assert np.isnan(distances(tmp_path / "run")).tolist() == [False, False, True]
+
+
 TRAINING = """
 import sys, time, torch
 from networks import plain_step, vectors

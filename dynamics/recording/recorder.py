@@ -129,7 +129,7 @@ class Recorder:
         present = measurement.present()
         store, place = processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
         place = processes.told(place)
-        measurement.start_from(store, begins=place.step == 0)
+        measurement.start_from(store, place)
         self._rows = Rows(store, self._layers.names)
         counted = None if processes.replicated else groups.parameters
         self._batches = Batches(model, self._layers.device, objective, counted)

@@ -23,7 +23,7 @@ _SAME = 16  # roundings: what is left of a squared norm's precision after a step
 class Place:
     """The point between two steps at which recording goes on, and how much of the record lies before it.
 
-    ``ended``: whether that is where an epoch was logged.
+    ``ended``: whether that is where an epoch was logged. ``begins``: whether no step and no event lies before it.
     """
 
     step: int = 0
@@ -31,6 +31,7 @@ class Place:
     events: int = 0
     flow_time: float = 0.0
     ended: bool = False
+    begins: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Record:
         logged = self.column("epochs", "epoch")[:count][-1:].tolist()
         epoch = int(max([0, *of_rows, *logged]))
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
-        return Place(step, epoch, events, self._flow_time(step, before), ended)
+        return Place(step, epoch, events, self._flow_time(step, before), ended, begins=not (before or events))
 
     def logged_by(self, step: int) -> int | None:
         """How many rows of ``/epochs`` there were at a step; None if they do not say of which step they are."""

@@ -23,7 +23,7 @@ from ..network.layers import Layers
 from ..probing.probe import Probe
 from ..quantities import FORMULAS, Vectors
 from ..record.store import Store
-from .resuming import Present
+from .resuming import Place, Present
 
 _SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
 
@@ -53,18 +53,24 @@ class Measurement:
         first, flow_step = self._groups.first()
         return Present(self._layers.names, sqnorm, rounding, first, flow_step, self._layers.remaining())
 
-    def start_from(self, store: Store | None, *, begins: bool) -> None:
+    def start_from(self, store: Store | None, place: Place) -> None:
         """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
         if "distance_sqnorm" not in self._steps:
             return
         self._start = self._layers.theta(self._layers.zeros())
         alone = store is not None and not self._processes.sharded
-        if begins and alone:
+        if place.begins and alone:
             store.keep(self._name_of_start(), self._start.blocks.cpu().numpy())
-        elif not begins:
+        elif not place.begins:
             kept = store.kept(self._name_of_start()) if alone else None
             known = kept is not None and kept.shape == tuple(self._start.blocks.shape)
             self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
+            if store is not None and not known:
+                warnings.warn(
+                    f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {place.step} on: "
+                    f"{store.path} keeps no θ₀ of such layers",
+                    stacklevel=3,
+                )
 
     def _name_of_start(self) -> str:
         """What θ₀ is kept under: for these shapes alone."""

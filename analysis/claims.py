@@ -68,7 +68,7 @@ CLAIMS: dict[str, Claim] = {
             "i.a", "What magnitude pruning removes contributes less to reducing the loss than the average parameter",
             "decrease_per_parameter", "magnitude", (), -1, "ratio",
             "Along gradient flow dL/dt = −‖g‖² and parameter i contributes −gᵢ². Per parameter, as measures remove "
-            "different numbers of parameters at the same number of filters; 1 is what a random choice removes.",
+            "different numbers of parameters at the same number of filters; 1 is what parameters at random come to.",
         ),
         Claim(
             "i.b", "What magnitude pruning removes contributes less than the average parameters of the same layers",
@@ -108,7 +108,7 @@ CLAIMS: dict[str, Claim] = {
             "ii.b", "Loss preservation changes the velocity of the norm less than measures of other orders",
             "norm_rate_change", "loss_preservation", _NOT_FIRST_ORDER, -1, "ratio",
             "First-order dynamics are d‖θ‖²/dt = −2θᵀg, to which the removed parameters contributed what the measure "
-            "keeps small.",
+            "keeps small. In training mode θᵀg is 0 on filters that BatchNorm normalises: they have no part in it.",
         ),
         Claim(
             "ii.c", "Pruned after one epoch, loss preservation gives better accuracy than magnitude",
@@ -119,7 +119,8 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "iii.a", "Gradient-norm increase changes second-order dynamics more than other measures",
             "norm_acceleration_change", "gradient_norm_increase", _NOT_INCREASE, 1, "ratio",
-            "Second-order dynamics are d²‖θ‖²/dt² = 2(‖g‖² + θᵀHg): θᵀHg is what the measure ranks by, with its sign.",
+            "Second-order dynamics are d²‖θ‖²/dt² = 2(‖g‖² + θᵀHg): θᵀHg is what the measure ranks by, with its sign. "
+            "In training mode it is −‖g‖² on filters that BatchNorm normalises: they have no part in it.",
         ),
         Claim(
             "iii.b", "Gradient-norm increase increases the gradient norm",

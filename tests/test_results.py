@@ -8,12 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import xarray as xr
+from torch import nn
 
 import analysis
 from analysis.claims import judged
 from analysis.overview import overview
 from analysis.seed_tables import chance
 from analysis.typeset import as_markdown
+from dynamics.models import build
 from figures import FIGURES, caption, claim
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -296,3 +298,37 @@ def test_the_two_modes_have_the_verdicts_that_it_says() -> None:
     assert f"Of {verdicts.sum()} intervals {verdicts['supported']} support a claim, none" in FLAT
     assert f"eval mode {outside['supported']} support one and {outside['contradicted']} contradict one" in FLAT
     assert "contradicted" not in verdicts
+
+
+def test_in_training_mode_the_motion_of_the_norm_is_not_that_of_the_filters(wide: Runs, training_mode: Runs) -> None:
+    assert (
+        "make up less than 0.1 % of the changes in the median over prunings, the classifier's by themselves half"
+        in FLAT
+    )
+    once = records("training_mode/prunings_1r")
+    for runs in (training_mode, once, wide):
+        parts = pd.concat([parts_of_motion(label, run) for label, run in runs.items() if run["pruning"].data_vars])
+        medians = parts.groupby("model").median()
+        assert (medians[["rate_filters", "acceleration_filters"]] < 0.001).all(axis=None)
+        assert medians[["rate_classifier", "acceleration_classifier"]].round(2).eq(0.5).all(axis=None)
+
+
+def test_in_eval_mode_the_filters_have_their_part_in_it(laptop: Runs) -> None:
+    assert "In eval mode the filters' weights make up a half to two thirds." in FLAT
+    parts = pd.concat([parts_of_motion(label, run) for label, run in laptop.items() if run["pruning"].data_vars])
+    medians = parts.groupby("model")[["rate_filters", "acceleration_filters"]].median()
+    assert medians.stack().between(0.48, 0.68).all()
+
+
+def parts_of_motion(label: str, run: xr.DataTree) -> pd.DataFrame:
+    """Of each pruning's change of the norm's velocity and acceleration, how much is the filters', the classifier's."""
+    model = label.partition("-")[0]
+    filters = [name for name, layer in build(model, num_classes=10).named_modules() if isinstance(layer, nn.Conv2d)]
+    pruning = run["pruning"].to_dataset()
+    acceleration = pruning.grad_sqnorm + pruning.param_hess_grad
+    found = {}
+    for name, of in (("rate", pruning.param_sqnorm_rate), ("acceleration", acceleration)):
+        change = of.sel(stage="after", drop=True) - of.sel(stage="before", drop=True)
+        for part, layers in (("filters", filters), ("classifier", ["classifier"])):
+            found[f"{name}_{part}"] = abs(change.sel(layer=layers).sum("layer") / change.sum("layer"))
+    return xr.Dataset(found).to_dataframe().assign(model=model)

@@ -20,7 +20,8 @@ from .record import MissingQuantityError, at_prunings, ended
 def decrease_per_parameter(run: xr.DataTree) -> float:
     """(‖g_R‖²/‖g‖²) / (|R|/n): the removed parameters' part in −dL/dt = ‖g‖², as a multiple of the average one's.
 
-    Both shares are means over the prunings. 1 is what removing parameters at random comes to.
+    Both shares are means over the prunings. 1 is what removing parameters at random comes to. A weight that reads what
+    an earlier pruning silenced has no gradient, and counts as a parameter.
     """
     share = removed_decrease(run)[["decrease", "parameters"]].sum("layer", skipna=False).mean("event", skipna=False)
     return float(share.decrease / share.parameters)

@@ -332,3 +332,42 @@ def parts_of_motion(label: str, run: xr.DataTree) -> pd.DataFrame:
         for part, layers in (("filters", filters), ("classifier", ["classifier"])):
             found[f"{name}_{part}"] = abs(change.sel(layer=layers).sum("layer") / change.sum("layer"))
     return xr.Dataset(found).to_dataframe().assign(model=model)
+
+
+def test_what_weights_that_nothing_reaches_change_is_said(laptop: Runs, training_mode: Runs, wide: Runs) -> None:
+    cells = []
+    for name, runs in (("laptop", laptop), ("training_mode/prunings", training_mode), ("full_width/*", wide)):
+        table = statistics(name)
+        reached = table.assign(
+            decrease_per_parameter=[
+                per_parameter_reached(runs[label]) if (model, rounds) == ("vgg13", 5) else before
+                for label, model, rounds, before in zip(
+                    table.index, table.model, table.rounds, table.decrease_per_parameter, strict=True
+                )
+            ]
+        )
+        before, after = judged(table), judged(reached)
+        changed = after[before.verdict != after.verdict]
+        assert set(changed.model) == {"vgg13"}
+        assert set(changed["rounds"]) == {5}
+        for row in changed.itertuples():
+            value, low, high = (f"{number:.3g}" for number in (row.value, row.low, row.high))
+            cells.append((row.claim, row.verdict, f"{value} [{low}, {high}]"))
+    assert [cell[:2] for cell in cells] == [
+        ("i.c", "contradicted"), ("i.e", "contradicted"), ("i.c", "contradicted"), ("i.e", "inconclusive"),
+        ("i.e", "inconclusive"),
+    ]  # fmt: skip
+    assert all(f"({cell})" in FLAT for *_, cell in cells)
+
+
+def per_parameter_reached(run: xr.DataTree) -> float:
+    """Of a VGG, the removed parameters' part in ‖g‖² over their part of those that read what is left."""
+    pruning, units = run["pruning"].to_dataset(), run["units"].to_dataset()
+    filters = list(dict.fromkeys(units.layer.values.tolist()))
+    left = pd.DataFrame({name: units.alive[:, units.layer.values == name].mean("unit") for name in filters})
+    reads = left.shift(fill_value=1).rename(columns=dict(zip(filters, [*filters[1:], "classifier"], strict=True)))
+    reached = xr.DataArray(reads.reindex(columns=pruning.layer.values, fill_value=1), dims=("event", "layer"))
+    before = pruning.sel(stage="before", drop=True)
+    share = before.removed_grad_sqnorm.sum("layer") / before.grad_sqnorm.sum("layer")
+    parameters = (before.removed * reached.values).sum("layer") / (before.remaining * reached.values).sum("layer")
+    return float(share.mean() / parameters.mean())

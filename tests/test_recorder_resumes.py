@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,52 @@ def test_distances_from_what_is_not_known_any_more_are_said(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match=r"‖θ−θ₀‖² \(distance_sqnorm\) is NaN from step 2 on: .*run keeps no θ₀"):
         train(tmp_path / "run", loaded(state), batches[2:], resume=True)
     assert np.isnan(distances(tmp_path / "run")).tolist() == [False, False, True]
+
+
+def test_a_record_that_begins_late_counts_its_epochs_from_0(tmp_path: Path) -> None:
+    state, batches = checkpoint(fresh()), vectors(2)
+    train(tmp_path / "watched", loaded(state), batches, resume=True, step=1000)
+    model, optimizer = loaded(state)
+    with Recorder(tmp_path / "counted", model, optimizer, curvature_every=0, resume=True, step=1000) as recorder:
+        for _ in range(2):
+            recorder.begin_epoch()
+            plain_step(model, optimizer, batches[0])
+    assert open_run(tmp_path / "watched")["steps"].epoch.values.tolist() == [0, 0]
+    assert open_run(tmp_path / "counted")["steps"].epoch.values.tolist() == [0, 1]
+
+
+def test_a_training_that_goes_on_with_another_optimizer_is_told_so(tmp_path: Path) -> None:
+    batches = vectors(3)
+    model, optimizer = loaded(train(tmp_path / "run", fresh(), batches[:2]))
+    given = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="no step of the optimizer: the one that trains is not the one"):
+        with Recorder(tmp_path / "run", model, given, resume=True) as recorder:
+            for batch in recorder.watch(batches[2:]):
+                plain_step(model, optimizer, batch)
+
+
+def look(path: Path, *, note: float | str = 1.0, layers: Sequence[str] = ("0", "2"), pair: Pair | None = None) -> Pair:
+    """A step, and an event that describes itself so and tells of its units; again, if a pair did so before."""
+    model, optimizer = pair or fresh()
+    with Recorder(path, model, optimizer, curvature_every=0, resume=pair is not None) as recorder:
+        plain_step(model, optimizer, vectors(1)[0])
+        with recorder.event("look", probe=vectors(1), note=note) as event:
+            alive = {layer: torch.ones(len(model.get_submodule(layer).weight)) for layer in layers}
+            event.units(alive=alive)
+    return model, optimizer
+
+
+def test_what_events_say_is_of_one_kind_over_a_resumption_too(tmp_path: Path) -> None:
+    pair = look(tmp_path / "run")
+    with pytest.raises(ValueError, match="event\\(\\) takes 'note' as a number, as in the event before, got 'three'"):
+        look(tmp_path / "run", note="three", pair=pair)
+    with pytest.raises(ValueError, match=r"takes the same units in all events of a record, \('2', 0\) is in some only"):
+        look(tmp_path / "run", layers=["0"], pair=pair)
+    look(tmp_path / "run", layers=["2", "0"], pair=pair)  # in another order
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == [0, 1, 2, 3]
+    assert run["pruning"].note.values.tolist() == [1, 1]
+    assert list(dict.fromkeys(run["units"].layer.values)) == ["0", "2"]
 
 
 TRAINING = """

@@ -60,6 +60,28 @@ def test_a_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert not open_run(tmp_path / "run")["scores"].data_vars
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_studies_of_one_record_are_of_the_same_measures_and_units(tmp_path: Path, resumed: bool) -> None:
+    """One that is not is refused: it would not fit into the record, nor would anything that came with it."""
+    model, batches = smooth_network(), vectors(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recorder = Recorder(tmp_path / "run", model, optimizer)
+    with recorder.event("look", probe=batches) as event:
+        event.add("scores", scores(0))
+    if resumed:
+        recorder.close()
+        recorder = Recorder(tmp_path / "run", model, optimizer, resume=True)
+    with recorder, recorder.event("look", probe=batches) as event:
+        with pytest.raises(ValueError, match=r"takes the same 'measure' .*was \['magnitude', .*now it is \['mag"):
+            event.add("scores", scores(0).isel(measure=[0]))
+        with pytest.raises(ValueError, match=r"takes the same 'unit' .*was \[0, 1, 2, 3, 4\], now it is \[0, 1\]"):
+            event.add("scores", scores(0).isel(unit=[0, 1]))
+        with pytest.raises(ValueError, match=r"takes the same 'draw' .*was \[0, 1, 2\], now it is \[0, 1\]"):
+            event.add("scores", scores(0).isel(draw=[0, 1]))
+        event.add("scores", scores(1))
+    assert open_run(tmp_path / "run")["scores"].event.values.tolist() == [0, 1]
+
+
 def test_units_are_filters(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(1)
     pruning = Pruner(model, None, "magnitude", granularity="weight").plan(0.5)

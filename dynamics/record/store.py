@@ -90,6 +90,17 @@ class Store:
         group = zarr.open_group(str(self.path), mode="r", zarr_format=2, use_consolidated=True)
         return np.asarray(group[f"{node}/{name}"][...])
 
+    def coordinates(self, node: str) -> dict[str, np.ndarray]:
+        """The coordinates of a node that do not grow, by name; positions along a dimension that has none."""
+        positions = {}
+        for name, values in self._open[node].items():
+            positions |= {dim: np.arange(size) for dim, size in zip(_dims(node, name), values.shape, strict=True)}
+        return {dim: of for dim, of in positions.items() if dim != NODES[node][0]} | self._coordinates[node]
+
+    def texts(self, node: str) -> dict[str, bool]:
+        """Of each variable of a node that grows, by name, whether it holds texts."""
+        return {name: values.dtype.kind == "U" for name, values in self._open[node].items()}
+
     def write_coordinate(self, node: str, name: str, dim: str, values: np.ndarray) -> None:
         """Write a coordinate that does not grow, e.g. the layers' names. One that is there already stays.
 

@@ -26,12 +26,12 @@ class Epochs:
         self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
         self.last: Pass | None = None
         self._by_hand = self._watched = False
-        self._stepped, self._ended = place.step > 0, place.step > 0 and place.ended
+        self._stepped, self._ended = place.rows > 0, place.rows > 0 and place.ended
 
     def begin(self) -> None:
         """One begins, says the loop: it counts them itself."""
         self.batches.begin_epoch()
-        self.present += int(self._by_hand or self.number() > 0)
+        self.present += int(self._by_hand or self._stepped)
         self._by_hand = True
 
     def end(self) -> None:

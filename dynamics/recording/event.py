@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from ..loop.processes import Processes
 from ..network.identities import as_original, identities
 from ..network.layers import Layers
 from ..quantities import Vectors
+from .past_events import PastEvents, coordinates
 
 
 class Event:
     """What the body of ``with recorder.event(...) as event`` may add to the record."""
 
-    def __init__(self, model: nn.Module, units: Sequence[tuple[str, int]] = ()) -> None:
-        self._model, self._units = model, list(units)  # those that events before told of
+    def __init__(self, model: nn.Module, past: PastEvents | None = None) -> None:
+        self._model, self._past = model, past or PastEvents()
         self.alive: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
         self.studies: dict[str, xr.Dataset] = {}
@@ -57,18 +59,20 @@ class Event:
                     f"{len(alive[layer])} booleans"
                 )
         found = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
-        if self._units and (other := sorted(set(_labels(found)) ^ set(self._units))):
+        before = self._past.units
+        if before and (other := sorted(set(_labels(found)) ^ set(before))):
             raise ValueError(
                 f"event.units() takes the same units in all events of a record, {other[0]} is in some only"
             )
-        self.alive = {layer: found[layer] for layer in dict.fromkeys(layer for layer, _ in self._units)} or found
+        self.alive = {layer: found[layer] for layer in dict.fromkeys(layer for layer, _ in before)} or found
         self.scores = {layer: score.detach().cpu() for layer, score in as_original(scores, known).items()}
 
     def add(self, node: str, study: xr.Dataset) -> None:
         """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.
 
         Raises:
-            ValueError: another name, or a dataset with other variables or dimensions than the node's.
+            ValueError: another name, a dataset with other variables or dimensions than the node's, or of other
+                measures, draws, fractions or units than that of an event before.
         """
         if node not in schema.STUDIES:
             raise ValueError(f"an event takes studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
@@ -76,6 +80,14 @@ class Event:
         for name, values in study.data_vars.items():
             if set(values.dims) != set(dims.get(name, ("nothing",))):
                 raise ValueError(f"/{node} takes {dims}, got {name!r:.60} over {values.dims}")
+        before, now = self._past.studied.get(node, {}), coordinates(study)
+        for name in (name for name in before if name in now):
+            if not np.array_equal(before[name], now[name]):
+                was, has = (f"{values[name].tolist()!r:.60}" for values in (before, now))
+                raise ValueError(
+                    f"event.add({node!r}) takes the same {name!r} in all events of a record: before it was {was}, now "
+                    f"it is {has}"
+                )
         self.studies[node] = study.map(lambda values: values.transpose(*dims[values.name]))
 
     def unit_labels(self) -> list[tuple[str, int]]:

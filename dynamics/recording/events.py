@@ -19,13 +19,14 @@ from ..probing.probe import Objective, Probe
 from .arguments import as_number, check_description
 from .epochs import Epochs
 from .event import Event, Stage, effect
+from .past_events import PastEvents
 from .rows import Rows
 from .running_statistics import RunningStatistics
 from .steps import Steps
 
 
 class Events:
-    """Measures a network around what changes it, and sends a row of each; ``count`` of them there are already."""
+    """Measures a network around what changes it, and sends a row of each, behind those of the ``past``."""
 
     def __init__(
         self,
@@ -36,13 +37,10 @@ class Events:
         steps: Steps,
         epochs: Epochs,
         rows: Rows,
-        count: int,
+        past: PastEvents,
     ) -> None:
         self._model, self._objective, self._layers, self._processes = model, objective, layers, processes
-        self._steps, self._epochs, self._rows, self._count = steps, epochs, rows, count
-        self._kinds: dict[str, bool] = {}  # of what describes events: whether it is a text
-        self._units: list[tuple[str, int]] = []  # that events told of
-        self._sparsity = 0.0  # that the last pruning is said to have reached
+        self._steps, self._epochs, self._rows, self._past = steps, epochs, rows, past
         self._statistics = RunningStatistics(model)
 
     def check(self, kind: str, probe: Any, mode: str | None, attributes: Mapping[str, Any]) -> None:
@@ -53,7 +51,7 @@ class Events:
             raise ValueError(f"event() needs a list of batches as probe, got {probe!r:.60}")
         if self._processes.sharded:
             raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
-        check_description(kind, attributes, self._kinds)
+        check_description(kind, attributes, self._past.texts)
 
     @contextmanager
     def measured(
@@ -66,14 +64,14 @@ class Events:
         before = self._stage(probe, mode, [moment] * len(probe))
         if given is None and self._statistics.may_lag:
             self._statistics.compare(before.loss, self._loss_in_training(probe, [moment] * len(probe), before.loss))
-        yield (event := Event(self._model, self._units))
+        yield (event := Event(self._model, self._past))
         after = self._stage(probe, mode, [moment.later()] * len(probe))
         if not self._processes.alike(after.theta):
             raise ValueError(
                 "inside event() the processes' networks came to differ, and would stay so: plan a pruning on the same "
                 "batches in all of them"
             )
-        idle = described.get("target") == 0 or described.get("sparsity") == self._sparsity  # nothing was to go
+        idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing was to go
         if kind == "prune" and not idle and before.is_as(after):
             warnings.warn(
                 f"the pruning before step {self._steps.number} changed nothing in the model: prune the model that the "
@@ -81,15 +79,12 @@ class Events:
                 stacklevel=5,  # behind two context managers
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
-        row = {"event": self._count, "kind": kind, "mode": mode, **now}
+        row = {"event": self._past.count, "kind": kind, "mode": mode, **now}
         with structure.again():  # predictions are of the network before
             found = effect(self._layers, before, after)
         self._rows.add("pruning", row | described | found)
-        self._rows.add_units(self._count, event)
-        self._sparsity = described.get("sparsity", self._sparsity) if kind == "prune" else self._sparsity
-        self._kinds |= {name: isinstance(value, str) for name, value in described.items()}
-        self._units = event.unit_labels() or self._units
-        self._count += 1
+        self._rows.add_units(self._past.count, event)
+        self._past = self._past.and_now(described, event, pruned=kind == "prune")
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
         with self._steps.measuring():

@@ -127,8 +127,8 @@ class Recorder:
         measurement = Measurement(self._layers, groups, processes, names, curvature_names)
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | attributes
         present = measurement.present()
-        store, place = processes.first(lambda: begin(path, origin, present, resume, step)) or (None, None)
-        place = processes.told(place)
+        store, *known = processes.first(lambda: begin(path, origin, present, resume, step)) or (None,)
+        place, past = processes.told(known)
         measurement.start_from(store, place)
         self._rows = Rows(store, self._layers.names)
         counted = None if processes.replicated else groups.parameters
@@ -140,7 +140,7 @@ class Recorder:
         parts = groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs
         self._steps = Steps(*parts, place, FlowTimes(store), names, every)
         common = self._layers, processes, self._steps, self._epochs, self._rows
-        self._events = Events(network, objective, *common, place.events)
+        self._events = Events(network, objective, *common, past)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)
@@ -260,14 +260,14 @@ class Recorder:
 
     def __exit__(self, *exception: object) -> None:
         trained = bool(self._batches) or self._batches.mark.backwards > 0
-        steps, wasted = self._steps.number, self._batches.wasted
+        steps, wasted = self._steps, self._batches.wasted
         self.close()
         if exception[0] is not None:
             return
-        if steps and wasted > _WASTED:
+        if steps.taken and wasted > _WASTED:
             warnings.warn(
-                f"{wasted} backward passes after step {steps - 1} led to no step of the optimizer: if another one took "
-                "over, give both from the start: Recorder(..., [first, second])",
+                f"{wasted} backward passes after step {steps.number - 1} led to no step of the optimizer: if another "
+                "one took over, give both from the start: Recorder(..., [first, second])",
                 stacklevel=2,
             )
         if self._curvature.unseen and not self._batches.told:
@@ -276,7 +276,7 @@ class Recorder:
                 "each batch, or give curvature_every=0",
                 stacklevel=2,
             )
-        if trained and not steps:
+        if trained and not steps.taken:
             warnings.warn(
                 "batches or gradients were seen, but no step of the optimizer: the one that trains is not the one that "
                 "was given (a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: "

@@ -15,6 +15,7 @@ import numpy as np
 from ..record.store import Store
 from ..schema import STUDIES
 from .flow_times import FlowTimes
+from .past_events import PastEvents
 
 _SAME = 16  # roundings: what is left of a squared norm's precision after a step is added up
 
@@ -23,7 +24,7 @@ _SAME = 16  # roundings: what is left of a squared norm's precision after a step
 class Place:
     """The point between two steps at which recording goes on, and how much of the record lies before it.
 
-    ``ended``: whether that is where an epoch was logged. ``begins``: whether no step and no event lies before it.
+    ``ended``: whether that is where an epoch was logged. ``rows``: how many recorded steps lie before it.
     """
 
     step: int = 0
@@ -31,7 +32,12 @@ class Place:
     events: int = 0
     flow_time: float = 0.0
     ended: bool = False
-    begins: bool = True
+    rows: int = 0
+
+    @property
+    def begins(self) -> bool:
+        """Whether the record begins here: no step and no event is before it."""
+        return not (self.rows or self.events)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Record:
         logged = self.column("epochs", "epoch")[:count][-1:].tolist()
         epoch = int(max([0, *of_rows, *logged]))
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
-        return Place(step, epoch, events, self._flow_time(step, before), ended, begins=not (before or events))
+        return Place(step, epoch, events, self._flow_time(step, before), ended, before)
 
     def logged_by(self, step: int) -> int | None:
         """How many rows of ``/epochs`` there were at a step; None if they do not say of which step they are."""
@@ -159,18 +165,21 @@ def begin(
     present: Present,
     mode: bool | str,
     step: int | None,
-) -> tuple[Store, Place]:
-    """A store to write to, and where its record goes on: a new one, or with ``mode`` True or "rewind" what is there.
+) -> tuple[Store, Place, PastEvents]:
+    """A store to write to, where its record goes on, and behind which events.
+
+    It is a new one, or with ``mode`` True or "rewind" what is there.
 
     Raises:
         FileExistsError, BlockingIOError, RecordError: as :class:`~dynamics.record.store.Store`.
         ValueError: as :func:`resume`.
     """
     if not (mode and Path(path).exists()):
-        return Store(path, attributes), Place(step=step or 0)
+        return Store(path, attributes), Place(step=step or 0), PastEvents()
     store = Store.reopen(path)
     try:
-        return store, resume(store, present, step, mode == "rewind")
+        place = resume(store, present, step, mode == "rewind")
+        return store, place, PastEvents.of(store, place.events)
     except BaseException:
         store.close()
         raise

@@ -61,9 +61,15 @@ class Steps:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
         self._hooks, self._rows, self._epochs, self._names, self._every = hooks, rows, epochs, names, every
         self.number, self._flow_time, self._flow_times = place.step, place.flow_time, flow_times
+        self._first = place.step
         self.busy = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
         self._await_forward()
+
+    @property
+    def taken(self) -> int:
+        """How many steps were taken since recording began, or went on."""
+        return self.number - self._first
 
     def see(self, batch: Any, *, stays: bool, source: Any) -> None:
         """A batch of the step to come, from a pass over the data; one that stays is also that of further steps."""

@@ -46,9 +46,9 @@ def claims(runs: Mapping[str, xr.DataTree]) -> Figure:
         raise MissingQuantityError("claims are judged by intervals over seeds: give runs of at least two seeds")
     points = found[_BOUNDS].mul(100).where(found.null == 0, found[_BOUNDS], axis=0)
     found = found.assign(**points, network=_networks(found), pruned=_prunings(found))
-    networks, prunings = list(found.network.unique()), list(found.pruned.unique())
+    networks, markers = list(found.network.unique()), _markers(found)
     kinds = [found[found.null == null] for null in (1, 0) if (found.null == null).any()]
-    heights = [sum(_height(name, len(prunings)) for name in kind.claim.unique()) for kind in kinds]
+    heights = [sum(_height(name, len(markers)) for name in kind.claim.unique()) for kind in kinds]
     across = min(len(networks), _COLUMNS)
     down = -(-len(networks) // across)
     size = (2.8 + 2 * across, down * (sum(heights) + 1))
@@ -59,12 +59,12 @@ def claims(runs: Mapping[str, xr.DataTree]) -> Figure:
         panels = axes[row * len(kinds) :, column]
         for ax, kind in zip(panels, kinds, strict=False):
             ax.set_visible(network is not None)
-            _draw(ax, kind[kind.network == network], list(kind.claim.unique()), prunings)
+            _draw(ax, kind[kind.network == network], list(kind.claim.unique()), markers)
             ax.tick_params(axis="y", length=0, labelleft=column == 0)
             _scale(ax, kind)
         panels[0].set_title(network, fontsize=8)
     _flush_left(axes[:, 0])
-    legend_below(figure, *_legend(found, prunings))
+    legend_below(figure, *_legend(found, markers))
     return figure
 
 
@@ -84,6 +84,12 @@ def _prunings(found: pd.DataFrame) -> list[str]:
     return [", ".join(filter(None, said)) for said in zip(rounds, others, strict=True)]
 
 
+def _markers(found: pd.DataFrame) -> dict[str, str]:
+    """A marker for each pruning; the first is kept for a single round, so that it says the same in every figure."""
+    first = 0 if (found.rounds == 1).any() else 1
+    return {pruning: marker(place) for place, pruning in enumerate(found.pruned.unique(), first)}
+
+
 def _text(name: str) -> str:
     return wrapped(f"{name}  {CLAIMS[name].says}", _LETTERS)
 
@@ -93,15 +99,15 @@ def _height(name: str, intervals: int) -> float:
     return 0.07 + max(_LINE * (1 + _text(name).count("\n")), 0.1 * intervals)
 
 
-def _draw(ax: Axes, found: pd.DataFrame, names: Sequence[str], prunings: Sequence[str]) -> None:
+def _draw(ax: Axes, found: pd.DataFrame, names: Sequence[str], markers: Mapping[str, str]) -> None:
     """A row a claim: its effects in one network, of each pruning one under the other, in their verdicts' colours."""
-    apart = (np.arange(len(prunings)) - (len(prunings) - 1) / 2) * min(0.25, 0.7 / len(prunings))
+    places = (np.arange(len(markers)) - (len(markers) - 1) / 2) * min(0.25, 0.7 / len(markers))
+    apart = dict(zip(markers, places, strict=True))
     for row in found.itertuples():
-        place, pruning = names.index(row.claim), prunings.index(row.pruned)
-        height, style = place + apart[pruning], VERDICTS[row.verdict]
+        height, style = names.index(row.claim) + apart[row.pruned], VERDICTS[row.verdict]
         beyond = row.null and not 1 / _FARTHEST <= row.value <= _FARTHEST
         shown = np.clip(row.value, 1 / _FARTHEST, _FARTHEST) if beyond else row.value
-        shape = ("<" if row.value < 1 else ">") if beyond else marker(pruning)
+        shape = ("<" if row.value < 1 else ">") if beyond else markers[row.pruned]
         ax.hlines(height, row.low, row.high, linewidth=1.2, **style)
         ax.plot(shown, height, shape, markersize=4, **style | ({} if row.stands else {"markerfacecolor": "white"}))
     for place in range(1, len(names)):
@@ -140,7 +146,7 @@ def _flush_left(axes: Sequence[Axes]) -> None:
         label.set_horizontalalignment("left")
 
 
-def _legend(found: pd.DataFrame, prunings: Sequence[str]) -> list[Line2D]:
+def _legend(found: pd.DataFrame, markers: Mapping[str, str]) -> list[Line2D]:
     verdicts = [
         Line2D([], [], linewidth=1.3, label=name, **style)
         for name, style in VERDICTS.items()
@@ -148,8 +154,8 @@ def _legend(found: pd.DataFrame, prunings: Sequence[str]) -> list[Line2D]:
     ]
     grey = {"color": "0.3", "linestyle": "none"}
     shapes = [
-        Line2D([], [], marker=marker(place), markerfacecolor="none", label=pruning, **grey)
-        for place, pruning in enumerate(prunings)
+        Line2D([], [], marker=shape, markerfacecolor="none", label=pruning, **grey)
+        for pruning, shape in markers.items()
     ]
     stand = [Line2D([], [], marker="o", label="stands when corrected", **grey)] if found.stands.any() else []
     return [*verdicts, *shapes, *stand]

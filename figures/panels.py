@@ -194,6 +194,7 @@ def _name_layers(ax: Axes, names: list[str]) -> None:
     labelled = np.arange(0, len(names), -(-len(names) // int(room)))
     ax.set_xticks(labelled, [names[place] for place in labelled], rotation=90, fontsize=_LAYER_SIZE)
     ax.set_xticks(np.arange(len(names)), minor=True)
+    ax.set_xlabel("layer")
 
 
 def _axis(variable: xr.DataArray) -> str:

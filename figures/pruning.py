@@ -43,6 +43,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
                 panels.draw_over_layers(chosen[order], ax=ax, **style)
         ax.axhline(0, color="0.7", linewidth=0.9, zorder=0)
         ax.set(ylabel=f"Δ{label(quantity)}")
+        ax.label_outer()
         scales.scale_axis(ax.yaxis, compared(chosen), zeros=True)
         scales.fit_axis(ax.yaxis, compared(chosen))
     named(axes[0], f"{title(name, runs)}, first pruning")

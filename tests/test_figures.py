@@ -274,7 +274,7 @@ def test_the_report_stands_alone(report: Path) -> None:
         assert claim(name).split("‖")[0] in page
         assert report.with_name(f"{name}.pdf").stat().st_size > 1000
         assert report.with_name(f"{name}.png").stat().st_size > 1000
-    assert page.count("data:image/png;base64,") == len(OF_ONE_SEED)
+    assert page.count("data:image/webp;base64,") == len(OF_ONE_SEED)
     assert "<script" not in page
     assert not any(link in page for link in ('src="http', "href="))
 

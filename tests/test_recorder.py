@@ -360,7 +360,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
         Recorder(path, model, optimizer, quantities=["norm"])
     assert not list(tmp_path.iterdir())
     assert not optimizer._optimizer_step_pre_hooks
-    with Recorder(path, model, optimizer) as recorder:
+    with Recorder(path, model, optimizer, curvature_every=0) as recorder:
         with pytest.raises(ValueError, match=r"'loss' has shape \(2,\)"):
             recorder.log(loss=torch.zeros(2))
         with pytest.raises(ValueError, match="cannot take 'grad_sqnorm'"):
@@ -371,6 +371,17 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
             recorder.log_epoch(note="good")
         with pytest.raises(ValueError, match=r"log_epoch\(\) cannot take 'epoch'"):
             recorder.log_epoch(epoch=3)
+        model(vectors(1)[0][0]).square().mean().backward()
+        optimizer.step()
+        for value in (10**400, 1j, torch.tensor(1j), torch.tensor(1.0, device="meta")):  # no float in memory
+            with pytest.raises(ValueError, match=r"log\(\) takes real numbers, 'a'"):
+                recorder.log(a=value)
+            with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, 'a'"):
+                recorder.log_epoch(a=value)
+            with pytest.raises(ValueError, match=r"event\(\) takes numbers and texts, 'a'"):
+                with recorder.event("look", probe=vectors(1), a=value):
+                    pass
+    assert open_run(path)["steps"].sizes["step"] == 1
 
 
 def test_a_frozen_layer_has_no_gradient_in_the_curvature_either(tmp_path: Path) -> None:

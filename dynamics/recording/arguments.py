@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -140,10 +142,10 @@ def check_scalar(name: str, value: float | Tensor) -> None:
     row = schema.QUANTITIES.get(name)
     if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
         raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
-    if (isinstance(value, Tensor) and value.is_complex()) or not isinstance(value, Tensor | Real):
-        raise ValueError(f"log() takes real numbers, {name!r} is {value!r:.60}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
+    if not _is_number(value):
+        raise ValueError(f"log() takes real numbers, {name!r} is {value!r:.60}")
 
 
 def _check_name(method: str, name: str) -> None:
@@ -158,7 +160,7 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
     """Raise ValueError where a row of ``/epochs`` cannot hold the scalars; warn of a name nearly as tables read it."""
     for name, value in scalars.items():
         _check_name("log_epoch", name)
-        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+        if not _is_number(value):
             raise ValueError(f"log_epoch() takes numbers, {name!r} is {value!r:.60}")
         waits = isinstance(value, Tensor) and value.is_cuda  # for the GPU, which it is not worth
         if name in _SHARES and not waits and abs(float(value) - 0.5) > 0.5 + _ROUNDING:
@@ -169,6 +171,13 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
             warnings.warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}", stacklevel=3)
     if counted := sorted({"epoch", "step"} & scalars.keys()):
         raise ValueError(f"log_epoch() cannot take {counted[0]!r}: it counts steps and epochs itself")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one real number, or a tensor that has one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not (value.is_complex() or value.is_meta)
+    return isinstance(value, Real) and not sys.float_info.max < abs(value) < math.inf  # an int may be too large
 
 
 def as_number(value: Any) -> Any:
@@ -189,7 +198,7 @@ def check_description(kind: str, attributes: Mapping[str, Any], texts: Mapping[s
         _check_name("event", name)
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise ValueError(f"event() takes texts of up to {LONGEST_TEXT} characters, {name!r} has {len(value)}")
-        if not isinstance(value, str | Real) and not (isinstance(value, Tensor) and value.ndim == 0):
+        if not isinstance(value, str) and not _is_number(value):
             raise ValueError(f"event() takes numbers and texts, {name!r} is {value!r:.60}")
         if texts.get(name, isinstance(value, str)) != isinstance(value, str):
             was = "a text" if texts[name] else "a number"

@@ -36,7 +36,8 @@ class Batches:
     Gradients accumulate over micro-batches, but that of a batch which was skipped (by ``continue``, or by a gradient
     scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
     the gradient decides. The moment of a batch is that of the first forward pass with gradients after it was seen.
-    A batch that stays is that of all further steps until the next one is seen.
+    A batch that stays is that of all further steps until the next one is seen. ``asleep()`` says whether a recorder
+    evaluates a model right now, so that what runs is not the loop's.
 
     Attributes:
         bystanders: the modules outside the model.
@@ -52,6 +53,7 @@ class Batches:
         device: torch.device,
         objective: Objective,
         counted: Callable[[], Sequence[nn.Parameter]] | None,
+        asleep: Callable[[], bool],
     ) -> None:
         self._model, self._device, self._compiled = unwrap(model), device, is_compiled(model)
         self._objective = objective
@@ -75,16 +77,16 @@ class Batches:
         self._moves_frozen = self.lost = False
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules())
         self.failure = _SCRIPTED if scripted else None
-        self._awaits, self._asleep = False, bool
+        self._awaits, self._asleep = False, asleep
         self._thread = self._reader = threading.get_ident()
         self._idle = self.told = False
 
     def __len__(self) -> int:
         return len(self._seen)
 
-    def await_forward(self, asleep: Callable[[], bool]) -> None:
+    def await_forward(self) -> None:
         """Until the step is taken, keep the moments of forward passes; not of a compiled model: hooks slow it down."""
-        self._awaits, self._asleep = True, asleep
+        self._awaits = True
         self._seen = [self._kept(one) for one in self._seen]
         with self._not_in_the_loop():
             self._after_step = self._moment() if self._staying else None

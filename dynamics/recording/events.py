@@ -83,7 +83,7 @@ class Events:
         with structure.again():  # predictions are of the network before
             found = effect(self._layers, before, after)
         self._rows.add("pruning", row | described | found)
-        self._rows.add_units(self._past.count, event)
+        self._rows.add_told(self._past.count, event)
         self._past = self._past.and_now(described, event, pruned=kind == "prune")
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:

@@ -47,7 +47,7 @@ from .resuming import begin
 from .rows import Rows
 from .step import Measurement
 from .step_curvature import StepCurvature
-from .steps import Steps
+from .steps import Steps, anyone_measures
 from .termination import on_termination
 from .watched import Watched, watched
 
@@ -132,15 +132,20 @@ class Recorder:
         measurement.start_from(store, place)
         self._rows = Rows(store, self._layers.names)
         counted = None if processes.replicated else groups.parameters
-        self._batches = Batches(model, self._layers.device, objective, counted)
-        probing = network, objective, self._batches, measurement, processes, place.step
-        self._curvature = StepCurvature(*probing, curvature_every if curvature_names else 0, capture=capture)
+        self._batches = Batches(model, self._layers.device, objective, counted, anyone_measures)
+        curvature_every = curvature_every if curvature_names else 0
+        self._curvature = StepCurvature(
+            network, objective, self._batches, measurement, processes, place.step, curvature_every, capture=capture
+        )
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
         hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])
-        parts = groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs
-        self._steps = Steps(*parts, place, FlowTimes(store), names, every)
-        common = self._layers, processes, self._steps, self._epochs, self._rows
-        self._events = Events(network, objective, *common, past)
+        self._steps = Steps(
+            groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs, place,
+            FlowTimes(store), names, every,
+        )  # fmt: skip
+        self._events = Events(
+            network, objective, self._layers, processes, self._steps, self._epochs, self._rows, past
+        )
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)

@@ -41,8 +41,8 @@ class Rows:
             self._buffer.add(node, row)
             self.gradients.say()
 
-    def add_units(self, number: int, event: Event) -> None:
-        """Send an event's row of ``/units``, if it told of any, and of each study that was added to it."""
+    def add_told(self, number: int, event: Event) -> None:
+        """Send what an event was told: its row of ``/units``, if there are any, and one of each study."""
         for node, study in event.studies.items():
             for name, values in study.coords.items():
                 self._coordinate(node, name, *values.dims, values.values)

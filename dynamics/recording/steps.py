@@ -23,12 +23,20 @@ from .step import Measurement
 from .step_curvature import StepCurvature
 
 _FIRST_ORDER = "first-order quantities"
-_of_thread = threading.local()
 
 
-def anyone_measures() -> int:
-    """How many recorders evaluate a model right now in this thread: it may be another one's model."""
-    return getattr(_of_thread, "measuring", 0)
+class _OfThread(threading.local):
+    """``measuring``: how many recorders evaluate a model right now in this thread."""
+
+    measuring = 0
+
+
+_of_thread = _OfThread()
+
+
+def anyone_measures() -> bool:
+    """Whether a recorder evaluates a model right now in this thread: it may be another one's model."""
+    return _of_thread.measuring > 0
 
 
 class Steps:
@@ -153,7 +161,7 @@ class Steps:
         With ``what``, an exception ends the recording of steps with a warning, not the training.
         """
         self.busy = True
-        _of_thread.measuring = anyone_measures() + 1
+        _of_thread.measuring += 1
         try:
             with torch.no_grad(), nullcontext() if what == _FIRST_ORDER else self._evaluating():
                 yield
@@ -168,7 +176,7 @@ class Steps:
             )
         finally:
             self.busy = False
-            _of_thread.measuring = anyone_measures() - 1
+            _of_thread.measuring -= 1
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -178,7 +186,7 @@ class Steps:
 
     def _await_forward(self) -> None:
         if self._curvature.due(self.number):
-            self._batches.await_forward(lambda: bool(anyone_measures()))
+            self._batches.await_forward()
 
     def _records(self) -> bool:
         """Whether this step has a row, and this process a part in it."""

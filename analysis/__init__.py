@@ -1,7 +1,7 @@
 """Theory against measurement: each function takes a record and returns a dataset. Nothing here needs torch."""
 
 from .agreement import agree, agreement, residuals
-from .claims import CLAIMS, claims
+from .claims import CLAIMS, claims, statistics
 from .comparison import compare, compare_convergence, mean_and_interval, median_and_quartiles, side_by_side
 from .condensed import condense, expand
 from .conditions import comparisons, conditions
@@ -23,7 +23,7 @@ from .outcome import outcome, training_curve
 from .protocol import protocol_diff, protocol_table
 from .record import MissingQuantityError, open_runs
 from .seed_tables import accuracy_table, claims_table, convergence_table, verdict_table
-from .statistics import STATISTICS, statistics
+from .statistics import STATISTICS
 from .tables import agreement_table, outcome_table
 
 __all__ = [

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from .conditions import conditions
 from .intervals import half_width, p_value, stand
 from .names import name_of
-from .statistics import STATISTICS, log, statistics
+from .progress import passed
+from .record import MissingQuantityError, ended
+from .statistics import STATISTICS, log
 
 _AGNOSTIC = ("loss_preservation", "gradient_norm_increase", "gradient_norm_preservation")
 _NOT_FIRST_ORDER = ("magnitude", "gradient_norm_increase", "gradient_norm_preservation")
@@ -155,6 +159,17 @@ CLAIMS: dict[str, Claim] = {
 }  # fmt: skip
 
 
+def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+    """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
+
+    NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
+    and in a run that did not end: what it came to is not known.
+    """
+    table = conditions(runs)
+    found = [_values(run) for run in passed(runs.values(), "claims")]
+    return table.join(pd.DataFrame(found, index=list(runs)))
+
+
 def claims(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     """Each claim of :data:`CLAIMS` under each condition (model, data, rounds, sparsity), with its verdict.
 
@@ -226,6 +241,15 @@ def as_claimed(found: pd.DataFrame) -> pd.DataFrame:
         (1 / bounds).where(found.null == 1, -bounds, axis=0)[["value", "high", "low"]].set_axis(bounds.columns, axis=1)
     )
     return found.assign(**bounds.mask(less, turned, axis=0))
+
+
+def _values(run: xr.DataTree) -> dict[str, float]:
+    found = dict.fromkeys(STATISTICS, np.nan)
+    for name, statistic in STATISTICS.items() if ended(run) else ():
+        with suppress(MissingQuantityError):
+            value = statistic(run)
+            found[name] = value if np.isfinite(value) else np.nan
+    return found
 
 
 def _judge(claim: Claim, values: pd.DataFrame) -> dict:

@@ -14,6 +14,7 @@ from .names import name_of
 from .prunings import compounded, prunings
 from .record import experiment
 from .runs import check_runs
+from .statistics import STATISTICS
 from .typeset import MISSING, told_apart
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
@@ -26,9 +27,8 @@ _MODES = {
 # What tables and claims have columns of their own for: a setting of such a name has another one there.
 _TAKEN = (
     "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "stands", "seeds",
-    "verdict", "decrease_per_parameter", "decrease_within_layers", "loss_change", "norm_rate_change",
-    "norm_acceleration_change", "grad_sqnorm_change", "grad_sqnorm_ratio", "training_area", "accuracy", "relation",
-    "order", "median relative error", "slope", "r squared", "rank correlation", "count",
+    "verdict", "relation", "order", "median relative error", "slope", "r squared", "rank correlation", "count",
+    *STATISTICS,
 )  # fmt: skip
 
 # Where events do not say it, it is not known, which is no value.

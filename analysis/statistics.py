@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
-from .conditions import conditions
 from .convergence import convergence
 from .effect import removed_decrease
-from .progress import passed
 from .protocol import counted
-from .record import MissingQuantityError, at_prunings, ended
+from .record import at_prunings
 
 
 def decrease_per_parameter(run: xr.DataTree) -> float:
@@ -102,17 +98,6 @@ STATISTICS: dict[str, Callable[[xr.DataTree], float]] = {
 }
 
 
-def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
-    """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
-
-    NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
-    and in a run that did not end: what it came to is not known.
-    """
-    table = conditions(runs)
-    found = [_values(run) for run in passed(runs.values(), "claims")]
-    return table.join(pd.DataFrame(found, index=list(runs)))
-
-
 def log(ratio: np.ndarray | xr.DataArray) -> np.ndarray | xr.DataArray:
     """ln of a ratio, down to 2⁻²³: where nothing is left, it is as far from 1 as single precision tells."""
     return np.log(np.maximum(ratio, np.finfo(np.float32).eps))
@@ -126,12 +111,3 @@ def _mean_log_change(staged: xr.DataArray) -> float:
 def _mean_change(staged: xr.DataArray, scale: xr.DataArray) -> float:
     change = staged.sel(stage="after") - staged.sel(stage="before")
     return float((np.abs(change) / scale).mean(skipna=False))
-
-
-def _values(run: xr.DataTree) -> dict[str, float]:
-    found = dict.fromkeys(STATISTICS, np.nan)
-    for name, statistic in STATISTICS.items() if ended(run) else ():
-        with suppress(MissingQuantityError):
-            value = statistic(run)
-            found[name] = value if np.isfinite(value) else np.nan
-    return found

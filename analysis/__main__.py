@@ -16,7 +16,7 @@ from dynamics.command_line import mistake, printing
 
 from .condensed import SUFFIX, condense
 from .overview import overview
-from .progress import shown
+from .progress import progress_shown
 from .protocol import fresh_runs, protocol_table
 from .record import open_runs
 from .typeset import FORMATS, as_text, page
@@ -91,7 +91,7 @@ def _condense(arguments: list[str]) -> None:
 
 def _overview(arguments: list[str]) -> None:
     settings = _parser().parse_args(arguments)
-    with shown():
+    with progress_shown():
         parts = overview(open_runs(settings.runs), brief=settings.brief)
     print(page(parts, settings.format))
 

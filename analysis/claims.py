@@ -13,7 +13,7 @@ import xarray as xr
 from .conditions import conditions
 from .intervals import half_width, p_value, stand
 from .names import name_of
-from .progress import passed
+from .progress import with_progress
 from .record import MissingQuantityError, ended
 from .statistics import STATISTICS, log
 
@@ -166,7 +166,7 @@ def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     and in a run that did not end: what it came to is not known.
     """
     table = conditions(runs)
-    found = [_values(run) for run in passed(runs.values(), "claims")]
+    found = [_values(run) for run in with_progress(runs.values(), "claims")]
     return table.join(pd.DataFrame(found, index=list(runs)))
 
 

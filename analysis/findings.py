@@ -15,7 +15,7 @@ from .loss import loss_decrease, stability
 from .names import name_of
 from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
-from .progress import passed
+from .progress import with_progress
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, node
 from .runs import check_runs
@@ -31,7 +31,7 @@ def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, 
     """
     check_runs(runs)
     found, missing = {}, MissingQuantityError("no runs given")
-    for label, run in passed(runs.items(), "theory"):
+    for label, run in with_progress(runs.items(), "theory"):
         try:
             found[label] = analyse(run)
         except MissingQuantityError as error:

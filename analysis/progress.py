@@ -15,8 +15,8 @@ _SHOWN: ContextVar[bool] = ContextVar("_SHOWN", default=False)
 
 
 @contextmanager
-def shown() -> Iterator[None]:
-    """What is :func:`passed` over inside has a bar, where stderr is a terminal."""
+def progress_shown() -> Iterator[None]:
+    """Inside, :func:`with_progress` has a bar, where stderr is a terminal."""
     token = _SHOWN.set(True)
     try:
         yield
@@ -24,6 +24,6 @@ def shown() -> Iterator[None]:
         _SHOWN.reset(token)
 
 
-def passed(runs: Collection[One], what: str) -> Iterable[One]:
-    """The runs, one after the other."""
+def with_progress(runs: Collection[One], what: str) -> Iterable[One]:
+    """The runs, one after the other, with a bar that is called ``what`` inside :func:`progress_shown`."""
     return tqdm(runs, desc=what, unit="run", leave=False, disable=None) if _SHOWN.get() else runs

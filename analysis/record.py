@@ -13,7 +13,7 @@ from dynamics.record.reading import RecordError, experiment, open_run
 from dynamics.schema import QUANTITIES
 
 from .condensed import SUFFIX, expand
-from .progress import passed
+from .progress import with_progress
 from .prunings import others, prunings
 
 _HOW = {
@@ -137,7 +137,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     runs: dict[str, xr.DataTree] = {}
-    for path in passed(dict.fromkeys(path for one in given for path in _matching(str(Path(one)))), "opening"):
+    for path in with_progress(dict.fromkeys(path for one in given for path in _matching(str(Path(one)))), "opening"):
         if path.endswith(SUFFIX):
             runs |= {f"{path}/{name}": run for name, run in expand(path).items()}
         else:

@@ -15,7 +15,7 @@ from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
 from .outcome import outcome, pruned_units
-from .progress import passed
+from .progress import with_progress
 from .prunings import prunings
 from .record import MissingQuantityError, ended, has
 from .tables import agreement_table
@@ -34,7 +34,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     are left out, and said under ``seeds``.
     """
     table = comparisons(runs)
-    found = {label: outcome(run) for label, run in passed(runs.items(), "accuracy") if ended(run)}
+    found = {label: outcome(run) for label, run in with_progress(runs.items(), "accuracy") if ended(run)}
     same = compared_by(table)
     accuracy, loss = (any(np.isfinite(of[name]) for of in found.values()) for name in ("test_accuracy", "test_loss"))
     title, name, scale, digits = "test accuracy, %", "test_accuracy", 100, ".1f"
@@ -68,7 +68,7 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     same = compared_by(table)
     since = pd.Series([last_pruning(runs[label]) for label in table.run])
     since = since.groupby([table[name] for name in same], dropna=False).transform("max")
-    each = passed([*zip(table.run, since, strict=True)], "convergence")
+    each = with_progress([*zip(table.run, since, strict=True)], "convergence")
     found = [_convergence(runs[label], start) for label, start in each]
     if not any(found):
         raise MissingQuantityError(

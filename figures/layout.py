@@ -189,9 +189,6 @@ def by_measure(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[s
     """
     measures = conditions(runs).measure[list(labels)]
     styles = named_styles(measures)
-    unnamed = {measure: style | {"label": None} for measure, style in styles.items()}
-    of_label = {label: unnamed[measure] for label, measure in measures.items()}
-    named = {measures[measures == measure].index[0]: style for measure, style in styles.items()}
     turns = measures.groupby(measures).cumcount()
     order = sorted(measures.index, key=lambda label: (turns[label], list(styles).index(measures[label])))
-    return {label: named.get(label, of_label[label]) for label in order}
+    return {label: styles[measures[label]] | ({"label": None} if turns[label] else {}) for label in order}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from ..probing.probe import Probe
 from ..quantities import FORMULAS, Vectors
 from ..record.store import Store
 from .resuming import Place, Present
+from .warn_once import WarnOnce
 
 _SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
 
@@ -42,7 +42,7 @@ class Measurement:
         self._start: Vector | None = None
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._rest: list[int] = []  # indices of the parameters that no optimizer held which took the step
-        self._said: set[str] = set()
+        self._warn_once = WarnOnce()
         self._compared = False
 
     def present(self) -> Present:
@@ -214,9 +214,10 @@ class Measurement:
         if not (moved and torch.stack(list(moved.values())).any()):
             return values
         name = next(name for name, moves in moved.items() if moves)
-        self._say_once(
-            f"along steps that move frozen parameters, {name!r} first, is NaN: they have no gradient. By momentum or "
-            "weight decay an optimizer moves them on where .grad is zero and not None; zero_grad() makes it None",
+        self._warn_once(
+            f"curvature along steps that move frozen parameters, {name!r} first, is NaN: they have no gradient. By "
+            "momentum or weight decay an optimizer moves them on where .grad is zero and not None; zero_grad() makes "
+            "it None",
             "frozen",
         )
         unknown = [name for name in ("grad_update", "update_hess_update") if name in values]
@@ -245,7 +246,10 @@ class Measurement:
             raise
         except RuntimeError as error:
             if not lacks_derivative(error):
-                self._say_once(f"by gates failed with {named(error)}; Hessian products, slower, take their place")
+                self._warn_once(
+                    f"curvature by gates failed with {named(error)}; Hessian products, slower, take their place",
+                    "products",
+                )
             return self._by_products(probe, grad, vectors, names)
 
     def _compare(self, probe: Probe, grad: dict[str, Tensor], exact: float) -> None:
@@ -265,17 +269,14 @@ class Measurement:
         change = sum(((ahead[name] - behind[name]).double() * grad[name]).sum() for name in ahead) / (2 * epsilon)
         error, noise = abs(exact - float(change)), float(10 * rounding * length**2 / epsilon)
         if error > 0.1 * max(abs(exact), abs(float(change))) + noise:
-            self._say_once(
-                f"of an operation of your own is not the change of its gradient: gᵀHg is {exact:.4g} by its backward "
-                f"pass, and {change:.4g} by differences of gradients. One that passes on another gradient than its own "
-                "has none; one whose backward pass, or hook on a tensor, autograd cannot differentiate says so as a "
-                "function with @torch.autograd.function.once_differentiable, and differences are recorded"
+            self._warn_once(
+                "curvature of an operation of your own is not the change of its gradient: gᵀHg is "
+                f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. One that passes on "
+                "another gradient than its own has none; one whose backward pass, or hook on a tensor, autograd cannot "
+                "differentiate says so as a function with @torch.autograd.function.once_differentiable, and "
+                "differences are recorded",
+                "products",
             )
-
-    def _say_once(self, what: str, of: str = "products") -> None:
-        if of not in self._said:
-            warnings.warn(f"curvature {what}", stacklevel=2)
-        self._said.add(of)
 
     def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         directions = [grad] if {"grad_hess_grad", "param_hess_grad"} & set(names) else []

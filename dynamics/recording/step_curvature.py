@@ -21,6 +21,7 @@ from ..probing.moment import Moment
 from ..probing.probe import Objective, Probe
 from .captured_curvature import CapturedCurvature
 from .step import Measurement
+from .warn_once import WarnOnce
 
 _Measured = TypeVar("_Measured")
 _DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
@@ -99,7 +100,7 @@ class StepCurvature:
         self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
         self._probes: list[_Candidate] = []
         self._way: _Way | None = None  # the likeliest, as far as a step has told
-        self._said: set[str] = set()
+        self._warn_once = WarnOnce()
         self._loss = LoggedLoss()
         self.unseen = 0  # steps that were due, and taken, before any batch was seen
         if every and processes.sharded:
@@ -130,7 +131,7 @@ class StepCurvature:
             return
         if self._processes.may_end_apart:
             self.stop()
-            self._say_once(
+            self._warn_once(
                 f"curvature is not recorded from step {step} on: inside DDP's join() processes end apart, and all of "
                 "them would have to measure it; give curvature_every=0 to record first-order quantities only",
                 "apart",
@@ -152,7 +153,7 @@ class StepCurvature:
         candidates = enumerate(self._batches.candidates())
         known = [(number, seen) for number, seen in candidates if all(one.moment for one in seen)]
         if self._batches.lost:
-            self._say_once(
+            self._warn_once(
                 "parameters of the model that are not trained move within a step: curvature is measured from the next "
                 "step on that is due, when they are kept",
                 "lost",
@@ -201,7 +202,7 @@ class StepCurvature:
         self._batches.bystanders.of_objective(best.probe.others)
         self._loss.measured(step, best.cosine, best.loss, len(best.probe))
         if best.cosine < _DOUBTFUL:
-            self._say_once(
+            self._warn_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
                 f"gradient and the one applied have cosine {best.cosine:.2f} (grad_applied_grad tells at each step). "
                 "Unless the loop itself changes gradients before they are applied, or rounds to half precision, give "
@@ -211,7 +212,7 @@ class StepCurvature:
                 "doubtful",
             )
         if values.get("approximate"):
-            self._say_once(
+            self._warn_once(
                 f"curvature is approximate from step {step} on: an operation of the model has no second "
                 "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
                 "approximate",
@@ -223,14 +224,14 @@ class StepCurvature:
         self._loss.logged(step, loss)
         if last or self.due(step + 1):
             for what, text in self._loss.differing(step):
-                self._say_once(text, what)
+                self._warn_once(text, what)
 
     def _are_others_lost(self, probe: Probe) -> bool:
         """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""
         if not (moved := probe.moved_others):
             return False
         self._batches.bystanders.keep(moved)
-        self._say_once(
+        self._warn_once(
             "a network outside the model, which the objective runs, moves between a forward pass and its step: "
             "curvature is measured from the next step on that is due, when its parameters are kept",
             "others lost",
@@ -260,16 +261,11 @@ class StepCurvature:
         return found[best]
 
     def _say_unknown(self, step: int) -> None:
-        self._say_once(
+        self._warn_once(
             f"curvature is not recorded at step {step}, whose batch is not known. Watch what the loop reads, say "
             "itertools.cycle(loader) as a whole, or call recorder.observe(batch) before each step",
             "unknown",
         )
-
-    def _say_once(self, text: str, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            warnings.warn(text, stacklevel=2)
 
     def _or_give_up(self, measure: Callable[[], _Measured], step: int) -> _Measured | None:
         """What a probe measures; where it fails in any process, the training goes on without curvature in all."""

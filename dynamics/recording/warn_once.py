@@ -1,0 +1,18 @@
+"""Warnings that are said once: what is so at one step mostly is at all that follow."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class WarnOnce:
+    """Gives one warning of each kind, however often it is called."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, text: str, kind: str) -> None:
+        """Warn, unless a warning of this kind was given before."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(text, stacklevel=2)

@@ -11,7 +11,7 @@ import torch
 from networks import plain_step, smooth_network, vectors
 
 from dynamics import frameworks, open_run
-from dynamics.frameworks.recording import recording, simple_scalars
+from dynamics.frameworks.common import recorder_factory, simple_scalars
 
 
 def test_nothing_is_imported_unless_asked_for() -> None:
@@ -47,7 +47,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_a_setting_that_the_recorder_lacks_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="curvature_evry"):
-        recording("run.zarr", curvature_evry=4)
+        recorder_factory("run.zarr", curvature_evry=4)
 
 
 def test_metrics_get_names_that_are_variables() -> None:
@@ -64,7 +64,7 @@ def test_a_training_goes_on_at_the_step_of_its_parameters_whatever_the_framework
             model.load_state_dict(states[3])
         if known == 7:  # the record has nothing of these parameters
             model.load_state_dict({name: 2 * theta for name, theta in states[0].items()})
-        with recording(tmp_path / "run", **settings)(model, optimizer, counted) as recorder:
+        with recorder_factory(tmp_path / "run", **settings)(model, optimizer, counted) as recorder:
             for batch in recorder.watch(vectors(5)):
                 states.append(copy.deepcopy(model.state_dict()))
                 plain_step(model, optimizer, batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recording.recorder import Recorder
-from .recording import recording, simple_scalars
+from .common import recorder_factory, simple_scalars
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -50,7 +50,7 @@ class LightningRecorder(*_callbacks()):
 
     def __init__(self, path: str | os.PathLike, **settings: Any) -> None:
         self.recorder: Recorder | None = None
-        self._recording = recording(path, **settings)
+        self._make_recorder = recorder_factory(path, **settings)
         self._losses: list[Tensor] = []
         self._stepped = 0
         self._metrics: dict[str, Any] = {}  # when the last epoch was logged
@@ -58,7 +58,7 @@ class LightningRecorder(*_callbacks()):
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Begin: the optimizers are there, and a checkpoint has been loaded."""
-        self.recorder = self._recording(
+        self.recorder = self._make_recorder(
             trainer.model, trainer.optimizers, trainer.global_step // len(trainer.optimizers)
         )
         self._losses, self._stepped = [], trainer.global_step

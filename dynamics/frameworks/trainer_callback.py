@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from ..probing.batch import sample_count
 from ..probing.probe import Objective
 from ..recording.recorder import Recorder
-from .recording import recording, simple_scalars
+from .common import recorder_factory, simple_scalars
 
 _SPREAD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -43,7 +43,7 @@ class TrainerRecorder(TrainerCallback):
 
     def __init__(self, path: str | os.PathLike, *, objective: Objective | None = None, **settings: Any) -> None:
         self.recorder: Recorder | None = None
-        self._recording = recording(path, objective=self._loss, **settings)
+        self._make_recorder = recorder_factory(path, objective=self._loss, **settings)
         self._objective = objective or self._share_of_the_step
         self._hook: RemovableHandle | None = None
         self._samples, self._processes = 0, 1
@@ -65,7 +65,9 @@ class TrainerRecorder(TrainerCallback):
         self._within_epoch = bool((state.epoch or 0) % 1)  # the checkpoint's
         if state.is_world_process_zero:
             self._processes = args.world_size if args.average_tokens_across_devices else 1
-            self.recorder = self._recording(training["model"], training["optimizer"], state.global_step, again=again)
+            self.recorder = self._make_recorder(
+                training["model"], training["optimizer"], state.global_step, again=again
+            )
             self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:

@@ -15,22 +15,22 @@ from ..recording.recorder import Recorder
 from ..recording.resuming import Counted
 
 
-def recording(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:
+def recorder_factory(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:
     """A function ``(model, optimizer, step) -> Recorder``; the step counts where a record does not know the parameters.
 
-    It goes on with a record ``again=True``, after a training that did not end.
+    Called with ``again=True``, it goes on with the record at ``path``, as after a training that did not end.
 
     Raises:
         TypeError: a setting that :class:`Recorder` does not have; now, not when the training begins.
     """
     signature(Recorder).bind(path, None, None, **settings)
 
-    def begin(model: nn.Module, optimizer: Any, step: int, *, again: bool = False) -> Recorder:
+    def make_recorder(model: nn.Module, optimizer: Any, step: int, *, again: bool = False) -> Recorder:
         resumes = bool(settings.get("resume")) and step > 0
         given = ({"step": Counted(step)} if resumes else {}) | settings
         return Recorder(path, model, optimizer, **given | {"resume": settings.get("resume") or again})
 
-    return begin
+    return make_recorder
 
 
 def simple_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -57,6 +57,10 @@ def report_of_one(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.D
     return write_report({"magnitude": runs["magnitude"]}, tmp_path_factory.mktemp("report"), records=["a.zarr"])
 
 
+def test_every_figure_has_a_finding() -> None:
+    assert FINDINGS.keys() == FIGURES.keys()
+
+
 @pytest.mark.parametrize("name", OF_ONE_SEED)
 def test_every_figure_draws_and_says_what_it_claims(name: str, runs: dict[str, xr.DataTree]) -> None:
     before = dict(mpl.rcParams)

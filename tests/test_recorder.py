@@ -356,7 +356,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
         Recorder(path, model, optimizer, every=0)
     with pytest.raises(ValueError, match="holds none of the model's parameters"):
         Recorder(path, model, other)
-    with pytest.raises(ValueError, match=r"unknown quantities \['norm'\]: choose from \['abs_param_grad'"):
+    with pytest.raises(ValueError, match=r"unknown quantities \['norm'\]: choose from \['"):
         Recorder(path, model, optimizer, quantities=["norm"])
     assert not list(tmp_path.iterdir())
     assert not optimizer._optimizer_step_pre_hooks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from .intervals import half_width, p_value, stand
 from .names import name_of
 from .progress import with_progress
 from .record import MissingQuantityError, ended
+from .runs import Runs
 from .statistics import STATISTICS, log
 
 _AGNOSTIC = ("loss_preservation", "gradient_norm_increase", "gradient_norm_preservation")
@@ -159,7 +159,7 @@ CLAIMS: dict[str, Claim] = {
 }  # fmt: skip
 
 
-def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def statistics(runs: Runs) -> pd.DataFrame:
     """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
 
     NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
@@ -170,7 +170,7 @@ def statistics(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return table.join(pd.DataFrame(found, index=list(runs)))
 
 
-def claims(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def claims(runs: Runs) -> pd.DataFrame:
     """Each claim of :data:`CLAIMS` under each condition (model, data, rounds, sparsity), with its verdict.
 
     Runs of one seed start from one initialisation and see the same batches, so the unit is the comparison within a

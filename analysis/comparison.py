@@ -18,8 +18,8 @@ from .names import name_of
 from .norm import network_norm_rate
 from .outcome import outcome
 from .record import MissingQuantityError, at_prunings, columns, ended
+from .runs import Runs
 
-Runs = Mapping[str, xr.DataTree]
 ByMeasure = dict[str, xr.Dataset]
 
 

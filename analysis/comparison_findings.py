@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -16,9 +14,8 @@ from .findings import each
 from .names import name_of
 from .prunings import prunings
 from .record import MissingQuantityError, ended
+from .runs import Runs
 from .seed_tables import VERDICTS
-
-Runs = Mapping[str, xr.DataTree]
 
 
 def fastest(runs: Runs) -> str:

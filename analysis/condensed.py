@@ -17,7 +17,7 @@ from dynamics.record.reading import METADATA, Metadata, RecordError, checked_met
 from dynamics.schema import NODES, SCHEMA_VERSION, SPEEDS, STUDIES
 
 from .prunings import prunings
-from .runs import check_runs
+from .runs import Runs, check_runs
 
 SUFFIX = ".zarr.zip"
 
@@ -27,7 +27,7 @@ _EXACT = ("param_sqnorm",)
 _CODEC = Blosc(cname="zstd", clevel=9, shuffle=Blosc.SHUFFLE)
 
 
-def condense(runs: Mapping[str, xr.DataTree], path: str | Path) -> Path:
+def condense(runs: Runs, path: str | Path) -> Path:
     """Write runs into one file ``*.zarr.zip``, which :func:`expand` makes runs of again.
 
     =====================  ======================================================================================
@@ -91,7 +91,7 @@ def expand(path: str | Path) -> dict[str, xr.DataTree]:
     return {name: xr.DataTree.from_dict(of_run) for name, of_run in nodes.items()}
 
 
-def _stacked(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.Dataset]:
+def _stacked(runs: Runs) -> dict[str, xr.Dataset]:
     """``node.0``, ``node.1``, ...: the rows of all runs in which a node is laid out alike."""
     whole, stacks = _whole(runs), {}
     for number, (label, run) in enumerate(runs.items()):
@@ -113,7 +113,7 @@ def _texts_of_fixed_size(rows: xr.Dataset) -> dict[str, tuple[tuple[str, ...], n
     return {name: (of.dims, of.values.astype(str)) for name, of in rows.coords.items() if of.dtype.kind in "OTU"}
 
 
-def _whole(runs: Mapping[str, xr.DataTree]) -> set[str]:
+def _whole(runs: Runs) -> set[str]:
     """The runs whose layers and studies are kept: those that figures of one run draw."""
     studies = {label: sum(bool(run[node].data_vars) for node in STUDIES if node in run.children)
                for label, run in runs.items()}  # fmt: skip

@@ -13,7 +13,7 @@ from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTING
 from .names import name_of
 from .prunings import compounded, prunings
 from .record import experiment
-from .runs import check_runs
+from .runs import Runs, check_runs
 from .statistics import STATISTICS
 from .typeset import MISSING, told_apart
 
@@ -38,7 +38,7 @@ _OF_EVENTS = ("granularity",)
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
 
-def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def conditions(runs: Runs) -> pd.DataFrame:
     """What each run is a run of, one row a run: columns model, data, measure, rounds, sparsity, seed.
 
     Runs that agree in all but ``measure`` differ in nothing else: one seed is one initialisation and one order of the
@@ -74,7 +74,7 @@ def conditions(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return rows[[*COMPARED_BY, *(name for name in others if _varies(rows, name, own))]]
 
 
-def comparisons(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def comparisons(runs: Runs) -> pd.DataFrame:
     """The runs in the order and company in which they are compared, one row each: columns run and those of conditions.
 
     Runs of one model, data set, rounds and sparsity are a comparison. To it belong the runs of that model and data set
@@ -98,7 +98,7 @@ def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return dict(iter(table.groupby(names, sort=False)))
 
 
-def by_setting(runs: Mapping[str, xr.DataTree]) -> dict[str, xr.DataTree]:
+def by_setting(runs: Runs) -> dict[str, xr.DataTree]:
     """Runs of one measure by the setting that has most values: it stands in the measure's place, ``learning rate 0.1``.
 
     So runs of several learning rates, say, are laid side by side as those of several measures are. Runs of several
@@ -122,14 +122,14 @@ def _saying(run: xr.DataTree, said: dict) -> xr.DataTree:
     return found
 
 
-def first_comparison(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def first_comparison(runs: Runs) -> pd.DataFrame:
     """The rows of the first of :func:`comparisons` that has a network that was pruned, else of the first."""
     table = comparisons(runs)
     groups = [group for _, group in table.groupby(compared_by(table), dropna=False)]
     return next((group for group in groups if (group.measure != "none").any()), groups[0])
 
 
-def mean_by_measure(runs: Mapping[str, xr.DataTree], values: Mapping[str, float]) -> pd.Series:
+def mean_by_measure(runs: Runs, values: Mapping[str, float]) -> pd.Series:
     """Mean of each run's value by measure: over seeds, then over the conditions in which most measures have one.
 
     A measure that lacks a condition is not compared by the others'.
@@ -144,7 +144,7 @@ def mean_by_measure(runs: Mapping[str, xr.DataTree], values: Mapping[str, float]
     return whole.reindex([name for name in table.measure.unique() if name in whole])
 
 
-def several_seeds(runs: Mapping[str, xr.DataTree]) -> bool:
+def several_seeds(runs: Runs) -> bool:
     """Whether some runs differ in nothing but their seed, so that they are to be read over seeds."""
     table = conditions(runs)
     return bool(table.duplicated([name for name in table if name != "seed"]).any())
@@ -173,7 +173,7 @@ def _in_print(condition: pd.Series) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def probe_mode(runs: Mapping[str, xr.DataTree]) -> str:
+def probe_mode(runs: Runs) -> str:
     """In which mode the prunings were measured, in a sentence; "" where nothing was pruned."""
     pruned = [run for run in runs.values() if "pruning" in run.children and "mode" in run["pruning"]]
     modes = {str(mode) for run in pruned for mode in run["pruning"]["mode"].values[prunings(run)]}
@@ -200,7 +200,7 @@ def _repeated(whole: pd.DataFrame, pruned: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows for rows in found if len(rows)] or found)
 
 
-def _tell_apart(rows: pd.DataFrame, runs: Mapping[str, xr.DataTree], others: list[str]) -> None:
+def _tell_apart(rows: pd.DataFrame, runs: Runs, others: list[str]) -> None:
     """Give instrumented loops that said the same of themselves a column ``record`` with their labels.
 
     Raises:

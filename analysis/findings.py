@@ -18,9 +18,7 @@ from .outcome import outcome
 from .progress import with_progress
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, node
-from .runs import check_runs
-
-Runs = Mapping[str, xr.DataTree]
+from .runs import Runs, check_runs
 
 
 def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:

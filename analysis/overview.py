@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pandas as pd
-import xarray as xr
 
 from . import seed_tables
 from .claims import CLAIMS, claims
 from .conditions import conditions, probe_mode, several_seeds
 from .findings import diverged
 from .record import MissingQuantityError, check_begun
+from .runs import Runs
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
 
@@ -39,7 +39,7 @@ _DIVERGED = "Trainings that diverged"
 SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # what a report begins with
 
 
-def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
+def overview(runs: Runs, *, brief: bool = False) -> Parts:
     """Tables by title, and the claims with their definitions where there are seeds to judge them by.
 
     Raises:
@@ -54,19 +54,19 @@ def overview(runs: Mapping[str, xr.DataTree], *, brief: bool = False) -> Parts:
     return outcome | (_of_claims(runs, brief) if brief else _of_seeds(runs))
 
 
-def _of_runs(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
+def _of_runs(runs: Runs, brief: bool) -> Parts:
     if brief:
         return {"What the runs came to, and the median errors of what theory says": brief_table(runs)}
     return {_OUTCOME: outcome_table(runs)} | _agreement("Theory against measurement", agreement_table, runs)
 
 
-def _agreement(title: str, table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs: Mapping) -> Parts:
+def _agreement(title: str, table: Callable[[Runs], pd.DataFrame], runs: Runs) -> Parts:
     """A table of agreement, and how it is read; the reason where there is none."""
     found = _or_why_not(table, runs)
     return {title: found} | ({_READING: [_READ]} if isinstance(found, pd.DataFrame) else {})
 
 
-def _or_why_not(table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs: Mapping[str, xr.DataTree]) -> Part:
+def _or_why_not(table: Callable[[Runs], pd.DataFrame], runs: Runs) -> Part:
     """A table; the reason, as a sentence, where the runs recorded too little for it."""
     try:
         return table(runs)
@@ -74,7 +74,7 @@ def _or_why_not(table: Callable[[Mapping[str, xr.DataTree]], pd.DataFrame], runs
         return [str(error)]
 
 
-def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
+def _of_seeds(runs: Runs) -> Parts:
     return (
         {_CONVERGENCE: _or_why_not(seed_tables.convergence_table, runs)}
         | ({"Runs that end with a pruning": [said]} if (said := seed_tables.pruned_last(runs)) else {})
@@ -83,7 +83,7 @@ def _of_seeds(runs: Mapping[str, xr.DataTree]) -> Parts:
     )
 
 
-def _of_claims(runs: Mapping[str, xr.DataTree], brief: bool) -> Parts:
+def _of_claims(runs: Runs, brief: bool) -> Parts:
     found = claims(runs)
     if found.empty:  # nothing was pruned
         return {}

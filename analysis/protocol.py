@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from .effect import filters_left
 from .epochs import logged
 from .prunings import prunings
 from .record import at_prunings, has, node, open_runs
+from .runs import Runs
 
 _LABELS = {
     "run": "protocol", "asked": "asked", "reached": "reached", "multiply_adds_left": "multiply-adds left",
@@ -25,7 +26,7 @@ _LABELS = {
 }  # fmt: skip
 
 
-def protocol_diff(runs: Mapping[str, xr.DataTree]) -> xr.Dataset:
+def protocol_diff(runs: Runs) -> xr.Dataset:
     """How records of the same rounds of pruning differ from the first of them, after each round.
 
     Variables over (run, event): the sparsity ``asked`` and ``reached``; the share of multiply-adds left; how many
@@ -70,7 +71,7 @@ def _rounds(run: xr.DataTree) -> xr.Dataset:
     )
 
 
-def protocol_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def protocol_table(runs: Runs) -> pd.DataFrame:
     """:func:`protocol_diff` after the last round, one row a run, in per cent."""
     last = protocol_diff(runs).isel(event=-1)
     table = last.to_dataframe().reset_index()[list(_LABELS)].rename(columns=_LABELS)

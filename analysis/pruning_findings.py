@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-import xarray as xr
 
 from .agreement import agree, residuals
 from .conditions import mean_by_measure
@@ -14,8 +11,7 @@ from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .measures import WHOLE, rank_agreement, score_noise
 from .names import name_of
-
-Runs = Mapping[str, xr.DataTree]
+from .runs import Runs
 
 
 def layers_moved(runs: Runs) -> str:

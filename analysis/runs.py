@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import xarray as xr
 
+Runs = Mapping[str, xr.DataTree]
+
 
 def check_runs(runs: object) -> None:
     """Refuse what is no mapping of labels to records: one record alone, whose groups would pass for runs, or a list.

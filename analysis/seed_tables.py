@@ -18,10 +18,9 @@ from .outcome import outcome, pruned_units
 from .progress import with_progress
 from .prunings import prunings
 from .record import MissingQuantityError, ended, has
+from .runs import Runs
 from .tables import agreement_table
 from .typeset import MISSING, told_apart
-
-Runs = Mapping[str, xr.DataTree]
 
 VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdict")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -13,18 +11,18 @@ from .findings import each, error_in_percent
 from .outcome import outcome, pruned_units
 from .prunings import prunings
 from .record import MissingQuantityError
-from .runs import check_runs
+from .runs import Runs, check_runs
 from .typeset import MISSING
 
 
-def outcome_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def outcome_table(runs: Runs) -> pd.DataFrame:
     """One row a run: accuracy and loss, and where any was pruned, its sparsity; in words and per cent."""
     table = _outcomes(runs)
     table.columns = [f"{what} pruned" if of == "pruned" else f"{of} {what}" for of, what in table]
     return table
 
 
-def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def brief_table(runs: Runs) -> pd.DataFrame:
     """One row a run: :func:`outcome_table`, and how far off predictions of a step are, in the median of how many."""
     table = _outcomes(runs)
     try:
@@ -43,7 +41,7 @@ def brief_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return table
 
 
-def _outcomes(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def _outcomes(runs: Runs) -> pd.DataFrame:
     check_runs(runs)
     found = {label: outcome(run) for label, run in runs.items()}
     rows = {
@@ -58,7 +56,7 @@ def _outcomes(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.Index(found, name="run"))
 
 
-def agreement_table(runs: Mapping[str, xr.DataTree]) -> pd.DataFrame:
+def agreement_table(runs: Runs) -> pd.DataFrame:
     """One row a run, relation and order: the summary figures of :func:`analysis.agree`. Runs without any are left out.
 
     Raises:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -18,6 +17,7 @@ from analysis import CLAIMS, MissingQuantityError
 from analysis.claims import JUDGED, as_claimed
 from analysis.conditions import names_of_conditions
 from analysis.names import name_of
+from analysis.runs import Runs
 
 from .labels import wrapped
 from .layout import legend_below
@@ -32,7 +32,7 @@ _FARTHEST = 30.0  # a ratio beyond it is an arrow
 _TICKS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of ratios
 
 
-def claims(runs: Mapping[str, xr.DataTree]) -> Figure:
+def claims(runs: Runs) -> Figure:
     """What the abstract claims holds of some networks, of others not, and of many these seeds cannot tell.
 
     Each claim's effect with its 95 % interval over seeds (Student's), which may leave the panel; a marker a number of

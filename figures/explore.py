@@ -11,10 +11,11 @@ import xarray as xr
 
 from analysis.conditions import conditions
 from analysis.record import has
+from analysis.runs import Runs
 from dynamics.schema import quantities
 
 from .pages import PREDICTIONS, WHOLE, figure_page, prediction_page, quantity_page
-from .paper import FIGURES, Runs
+from .paper import FIGURES
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -19,6 +19,7 @@ from analysis.conditions import by_condition, comparisons, conditions
 from analysis.names import name_of
 from analysis.outcome import other_epochs, pruning_epochs
 from analysis.record import other_steps, pruning_steps
+from analysis.runs import Runs
 
 from . import panels, scales
 from .labels import layer_names, wrapped
@@ -154,7 +155,7 @@ def rows_of(
 
 
 def events_of(
-    runs: Mapping[str, xr.DataTree], when: Callable[[xr.DataTree], tuple[list[float], list[float]]]
+    runs: Runs, when: Callable[[xr.DataTree], tuple[list[float], list[float]]]
 ) -> dict[str, tuple[list[float], list[float]]]:
     """By condition, when the prunings of all its runs were and when their other events: in steps, or in epochs."""
     found = {}
@@ -166,7 +167,7 @@ def events_of(
     return found
 
 
-def models(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, list[str]]:
+def models(runs: Runs, labels: Iterable[str]) -> dict[str, list[str]]:
     """Runs by model and data set, whose names in print they have in common."""
     groups = conditions(runs).loc[list(labels)].groupby(["model", "data"], sort=False).groups
     return {", ".join(name_of(part) for part in names if part): list(of) for names, of in groups.items()}
@@ -182,7 +183,7 @@ def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
     return pruning_epochs(run), other_epochs(run)
 
 
-def by_measure(runs: Mapping[str, xr.DataTree], labels: Iterable[str]) -> dict[str, dict[str, object]]:
+def by_measure(runs: Runs, labels: Iterable[str]) -> dict[str, dict[str, object]]:
     """Style of each run: that of its measure, whose name stands in the legend once; the measures in turns.
 
     So of many points on each other those of no measure lie above all others'.

@@ -16,13 +16,14 @@ import analysis
 from analysis.comparison import title
 from analysis.conditions import by_setting
 from analysis.record import RecordError, columns
+from analysis.runs import Runs
 from dynamics.schema import SPEEDS
 from dynamics.schema import label as label_of
 
 from . import panels, scales
 from .layout import compared, depth_bar, headed, in_steps, legend_below
 from .lines import draw_line
-from .paper import Runs, caption, claim, draw
+from .paper import caption, claim, draw
 from .report import finding
 from .room import settle
 from .style import theme

@@ -18,6 +18,7 @@ from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
 from analysis.record import has
+from analysis.runs import Runs
 from dynamics.schema import label as label_of
 
 from . import claims, comparison, panels, pruning, scales
@@ -39,8 +40,6 @@ from .layout import (
 from .lines import evenly
 from .room import settle
 from .style import theme
-
-Runs = Mapping[str, xr.DataTree]
 
 
 def loss_decrease_scatter(runs: Runs) -> Figure:

@@ -16,13 +16,12 @@ from analysis.comparison import title
 from analysis.effect import first_pruning_per_layer
 from analysis.measures import WHOLE
 from analysis.names import name_of
+from analysis.runs import Runs
 from dynamics.schema import label
 
 from . import panels, scales
 from .layout import by_measure, compared, grid, headed, legend_below, models, named, share_bar
 from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
-
-Runs = Mapping[str, xr.DataTree]
 
 _OVERLAP_SHARE = 0.2
 _POINTS = {"first_order": FIRST_POINTS, "second_order": SECOND_POINTS, "measured": MEASURED}

@@ -20,11 +20,12 @@ from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.prunings import prunings
 from analysis.record import experiment
+from analysis.runs import Runs
 from analysis.typeset import grouped, told_apart
 from dynamics.places import check_folder
 from dynamics.schema import COMPARED_BY
 
-from .paper import FIGURES, Runs, caption, claim, compares, draw
+from .paper import FIGURES, caption, claim, compares, draw
 from .style import theme
 
 # What the report's first lines say of an experiment.

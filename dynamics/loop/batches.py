@@ -66,8 +66,8 @@ class Batches:
         self._stepped_at = 0  # the number of backward passes until the last step
         self._candidates: list[list[Seen]] = []
         self._counts = counted is not None
-        self._passes = BackwardPasses(counted or list)
-        self._forward_passes = ForwardPasses(self._model, self._pass_begins, self._look)
+        self._backward = BackwardPasses(counted or list)
+        self._forward = ForwardPasses(self._model, self._pass_begins, self._evaluation_begins)
         self.bystanders = Bystanders(self._model, objective)
         trained, frozen = (
             sum(one.numel() for one in self._model.parameters() if one.requires_grad == wanted)
@@ -91,65 +91,72 @@ class Batches:
         with self._not_in_the_loop():
             self._after_step = self._moment() if self._staying else None
         if (self._seen or self._staying) and not self._compiled:
-            self._look_for_passes()
+            self._watch_passes()
 
-    def _look_for_passes(self) -> None:
+    def _watch_passes(self) -> None:
         with self._not_in_the_loop():
-            self._forward_passes.look()
+            self._forward.watch()
 
     def _pass_begins(self, module: nn.Module) -> None:
         """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
         if self._asleep():
             return
         if self._seen:
-            self._seen[-1].looked = False  # it is trained on after all
+            self._seen[-1].only_evaluated = False  # it is trained on after all
         if not self._awaits or self.failure:
             return
         with self._not_in_the_loop():
             self.repeat(due=True)
             if (waiting := self._next_to_pass(module)) is not None:
-                before, waiting.moment, waiting.passed = waiting.moment, self._moment_of_pass(waiting), True
-                if waiting.look_again is not None:
-                    waiting.changed = waiting.look_again()
-                    waiting.look_again = None if trains(module) else waiting.look_again
-                waiting.moment.others = before.others if before else {}
-                waiting.gradient_moment = waiting.last_moment = None
-                waiting.passed_at = self._passes.total
-                waiting.evaluated_at = None if trains(module) else self._passes.total
-                for other in (seen for seen in self._seen if not seen.passed):  # perhaps it is of one of them
-                    other.gradient_moment = other.last_moment = waiting.moment
+                self._first_pass_begins(waiting, module)
             elif self._seen:
-                last = self._seen[-1]
-                last.last_moment = again = self._moment_of_pass(last)
-                if self._passes.total == last.passed_at:
-                    last.gradient_moment = again
-                again.others = last.moment.others | (last.later.others if last.later else {})
+                self._further_pass_begins(self._seen[-1])
 
-    def _look(self) -> None:
+    def _first_pass_begins(self, waiting: Seen, module: nn.Module) -> None:
+        before, waiting.moment, waiting.passed = waiting.moment, self._moment_of_pass(waiting), True
+        if waiting.changed_since is not None:
+            waiting.changed = waiting.changed_since()
+            waiting.changed_since = None if trains(module) else waiting.changed_since
+        waiting.moment.others = before.others if before else {}
+        waiting.gradient_moment = waiting.last_moment = None
+        waiting.passed_at = self._backward.total
+        waiting.passed_in_eval_at = None if trains(module) else self._backward.total
+        for other in (seen for seen in self._seen if not seen.passed):  # perhaps it is of one of them
+            other.gradient_moment = other.last_moment = waiting.moment
+
+    def _further_pass_begins(self, last: Seen) -> None:
+        last.last_moment = again = self._moment_of_pass(last)
+        if self._backward.total == last.passed_at:
+            last.gradient_moment = again
+        again.others = last.moment.others | (last.later.others if last.later else {})
+
+    def _evaluation_begins(self) -> None:
         """The model runs without gradients: it evaluates the last batch, if that is not one to train on after all."""
         if self._seen and not self._seen[-1].passed:
-            self._seen[-1].looked = True
+            self._seen[-1].only_evaluated = True
 
     @property
     def source(self) -> Any:
         """The pass over the data that the step's last batch came from; None if that is not known."""
-        ours = [seen for seen in self._seen if not seen.looked] or self._seen
+        ours = [seen for seen in self._seen if not seen.only_evaluated] or self._seen
         return ours[-1].source if ours else None
 
-    def _are_moved(self) -> bool:
-        """Whether parameters that are not trained have moved since the batches came, and nothing is left of them."""
+    def _look_at_frozen(self) -> None:
+        """See whether parameters that are not trained have moved since the batches came: if so, they are kept later on.
+
+        The step is ``lost`` where they were not kept before.
+        """
         first = self._seen[0] if self._seen else None  # what moved since a later one came moved since this, too
         since = first and (first.moment if first.again else first.first_moment)
         moved = since is not None and since.moved
-        lost = moved and not self._keeps_frozen
+        self.lost = moved and not self._keeps_frozen
         self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
-        return lost
 
     def _moment_of_last(self) -> Moment | None:
         """Of the batch that a module outside the model runs on: the last that passed, until its gradient is there."""
         self.repeat(due=True)
         last = next((seen for seen in reversed(self._seen) if seen.passed), None)
-        if last is None or last.passed_at != self._passes.total:
+        if last is None or last.passed_at != self._backward.total:
             waiting = next((seen for seen in self._seen if not seen.passed), None)
             if waiting is None and last is not None:
                 last.later = last.later or self._moment()
@@ -163,23 +170,23 @@ class Batches:
         Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
         """
         if trains(module):
-            gone = self._passes.are_gone
+            gone = self._backward.are_gone
             for seen in self._seen:
-                if seen.evaluated_at is not None and (gone or seen.evaluated_at == self._passes.total):
-                    seen.passed, seen.evaluated_at = False, None
+                if seen.passed_in_eval_at is not None and (gone or seen.passed_in_eval_at == self._backward.total):
+                    seen.passed, seen.passed_in_eval_at = False, None
         waiting = [seen for seen in self._seen if not seen.passed]
-        return next((seen for seen in waiting if not seen.looked), waiting[0] if waiting else None)
+        return next((seen for seen in waiting if not seen.only_evaluated), waiting[0] if waiting else None)
 
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
         self.told, self._reader = True, threading.get_ident()
-        if self._seen and self._seen[0].again and not self._passes.pending:  # a forward pass that led to nothing
+        if self._seen and self._seen[0].again and not self._backward.pending:  # a forward pass that led to nothing
             self._seen = []
-        if self._passes.pending:  # it was that of the batch that stays
+        if self._backward.pending:  # it was that of the batch that stays
             self.repeat(due=False)
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
-        without = len(self._seen) - self._ahead - self._passes.count
-        if (without == _IDLE and self._passes.count) or len(self._seen) == _MOST:
+        without = len(self._seen) - self._ahead - self._backward.count
+        if (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
             if not self._idle:
                 warnings.warn(
                     f"the gradients of {_IDLE} batches in a row led to no step of the optimizer: is it still the one "
@@ -202,11 +209,11 @@ class Batches:
             self._staying = []
 
     def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
-        seen_at = self._stepped_at if again else self._passes.total
+        seen_at = self._stepped_at if again else self._backward.total
         seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source, seen_at=seen_at)
         self._seen.append(self._kept(seen, self._after_step if again else None) if due else seen)
         if due and self._awaits and not self._compiled:
-            self._look_for_passes()
+            self._watch_passes()
             self.bystanders.watch(self._moment_of_last, self._asleep)
 
     def _kept(self, seen: Seen, moment: Moment | None = None) -> Seen:
@@ -215,8 +222,8 @@ class Batches:
             return replace(seen, batch=copied(seen.batch))
         with self._not_in_the_loop(), random_numbers_untouched(self._device):
             moment = moment or self._moment()
-            again = seen.look_again or changes(seen.batch)
-            return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment, look_again=again)
+            again = seen.changed_since or changes(seen.batch)
+            return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment, changed_since=again)
         return seen
 
     @contextmanager
@@ -238,15 +245,17 @@ class Batches:
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first."""
-        self._passes.choose()
+        self._backward.choose()
         if self._reader != threading.get_ident():
             raise RuntimeError(
                 "the batches are read in another thread than that of the steps: watch what the loop itself iterates, "
                 "recorder.watch(...) around what reads ahead"
             )
-        self.lost = self._are_moved()
-        of_epoch = self._of_epoch if self._passes else 0
-        self._candidates = candidates(self._seen, self._used, self._passes.count, ahead=self._ahead, of_epoch=of_epoch)
+        self._look_at_frozen()
+        of_epoch = self._of_epoch if self._backward else 0
+        self._candidates = candidates(
+            self._seen, self._used, self._backward.count, ahead=self._ahead, of_epoch=of_epoch
+        )
         return self._candidates
 
     def chosen(self, candidate: int) -> None:
@@ -259,24 +268,24 @@ class Batches:
     def _used(self) -> list[int]:
         """Behind how many batches, of those since the last step, each gradient came that is still there."""
         starts = [seen.seen_at for seen in self._seen] or [self._stepped_at] * len(self._staying)
-        return used(starts, self._passes.total, self._passes.count)
+        return used(starts, self._backward.total, self._backward.count)
 
     @property
     def wasted(self) -> int:
         """How many backward passes since the last step led to nothing."""
-        return self._passes.wasted
+        return self._backward.wasted
 
     @property
     def all_used(self) -> bool:
         """Whether gradients are there of as many batches as wait for their step."""
-        return self._passes.pending and len(self._used) == len(self._seen)
+        return self._backward.pending and len(self._used) == len(self._seen)
 
     @property
     def mark(self) -> Mark:
         """Where the loop is now."""
-        batches, total, count = len(self._seen) or len(self._staying), self._passes.total, self._passes.count
+        batches, total, count = len(self._seen) or len(self._staying), self._backward.total, self._backward.count
         first = total - count + 1 if count else 0
-        return Mark(batches, total, first, self._passes.pending, self._counts)
+        return Mark(batches, total, first, self._backward.pending, self._counts)
 
     @property
     def mark_of_step(self) -> Mark:
@@ -291,9 +300,9 @@ class Batches:
     def look_for_evaluation(self) -> Callable[[], bool]:
         """From now on; what is returned says whether the model has run since, as far as that can be known."""
         if not self._compiled and self.failure is None:
-            self._look_for_passes()
-        before = self._forward_passes.count
-        return lambda: self._forward_passes.count > before
+            self._watch_passes()
+        before = self._forward.count
+        return lambda: self._forward.count > before
 
     def wait_again(self, waiting: Any) -> None:
         """The batches that did wait for their step, and none that came since."""
@@ -309,15 +318,15 @@ class Batches:
     def clear(self) -> None:
         """Forget the batches whose step is taken: all but those that were read ahead."""
         self._thread = threading.get_ident()
-        self._seen = read_ahead(self._seen, self._used, self._passes.count, self._ahead)
-        self._passes.stepped()
-        self._stepped_at = self._passes.total
+        self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
+        self._backward.stepped()
+        self._stepped_at = self._backward.total
         self._of_epoch, self._awaits, self._after_step = 0, False, None
-        self._forward_passes.leave()
+        self._forward.leave()
         self.bystanders.leave()
 
     def close(self) -> None:
         """Remove the hooks, and let the batches go."""
         self.clear()
         self.leave()
-        self._passes.close()
+        self._backward.close()

@@ -10,20 +10,20 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ForwardPasses:
-    """Calls ``begins`` with the module whose forward pass begins, if gradients may come of it, else ``looks``.
+    """Calls ``begins`` with the module whose forward pass begins, if gradients may come of it, else ``evaluates``.
 
     The module is the model. Of one that cannot be called, a ModuleDict say, or that is trained by methods of other
-    names, it is the part that runs first. The hooks are there from :meth:`look` to :meth:`leave`: who scripts the model
-    otherwise meets none.
+    names, it is the part that runs first. The hooks are there from :meth:`watch` to :meth:`leave`: who scripts the
+    model otherwise meets none.
     """
 
-    def __init__(self, model: nn.Module, begins: Callable[[nn.Module], None], looks: Callable[[], None]) -> None:
-        self._model, self._begins, self._looks = model, begins, looks
+    def __init__(self, model: nn.Module, begins: Callable[[nn.Module], None], evaluates: Callable[[], None]) -> None:
+        self._model, self._begins, self._evaluates = model, begins, evaluates
         self._hook = _OfOneModel(torch.compiler.disable(self._run))
         self._hooks: list[RemovableHandle] = []
         self.count = 0  # of all that were seen, with gradients or without
 
-    def look(self) -> None:
+    def watch(self) -> None:
         """From now on.
 
         Raises:
@@ -31,9 +31,9 @@ class ForwardPasses:
         """
         if not self._hooks:
             parts = [part for part in self._model.modules() if part is not self._model]
-            self._look_at(*([self._model] if _can_be_called(self._model) else parts))
+            self._hook_on(*([self._model] if _can_be_called(self._model) else parts))
 
-    def _look_at(self, *modules: nn.Module) -> None:
+    def _hook_on(self, *modules: nn.Module) -> None:
         self._hooks = [module.register_forward_pre_hook(self._hook) for module in modules]
 
     def _run(self, module: nn.Module, inputs: tuple) -> None:
@@ -41,11 +41,11 @@ class ForwardPasses:
         if torch.jit.is_tracing():
             return
         if not torch.is_grad_enabled():
-            self._looks()
+            self._evaluates()
             return
         if len(self._hooks) > 1:  # from now on this part stands for the model
             self.leave()
-            self._look_at(module)
+            self._hook_on(module)
         self._begins(module)
 
     def leave(self) -> None:

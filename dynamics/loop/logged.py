@@ -36,7 +36,7 @@ class Logged:
         self._upcoming: dict[str, list[_Entry]] = {}
         self._before: set[str] = set()  # names that come before the backward pass, or the batch, of their step
         self._announced = self._watched = self._waits = self._stepped = False
-        self._passed = False  # whether a pass over the data has ended since the last batch
+        self._pass_ended = False  # whether a pass over the data has ended since the last batch
         self._paused: tuple[int, dict[str, int]] = 0, {}  # backward passes, and entries by name, at :meth:`pause`
         self._first: int | None = None  # the first backward pass of the step under way, as it paused first
 
@@ -60,11 +60,11 @@ class Logged:
     def waiting(self) -> Any:
         """What waits for its step now, to :meth:`wait_again`."""
         upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
-        return upcoming, self._announced, self._waits, self._passed
+        return upcoming, self._announced, self._waits, self._pass_ended
 
     def wait_again(self, waiting: Any) -> None:
         """As if no batch had been observed since. What was logged meanwhile is of the step that was, if one was."""
-        upcoming, announced, waits, passed = waiting
+        upcoming, announced, waits, pass_ended = waiting
         known = {id(one) for entries in upcoming.values() for one in entries}
         given = {id(value) for values in self._of_last.values() for value in values}
         upcoming = {name: [one for one in entries if id(one.value) not in given] for name, entries in upcoming.items()}
@@ -74,7 +74,7 @@ class Logged:
                     self._add_to_last(name, [entry.value])
                 else:
                     upcoming.setdefault(name, []).append(entry._replace(mark=entry.mark._replace(batches=0)))
-        self._upcoming, self._announced, self._waits, self._passed = upcoming, announced, waits, passed
+        self._upcoming, self._announced, self._waits, self._pass_ended = upcoming, announced, waits, pass_ended
 
     def batch(self, *, first: bool, watched: bool) -> None:
         """A batch was observed, the first since a step or a further one; ``watched``: as a part of a pass."""
@@ -82,7 +82,7 @@ class Logged:
             self._before.clear()  # what was logged before all training says nothing of how the loop logs
         self._announced = self._waits = True
         self._watched = watched
-        if first or self._passed:
+        if first or self._pass_ended:
             self._give_back()
         if first:
             self._upcoming = {
@@ -91,11 +91,11 @@ class Logged:
                 if (not self._stepped or self._comes_before(name))
                 and (own := [one for one in entries if not one.waited])
             }
-        self._passed = False
+        self._pass_ended = False
 
     def pass_over(self) -> None:
         """No batch waits for a step any more, or none but those whose gradients are there: a pass has ended."""
-        self._waits, self._passed = False, True
+        self._waits, self._pass_ended = False, True
 
     def pause(self, mark: Mark) -> None:
         """Of several optimizers some are through; if one of them is the next to step, that is a step of its own."""

@@ -14,24 +14,27 @@ from ..probing.moment import Moment
 
 @dataclass
 class Seen:
-    """A batch, and the moments at which its forward pass starts, it was seen, and further passes start, if any did."""
+    """A batch that a loop has read, with the moments from which its loss may be evaluated again.
+
+    Of what began at which backward pass (``seen_at``, ``passed_at``): how many of them there were before.
+    """
 
     batch: Any
-    moment: Moment | None
-    look_again: Callable[[], Any] | None = None  # for what the loop changes in the batch in place
+    moment: Moment | None  # its forward pass begins; until then, it was seen
+    first_moment: Moment | None = None  # it was seen
+    gradient_moment: Moment | None = None  # the last further forward pass before its gradient was there begins, if any
+    last_moment: Moment | None = None  # the last further forward pass begins, if any
+    later: Moment | None = None  # modules outside the model run after its gradient was there
+    changed_since: Callable[[], Any] | None = None  # gives the batch where the loop has changed it in place by then
     changed: Any = None  # the batch as its forward pass began, if it had been changed by then
-    first_moment: Moment | None = None
-    gradient_moment: Moment | None = None  # of the last further pass before its gradient was there
-    last_moment: Moment | None = None
-    later: Moment | None = None  # when modules outside the model ran after its gradient was there
     source: Any = None  # the pass over the data that it came from
-    seen_at: int = 0  # the number of backward passes before it was seen
-    passed: bool = False
-    looked: bool = False  # the model ran without gradients when it was the last
-    passed_at: int = 0  # the number of backward passes before its forward pass
+    seen_at: int = 0
+    passed: bool = False  # whether its forward pass, with gradients, has begun
+    passed_at: int = 0
+    passed_in_eval_at: int | None = None  # as passed_at, if that pass was in eval mode
+    only_evaluated: bool = False  # the model ran without gradients when it was the last, and not with them since
     again: bool = False  # a step of it has been taken already
     certain: bool = True  # else the loop may have gone on to other batches
-    evaluated_at: int | None = None  # the number of backward passes before its forward pass, if that was in eval mode
 
 
 class Mark(NamedTuple):
@@ -66,7 +69,7 @@ def used(starts: Sequence[int], total: int, count: int) -> list[int]:
 def trained_on(seen: list[Seen]) -> list[Seen]:
     """The batches without those that the model only evaluated, where that is known."""
     if any(one.passed for one in seen):
-        return [one for one in seen if one.passed or not one.looked]
+        return [one for one in seen if one.passed or not one.only_evaluated]
     return seen
 
 
@@ -96,7 +99,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
 def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) -> list[Seen]:
     """The batches that are left when a loop steps: read behind the last of its gradients, or before that, ``ahead``."""
     if not ahead:
-        return [one for one in seen[used[-1] :] if not one.looked] if used else []
+        return [one for one in seen[used[-1] :] if not one.only_evaluated] if used else []
     known = trained_on(seen) if count else []
     return known[_window(len(known), count, ahead)[1] if len(used) == count else -ahead :]
 

@@ -94,11 +94,17 @@ class Quantity:
         return {"long_name": self.symbol, "units": self.units, "description": self.meaning}
 
 
-# A quantity spans those of the dimensions that its node has.
-_LAYER, _STAGED, _STAGE = ("layer",), ("fraction", "stage", "layer"), ("fraction", "stage")
-_FILTER = (*_STAGED, "mode", "unit")
-_COUNT, _REMOVAL = ("fraction", "layer"), ("direction", "fraction", "layer")
-_UNIT, _SCORE, _RESAMPLED, _WHOLE = ("unit",), ("measure", "unit"), ("measure", "draw", "unit"), ()
+# What there is a number of. A quantity spans those of the dimensions that its node has.
+_WHOLE = ()  # the network
+_LAYER = ("layer",)
+_STAGE = ("fraction", "stage")  # the network, before and after an event
+_STAGED = (*_STAGE, "layer")  # a layer, before and after an event
+_COUNT = ("fraction", "layer")  # what an event removes of a layer
+_REMOVAL = ("direction", *_COUNT)  # a layer's removal, along each direction that leads to it
+_UNIT = ("unit",)
+_FILTER = (*_STAGED, "mode", *_UNIT)  # a layer, and a filter in each mode
+_SCORE = ("measure", *_UNIT)
+_RESAMPLED = ("measure", "draw", *_UNIT)
 
 QUANTITIES: dict[str, Quantity] = {
     row.name: row

@@ -205,6 +205,25 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
         raise ValueError(
             f"{path} is the record of another network: it has layers {recorded}, the model has {present.layers}"
         )
+    end, met = record.end, _meeting(record, step, rewind, path)
+    if met < end and not rewind:
+        raise ValueError(
+            f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
+            f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
+        )
+    place = record.place(*met)
+    _check_masks(record, present, met[1])
+    trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
+    FlowTimes(store).forget_from(place.step)
+    store.note("resumed", [*store.attributes.get("resumed", []), trace])
+    ahead = record.column("curvature", "step") >= met[0]  # of a step that was not recorded any more
+    if met < end or ahead.any():  # after the trace, so that a kill in between loses neither
+        _truncate(store, record, *met)
+    return place
+
+
+def _meeting(record: Record, step: int | None, rewind: bool, path: Path) -> tuple[int, int]:
+    """Step and number of events at which the model goes on: where it is found, else at the step that was given."""
     end, met = record.end, record.meets()
     if isinstance(step, Counted) and met is not None and not (rewind and len(record.exact) > 1):
         step = None
@@ -220,21 +239,8 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
             "step=<the step at which training goes on>"
         )
     if step is not None and (met is None or met[0] != step):
-        met = (step, int(np.searchsorted(record.events, step, side="right")) if step < end[0] else end[1])
-    if met < end and not rewind:
-        raise ValueError(
-            f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
-            f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
-        )
-    place = record.place(*met)
-    _check_masks(record, present, met[1])
-    trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
-    FlowTimes(store).forget_from(place.step)
-    store.note("resumed", [*store.attributes.get("resumed", []), trace])
-    ahead = record.column("curvature", "step") >= met[0]  # of a step that was not recorded any more
-    if met < end or ahead.any():  # after the trace, so that a kill in between loses neither
-        _truncate(store, record, *met)
-    return place
+        return step, int(np.searchsorted(record.events, step, side="right")) if step < end[0] else end[1]
+    return met
 
 
 def _check_masks(record: Record, present: Present, events: int) -> None:

@@ -29,17 +29,17 @@ def accuracy(runs: Runs) -> Figure:
     which may leave the panel. Grey line: the mean of the networks that were not pruned.
     """
     found = comparison.compare(runs, comparison.final)
-    if sum(values.sizes["seed"] for of in found.values() for values in of.values()) < 2:
+    if _is_one_run(found):
         raise MissingQuantityError("one run alone has nothing to be compared with; training_curves draws its accuracy")
     figure, axes = grid(len(found), width=4.1, height=max(1.9, _height(found)), columns=2, sharex=False, sharey=True)
-    styles = named_styles([measure for of in found.values() for measure in of])
-    for ax, (name, of) in zip(axes, found.items(), strict=True):
-        panels.draw_seeds({measure: values.test_accuracy for measure, values in of.items()}, styles, ax=ax)
-        if "none" in of:
-            ax.axvline(float(of["none"].test_accuracy.mean()), color="0.7", linewidth=0.9, zorder=0)
+    styles = named_styles([measure for measures in found.values() for measure in measures])
+    for ax, (condition, measures) in zip(axes, found.items(), strict=True):
+        panels.draw_seeds({measure: values.test_accuracy for measure, values in measures.items()}, styles, ax=ax)
+        if "none" in measures:
+            ax.axvline(float(measures["none"].test_accuracy.mean()), color="0.7", linewidth=0.9, zorder=0)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         scales.percent(ax.xaxis)
-        named(ax, name)
+        named(ax, condition)
     figure.supxlabel("test accuracy", fontsize=9)
     return figure
 
@@ -54,17 +54,19 @@ def convergence(runs: Runs) -> Figure:
     Small: each seed; large: their mean with its 95 % interval (Student's).
     """
     found = comparison.compare_convergence(runs)
-    alone = sum(values.sizes["seed"] for of in found.values() for values in of.values()) < 2
+    alone = _is_one_run(found)
     figure, rows = rows_of(len(found), 1 if alone else 3, width=3.6, height=max(2.3, _height(found)))
-    for axes, (name, of) in zip(rows, found.items(), strict=True):
-        _draw_medians(axes[0], of, "loss")
+    for axes, (condition, measures) in zip(rows, found.items(), strict=True):
+        _draw_medians(axes[0], measures, "loss")
         axes[0].set(ylabel="training loss  [L]")
-        named(axes[0], name, panels=len(axes))
+        named(axes[0], condition, panels=len(axes))
         if alone:
             continue
-        share, steps = _reached(of)
-        panels.draw_seeds({measure: values.area for measure, values in of.items()}, named_styles(of), ax=axes[1])
-        panels.draw_seeds(steps, named_styles(of), ax=axes[2])
+        share, steps = _reached(measures)
+        panels.draw_seeds(
+            {measure: values.area for measure, values in measures.items()}, named_styles(measures), ax=axes[1]
+        )
+        panels.draw_seeds(steps, named_styles(measures), ax=axes[2])
         axes[1].set(xlabel="mean training loss  [L]")
         axes[1].xaxis.set_major_locator(MaxNLocator(5))
         axes[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -82,15 +84,15 @@ def norms(runs: Runs) -> Figure:
     which may leave the panel.
     """
     found, events = comparison.compare(runs, comparison.network_norm), events_of(runs, in_steps)
-    moving = any("param_sqnorm_rate" in values for of in found.values() for values in of.values())
+    moving = any("param_sqnorm_rate" in values for measures in found.values() for values in measures.values())
     figure, rows = rows_of(len(found), 1 + moving, width=3.9, height=2.2)
-    for axes, (name, of) in zip(rows, found.items(), strict=True):
+    for axes, (condition, measures) in zip(rows, found.items(), strict=True):
         for ax, quantity in zip(axes, ("param_sqnorm", "param_sqnorm_rate"), strict=False):
-            _draw_medians(ax, of, quantity)
-            panels.draw_events(*events[name], ax=ax)
+            _draw_medians(ax, measures, quantity)
+            panels.draw_events(*events[condition], ax=ax)
             ax.set(ylabel=label_of(quantity))
-            ax.set_visible(any(quantity in values for values in of.values()))
-        named(axes[0], name, panels=len(axes))
+            ax.set_visible(any(quantity in values for values in measures.values()))
+        named(axes[0], condition, panels=len(axes))
     legend_below(figure)
     return figure
 
@@ -104,17 +106,17 @@ def training_curves(runs: Runs) -> Figure:
     """
     found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, in_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
-    for axes, (name, of) in zip(rows, found.items(), strict=True):
-        accurate = any("test_accuracy" in values for values in of.values())
+    for axes, (condition, measures) in zip(rows, found.items(), strict=True):
+        accurate = any("test_accuracy" in values for values in measures.values())
         tested = "test_accuracy" if accurate else "test_loss"
         for ax, quantity in zip(axes, ("train_loss", tested), strict=True):
-            _draw_medians(ax, of, quantity)
-            panels.draw_times(*events[name], ax=ax)
+            _draw_medians(ax, measures, quantity)
+            panels.draw_times(*events[condition], ax=ax)
             ax.set(ylabel=label_of(quantity))
-            ax.set_visible(any(quantity in values for values in of.values()))
+            ax.set_visible(any(quantity in values for values in measures.values()))
         if accurate:
             scales.percent(axes[1].yaxis)
-        named(axes[0], name, panels=len(axes))
+        named(axes[0], condition, panels=len(axes))
     legend_below(figure)
     return figure
 
@@ -126,23 +128,25 @@ def filters_left(runs: Runs) -> Figure:
     95 % interval (Student's); of more layers than have room for points, the mean as a colour.
     """
     found = comparison.compare(runs, _left_in_the_end)
-    layers = {name: max(values.sizes["layer"] for values in of.values()) for name, of in found.items()}
+    layers = {name: max(values.sizes["layer"] for values in measures.values()) for name, measures in found.items()}
     many = [name for name, count in layers.items() if count > panels.MANY_LAYERS]
     figure, axes = grid(len(found), width=9.6 if many else 7.2, height=2.7, columns=1, sharex=False)
     mapped = []
-    for ax, (name, of) in zip(axes, found.items(), strict=True):
-        styles = named_styles(of)
-        if name in many:
-            means = {style["label"]: of[measure].share.mean("seed", skipna=False) for measure, style in styles.items()}
+    for ax, (condition, measures) in zip(axes, found.items(), strict=True):
+        styles = named_styles(measures)
+        if condition in many:
+            means = {
+                style["label"]: measures[measure].share.mean("seed", skipna=False) for measure, style in styles.items()
+            }
             panels.draw_layer_map(means, ax=ax)
             mapped.append(ax)
         else:
-            for (measure, style), beside in zip(styles.items(), _beside(len(of)), strict=True):
-                share = comparison.mean_and_interval(of[measure].share)
+            for (measure, style), beside in zip(styles.items(), _beside(len(measures)), strict=True):
+                share = comparison.mean_and_interval(measures[measure].share)
                 panels.draw_over_layers(share["mean"], ax=ax, beside=beside, alpha=0.9, **style | {"markersize": 3.5})
                 panels.draw_layer_bars(share, ax=ax, beside=beside, color=style["color"])
             ax.set(ylim=(-0.03, 1.04), ylabel="share of filters left")
-        named(ax, name)
+        named(ax, condition)
     if mapped:
         share_bar(figure, mapped, "share of filters left")
     legend_below(figure)
@@ -158,12 +162,12 @@ def stability(runs: Runs) -> Figure:
     """
     found, events = comparison.compare(runs, analysis.stability), events_of(runs, in_steps)
     figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
-    for ax, (name, of) in zip(axes, found.items(), strict=True):
-        _draw_medians(ax, of, "stability", [2])
+    for ax, (condition, measures) in zip(axes, found.items(), strict=True):
+        _draw_medians(ax, measures, "stability", [2])
         ax.axhline(2, color="0.3", linewidth=1)
-        panels.draw_events(*events[name], ax=ax)
+        panels.draw_events(*events[condition], ax=ax)
         ax.set(ylabel="Δt gᵀHg/‖g‖²")
-        named(ax, name)
+        named(ax, condition)
     legend_below(figure)
     return figure
 
@@ -194,14 +198,14 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
     return figure
 
 
-def _draw_medians(ax: Axes, of: comparison.ByMeasure, quantity: str, marks: Sequence[float] = ()) -> None:
+def _draw_medians(ax: Axes, measures: comparison.ByMeasure, quantity: str, marks: Sequence[float] = ()) -> None:
     """Median over seeds of each measure that has it, in the band of its quartiles, which may leave the axis.
 
     The axis holds the medians, and ``marks`` in any case.
     """
-    for measure, style in named_styles(of).items():
-        if quantity in of[measure]:
-            panels.draw_median(comparison.median_and_quartiles(of[measure][quantity]), ax=ax, **style)
+    for measure, style in named_styles(measures).items():
+        if quantity in measures[measure]:
+            panels.draw_median(comparison.median_and_quartiles(measures[measure][quantity]), ax=ax, **style)
     panels.say_where_empty(ax)
     medians = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
     shown = np.concatenate([medians, marks])
@@ -210,9 +214,13 @@ def _draw_medians(ax: Axes, of: comparison.ByMeasure, quantity: str, marks: Sequ
     scales.fit_axis(ax.yaxis, shown)
 
 
+def _is_one_run(found: Mapping[str, comparison.ByMeasure]) -> bool:
+    return sum(values.sizes["seed"] for measures in found.values() for values in measures.values()) < 2
+
+
 def _height(found: Mapping[str, comparison.ByMeasure]) -> float:
     """Inches of a panel with a row a measure, as many lines high as its name."""
-    lines = (sum(1 + wrapped(name_of(measure)).count("\n") for measure in of) for of in found.values())
+    lines = (sum(1 + wrapped(name_of(measure)).count("\n") for measure in measures) for measures in found.values())
     return 0.7 + 0.16 * max(lines)
 
 
@@ -225,12 +233,12 @@ def _left_in_the_end(run: xr.DataTree) -> xr.Dataset:
     return analysis.filters_left(run).isel(event=-1, drop=True)
 
 
-def _reached(of: comparison.ByMeasure) -> tuple[float, dict[str, xr.DataArray]]:
+def _reached(measures: comparison.ByMeasure) -> tuple[float, dict[str, xr.DataArray]]:
     """Steps to the smallest share of the first loss that all runs reached, else to the largest by those that did."""
-    shares = next(iter(of.values())).share.values
+    shares = next(iter(measures.values())).share.values
     finite = [
-        share for share in shares if all(np.isfinite(v.steps_to_loss.sel(share=share)).all() for v in of.values())
+        share for share in shares if all(np.isfinite(v.steps_to_loss.sel(share=share)).all() for v in measures.values())
     ]
     share = min(finite, default=max(shares))
-    chosen = {measure: values.steps_to_loss.sel(share=share) for measure, values in of.items()}
+    chosen = {measure: values.steps_to_loss.sel(share=share) for measure, values in measures.items()}
     return share, {measure: steps.where(np.isfinite(steps), drop=True) for measure, steps in chosen.items()}

@@ -11,21 +11,21 @@ from torch import Tensor
 from ..errors import named
 from ..hardware.captured import Captured, release_memory
 from ..probing.probe import Probe
-from .step import Measurement
+from .probed_step import ProbedStep
 
 _Gradient = tuple[Tensor, dict[str, Tensor]]
 
 
 class CapturedCurvature:
-    """What a :class:`Measurement` says of probes, captured when the second of a kind comes.
+    """What a :class:`ProbedStep` says of probes, captured when the second of a kind comes.
 
     The graphs read the batches, buffers and masks of that probe, into which those of later ones are copied. One of
     another kind, of a smaller batch say, is measured as if there were no graphs; so is one that draws random numbers,
     runs modules with buffers outside the model, or has no second derivative. Where a capture fails there are no more.
     """
 
-    def __init__(self, measurement: Measurement) -> None:
-        self._measurement = measurement
+    def __init__(self, probed: ProbedStep) -> None:
+        self._probed = probed
         self._refused = False
         self._kind: Hashable = None  # of what was measured last, if it may be captured
         self._probe: Probe | None = None  # the one that is captured
@@ -34,30 +34,30 @@ class CapturedCurvature:
 
     def gradient(self, probe: Probe) -> _Gradient:
         """The loss before the step and its own gradient, by parameter name; valid until the next."""
-        kind = probe.kind, self._measurement.places
+        kind = probe.kind, self._probed.places
         if kind != self._kind:
             self.drop()
-            found = self._measurement.gradient(probe)
+            found = self._probed.gradient(probe)
             self._kind = kind if None not in kind and self._may_capture(probe) else None
             return found
         if self._gradient is not None:
             self._probe.take(probe)
             return self._gradient()
         self._probe = probe.fixed()
-        self._gradient = self._capture(partial(self._measurement.gradient, probe))
-        return self._measurement.gradient(probe) if self._gradient is None else self._gradient()
+        self._gradient = self._capture(partial(self._probed.gradient, probe))
+        return self._probed.gradient(probe) if self._gradient is None else self._gradient()
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature`` at the probe whose gradient was asked for last."""
         if self._gradient is None:
-            values = self._measurement.curvature_values(probe, loss, grad)
+            values = self._probed.curvature_values(probe, loss, grad)
             if values.get("approximate"):
                 self._kind = None
             return values
         if self._values is None:
-            self._values = self._capture(partial(self._measurement.curvature_values, self._probe, loss, grad))
+            self._values = self._capture(partial(self._probed.curvature_values, self._probe, loss, grad))
         if self._values is None:
-            return self._measurement.curvature_values(probe, loss, grad)
+            return self._probed.curvature_values(probe, loss, grad)
         return {name: value.clone() for name, value in self._values().items()}
 
     def drop(self) -> None:
@@ -71,7 +71,7 @@ class CapturedCurvature:
         return probe.repeatable and not self._refused and self._on_gpu()
 
     def _on_gpu(self) -> bool:
-        return self._measurement.on_one_gpu
+        return self._probed.on_one_gpu
 
     def _capture(self, work: partial) -> Captured | None:
         try:

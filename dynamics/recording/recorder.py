@@ -43,6 +43,7 @@ from .epochs import Epochs, Pass
 from .event import Event
 from .events import Events
 from .flow_times import FlowTimes
+from .probed_step import ProbedStep
 from .resuming import begin
 from .rows import Rows
 from .step import Measurement
@@ -124,7 +125,7 @@ class Recorder:
         check_pair(model, held)
         self._layers = Layers(network)
         groups = Groups(held, self._layers)
-        measurement = Measurement(self._layers, groups, processes, names, curvature_names)
+        measurement = Measurement(self._layers, groups, processes, names)
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | attributes
         present = measurement.present()
         store, *known = processes.first(lambda: begin(path, origin, present, resume, step)) or (None,)
@@ -133,9 +134,10 @@ class Recorder:
         self._rows = Rows(store, self._layers.names)
         counted = None if processes.replicated else groups.parameters
         self._batches = Batches(model, self._layers.device, objective, counted, anyone_measures)
+        probed = ProbedStep(measurement, self._layers, groups, processes, curvature_names)
         curvature_every = curvature_every if curvature_names else 0
         self._curvature = StepCurvature(
-            network, objective, self._batches, measurement, processes, place.step, curvature_every, capture=capture
+            network, objective, self._batches, probed, processes, place.step, curvature_every, capture=capture
         )
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
         hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])

@@ -1,49 +1,41 @@
-"""One training step: θ and g before it, what it did, and the curvature on its own batches."""
+"""One training step: θ and g before it, what it did, and its first-order quantities."""
 
 from __future__ import annotations
 
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import schema
-from ..curvature.expansion import Expansion, lacks_derivative
-from ..errors import named
 from ..hardware.captured import Repeated
 from ..loop.groups import Group, Groups
 from ..loop.processes import Processes
 from ..network.blocks import Vector
 from ..network.layers import Layers
-from ..probing.probe import Probe
 from ..quantities import FORMULAS, Vectors
 from ..record.store import Store
 from .resuming import Place, Present
-from .warn_once import WarnOnce
-
-_SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
 
 
 class Measurement:
-    """Measures steps. Its vectors are made once and used at every step, so memory does not grow with their number."""
+    """Measures steps. Its vectors are made once and used at every step, so memory does not grow with their number.
 
-    def __init__(
-        self, layers: Layers, groups: Groups, processes: Processes, steps: Sequence[str], curvature: Sequence[str]
-    ) -> None:
+    Attributes:
+        theta: θ before the step.
+        grad: g as the optimizers applied it.
+        update: Δθ, after :meth:`end`.
+        rest: indices of the parameters that no optimizer held which took the step.
+    """
+
+    def __init__(self, layers: Layers, groups: Groups, processes: Processes, names: Sequence[str]) -> None:
         self._layers, self._groups, self._processes = layers, groups, processes
-        self._steps = tuple(name for name in steps if name in FORMULAS)
-        self._curvature = [name for name in curvature if name in FORMULAS]
-        self._others = [name for name in curvature if name not in FORMULAS]
+        self._names = tuple(name for name in names if name in FORMULAS)
         self._make_vectors()
         self._start: Vector | None = None
-        self._outside: list[tuple[Tensor, Tensor]] = []
-        self._rest: list[int] = []  # indices of the parameters that no optimizer held which took the step
-        self._warn_once = WarnOnce()
-        self._compared = False
+        self.rest: list[int] = []
 
     def present(self) -> Present:
         """The model as it is now."""
@@ -55,7 +47,7 @@ class Measurement:
 
     def start_from(self, store: Store | None, place: Place) -> None:
         """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
-        if "distance_sqnorm" not in self._steps:
+        if "distance_sqnorm" not in self._names:
             return
         self._start = self._layers.theta(self._layers.zeros())
         alone = store is not None and not self._processes.sharded
@@ -77,7 +69,7 @@ class Measurement:
         return f"start-{zlib.crc32(repr(self._layers.shapes).encode()):08x}"
 
     def _make_vectors(self) -> None:
-        self._theta, self._grad, self._update = (self._layers.zeros() for _ in range(3))
+        self.theta, self.grad, self.update = (self._layers.zeros() for _ in range(3))
         self._version = self._layers.version
         self._repeated = Repeated()
 
@@ -94,213 +86,41 @@ class Measurement:
         """Whether this process is needed for first-order quantities: a replica is not, unless it writes."""
         return self._processes.writes or not self._processes.replicated
 
-    @property
-    def places(self) -> tuple[int, ...] | None:
-        """Where in memory a probe finds the parameters; None where these places do not tell all.
-
-        The loss may have parameters of its own, which are put back each time, and sparse ones have several places.
-        """
-        if self._outside or any(parameter.layout is not torch.strided for parameter in self._layers.parameters):
-            return None
-        return self._layers.version, *(parameter.data_ptr() for parameter in self._layers.parameters)
-
-    @property
-    def on_one_gpu(self) -> bool:
-        """Whether all parameters are on one GPU."""
-        return self._layers.on_one_gpu
-
     def begin(self) -> None:
         """Keep θ as it is before the step."""
         self._layers.refresh()
         self._groups.refresh()
         if self._version != self._layers.version:
             self._adapt()
-        self._layers.theta(self._theta)
+        self._layers.theta(self.theta)
 
     def take_gradient(self, optimizer: int) -> None:
         """Keep g as an optimizer is about to apply it: the step may overwrite it."""
-        self._groups.gradient(optimizer, self._grad)
+        self._groups.gradient(optimizer, self.grad)
 
     def take_update(self, optimizer: int) -> None:
         """Take θ of an optimizer's parameters as it is right after its step."""
-        self._layers.theta(self._update, among=self._groups.held(optimizer))
+        self._layers.theta(self.update, among=self._groups.held(optimizer))
 
     def end(self, stepped: Sequence[int]) -> None:
         """Δθ and g: what the optimizers changed that stepped, and were given; nothing else is their doing."""
-        self._rest = rest = self._groups.rest(stepped)
-        if rest:
-            self._update.take([self._theta.views[index] for index in rest], among=rest)
-            self._grad.take([None] * len(rest), among=rest)
-        self._update.blocks.sub_(self._theta.blocks)
+        self.rest = self._groups.rest(stepped)
+        if self.rest:
+            self.update.take([self.theta.views[index] for index in self.rest], among=self.rest)
+            self.grad.take([None] * len(self.rest), among=self.rest)
+        self.update.blocks.sub_(self.theta.blocks)
 
     def step_values(self, trained: Mapping[int, Group]) -> Mapping[tuple[str, ...], Tensor]:
         """The layers' quantities of ``/steps`` in one tensor (name, layer), over all processes."""
-        vectors = Vectors(
-            theta=self._theta.blocks,
-            grad=self._grad.blocks,
-            update=self._update.blocks,
-            start=None if self._start is None else self._start.blocks,
-            decay=self._groups.decay(trained) if "decay_sqnorm" in self._steps else None,
-        )
-        if not self._steps:
+        if not self._names:
             return {}
-        places = [vectors.decay.data_ptr()] if vectors.decay is not None else []  # all others were made with the graph
-        sums = self._repeated(partial(self._layers.sums, self._steps, vectors), places, self._layers.device)
-        return self._processes.total({self._steps: sums.clone()})
-
-    def gradient(self, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss before the step and its own gradient g, by parameter name."""
-        with self._outside_as_before():
-            return probe.gradient(self._layers.named(self._theta))
-
-    def keep_outside(self) -> None:
-        """Keep what the optimizers train beside the model: the step moves it, and the loss may depend on it."""
-        self._outside = [(parameter, parameter.detach().clone()) for parameter in self._groups.outside]
-
-    @contextmanager
-    def _outside_as_before(self) -> Iterator[None]:
-        after = [(parameter, parameter.detach().clone()) for parameter, _ in self._outside]
-        try:
-            for parameter, before in self._outside:
-                parameter.copy_(before)
-            yield
-        finally:
-            for parameter, present in after:
-                parameter.copy_(present)
-
-    def mean(self, grad: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean of a gradient over replicas."""
-        return dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
-
-    def alignment(self, grad: dict[str, Tensor]) -> tuple[float, float]:
-        """Cosine of a gradient with the one applied, over what was trained; 0 if it is zero in all of that.
-
-        And the mean of the layers' cosines, weighted by what was applied there, for layers may be clipped each by
-        itself. NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a
-        loss may have been turned around for that.
-        """
-        vectors = Vectors(grad=self._layers.vector(grad, without=self._rest), applied=self._grad.blocks)
-        names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
-        product, square, applied = self._layers.evaluate(names, vectors).values()
-        lengths = (square[applied != 0].sum() * applied.sum()).sqrt()
-        cosine = product.sum() / lengths.where((lengths != 0) | ~(applied.sum() > 0), 1.0)
-        in_layers = product / square.sqrt().where(square != 0, 1.0)
-        found = torch.stack([cosine, in_layers.sum() / applied.sqrt().sum()])
-        return tuple((found.abs() if self._groups.ascend() else found).tolist())
-
-    def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The quantities of ``/curvature``, each (layer,), or a scalar."""
         vectors = Vectors(
-            theta=self._theta.blocks,
-            grad=self._layers.vector(grad),
-            update=self._update.blocks,
-            applied=self._grad.blocks,
+            theta=self.theta.blocks,
+            grad=self.grad.blocks,
+            update=self.update.blocks,
+            start=None if self._start is None else self._start.blocks,
+            decay=self._groups.decay(trained) if "decay_sqnorm" in self._names else None,
         )
-        values = self._layers.evaluate([name for name in self._curvature if name not in _SECOND], vectors)
-        if second := [name for name in self._curvature if name in _SECOND]:
-            with self._outside_as_before():
-                values |= self._second_order(probe, grad, vectors, second)
-        others = {
-            "loss_before": lambda: loss,
-            "loss_after": lambda: probe.loss(self._after()),
-            "approximate": lambda: torch.zeros(()),
-        }
-        return {name: others[name]() for name in self._others} | values
-
-    def unless_frozen_move(self, probe: Probe, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The quantities of ``/curvature``; those along the step are NaN where it moves what the probe holds fixed."""
-        update = self._layers.named(self._update)
-        moved = {name: part.nan_to_num(0).any() for name, part in update.items() if name not in probe.trained}
-        if not (moved and torch.stack(list(moved.values())).any()):
-            return values
-        name = next(name for name, moves in moved.items() if moves)
-        self._warn_once(
-            f"curvature along steps that move frozen parameters, {name!r} first, is NaN: they have no gradient. By "
-            "momentum or weight decay an optimizer moves them on where .grad is zero and not None; zero_grad() makes "
-            "it None",
-            "frozen",
-        )
-        unknown = [name for name in ("grad_update", "update_hess_update") if name in values]
-        return values | {name: torch.full_like(values[name], torch.nan) for name in unknown}
-
-    def _after(self) -> dict[str, Tensor] | None:
-        """θ + Δθ by parameter name; None where the model still has it.
-
-        A step of some of several optimizers ends when the next begins, and much may have happened until then.
-        """
-        if not self._groups.several:
-            return None
-        after = self._layers.zeros()
-        torch.add(self._theta.blocks, self._update.blocks, out=after.blocks)
-        return self._layers.named(after)
-
-    def _second_order(
-        self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]
-    ) -> dict[str, Tensor]:
-        try:
-            values = self._by_gates(probe, grad, names)
-            if probe.own_operations and "grad_hess_grad" in values:
-                self._compare(probe, grad, float(values["grad_hess_grad"].sum()))
-            return values
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if not lacks_derivative(error):
-                self._warn_once(
-                    f"curvature by gates failed with {named(error)}; Hessian products, slower, take their place",
-                    "products",
-                )
-            return self._by_products(probe, grad, vectors, names)
-
-    def _compare(self, probe: Probe, grad: dict[str, Tensor], exact: float) -> None:
-        """Say, once, where gᵀHg is not the change of the gradient along g: some backward passes have no derivative."""
-        if self._compared:
-            return
-        self._compared = True
-        theta = self._layers.named(self._theta)
-        length, size = (torch.nn.utils.get_total_norm(list(one.values())).double() for one in (grad, theta))
-        rounding = torch.finfo(self._layers.dtype).eps
-        epsilon = rounding ** (1 / 3) * (1 + size) / length
-        ahead, behind = (
-            probe.gradient({name: one + sign * epsilon * grad[name] if name in grad else one
-                            for name, one in theta.items()})[1]
-            for sign in (1, -1)
-        )  # fmt: skip
-        change = sum(((ahead[name] - behind[name]).double() * grad[name]).sum() for name in ahead) / (2 * epsilon)
-        error, noise = abs(exact - float(change)), float(10 * rounding * length**2 / epsilon)
-        if error > 0.1 * max(abs(exact), abs(float(change))) + noise:
-            self._warn_once(
-                "curvature of an operation of your own is not the change of its gradient: gᵀHg is "
-                f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. One that passes on "
-                "another gradient than its own has none; one whose backward pass, or hook on a tensor, autograd cannot "
-                "differentiate says so as a function with @torch.autograd.function.once_differentiable, and "
-                "differences are recorded",
-                "products",
-            )
-
-    def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        directions = [grad] if {"grad_hess_grad", "param_hess_grad"} & set(names) else []
-        directions += [self._layers.named(self._update)] if "update_hess_update" in names else []
-        layers = self._layers
-        found = probe.products(layers.named(self._theta), directions, layers.layer_of, len(layers))
-        values = {
-            "grad_hess_grad": found.hess[0], "param_hess_grad": found.param_hess[0],
-            "update_hess_update": found.hess[-1],
-        }  # fmt: skip
-        return {name: values[name] for name in names}
-
-    def _by_products(
-        self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]
-    ) -> dict[str, Tensor]:
-        expansion = probe.expand(self._layers.named(self._theta))
-        hess_grad = hess_update = None
-        if {"grad_hess_grad", "param_hess_grad"} & set(names):
-            hess_grad = self._product(expansion, grad)
-        if "update_hess_update" in names:
-            hess_update = self._product(expansion, self._layers.named(self._update))
-        values = self._layers.evaluate(names, replace(vectors, hess_grad=hess_grad, hess_update=hess_update))
-        return values | ({} if expansion.exact else {"approximate": torch.ones(())})
-
-    def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
-        aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]
-        return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(aligned), strict=True)))
+        places = [vectors.decay.data_ptr()] if vectors.decay is not None else []  # all others were made with the graph
+        sums = self._repeated(partial(self._layers.sums, self._names, vectors), places, self._layers.device)
+        return self._processes.total({self._names: sums.clone()})

@@ -20,7 +20,7 @@ from ..probing.batch import sample_count
 from ..probing.moment import Moment
 from ..probing.probe import Objective, Probe
 from .captured_curvature import CapturedCurvature
-from .step import Measurement
+from .probed_step import ProbedStep
 from .warn_once import WarnOnce
 
 _Measured = TypeVar("_Measured")
@@ -62,7 +62,7 @@ class _Candidate(NamedTuple):
 class _Found(NamedTuple):
     """A candidate's loss and gradient in its probe, its cosine with the one applied, and the mean of the layers'."""
 
-    by: Measurement | CapturedCurvature
+    by: ProbedStep | CapturedCurvature
     probe: Probe
     loss: Tensor
     grad: dict[str, Tensor]
@@ -88,7 +88,7 @@ class StepCurvature:
         model: nn.Module,
         objective: Objective,
         batches: Batches,
-        measurement: Measurement,
+        probed: ProbedStep,
         processes: Processes,
         first: int,
         every: int,
@@ -96,8 +96,8 @@ class StepCurvature:
         capture: bool,
     ) -> None:
         self._model, self._objective, self._batches = model, objective, batches
-        self._measurement, self._processes, self._every, self._first = measurement, processes, every, first
-        self._captured = CapturedCurvature(measurement) if capture and not processes.replicated else measurement
+        self._probed, self._processes, self._every, self._first = probed, processes, every, first
+        self._captured = CapturedCurvature(probed) if capture and not processes.replicated else probed
         self._probes: list[_Candidate] = []
         self._way: _Way | None = None  # the likeliest, as far as a step has told
         self._warn_once = WarnOnce()
@@ -137,7 +137,7 @@ class StepCurvature:
                 "apart",
             )
         elif self._batches:
-            self._measurement.keep_outside()
+            self._probed.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []
         elif self._batches.told:
             self._say_unknown(step)
@@ -217,7 +217,7 @@ class StepCurvature:
                 "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
                 "approximate",
             )
-        return self._processes.mean_values(self._measurement.unless_frozen_move(best.probe, values))
+        return self._processes.mean_values(self._probed.unless_frozen_move(best.probe, values))
 
     def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
         """What the loop logged as a step's loss; it is looked at when the next is measured, or in the end."""
@@ -241,13 +241,13 @@ class StepCurvature:
     def _best(self, probes: list[_Candidate], step: int) -> _Found | None:
         """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""
         found: list[_Found] = []
-        by = self._captured if len(probes) == 1 else self._measurement  # graphs write over what they found before
+        by = self._captured if len(probes) == 1 else self._probed  # graphs write over what they found before
         for one in probes:
             measured = self._or_give_up(partial(by.gradient, one.probe), step)
             if measured is None:
                 return None
-            grad = self._measurement.mean(measured[1])
-            found.append(_Found(by, one.probe, measured[0], grad, *self._measurement.alignment(grad)))
+            grad = self._probed.mean(measured[1])
+            found.append(_Found(by, one.probe, measured[0], grad, *self._probed.alignment(grad)))
             if found[-1].sure:
                 break
         if not found:

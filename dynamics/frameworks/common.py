@@ -1,4 +1,9 @@
-"""What the frameworks' recorders share: a recorder whose model comes later, and metrics as a record can name them."""
+"""What the frameworks' recorders share: a recorder whose model comes later, and metrics as a record can name them.
+
+Each makes its recorder when model and optimizer are there and a checkpoint is loaded. It tells it where an epoch begins
+(``begin_epoch``), what is trained on before the forward pass (``observe``), the loss of a step and the metrics of an
+epoch; it flushes before a checkpoint is saved, and closes when the training ends, by an exception, too.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def grad_sqnorm_change(run: xr.DataTree) -> float:
 def grad_sqnorm_ratio(run: xr.DataTree) -> float:
     """‖g‖² after a pruning over that before, geometric mean over the prunings: below 1 it fell, above 1 it rose."""
     total = at_prunings(run, ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False)
-    return float(np.exp(log(total.sel(stage="after") / total.sel(stage="before")).mean()))
+    return float(np.exp(_log_change(total).mean(skipna=False)))
 
 
 def training_area(run: xr.DataTree) -> float:
@@ -103,9 +103,14 @@ def log(ratio: np.ndarray | xr.DataArray) -> np.ndarray | xr.DataArray:
     return np.log(np.maximum(ratio, np.finfo(np.float32).eps))
 
 
-def _mean_log_change(staged: xr.DataArray) -> float:
+def _log_change(staged: xr.DataArray) -> xr.DataArray:
+    """ln(after/before) of each pruning; NaN where there was nothing before."""
     before = staged.sel(stage="before")
-    return float(np.abs(log(staged.sel(stage="after") / before.where(before > 0))).mean(skipna=False))
+    return log(staged.sel(stage="after") / before.where(before > 0))
+
+
+def _mean_log_change(staged: xr.DataArray) -> float:
+    return float(np.abs(_log_change(staged)).mean(skipna=False))
 
 
 def _mean_change(staged: xr.DataArray, scale: xr.DataArray) -> float:

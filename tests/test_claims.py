@@ -154,6 +154,10 @@ def test_a_change_from_nothing_is_not_known() -> None:
     row = analysis.statistics({"dead": record("magnitude", 0, grad=(0.0, 1.0))}).loc["dead"]
     assert np.isnan(row[["grad_sqnorm_ratio", "grad_sqnorm_change", "decrease_per_parameter"]].astype(float)).all()
     assert row.loss_change == np.log(1.25)
+    died = record("magnitude", 0, rounds=2)
+    died["pruning"]["grad_sqnorm"].values[1] = 0
+    row = analysis.statistics({"died": died}).loc["died"]
+    assert np.isnan(row[["grad_sqnorm_ratio", "grad_sqnorm_change"]].astype(float)).all()
 
 
 def test_one_run_counts_once() -> None:

@@ -9,7 +9,7 @@ import xarray as xr
 
 from .effect import filters_left
 from .epochs import logged, over
-from .protocol import counted
+from .protocol import epoch_that_counts
 from .prunings import compounded, networks, others, prunings
 from .record import columns, has, node
 
@@ -22,11 +22,12 @@ def outcome(run: xr.DataTree) -> xr.Dataset:
     count them, the parameters are those that are masked, and the multiply-adds NaN; so is the sparsity where neither an
     event nor its units say it.
 
-    The last epoch counts, but for a run whose protocol selects on the test set: :func:`analysis.protocol.counted`.
+    The last epoch counts, but for a run whose protocol selects on the test set:
+    :func:`analysis.protocol.epoch_that_counts`.
     """
     values = dict.fromkeys(("test_accuracy", "test_loss", "train_accuracy", "train_loss"), np.nan)
     if has(run, "epochs"):
-        epoch = counted(run)
+        epoch = epoch_that_counts(run)
         values |= {name: float(epoch[name]) for name in values if name in epoch}
     values["sparsity"] = values["removed_parameters"] = values["removed_multiply_adds"] = 0.0
     if len(prunings(run)):

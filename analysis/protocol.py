@@ -78,11 +78,11 @@ def protocol_table(runs: Runs) -> pd.DataFrame:
     for name in ("asked", "reached", "multiply-adds left", "least left of a layer"):
         table[name] = [f"{value:.1%}" for value in table[name]]
     if all(has(run, "epochs") for run in runs.values()):
-        table["test accuracy"] = [f"{float(counted(run).test_accuracy):.1%}" for run in runs.values()]
+        table["test accuracy"] = [f"{float(epoch_that_counts(run).test_accuracy):.1%}" for run in runs.values()]
     return table.set_index("protocol")
 
 
-def counted(run: xr.DataTree) -> xr.Dataset:
+def epoch_that_counts(run: xr.DataTree) -> xr.Dataset:
     """The row of ``/epochs`` that counts: the last, or, where the protocol selects on the test set, the best there.
 
     The paper's code looks for the best among the epochs after the last round of pruning only.

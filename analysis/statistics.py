@@ -9,7 +9,7 @@ import xarray as xr
 
 from .convergence import convergence
 from .effect import removed_decrease
-from .protocol import counted
+from .protocol import epoch_that_counts
 from .record import at_prunings
 
 
@@ -79,7 +79,7 @@ def training_area(run: xr.DataTree) -> float:
 
 def accuracy(run: xr.DataTree) -> float:
     """Share of right answers on the test set in the end."""
-    return float(counted(run).get("test_accuracy", np.nan))
+    return float(epoch_that_counts(run).get("test_accuracy", np.nan))
 
 
 STATISTICS: dict[str, Callable[[xr.DataTree], float]] = {

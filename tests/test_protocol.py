@@ -15,7 +15,7 @@ from prunable import NETWORKS, batch, goes_with, train, trained
 from torch import nn
 
 import analysis.__main__
-from analysis.protocol import counted, protocol_diff
+from analysis.protocol import epoch_that_counts, protocol_diff
 from dynamics import open_run
 from dynamics.experiments import protocols
 from dynamics.experiments.protocols import Comparison, compare
@@ -244,7 +244,7 @@ def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol()
     for name in ("default", "select_on_test"):
         run = xr.DataTree.from_dict({"epochs": epochs, "pruning": pruning})
         run.attrs["protocol"] = json.dumps(asdict(PROTOCOLS[name]))
-        accuracies[name] = float(counted(run).test_accuracy)
+        accuracies[name] = float(epoch_that_counts(run).test_accuracy)
     assert accuracies == {"default": 0.6, "select_on_test": 0.7}  # the best before the last pruning does not count
 
 

@@ -40,3 +40,10 @@ class Structure:
                 table = vars(module)[name]
                 table.clear()
                 table.update(content)
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raise ValueError where a lazy module has no parameters yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} has no shape yet: run a batch through the model first")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from torch import Tensor
 
 from .cost import Cost
-from .selection import counted
+from .selection import count_left
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class Pruning:
 def units_left(alive: Mapping[str, Tensor], unit: str) -> str:
     """How many units are left in how many layers, in words."""
     whole = sum(kept.numel() for kept in alive.values())
-    return f"{counted(list(alive.values()))} of {whole} {unit}s left, in {len(alive)} layer{'s' * (len(alive) != 1)}"
+    return f"{count_left(alive)} of {whole} {unit}s left, in {len(alive)} layer{'s' * (len(alive) != 1)}"

@@ -22,7 +22,7 @@ from .importance.scores import at_temperature, check_settings, initial_weights, 
 from .plan import Pruning, units_left
 from .protocol import find_protocol
 from .schedule import check_sparsity
-from .selection import Ranked, capacity, counted, floor_of, lowest, without
+from .selection import Ranked, capacity, count_left, floor_of, lowest, without
 
 _FLOOR = {"filter": 0.05, "weight": 0.0}
 
@@ -182,7 +182,7 @@ class Pruner:
         quota = self._possible(ranked, sparsity)
         gone = lowest(ranked, quota, ties=self._protocol.prune_ties)
         alive = {name: kept.view(self.alive[name].shape) for name, kept in without(standing, gone).items()}
-        reached = 1 - counted(list(alive.values())) / sum(kept.numel() for kept in alive.values())
+        reached = 1 - count_left(alive) / sum(kept.numel() for kept in alive.values())
         found = {name: values.cpu() for name, values in found.items()}
         return Pruning(found, alive, sparsity, reached, *self._costs(alive, shape), self._described(batches))
 

@@ -6,7 +6,7 @@ Units of a layer are (unit,), booleans and scores in float64 on the CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,6 @@ def without(standing: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[
     return left
 
 
-def counted(kept: Sequence[Tensor]) -> int:
-    """How many units are True in all the layers."""
-    return sum(int(one.sum()) for one in kept)
+def count_left(alive: Mapping[str, Tensor]) -> int:
+    """How many units are left in all the layers."""
+    return sum(int(kept.sum()) for kept in alive.values())

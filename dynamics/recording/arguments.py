@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import schema
+from ..network.structure import check_initialised
 from ..record.buffer import LONGEST_TEXT
 
 _WITHIN = ("optimizer", "base_optimizer", "_base_optimizer")  # what wrappers call the optimizer by which they step
@@ -53,13 +54,6 @@ def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) ->
     held = [group["params"] for one in optimizers for group in one.param_groups]
     if not any(id(parameter) in ours for parameters in held for parameter in parameters):
         raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
-
-
-def check_initialised(model: nn.Module) -> None:
-    """Raise ValueError where a lazy module has no parameters yet."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name!r} has no shape yet: run a batch through the model first")
 
 
 def as_plain(attributes: Any) -> Any:

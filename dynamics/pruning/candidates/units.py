@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from ...errors import first_line
 from ...network.masks import filters_left
+from ...network.structure import check_initialised
 from ...probing.probe import mode_of
-from ...recording.arguments import check_initialised
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out
 from .weights import not_plain, within
 

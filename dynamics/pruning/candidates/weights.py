@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ...recording.arguments import check_initialised
+from ...network.structure import check_initialised
 from .channels import LAYERS
 
 

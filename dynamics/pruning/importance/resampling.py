@@ -18,9 +18,9 @@ from .measures import Measure, find_measure
 from .resampled_derivatives import resampled_derivatives
 from .scores import (
     at_temperature,
+    check_not_frozen,
     check_one_device,
     check_request,
-    check_trained,
     gammas,
     initial_weights,
     paper_temperature,
@@ -66,7 +66,7 @@ def resampled_scores(
     check_one_device(model)
     layers = unit_layers(model, protected)
     names = [layer.name for layer in layers]
-    check_trained(model, names, rows)
+    check_not_frozen(model, names, rows)
     start = initial_weights(model, names, rows, initial)
     found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), objective, mode, start)
     values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()

@@ -92,7 +92,7 @@ def scores_by_measure(
     check_one_device(model)
     layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
     names = [layer.name for layer in layers] if granularity == "filter" else layers
-    check_trained(model, names, rows)
+    check_not_frozen(model, names, rows)
     start = initial_weights(model, names, rows, initial)
     scales = gammas(model, layers, rows) if granularity == "filter" else {}
     uses = {row.uses for row in rows if row.needs_data}
@@ -193,7 +193,7 @@ def check_settings(temperature: float, mode: str, granularity: str) -> None:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def check_trained(model: nn.Module, layers: Sequence[str], rows: Sequence[Measure]) -> None:
+def check_not_frozen(model: nn.Module, layers: Sequence[str], rows: Sequence[Measure]) -> None:
     """Raise ValueError where a measure looks at the gradient of a weight that is frozen."""
     frozen = [name for name in layers if not model.get_parameter(f"{name}.weight").requires_grad]
     if frozen and (needing := [row.name for row in rows if row.uses in ("grad", "hess_grad")]):

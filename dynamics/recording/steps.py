@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Steps:
         self._begun, self._skips, self._waits = self._curvature.due(self.number) or self._records(), {}, waits
         if not self._begun:
             return
-        with self.measuring(_FIRST_ORDER):
+        with self._or_stop(_FIRST_ORDER), self._busy():
             self._measurement.begin()
             if not waits:
                 self._curvature.begin(self.number)
@@ -107,7 +107,7 @@ class Steps:
         """Keep g before an optimizer applies it: it may overwrite it."""
         self._groups.listen(number)
         if self._begun:
-            with self.measuring(_FIRST_ORDER):
+            with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.take_gradient(number)
                 if self._waits:
                     self._waits = False
@@ -118,7 +118,7 @@ class Steps:
         if (skips := self._groups.skips(number)) is not None:
             self._skips[number], self._rows.gradients.scaled = skips, True
         if self._begun:
-            with self.measuring(_FIRST_ORDER):
+            with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.take_update(number)
 
     def pause(self) -> None:
@@ -129,13 +129,13 @@ class Steps:
         """All optimizers have stepped, or, if ``late``, a new step begins: measure what the step did."""
         row = None
         if self._begun:
-            with self.measuring(_FIRST_ORDER):
+            with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.end(stepped)
                 if self._records():
                     trained = self._groups.trained(stepped)
                     row = self._scalars(trained, stepped) | self._measurement.step_values(trained)
             if self._curvature.due(self.number):
-                with self.measuring("curvature"):
+                with self._or_stop("curvature"), self.measuring():
                     if (curvature := self._curvature.end(self.number)) is not None:
                         self._rows.add("curvature", {"step": self.number, **curvature})
         if 0 in stepped:
@@ -155,34 +155,38 @@ class Steps:
         self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
 
     @contextmanager
-    def measuring(self, what: str = "") -> Iterator[None]:
-        """Inside, no graph is built but the probes' own, and hooks that a measurement sets off do nothing.
+    def measuring(self) -> Iterator[None]:
+        """Inside, the model may run: no graph is built but the probes' own, nor does an optimizer collect statistics.
 
-        With ``what``, an exception ends the recording of steps with a warning, not the training.
+        Anomalies are not looked for, and hooks that a measurement sets off do nothing.
         """
+        with self._busy(), torch.autograd.set_detect_anomaly(False), self._hooks.asleep():
+            yield
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Inside, no graph is built, and hooks that a measurement sets off do nothing."""
         self.busy = True
         _of_thread.measuring += 1
         try:
-            with torch.no_grad(), nullcontext() if what == _FIRST_ORDER else self._evaluating():
+            with torch.no_grad():
                 yield
+        finally:
+            self.busy = False
+            _of_thread.measuring -= 1
+
+    @contextmanager
+    def _or_stop(self, what: str) -> Iterator[None]:
+        """Inside, an exception ends the recording of steps with a warning, not the training."""
+        try:
+            yield
         except Exception as error:
-            if not what:
-                raise
             self._every, self._begun = 0, False
             self._curvature.stop()
             warnings.warn(
                 f"steps are not recorded from step {self.number} on: measuring {what} failed with {named(error)}",
                 stacklevel=2,
             )
-        finally:
-            self.busy = False
-            _of_thread.measuring -= 1
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Inside, the model may run: neither anomalies are looked for nor does an optimizer collect statistics."""
-        with torch.autograd.set_detect_anomaly(False), self._hooks.asleep():
-            yield
 
     def _await_forward(self) -> None:
         if self._curvature.due(self.number):

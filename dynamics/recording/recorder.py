@@ -145,9 +145,7 @@ class Recorder:
             groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs, place,
             FlowTimes(store), names, every,
         )  # fmt: skip
-        self._events = Events(
-            network, objective, self._layers, processes, self._steps, self._epochs, self._rows, past
-        )
+        self._events = Events(network, objective, self._layers, processes, self._steps, self._epochs, self._rows, past)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self.close)

@@ -151,7 +151,7 @@ class ProbedStep:
             if not lacks_derivative(error):
                 self._warn_once(
                     f"curvature by gates failed with {named(error)}; Hessian products, slower, take their place",
-                    "products",
+                    "gates",
                 )
             return self._by_products(probe, grad, vectors, names)
 
@@ -178,7 +178,7 @@ class ProbedStep:
                 "another gradient than its own has none; one whose backward pass, or hook on a tensor, autograd cannot "
                 "differentiate says so as a function with @torch.autograd.function.once_differentiable, and "
                 "differences are recorded",
-                "products",
+                "own operation",
             )
 
     def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:

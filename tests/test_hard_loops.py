@@ -317,6 +317,27 @@ def test_the_probe_is_in_the_mode_and_at_the_random_numbers_of_the_steps_forward
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
+def test_a_gradient_that_is_clipped_by_value_says_which_of_two_forward_passes_began_the_step(tmp_path: Path) -> None:
+    """Which random numbers the loss of two batches was drawn with: to be cut turns a gradient away from its own."""
+
+    def objective(model: nn.Module, pair: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
+        return sum(cross_entropy(model, batch) for batch in pair)
+
+    torch.manual_seed(1)
+    model, losses = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.1), nn.Linear(5, 3)), []
+    optimizer, pairs = torch.optim.SGD(model.parameters(), 0.1), zip(vectors(8), vectors(8, seed=2), strict=True)
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for pair in recorder.watch(pairs):
+            optimizer.zero_grad()
+            losses.append(objective(model, pair))
+            losses[-1].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            nn.utils.clip_grad_value_(model.parameters(), 0.02)
+            optimizer.step()
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, [loss.item() for loss in losses], rtol=1e-12)
+
+
 @pytest.mark.parametrize("way", ["one backward pass", "a layer that is not always used", "clipped in between"])
 def test_the_gradient_says_which_batches_a_step_is_of(tmp_path: Path, way: str) -> None:
     heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])

@@ -79,17 +79,23 @@ class ProbedStep:
         """Cosine of a gradient with the one applied, over what was trained; 0 if it is zero in all of that.
 
         And the mean of the layers' cosines, weighted by what was applied there, for layers may be clipped each by
-        itself. NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a
-        loss may have been turned around for that.
+        itself. Each is that of the gradient as it is or, where that is nearer, clipped by value as the applied one is.
+        NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a loss may
+        have been turned around for that.
         """
-        vectors = Vectors(grad=self._layers.vector(grad, without=self._step.rest), applied=self._step.grad.blocks)
+        own = self._layers.vector(grad, without=self._step.rest)
+        found = torch.stack([self._cosines(own), self._cosines(_clipped_as(self._step.grad.blocks, own))])
+        return tuple((found.abs() if self._groups.ascend() else found).amax(0).tolist())
+
+    def _cosines(self, own: Tensor) -> Tensor:
+        """Of a gradient with the one applied: over all, and the mean over layers, (2,)."""
         names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
+        vectors = Vectors(grad=own, applied=self._step.grad.blocks)
         product, square, applied = self._layers.evaluate(names, vectors).values()
         lengths = (square[applied != 0].sum() * applied.sum()).sqrt()
         cosine = product.sum() / lengths.where((lengths != 0) | ~(applied.sum() > 0), 1.0)
         in_layers = product / square.sqrt().where(square != 0, 1.0)
-        found = torch.stack([cosine, in_layers.sum() / applied.sqrt().sum()])
-        return tuple((found.abs() if self._groups.ascend() else found).tolist())
+        return torch.stack([cosine, in_layers.sum() / applied.sqrt().sum()])
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""
@@ -207,3 +213,13 @@ class ProbedStep:
     def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
         aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]
         return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(aligned), strict=True)))
+
+
+def _clipped_as(applied: Tensor, own: Tensor) -> Tensor:
+    """A gradient with its entries cut where the applied one's are: at the largest size, which several have then."""
+    sizes = applied.abs()
+    most = sizes.max()
+    cut = sizes == most
+    rest = own.where(~cut & (applied != 0), 0.0)
+    length = ((rest * applied).sum() / rest.square().sum()).abs().nan_to_num(1.0)  # cut in length before, perhaps
+    return torch.where(cut.sum() > 1, (own * length).clamp(-most, most), own)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import xarray as xr
 from networks import Batch, plain_step, smooth_network, vectors
 from torch import nn
@@ -408,3 +409,19 @@ def test_flow_time_goes_on_where_the_first_layer_is_frozen(tmp_path: Path, every
     steps = open_run(tmp_path / "run")["steps"]
     assert steps.sizes["step"] == len(range(0, 8, every))
     np.testing.assert_allclose(steps.flow_time, 0.1 / (1 - 0.9) * steps.step, rtol=1e-12)
+
+
+def test_flow_time_goes_on_where_another_optimizer_stepped_last(tmp_path: Path) -> None:
+    """The flow step of that step's row is 0 in the layers of the first, as if they were frozen."""
+    model = smooth_network()
+    first, second = torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.SGD(model[2].parameters(), 0.7)
+    for _ in range(2):
+        with Recorder(tmp_path / "run", model, [first, second], curvature_every=0, resume=True) as recorder:
+            for number, batch in enumerate(recorder.watch(vectors(4))):
+                model.zero_grad()
+                F.cross_entropy(model(batch[0]), batch[1]).backward()
+                second.step()
+                if number % 2 == 0:
+                    first.step()
+    times = open_run(tmp_path / "run")["steps"].flow_time
+    np.testing.assert_allclose(times, 0.1 * np.array([0, 1, 1, 2, 2, 3, 3, 4]), rtol=1e-12)

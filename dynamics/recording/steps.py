@@ -150,7 +150,7 @@ class Steps:
 
     def finish(self, *, ends: bool = False) -> None:
         """What was logged of the last step is all that will be; it ``ends`` the training, or only this row."""
-        if self.number and self._every > 1 and "flow_time" in self._names:
+        if self.number and "flow_time" in self._names:
             self._flow_times.keep(self.number, float(self._flow_time))
         self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
 

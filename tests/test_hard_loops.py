@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dynamics import Recorder, open_run
 from dynamics.loop.optimizer_hooks import OptimizerHooks
 from dynamics.probing.probe import Probe
+from dynamics.pruning import Pruner
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -201,6 +202,28 @@ def test_what_moves_a_frozen_layer_on_is_not_predicted(tmp_path: Path, how: dict
         assert np.isnan(curvature[name]).any("layer").values.tolist() == [False, False, not to_none, False]
     assert np.isfinite(curvature.grad_hess_grad).all()
     np.testing.assert_allclose(np.stack([curvature.loss_before, curvature.loss_after], 1), losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("by", ["noise", "LBFGS"])
+def test_pruned_weights_that_are_moved_all_the_same_are_measured_where_they_are(tmp_path: Path, by: str) -> None:
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.LBFGS(model.parameters()) if by == "LBFGS" else torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(4))):
+            if number == 2:
+                Pruner(model, optimizer, "magnitude", granularity="weight").prune(0.5)
+
+            def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = cross_entropy(model, batch)
+                loss.backward()
+                if by == "noise":
+                    model[0].weight.grad += 0.01
+                return loss
+
+            losses.append(optimizer.step(closure).item())
+    assert (model[0].weight != 0).all()
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
 def test_torch_prunings_in_a_row(tmp_path: Path) -> None:

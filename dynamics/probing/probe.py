@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..curvature.expansion import Expansion, LossFunction, mean_gradient, mean_loss
 from ..curvature.gates import Products, gated_products
 from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_again
-from ..curvature.ordinary import masked
+from ..curvature.ordinary import with_masked_gradient
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
 from ..network.masks import parameter_masks
@@ -192,8 +192,8 @@ class Probe:
         fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
         free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
         free |= {name: replaced.clone() for name, replaced in moment.replaced.items() if name in free}
-        kept = {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in free.items()}
-        values = kept | moment.buffers()
+        pruned = {name: with_masked_gradient(free[name], self._masks[name]) for name in self._masks if name in free}
+        values = free | pruned | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
         with again as others, mode_of(self._model, self._mode), _differentiable_twice(), _unrounded(self._model):
             given = as_measured(copied(batch), self._device)

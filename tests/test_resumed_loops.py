@@ -80,6 +80,14 @@ def test_flow_time_is_known_at_a_checkpoint_before_which_the_record_was_flushed(
     np.testing.assert_allclose(open_run(tmp_path / "run.zarr").steps.flow_time, expected, rtol=1e-12)
 
 
+def test_flow_time_goes_on_where_the_record_has_no_flow_steps(tmp_path: Path) -> None:
+    training, how = Scheduled(), {"curvature_every": 0, "quantities": ["flow_time"], "resume": True}
+    for begin in (0, 5):
+        with Recorder(tmp_path / "run.zarr", training.model, training.optimizer, **how, step=begin) as recorder:
+            training.train(recorder, 5)
+    np.testing.assert_allclose(open_run(tmp_path / "run.zarr").steps.flow_time, training.times[:10], rtol=1e-12)
+
+
 def test_flow_times_of_what_was_taken_back_are_forgotten(tmp_path: Path) -> None:
     known = FlowTimes(Store(tmp_path / "run.zarr", {}))
     known.keep(3, 0.3)

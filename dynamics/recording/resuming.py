@@ -102,12 +102,12 @@ class Record:
         times, flow_steps = self.column("steps", "flow_time"), self.column("steps", "flow_step")
         if not before:
             return 0.0
-        if not len(times) or not len(flow_steps):
-            return float("nan")
         if before < len(times) and self.steps[before] == step:
             return float(times[before])
         if (kept := FlowTimes(self._store).at(step)) is not None:
             return kept
+        if not len(times) or not len(flow_steps):
+            return float("nan")
         skipped = self.column("steps", "skipped")
         row = flow_steps[before - 1]
         last, others = row[self._present.first], np.unique(row[row != 0])

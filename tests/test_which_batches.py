@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import Batch, convolutional_network, images, smooth_network, vectors
+from networks import Batch, convolutional_network, images, one_ahead, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
@@ -35,6 +35,31 @@ def test_two_backward_passes_a_batch_and_batches_that_are_left_out(tmp_path: Pat
             optimizer.step()
             losses.append(sum(parts).item())
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("evaluated", ["each batch", "the last of a step"])
+def test_batches_that_are_read_ahead_and_evaluated_when_they_were_trained_on(
+    tmp_path: Path, parts: int, evaluated: str
+) -> None:
+    """The model runs without gradients on a batch that is not the one which was read last."""
+    model, losses, waiting = smooth_network(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, (inputs, labels) in enumerate(one_ahead(recorder.watch(vectors(9))), 1):
+            loss = F.cross_entropy(model(inputs), labels)
+            (loss / parts).backward()
+            waiting.append(loss.item())
+            if number % parts == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(np.mean(waiting))
+                waiting = []
+            if number % parts == 0 or evaluated == "each batch":
+                with torch.no_grad():
+                    model(inputs)
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
 
 
 @pytest.mark.parametrize("log", ["before the backward pass", "after the step"])

@@ -20,7 +20,7 @@ from ..probing.moment import Moment, random_numbers_untouched
 from ..probing.probe import Objective, is_compiled, unwrap
 from .backward_passes import BackwardPasses
 from .forward_passes import ForwardPasses, trains
-from .seen import Mark, Seen, candidates, read_ahead, trained_on, used
+from .seen import Mark, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
 _SCRIPTED = (
@@ -101,8 +101,8 @@ class Batches:
         """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
         if self._asleep():
             return
-        if self._seen:
-            self._seen[-1].only_evaluated = False  # it is trained on after all
+        if (present := self._present) is not None:
+            present.only_evaluated = False  # it is trained on after all
         if not self._awaits or self.failure:
             return
         with self._not_in_the_loop():
@@ -131,9 +131,14 @@ class Batches:
         again.others = last.moment.others | (last.later.others if last.later else {})
 
     def _evaluation_begins(self) -> None:
-        """The model runs without gradients: it evaluates the last batch, if that is not one to train on after all."""
-        if self._seen and not self._seen[-1].passed:
-            self._seen[-1].only_evaluated = True
+        """The model runs without gradients: it evaluates the present batch, unless that is trained on after all."""
+        if (present := self._present) is not None and not present.passed:
+            present.only_evaluated = True
+
+    @property
+    def _present(self) -> Seen | None:
+        """The batch that the loop is at: the last, but for those that it reads ahead; None if that had its step."""
+        return self._seen[-1 - self._ahead] if len(self._seen) > self._ahead else None
 
     @property
     def source(self) -> Any:
@@ -261,8 +266,13 @@ class Batches:
     def chosen(self, candidate: int) -> None:
         """It is this candidate, says the gradient. Where that is not the likeliest, what follows it was read ahead."""
         if candidate:
-            last = self._candidates[candidate][-1]
-            self._ahead = next(after for after, seen in enumerate(reversed(trained_on(self._seen))) if seen is last)
+            batches = self._candidates[candidate]
+            end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
+            for seen in batches:
+                seen.passed, seen.looked = True, False
+            for seen in self._seen[end:]:  # the forward passes were the others'
+                seen.passed = False
+            self._ahead = sum(not seen.looked for seen in self._seen[end:])
 
     @property
     def _used(self) -> list[int]:

@@ -79,7 +79,8 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     With m = ``count`` backward passes whose gradients are there: the batches behind which these came or, where a loop
     reads ``ahead``, as many before those; the m before those that were read ahead; the last m; the first m; the last
     one, with m backward passes; the first behind which these may have come; all of this pass over the data, which
-    begins behind ``of_epoch`` of them; all; the last one, whatever is known of m.
+    begins behind ``of_epoch`` of them; all; the last one, whatever is known of m. And the first m of all that were
+    read, for what a loop that reads ahead evaluates need not be what it has read last.
     """
     known = trained_on(seen)
     total = len(known)
@@ -93,6 +94,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     found = [*behind, *windows, first, *others] if count else others
     ours = {id(one) for one in known}
     found = [batches for batches in found if batches and ours.issuperset(map(id, batches))]
+    found += [seen[:count]] * (0 < count < len(seen))
     return list({tuple(map(id, batches)): batches for batches in found}.values())
 
 

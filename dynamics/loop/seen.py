@@ -79,12 +79,13 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     With m = ``count`` backward passes whose gradients are there: the batches behind which these came or, where a loop
     reads ``ahead``, as many before those; the m before those that were read ahead; the last m; the first m; the last
     one, with m backward passes; the first behind which these may have come; all of this pass over the data, which
-    begins behind ``of_epoch`` of them; all; the last one, whatever is known of m. And the first m of all that were
-    read, for what a loop that reads ahead evaluates need not be what it has read last.
+    begins behind ``of_epoch`` of them; all; the last one, whatever is known of m. Then those behind which gradients
+    came and the first m, of all that were read: what was evaluated need not be what was read last.
     """
     known = trained_on(seen)
     total = len(known)
-    behind = [_behind(seen, used, ahead), known[slice(*_window(total, count, ahead))]]
+    came = _behind(seen, used, ahead)
+    behind = [came, known[slice(*_window(total, count, ahead))]]
     if len(used) != count and (ahead or total == count):  # more read, or all, before the gradients came
         behind = behind[::-1]
     windows = [(total - count, total), (0, count), (total - 1, total)]
@@ -94,7 +95,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     found = [*behind, *windows, first, *others] if count else others
     ours = {id(one) for one in known}
     found = [batches for batches in found if batches and ours.issuperset(map(id, batches))]
-    found += [seen[:count]] * (0 < count < len(seen))
+    found += [batches for batches in (came, seen[:count]) if batches and count < len(seen)]
     return list({tuple(map(id, batches)): batches for batches in found}.values())
 
 

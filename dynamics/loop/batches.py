@@ -269,10 +269,10 @@ class Batches:
             batches = self._candidates[candidate]
             end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
             for seen in batches:
-                seen.passed, seen.looked = True, False
+                seen.passed, seen.only_evaluated = True, False
             for seen in self._seen[end:]:  # the forward passes were the others'
                 seen.passed = False
-            self._ahead = sum(not seen.looked for seen in self._seen[end:])
+            self._ahead = sum(not seen.only_evaluated for seen in self._seen[end:])
 
     @property
     def _used(self) -> list[int]:

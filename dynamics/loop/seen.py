@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..probing.moment import Moment
 
 
-@dataclass
+@dataclass(slots=True)
 class Seen:
     """A batch that a loop has read, with the moments from which its loss may be evaluated again.
 

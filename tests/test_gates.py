@@ -20,6 +20,9 @@ from dynamics.curvature.gated_affine import Affine, inner
 from dynamics.curvature.gated_batch_norm import BatchNorm
 from dynamics.curvature.gates import gated_products
 from dynamics.models import MODELS, build
+from dynamics.network.masks import parameter_masks
+from dynamics.probing.probe import Probe, cross_entropy_objective
+from dynamics.pruning import Pruner
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
@@ -222,6 +225,28 @@ def test_masked_parameters_keep_their_gates(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Affine, "apply", lambda *inputs: (applied.append(1), apply(*inputs))[1])
     check(lambda theta: inside({name: tensor * masks[name] for name, tensor in theta.items()}), parameters(network))
     assert len(applied) == 2
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_is_pruned_keeps_its_gates_unless_something_moved_it(monkeypatch: pytest.MonkeyPatch, moved: bool) -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    Pruner(network, None, "magnitude", granularity="weight").prune(0.5)
+    kept = {name: mask.clone() for name, mask in parameter_masks(network).items()}
+    if moved:
+        with torch.no_grad():
+            network[0].weight += 0.1
+    batch, theta = (torch.randn(5, 3), torch.randint(2, (5,))), parameters(network)
+    probe = Probe(network, cross_entropy_objective, [batch])
+    loss, grad = probe.gradient(theta)
+    applied, apply = [], Affine.apply
+    monkeypatch.setattr(Affine, "apply", lambda *inputs: (applied.append(1), apply(*inputs))[1])
+    found = probe.products(theta, [grad], dict.fromkeys(theta, 0), 1)
+    assert len(applied) == 2 - moved
+    assert loss == found.loss == cross_entropy_objective(network, batch)
+    assert not any((grad[name] * ~mask).any() for name, mask in kept.items())
+    curved = probe.expand(theta).hessian_product(list(grad.values()))
+    product = sum((one * grad[name]).sum() for name, one in zip(theta, curved, strict=True))
+    torch.testing.assert_close(found.hess[0, 0], product)
 
 
 def test_the_weight_norm_whose_own_second_derivative_is_wrong() -> None:

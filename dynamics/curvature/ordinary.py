@@ -48,11 +48,21 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
-def with_masked_gradient(x: Tensor, mask: Tensor) -> Tensor:
-    """x itself, whose gradient is masked, with x's own strides.
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x times a mask, with x's own strides."""
+    return _with_strides_of(x, x * mask)
 
-    Where a dimension has one entry, a result has others, by which torch would choose another kernel for a convolution.
+
+def with_masked_gradient(x: Tensor, mask: Tensor) -> Tensor:
+    """x itself, whose gradient is masked, with x's own strides."""
+    return _with_strides_of(x, x * mask + x.detach() * ~mask)
+
+
+def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
+    """y as x lies in memory.
+
+    Where a dimension has one entry, a result has other strides, by which torch would choose another kernel for a
+    convolution.
     """
-    y = x * mask + x.detach() * ~mask
     alike = y.stride() == x.stride() or not (y.is_contiguous() and x.is_contiguous())
     return y if alike else y.as_strided(x.shape, x.stride())

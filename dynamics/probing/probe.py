@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..curvature.expansion import Expansion, LossFunction, mean_gradient, mean_loss
 from ..curvature.gates import Products, gated_products
 from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_again
-from ..curvature.ordinary import with_masked_gradient
+from ..curvature.ordinary import masked, with_masked_gradient
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
 from ..network.masks import parameter_masks
@@ -98,10 +98,10 @@ class Probe:
     Buffers, pruning masks and what modules keep in plain attributes are those of the moment when the probe is made, or
     of the given ``moments``, one a batch, whatever happens to the model later. Every evaluation leaves them and the
     random numbers as they are (a BatchNorm in training mode moves no running statistics), draws the moment's random
-    numbers (the same dropout mask as the training step's), and multiplies the parameters by the masks: a pruned
-    parameter is the constant zero, so it has no gradient; nor has a frozen one
-    (``requires_grad=False``), or one that the forward pass itself replaces by another. Batches count
-    by their number of samples, or equally. Nothing runs compiled: that has no second derivative.
+    numbers (the same dropout mask as the training step's), and masks the gradients: a pruned parameter is a constant,
+    zero unless something moves it all the same, so it has no gradient; nor has a frozen one (``requires_grad=False``),
+    or one that the forward pass itself replaces by another. Batches count by their number of samples, or equally.
+    Nothing runs compiled: that has no second derivative.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class Probe:
         counts = [sample_count(batch) if by_samples else 1 for batch in batches]
         self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
+        self._moved = frozenset(_off_zero(self._model, self._masks))
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._at = list(zip(batches, moments, strict=True))
         for moment in moments:
@@ -158,7 +159,7 @@ class Probe:
         except TypeError:
             return None
         modes = [module.training for module in self._model.modules()]
-        settings = tuple(modes), self._mode, tuple(self._masks), frozenset(self._trained)
+        settings = tuple(modes), self._mode, tuple(self._masks), self._moved, frozenset(self._trained)
         return tuple(batches), tuple(self._weights), *settings
 
     def fixed(self) -> Probe:
@@ -188,11 +189,16 @@ class Probe:
         """L_b as a function of θ, one a batch; not kept, for a probe that held itself would outlive its use."""
         return [partial(self._loss, batch, moment) for batch, moment in self._at]
 
-    def _loss(self, batch: Any, moment: Moment, theta: Theta) -> Tensor:
+    def _loss(self, batch: Any, moment: Moment, theta: Theta, *, zero: Collection[str] = ()) -> Tensor:
+        """The loss at θ; of the parameters in ``zero``, what is pruned is known to be zero."""
         fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
         free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
         free |= {name: replaced.clone() for name, replaced in moment.replaced.items() if name in free}
-        pruned = {name: with_masked_gradient(free[name], self._masks[name]) for name in self._masks if name in free}
+        pruned = {
+            name: (masked if name in zero else with_masked_gradient)(free[name], mask)
+            for name, mask in self._masks.items()
+            if name in free
+        }
         values = free | pruned | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
         with again as others, mode_of(self._model, self._mode), _differentiable_twice(), _unrounded(self._model):
@@ -249,7 +255,8 @@ class Probe:
     def products(self, theta: Theta, directions: Sequence[Theta], layer_of: Mapping[str, int], layers: int) -> Products:
         """Second derivatives of the mean loss at θ along directions, by layer, as ``gated_products`` has them.
 
-        A parameter that ``layer_of`` does not know is constant.
+        A parameter that ``layer_of`` does not know is constant. What was pruned, and zero, as the probe was made is
+        zero at θ, too.
         """
         theta = self._theta(theta)
         frozen = {name for name in theta if name not in self._trained or name not in layer_of}
@@ -258,11 +265,25 @@ class Probe:
             {name: channels_first(direction[name].to(theta[name].dtype)) for name in known} for direction in directions
         ]
         total = None
-        for loss_of, weight in zip(self._losses, self._weights, strict=True):
+        zero = self._masks.keys() - self._moved  # a parameter times a mask keeps its gates, which is cheaper
+        losses = [partial(loss_of, zero=zero) for loss_of in self._losses]
+        for loss_of, weight in zip(losses, self._weights, strict=True):
             parts = gated_products(loss_of, theta, whole, layer_of, layers, frozen=frozen)
             parts = [weight * part for part in parts]
             total = parts if total is None else [one + other for one, other in zip(total, parts, strict=True)]
         return Products(*total)
+
+
+def _off_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
+    """The parameters of which something has moved what is pruned; not those that the model itself masks, as torch's."""
+    parameters, own = dict(model.named_parameters()), [name for name in masks if not name.endswith("_orig")]
+    moved = [((parameters[name] != 0) & ~masks[name]).any() for name in own]
+    return [name for name, off in zip(own, _listed(moved), strict=True) if off]
+
+
+def _listed(booleans: Sequence[Tensor]) -> list[bool]:
+    """Scalars as they are in the host's memory, which waits but once."""
+    return torch.stack([one.to(booleans[0].device) for one in booleans]).tolist() if booleans else []
 
 
 def _keeps(module: nn.Module) -> bool:

@@ -251,6 +251,22 @@ def test_what_events_say_is_of_one_kind_over_a_resumption_too(tmp_path: Path) ->
     assert list(dict.fromkeys(run["units"].layer.values)) == ["0", "2"]
 
 
+@pytest.mark.parametrize("sparsity", [0.3, "three in ten"])
+def test_what_the_last_pruning_reached_is_known_over_a_resumption(tmp_path: Path, sparsity: float | str) -> None:
+    model, optimizer = fresh()
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        plain_step(model, optimizer, vectors(1)[0])
+        with recorder.event("prune", probe=vectors(1), sparsity=sparsity), torch.no_grad():
+            model[0].weight[0] = 0
+        with recorder.event("prune", probe=vectors(1), target=0.0):
+            pass
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0, resume=True) as recorder:
+        with warnings.catch_warnings(action="error"):  # as of a pruning that was to do something
+            with recorder.event("prune", probe=vectors(1), sparsity=sparsity):
+                pass
+    assert open_run(tmp_path / "run")["pruning"].sizes["event"] == 3
+
+
 TRAINING = """
 import sys, time, torch
 from networks import plain_step, vectors

@@ -27,14 +27,14 @@ class PastEvents:
         texts: of what described them, by name, whether it was a text.
         units: layer and index of each unit that one told of.
         studied: the coordinates of each study that was added to one.
-        sparsity: what the last pruning is said to have reached.
+        sparsity: what the last pruning that says so has reached, a number or a text as it was given.
     """
 
     count: int = 0
     texts: Mapping[str, bool] = field(default_factory=dict)
     units: Sequence[tuple[str, int]] = ()
     studied: Mapping[str, Coordinates] = field(default_factory=dict)
-    sparsity: float = 0.0
+    sparsity: float | str = 0.0
 
     @classmethod
     def of(cls, store: Store, count: int) -> PastEvents:
@@ -62,9 +62,10 @@ def coordinates(study: xr.Dataset) -> Coordinates:
     return {str(dim): np.arange(size) for dim, size in study.sizes.items()} | labels
 
 
-def _sparsity(store: Store, count: int) -> float:
+def _sparsity(store: Store, count: int) -> float | str:
     try:
-        kinds, reached = (store.read("pruning", name)[:count] for name in ("kind", "sparsity"))
+        kinds, reached = (store.read("pruning", name)[:count].tolist() for name in ("kind", "sparsity"))
     except KeyError:  # none was a pruning
         return 0.0
-    return float(next(iter(reached[kinds == "prune"][::-1]), 0.0))
+    said = [value for kind, value in zip(kinds, reached, strict=True) if kind == "prune" and value != ""]
+    return next((value for value in reversed(said) if value == value), 0.0)  # NaN where it was not given

@@ -81,6 +81,14 @@ def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(tmp
     xr.testing.assert_allclose(run["steps"].grad_sqnorm[:2], whole["steps"].grad_sqnorm[:2])
 
 
+def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(tmp_path: Path) -> None:
+    run, said = together(tmp_path / "run", "ddp with a failure in one")
+    assert "step" not in run["steps"].sizes
+    assert "step" not in run["curvature"].sizes
+    assert said.count("steps are not recorded from step 0 on: measuring first-order quantities failed with") == 1
+    assert said.count("curvature is not recorded from step 0 on: measuring failed in another process") == 1
+
+
 def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "fsdp")
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")

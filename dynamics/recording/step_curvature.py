@@ -103,6 +103,7 @@ class StepCurvature:
         self._warn_once = WarnOnce()
         self._loss = LoggedLoss()
         self.unseen = 0  # steps that were due, and taken, before any batch was seen
+        self.failed = False  # whether measuring failed in this process, and the others are not told yet
         if every and processes.sharded:
             self.stop()
             warnings.warn(
@@ -124,6 +125,13 @@ class StepCurvature:
         if isinstance(self._captured, CapturedCurvature):
             self._captured.drop()
 
+    def fail(self) -> None:
+        """Measure no more; replicas, which would wait for this one, are told when they all come together next."""
+        if self._processes.replicated:
+            self.failed = True
+        else:
+            self.stop()
+
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""
         self._probes = []
@@ -136,6 +144,8 @@ class StepCurvature:
                 "them would have to measure it; give curvature_every=0 to record first-order quantities only",
                 "apart",
             )
+        elif self._processes.replicated and self._or_give_up(lambda: True, step) is None:
+            return
         elif self._batches:
             self._probed.keep_outside()
             self._probes = self._or_give_up(self._make_probes, step) or []
@@ -269,20 +279,17 @@ class StepCurvature:
 
     def _or_give_up(self, measure: Callable[[], _Measured], step: int) -> _Measured | None:
         """What a probe measures; where it fails in any process, the training goes on without curvature in all."""
-        measured, reason, advice = None, "another process failed", _OBJECTIVE
+        measured, reason = None, "measuring failed in another process"
         try:
-            measured = measure()
+            measured = None if self.failed else measure()
         except Exception as error:
-            reason = named(error)
             advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
+            reason = f"the objective failed on this step's batch with {named(error)}. {advice}, or curvature_every=0"
         if self._processes.all_agree(measured is not None, self._device):
             return measured
         self.stop()
-        warnings.warn(
-            f"curvature is not recorded from step {step} on: the objective failed on this step's batch with "
-            f"{reason}. {advice}, or curvature_every=0",
-            stacklevel=2,
-        )
+        if not self.failed:  # which was said
+            warnings.warn(f"curvature is not recorded from step {step} on: {reason}", stacklevel=2)
         return None
 
 

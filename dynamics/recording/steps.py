@@ -95,12 +95,18 @@ class Steps:
         """
         self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
-        self._begun, self._skips, self._waits = self._curvature.due(self.number) or self._records(), {}, waits
-        if not self._begun:
-            return
-        with self._or_stop(_FIRST_ORDER), self._busy():
-            self._measurement.begin()
-            if not waits:
+        due = self._curvature.due(self.number) and not self._curvature.failed
+        self._begun, self._skips, self._waits = due or self._records(), {}, waits
+        if self._begun:
+            with self._or_stop(_FIRST_ORDER), self._busy():
+                self._measurement.begin()
+        if not waits:
+            self._begin_curvature()
+
+    def _begin_curvature(self) -> None:
+        """Also where measuring failed in this process, for others wait to be told."""
+        if self._curvature.due(self.number):
+            with self._or_stop("curvature"), self._busy():
                 self._curvature.begin(self.number)
 
     def take_gradient(self, number: int) -> None:
@@ -109,9 +115,9 @@ class Steps:
         if self._begun:
             with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.take_gradient(number)
-                if self._waits:
-                    self._waits = False
-                    self._curvature.begin(self.number)
+        if self._waits:
+            self._waits = False
+            self._begin_curvature()
 
     def take_update(self, number: int) -> None:
         """Take what an optimizer did, before anything else changes θ."""
@@ -134,10 +140,10 @@ class Steps:
                 if self._records():
                     trained = self._groups.trained(stepped)
                     row = self._scalars(trained, stepped) | self._measurement.step_values(trained)
-            if self._curvature.due(self.number):
-                with self._or_stop("curvature"), self.measuring():
-                    if (curvature := self._curvature.end(self.number)) is not None:
-                        self._rows.add("curvature", {"step": self.number, **curvature})
+        if self._curvature.due(self.number):
+            with self._or_stop("curvature"), self.measuring():
+                if (curvature := self._curvature.end(self.number)) is not None:
+                    self._rows.add("curvature", {"step": self.number, **curvature})
         if 0 in stepped:
             moved = 1 - self._skips.get(0, 0.0)
             self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
@@ -182,7 +188,7 @@ class Steps:
             yield
         except Exception as error:
             self._every, self._begun = 0, False
-            self._curvature.stop()
+            self._curvature.fail()
             warnings.warn(
                 f"steps are not recorded from step {self.number} on: measuring {what} failed with {named(error)}",
                 stacklevel=2,

@@ -21,6 +21,7 @@ from torch import nn
 from dynamics import Recorder, RecordError, open_run
 from dynamics.network.masks import apply_masks
 from dynamics.record.store import Store
+from dynamics.recording.flow_times import FlowTimes
 
 HERE = Path(__file__).parent
 Pair = tuple[nn.Module, torch.optim.Optimizer]
@@ -265,6 +266,15 @@ def test_what_the_last_pruning_reached_is_known_over_a_resumption(tmp_path: Path
             with recorder.event("prune", probe=vectors(1), sparsity=sparsity):
                 pass
     assert open_run(tmp_path / "run")["pruning"].sizes["event"] == 3
+
+
+def test_what_is_kept_of_flow_times_does_not_grow_for_ever(tmp_path: Path) -> None:
+    times = FlowTimes(store := Store(tmp_path / "run", {"schema_version": 1}))
+    for step in range(1, 1003):
+        times.keep(step, step / 10)
+    assert [times.at(step) for step in (2, 3, 1002)] == [None, 0.3, 100.2]
+    assert len(store.kept("flow-times")) == 1000
+    store.close()
 
 
 TRAINING = """

@@ -11,6 +11,7 @@ from ..record.reading import RecordError
 from ..record.store import Store
 
 _NAME = "flow-times"
+_MOST = 1000  # of the latest: a training goes on at one of its last checkpoints
 
 
 class FlowTimes:
@@ -20,10 +21,11 @@ class FlowTimes:
         self._store, self._process = store, os.getpid()
 
     def keep(self, step: int, flow_time: float) -> None:
-        """One more; where it cannot be written, it is not known later."""
+        """One more, of the latest so many; where it cannot be written, it is not known later."""
         if self._store is not None and self._process == os.getpid():
             with suppress(OSError, RecordError):
-                self._write(self._known() | {step: flow_time})
+                latest = sorted((self._known() | {step: flow_time}).items())[-_MOST:]
+                self._write(dict(latest))
 
     def at(self, step: int) -> float | None:
         """The flow time before a step, if it was kept."""

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.record.reading import RecordError, experiment, open_run
-from dynamics.schema import QUANTITIES
+from dynamics.schema import NODES, QUANTITIES
 
 from .condensed import SUFFIX, expand
 from .progress import with_progress
@@ -108,7 +108,7 @@ def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
 
 
 def has(run: xr.DataTree, name: str) -> bool:
-    """Whether anything was recorded in a node.
+    """Whether anything was recorded in a node, and is there: a record that begins anew has nodes without a row.
 
     Raises:
         ValueError: it is no record.
@@ -117,7 +117,7 @@ def has(run: xr.DataTree, name: str) -> bool:
         raise ValueError(f"an analysis is of a record, open_run(path), got {run!r:.60}")
     if run.path.removeprefix("/") in _HOW:
         raise ValueError(f"an analysis is of a whole record, open_run(path), got its group {run.path}")
-    return name in run.children and bool(run[name].data_vars)
+    return name in run.children and bool(run[name].data_vars) and run[name].sizes.get(NODES[name][0], 0) > 0
 
 
 def ended(run: xr.DataTree) -> bool:

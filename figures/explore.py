@@ -89,9 +89,8 @@ def _layers(runs: Runs) -> list[str]:
 
 
 def _over_steps(runs: Runs) -> list[xr.DataTree]:
-    """The groups of runs in which there is any step: of a training that begins anew they are empty."""
-    nodes = [run[name] for name in _OVER_STEPS for run in runs.values() if has(run, name)]
-    return [node for node in nodes if node.sizes["step"]]
+    """The groups of runs in which there is any step."""
+    return [run[name] for name in _OVER_STEPS for run in runs.values() if has(run, name)]
 
 
 def _window(widgets: ModuleType, runs: Runs) -> ValueWidget:

@@ -216,9 +216,7 @@ def caption(name: str) -> str:
 
 def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:
     """What the record has of norm, gradient and curvature by layer, over its steps."""
-    found = [
-        run[node][name].load() for node, name in _PER_LAYER if node in run.children and name in run[node].data_vars
-    ]
+    found = [run[node][name].load() for node, name in _PER_LAYER if has(run, node) and name in run[node].data_vars]
     with suppress(MissingQuantityError):
         found.insert(1, analysis.layer_norm_rate(run))
     return found

@@ -1,14 +1,16 @@
 """The summary figures are the textbook's, and an analysis that lacks something says what."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from networks import recorded, smooth_network, vectors
+from networks import plain_step, recorded, smooth_network, vectors
 
 import analysis
+from analysis import MissingQuantityError
 from analysis.overview import overview
 from dynamics import Recorder, open_run
 from dynamics.models import VGG, build
@@ -199,6 +201,27 @@ def test_a_run_that_has_just_begun_stands_beside_the_others(tmp_path: Path, reco
     runs = {"whole": record, "begun": open_run(tmp_path / "begun.zarr")}
     assert set(analysis.agreement_table(runs).index.get_level_values("run")) == {"whole"}
     assert list(analysis.outcome_table(runs).index) == ["whole", "begun"]
+
+
+def test_what_was_rewound_to_its_beginning_is_not_there(tmp_path: Path, record: xr.DataTree) -> None:
+    """Its groups have no row any more: analyses say so, and tables hold it beside others."""
+    model, batches = smooth_network(), vectors(4)
+    pair, begun = (model, torch.optim.SGD(model.parameters(), 0.1)), copy.deepcopy(model.state_dict())
+    with Recorder(tmp_path / "run.zarr", *pair) as recorder:
+        for batch in recorder.watch(batches):
+            plain_step(*pair, batch)
+        with recorder.event("prune", probe=batches) as event, torch.no_grad():
+            model[0].weight[0] = 0
+            event.units(alive={"0": torch.arange(5) > 0})
+        recorder.log_epoch(test_accuracy=0.5)
+    model.load_state_dict(begun)
+    Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1), resume="rewind").close()
+    run = open_run(tmp_path / "run.zarr")
+    assert np.isnan(analysis.outcome(run).test_accuracy)
+    for analyse in (analysis.training_curve, analysis.filters_left, analysis.norm_balance, analysis.loss_decrease):
+        with pytest.raises(MissingQuantityError, match="holds nothing yet"):
+            analyse(run)
+    assert list(analysis.outcome_table({"whole": record, "rewound": run}).index) == ["whole", "rewound"]
 
 
 def test_values_that_differ_by_rounding_alone_have_one_rank() -> None:

@@ -231,10 +231,11 @@ def _comparable(value: object) -> object:
 
 
 def _of_one_kind(values: pd.Series) -> pd.Series:
-    """Settings as they are where they can be put in order, else as text."""
+    """Settings as they are where they can be put in order, else as text: of lists pandas orders only what all have."""
     kinds = {str if isinstance(value, str) else type(value) if isinstance(value, tuple) else float
              for value in values.dropna()}  # fmt: skip
-    return values if len(kinds) < 2 else values.map(str, na_action="ignore")
+    ordered = len(kinds) < 2 and not (tuple in kinds and values.hasnans)
+    return values if ordered else values.map(str, na_action="ignore")
 
 
 def _said(label: str, run: xr.DataTree) -> dict:

@@ -70,6 +70,17 @@ def test_runs_without_pruning_that_lack_a_setting_differ_from_those_that_have_it
     assert "temperature" not in analysis.conditions(pruned)  # a network that is not pruned does not depend on it
 
 
+def test_settings_that_are_lists_may_be_lacking() -> None:
+    said = [{"betas": [0.9, 0.99]}, {"betas": [0.8]}, {}]
+    runs = {
+        f"{number} {seed}": xr.DataTree(xr.Dataset(attrs={"model": "m", "measure": "taylor", "seed": seed} | one))
+        for number, one in enumerate(said)
+        for seed in (0, 1)
+    }
+    assert first_comparison(runs).betas.nunique(dropna=False) == 1
+    assert analysis.claims(runs).betas.unique().tolist() == ["(0.8,)", "(0.9, 0.99)", np.nan]
+
+
 def test_instrumented_loops_are_one_comparison() -> None:
     loops = {name: xr.DataTree() for name in ("one", "other", "none")}
     assert first_comparison(loops).run.tolist() == ["none", "one", "other"]

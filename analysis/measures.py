@@ -122,7 +122,7 @@ def _rank_correlations(scores: np.ndarray) -> np.ndarray:
     if scores.shape[1] < 3:
         return np.full((len(scores), len(scores)), np.nan)
     with np.errstate(invalid="ignore"):  # a row that is constant has no correlation
-        return np.corrcoef(scipy.stats.rankdata(scores, axis=1))
+        return np.atleast_2d(np.corrcoef(scipy.stats.rankdata(scores, axis=1)))
 
 
 def _overlaps(scores: np.ndarray, share: float) -> np.ndarray:

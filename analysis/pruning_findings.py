@@ -11,7 +11,9 @@ from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .measures import WHOLE, rank_agreement, score_noise
 from .names import name_of
+from .record import MissingQuantityError
 from .runs import Runs
+from .typeset import known
 
 
 def layers_moved(runs: Runs) -> str:
@@ -20,7 +22,7 @@ def layers_moved(runs: Runs) -> str:
     parts = []
     for quantity, symbol in (("grad_sqnorm", "‖g‖²"), ("param_sqnorm_rate", "d‖θ‖²/dt")):
         first = agree(effect.sel(quantity=quantity)).sel(order="first_order")
-        parts.append(f"{symbol} {float(first.rank_correlation):.2f} ({float(first.median_relative_error):.0%})")
+        parts.append(f"{symbol} {known(first.rank_correlation, '.2f')} ({known(first.median_relative_error, '.0%')})")
     return (
         "Rank correlation of predicted and measured change over the layers, and median relative error in first order: "
         f"{', '.join(parts)}."
@@ -43,7 +45,7 @@ def curve_errors(runs: Runs) -> str:
     curve = next(iter(each(runs, removal_curve).values())).isel(event=0).sel(quantity="loss")
     error = np.abs(residuals(curve) / curve.measured)
     few, many = (
-        [f"{float(error[order].sel(direction=direction)[index]):.0%}" for direction in ("output", "parameters")
+        [known(error[order].sel(direction=direction)[index], ".0%") for direction in ("output", "parameters")
          for order in ("first_order", "second_order")]
         for index in (0, -1)
     )  # fmt: skip
@@ -55,14 +57,29 @@ def curve_errors(runs: Runs) -> str:
     )
 
 
+def comparing(runs: Runs) -> str:
+    """Label of the first run whose events have scores by two measures at least.
+
+    Raises:
+        MissingQuantityError: there is none.
+    """
+    for label, noise in each(runs, score_noise).items():
+        if noise.sizes["measure"] > 1:
+            return label
+    raise MissingQuantityError("only one measure has scores: give resampled_scores(...) two measures at least")
+
+
 def measures_agree(runs: Runs) -> str:
     """The most and least alike measures of the first run that compared them, and how reliable the noisiest is."""
-    label = next(iter(each(runs, score_noise)))
+    label = comparing(runs)
     agreement = rank_agreement(runs[label]).sel(layer=WHOLE).rank_correlation.mean("event")
+    reliability = score_noise(runs[label]).reliability.mean("event").dropna("measure")
     names = agreement.measure.values
     pairs = {(names[i], names[j]): float(agreement[i, j]) for i in range(len(names)) for j in range(i)}
+    pairs = {pair: value for pair, value in pairs.items() if np.isfinite(value)}
+    if not pairs or not reliability.size:
+        raise MissingQuantityError("no two measures rank three filters at least")
     most, least = max(pairs, key=pairs.get), min(pairs, key=pairs.get)
-    reliability = score_noise(runs[label]).reliability.mean("event")
     noisiest = str(reliability.measure.values[np.argmin(reliability.values)])
     said = [f"{name_of(one)} and {name_of(other)} ({pairs[one, other]:.2f})" for one, other in (most, least)]
     return (
@@ -77,8 +94,8 @@ def filters_invariant(runs: Runs) -> str:
     share = scale_invariance(runs[label]).invariant.mean(("event", "unit"))
     rank = grasp_and_gradient(runs[label]).rank_correlation.mean("event")
     said = [
-        f"for {float(share.sel(mode=mode)):.0%} of the filters in {name}, where Σθ(Hg) and −‖g‖² have a rank "
-        f"correlation of {float(rank.sel(mode=mode)):.2f}"
+        f"for {known(share.sel(mode=mode), '.0%')} of the filters in {name}, where Σθ(Hg) and −‖g‖² have a rank "
+        f"correlation of {known(rank.sel(mode=mode), '.2f')}"
         for mode, name in (("train", "training mode"), ("eval", "eval mode"))
     ]
     return f"Both identities hold to 1 % {said[0]}, and {said[1]}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 
@@ -157,6 +158,11 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return MISSING if pd.isna(value) else _number(value)
     return " ".join(str(value).splitlines())
+
+
+def known(value: float, form: str) -> str:
+    """A value in a form, ``.1%`` say; where it is not finite, that it is missing."""
+    return f"{float(value):{form}}" if math.isfinite(value) else MISSING
 
 
 def _number(value: float) -> str:

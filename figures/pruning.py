@@ -16,6 +16,7 @@ from analysis.comparison import title
 from analysis.effect import first_pruning_per_layer
 from analysis.measures import WHOLE
 from analysis.names import name_of
+from analysis.pruning_findings import comparing
 from analysis.runs import Runs
 from dynamics.schema import label
 
@@ -176,7 +177,7 @@ def measure_agreement(runs: Runs) -> Figure:
 
 def _compared_measures(runs: Runs) -> tuple[str, str, xr.Dataset, xr.Dataset, xr.Dataset, np.ndarray]:
     """The first run that has scores, in print; the reference measure; what it says of all; the steps it compared at."""
-    name = next(iter(analysis.each(runs, analysis.score_noise)))
+    name = comparing(runs)
     noise = analysis.score_noise(runs[name])
     measures = noise.measure.values.tolist()
     reference = "loss_preservation" if "loss_preservation" in measures else measures[0]

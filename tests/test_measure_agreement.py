@@ -11,6 +11,8 @@ from networks import convolutional_network, images, smooth_network, vectors
 from scipy import stats
 
 import analysis
+import figures
+from analysis import MissingQuantityError, pruning_findings
 from analysis.measures import WHOLE
 from dynamics import Recorder, open_run
 from dynamics.network.masks import apply_masks
@@ -107,6 +109,27 @@ def test_too_few_filters_and_equal_scores_have_no_correlation(tmp_path: Path) ->
     assert found.sel(layer="a").isnull().all()  # two filters are left
     assert found.sel(layer=WHOLE, measure=MEASURES[0]).isnull().all()  # the same score for all
     assert found.sel(layer=WHOLE, measure=MEASURES[1], other=MEASURES[2]).notnull()
+
+
+def test_one_measure_agrees_with_itself_and_is_compared_with_none(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run", invented(5).isel(measure=[1]))
+    assert analysis.rank_agreement(run).rank_correlation.sel(layer=WHOLE).values.ravel() == pytest.approx([1.0])
+    assert analysis.score_noise(run).sizes["measure"] == 1
+    with pytest.raises(MissingQuantityError, match="two measures"):
+        figures.draw("measure_agreement", {"alone": run})
+    runs = {"alone": run, "compared": recorded(tmp_path / "other", invented(6))}
+    assert figures.draw("measure_agreement", runs).axes
+    assert "Magnitude" not in pruning_findings.measures_agree(runs)
+
+
+def test_measures_without_a_rank_correlation_are_not_said_to_agree(tmp_path: Path) -> None:
+    study = invented(7)
+    study.score[0] = 1.0  # the same for all filters
+    said = pruning_findings.measures_agree({"run": recorded(tmp_path / "run", study)})
+    assert "nan" not in said
+    assert said.startswith("Most alike are gradient norm increase and loss preservation")
+    with pytest.raises(MissingQuantityError, match="three filters"):
+        pruning_findings.measures_agree({"run": recorded(tmp_path / "few", study.isel(unit=[0, 1]))})
 
 
 def test_each_draw_is_a_scoring_of_batches_drawn_with_replacement(tmp_path: Path) -> None:

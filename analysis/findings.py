@@ -19,6 +19,9 @@ from .progress import with_progress
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, node
 from .runs import Runs, check_runs
+from .typeset import known
+
+NOT_FINITE = "no value that was measured is finite and has a finite prediction"
 
 
 def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:
@@ -79,7 +82,7 @@ def loss_over_time(runs: Runs) -> str:
         halves["second"].append(prediction.isel(step=slice(middle, None)))
     errors = {half: agree(_pool(dict(enumerate(parts)))).median_relative_error for half, parts in halves.items()}
     if not any(np.isfinite(of).any() for of in errors.values()):
-        raise MissingQuantityError("no loss decrease that was measured is finite and has a finite prediction")
+        raise MissingQuantityError(NOT_FINITE)
     (early_first, early), (late_first, late) = (map(error_in_percent, errors[half].values) for half in halves)
     return (
         f"Median relative error in the first half of the training: {early_first} in first and {early} in "
@@ -109,7 +112,7 @@ def in_layers(runs: Runs) -> str:
 
 
 def _layers(run: xr.DataTree) -> set[str]:
-    nodes = (run[name] for name in ("steps", "curvature") if name in run.children)
+    nodes = (run[name] for name in ("steps", "curvature") if has(run, name))
     return {str(layer) for of in nodes if "layer" in of.coords for layer in of.layer.values}
 
 
@@ -181,16 +184,18 @@ def effect_prediction(runs: Runs) -> str:
     effects = each(runs, effect_of_prunings)
     pooled = {name: _pool({label: effect.sel(quantity=name) for label, effect in effects.items()})
               for name in ("loss", "grad_sqnorm", "param_sqnorm_rate")}  # fmt: skip
+    if not any(values.sizes["pair"] for values in pooled.values()):
+        raise MissingQuantityError(NOT_FINITE)
     loss, norm, rate = (agree(values) for values in pooled.values())
     first, second = loss.median_relative_error.values
-    removed = pooled["loss"].removed_share
+    removed = max((values.removed_share for values in pooled.values()), key=np.size)
     low, high = (f"{100 * float(share):.0f}" for share in (removed.min(), removed.max()))
     extent = f", each of {f'{low} to ' * (low != high)}{high} % of the parameters left"
     counted = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
     return (
-        f"Loss: median relative error {first:.0%} in first and {second:.0%} in second order"
-        f"{_ranks(loss.rank_correlation)}. ‖g‖²: {float(norm.median_relative_error[0]):.0%}"
-        f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt: {float(rate.median_relative_error[0]):.0%}"
+        f"Loss: median relative error {known(first, '.0%')} in first and {known(second, '.0%')} in second order"
+        f"{_ranks(loss.rank_correlation)}. ‖g‖²: {known(norm.median_relative_error[0], '.0%')}"
+        f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt: {known(rate.median_relative_error[0], '.0%')}"
         f"{_ranks(rate.rank_correlation[:1])}. n = {removed.size} {counted}{'s' * (removed.size != 1)}"
         f"{extent * (counted == 'pruning')}."
     )
@@ -251,7 +256,7 @@ def _errors(pooled: xr.Dataset) -> str:
     agreed = agree(pooled)
     count = int(agreed["count"].max())
     if not count:
-        raise MissingQuantityError("no value that was measured is finite and has a finite prediction")
+        raise MissingQuantityError(NOT_FINITE)
     first, second = map(error_in_percent, agreed.median_relative_error.values)
     points = f"Median relative error over {count} point{'s' * (count != 1)}"
     return f"{points}: {first} in first order, {second} in second order."

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 
 from .agreement import agreement
-from .findings import each, error_in_percent
+from .findings import NOT_FINITE, each, error_in_percent
 from .outcome import outcome, pruned_units
 from .prunings import prunings
 from .record import MissingQuantityError
 from .runs import Runs, check_runs
-from .typeset import MISSING
+from .typeset import MISSING, known
 
 
 def outcome_table(runs: Runs) -> pd.DataFrame:
@@ -45,14 +44,12 @@ def _outcomes(runs: Runs) -> pd.DataFrame:
     check_runs(runs)
     found = {label: outcome(run) for label, run in runs.items()}
     rows = {
-        ("test", "accuracy"): [_percent(of.test_accuracy) for of in found.values()],
-        ("test", "loss"): [
-            MISSING if np.isnan(of.test_loss) else f"{float(of.test_loss):.4f}" for of in found.values()
-        ],
+        ("test", "accuracy"): [known(of.test_accuracy, ".1%") for of in found.values()],
+        ("test", "loss"): [known(of.test_loss, ".4f") for of in found.values()],
     }
     if any(len(prunings(run)) for run in runs.values()):
-        rows["pruned", pruned_units(runs.values())] = [_percent(of.sparsity) for of in found.values()]
-        rows["pruned", "parameters"] = [_percent(of.removed_parameters) for of in found.values()]
+        rows["pruned", pruned_units(runs.values())] = [known(of.sparsity, ".1%") for of in found.values()]
+        rows["pruned", "parameters"] = [known(of.removed_parameters, ".1%") for of in found.values()]
     return pd.DataFrame(rows, index=pd.Index(found, name="run"))
 
 
@@ -66,13 +63,9 @@ def agreement_table(runs: Runs) -> pd.DataFrame:
     table = pd.concat(frames).reset_index()
     table = table[table["count"] > 0]
     if table.empty:
-        raise MissingQuantityError("no value that was measured is finite and has a finite prediction")
+        raise MissingQuantityError(NOT_FINITE)
     table["order"] = table["order"].str.removesuffix("_order")
     for key in ("relation", "order"):  # the order of first appearance, not the alphabet's
         table[key] = pd.Categorical(table[key], table[key].unique(), ordered=True)
     table = table.sort_values(["relation", "order"], kind="stable").set_index(["relation", "order", "run"])
     return table.rename(columns=lambda name: name.replace("_", " "))
-
-
-def _percent(value: xr.DataArray) -> str:
-    return f"{float(value):.1%}" if np.isfinite(value) else MISSING

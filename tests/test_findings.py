@@ -1,12 +1,18 @@
 """What is said of many runs is their mean by measure, not a list of runs."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from networks import vectors
 from synthetic_runs import record
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.conditions import by_setting, mean_by_measure
+from dynamics import Recorder, open_run
 from figures.report import _done
 
 
@@ -147,6 +153,21 @@ def test_layers_whose_optimizers_take_turns_are_compared_by_the_gradients_that_t
     steps = xr.Dataset({"grad_sqnorm": (("step", "layer"), values)}, {"step": np.arange(6), "layer": list("abc")})
     said = findings.layer_spread({"gan": xr.DataTree.from_dict({"/steps": steps})})
     assert said == "The layers' median ‖g‖² lie a factor 200 apart."  # 4 over 0.02
+
+
+def test_what_is_not_known_of_a_pruning_is_said_to_be_missing(tmp_path: Path) -> None:
+    """One layer has no rank among layers, and a loss that is not finite no relative error."""
+    model = torch.nn.Linear(4, 3)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=vectors(1)), torch.no_grad():
+            model.weight[0] = 0
+    run = open_run(tmp_path / "run")
+    assert re.search(r"‖g‖² – \(\d+%\), d‖θ‖²/dt – \(\d+%\)", pruning_findings.layers_moved({"run": run}))
+    run["pruning"]["loss"] = run["pruning"].loss * np.inf
+    assert findings.effect_prediction({"run": run}).startswith("Loss: median relative error – in first and – in second")
+    run["pruning"] = run["pruning"].to_dataset().map(lambda values: values * np.nan if values.ndim > 1 else values)
+    with pytest.raises(MissingQuantityError, match="finite"):
+        findings.effect_prediction({"run": run})
 
 
 def test_an_error_that_is_small_is_not_zero() -> None:

@@ -17,8 +17,9 @@ from dynamics.record.reading import configured
 from .effect import filters_left
 from .epochs import logged
 from .prunings import prunings
-from .record import at_prunings, has, node, open_runs
+from .record import MissingQuantityError, at_prunings, has, node, open_runs
 from .runs import Runs
+from .typeset import known
 
 _LABELS = {
     "run": "protocol", "asked": "asked", "reached": "reached", "multiply_adds_left": "multiply-adds left",
@@ -29,9 +30,10 @@ _LABELS = {
 def protocol_diff(runs: Runs) -> xr.Dataset:
     """How records of the same rounds of pruning differ from the first of them, after each round.
 
-    Variables over (run, event): the sparsity ``asked`` and ``reached``; the share of multiply-adds left; how many
-    layers have no filter left (``emptied``) and the smallest share of a layer that is (``least_share``); the number of
-    filters that are gone in one of the run and the first run, but not in the other (``other``).
+    Variables over (run, event), of prunings with units: the sparsity ``asked`` and ``reached``; the share of
+    multiply-adds left; how many layers have no filter left (``emptied``) and the smallest share of a layer that is
+    (``least_share``); the number of filters that are gone in one of the run and the first run, but not in the other
+    (``other``).
 
     Raises:
         MissingQuantityError: a record has no prunings with units.
@@ -50,10 +52,13 @@ def protocol_diff(runs: Runs) -> xr.Dataset:
 
 
 def _rounds(run: xr.DataTree) -> xr.Dataset:
-    events = node(run, "pruning", ["target", "sparsity"])
-    left = filters_left(run)
+    events, left = node(run, "pruning", ["target", "sparsity"]), filters_left(run)
+    rounds = np.intersect1d(events.event[prunings(run)], left.event)
+    if not rounds.size:
+        raise MissingQuantityError("no pruning has units: call event.units(alive=..., scores=...) inside its event")
+    events, left = events.sel(event=rounds), left.sel(event=rounds)
     costs = {"multiply_adds_left", "dense_multiply_adds"} <= set(events)
-    alive = node(run, "units", ["alive"]).alive.reset_coords(drop=True).astype(bool)
+    alive = node(run, "units", ["alive"]).alive.sel(event=rounds).reset_coords(drop=True).astype(bool)
     return xr.Dataset(
         {
             "asked": ("event", events.target.values),
@@ -76,9 +81,9 @@ def protocol_table(runs: Runs) -> pd.DataFrame:
     last = protocol_diff(runs).isel(event=-1)
     table = last.to_dataframe().reset_index()[list(_LABELS)].rename(columns=_LABELS)
     for name in ("asked", "reached", "multiply-adds left", "least left of a layer"):
-        table[name] = [f"{value:.1%}" for value in table[name]]
-    if all(has(run, "epochs") for run in runs.values()):
-        table["test accuracy"] = [f"{float(epoch_that_counts(run).test_accuracy):.1%}" for run in runs.values()]
+        table[name] = [known(value, ".1%") for value in table[name]]
+    if all(has(run, "epochs") and "test_accuracy" in run["epochs"] for run in runs.values()):
+        table["test accuracy"] = [known(epoch_that_counts(run).test_accuracy, ".1%") for run in runs.values()]
     return table.set_index("protocol")
 
 

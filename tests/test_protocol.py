@@ -15,7 +15,7 @@ from prunable import NETWORKS, batch, goes_with, train, trained
 from torch import nn
 
 import analysis.__main__
-from analysis.protocol import epoch_that_counts, protocol_diff
+from analysis.protocol import epoch_that_counts, protocol_diff, protocol_table
 from dynamics import open_run
 from dynamics.experiments import protocols
 from dynamics.experiments.protocols import Comparison, compare
@@ -217,6 +217,21 @@ def test_records_of_different_networks_are_not_compared(compared: dict[str, xr.D
     other = compare(Comparison(model="vgg13", measure="magnitude", rounds=1, width=0.05), tmp_path)[0]
     with pytest.raises(ValueError, match="other cannot be compared with default"):
         protocol_diff({"default": compared["default"], "other": open_run(other)})
+
+
+def test_events_without_units_are_no_rounds(compared: dict[str, xr.DataTree]) -> None:
+    """A look, say, between two prunings; and an accuracy that was not logged is not in the table."""
+    run = compared["default"].load()
+    events = run["pruning"].to_dataset().assign(kind=("event", ["prune", "prune"]))
+    look = events.isel(event=[0]).assign(kind=("event", ["look"]))
+    nodes = run.to_dict() | {
+        "/pruning": xr.concat([events, look], "event").assign_coords(event=[0, 2, 1]).sortby("event"),
+        "/units": run["units"].to_dataset().assign_coords(event=[0, 2]),
+        "/epochs": xr.Dataset({"train_loss": ("epoch", [1.0])}, {"epoch": [0]}),
+    }
+    looked = xr.DataTree.from_dict(nodes)
+    xr.testing.assert_equal(protocol_diff({"run": looked}), protocol_diff({"run": run}))
+    assert "test accuracy" not in protocol_table({"run": looked})
 
 
 def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,6 +187,7 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
             ax = axes[column]
             for label, style in by_measure(runs, labels).items():
                 ax.plot(found[label].removed_share, found[label][quantity], linestyle="none", alpha=0.8, **style)
+            panels.say_where_empty(ax)
             ax.axhline(1, color="0.7", linewidth=0.9, zorder=0)
             scales.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
             scales.percent(ax.xaxis)

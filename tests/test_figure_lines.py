@@ -129,4 +129,6 @@ def test_zeros_are_drawn_where_they_have_a_place() -> None:
 def test_a_panel_without_finite_values_says_so() -> None:
     for values, said in (([np.nan, np.nan], ["no finite value"]), ([np.nan, 1.0], [])):
         ax = panels.draw_median(median_of(values), ax=plt.figure().gca())
+        panels.draw_events([1], [2], ax=ax)  # lines all across are no values
+        ax.axhline(2)
         assert [text.get_text() for text in panels.say_where_empty(ax).texts] == said

@@ -33,7 +33,7 @@ def scale_axis(axis: Axis, values: np.ndarray, *, zeros: bool = False) -> None:
         return
     if values.min() > 0 or (values.min() == 0 and not zeros):
         _logarithmic(axis, sizes)
-    elif sizes.max() / np.quantile(sizes, 0.1) >= 30:
+    elif sizes.max() / 30 >= np.quantile(sizes, 0.1):
         _symmetric(axis, values, sizes)
 
 
@@ -67,8 +67,8 @@ def count_axis(axis: Axis) -> None:
 def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
     banded = bool(axis.axes.collections)  # a band that reaches zero ends at the edge; a line leaves zeros out
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log", nonpositive="clip" if banded else "mask")
-    if sizes.max() / sizes.min() < 300:
-        narrow = sizes.max() / sizes.min() < 8
+    if sizes.max() / 300 < sizes.min():
+        narrow = sizes.max() / 8 < sizes.min()
         axis.set_major_locator(MaxNLocator(4, steps=_STEPS) if narrow else LogLocator(subs=(1, 2, 5)))
         plain = sizes.min() >= 1e-4 and sizes.max() < 1e5
         powers = LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf))  # labels all ticks

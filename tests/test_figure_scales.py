@@ -97,6 +97,15 @@ def test_large_and_small_numbers_are_powers_that_do_not_meet(values: list[float]
     assert apart(ax.xaxis)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_of_a_training_that_diverged_have_a_scale(sign: int) -> None:
+    """They span more than a number holds."""
+    _, ax = plt.subplots()
+    values = np.array([1e-20, 1.0, sign * 1e300])
+    scales.scale_axis(ax.yaxis, values)
+    assert ax.get_yscale() == ("log" if sign > 0 else "symlog")
+
+
 def test_shares_end_at_nothing_and_at_all() -> None:
     for values in ([0.9, 1.0], [0.0, 0.0], [0.0, 0.02], [0.2, 1.0]):
         ax = panel(np.array(values))

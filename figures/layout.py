@@ -40,7 +40,7 @@ def symmetric(ax: Axes, values: np.ndarray) -> None:
         scales.fit_axis(axis, values)
     if ax.get_yscale() != "linear":
         ax.xaxis.set_major_locator(FixedLocator(ax.get_yticks()))
-    panels.draw_identity(ax)
+    panels.draw_identity(panels.say_where_empty(ax))
     ax.set_aspect("equal", adjustable="box")
 
 

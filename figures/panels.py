@@ -93,10 +93,11 @@ def draw_times(times: Iterable[float], others: Iterable[float] = (), *, ax: Axes
 
 
 def say_where_empty(ax: Axes) -> Axes:
-    """Say in the middle of a panel that none of its values is finite, if so, in place of its ticks."""
-    drawn = (line.get_ydata() for line in ax.lines if line.get_transform() is ax.transData)  # not a line all across
-    if not any(np.isfinite(values).any() for values in drawn):
-        ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", color="0.4")
+    """Say in the middle of a panel that none of its points is finite, if so, in place of its ticks."""
+    drawn = (line.get_xydata() for line in ax.lines if line.get_transform() is ax.transData)  # not a line all across
+    if not any(np.isfinite(points).all(1).any() for points in drawn):
+        place = {"transform": ax.transAxes, "ha": "center", "va": "center"}
+        ax.text(0.5, 0.5, "no finite value", color="0.4", backgroundcolor="white", **place)
         ax.tick_params(length=0, labelbottom=False, labelleft=False)
     return ax
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from figures import draw_layers, draw_over_layers, draw_over_time, lines, panels, scales
+from figures import draw_layers, draw_over_layers, draw_over_time, layout, lines, panels, scales
 from figures.style import FIRST, SECOND
 
 mpl.use("agg")
@@ -132,3 +132,12 @@ def test_a_panel_without_finite_values_says_so() -> None:
         panels.draw_events([1], [2], ax=ax)  # lines all across are no values
         ax.axhline(2)
         assert [text.get_text() for text in panels.say_where_empty(ax).texts] == said
+
+
+def test_a_scatter_without_a_point_says_so() -> None:
+    """A point needs both: what was measured, and a prediction of it."""
+    lost = prediction_of(2, measured=np.array([1.0, np.nan])).assign(first_order=("step", [np.nan, 1.0]))
+    for order, said in (("first_order", ["no finite value"]), ("second_order", [])):
+        ax = panels.draw_predicted_measured(lost, order, ax=plt.figure().gca())
+        layout.symmetric(ax, layout.compared(lost))
+        assert [text.get_text() for text in ax.texts] == said

@@ -10,7 +10,9 @@ CONFIDENCE = 0.95
 
 
 def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
-    """Half the width of Student's 95 % interval of the mean along ``axis``: t₀.₉₇₅(n−1) s/√n; NaN for n < 2.
+    """Half the width of Student's 95 % interval of the mean along ``axis``: t₀.₉₇₅(n−1) s/√n.
+
+    NaN for n < 2, and where a value is not finite.
 
     Student's, not the bootstrap's: with the three seeds that runs usually have there are ten different bootstrap
     samples, and no interval of theirs leaves the range of the data. That range misses the true mean whenever all three
@@ -21,7 +23,9 @@ def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
     count = values.shape[axis]
     if count < 2:
         return np.full(values.sum(axis).shape, np.nan)
-    return scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis, ddof=1) / np.sqrt(count)
+    with np.errstate(invalid="ignore"):  # an infinite value less an infinite mean
+        deviation = values.std(axis, ddof=1)
+    return scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * deviation / np.sqrt(count)
 
 
 def p_value(values: ArrayLike) -> float:

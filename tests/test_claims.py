@@ -46,6 +46,7 @@ def test_interval_and_test_are_scipys() -> None:
     assert p_value(values) == pytest.approx(found.pvalue, rel=1e-12)
     assert (p_value([0.5, 0.5]), p_value([0.0, 0.0])) == (0, 1)
     assert np.isnan(p_value([1.0]))
+    assert np.isnan(half_width([1.0, np.inf]))  # of a loss that diverged
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

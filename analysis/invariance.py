@@ -38,7 +38,8 @@ def grasp_and_gradient(run: xr.DataTree) -> xr.Dataset:
     """How far GraSP's score Σθ(Hg) of a filter is nothing but −‖g_f‖²: Spearman's ρ of the two over all filters.
 
     Dims (event, mode). 1 means that both rank the filters alike: whoever removes the lowest scores removes the filters
-    with the largest gradients. So it is where all filters are scale-invariant.
+    with the largest gradients. So it is where all filters are scale-invariant. NaN where they do not differ, as in a
+    network that is dead.
 
     Raises:
         MissingQuantityError: no such study was added to an event.
@@ -52,4 +53,6 @@ def grasp_and_gradient(run: xr.DataTree) -> xr.Dataset:
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float:
     finite = np.isfinite(left) & np.isfinite(right)
-    return float(scipy.stats.spearmanr(left[finite], right[finite]).statistic) if finite.sum() > 2 else np.nan
+    left, right = left[finite], right[finite]
+    varied = len(left) > 2 and all(values.min() < values.max() for values in (left, right))
+    return float(scipy.stats.spearmanr(left, right).statistic) if varied else np.nan

@@ -127,6 +127,15 @@ def test_what_is_pruned_is_not_counted(tmp_path: Path) -> None:
     assert all(bool(values.isnull().all()) for values in found.values())
 
 
+def test_a_dead_network_has_no_rank_among_its_filters(tmp_path: Path) -> None:
+    model = half_normalised()
+    with torch.no_grad():
+        model[-1].weight.zero_()
+    run = studied(tmp_path / "run", model, [batch(1)])
+    assert not run["invariance"].grad_sqnorm.any()
+    assert grasp_and_gradient(run).rank_correlation.isnull().all()
+
+
 def test_a_record_without_the_study_says_how_to_get_it(tmp_path: Path) -> None:
     model = half_normalised()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -31,12 +31,17 @@ def layers_moved(runs: Runs) -> str:
 
 def decrease_removed(runs: Runs) -> str:
     """Each measure's removed share of ‖g‖² beside that of the parameters, over all prunings of its runs."""
-    found = {label: shares.sum("layer").mean("event") for label, shares in each(runs, removed_decrease).items()}
+    found = {
+        label: shares[["decrease", "parameters"]].sum("layer", skipna=False).mean("event", skipna=False)
+        for label, shares in each(runs, removed_decrease).items()
+    }
     decrease, parameters = (
-        mean_by_measure(runs, {label: float(shares[name]) for label, shares in found.items()})
+        mean_by_measure(runs, {label: float(of[name].where(of.decrease.notnull())) for label, of in found.items()})
         for name in ("decrease", "parameters")
     )
     parts = [f"{name_of(name)} {decrease[name]:.1%} with {parameters[name]:.1%}" for name in decrease.index]
+    if not parts:
+        raise MissingQuantityError("no pruning has a ‖g‖² before it that is finite and not zero")
     return f"Mean share of ‖g‖² removed in a pruning, with the share of the parameters: {', '.join(parts)}."
 
 

@@ -60,7 +60,7 @@ def removed_decrease(runs: Runs) -> Figure:
     measure.
     """
     found = analysis.each(runs, analysis.removed_decrease)
-    totals = {name: of[["decrease", "parameters"]].sum("layer") for name, of in found.items()}
+    totals = {name: of[["decrease", "parameters"]].sum("layer", skipna=False) for name, of in found.items()}
     groups = models(runs, found)
     figure = plt.figure(figsize=(max(2.9 * len(groups), 7.2), 5.6))
     places = figure.add_gridspec(2, len(groups), height_ratios=(1.2, 1))
@@ -81,6 +81,7 @@ def removed_decrease(runs: Runs) -> Figure:
             panels.draw_over_layers(of_layer[name], ax=below, **style | {"markersize": 3})
         below.set(ylabel="removed share of ‖g‖²")
         scales.percent(below.yaxis)
+        panels.say_where_empty(below)
     named(below, what)
     legend_below(figure)
     return figure
@@ -97,6 +98,7 @@ def _draw_shares(ax: plt.Axes, runs: Runs, totals: Mapping[str, xr.Dataset]) -> 
         scales.scale_axis(axis, values)
         scales.fit_axis(axis, values)
         scales.percent(axis)
+    panels.say_where_empty(ax)
 
 
 def removal_curve(runs: Runs) -> Figure:

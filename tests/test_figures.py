@@ -341,6 +341,17 @@ def test_what_was_removed_stands_at_its_shares(runs: dict[str, xr.DataTree]) -> 
     np.testing.assert_array_equal(points.get_ydata(), share.decrease.sum("layer"))
 
 
+def test_a_dead_network_has_no_share_to_draw(runs: dict[str, xr.DataTree]) -> None:
+    """Its ‖g‖² is zero, of which what was removed is no share, and not none."""
+    dead = runs["magnitude"].copy(deep=True).load()
+    for name in ("grad_sqnorm", "removed_grad_sqnorm"):
+        dead["pruning"][name] = 0 * dead["pruning"][name]
+    figure = draw("removed_decrease", {"dead": dead})
+    assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["no finite value"] * 2
+    with pytest.raises(analysis.MissingQuantityError, match="not zero"):
+        FINDINGS["removed_decrease"]({"dead": dead})
+
+
 def test_bad_calls_are_said(runs: dict[str, xr.DataTree]) -> None:
     with pytest.raises(ValueError, match="unknown figure 'pie': choose one of loss_decrease_scatter"):
         draw("pie", runs)

@@ -120,6 +120,19 @@ def test_shares_removed_are_means_by_measure(runs: dict[str, xr.DataTree]) -> No
     )
 
 
+def test_shares_removed_are_of_prunings_whose_gradient_is_known() -> None:
+    """Of a condition in which it is not, no measure is there, whatever it removed."""
+    dead = {"removed_grad": 0.0, "grad": (0.0, 0.0)}
+    some = {
+        "l": record("loss_preservation", 0, **dead), "m": record("magnitude", 0, **dead), "t": record("taylor", 0),
+        "l2": record("loss_preservation", 0, rounds=2), "r2": record("random", 0, rounds=2),
+    }  # fmt: skip
+    assert pruning_findings.decrease_removed(some) == (
+        "Mean share of ‖g‖² removed in a pruning, with the share of the parameters: loss preservation 12.5% with "
+        "25.0%, random 12.5% with 25.0%."
+    )
+
+
 def test_what_is_said_of_settings_is_a_mean_of_each_setting() -> None:
     def run(rate: float, seed: int, accuracy: float) -> xr.DataTree:
         said = {"model": "m", "data": "d", "measure": "none", "learning_rate": rate, "seed": seed}

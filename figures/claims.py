@@ -19,7 +19,7 @@ from analysis.conditions import names_of_conditions
 from analysis.names import name_of
 from analysis.runs import Runs
 
-from .labels import wrapped
+from .labels import plain, wrapped
 from .layout import legend_below
 from .style import VERDICTS, marker
 
@@ -81,7 +81,7 @@ def _prunings(found: pd.DataFrame) -> list[str]:
     settings = found.drop(columns=["claim", "says", *JUDGED])
     others = names_of_conditions(settings.assign(model="", data="", rounds=0))
     rounds = [f"{count} round{'s' * (count != 1)}" for count in found.rounds]
-    return [", ".join(filter(None, said)) for said in zip(rounds, others, strict=True)]
+    return [plain(", ".join(filter(None, said))) for said in zip(rounds, others, strict=True)]
 
 
 def _markers(found: pd.DataFrame) -> dict[str, str]:

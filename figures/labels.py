@@ -15,7 +15,12 @@ def wrapped(text: str, width: int = _WIDTH) -> str:
     """The text in lines of at most so many characters; a last word of one or two, a seed say, does not stand alone."""
     head, _, last = text.rpartition(" ")
     whole = f"{head}\0{last}" if head and len(last) < 3 else text
-    return textwrap.fill(whole, width).replace("\0", " ")
+    return plain(textwrap.fill(whole, width).replace("\0", " "))
+
+
+def plain(text: str) -> str:
+    """The text as it is: a dollar in it begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def layer_names(names: Sequence[str]) -> list[str]:
@@ -32,7 +37,7 @@ def layer_names(names: Sequence[str]) -> list[str]:
         short = [_shortened(name, length) for name in bare]
         if len(set(short)) == len(set(bare)):
             break
-    return short
+    return [*map(plain, short)]
 
 
 def _shortened(name: str, length: int) -> str:

@@ -21,6 +21,7 @@ from analysis.runs import Runs
 from dynamics.schema import label
 
 from . import panels, scales
+from .labels import plain
 from .layout import by_measure, compared, grid, headed, legend_below, models, named, share_bar
 from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
 
@@ -46,6 +47,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
         ax.label_outer()
         scales.scale_axis(ax.yaxis, compared(chosen), zeros=True)
         scales.fit_axis(ax.yaxis, compared(chosen))
+        panels.say_where_empty(ax)
     named(axes[0], f"{title(name, runs)}, first pruning")
     legend_below(figure)
     return figure
@@ -152,8 +154,8 @@ def measure_agreement(runs: Runs) -> Figure:
     figure, axes = grid(4, width=3.9, columns=2, height=2.7, sharex=False)
     styles = run_styles(noise.measure.values.tolist())
     for measure, style in styles.items():
-        line = {**style, "linewidth": 1, "capsize": 2, "label": name_of(measure)}
-        axes[3].plot(steps, noise.reliability.sel(measure=measure), **style, label=name_of(measure))
+        line = {**style, "linewidth": 1, "capsize": 2, "label": plain(name_of(measure))}
+        axes[3].plot(steps, noise.reliability.sel(measure=measure), **style, label=plain(name_of(measure)))
         if measure != reference:
             ours = agreement.sel(measure=measure, other=reference)
             whole, common = ours.sel(layer=WHOLE), overlap.sel(measure=measure, other=reference)
@@ -164,7 +166,7 @@ def measure_agreement(runs: Runs) -> Figure:
     axes[1].axhline(_OVERLAP_SHARE, color="0.7", zorder=0)
     axes[1].set_ylim(bottom=0)
     with_other = [
-        f"with {name_of(reference)}, {which}"
+        f"with {plain(name_of(reference))}, {which}"
         for which in ("all filters", f"the lowest {_OVERLAP_SHARE:.0%}", "in each layer")
     ]
     for ax, what_with_what in zip(axes, [*with_other, "with itself, on other batches"], strict=True):

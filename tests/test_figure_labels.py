@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from matplotlib import cbook
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from synthetic_runs import record
 
 from analysis import MissingQuantityError, comparisons
@@ -77,6 +79,19 @@ def test_long_names_do_not_meet_and_leave_the_data_their_room(name: str) -> None
     for ax in (ax for ax in figure.axes if ax.get_visible()):
         assert ax.get_window_extent().width > figure.dpi
         assert ax.get_window_extent().height > figure.dpi
+
+
+@pytest.mark.parametrize("name", ["accuracy", "convergence", "norms", "loss_decrease_over_time", "stability"])
+def test_dollars_in_names_are_no_formulas(name: str) -> None:
+    """Of two matplotlib makes a formula, or an error where there is none."""
+    names = ["5 $ of 10 $ %", "a^$x\\y$", "$"]
+    runs = named(names, model="my $net %, $ 1") | measured(["over $ steps $"], steps=[20], scale=[1.0])
+    for run in runs.values():
+        sqnorm = xr.DataArray(np.ones((20, 2)), {"step": np.arange(20), "layer": ["a$", "b$"]}, name="param_sqnorm")
+        run["steps"] = run["steps"].to_dataset() if name != "norms" else sqnorm.to_dataset()
+    texts = [text.get_text() for text in draw(name, runs).findobj(Text)]
+    assert any("$" in text for text in texts)
+    assert not any(cbook.is_math_text(text) for text in texts if r"\math" not in text)
 
 
 def test_the_height_of_rows_grows_with_their_number() -> None:

@@ -93,12 +93,14 @@ def draw_times(times: Iterable[float], others: Iterable[float] = (), *, ax: Axes
 
 
 def say_where_empty(ax: Axes) -> Axes:
-    """Say in the middle of a panel that none of its points is finite, if so, in place of its ticks."""
+    """Say in the middle of a panel that none of its points is finite, if so, in place of ticks that are its own."""
     drawn = (line.get_xydata() for line in ax.lines if line.get_transform() is ax.transData)  # not a line all across
     if not any(np.isfinite(points).all(1).any() for points in drawn):
         place = {"transform": ax.transAxes, "ha": "center", "va": "center"}
         ax.text(0.5, 0.5, "no finite value", color="0.4", backgroundcolor="white", **place)
-        ax.tick_params(length=0, labelbottom=False, labelleft=False)
+        shared = {"labelbottom": ax.get_shared_x_axes(), "labelleft": ax.get_shared_y_axes()}
+        own = [name for name, axes in shared.items() if len(axes.get_siblings(ax)) < 2]
+        ax.tick_params(length=0, **dict.fromkeys(own, False))
     return ax
 
 

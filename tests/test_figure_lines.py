@@ -134,6 +134,16 @@ def test_a_panel_without_finite_values_says_so() -> None:
         assert [text.get_text() for text in panels.say_where_empty(ax).texts] == said
 
 
+def test_a_panel_without_values_keeps_the_ticks_that_it_has_for_others() -> None:
+    figure, ((_, _), (empty, other)) = plt.subplots(2, 2, sharex=True, sharey=True)
+    other.plot([0, 1], [1, 2])
+    panels.say_where_empty(empty)
+    figure.draw_without_rendering()
+    assert empty.xaxis.get_tick_params()["labelbottom"] is not False
+    assert any(label.get_visible() and label.get_text() for label in empty.get_yticklabels())
+    assert not any(label.get_visible() for label in panels.say_where_empty(plt.figure().gca()).get_yticklabels())
+
+
 def test_a_scatter_without_a_point_says_so() -> None:
     """A point needs both: what was measured, and a prediction of it."""
     lost = prediction_of(2, measured=np.array([1.0, np.nan])).assign(first_order=("step", [np.nan, 1.0]))

@@ -23,6 +23,7 @@ from dynamics.schema import label
 from . import panels, scales
 from .labels import plain
 from .layout import by_measure, compared, grid, headed, legend_below, models, named, share_bar
+from .lines import draw_line
 from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
 
 _OVERLAP_SHARE = 0.2
@@ -117,7 +118,9 @@ def removal_curve(runs: Runs) -> Figure:
         _draw_directions(ax, curve.sel(quantity=quantity))
         ours = curve.sel(quantity=quantity, direction="output")
         shown = np.concatenate([ours.measured, ours.first_order, [0.0]])
-        ax.set(ylabel=f"Δ{label(quantity)}", ylim=(shown.min() - np.ptp(shown) / 2, shown.max() + np.ptp(shown) / 2))
+        shown = shown[np.isfinite(shown)]
+        margin = np.ptp(shown) / 2 or 1
+        ax.set(ylabel=f"Δ{label(quantity)}", ylim=(shown.min() - margin, shown.max() + margin))
     loss = curve.sel(quantity="loss")
     error = np.abs(analysis.residuals(loss) / loss.measured)
     _draw_directions(axes[1, 1], error)
@@ -126,6 +129,8 @@ def removal_curve(runs: Runs) -> Figure:
         ax.set(xlabel="share of the filters removed", xticks=curve.fraction.values)
         scales.percent(ax.xaxis)
         ax.xaxis.set_minor_locator(NullLocator())
+    for ax in axes.flat:
+        panels.say_where_empty(ax)
     headed(figure, title(name, runs))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
              for style in (FIRST, SECOND)]  # fmt: skip
@@ -138,7 +143,7 @@ def _draw_directions(ax: plt.Axes, curve: xr.Dataset) -> None:
         for order, style in (("first_order", FIRST), ("second_order", SECOND)):
             values = curve[order].sel(direction=direction)
             if values.notnull().any():
-                ax.plot(curve.fraction, values, **style | shade)
+                draw_line(curve.fraction.values, values.values, ax=ax, **style | shade)
     if "measured" in curve:
         ax.plot(curve.fraction, curve.measured, **MEASURED)
 

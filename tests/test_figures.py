@@ -326,6 +326,17 @@ def test_a_curve_holds_the_predictions_along_both_directions(runs: dict[str, xr.
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), curve.first_order.sel(direction="parameters"))
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.0, np.nan])
+def test_a_curve_of_one_extent_or_without_a_change_is_seen(runs: dict[str, xr.DataTree], factor: float) -> None:
+    one = runs["magnitude"].copy(deep=True).load()
+    curve = one["curve"].to_dataset().isel(fraction=[0])
+    one["curve"] = curve.map(lambda values: factor * values if values.attrs["units"] != "1" else values)
+    ax, *_ = draw("removal_curve", {"one": one}).axes
+    assert all(line.get_marker() == "o" for line in ax.lines)
+    assert ax.get_ylim()[0] < 0 < ax.get_ylim()[1]
+    assert [text.get_text() for text in ax.texts] == (["no finite value"] if np.isnan(factor) else [])
+
+
 def test_a_layer_in_which_nothing_changed_is_drawn_at_zero(runs: dict[str, xr.DataTree]) -> None:
     figure = draw("pruning_effect_per_layer", runs)
     figure.canvas.draw()

@@ -179,6 +179,8 @@ def measure_agreement(runs: Runs) -> Figure:
         ax.set(ylabel="in common" if ax is axes[1] else "rank correlation")
     for ax in (axes[0], axes[1], axes[3]):
         ax.set(xlabel="step", xticks=steps)
+    for ax in axes:
+        panels.say_where_empty(ax)
     headed(figure, what)
     legend_below(figure)
     return figure
@@ -211,9 +213,16 @@ def scale_invariance(runs: Runs) -> Figure:
         left.plot(np.arange(filters.sizes["unit"]), alignment.sel(mode=mode), **style)
         right.plot(filters.grad_sqnorm.sel(mode=mode), multiple.sel(mode=mode), **style)
     right.axhline(1, color="0.7", linewidth=0.9, zorder=0)
-    left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale="log")
-    right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale="log")
+    left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale=_scale(alignment))
+    right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale=_scale(filters.grad_sqnorm))
     right.set_yscale("symlog", linthresh=2)
+    for ax in (left, right):
+        panels.say_where_empty(ax)
     headed(figure, title(name, runs))
     legend_below(figure)
     return figure
+
+
+def _scale(values: xr.DataArray) -> str:
+    """Logarithmic where any value has a place on it: in a dead network none has."""
+    return "log" if (values > 0).any() else "linear"

@@ -128,8 +128,10 @@ def test_measures_without_a_rank_correlation_are_not_said_to_agree(tmp_path: Pat
     said = pruning_findings.measures_agree({"run": recorded(tmp_path / "run", study)})
     assert "nan" not in said
     assert said.startswith("Most alike are gradient norm increase and loss preservation")
+    few = recorded(tmp_path / "few", study.isel(unit=[0, 1]))
     with pytest.raises(MissingQuantityError, match="three filters"):
-        pruning_findings.measures_agree({"run": recorded(tmp_path / "few", study.isel(unit=[0, 1]))})
+        pruning_findings.measures_agree({"few": few})
+    assert len([text for ax in figures.draw("measure_agreement", {"few": few}).axes for text in ax.texts]) == 4
 
 
 def test_each_draw_is_a_scoring_of_batches_drawn_with_replacement(tmp_path: Path) -> None:

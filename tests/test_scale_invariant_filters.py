@@ -17,6 +17,8 @@ from dynamics.models import VGG
 from dynamics.network.masks import apply_masks
 from dynamics.probing.probe import Probe, cross_entropy_objective
 from dynamics.pruning import scale_invariance, scores
+from figures import draw
+from figures.report import FINDINGS
 
 Make = Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]
 
@@ -134,6 +136,9 @@ def test_a_dead_network_has_no_rank_among_its_filters(tmp_path: Path) -> None:
     run = studied(tmp_path / "run", model, [batch(1)])
     assert not run["invariance"].grad_sqnorm.any()
     assert grasp_and_gradient(run).rank_correlation.isnull().all()
+    figure = draw("scale_invariance", {"dead": run})
+    assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["no finite value"] * 2
+    assert FINDINGS["scale_invariance"]({"dead": run}).startswith("Both identities hold to 1 % for – of the filters")
 
 
 def test_a_record_without_the_study_says_how_to_get_it(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def condense(runs: Runs, path: str | Path) -> Path:
     /pruning /units        whole
     /epochs                whole
     /curve /scores ...     of one run: the first that has most of these studies
-    numbers                of /steps and the filters' scores in single precision, in which networks are trained; but
-                           ‖θ‖², whose change over a step is a small difference of large numbers, and all others as
-                           they were: differences of theirs are laid beside predictions
+    numbers                of /steps and the filters' scores in single precision, in which networks are trained, where
+                           it holds them; but ‖θ‖², whose change over a step is a small difference of large numbers,
+                           and all others as they were: differences of theirs are laid beside predictions
     attributes             all: they say where each record comes from
     =====================  ======================================================================================
 
@@ -160,8 +160,11 @@ def _network(rows: xr.Dataset) -> xr.Dataset:
 
 
 def _rounded(values: xr.DataArray) -> xr.DataArray:
-    single = values.dtype == np.float64 and values.name not in _EXACT
-    return values.astype(np.float32) if single else values
+    if values.dtype != np.float64 or values.name in _EXACT:
+        return values
+    sizes, single = np.abs(values.values[np.isfinite(values)]), np.finfo(np.float32)
+    holds = (sizes == 0) | ((sizes >= single.tiny) & (sizes <= single.max))
+    return values.astype(np.float32) if holds.all() else values
 
 
 def _layout(rows: xr.Dataset, index: str) -> str:

@@ -79,6 +79,16 @@ def test_the_balance_of_the_norm_survives(runs: dict[str, xr.DataTree], file: Pa
     np.testing.assert_allclose(ours.residual[:-1, 0], 0, atol=1e-6 * float(np.abs(measured).max()))
 
 
+def test_what_single_precision_does_not_hold_stays_as_it_is(tmp_path: Path) -> None:
+    """Of a training that diverged in double precision, say, or of the first of many layers."""
+    values = {"grad_sqnorm": [1.0, 1e60, np.inf], "update_sqnorm": [1e-50, 1.0, 0.0], "loss": [1.0, np.inf, np.nan]}
+    steps = xr.Dataset({name: ("step", of) for name, of in values.items()}, {"step": np.arange(3)})
+    run = xr.DataTree.from_dict({"/steps": steps})
+    ours = analysis.expand(analysis.condense({"run": run}, tmp_path / "one.zarr.zip"))["run"]["steps"].to_dataset()
+    xr.testing.assert_equal(ours, steps)
+    assert [ours[name].dtype for name in values] == [np.float64, np.float64, np.float32]
+
+
 def test_layers_stay_where_their_sums_would_say_less(tmp_path: Path) -> None:
     model, batches = convolutional_network(), images(4)
     rates = [{"params": child.parameters(), "lr": 0.1 * (number + 1)} for number, child in enumerate(model)

@@ -34,6 +34,9 @@ _TAKEN = (
 # Where events do not say it, it is not known, which is no value.
 _OF_EVENTS = ("granularity",)
 
+# Whole numbers, of whatever type they are.
+_COUNTED = ("rounds", "seed")
+
 # Settings that no network feels.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
@@ -221,6 +224,7 @@ def _row(label: str, run: xr.DataTree) -> dict:
             "rounds": 0,
             "sparsity": 0.0,
         }
+    row |= {name: int(row[name]) for name in _COUNTED if float(row[name]).is_integer()}
     return {name: _comparable(value) for name, value in row.items()}
 
 

@@ -70,6 +70,14 @@ def test_runs_without_pruning_that_lack_a_setting_differ_from_those_that_have_it
     assert "temperature" not in analysis.conditions(pruned)  # a network that is not pruned does not depend on it
 
 
+def test_rounds_and_seeds_are_whole_numbers_of_whatever_type() -> None:
+    said = [{"rounds": 2, "seed": 0}, {"rounds": 2.0, "seed": 1.0}]
+    runs = {f"{number}": xr.DataTree(xr.Dataset(attrs={"model": "m", "measure": "taylor"} | one))
+            for number, one in enumerate(said)}  # fmt: skip
+    assert set(names_of_conditions(analysis.conditions(runs))) == {"m, pruned in 2 rounds"}
+    assert analysis.conditions(runs).seed.map(str).tolist() == ["0", "1"]
+
+
 def test_settings_that_are_lists_may_be_lacking() -> None:
     said = [{"betas": [0.9, 0.99]}, {"betas": [0.8]}, {}]
     runs = {

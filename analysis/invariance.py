@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy  # of which `stats` is loaded where it is first used
 import xarray as xr
 
+from .measures import rank_correlations
 from .record import node
 
 _NEEDS = ("param_sqnorm", "grad_sqnorm", "param_grad", "param_hess_grad", "layer")
@@ -52,7 +52,5 @@ def grasp_and_gradient(run: xr.DataTree) -> xr.Dataset:
 
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float:
-    finite = np.isfinite(left) & np.isfinite(right)
-    left, right = left[finite], right[finite]
-    varied = len(left) > 2 and all(values.min() < values.max() for values in (left, right))
-    return float(scipy.stats.spearmanr(left, right).statistic) if varied else np.nan
+    both = np.stack([left, right])
+    return rank_correlations(both[:, np.isfinite(both).all(0)])[0, 1]

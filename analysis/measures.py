@@ -38,7 +38,7 @@ def rank_agreement(run: xr.DataTree) -> xr.Dataset:
     layers = {WHOLE: np.full(scores.sizes["unit"], True)}
     layers |= {str(name): scores.layer.values == name for name in dict.fromkeys(scores.layer.values.tolist())}
     found = [
-        _between_measures(scores.isel(unit=np.flatnonzero(chosen)), _rank_correlations, "rank_correlation")
+        _between_measures(scores.isel(unit=np.flatnonzero(chosen)), rank_correlations, "rank_correlation")
         for chosen in layers.values()
     ]
     return xr.concat(found, xr.Variable("layer", list(layers)))
@@ -76,7 +76,7 @@ def score_noise(run: xr.DataTree) -> xr.Dataset:
     """
     scores = node(run, "scores", _NEEDS)
     pair = xr.concat([scores.score, scores.resampled_score], "of", coords="minimal")
-    correlation = _apply(pair.rename(measure="rank", of="measure"), _rank_correlations).isel(measure=0, other=1)
+    correlation = _apply(pair.rename(measure="rank", of="measure"), rank_correlations).isel(measure=0, other=1)
     return xr.Dataset(
         {
             "standard_error": _standard_error(scores.resampled_score),
@@ -117,11 +117,14 @@ def _apply(scores: xr.DataArray, compare: Callable[[np.ndarray], np.ndarray]) ->
     return found.assign_coords(other=scores.measure.values) if "measure" in scores.coords else found
 
 
-def _rank_correlations(scores: np.ndarray) -> np.ndarray:
-    """Spearman's ρ of every two rows: the correlation of their ranks, ties at their mean."""
+def rank_correlations(scores: np.ndarray) -> np.ndarray:
+    """Spearman's ρ of every two rows: the correlation of their ranks, ties at their mean.
+
+    NaN of fewer than three, and of a row that is constant.
+    """
     if scores.shape[1] < 3:
         return np.full((len(scores), len(scores)), np.nan)
-    with np.errstate(invalid="ignore"):  # a row that is constant has no correlation
+    with np.errstate(invalid="ignore"):
         return np.atleast_2d(np.corrcoef(scipy.stats.rankdata(scores, axis=1)))
 
 

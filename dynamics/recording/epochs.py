@@ -26,7 +26,8 @@ class Epochs:
         self.present, self.batches, self.logged, self.number = place.epoch, batches, logged, number
         self.last: Pass | None = None
         self._by_hand = self._watched = False
-        self._stepped, self._ended = place.rows > 0, place.rows > 0 and place.ended
+        self._stepped = place.rows > 0
+        self._ended = self._stepped and place.ended
 
     def begin(self) -> None:
         """One begins, says the loop: it counts them itself."""

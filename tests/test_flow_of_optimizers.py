@@ -96,20 +96,25 @@ def test_what_needs_a_flow_says_so_and_the_rest_is_drawn(tmp_path) -> None:
     assert len(colours[0]) == 2
 
 
+def record_in_turns(path, model, optimizers, curvature_every):
+    """A training in which one optimizer after the other takes a step."""
+    with Recorder(path, model, optimizers, curvature_every=curvature_every) as recorder:
+        for number in range(24):
+            batch = torch.randn(8, 4), torch.randint(3, (8,))
+            recorder.observe(batch)
+            model.zero_grad()
+            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizers[number % len(optimizers)].step()
+    return open_run(path)
+
+
 @pytest.mark.parametrize("alternating", [False, True])
 def test_layers_that_stay_have_no_flow_time_to_share_with_those_of_another_optimizer(tmp_path, alternating) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     model[0].requires_grad_(alternating)
     parts = [model[2], model[0]][: 1 + alternating]
     optimizers = [torch.optim.Adam(part.parameters(), 0.1) for part in parts]
-    with Recorder(tmp_path / "run.zarr", model, optimizers, curvature_every=1) as recorder:
-        for number in range(24):
-            batch = torch.randn(8, 4), torch.randint(3, (8,))
-            recorder.observe(batch)
-            model.zero_grad()
-            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
-            optimizers[number % len(parts)].step()
-    run = open_run(tmp_path / "run.zarr")
+    run = record_in_turns(tmp_path / "run.zarr", model, optimizers, curvature_every=1)
     assert (run["steps"].flow_step == 0).any()
     for of_the_flow in (analysis.norm_rate, analysis.network_norm_rate, analysis.layer_norm_rate, analysis.stability):
         with pytest.raises(analysis.MissingQuantityError, match="no step here has a flow time"):
@@ -119,14 +124,7 @@ def test_layers_that_stay_have_no_flow_time_to_share_with_those_of_another_optim
 def test_a_layer_without_flow_time_has_no_velocity_beside_one_that_has(tmp_path) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     optimizers = [torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.Adam(model[2].parameters(), 0.1)]
-    with Recorder(tmp_path / "run.zarr", model, optimizers, curvature_every=0) as recorder:
-        for number in range(24):
-            batch = torch.randn(8, 4), torch.randint(3, (8,))
-            recorder.observe(batch)
-            model.zero_grad()
-            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
-            optimizers[number % 2].step()
-    run = open_run(tmp_path / "run.zarr")
+    run = record_in_turns(tmp_path / "run.zarr", model, optimizers, curvature_every=0)
     rate = analysis.norm_rate(run).measured
     steps = run["steps"].isel(layer=0, step=slice(None, None, 2))
     moved = (2 * steps.param_update + steps.update_sqnorm) / 0.1

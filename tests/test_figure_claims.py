@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from synthetic_runs import runs
+from synthetic_runs import MEASURES, record, runs
 
 import analysis
 from analysis import CLAIMS, MissingQuantityError
@@ -54,6 +54,16 @@ def test_an_effect_is_right_of_the_line_where_it_is_as_claimed() -> None:
     assert seen["i.g"][2] == ">"
     assert {found.verdict[name] for name in ("i.f", "ii.c")} == {"supported"}
     assert {found.verdict[name] for name in ("iii.e", "iii.f")} == {"contradicted"}
+
+
+def test_a_single_round_has_the_same_marker_whatever_else_is_drawn() -> None:
+    of = {rounds: {f"{measure}-{rounds}-{seed}": record(measure, seed, rounds=rounds, area=1 + seed / 10)
+                   for measure in MEASURES for seed in range(2)} for rounds in (1, 5)}  # fmt: skip
+    one, five, both = ({marker for ax in draw("claims", some).axes for _, _, _, marker, _ in points(ax)} - {"<", ">"}
+                       for some in (of[1], of[5], of[1] | of[5]))  # fmt: skip
+    assert (len(one), len(five)) == (1, 1)
+    assert one != five
+    assert both == one | five
 
 
 def test_its_bars_are_the_intervals() -> None:

@@ -347,7 +347,9 @@ def test_a_layer_in_which_nothing_changed_is_drawn_at_zero(runs: dict[str, xr.Da
 
 
 def test_what_was_removed_stands_at_its_shares(runs: dict[str, xr.DataTree]) -> None:
-    (points, *_), share = draw("removed_decrease", runs).axes[0].lines, analysis.removed_decrease(runs["magnitude"])
+    figure = draw("removed_decrease", runs)
+    assert "layer" in [ax.get_xlabel() for ax in figure.axes]
+    (points, *_), share = figure.axes[0].lines, analysis.removed_decrease(runs["magnitude"])
     np.testing.assert_array_equal(points.get_xdata(), share.parameters.sum("layer"))
     np.testing.assert_array_equal(points.get_ydata(), share.decrease.sum("layer"))
 

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..curvature.ordinary import is_batched
-from ..errors import named
-from ..probing.batch import changes, copied
 from ..probing.bystanders import Bystanders
-from ..probing.moment import Moment, random_numbers_untouched
+from ..probing.moment import Moment
 from ..probing.probe import Objective, is_compiled, unwrap
 from .backward_passes import BackwardPasses
-from .forward_passes import ForwardPasses, trains
+from .forward_passes import ForwardPasses
+from .moments import Moments
 from .seen import Mark, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
-_SCRIPTED = (
-    "a ScriptModule hides what it computes, and rounds otherwise when it runs more often; train the module that it was "
-    "made of"
-)
 _IDLE = 128  # batches in a row whose gradients come to nothing
 
 
@@ -35,16 +27,13 @@ class Batches:
 
     Gradients accumulate over micro-batches, but that of a batch which was skipped (by ``continue``, or by a gradient
     scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
-    the gradient decides. The moment of a batch is that of the first forward pass with gradients after it was seen.
-    A batch that stays is that of all further steps until the next one is seen. ``asleep()`` says whether a recorder
-    evaluates a model right now, so that what runs is not the loop's.
+    the gradient decides. A batch that stays is that of all further steps until the next one is seen. ``asleep()`` says
+    whether a recorder evaluates a model right now, so that what runs is not the loop's.
 
     Attributes:
+        moments: those of the batches.
         bystanders: the modules outside the model.
         told: whether any batch was seen so far.
-        failure: why batches and moments are not kept any more, if they are not.
-        lost: whether, by the last :meth:`candidates`, the step cannot be measured: parameters that are not trained have
-            moved, unexpectedly. From the next step on they are kept.
     """
 
     def __init__(
@@ -55,8 +44,7 @@ class Batches:
         counted: Callable[[], Sequence[nn.Parameter]] | None,
         asleep: Callable[[], bool],
     ) -> None:
-        self._model, self._device, self._compiled = unwrap(model), device, is_compiled(model)
-        self._objective = objective
+        own, self._compiled = unwrap(model), is_compiled(model)
         self._seen: list[Seen] = []
         self._staying: list[Any] = []  # the batch that stays, if one does
         self._stays_surely = True
@@ -67,18 +55,11 @@ class Batches:
         self._candidates: list[list[Seen]] = []
         self._counts = counted is not None
         self._backward = BackwardPasses(counted or list)
-        self._forward = ForwardPasses(self._model, self._pass_begins, self._evaluation_begins)
-        self.bystanders = Bystanders(self._model, objective)
-        trained, frozen = (
-            sum(one.numel() for one in self._model.parameters() if one.requires_grad == wanted)
-            for wanted in (True, False)
-        )
-        self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
-        self._moves_frozen = self.lost = False
-        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules())
-        self.failure = _SCRIPTED if scripted else None
+        self._forward = ForwardPasses(own, self._pass_begins, self._evaluation_begins)
+        self.moments = Moments(own, device, objective, self._backward)
+        self.bystanders = Bystanders(own, objective)
         self._awaits, self._asleep = False, asleep
-        self._thread = self._reader = threading.get_ident()
+        self._reader = threading.get_ident()
         self._idle = self.told = False
 
     def __len__(self) -> int:
@@ -87,48 +68,26 @@ class Batches:
     def await_forward(self) -> None:
         """Until the step is taken, keep the moments of forward passes; not of a compiled model: hooks slow it down."""
         self._awaits = True
-        self._seen = [self._kept(one) for one in self._seen]
-        with self._not_in_the_loop():
-            self._after_step = self._moment() if self._staying else None
+        for seen in self._seen:
+            self.moments.keep(seen)
+        with self.moments.not_in_the_loop():
+            self._after_step = self.moments.now() if self._staying else None
         if (self._seen or self._staying) and not self._compiled:
             self._watch_passes()
 
     def _watch_passes(self) -> None:
-        with self._not_in_the_loop():
+        with self.moments.not_in_the_loop():
             self._forward.watch()
 
     def _pass_begins(self, module: nn.Module) -> None:
-        """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
         if self._asleep():
             return
         if (present := self._present) is not None:
             present.only_evaluated = False  # it is trained on after all
-        if not self._awaits or self.failure:
-            return
-        with self._not_in_the_loop():
-            self.repeat(due=True)
-            if (waiting := self._next_to_pass(module)) is not None:
-                self._first_pass_begins(waiting, module)
-            elif self._seen:
-                self._further_pass_begins(self._seen[-1])
-
-    def _first_pass_begins(self, waiting: Seen, module: nn.Module) -> None:
-        before, waiting.moment, waiting.passed = waiting.moment, self._moment_of_pass(waiting), True
-        if waiting.changed_since is not None:
-            waiting.changed = waiting.changed_since()
-            waiting.changed_since = None if trains(module) else waiting.changed_since
-        waiting.moment.others = before.others if before else {}
-        waiting.gradient_moment = waiting.last_moment = None
-        waiting.passed_at = self._backward.total
-        waiting.passed_in_eval_at = None if trains(module) else self._backward.total
-        for other in (seen for seen in self._seen if not seen.passed):  # perhaps it is of one of them
-            other.gradient_moment = other.last_moment = waiting.moment
-
-    def _further_pass_begins(self, last: Seen) -> None:
-        last.last_moment = again = self._moment_of_pass(last)
-        if self._backward.total == last.passed_at:
-            last.gradient_moment = again
-        again.others = last.moment.others | (last.later.others if last.later else {})
+        if self._awaits and not self.moments.failure:
+            with self.moments.not_in_the_loop():
+                self.repeat(due=True)
+                self.moments.pass_begins(self._seen, module)
 
     def _evaluation_begins(self) -> None:
         """The model runs without gradients: it evaluates the present batch, unless that is trained on after all."""
@@ -140,47 +99,15 @@ class Batches:
         """The batch that the loop is at: the last, but for those that it reads ahead; None if that had its step."""
         return self._seen[-1 - self._ahead] if len(self._seen) > self._ahead else None
 
+    def _moment_of_last(self) -> Moment | None:
+        self.repeat(due=True)
+        return self.moments.of_last(self._seen)
+
     @property
     def source(self) -> Any:
         """The pass over the data that the step's last batch came from; None if that is not known."""
         ours = [seen for seen in self._seen if not seen.only_evaluated] or self._seen
         return ours[-1].source if ours else None
-
-    def _look_at_frozen(self) -> None:
-        """See whether parameters that are not trained have moved since the batches came: if so, they are kept later on.
-
-        The step is ``lost`` where they were not kept before.
-        """
-        first = self._seen[0] if self._seen else None  # what moved since a later one came moved since this, too
-        since = first and (first.moment if first.again else first.first_moment)
-        moved = since is not None and since.moved
-        self.lost = moved and not self._keeps_frozen
-        self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
-
-    def _moment_of_last(self) -> Moment | None:
-        """Of the batch that a module outside the model runs on: the last that passed, until its gradient is there."""
-        self.repeat(due=True)
-        last = next((seen for seen in reversed(self._seen) if seen.passed), None)
-        if last is None or last.passed_at != self._backward.total:
-            waiting = next((seen for seen in self._seen if not seen.passed), None)
-            if waiting is None and last is not None:
-                last.later = last.later or self._moment()
-                return last.later
-            last = waiting
-        return None if last is None else last.moment
-
-    def _next_to_pass(self, module: nn.Module) -> Seen | None:
-        """The batch whose forward pass begins: the first that had none.
-
-        Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
-        """
-        if trains(module):
-            gone = self._backward.are_gone
-            for seen in self._seen:
-                if seen.passed_in_eval_at is not None and (gone or seen.passed_in_eval_at == self._backward.total):
-                    seen.passed, seen.passed_in_eval_at = False, None
-        waiting = [seen for seen in self._seen if not seen.passed]
-        return next((seen for seen in waiting if not seen.only_evaluated), waiting[0] if waiting else None)
 
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
         """One more batch; with what its step needs if it is ``due`` to be measured."""
@@ -216,37 +143,12 @@ class Batches:
     def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
         seen_at = self._stepped_at if again else self._backward.total
         seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source, seen_at=seen_at)
-        self._seen.append(self._kept(seen, self._after_step if again else None) if due else seen)
+        self._seen.append(seen)
+        if due:
+            self.moments.keep(seen, self._after_step if again else None)
         if due and self._awaits and not self._compiled:
             self._watch_passes()
             self.bystanders.watch(self._moment_of_last, self._asleep)
-
-    def _kept(self, seen: Seen, moment: Moment | None = None) -> Seen:
-        """With a copy of the batch, and the moment it is: in another thread than that of the steps there is none."""
-        if threading.get_ident() != self._thread:  # random generators are the loop's, which runs meanwhile
-            return replace(seen, batch=copied(seen.batch))
-        with self._not_in_the_loop(), random_numbers_untouched(self._device):
-            moment = moment or self._moment()
-            again = seen.changed_since or changes(seen.batch)
-            return replace(seen, batch=copied(seen.batch), moment=moment, first_moment=moment, changed_since=again)
-        return seen
-
-    @contextmanager
-    def _not_in_the_loop(self) -> Iterator[None]:
-        """What cannot be kept is noted for the step, instead of an exception in the user's loop."""
-        try:
-            yield
-        except Exception as error:
-            self.failure = self.failure or named(error)
-
-    def _moment(self) -> Moment:
-        return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
-
-    def _moment_of_pass(self, seen: Seen) -> Moment:
-        """Now; but where torch.func runs the model, what it has put into it is none of its own: that of before."""
-        if seen.moment and is_batched():
-            return seen.moment.with_present_numbers()
-        return self._moment().of_pass(seen.first_moment)
 
     def candidates(self) -> list[list[Seen]]:
         """What the step that is about to be taken may be made of, the likeliest first."""
@@ -256,7 +158,7 @@ class Batches:
                 "the batches are read in another thread than that of the steps: watch what the loop itself iterates, "
                 "recorder.watch(...) around what reads ahead"
             )
-        self._look_at_frozen()
+        self.moments.look_at_frozen(self._seen)
         of_epoch = self._of_epoch if self._backward else 0
         self._candidates = candidates(
             self._seen, self._used, self._backward.count, ahead=self._ahead, of_epoch=of_epoch
@@ -309,7 +211,7 @@ class Batches:
 
     def look_for_evaluation(self) -> Callable[[], bool]:
         """From now on; what is returned says whether the model has run since, as far as that can be known."""
-        if not self._compiled and self.failure is None:
+        if not self._compiled and self.moments.failure is None:
             self._watch_passes()
         before = self._forward.count
         return lambda: self._forward.count > before
@@ -327,7 +229,7 @@ class Batches:
 
     def clear(self) -> None:
         """Forget the batches whose step is taken: all but those that were read ahead."""
-        self._thread = threading.get_ident()
+        self.moments.steps_here()
         self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
         self._backward.stepped()
         self._stepped_at = self._backward.total

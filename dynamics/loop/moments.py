@@ -1,0 +1,141 @@
+"""The moments from which the losses of batches may be evaluated again: kept as these are seen, and as they pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..curvature.ordinary import is_batched
+from ..errors import named
+from ..probing.batch import changes, copied
+from ..probing.moment import Moment, random_numbers_untouched
+from ..probing.probe import Objective
+from .backward_passes import BackwardPasses
+from .forward_passes import trains
+from .seen import Seen
+
+_SCRIPTED = (
+    "a ScriptModule hides what it computes, and rounds otherwise when it runs more often; train the module that it was "
+    "made of"
+)
+
+
+class Moments:
+    """Keeps the moments of the batches that wait for a step: always of those in the order in which they were ``seen``.
+
+    The moment of a batch is that of the first forward pass with gradients after it was seen. Which pass is whose the
+    ``backward`` passes tell.
+
+    Attributes:
+        failure: why moments are not kept any more, if they are not.
+        lost: whether the step cannot be measured: parameters that are not trained have moved, unexpectedly. From the
+            next step on they are kept.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, objective: Objective, backward: BackwardPasses) -> None:
+        self._model, self._device, self._objective, self._backward = model, device, objective, backward
+        trained, frozen = (
+            sum(one.numel() for one in model.parameters() if one.requires_grad == wanted) for wanted in (True, False)
+        )
+        self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
+        self._moves_frozen = self.lost = False
+        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+        self.failure = _SCRIPTED if scripted else None
+        self._thread = threading.get_ident()
+
+    @contextmanager
+    def not_in_the_loop(self) -> Iterator[None]:
+        """What cannot be kept is noted for the step, instead of an exception in the user's loop."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or named(error)
+
+    def steps_here(self) -> None:
+        """The loop steps in this thread; in others there are no moments."""
+        self._thread = threading.get_ident()
+
+    def now(self) -> Moment:
+        """As things are."""
+        return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
+
+    def keep(self, seen: Seen, moment: Moment | None = None) -> None:
+        """Keep a copy of a batch, and the moment it is: random generators are the loop's, which runs meanwhile."""
+        if threading.get_ident() != self._thread:
+            seen.batch = copied(seen.batch)
+            return
+        with self.not_in_the_loop(), random_numbers_untouched(self._device):
+            moment = moment or self.now()
+            changed_since = seen.changed_since or changes(seen.batch)
+            seen.batch, seen.changed_since = copied(seen.batch), changed_since
+            seen.moment = seen.first_moment = moment
+
+    def pass_begins(self, seen: Sequence[Seen], module: nn.Module) -> None:
+        """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
+        if (waiting := self._next_to_pass(seen, module)) is not None:
+            self._first_pass_begins(seen, waiting, module)
+        elif seen:
+            self._further_pass_begins(seen[-1])
+
+    def _next_to_pass(self, seen: Sequence[Seen], module: nn.Module) -> Seen | None:
+        """The batch whose forward pass begins: the first that had none.
+
+        Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
+        """
+        if trains(module):
+            gone = self._backward.are_gone
+            for one in seen:
+                if one.passed_in_eval_at is not None and (gone or one.passed_in_eval_at == self._backward.total):
+                    one.passed, one.passed_in_eval_at = False, None
+        waiting = [one for one in seen if not one.passed]
+        return next((one for one in waiting if not one.only_evaluated), waiting[0] if waiting else None)
+
+    def _first_pass_begins(self, seen: Sequence[Seen], waiting: Seen, module: nn.Module) -> None:
+        before, waiting.moment, waiting.passed = waiting.moment, self._of_pass(waiting), True
+        if waiting.changed_since is not None:
+            waiting.changed = waiting.changed_since()
+            waiting.changed_since = None if trains(module) else waiting.changed_since
+        waiting.moment.others = before.others if before else {}
+        waiting.gradient_moment = waiting.last_moment = None
+        waiting.passed_at = self._backward.total
+        waiting.passed_in_eval_at = None if trains(module) else self._backward.total
+        for other in (one for one in seen if not one.passed):  # perhaps it is of one of them
+            other.gradient_moment = other.last_moment = waiting.moment
+
+    def _further_pass_begins(self, last: Seen) -> None:
+        last.last_moment = again = self._of_pass(last)
+        if self._backward.total == last.passed_at:
+            last.gradient_moment = again
+        again.others = last.moment.others | (last.later.others if last.later else {})
+
+    def _of_pass(self, seen: Seen) -> Moment:
+        """Now; but where torch.func runs the model, what it has put into it is none of its own: that of before."""
+        if seen.moment and is_batched():
+            return seen.moment.with_present_numbers()
+        return self.now().of_pass(seen.first_moment)
+
+    def of_last(self, seen: Sequence[Seen]) -> Moment | None:
+        """Of the batch that a module outside the model runs on: the last that passed, until its gradient is there."""
+        last = next((one for one in reversed(seen) if one.passed), None)
+        if last is None or last.passed_at != self._backward.total:
+            waiting = next((one for one in seen if not one.passed), None)
+            if waiting is None and last is not None:
+                last.later = last.later or self.now()
+                return last.later
+            last = waiting
+        return None if last is None else last.moment
+
+    def look_at_frozen(self, seen: Sequence[Seen]) -> None:
+        """See whether parameters that are not trained have moved since the batches came: if so, they are kept later on.
+
+        The step is ``lost`` where they were not kept before.
+        """
+        first = seen[0] if seen else None  # what moved since a later one came moved since this, too
+        since = first and (first.moment if first.again else first.first_moment)
+        moved = since is not None and since.moved
+        self.lost = moved and not self._keeps_frozen
+        self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved

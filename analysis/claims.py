@@ -14,6 +14,7 @@ from .intervals import half_width, p_value, stand
 from .names import name_of
 from .progress import with_progress
 from .record import MissingQuantityError, ended
+from .remembered import remembered
 from .runs import Runs
 from .statistics import STATISTICS, log
 
@@ -243,6 +244,7 @@ def as_claimed(found: pd.DataFrame) -> pd.DataFrame:
     return found.assign(**bounds.mask(less, turned, axis=0))
 
 
+@remembered
 def _values(run: xr.DataTree) -> dict[str, float]:
     found = dict.fromkeys(STATISTICS, np.nan)
     for name, statistic in STATISTICS.items() if ended(run) else ():

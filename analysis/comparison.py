@@ -18,6 +18,7 @@ from .names import name_of
 from .norm import network_norm_rate
 from .outcome import outcome
 from .record import MissingQuantityError, at_prunings, columns, ended
+from .remembered import remembered
 from .runs import Runs
 
 ByMeasure = dict[str, xr.Dataset]
@@ -62,6 +63,7 @@ def final(run: xr.DataTree) -> xr.Dataset:
     return found
 
 
+@remembered
 def network_norm(run: xr.DataTree) -> xr.Dataset:
     """‖θ‖² of the whole network and its measured velocity, :func:`analysis.network_norm_rate`, over ``step``.
 
@@ -78,6 +80,7 @@ def network_norm(run: xr.DataTree) -> xr.Dataset:
     return xr.merge([sqnorm, rate], join="inner")
 
 
+@remembered
 def at_pruning(run: xr.DataTree) -> xr.Dataset:
     """Loss and ‖g‖² right after each pruning over those right before it, at its probe.
 

@@ -6,10 +6,12 @@ import numpy as np
 import xarray as xr
 
 from .record import MissingQuantityError, columns, described, pruning_steps
+from .remembered import remembered
 
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
 
+@remembered
 def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     """Area under the curve of the training loss after the last pruning, and steps to reach a loss.
 

@@ -7,6 +7,7 @@ import xarray as xr
 
 from .prunings import prunings
 from .record import MissingQuantityError, node, of_prunings
+from .remembered import remembered
 
 _STAGED = ("loss", "grad_sqnorm", "param_sqnorm_rate", "param_hess_grad")
 _REMOVAL = (
@@ -53,6 +54,7 @@ def pruning_effect(run: xr.DataTree) -> xr.Dataset:
     return _of_events(run, per_layer=False)
 
 
+@remembered
 def effect_of_prunings(run: xr.DataTree) -> xr.Dataset:
     """:func:`pruning_effect` of the prunings alone; where nothing was pruned, of the events that moved a parameter.
 
@@ -98,6 +100,7 @@ def removal_curve(run: xr.DataTree) -> xr.Dataset:
     return _changes(node(run, "curve", [*_NEEDS, "fraction"]), per_layer=False)
 
 
+@remembered
 def removed_decrease(run: xr.DataTree) -> xr.Dataset:
     """What share of the first-order decrease of the loss each pruning's parameters carried, at its probe.
 

@@ -7,8 +7,10 @@ import xarray as xr
 
 from .flow import check_flow, common_flow_step
 from .record import MissingQuantityError, described, node, taken
+from .remembered import remembered
 
 
+@remembered
 def loss_decrease(run: xr.DataTree) -> xr.Dataset:
     """Loss decrease over each measured step, on the step's own batch: measured, and predicted from θ before the step.
 
@@ -52,6 +54,7 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
     )
 
 
+@remembered
 def stability(run: xr.DataTree) -> xr.Dataset:
     """Δt gᵀHg/‖g‖² at each measured step: plain gradient descent lowers the quadratic model iff it is below 2.
 

@@ -9,6 +9,7 @@ import xarray as xr
 
 from .flow import check_flow, common_flow_step
 from .record import MissingQuantityError, columns, described, event_steps, node, taken
+from .remembered import remembered
 
 
 def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
@@ -53,6 +54,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     )
 
 
+@remembered
 def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
     """:func:`norm_rate` of the whole network over ``step``, averaged over 1/20 of the recorded steps, 10 at least.
 

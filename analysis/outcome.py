@@ -12,8 +12,10 @@ from .epochs import logged, over
 from .protocol import epoch_that_counts
 from .prunings import compounded, networks, others, prunings
 from .record import columns, has, node
+from .remembered import remembered
 
 
+@remembered
 def outcome(run: xr.DataTree) -> xr.Dataset:
     """Scalars of a run: test and training accuracy and loss of the epoch that counts (NaN where not recorded), and the
     shares of units (``sparsity``), of parameters (``removed_parameters``) and of multiply-adds

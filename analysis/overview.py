@@ -11,6 +11,7 @@ from .claims import CLAIMS, claims
 from .conditions import conditions, probe_mode, several_seeds
 from .findings import diverged
 from .record import MissingQuantityError, check_begun
+from .remembered import remembering
 from .runs import Runs
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
@@ -39,6 +40,7 @@ _DIVERGED = "Trainings that diverged"
 SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # what a report begins with
 
 
+@remembering()
 def overview(runs: Runs, *, brief: bool = False) -> Parts:
     """Tables by title, and the claims with their definitions where there are seeds to judge them by.
 

@@ -20,6 +20,7 @@ from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.prunings import prunings
 from analysis.record import experiment
+from analysis.remembered import remembering
 from analysis.runs import Runs
 from analysis.typeset import grouped, told_apart
 from dynamics.places import check_folder
@@ -67,6 +68,7 @@ class Drawn:
     width: int
 
 
+@remembering()
 def write_report(
     runs: Runs, folder: str | Path, *, records: list[str], each: Callable[[list[str]], object] = list
 ) -> Path:

@@ -1,0 +1,78 @@
+"""Inside a report what is found of a run is computed once, and is what it would be otherwise."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from analysis.remembered import remembered, remembering
+
+
+@pytest.fixture
+def calls() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def mean(calls: list[str]):
+    @remembered
+    def mean(run: xr.DataTree, *, since: int = 0) -> xr.Dataset:
+        """The mean from a step on."""
+        calls.append(run.name)
+        if since >= run["steps"].sizes["step"]:
+            raise ValueError("no such step")
+        return run["steps"].to_dataset().isel(step=slice(since, None)).mean()
+
+    return mean
+
+
+def run(name: str, *loss: float) -> xr.DataTree:
+    return xr.DataTree.from_dict({"/steps": xr.Dataset({"loss": ("step", list(loss))})}, name=name)
+
+
+def test_once_a_run_and_setting(mean, calls: list[str]) -> None:
+    one, other = run("one", 1.0, 3.0), run("other", 1.0, 5.0)
+    with remembering():
+        found = [float(mean(of, **given).loss) for of in (one, other) * 2 for given in ({}, {"since": 1})]
+    assert found == [2.0, 3.0, 3.0, 5.0] * 2
+    assert calls == ["one", "one", "other", "other"]
+
+
+def test_a_memory_within_a_memory_is_one_and_ends_with_the_outer(mean, calls: list[str]) -> None:
+    one = run("one", 1.0, 3.0)
+    with remembering():
+        with remembering():
+            mean(one)
+        mean(one)
+    assert calls == ["one"]
+    mean(one)
+    mean(one)
+    assert calls == ["one"] * 3
+
+
+def test_a_run_that_is_gone_is_not_taken_for_another(mean) -> None:
+    with remembering():
+        found = [float(mean(run("one", float(number))).loss) for number in range(50)]
+    np.testing.assert_array_equal(found, range(50))
+
+
+def test_each_has_a_copy_of_its_own(mean) -> None:
+    one = run("one", 1.0, 3.0)
+    with remembering():
+        first = mean(one)
+        first["loss"] = 7.0
+        first.attrs["mine"] = True
+        assert float(mean(one).loss) == 2.0
+        assert not mean(one).attrs
+
+
+def test_what_fails_fails_again(mean, calls: list[str]) -> None:
+    one = run("one", 1.0, 3.0)
+    with remembering():
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no such step"):
+                mean(one, since=5)
+    assert len(calls) == 2
+
+
+def test_what_is_wrapped_is_described_as_before(mean) -> None:
+    assert mean.__doc__ == "The mean from a step on."

@@ -22,6 +22,7 @@ from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
 from ..network.masks import parameter_masks
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
+from .kept import kept
 from .moment import Moment
 
 _RECOMPUTED = (
@@ -79,15 +80,25 @@ def is_compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
-    """Inside, all modules are in ``mode`` ("train" or "eval"; None leaves them); afterwards each is as it was."""
+    """Inside, all modules are in ``mode`` ("train" or "eval"; None leaves them); afterwards each is as it was.
+
+    A module's own ``train`` may do more, such as merge an adapter into its weights: it does so to copies of these.
+    """
     if mode not in ("train", "eval", None):
         raise ValueError(f"mode must be 'train' or 'eval', got {mode!r}")
-    before = {module: module.training for module in model.modules()}
+    modules = list(model.modules())
+    before = {module: module.training for module in modules}
+    does_more = mode is not None and any(type(module).train is not nn.Module.train for module in modules)
+    copies = {name: one.clone() for name, one in model.named_parameters()} if does_more else {}
+    attributes = kept(modules) if does_more else None
     try:
-        if mode is not None:
-            model.train(mode == "train")
-        yield
+        with exchanged(model, copies) if does_more else nullcontext():
+            if mode is not None:
+                model.train(mode == "train")
+            yield
     finally:
+        if attributes is not None:
+            attributes.put_back()
         for module, training in before.items():
             module.training = training
 
@@ -201,9 +212,9 @@ class Probe:
         }
         values = free | pruned | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
-        with again as others, mode_of(self._model, self._mode), _differentiable_twice(), _unrounded(self._model):
+        with again as others, _differentiable_twice(), _unrounded(self._model):
             given = as_measured(copied(batch), self._device)
-            with exchanged(self._model, values), hooks_on_tensors() as hooks:
+            with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
                 loss = self._objective(self._model, given)
             self.others |= others
             if hooks:
@@ -223,7 +234,7 @@ class Probe:
     @contextmanager
     def _lent(self, values: Theta, moment: Moment) -> Iterator[None]:
         """Inside, the model has the tensors that it was evaluated with, and is as it was after that."""
-        with moment.again(), mode_of(self._model, self._mode), _differentiable_twice(), exchanged(self._model, values):
+        with moment.again(), _differentiable_twice(), exchanged(self._model, values), mode_of(self._model, self._mode):
             yield
 
     def _theta(self, theta: Theta | None) -> Theta:

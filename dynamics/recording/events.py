@@ -93,7 +93,9 @@ class Events:
             try:
                 expansion = probe.expand()
             except Exception as error:
-                raise ValueError(f"event(): the objective failed on the probe's batches with {named(error)}") from error
+                raise ValueError(
+                    f"event(): the objective failed on the probe's batches, in mode {mode!r}, with {named(error)}"
+                ) from error
             return Stage(self._layers, self._processes, expansion)
 
     def _loss_in_training(self, batches: Sequence[Any], moments: Sequence[Moment], like: Tensor) -> Tensor:

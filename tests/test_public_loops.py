@@ -628,3 +628,47 @@ def test_a_network_that_runs_with_other_parameters_too_keeps_its_own(tmp_path: P
     curvature = open_run(tmp_path / "run")["curvature"]
     np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
     np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
+
+
+def test_trades(tmp_path: Path) -> None:
+    """Its loss attacks the network in eval mode, and sets the gradients to zero itself: the step's stay."""
+    model, grads = convolutional_network(dropout=0.2), {}
+
+    def trades_loss(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        model.eval()
+        apart = nn.KLDivLoss(reduction="batchmean")
+        attacked = x.detach() + 0.001 * torch.randn_like(x)
+        for _ in range(2):
+            attacked.requires_grad_()
+            away = apart(F.log_softmax(model(attacked), dim=1), F.softmax(model(x), dim=1))
+            slope = torch.autograd.grad(away, attacked)[0]
+            attacked = torch.min(torch.max(attacked.detach() + 0.01 * slope.sign(), x - 0.03), x + 0.03)
+        model.train()
+        optimizer.zero_grad()
+        robust = apart(F.log_softmax(model(attacked), dim=1), F.softmax(model(x), dim=1))
+        return F.cross_entropy(model(x), y) + 6 * robust
+
+    def train(recorder: Recorder | None, optimizer: torch.optim.Optimizer) -> list[float]:
+        torch.manual_seed(1)
+        losses = []
+        for x, y in recorder.watch(images(3)) if recorder else images(3):
+            loss = trades_loss(model, x, y, optimizer)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            grads.setdefault(recorder is None, []).extend(one.grad.clone() for one in model.parameters())
+        return losses
+
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bare = train(None, optimizer)
+    model.load_state_dict(start)
+    with Recorder(
+        tmp_path / "run", model, optimizer, curvature_every=1,
+        objective=lambda model, batch: trades_loss(model, *batch, optimizer),
+    ) as recorder:  # fmt: skip
+        assert train(recorder, optimizer) == bare
+    assert all(map(torch.equal, grads[True], grads[False]))
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, bare, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-9)

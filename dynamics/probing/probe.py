@@ -212,7 +212,7 @@ class Probe:
         }
         values = free | pruned | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
-        with again as others, _differentiable_twice(), _unrounded(self._model):
+        with again as others, _differentiable_twice(), _unrounded(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
             with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
                 loss = self._objective(self._model, given)
@@ -300,6 +300,21 @@ def _listed(booleans: Sequence[Tensor]) -> list[bool]:
 def _keeps(module: nn.Module) -> bool:
     """Whether it may keep something from one forward pass to the next."""
     return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's own parameters have none, for the objective may set them to zero; afterwards they have."""
+    owners = [one for one in model.parameters() if one.is_leaf and one.grad is not None]
+    alike = [one for one in owners if (one.shape, one.dtype) == (one.grad.shape, one.grad.dtype)]  # could be given back
+    grads = [(parameter, parameter.grad) for parameter in alike]
+    try:
+        for parameter, _ in grads:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
 
 
 class _Recomputing:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from dynamics import Recorder, open_run
+from dynamics.models import build
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -276,3 +278,93 @@ def test_an_operation_with_a_derivative_is_believed(tmp_path: Path) -> None:
                 objective(model, batch).backward()
                 optimizer.step()
     assert open_run(tmp_path / "run")["curvature"].approximate.values.tolist() == [0, 0, 0]
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, with a gradient turned around, as a feature extractor is trained against a discriminator."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, inputs: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.share * grad, None
+
+
+class Binary(torch.autograd.Function):
+    """The sign, whose gradient is passed straight through."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, inputs: Tensor, share: float) -> Tensor:
+        return inputs.sign()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@pytest.mark.parametrize("operation", [Reversed, Binary])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_operation_that_passes_on_another_gradient_is_said(tmp_path: Path, operation: type, dtype: object) -> None:
+    """Also where it begins to later on, as in domain-adversarial training, whose share grows from zero."""
+    torch.manual_seed(0)
+    parts = {"features": nn.Linear(4, 6), "classes": nn.Linear(6, 3), "domains": nn.Linear(6, 2)}
+    model, shares = nn.ModuleDict(parts).to(dtype), iter([0.0, 0.5, 1.0, 1.0])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.ModuleDict, batch: tuple[Tensor, Tensor, float]) -> Tensor:
+        features = torch.tanh(model["features"](batch[0]))
+        reversed_ = operation.apply(features, batch[2])
+        domains = F.cross_entropy(model["domains"](reversed_), batch[1] % 2)
+        return F.cross_entropy(model["classes"](features), batch[1]) + 3 * domains
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+            for share in shares:
+                batch = torch.randn(8, 4, dtype=dtype), torch.randint(3, (8,)), share
+                recorder.observe(batch)
+                optimizer.zero_grad()
+                objective(model, batch).backward()
+                optimizer.step()
+    texts = [str(one.message) for one in said]
+    assert sum("passes on another gradient than that of what it computes" in text for text in texts) == 1
+    assert all("another gradient than" in text for text in texts)
+
+
+class MemoryEfficientSwish(torch.autograd.Function):
+    """x σ(x), which keeps x alone, as in published networks; its backward pass has a derivative."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs)
+        return inputs * torch.sigmoid(inputs)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        (inputs,) = ctx.saved_tensors
+        share = torch.sigmoid(inputs)
+        return grad * share * (1 + inputs * (1 - share))
+
+
+class Swish(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return MemoryEfficientSwish.apply(inputs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_operation_with_a_derivative_is_believed_in_a_deep_network(tmp_path: Path, seed: int) -> None:
+    """In single precision, where what is far enough for its rounding is too far for its curvature."""
+    torch.manual_seed(seed)
+    model = build("vgg13", num_classes=10, in_channels=1, width=0.125).float()
+    for part in list(model.modules()):
+        for name in [name for name, child in part.named_children() if isinstance(child, nn.ReLU)]:
+            setattr(part, name, Swish())
+    optimizer, data = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), torch.randn(2, 16, 1, 32, 32).float()
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch([(inputs, torch.randint(10, (16,))) for inputs in data]):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()

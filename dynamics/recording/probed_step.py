@@ -34,7 +34,7 @@ class ProbedStep:
         self._others = [name for name in names if name not in FORMULAS]
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._warn_once = WarnOnce()
-        self._compared = False
+        self._of_own_operations = 0  # how many steps were, so far
 
     @property
     def places(self) -> tuple[int, ...] | None:
@@ -146,11 +146,18 @@ class ProbedStep:
     def _second_order(
         self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]
     ) -> dict[str, Tensor]:
+        values = self._by_gates_or_products(probe, grad, vectors, names)
+        if probe.own_operations and "grad_hess_grad" in values:
+            self._of_own_operations += 1
+            if self._of_own_operations.bit_count() == 1:  # the 1st, 2nd, 4th...: it may pass on more as time goes on
+                self._compare(probe, grad, values["grad_hess_grad"])
+        return values
+
+    def _by_gates_or_products(
+        self, probe: Probe, grad: dict[str, Tensor], vectors: Vectors, names: list[str]
+    ) -> dict[str, Tensor]:
         try:
-            values = self._by_gates(probe, grad, names)
-            if probe.own_operations and "grad_hess_grad" in values:
-                self._compare(probe, grad, float(values["grad_hess_grad"].sum()))
-            return values
+            return self._by_gates(probe, grad, names)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -161,23 +168,32 @@ class ProbedStep:
                 )
             return self._by_products(probe, grad, vectors, names)
 
-    def _compare(self, probe: Probe, grad: dict[str, Tensor], exact: float) -> None:
-        """Say, once, where gᵀHg is not the change of the gradient along g: some backward passes have no derivative."""
-        if self._compared:
-            return
-        self._compared = True
+    def _compare(self, probe: Probe, grad: dict[str, Tensor], grad_hess_grad: Tensor) -> None:
+        """Say, once, where the change of the loss along g is not what g says, or gᵀHg not the change of g.
+
+        Some operations pass on another gradient than their own, and some backward passes have no derivative.
+        """
         theta = self._layers.named(self._step.theta)
-        length, size = (torch.nn.utils.get_total_norm(list(one.values())).double() for one in (grad, theta))
+        length, size = (float(torch.nn.utils.get_total_norm(list(one.values()))) for one in (grad, theta))
+        exact, bound = float(grad_hess_grad.sum()), float(grad_hess_grad.abs().sum())
         rounding = torch.finfo(self._layers.dtype).eps
-        epsilon = rounding ** (1 / 3) * (1 + size) / length
-        ahead, behind = (
-            probe.gradient({name: one + sign * epsilon * grad[name] if name in grad else one
-                            for name, one in theta.items()})[1]
-            for sign in (1, -1)
-        )  # fmt: skip
-        change = sum(((ahead[name] - behind[name]).double() * grad[name]).sum() for name in ahead) / (2 * epsilon)
-        error, noise = abs(exact - float(change)), float(10 * rounding * length**2 / epsilon)
-        if error > 0.1 * max(abs(exact), abs(float(change))) + noise:
+        # far enough for rounding, near enough for g to change by a part of it
+        epsilon = min(rounding ** (1 / 3) * (1 + size) / max(length, 1e-300), length**2 / max(100 * bound, 1e-300))
+        losses, slopes = zip(
+            *(self._along(probe, theta, grad, distance) for distance in (-epsilon, 0.0, epsilon)), strict=True
+        )
+        noise, passed_on = 10 * rounding / epsilon, slopes[1]
+        bent = abs(slopes[0] + slopes[2] - 2 * slopes[1]) / 2
+        slope, change = (losses[2] - losses[0]) / (2 * epsilon), (slopes[2] - slopes[0]) / (2 * epsilon)
+        if _differ(passed_on, slope, 0.05, noise * abs(losses[1]) + bent):
+            self._warn_once(
+                "an operation or hook of your own passes on another gradient than that of what it computes, as do "
+                f"gradient reversal and straight-through estimators: along g the loss changes by {slope:.4g}, and by "
+                f"{passed_on:.4g} as g says. Predictions of how the loss changes are by the gradient that is passed "
+                "on, not of the loss that is measured, and it has no curvature",
+                "own gradient",
+            )
+        elif self._of_own_operations == 1 and _differ(exact, change, 0.1, noise * length**2 + 3 * bent / epsilon):
             self._warn_once(
                 "curvature of an operation of your own is not the change of its gradient: gᵀHg is "
                 f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. One that passes on "
@@ -186,6 +202,14 @@ class ProbedStep:
                 "differences are recorded",
                 "own operation",
             )
+
+    def _along(
+        self, probe: Probe, theta: dict[str, Tensor], direction: dict[str, Tensor], distance: float
+    ) -> tuple[float, float]:
+        """The loss so far along a direction from θ, and its slope there as its gradient says."""
+        there = {name: one + distance * direction[name] if name in direction else one for name, one in theta.items()}
+        loss, grad = probe.gradient(there)
+        return loss.item(), sum((grad[name].double() * direction[name]).sum().item() for name in direction)
 
     def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         directions = [grad] if {"grad_hess_grad", "param_hess_grad"} & set(names) else []
@@ -213,6 +237,10 @@ class ProbedStep:
     def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
         aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]
         return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(aligned), strict=True)))
+
+
+def _differ(one: float, other: float, share: float, noise: float) -> bool:
+    return abs(one - other) > share * max(abs(one), abs(other)) + noise
 
 
 def _clipped_as(applied: Tensor, own: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -208,3 +209,42 @@ def test_a_network_that_holds_a_module_twice_is_pruned_and_stays_itself(measure:
     Pruner(model, torch.optim.SGD(parameters, 0.1), measure).prune(0.25, [(torch.randn(8, 4), torch.arange(8) % 3)])
     assert all(map(operator.is_, model.parameters(), parameters))
     assert model[2].weight is parameters[2]
+
+
+@pytest.mark.parametrize("given", ["both", "the one that steps last", "the one that steps first"])
+def test_an_optimizer_that_was_not_given_is_said_where_it_steps_in_between(tmp_path: Path, given: str) -> None:
+    """What the other one holds is then not where the gradient is from."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    first, last = (torch.optim.SGD(model[place].parameters(), 0.3) for place in (0, 2))
+    optimizers = {"both": [first, last], "the one that steps last": last, "the one that steps first": first}[given]
+    losses = []
+    said = pytest.warns(match="'0.weight' first, .*all optimizers that train the model, as a list")
+    with said if given.endswith("last") else nullcontext():
+        with Recorder(tmp_path / "run", model, optimizers, curvature_every=1) as recorder:
+            for inputs, labels in recorder.watch(batches()):
+                model.zero_grad()
+                loss = F.cross_entropy(model(inputs), labels)
+                loss.backward()
+                first.step()
+                last.step()
+                losses.append(loss.item())
+    curvature = open_run(tmp_path / "run")["curvature"]
+    same = np.isclose(curvature.loss_before, losses, rtol=1e-12)
+    assert same.all() != given.endswith("last")
+
+
+def test_nor_is_one_of_another_loss(tmp_path: Path) -> None:
+    """Two networks in one model, each with its loss and its recorder: what the other does is none of its business."""
+    model = nn.ModuleDict({"actor": nn.Linear(4, 3), "critic": nn.Linear(4, 3)}).double()
+    actor, critic = (torch.optim.SGD(model[name].parameters(), 0.3) for name in model)
+    with Recorder(tmp_path / "run", model, critic, objective=loss_of("critic"), curvature_every=1) as recorder:
+        for batch in recorder.watch(batches()):
+            model.zero_grad()
+            (loss_of("actor")(model, batch) + loss_of("critic")(model, batch)).backward()
+            actor.step()
+            critic.step()
+    assert open_run(tmp_path / "run")["curvature"].loss_before.notnull().all()
+
+
+def loss_of(name: str) -> Objective:
+    return lambda model, batch: cross_entropy(model[name], batch)

@@ -56,7 +56,7 @@ class Batches:
         self._counts = counted is not None
         self._backward = BackwardPasses(counted or list)
         self._forward = ForwardPasses(own, self._pass_begins, self._evaluation_begins)
-        self.moments = Moments(own, device, objective, self._backward)
+        self.moments = Moments(own, device, objective, self._backward, counted)
         self.bystanders = Bystanders(own, objective)
         self._awaits, self._asleep = False, asleep
         self._reader = threading.get_ident()
@@ -158,7 +158,7 @@ class Batches:
                 "the batches are read in another thread than that of the steps: watch what the loop itself iterates, "
                 "recorder.watch(...) around what reads ahead"
             )
-        self.moments.look_at_frozen(self._seen)
+        self.moments.look_back(self._seen)
         of_epoch = self._of_epoch if self._backward else 0
         self._candidates = candidates(
             self._seen, self._used, self._backward.count, ahead=self._ahead, of_epoch=of_epoch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,17 +32,27 @@ class Moments:
 
     Attributes:
         failure: why moments are not kept any more, if they are not.
+        beside: names of parameters that no optimizer holds which was given, and that moved since the last forward pass.
         lost: whether the step cannot be measured: parameters that are not trained have moved, unexpectedly. From the
             next step on they are kept.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, objective: Objective, backward: BackwardPasses) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        objective: Objective,
+        backward: BackwardPasses,
+        held: Callable[[], Sequence[nn.Parameter]] | None,
+    ) -> None:
         self._model, self._device, self._objective, self._backward = model, device, objective, backward
         trained, frozen = (
             sum(one.numel() for one in model.parameters() if one.requires_grad == wanted) for wanted in (True, False)
         )
         self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
         self._moves_frozen = self.lost = False
+        self._held = held
+        self.beside: list[str] = []
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self.failure = _SCRIPTED if scripted else None
         self._thread = threading.get_ident()
@@ -129,11 +139,16 @@ class Moments:
             last = waiting
         return None if last is None else last.moment
 
-    def look_at_frozen(self, seen: Sequence[Seen]) -> None:
+    def look_back(self, seen: Sequence[Seen]) -> None:
         """See whether parameters that are not trained have moved since the batches came: if so, they are kept later on.
 
-        The step is ``lost`` where they were not kept before.
+        The step is ``lost`` where they were not kept before. And whether others, which optimizers may have trained
+        that were not given, have moved ``beside`` since the last forward pass began.
         """
+        last = next((one.moment for one in reversed(seen) if one.passed), None)
+        changed = last.changed if last and self._held else {}
+        held = {id(one) for one in self._held()} if changed else set()
+        self.beside = [name for name, one in changed.items() if id(one) not in held]
         first = seen[0] if seen else None  # what moved since a later one came moved since this, too
         since = first and (first.moment if first.again else first.first_moment)
         moved = since is not None and since.moved

@@ -91,6 +91,7 @@ class Moment:
         self._random, self._attributes = RandomState(device), kept(model.modules(), objective)
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._parameters = {name: one for name, one in model.named_parameters() if isinstance(one, nn.Parameter)}
+        self._versions = {name: one._version for name, one in self._parameters.items() if one.requires_grad}
         frozen = self._frozen()
         self._norms = _norms(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
@@ -143,6 +144,15 @@ class Moment:
     def moved(self) -> bool:
         """Whether a parameter that is not trained has changed since."""
         return not _same(self._norms, _norms(self._frozen()))
+
+    @property
+    def changed(self) -> dict[str, nn.Parameter]:
+        """The parameters, of those that are trained, which have been changed in place since, by name."""
+        return {
+            name: self._parameters[name]
+            for name, version in self._versions.items()
+            if self._parameters[name]._version != version
+        }
 
     def is_as(self, other: Moment) -> bool:
         """Whether a forward pass from here on is one from the other on, as far as is kept of both."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -118,6 +118,7 @@ class StepCurvature:
             return None
         self._batches.bystanders.of_objective(best.candidate.probe.others)
         self._loss.measured(step, best.cosine, best.loss, len(best.candidate.probe))
+        self._say_beside(best.grad)
         if best.cosine < _DOUBTFUL:
             self._warn_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
@@ -179,6 +180,16 @@ class StepCurvature:
             "step on that is due, when they are kept",
             "lost",
         )
+
+    def _say_beside(self, grad: Mapping[str, Tensor]) -> None:
+        """Say which parameters the loss depends on that another optimizer has moved, which was not given."""
+        if name := next((one for one in self._batches.moments.beside if one in grad and grad[one].any()), None):
+            self._warn_once(
+                f"parameters that no optimizer holds which the recorder was given, {name!r} first, move between a "
+                "forward pass and its step: curvature and loss are of where they are at the step. Give it all "
+                "optimizers that train the model, as a list",
+                "beside",
+            )
 
     def _say_unknown(self, step: int) -> None:
         self._warn_once(

@@ -245,6 +245,26 @@ def test_what_is_frozen_has_no_gradient_to_be_ranked_by(measure: str, granularit
         assert (scores(model, batches, of_frozen)["0"] > 0).all()
 
 
+@pytest.mark.parametrize("measure", ["taylor", "fisher", "gradient_norm_increase"])
+def test_what_the_loss_does_not_look_at_has_no_importance(measure: str) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.other = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 3, 1)
+            self.label, self.place = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.image(inputs).relu()
+            return self.label(hidden.mean((2, 3))), self.place(self.other(hidden).mean((2, 3)))
+
+    def of_labels(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0])[0], batch[1])
+
+    found = scores(TwoHeads(), images(2), measure, objective=of_labels)
+    assert (found["other"] == 0).all()
+    assert (found["image"] != 0).any()
+
+
 class Frames(nn.Module):
     """Images of a film, one after the other."""
 

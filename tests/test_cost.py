@@ -269,3 +269,42 @@ def test_a_channel_that_is_constant_where_its_filter_went_is_read(added: str) ->
     assert (read[0][~pruning.alive["first"]] > 0).all()  # not silent, so that its weights in the next are of use
     assert pruning.cost.parameters == whole - 3 * 28
     assert pruning.cost.multiply_adds == 3 * 27 * 36 + 5 * 6 * 9 * 16 + 10
+
+
+class Joined(nn.Module):
+    """What two convolutions put out, side by side, is normalised before the next one reads it."""
+
+    def __init__(self, normalisation: nn.Module) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.normalisation, self.next, self.head = normalisation, nn.Conv2d(8, 5, 3), nn.Linear(5, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        joined = torch.cat([self.left(inputs), self.right(inputs)], 1)
+        return self.head(self.next(self.normalisation(joined)).relu().mean((2, 3)))
+
+
+NORMALISATIONS = {
+    "batches": lambda: nn.BatchNorm2d(8),
+    "groups": lambda: nn.GroupNorm(2, 8),
+    "samples": lambda: nn.LayerNorm([8, 6, 6]),
+    "samples, without a bias": lambda: nn.LayerNorm([8, 6, 6], bias=False),
+    "instances": lambda: nn.InstanceNorm2d(8, affine=True),
+    "instances, without a bias": lambda: nn.InstanceNorm2d(8),
+    "scale alone": lambda: nn.RMSNorm([8, 6, 6]),
+}
+
+
+@pytest.mark.parametrize("kind", NORMALISATIONS)
+def test_a_channel_of_which_a_normalisation_makes_something_is_read(kind: str) -> None:
+    model = Joined(NORMALISATIONS[kind]())
+    for tensor in (*model.normalisation.parameters(), *model.normalisation.buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1)
+    pruning = Pruner(model, None, "magnitude", protected=["next"]).prune(0.5, [(torch.rand(2, 3, 8, 8), None)])
+    read = []
+    model.next.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].abs().amax((0, 2, 3)) > 0))
+    model.eval()(torch.rand(2, 3, 8, 8))
+    channels = int(read[0].sum())
+    assert channels == (4 if kind in ("instances, without a bias", "scale alone") else 8)
+    assert pruning.cost.multiply_adds == 4 * 27 * 36 + 5 * channels * 9 * 16 + 10

@@ -29,8 +29,8 @@ from ..probing.probe import mode_of, unwrap
 from .candidates.channels import LAYERS, NORMALISATIONS, TRANSPOSED
 from .candidates.weights import weight_of
 
-# In the network of silence, what subtracts a mean would make zeros of ones.
-_PASSED_BY = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm)
+_OF_INSTANCES = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_OF_SAMPLES = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, *_OF_INSTANCES)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,19 @@ def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for name, module in model.named_modules():
             if isinstance(module, LAYERS):
                 hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
-            elif isinstance(module, _PASSED_BY):
-                hooks.enter_context(module.register_forward_hook(lambda module, inputs, output: inputs[0]))
+            elif isinstance(module, _OF_SAMPLES):
+                hooks.enter_context(module.register_forward_hook(_normalised))
         yield read
+
+
+def _normalised(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What a normalisation of single samples puts out in the network of silence, where its mean would make zeros.
+
+    A silent channel comes out of it less the mean of others, or as its bias, and is silent no more, but where it is
+    scaled alone.
+    """
+    alone = isinstance(module, nn.RMSNorm) or (isinstance(module, _OF_INSTANCES) and not module.affine)
+    return inputs[0] if alone else torch.ones_like(inputs[0])
 
 
 def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:

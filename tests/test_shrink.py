@@ -516,6 +516,22 @@ def test_slopes_of_an_activation_go_with_their_channel(slopes: int) -> None:
     assert_same(model.between[0].weight, masked.between[0].weight[kept])
 
 
+def test_one_slope_of_all_channels_hides_none_of_them() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.PReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(900, 6), nn.PReLU(), nn.Linear(6, 4)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    train(model, optimizer, 1)
+    silence(model, optimizer, {"0": [1, 2], "4": [5]})
+    masked, of_masked = twin(model, optimizer)
+    shrink(model, optimizer)
+    assert [tuple(model[layer].weight.shape) for layer in (0, 1, 4, 6)] == [(2, 1, 3, 3), (1,), (5, 450), (4, 5)]
+    train(model, optimizer, 2)
+    train(masked, of_masked, 2)
+    assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+    assert_same(model[1].weight, masked[1].weight)
+
+
 @pytest.mark.parametrize("message", UNKNOWN)
 def test_what_cannot_be_followed_is_refused_by_name_and_left_alone(message: str) -> None:
     model = UNKNOWN[message]()

@@ -81,6 +81,9 @@ def _bare_copy(model: nn.Module) -> nn.Module:
             hooks.clear()
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    for module in twin.modules():
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            module.weight.requires_grad_(False)  # a slope of all channels, which the graph would have as a branch
     for _, tensor in _floating(twin):
         tensor.data = precise(tensor.data)
     return twin

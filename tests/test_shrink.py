@@ -478,7 +478,22 @@ def tied() -> nn.Module:
     return model
 
 
+class SplitTwice(Odd):
+    """Two layers' channels, joined, and their halves exchanged twice."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda hidden: torch.cat([hidden, self.other(hidden)], 1))
+        self.other, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.between(F.relu(self.first(inputs)))
+        for _ in range(2):
+            hidden = torch.cat(hidden.chunk(2, 1)[::-1], 1)
+        return self.second(hidden).mean((2, 3))
+
+
 UNKNOWN = {
+    "torch-pruning cannot follow the channels of layer 'first': IndexError": SplitTwice,
     "'between' \\(GroupNorm": lambda: Odd(nn.GroupNorm(2, 4)),
     "'between' \\(ConvTranspose2d": lambda: Odd(nn.ConvTranspose2d(4, 4, 3, padding=1)),
     "'between' \\(Conv2d.*groups=2": lambda: Odd(nn.Conv2d(4, 4, 3, padding=1, groups=2)),

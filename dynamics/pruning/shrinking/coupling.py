@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import named
 from ...network.identities import is_layer
 from ...network.masks import parameter_masks
 from ...probing.batch import mapped
@@ -105,7 +106,7 @@ def _removable(graph: Any, name: str, module: nn.Module, silent: Mapping[str, Te
     units = silent[name].nonzero().flatten().tolist()
     units = units[len(units) == len(silent[name]) :]  # a layer keeps one unit, though it be silent
     while units:
-        group = graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, units)
+        group = _group(graph, name, module, units)
         _check_known(graph, group, name, CHANNELWISE | _LIFTING)
         staying = {root for item in group.items for root in _staying(graph, item, silent)}
         if not staying:
@@ -113,6 +114,15 @@ def _removable(graph: Any, name: str, module: nn.Module, silent: Mapping[str, Te
             return group.items
         units = [unit for unit in units if unit not in staying]
     return []
+
+
+def _group(graph: Any, name: str, module: nn.Module, units: list[int]) -> Any:
+    try:
+        return graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, units)
+    except Exception as error:  # it has no offsets of what is split twice, say
+        raise ValueError(
+            f"torch-pruning cannot follow the channels of layer {name!r}: {named(error)}. The model is left as it was"
+        ) from error
 
 
 def _staying(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[int]:

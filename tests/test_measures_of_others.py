@@ -41,6 +41,17 @@ def test_snip_is_the_sensitivity_to_gates_on_the_weights(name: str) -> None:
     close(scores(model, [batch(3)], "snip", granularity="weight"), expected)
 
 
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_snip_of_a_dead_network_is_zero(granularity: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    batches = [(torch.randn(5, 4), torch.arange(5) % 3)]
+    pruning = Pruner(model, None, "snip", granularity=granularity).prune(0.5, batches)
+    assert all((values == 0).all() for values in pruning.scores.values())
+    assert pruning.sparsity == 0.5
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_grasp_is_its_authors_algorithm_where_only_weights_train(name: str) -> None:
     """Wang et al. 2020, algorithm 2: −θ ⊙ Hg at T = 200 by backward through gᵀg; the share of highest scores goes."""

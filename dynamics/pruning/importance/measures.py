@@ -122,6 +122,10 @@ def find_measure(name: str) -> Measure:
 
 
 def normalised(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores divided by their sum over the whole network, so that they add up to 1 (SNIP, Lee et al. 2019, eq. 4)."""
+    """Scores divided by their sum over the whole network, so that they add up to 1 (SNIP, Lee et al. 2019, eq. 4).
+
+    In a network that is dead all of them are 0.
+    """
     total = torch.stack([values.sum() for values in scores.values()]).sum()
+    total = total.clamp(min=torch.finfo(total.dtype).tiny)
     return {name: values / total for name, values in scores.items()}

@@ -271,6 +271,16 @@ def test_a_channel_that_is_constant_where_its_filter_went_is_read(added: str) ->
     assert pruning.cost.multiply_adds == 3 * 27 * 36 + 5 * 6 * 9 * 16 + 10
 
 
+def test_a_layer_that_stands_in_two_blocks_is_counted_in_both() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    blocks = nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.ReLU())
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * 64, 2))
+    pruning = Pruner(model, None, "random", seed=0).prune(0.5, [(torch.rand(2, 4, 8, 8), None)])
+    assert pruning.dense.multiply_adds == 2 * 4 * 4 * 9 * 64 + 512
+    assert pruning.cost.multiply_adds == 2 * 2 * 4 * 9 * 64 + 256  # in one place it reads all channels
+    assert pruning.cost.parameters == 2 * 4 * 9 + 2 + 256 + 2
+
+
 class Joined(nn.Module):
     """What two convolutions put out, side by side, is normalised before the next one reads it."""
 

@@ -57,13 +57,13 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
         if keep:
             read.clear()
             _count(model, shape, _silence(model, keep))
-    total, parameters, layers = counts.get("Global", 0), 0, {weight_of(layer): layer for layer in read}
+    total, parameters, layers = counts[""], 0, {weight_of(layer): layer for layer in read}
     for name, parameter in model.named_parameters():
         kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
         layer = layers.get(plain_name(name))
         if layer is not None and parameter.shape == model.get_submodule(layer).weight.shape:
             kept = kept & _slices(model.get_submodule(layer), read[layer] | ~whole[layer])
-            total -= counts.get(layer or "Global", 0) * (1 - kept.sum().item() / kept.numel())
+            total -= counts[layer] * (1 - kept.sum().item() / kept.numel())
         parameters += int(kept.sum())
     return Cost(parameters, round(total / 2))
 
@@ -118,12 +118,16 @@ def _normalised(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
 
 
 def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:
-    """FLOPs of a sample by module, and "Global" for all."""
+    """FLOPs of a sample by the first name of each module, which may stand in several places; by "" all."""
     ones = torch.ones(1, *shape, dtype=torch.float64, device=next(model.parameters()).device)
+    names = {module: name for name, module in model.named_modules()}
     with _plain_attention(), FlopCounterMode(display=False) as counter, exchanged(model, values):
         model(ones)
-    root = f"{type(model).__name__}."
-    return {name.removeprefix(root): sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    root, counts = f"{type(model).__name__}.", dict.fromkeys(names.values(), 0)
+    by_place = {name.removeprefix(root): sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    for place, module in model.named_modules(remove_duplicate=False):
+        counts[names[module]] += by_place.get(place or "Global", 0)
+    return counts
 
 
 @contextmanager

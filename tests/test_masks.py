@@ -177,6 +177,16 @@ def test_not_a_number_goes_too() -> None:
         assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_no_number_leaves_what_is_pruned_at_zero(value: float) -> None:
+    model, optimizer = linear()
+    apply_masks(model, {"weight": torch.tensor([[False, True, True], [True, True, True]])}, optimizer)
+    model(torch.ones(1, 3)).backward(torch.tensor([[value, 1.0]]))
+    assert model.weight.grad[0].isfinite().tolist() == [True, False, False]
+    optimizer.step()
+    assert model.weight[0, 0] == 0
+
+
 def test_masks_stay_out_of_the_state_dict() -> None:
     model, _ = linear()
     keys = list(model.state_dict())

@@ -76,7 +76,7 @@ class _Masking:
         self._owner, self._leaf = owner, leaf
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return grad * _mask(self._owner, self._leaf)
+        return torch.where(_mask(self._owner, self._leaf), grad, 0)  # not multiplied: what is not finite goes, too
 
 
 def _mask_gradient(owner: nn.Module, leaf: str) -> None:

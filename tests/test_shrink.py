@@ -547,6 +547,18 @@ def test_one_slope_of_all_channels_hides_none_of_them() -> None:
     assert_same(model[1].weight, masked[1].weight)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_network_that_has_diverged_shrinks_as_any_other(value: float) -> None:
+    model = Odd(nn.ReLU())
+    with torch.no_grad():
+        model.second.weight[0, 0, 0, 0] = value
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"first": [1]})
+    masked = copy.deepcopy(model)
+    shrink(model)
+    assert model.first.weight.shape == (3, 1, 3, 3)
+    torch.testing.assert_close(model(batch(7)[0]), masked(batch(7)[0]), equal_nan=True)
+
+
 @pytest.mark.parametrize("message", UNKNOWN)
 def test_what_cannot_be_followed_is_refused_by_name_and_left_alone(message: str) -> None:
     model = UNKNOWN[message]()

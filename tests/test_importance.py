@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 
 from dynamics.models import ResNet, build
-from dynamics.network.masks import apply_masks, filters_left
+from dynamics.network.masks import apply_masks, filters_left, parameter_masks
 from dynamics.pruning import MEASURES, Pruner, resampled_scores, scores
+from dynamics.pruning.candidates.units import unit_layers
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -91,6 +93,43 @@ def test_neurons_that_read_a_flattened_channel_lose_all_of_its_pixels(flatten: n
     expected = hidden.view(6, 4, -1)[:, [0, 2, 3]] if side == 4 else hidden
     torch.testing.assert_close(found["4"], expected.flatten(1).sum(1))
     torch.testing.assert_close(found["6"], last[:, [0, 1, 3, 5]].sum(1))
+
+
+class Averaged(nn.Sequential):
+    """Channels, their mean over all pixels in one of several ways, a normalisation and neurons that read them."""
+
+    def __init__(self, mean: Callable[[Tensor], Tensor]) -> None:
+        channels, neurons = nn.Conv2d(1, 4, 3), nn.Linear(4, 6)
+        super().__init__(channels, nn.BatchNorm1d(4), neurons, nn.ReLU(), nn.Linear(6, 2))
+        self.mean = mean
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        averaged = self[1](self.mean(self[0](inputs).relu()))
+        return self[4](self[3](self[2](averaged)))
+
+
+MEANS = {
+    "module": lambda channels: F.adaptive_avg_pool2d(channels, 1).flatten(1),
+    "method": lambda channels: channels.mean((2, 3)),
+    "function": lambda channels: torch.mean(channels, dim=[-1, -2]),
+    "kept": lambda channels: channels.mean((2, 3), keepdim=True).flatten(1),
+}
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_channels_averaged_over_their_pixels_are_followed_however_that_is_written(mean: str) -> None:
+    model = Averaged(MEANS[mean])
+    kept = Pruner(model, None, "random", seed=0, protected=["2"]).prune(0.5).alive["0"]
+    assert set(parameter_masks(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    found = scores(model, None, "magnitude_l1")["2"]
+    torch.testing.assert_close(found, model[2].weight.detach().abs()[:, kept].sum(1))
+
+
+@pytest.mark.parametrize("dims", [(1, 2), 3, (0, 2, 3)])
+def test_what_is_averaged_over_other_dimensions_is_mixed(dims: int | tuple[int, ...]) -> None:
+    model = Averaged(lambda channels: channels.mean(dims))
+    assert unit_layers(model)[0].modules == ("0",)
+    assert not unit_layers(model)[0].readers
 
 
 FORMULAS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -64,11 +65,27 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     return "alone" if alone else "lifts" if lifts else "ends"
 
 
+def pools(node: fx.Node, layer: nn.Module) -> bool:
+    """Whether an operation averages the channels of a convolution over all pixels, as ``x.mean((2, 3))`` does."""
+    if node.target not in (torch.mean, "mean") or not isinstance(layer, CONVOLUTIONS):
+        return False
+    over, count = _given(node, "dim", "keepdim").get("dim"), layer.weight.ndim
+    dims = over if isinstance(over, tuple | list) else [over]
+    return all(isinstance(dim, int) for dim in dims) and {dim % count for dim in dims} == set(range(2, count))
+
+
+def _given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments of a function of one tensor that were given, by name."""
+    return dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+
+
 def lays_out(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation lays a sample's channels one after the other, as a linear layer reads them."""
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (1, -1)
-    start = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+    if node.target in (torch.mean, "mean"):
+        return not _given(node, "dim", "keepdim").get("keepdim", False)
+    start = _given(node, "start_dim", "end_dim")
     return node.target in (torch.flatten, "flatten") and (start.get("start_dim"), start.get("end_dim", -1)) == (1, -1)
 
 

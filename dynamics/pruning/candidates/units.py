@@ -18,7 +18,7 @@ from ...errors import first_line
 from ...network.masks import filters_left
 from ...network.structure import check_initialised
 from ...probing.probe import mode_of
-from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out
+from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
 from .weights import not_plain, within
 
 _LEAVE = "to leave it as it is, name it in protected=(...)"
@@ -89,9 +89,9 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         head = any(_reaches_output(model, node) for node in calls[name])
         if isinstance(module, nn.Linear) and head:
             continue
-        filters, way = len(module.weight), _Way()
+        way = _Way()
         for node in calls[name]:
-            _follow(model, node, filters, way)
+            _follow(model, node, module, way)
         for shared in (one for one in way.modules if not way.nodes.issuperset(calls[one])):
             way.refusal = f"runs into {shared!r}, and so do other channels"
         if refusal := _refusal(model, name, module) or (None if head else way.refusal):
@@ -104,7 +104,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
             for reader, laid_out in way.readers.items()
             if len(calls[reader]) == 1 and _reads_each(module, model.get_submodule(reader), laid_out=laid_out)
         )
-        layers.append(UnitLayer(name, filters, modules, copies, way.summed, head, readers))
+        layers.append(UnitLayer(name, len(module.weight), modules, copies, way.summed, head, readers))
     refusals += _unseen(model, calls, protected)
     if refusals:
         raise ValueError(f"{'; '.join(refusals)}; {_LEAVE}")
@@ -153,8 +153,9 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     return not_plain(model, name)
 
 
-def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way, *, laid_out: bool = False) -> None:
-    """Go with the node's channels one by one, as far as nothing mixes them."""
+def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, laid_out: bool = False) -> None:
+    """Go with a layer's channels one by one from a node on, as far as nothing mixes them."""
+    filters = len(layer.weight)
     for user in node.users:
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         if is_depthwise(module) or isinstance(module, NORMALISATIONS):
@@ -164,16 +165,16 @@ def _follow(model: nn.Module, node: fx.Node, filters: int, way: _Way, *, laid_ou
                 way.refusal = f"runs into {user.target!r}, which has no γ and β: a silenced filter is not silent"
             way.modules.append(user.target)
             way.nodes.add(user)
-            _follow(model, user, filters, way, laid_out=laid_out)
+            _follow(model, user, layer, way, laid_out=laid_out)
         elif is_sum(user):
             way.summed = True
-        elif user.op != "output" and (effect := does(user, module)) != "ends":
+        elif user.op != "output" and (effect := "alone" if pools(user, layer) else does(user, module)) != "ends":
             if effect == "lifts":
                 what = user.target if isinstance(user.target, str) else user.target.__name__
                 kind = f" ({type(module).__name__})" if module is not None else ""
                 way.refusal = f"runs into {what!r}{kind}, which makes something of a silenced filter"
             else:
-                _follow(model, user, filters, way, laid_out=laid_out or lays_out(user, module))
+                _follow(model, user, layer, way, laid_out=laid_out or lays_out(user, module))
         elif isinstance(module, LAYERS):
             way.readers[user.target] = laid_out
 

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 import analysis
 from analysis.claims import judged
 from analysis.overview import overview
+from analysis.remembered import remembering
 from analysis.seed_tables import chance
 from analysis.typeset import as_markdown
 from dynamics.models import build
@@ -26,6 +28,13 @@ FLAT = " ".join(PAGE.split())  # whatever its line breaks
 Runs = dict[str, xr.DataTree]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def each_run_is_looked_at_once() -> Iterator[None]:
+    with remembering():
+        yield
+
+
+@cache
 def records(name: str) -> Runs:
     return analysis.open_runs(map(str, sorted((DOCS / "records").glob(f"{name}.zarr.zip"))))
 

@@ -361,6 +361,23 @@ def test_epochs_are_counted_on_where_steps_are_recorded_seldom(tmp_path: Path, m
     assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
 
 
+def test_epochs_logged_behind_the_last_recorded_step_are_taken_back_as_well(tmp_path: Path) -> None:
+    pair, states = fresh(), []
+    with Recorder(tmp_path / "run", *pair, every=100, curvature_every=0) as recorder:
+        for epoch in range(3):
+            for batch in recorder.watch(vectors(10)):
+                plain_step(*pair, batch)
+            recorder.log_epoch(test_accuracy=epoch / 10)
+            states.append(checkpoint(pair))
+    settings = {"every": 100, "curvature_every": 0, "step": 10}
+    with pytest.raises(ValueError, match=r"model is at step 10 of .*, the record goes on to step 30 with 0"):
+        Recorder(tmp_path / "run", *loaded(states[0]), resume=True, **settings)
+    Recorder(tmp_path / "run", *loaded(states[0]), resume="rewind", **settings).close()
+    run = open_run(tmp_path / "run")
+    assert (run["epochs"].step.values.tolist(), run["epochs"].epoch.values.tolist()) == ([10], [0])
+    assert run.attrs["resumed"][0]["dropped"] == 20
+
+
 def test_epochs_without_watched_data_go_on_where_they_were(tmp_path: Path) -> None:
     def trained(path: Path, pair: Pair, epochs: int, **settings: object) -> list[dict]:
         with Recorder(path, *pair, curvature_every=0, **settings) as recorder:

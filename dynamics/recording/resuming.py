@@ -79,8 +79,8 @@ class Record:
 
     @property
     def end(self) -> tuple[int, int]:
-        """Step and number of events after all that is recorded."""
-        last = [*self.steps[-1:] + 1, *self.events[-1:], 0]
+        """Step and number of events after all that is recorded; epochs may end behind the last step that is."""
+        last = [*self.steps[-1:] + 1, *self.events[-1:], *self.column("epochs", "step")[-1:], 0]
         return int(max(last)), len(self.events)
 
     def place(self, step: int, events: int) -> Place:

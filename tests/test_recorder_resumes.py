@@ -408,6 +408,22 @@ def test_where_parameters_stood_still_the_step_is_asked_for(tmp_path: Path) -> N
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1]
 
 
+def test_a_record_of_no_step_yet_is_gone_on_with_from_its_beginning(tmp_path: Path) -> None:
+    pair = fresh()
+    with Recorder(tmp_path / "run", *pair, curvature_every=0) as recorder:
+        recorder.log_epoch(test_accuracy=0.1)
+    store = Store.reopen(tmp_path / "run")
+    store.append("curvature", {"step": np.array([0])})  # as an automatic flush may leave it, and a kill
+    store.commit()
+    store.close()
+    train(tmp_path / "run", pair, vectors(3), resume=True)
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == [0, 1, 2]
+    assert run["curvature"].step.values.tolist() == [0, 2]
+    assert run["epochs"].test_accuracy.values.tolist() == [0.1, 0.3]
+    assert distances(tmp_path / "run")[0] == 0
+
+
 def test_curvature_of_a_step_that_was_not_recorded_any_more_is_taken_back(tmp_path: Path) -> None:
     state = train(tmp_path / "run", fresh(), vectors(4))
     store = Store.reopen(tmp_path / "run")

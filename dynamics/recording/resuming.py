@@ -227,6 +227,8 @@ def _meeting(record: Record, step: int | None, rewind: bool, path: Path) -> tupl
     end, met = record.end, record.meets()
     if isinstance(step, Counted) and met is not None and not (rewind and len(record.exact) > 1):
         step = None
+    if end == (0, 0):  # no step and no event: at most what was logged before them
+        return step or 0, 0
     if step is None and met is None:
         raise ValueError(
             f"the model's parameters are those of no step in {path}, which ends at step {end[0]}: load the checkpoint "

@@ -206,6 +206,20 @@ def test_distances_from_what_is_not_known_any_more_are_said(tmp_path: Path) -> N
     assert np.isnan(distances(tmp_path / "run")).tolist() == [False, False, True]
 
 
+def test_a_recorder_that_could_not_begin_lets_the_record_go(tmp_path: Path) -> None:
+    """Also while what was raised is still at hand, as in a notebook."""
+    batches = vectors(3)
+    state = train(tmp_path / "run", fresh(), batches[:2])
+    (start,) = (tmp_path / "run").glob(".start-*")
+    start.write_bytes(b"half")
+    with pytest.raises(RecordError, match=r"start-.* cannot be read .*: copy it again, or remove it") as said:
+        Recorder(tmp_path / "run", *loaded(state), resume=True)
+    start.unlink()
+    with pytest.warns(UserWarning, match="distance_sqnorm"):
+        Recorder(tmp_path / "run", *loaded(state), resume=True).close()
+    assert said.value.__traceback__ is not None
+
+
 def test_a_record_that_begins_late_counts_its_epochs_from_0(tmp_path: Path) -> None:
     state, batches = checkpoint(fresh()), vectors(2)
     train(tmp_path / "watched", loaded(state), batches, resume=True, step=1000)

@@ -212,6 +212,23 @@ def test_a_dropped_store_lets_the_next_writer_in(tmp_path: Path) -> None:
     Store.reopen(path)
 
 
+def test_what_could_not_be_opened_may_be_opened_once_it_is_mended(tmp_path: Path) -> None:
+    """Also while what was raised is still at hand, as in a notebook."""
+    path = tmp_path / "run.zarr"
+    target = Store(path, ATTRIBUTES)
+    target.append("steps", rows(0, 3))
+    target.commit()
+    target.close()
+    chunk = path / "steps" / "loss" / "0"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:4] + bytes(4) + whole[8:])
+    with pytest.raises(RecordError, match="is damaged") as said:
+        Store.reopen(path)
+    chunk.write_bytes(whole)
+    Store.reopen(path).close()
+    assert said.value.__traceback__ is not None
+
+
 FORKING = """
 import gc, os, signal, sys, time
 from dynamics.record.store import Store

@@ -66,9 +66,13 @@ class Store:
         store.path = Path(path)
         check(store.path)  # before a lock file is put into somebody's folder
         store._take()
-        committed = check(store.path)
-        store._make_good(committed)
-        store._load(committed)
+        try:
+            committed = check(store.path)
+            store._make_good(committed)
+            store._load(committed)
+        except BaseException:
+            store._lock.release()
+            raise
         return store
 
     @property

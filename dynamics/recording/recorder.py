@@ -130,7 +130,12 @@ class Recorder:
         present = measurement.present()
         store, *known = processes.first(lambda: begin(path, origin, present, resume, step)) or (None,)
         place, past = processes.told(known)
-        measurement.start_from(store, place)
+        try:
+            measurement.start_from(store, place)
+        except BaseException:
+            if store is not None:
+                store.close()
+            raise
         self._rows = Rows(store, self._layers.names)
         counted = None if processes.replicated else groups.parameters
         self._batches = Batches(model, self._layers.device, objective, counted, anyone_measures)

@@ -299,7 +299,7 @@ def test_nothing_of_second_order_is_computed_unasked(tmp_path: Path, monkeypatch
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wanted = ["grad_sqnorm", "loss_before", "loss_after"]
     run = recorded(tmp_path / "run", model, optimizer, vectors(2), curvature_every=1, quantities=wanted)
-    assert set(run["steps"].data_vars) == {"grad_sqnorm"}
+    assert set(run["steps"].data_vars) == {"grad_sqnorm", "epoch"}
     assert set(run["curvature"].data_vars) == set(wanted)
     with pytest.raises(UserWarning, match="nobody asked"):
         recorded(tmp_path / "other", model, optimizer, vectors(1), quantities=["grad_hess_grad"])

@@ -375,6 +375,21 @@ def test_epochs_are_counted_on_where_steps_are_recorded_seldom(tmp_path: Path, m
     assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
 
 
+def test_epochs_are_counted_on_whatever_quantities_are_recorded(tmp_path: Path) -> None:
+    pair, batches = fresh(), vectors(2)
+    for step, quantities in ((0, ["grad_sqnorm"]), (4, ["epoch"]), (8, ["grad_sqnorm"])):
+        settings = {"curvature_every": 0, "quantities": quantities, "resume": True, "step": step}
+        with Recorder(tmp_path / "run", *pair, **settings) as recorder:
+            for _ in range(2):
+                for batch in recorder.watch(batches):
+                    plain_step(*pair, batch)
+            with recorder.event("look", probe=batches):
+                pass
+    run = open_run(tmp_path / "run")
+    assert run["steps"].epoch.values.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert run["pruning"].epoch.values.tolist() == [1, 3, 5]
+
+
 def test_epochs_logged_behind_the_last_recorded_step_are_taken_back_as_well(tmp_path: Path) -> None:
     pair, states = fresh(), []
     with Recorder(tmp_path / "run", *pair, every=100, curvature_every=0) as recorder:

@@ -82,7 +82,7 @@ class Recorder:
             in Python that changes from step to step, nor use tensors that are replaced by others, such as a teacher's
             that is copied anew.
         quantities: names of the quantities of ``/steps`` and ``/curvature`` to record; None means all. Nothing that
-            was not asked for is computed.
+            was not asked for is computed; which step and epoch it was is always said.
         attributes: what the run is, or its whole configuration: numbers, strings, or lists of them. Tables, claims and
             figures compare runs by their ``model``, ``data``, ``measure``, ``rounds``, ``sparsity`` and ``seed``, and
             average over none that differ in anything else that is said here.

@@ -208,7 +208,7 @@ class Steps:
             "learning_rate": lambda: self._groups.learning_rate(trained),
             "flow_step": lambda: self._groups.flow_step(trained),
             "flow_time": lambda: self._flow_time,
-            "epoch": lambda: self._epochs.present,
             "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 where all were
         }
-        return {"step": self.number} | {name: value() for name, value in scalars.items() if name in self._names}
+        counted = {"step": self.number, "epoch": self._epochs.present}  # whole numbers, which are never missing
+        return counted | {name: value() for name, value in scalars.items() if name in self._names}

@@ -572,6 +572,20 @@ def test_a_round_in_which_no_filter_was_to_go_is_no_pruning_of_something_else(tm
     assert reached == pytest.approx([0, 0.2, 0.2])
 
 
+def test_steps_inside_an_event_lie_before_it_ends(tmp_path: Path) -> None:
+    """Also the last, of one of two optimizers."""
+    model, batches = smooth_network(), vectors(3)
+    optimizers = [torch.optim.SGD(model[layer].parameters(), 0.1) for layer in (0, 2)]
+    with Recorder(tmp_path / "run", model, optimizers, curvature_every=0) as recorder:
+        with recorder.event("tune", probe=batches):
+            for number, batch in enumerate(batches):
+                recorder.observe(batch)
+                plain_step(model, optimizers[number % 2], batch)
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == [0, 1, 2]
+    assert run["pruning"].step.values.tolist() == [3]
+
+
 def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer, probe = torch.optim.SGD(model.parameters(), 0.1), vectors(1)

@@ -240,6 +240,7 @@ class Recorder:
         self._attachment.end()
         with self._events.measured(kind, probe, mode, attributes) as event:
             yield event
+            self._attachment.end()  # a step that was taken inside lies before the network as it is afterwards
 
     def flush(self) -> None:
         """Write all that was recorded so far and wait for it: before a checkpoint is saved, say."""

@@ -99,12 +99,13 @@ def test_going_back_is_refused_unless_asked_for(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, when: str) -> None:
+def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, when: str, every: int) -> None:
     pair, batches = fresh(), vectors(6)
     keep = {"0.weight": (torch.arange(5) > 1).view(5, 1).expand(5, 4)}
     state = {}
-    with Recorder(tmp_path / "run", *pair, curvature_every=2) as recorder:
+    with Recorder(tmp_path / "run", *pair, curvature_every=2, every=every) as recorder:
         for batch in recorder.watch(batches[:3]):
             plain_step(*pair, batch)
         state["before"] = checkpoint(pair)
@@ -120,13 +121,13 @@ def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, whe
     pair = loaded(state[when])
     if when == "after":
         with pytest.warns(UserWarning, match="8 parameters that were pruned when event 0 .* no mask now .* layer '0'"):
-            Recorder(tmp_path / "run", *pair, curvature_every=2, resume=True).close()
+            Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume=True).close()
         apply_masks(pair[0], keep)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Recorder(tmp_path / "run", *pair, curvature_every=2, resume="rewind").close()
+        Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume="rewind").close()
     run = open_run(tmp_path / "run")
-    assert run["steps"].sizes["step"] == 3
+    assert run["steps"].sizes["step"] == (3 if every == 1 else 1)
     assert run["pruning"].sizes["event"] == run["units"].sizes["event"] == (1 if when == "after" else 0)
 
 

@@ -155,7 +155,8 @@ class Record:
                     after = self._sqnorm + 2 * change + square
                 moments += zip((self.steps + 1).tolist(), events.tolist(), after, strict=True)
         staged = self.column("pruning", "param_sqnorm")
-        moments += [(int(step), index + 1, staged[index, 1]) for index, step in enumerate(self.events)]
+        for index, step in enumerate(self.events.tolist()):
+            moments += [(step, index, staged[index, 0]), (step, index + 1, staged[index, 1])]
         return moments
 
 

@@ -54,7 +54,7 @@ class Logged:
         if name in self._initial:
             self._initial.remove(name)
             del self._of_last[name]
-        self._of_last.setdefault(name, []).extend(values)
+        self._of_last[name] = [*self._of_last.get(name, ()), *values]  # at once, for a signal's handler may flush
 
     @property
     def waiting(self) -> Any:

@@ -58,8 +58,9 @@ class Rows:
 
         Returns what was logged of the last one.
         """
+        last, self._step = self._step, {}  # out of reach of a signal's handler that flushes: the scalars change now
         logged = self.logged.step(mark, late=late)
-        self._send(logged)
+        self._send(last, logged)
         self._step = dict(row or {})
         return logged
 
@@ -69,14 +70,14 @@ class Rows:
         If the training ``ends``, what waits for another step is this one's, unless it has the name.
         """
         logged = self.logged.of_last(ends=ends)
-        self._send(logged)
+        self._send(self._step, logged)
+        self._step = {}
         return logged
 
-    def _send(self, logged: Mapping[str, Scalar]) -> None:
-        if self._step:
-            self._step |= logged
-            self.add("steps", self._step)
-            self._step = {}
+    def _send(self, row: dict[str, Any], logged: Mapping[str, Scalar]) -> None:
+        if row:
+            row |= logged
+            self.add("steps", row)
 
     @property
     def failure(self) -> Exception | None:

@@ -5,13 +5,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from networks import plain_step, smooth_network, vectors
 
+from dynamics import Recorder, open_run
+from dynamics.loop.logged import Logged
+from dynamics.recording.attachment import Attachment
+from dynamics.recording.rows import Rows
+from dynamics.recording.steps import Steps
 from dynamics.recording.termination import on_termination
 
 
@@ -113,3 +121,58 @@ def test_whatever_ends_the_process_the_rows_are_there(tmp_path: Path, end: str, 
     assert run(tmp_path / "run.zarr", end) == status
     steps = xr.open_datatree(tmp_path / "run.zarr")["steps"]
     np.testing.assert_array_equal(steps.loss, 0.5 * np.arange(rows))
+
+
+def recorded(path: Path, act: Callable[[Recorder], None], at: int = 0, among: Callable | None = None) -> bool:
+    """Record four steps; before a bytecode of a function ``act`` is called; returns whether it came there."""
+    model, left = smooth_network(), [at]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
+        if among is None or frame.f_code is not among.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        left[0] -= event == "opcode"
+        if event == "opcode" and left[0] == 0:
+            act(recorder)
+        return trace
+
+    before = sys.gettrace()
+    try:
+        with Recorder(path, model, optimizer, curvature_every=0) as recorder:
+            sys.settrace(trace)
+            for number, batch in enumerate(vectors(4)):
+                recorder.log(before=number)
+                plain_step(model, optimizer, batch)
+                recorder.log(number=float(number))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left[0] <= 0
+
+
+def interrupt(recorder: Recorder) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("act", [Recorder.flush, interrupt])
+@pytest.mark.parametrize(
+    "among", [Attachment._through, Steps.take_update, Rows.step, Logged._add_to_last], ids=lambda one: one.__qualname__
+)
+def test_a_row_is_right_or_missing_wherever_a_signal_comes(tmp_path: Path, among: Callable, act: Callable) -> None:
+    torch.manual_seed(0)
+    random, at = torch.get_rng_state(), 1
+    recorded(tmp_path / "whole", act)
+    whole = open_run(tmp_path / "whole")["steps"].load()
+    while torch.set_rng_state(random) or recorded(path := tmp_path / str(at), act, at, among):
+        steps = open_run(path)["steps"].load()
+        rows = steps.sizes.get("step", 0)
+        assert rows == 4 or act is interrupt
+        for name in set(steps.data_vars) & set(whole.data_vars):
+            found, expected = steps[name].values, whole[name].values[:rows]
+            if name == "number":  # what is logged after a flush is lost
+                found = np.where(np.isnan(found), expected, found) if np.isnan(found).sum() < 2 else found
+            np.testing.assert_array_equal(found, expected, err_msg=f"{name} at {at}")
+        at += 5
+    assert at > 1

@@ -108,9 +108,9 @@ class Attachment:
         """An optimizer's step is done, if one has begun."""
         if self._stepping is None:
             return
-        self._stepping = None
+        self._steps.take_update(number)  # before it counts: an interruption here must not end it with another's update
         self._stepped.add(number)
-        self._steps.take_update(number)
+        self._stepping = None
         if len(self._stepped) == len(self._optimizers):
             self.end()
         else:

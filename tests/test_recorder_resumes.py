@@ -434,7 +434,7 @@ def test_where_parameters_stood_still_the_step_is_asked_for(tmp_path: Path) -> N
         Recorder(tmp_path / "run", *loaded(state), resume="rewind")
     Recorder(tmp_path / "run", *loaded(state), resume=True).close()  # what is at the end goes on from there
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 4
-    Recorder(tmp_path / "run", *loaded(state), resume="rewind", step=2).close()
+    Recorder(tmp_path / "run", *loaded(state), resume="rewind", step=np.int64(2)).close()
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1]
 
 

@@ -90,7 +90,7 @@ def check_resume(resume: Any, step: Any) -> None:
     """Raise ValueError where they do not say how to go on with a record."""
     if resume not in (True, False, "rewind"):
         raise ValueError(f'resume must be False, True or "rewind", got {resume!r:.60}')
-    if step is not None and (not isinstance(step, int) or step < 0 or not resume):
+    if step is not None and (not isinstance(step, Integral) or step < 0 or not resume):
         raise ValueError(
             f"step is the whole number of steps at which a resumed training goes on, got {step!r:.60} "
             f"with resume={resume!r}"

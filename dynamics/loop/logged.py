@@ -46,7 +46,7 @@ class Logged:
         if not self._stepped and known and not mark.backwards:
             self._before.add(name)
         if self._waits or mark.pending or name in self._before or not self._stepped:
-            self._upcoming.setdefault(name, []).append(_Entry(value, mark, self._waits))
+            self._upcoming.setdefault(name, []).append(_Entry(value, mark, self._waits and not self._pass_ended))
         else:
             self._add_to_last(name, [value])
 
@@ -93,9 +93,12 @@ class Logged:
             }
         self._pass_ended = False
 
-    def pass_over(self) -> None:
-        """No batch waits for a step any more, or none but those whose gradients are there: a pass has ended."""
-        self._waits, self._pass_ended = False, True
+    def pass_over(self, *, unused: bool) -> None:
+        """A pass has ended. No batch waits for a step any more, or none but those whose gradients are there.
+
+        If there is an ``unused`` one, it waits if it was read ahead, and does not if it was skipped: the next tells.
+        """
+        self._waits, self._pass_ended = self._waits and unused, True
 
     def pause(self, mark: Mark) -> None:
         """Of several optimizers some are through; if one of them is the next to step, that is a step of its own."""

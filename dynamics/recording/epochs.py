@@ -87,5 +87,5 @@ class Pass:
             self._epochs.logged.wait_again(waiting[1])
         else:
             batches.leave(whole=whole)
-            if self._epochs.last is self and not self.drawn and (not whole or batches.all_used):
-                self._epochs.logged.pass_over()  # else the last batch may have been read ahead
+            if self._epochs.last is self and not self.drawn:
+                self._epochs.logged.pass_over(unused=whole and not batches.all_used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -111,7 +112,8 @@ class Probe:
     random numbers as they are (a BatchNorm in training mode moves no running statistics), draws the moment's random
     numbers (the same dropout mask as the training step's), and masks the gradients: a pruned parameter is a constant,
     zero unless something moves it all the same, so it has no gradient; nor has a frozen one (``requires_grad=False``),
-    or one that the forward pass itself replaces by another. Batches count by their number of samples, or equally.
+    or one that the forward pass itself replaces by another. Batches count by their number of samples, or equally, or
+    :meth:`in_shares`.
     Nothing runs compiled: that has no second derivative.
     """
 
@@ -172,6 +174,19 @@ class Probe:
         modes = [module.training for module in self._model.modules()]
         settings = tuple(modes), self._mode, tuple(self._masks), self._moved, frozenset(self._trained)
         return tuple(batches), tuple(self._weights), *settings
+
+    def in_shares(self, shares: Sequence[float]) -> Probe:
+        """The probe with its batches in these shares of the mean, which sum to 1."""
+        probe = copy.copy(self)
+        probe._weights = list(shares)
+        return probe
+
+    def one_by_one(self) -> Iterator[Probe]:
+        """A probe of each of its batches."""
+        for at in self._at:
+            probe = self.in_shares([1.0])
+            probe._at = [at]
+            yield probe
 
     def fixed(self) -> Probe:
         """The probe, from now on with all it reads in fixed places on the device, and without the random numbers.

@@ -20,6 +20,8 @@ from ..quantities import FORMULAS, Vectors
 from .step import Measurement
 from .warn_once import WarnOnce
 
+_ENTRIES = 2**16  # of gradients that are compared
+_ROUNDING = 1e-6
 _SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
 
 
@@ -96,6 +98,26 @@ class ProbedStep:
         cosine = product.sum() / lengths.where((lengths != 0) | ~(applied.sum() > 0), 1.0)
         in_layers = product / square.sqrt().where(square != 0, 1.0)
         return torch.stack([cosine, in_layers.sum() / applied.sqrt().sum()])
+
+    def shares(self, probe: Probe) -> list[float]:
+        """In what shares the gradients of a probe's batches add up to the one applied, but for its length; or [].
+
+        Least squares over some of their entries. A step may be of other batches all the same: the gradient in these
+        shares tells.
+        """
+        applied = self._step.grad.blocks
+        some = slice(None, None, applied.numel() // _ENTRIES | 1)  # odd, for parameters begin at multiples of 1024
+        columns = []
+        for one in probe.one_by_one():
+            grad = self._layers.vector(self.gradient(one)[1], without=self._step.rest)
+            columns.append(grad.flatten()[some].double().cpu())
+        grads, target = torch.stack(columns, 1), applied.flatten()[some].double().cpu()
+        if grads.any(1).sum() < 2 * len(probe) or not (grads.isfinite().all() and target.isfinite().all()):
+            return []  # so few entries may add up to anything
+        found = torch.linalg.lstsq(grads, target[:, None]).solution[:, 0]
+        if found.sum() <= 0 or found.min() < -_ROUNDING * found.max():
+            return []
+        return (found / found.sum()).tolist()
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""

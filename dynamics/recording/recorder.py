@@ -72,8 +72,9 @@ class Recorder:
             counted from 0; with several optimizers one step is a step of each, or of those that step on the same batch.
         objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
             measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``. Of
-            several batches of a step it is their mean that is measured, by samples or equally, as the gradient says. It
-            may draw random numbers, and count or collect in variables of its own, which are as they were afterwards.
+            several batches of a step it is their mean that is measured, by samples, equally or in other shares, as the
+            gradient says. It may draw random numbers, and count or collect in variables of its own, which are as they
+            were afterwards.
         every: record first-order quantities at every such step.
         curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never.
         capture: on a GPU, launch what curvature takes as CUDA graphs, from its second measurement on. It takes less

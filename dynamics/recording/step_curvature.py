@@ -51,6 +51,7 @@ class StepCurvature:
         self._captured = CapturedCurvature(probed) if capture and not processes.replicated else probed
         self._candidates = Candidates(model, objective, batches, processes)
         self._probes: list[Candidate] = []
+        self._in_shares = False  # whether the last step's batches counted neither by their samples nor equally
         self._warn_once = WarnOnce()
         self._loss = LoggedLoss()
         self.unseen = 0  # steps that were due, and taken, before any batch was seen
@@ -158,21 +159,43 @@ class StepCurvature:
 
     def _best(self, probes: list[Candidate], step: int) -> Found | None:
         """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""
-        found: list[Found] = []
         by = self._captured if len(probes) == 1 else self._probed  # graphs write over what they found before
-        for one in probes:
-            measured = self._or_give_up(partial(by.gradient, one.probe), step)
-            if measured is None:
+        found = self._found_in_shares(probes[0], step) if probes and self._in_shares else []
+        for one in () if found else probes:
+            if not (of_this := self._found(one, by, step)):
                 return None
-            grad = self._probed.mean(measured[1])
-            found.append(Found(one, by, measured[0], grad, *self._probed.alignment(grad)))
+            found += of_this
             if found[-1].sure:
                 break
         if not found:
             return None
+        if not found[-1].sure:
+            likeliest = [one for one in found if one.candidate.number == found[0].candidate.number]
+            found += self._found_in_shares(max(likeliest, key=lambda one: one.cosine).candidate, step)
         if (best := self._candidates.choose(found)) is None:
             self._say_unknown(step)
         return best
+
+    def _found(self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int) -> list[Found]:
+        """The candidate's gradient, beside the one applied; none where the objective fails."""
+        if (measured := self._or_give_up(partial(by.gradient, candidate.probe), step)) is None:
+            return []
+        grad = self._probed.mean(measured[1])
+        return [Found(candidate, by, measured[0], grad, *self._probed.alignment(grad))]
+
+    def _found_in_shares(self, candidate: Candidate, step: int) -> list[Found]:
+        """The candidate with its batches in the shares that the gradient applied has, if it surely is theirs then.
+
+        Micro-batches may count by their tokens, say.
+        """
+        self._in_shares = False
+        if len(candidate.probe) < 2 or self._processes.replicated:
+            return []
+        if not (shares := self._or_give_up(partial(self._probed.shares, candidate.probe), step)):
+            return []
+        found = self._found(candidate._replace(probe=candidate.probe.in_shares(shares)), self._probed, step)
+        self._in_shares = bool(found) and found[0].sure
+        return found if self._in_shares else []
 
     def _say_lost(self) -> None:
         self._warn_once(

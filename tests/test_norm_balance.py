@@ -98,7 +98,8 @@ def test_norm_rate_says_what_it_needs(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     run = recorded(tmp_path / "run", model, optimizer, vectors(2), quantities=["param_sqnorm"])
-    with pytest.raises(ValueError, match=r"/steps needs \['param_update'.*this run recorded \['epoch', 'layer', 'param_sqnorm'"):
+    lacks = r"/steps needs \['param_update'.*this run recorded \['epoch', 'layer', 'param_sqnorm'"
+    with pytest.raises(ValueError, match=lacks):
         norm_rate(run)
     with pytest.raises(ValueError, match="window must be a number of steps >= 1, got 0"):
         norm_rate(run, window=0)

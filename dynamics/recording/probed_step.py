@@ -21,7 +21,7 @@ from .step import Measurement
 from .warn_once import WarnOnce
 
 _ENTRIES = 2**16  # of gradients that are compared
-_ROUNDING = 1e-6
+_ROUNDING = 1e-4  # of shares
 _SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
 
 
@@ -115,9 +115,10 @@ class ProbedStep:
         if grads.any(1).sum() < 2 * len(probe) or not (grads.isfinite().all() and target.isfinite().all()):
             return []  # so few entries may add up to anything
         found = torch.linalg.lstsq(grads, target[:, None]).solution[:, 0]
-        if found.sum() <= 0 or found.min() < -_ROUNDING * found.max():
+        if found.max() <= 0 or found.min() < -_ROUNDING * found.max():
             return []
-        return (found / found.sum()).tolist()
+        shares = found.clamp(min=0)
+        return (shares / shares.sum()).tolist()
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""

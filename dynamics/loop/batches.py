@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,15 @@ from .seen import Mark, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
 _IDLE = 128  # batches in a row whose gradients come to nothing
+
+
+class Waiting(NamedTuple):
+    """Batches that wait for their step, the one that stays, and how many of them are of earlier passes."""
+
+    seen: list[Seen]
+    staying: list[Any]
+    of_epoch: int
+    stays_surely: bool
 
 
 class Batches:
@@ -205,9 +214,9 @@ class Batches:
         return self.mark._replace(used=self._used)
 
     @property
-    def waiting(self) -> Any:
+    def waiting(self) -> Waiting:
         """Which batches wait for their step now, to :meth:`wait_again`."""
-        return list(self._seen), self._staying, self._stays_surely, self._of_epoch
+        return Waiting(list(self._seen), self._staying, self._of_epoch, stays_surely=self._stays_surely)
 
     def look_for_evaluation(self) -> Callable[[], bool]:
         """From now on; what is returned says whether the model has run since, as far as that can be known."""
@@ -216,9 +225,9 @@ class Batches:
         before = self._forward.count
         return lambda: self._forward.count > before
 
-    def wait_again(self, waiting: Any) -> None:
+    def wait_again(self, waiting: Waiting) -> None:
         """The batches that did wait for their step, and none that came since."""
-        self._seen, self._staying, self._stays_surely, self._of_epoch = waiting
+        self._seen, self._staying, self._of_epoch, self._stays_surely = waiting
 
     def begin_epoch(self) -> None:
         """A pass over the data begins."""

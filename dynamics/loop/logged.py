@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,15 @@ class _Entry(NamedTuple):
     value: Scalar
     mark: Mark
     waited: bool
+
+
+class Waiting(NamedTuple):
+    """Scalars that wait for their step, by name, and how things were then."""
+
+    upcoming: dict[str, list[_Entry]]
+    announced: bool
+    waits: bool
+    pass_ended: bool
 
 
 class Logged:
@@ -57,24 +66,26 @@ class Logged:
         self._of_last[name] = [*self._of_last.get(name, ()), *values]  # at once, for a signal's handler may flush
 
     @property
-    def waiting(self) -> Any:
+    def waiting(self) -> Waiting:
         """What waits for its step now, to :meth:`wait_again`."""
         upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
-        return upcoming, self._announced, self._waits, self._pass_ended
+        return Waiting(upcoming, announced=self._announced, waits=self._waits, pass_ended=self._pass_ended)
 
-    def wait_again(self, waiting: Any) -> None:
+    def wait_again(self, waiting: Waiting) -> None:
         """As if no batch had been observed since. What was logged meanwhile is of the step that was, if one was."""
-        upcoming, announced, waits, pass_ended = waiting
-        known = {id(one) for entries in upcoming.values() for one in entries}
+        since = self._upcoming
+        known = {id(one) for entries in waiting.upcoming.values() for one in entries}
         given = {id(value) for values in self._of_last.values() for value in values}
-        upcoming = {name: [one for one in entries if id(one.value) not in given] for name, entries in upcoming.items()}
-        for name, entries in self._upcoming.items():
+        self._upcoming = {
+            name: [one for one in entries if id(one.value) not in given] for name, entries in waiting.upcoming.items()
+        }
+        for name, entries in since.items():
             for entry in (one for one in entries if id(one) not in known):
-                if self._stepped and not waits:
+                if self._stepped and not waiting.waits:
                     self._add_to_last(name, [entry.value])
                 else:
-                    upcoming.setdefault(name, []).append(entry._replace(mark=entry.mark._replace(batches=0)))
-        self._upcoming, self._announced, self._waits, self._pass_ended = upcoming, announced, waits, pass_ended
+                    self._upcoming.setdefault(name, []).append(entry._replace(mark=entry.mark._replace(batches=0)))
+        _, self._announced, self._waits, self._pass_ended = waiting
 
     def batch(self, *, first: bool, watched: bool) -> None:
         """A batch was observed, the first since a step or a further one; ``watched``: as a part of a pass."""

@@ -395,6 +395,16 @@ def test_a_compiled_model(tmp_path: Path, way: str) -> None:
     assert not run["curvature"].approximate.any()
 
 
+def test_a_part_that_is_compiled_is_measured_without_a_word(tmp_path: Path) -> None:
+    """Torch warns of hooks on all modules when a compiled one runs: in a probe they are the recorder's own."""
+    model, losses = nn.Sequential(torch.compile(smooth_network(), backend="eager")), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            losses.append(plain_step(model, optimizer, batch).item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("own_class", [False, True])  # torch runs the hooks of its own classes' instances compiled
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # at modules outside the model, once

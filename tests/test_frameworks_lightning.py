@@ -211,6 +211,15 @@ def test_another_objective_is_given_module_and_batch(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses, np.array(module.losses)[::4] / 2, rtol=1e-10)
 
 
+def test_the_loss_of_a_step_that_asks_for_several_is_the_first(tmp_path: Path) -> None:
+    def lbfgs(theta: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(theta, 0.1, max_iter=3)
+
+    trained([frameworks.LightningRecorder(tmp_path / "run", curvature_every=1)], optimizer=lbfgs)
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].loss, run["curvature"].loss_before, rtol=1e-10)
+
+
 def test_several_optimizers_take_one_step_together(tmp_path: Path) -> None:
     class Adversaries(lightning.LightningModule):
         def __init__(self) -> None:

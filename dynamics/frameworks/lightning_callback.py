@@ -37,9 +37,9 @@ class LightningRecorder(*_callbacks()):
 
         trainer = L.Trainer(callbacks=[LightningRecorder("run.zarr", curvature_every=64)])
 
-    ``loss`` in ``/steps`` is what ``training_step`` returns, and ``/epochs`` holds what came to
-    ``trainer.callback_metrics`` in each training epoch. Curvature is that of ``objective(module, batch)``: Lightning
-    offers no way to ask ``training_step`` for a loss outside its loop, so the default is the cross-entropy of
+    ``loss`` in ``/steps`` is what ``training_step`` returns, for LBFGS the first time of several, and ``/epochs`` holds
+    what came to ``trainer.callback_metrics`` in each training epoch. Curvature is that of ``objective(module, batch)``:
+    Lightning offers no way to ask ``training_step`` for a loss outside its loop, so the default is the cross-entropy of
     ``(inputs, labels)`` with ``module(inputs)`` as logits. While a fit lasts, ``recorder`` is its
     :class:`dynamics.Recorder`.
 
@@ -52,6 +52,7 @@ class LightningRecorder(*_callbacks()):
         self.recorder: Recorder | None = None
         self._make_recorder = recorder_factory(path, **settings)
         self._losses: list[Tensor] = []
+        self._evaluated: list[Tensor] = []  # of one batch: LBFGS asks for its loss several times
         self._stepped = 0
         self._metrics: dict[str, Any] = {}  # when the last epoch was logged
         self._epoch_ended = False
@@ -72,12 +73,19 @@ class LightningRecorder(*_callbacks()):
         """Observe the batch; the first one begins an epoch, which may have no other start after a checkpoint."""
         if batch_idx == 0:
             self.recorder.begin_epoch()
+        self._evaluated = []
         self.recorder.observe(batch)
+
+    def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
+        """Keep the loss at the parameters that the step starts from: the first, if the optimizer asks for several."""
+        if pl_module.automatic_optimization:
+            self._evaluated = [*self._evaluated[:1], loss.detach()]
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a step, log the mean loss of its batches; each comes divided by the number of batches of a step."""
         if outputs and outputs.get("loss") is not None:
-            self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+            loss = self._evaluated[0] if len(self._evaluated) > 1 else outputs["loss"].detach()
+            self._losses.append(loss * trainer.accumulate_grad_batches)
         if trainer.global_step > self._stepped:
             if self._losses:
                 self.recorder.log(loss=torch.stack(self._losses).mean())

@@ -202,11 +202,15 @@ def test_epochs_go_on_from_a_checkpoint_within_one_or_at_its_end(
     np.testing.assert_array_equal(open_run(tmp_path / "run")["steps"].epoch, np.repeat([0, 1], 5))
 
 
-def test_another_objective_is_given_module_and_batch(tmp_path: Path) -> None:
+def test_another_objective_is_given_module_and_batch_and_is_said(tmp_path: Path) -> None:
+    """Its gradient points alike, and yet the curvature is another."""
+
     def halved(module: nn.Module, batch: list[Tensor]) -> Tensor:
         return F.cross_entropy(module(batch[0]), batch[1]) / 2
 
-    module = trained([frameworks.LightningRecorder(tmp_path / "run", curvature_every=4, objective=halved)])
+    recorder = frameworks.LightningRecorder(tmp_path / "run", curvature_every=4, objective=halved)
+    with pytest.warns(UserWarning, match=r"the loss of step 0 was logged as .* and the objective is .* cosine 1\.000"):
+        module = trained([recorder])
     losses = open_run(tmp_path / "run")["curvature"].loss_before
     np.testing.assert_allclose(losses, np.array(module.losses)[::4] / 2, rtol=1e-10)
 

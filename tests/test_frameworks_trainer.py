@@ -154,6 +154,19 @@ def test_a_loss_of_the_trainers_own_is_given_as_objective(tmp_path: Path) -> Non
     np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-5)
 
 
+def test_a_loss_of_the_trainers_own_that_is_not_given_is_said(tmp_path: Path) -> None:
+    """Half of what the model returns, whose gradient points alike."""
+
+    class Halving(transformers.Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            return transformers.Trainer.compute_loss(self, *args, **kwargs) / 2
+
+    training = trainer(classifier(), tmp_path, [frameworks.TrainerRecorder(tmp_path / "run")])
+    training.compute_loss = Halving.compute_loss.__get__(training)
+    with pytest.warns(UserWarning, match=r"the loss of step 0 was logged as .* and the objective is .* cosine 1\.000"):
+        training.train()
+
+
 def test_labels_that_the_trainer_keeps_from_the_model_cost_the_curvature(tmp_path: Path) -> None:
     recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=4)
     with pytest.warns(UserWarning, match="the model returned no loss for a batch of .*: override Trainer.compute_loss"):

@@ -62,6 +62,8 @@ class LightningRecorder(*_callbacks()):
         self.recorder = self._make_recorder(
             trainer.model, trainer.optimizers, trainer.global_step // len(trainer.optimizers)
         )
+        if pl_module.automatic_optimization and trainer.world_size == 1:  # else it may be a part of the step's
+            self.recorder.trust_loss()
         self._losses, self._stepped = [], trainer.global_step
         self._metrics, self._epoch_ended = {}, False
 

@@ -68,6 +68,8 @@ class TrainerRecorder(TrainerCallback):
             self.recorder = self._make_recorder(
                 training["model"], training["optimizer"], state.global_step, again=again
             )
+            if args.logging_strategy == "steps" and args.logging_steps == 1 and args.world_size == 1:
+                self.recorder.trust_loss()  # else it is a mean over steps, or processes
             self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,14 +30,19 @@ class LoggedLoss:
     And where the gradient that was applied is not the objective's either.
 
     What is logged comes later, and on a GPU would have to be waited for: it is looked at when it may be.
+
+    Attributes:
+        trusted: whether it surely is the loss that is trained on. Then it is compared at every step, for one of which
+            the objective is a part or a multiple has a gradient that points alike.
     """
 
     def __init__(self) -> None:
+        self.trusted = False
         self._doubts: list[_Doubt] = []
 
     def measured(self, step: int, cosine: float, objective: Tensor, batches: int) -> None:
         """The objective of a step on so many batches, and the cosine of its gradient with the one applied."""
-        if cosine < _EXPLAINED or batches > 1:
+        if self.trusted or cosine < _EXPLAINED or batches > 1:
             self._doubts.append(_Doubt(step, cosine, objective.detach().clone(), batches))
 
     def logged(self, step: int, loss: float | Tensor | None) -> None:
@@ -56,7 +62,7 @@ class LoggedLoss:
                     f"the loss that was logged at step {doubt.step}, {logged:.4g}, is 1/{batches} of the objective's, "
                     f"{objective:.4g}: log the loss before it is divided by the number of micro-batches",
                 )
-            elif doubt.cosine < _EXPLAINED and not _is_part_or_sum(logged, objective):
+            elif self._is_another(doubt.cosine, logged, objective):
                 yield (
                     "doubtful",
                     f"the loss of step {doubt.step} was logged as {logged:.4g}, and the objective is {objective:.4g} "
@@ -65,6 +71,11 @@ class LoggedLoss:
                     "loop's loss that was logged, /curvature is of another: give the recorder the same, Recorder(..., "
                     "objective=lambda model, batch: <the loss>)",
                 )
+
+    def _is_another(self, cosine: float, logged: float, objective: float) -> bool:
+        if self.trusted:
+            return math.isfinite(logged - objective) and not _agree(logged, objective)
+        return cosine < _EXPLAINED and not _is_part_or_sum(logged, objective)
 
 
 def _is_part_or_sum(logged: float, objective: float) -> bool:

@@ -194,6 +194,13 @@ class Recorder:
             value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
             self._steps.log(name, value)
 
+    def trust_loss(self) -> None:
+        """Say that what is logged as ``loss`` is the very loss that is trained on, as a framework's callback knows it.
+
+        Where the objective differs from it by more than rounding, a warning says so, be it by a factor only.
+        """
+        self._curvature.trust_loss()
+
     def log_epoch(self, **scalars: float) -> None:
         """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come.
 

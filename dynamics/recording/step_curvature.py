@@ -138,6 +138,10 @@ class StepCurvature:
             )
         return self._processes.mean_values(self._probed.unless_frozen_move(best.candidate.probe, values))
 
+    def trust_loss(self) -> None:
+        """What is logged as the loss is surely the one that is trained on."""
+        self._loss.trusted = True
+
     def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
         """What the loop logged as a step's loss; it is looked at when the next is measured, or in the end."""
         self._loss.logged(step, loss)

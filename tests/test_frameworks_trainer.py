@@ -167,12 +167,20 @@ def test_a_loss_of_the_trainers_own_that_is_not_given_is_said(tmp_path: Path) ->
         training.train()
 
 
-def test_labels_that_the_trainer_keeps_from_the_model_cost_the_curvature(tmp_path: Path) -> None:
-    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=4)
-    with pytest.warns(UserWarning, match="the model returned no loss for a batch of .*: override Trainer.compute_loss"):
-        applied = trained(classifier(), tmp_path, [recorder], label_smoothing_factor=0.1)
+@pytest.mark.parametrize("by", ["smoothing", "compute_loss"])
+def test_labels_that_the_trainer_keeps_from_the_model_cost_the_curvature(tmp_path: Path, by: str) -> None:
+    def popping(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        labels = inputs.pop("labels")
+        return F.cross_entropy(model(**inputs).logits, labels)
+
+    squares_of = Squares()
+    callbacks = [frameworks.TrainerRecorder(tmp_path / "run", curvature_every=4), squares_of]
+    training = trainer(classifier(), tmp_path, callbacks, label_smoothing_factor=0.1 * (by == "smoothing"))
+    training.compute_loss = popping if by == "compute_loss" else training.compute_loss
+    with pytest.warns(UserWarning, match="the model returned no loss for a batch of .* a compute_loss that pops them"):
+        training.train()
     run = open_run(tmp_path / "run")
-    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), applied, rtol=1e-5)
+    np.testing.assert_allclose(run["steps"].grad_sqnorm.sum("layer"), squares_of.applied, rtol=1e-5)
     assert not run["curvature"]
 
 

@@ -102,9 +102,9 @@ class TrainerRecorder(TrainerCallback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
         if loss is None:
             raise ValueError(
-                f"the model returned no loss for a batch of {sorted(batch)}. With label_smoothing_factor or "
-                "compute_loss_func the Trainer keeps the labels from the model, and curvature cannot be measured: "
-                "override Trainer.compute_loss instead"
+                f"the model returned no loss for a batch of {sorted(batch)}. Curvature needs the labels, which "
+                "label_smoothing_factor, compute_loss_func or a compute_loss that pops them keep from the model: "
+                "override Trainer.compute_loss so that they stay in what the model is given"
             )
         if "num_items_in_batch" not in batch:
             return loss

@@ -126,6 +126,24 @@ def test_what_evaluations_find_is_in_the_row_of_the_step_before(tmp_path: Path) 
     assert list(found) == [1, 3, 5, 7, 9]
 
 
+SAVED = {"save_strategy": "steps", "save_steps": 5}
+
+
+@pytest.mark.parametrize("settings", [SAVED, SAVED | {"logging_strategy": "epoch"}, {"eval_on_start": True}])
+def test_what_is_found_at_an_epochs_end_is_in_its_last_steps_row(tmp_path: Path, settings: dict) -> None:
+    """Whether that step was saved before, or another evaluation came before all steps."""
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=0)
+    training = trainer(language_model(), tmp_path, [recorder], eval_strategy="epoch", **settings)
+    training.eval_dataset = {"one": training.train_dataset, "other": training.train_dataset[:4]}
+    training.train()
+    steps = open_run(tmp_path / "run")["steps"]
+    for name in ("eval_one_loss", "eval_other_loss", "loss"):
+        found = {row["step"] - 1: row[name] for row in training.state.log_history if name in row and row["step"]}
+        values = steps[name].dropna("step")
+        assert dict(zip(values.step.values.tolist(), values.values.tolist(), strict=True)) == found
+        assert {4, 9} <= found.keys()
+
+
 def test_a_step_of_unequal_batches_has_the_trainers_loss(tmp_path: Path) -> None:
     """Tokens count, not texts: of half of the texts all labels but three are ignored."""
     recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=1)

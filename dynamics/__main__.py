@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from .command_line import mistake, printing
 from .data import DataError
@@ -41,7 +41,7 @@ def _parser() -> ArgumentParser:
 
 def _run_parser() -> ArgumentParser:
     one = ArgumentParser(description="Run one experiment: train, prune in rounds, train on.", exit_on_error=False)
-    one.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win over it.")
+    one.add_argument("--config", action=_File, help="YAML file with any of the settings below; flags win over it.")
     one.add_argument("-o", "--output", required=True, help="where the record goes: a new folder, say out/run.zarr")
     one.add_argument(
         "--download", type=bool, nargs="?", const=True, default=False,
@@ -82,7 +82,10 @@ def _sweep_parser() -> ArgumentParser:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as jsonargparse reads it for `run`: 1e-4 is a number. A setting stands once in a mapping, as YAML says."""
+    """YAML as jsonargparse reads it for `run`: 1e-4 is a number. A setting stands once in a mapping, as YAML says.
+
+    What is in itself, by an anchor, is refused: there is no end to it.
+    """
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """A mapping as it stands there, before others are merged into it.
@@ -97,6 +100,10 @@ class _Loader(yaml.SafeLoader):
             names.add(name)
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        """What a node stands for, whole at once."""
+        return super().construct_object(node, deep=True)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -106,13 +113,23 @@ _Loader.add_implicit_resolver(
 def _configuration(path: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {path}: give a YAML file, e.g. configs/demo.yaml")
+    content = Path(path).read_bytes()
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.load(content.decode(), _Loader)
+    except Exception as error:  # PyYAML lets through what Python says of a date, a number or a depth that cannot be
         raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings like `measure: magnitude`, got {type(settings).__name__}")
     return settings
+
+
+class _File(ActionConfigFile):
+    """A file of settings for `run`, which is to be as good YAML as a sweep's."""
+
+    def __call__(self, parser: ArgumentParser, settings: Namespace, path: str, option: str | None = None) -> None:
+        """Read it, after a check: jsonargparse would take the last of a setting that stands twice."""
+        _configuration(path)
+        super().__call__(parser, settings, path, option)
 
 
 def _execute(arguments: list[str] | None) -> int:

@@ -123,6 +123,15 @@ def _configuration(path: str) -> dict:
     return settings
 
 
+def _experiments(path: str) -> list[Experiment]:
+    """The grid that a file spans; what is wrong with its settings is said with the file's name."""
+    settings = _configuration(path)
+    try:
+        return grid(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
 class _File(ActionConfigFile):
     """A file of settings for `run`, which is to be as good YAML as a sweep's."""
 
@@ -155,7 +164,7 @@ def _sweep(settings: Namespace) -> int:
     """Run a grid; 1 if not all of it is recorded, with a line on stderr for each run that failed."""
     from .experiments.sweep import failure, sweep  # and with it Dask, which no other command needs
 
-    experiments, folder = grid(_configuration(settings.configuration)), Path(settings.output)
+    experiments, folder = _experiments(settings.configuration), Path(settings.output)
     failed = sweep(experiments, folder, workers=settings.workers, scheduler=settings.scheduler)
     for name, error in failed.items():
         print(failure(name, error), file=sys.stderr)

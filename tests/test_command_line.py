@@ -219,7 +219,7 @@ MISTAKES = {
     "no settings": ("dynamics", ["run", "-o", "{new}", "--config", "{blank}"], "blank.yaml must hold settings like"),
     "settings unknown": ("dynamics", ["run", "-o", "{new}", "--config", "{unknown}"], "'colour'"),
     "settings of wrong type": ("dynamics", ["run", "-o", "{new}", "--config", "{wrong}"], "rounds"),
-    "grid unknown": ("dynamics", ["sweep", "{unknown}", "-o", "{new}"], "unknown settings colour: an experiment has"),
+    "grid unknown": ("dynamics", ["sweep", "{unknown}", "-o", "{new}"], "unknown.yaml: unknown settings colour: an"),
     "grid nearly known": (
         "dynamics",
         ["sweep", "{near}", "-o", "{new}"],
@@ -238,7 +238,7 @@ MISTAKES = {
     "grid of wrong type": (
         "dynamics",
         ["sweep", "{wrong}", "-o", "{new}"],
-        "rounds must be a whole number, got 'many'",
+        "wrong.yaml: rounds must be a whole number, got 'many'",
     ),
     "grid without output": ("dynamics", ["sweep", "{broken}"], "required: -o/--output"),
     "grid of lists": ("dynamics", ["sweep", "{list}", "-o", "{new}"], "must hold settings like `measure: magnitude`"),

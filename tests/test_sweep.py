@@ -139,6 +139,14 @@ def test_a_scheduler_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
+def test_a_worker_that_dies_while_it_is_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "grid.yaml", TINY.identity)
+    with dask.config.set({"distributed.worker.preload": ["import os; os._exit(9)"]}):
+        assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: one of 1 workers ended while it was started, for want of memory")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_in_this_process_and_on_workers(tmp_path: Path, scheduler: str) -> None:
     experiments = [TINY, replace(TINY, measure="none")]
     assert sweep(experiments, tmp_path / "here", workers=0) == {}

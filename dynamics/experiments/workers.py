@@ -62,11 +62,19 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
     """A client of a scheduler, or of a new one with workers on this machine, as many as it has GPUs or cores.
 
     Raises:
-        OSError: there is no scheduler at the address.
+        OSError: there is no scheduler at the address, or a worker died before it was there.
     """
     with ExitStack() as stack:
         if scheduler is None:
-            client = stack.enter_context(Client(stack.enter_context(_cluster(workers or _fitting(runs)))))
+            count = workers or _fitting(runs)
+            try:
+                cluster = stack.enter_context(_cluster(count))
+            except RuntimeError as error:
+                raise OSError(
+                    f"one of {count} workers ended while it was started, for want of memory say: ask for fewer, or for "
+                    "workers 0, which run all in this process"
+                ) from error
+            client = stack.enter_context(Client(cluster))
             client.register_plugin(_Uninterrupted())
             yield client
             return

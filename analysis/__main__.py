@@ -13,6 +13,7 @@ from argparse import SUPPRESS
 from jsonargparse import ArgumentError, ArgumentParser
 
 from dynamics.command_line import mistake, printing
+from dynamics.record.reading import named_damage
 
 from .condensed import SUFFIX, condense
 from .overview import overview
@@ -67,7 +68,9 @@ def _protocol_diff(arguments: list[str]) -> None:
     fresh = [f"--{name}={value}" for name, value in vars(settings).items()]
     if runs and fresh:
         raise ValueError(f"{' '.join(fresh)} is of a fresh network: give either that, or records")
-    print(as_text(protocol_table(open_runs(runs) if runs else fresh_runs(fresh))))
+    opened = open_runs(runs) if runs else fresh_runs(fresh)
+    with named_damage(opened.values()):
+        print(as_text(protocol_table(opened)))
 
 
 def _condense_parser() -> ArgumentParser:
@@ -85,14 +88,17 @@ def _condense_parser() -> ArgumentParser:
 def _condense(arguments: list[str]) -> None:
     settings = _condense_parser().parse_args(arguments)
     runs = open_runs(settings.runs)
-    path = condense(runs, settings.output)
+    with named_damage(runs.values()):
+        path = condense(runs, settings.output)
     print(f"wrote {len(runs)} runs to {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def _overview(arguments: list[str]) -> None:
     settings = _parser().parse_args(arguments)
     with progress_shown():
-        parts = overview(open_runs(settings.runs), brief=settings.brief)
+        runs = open_runs(settings.runs)
+        with named_damage(runs.values()):
+            parts = overview(runs, brief=settings.brief)
     print(page(parts, settings.format))
 
 

@@ -17,7 +17,7 @@ from .experiments.experiment import Experiment
 from .experiments.grid import grid
 from .experiments.protocols import Comparison, compare
 from .experiments.running import run
-from .record.reading import open_run
+from .record.reading import named_damage, open_run
 from .record.summary import summary
 
 
@@ -156,7 +156,9 @@ def _execute(arguments: list[str] | None) -> int:
         return _protocols(parsed.protocols)
     else:
         with printing():
-            print(summary(open_run(parsed.show.record)))
+            opened = open_run(parsed.show.record)
+            with named_damage([opened]):
+                print(summary(opened))
     return 0
 
 

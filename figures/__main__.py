@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from analysis import open_runs
 from dynamics.command_line import mistake
+from dynamics.record.reading import named_damage
 
 from .paper import FIGURES
 from .report import write_report
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         runs, folder = open_runs(settings.runs), Path(settings.output)
         mpl.use("agg")
         records = [os.path.relpath(path, folder) for path in settings.runs]
-        page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
+        with named_damage(runs.values()):
+            page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
         print(f"drew the figures in {folder}; read {page}")
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)

@@ -387,3 +387,26 @@ def test_a_folder_that_may_not_be_written_is_said_before_anything_is_computed(
     assert len(said) == 1
     assert f"error: you may not write into {tmp_path}: {what} go into a folder of your own, say out/" in said[0]
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("column", ["steps/grad_sqnorm", "steps/skipped", "steps/step", "curvature/loss_after"])
+def test_a_chunk_that_cannot_be_decoded_is_named_by_every_command_that_reads_it(
+    column: str, tmp_path: Path, record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = shutil.copytree(record, tmp_path / "whole.zarr")
+    (chunk,) = (file for file in (record / column).iterdir() if file.name.startswith("0"))
+    content = bytearray(chunk.read_bytes())
+    content[8:12] = b"\xff\xff\xff\x7f"  # the size of a block, where Blosc looks for it
+    chunk.write_bytes(content)
+    said = []
+    for package, arguments in (
+        ("dynamics", ["show", str(record)]),
+        ("analysis", [str(whole), str(record)]),
+        ("analysis", ["condense", str(whole), str(record), "-o", str(tmp_path / "all.zarr.zip")]),
+        ("figures", [str(record), "-o", str(tmp_path / "figures")]),
+    ):
+        if MAINS[package](arguments):
+            said.append(capsys.readouterr().err.rstrip("\n").splitlines()[-1])
+    assert len(said) == (4 if column == "steps/step" else 3)  # `show` looks at few columns
+    assert all(line.startswith(f"error: {chunk} is damaged (error during blosc") for line in said), said
+    assert not (tmp_path / "all.zarr.zip").exists()

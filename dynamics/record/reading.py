@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from numcodecs import Blosc
 
 from ..errors import one_line
 from ..schema import COMPARED_BY, SCHEMA_VERSION
@@ -45,7 +47,26 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
     try:
         return xr.open_datatree(path, engine="zarr", consolidated=True, zarr_format=2)
     except Exception as error:
+        if chunk := _undecodable(path):
+            raise _damaged(chunk, error) from error
         raise _foreign(path, _one_line(error)) from error
+
+
+@contextmanager
+def named_damage(runs: Iterable[xr.DataTree]) -> Iterator[None]:
+    """Inside, what is opened is read. Where that fails for damage, it is looked for in which file of which record.
+
+    Raises:
+        RecordError: a chunk cannot be decoded.
+    """
+    try:
+        yield
+    except (RuntimeError, RecordError) as error:  # the codec raises the one, wherever a column is first looked at
+        cause = error if isinstance(error, RuntimeError) else error.__cause__
+        for run in runs if isinstance(cause, RuntimeError) else ():
+            if "source" in run.encoding and (chunk := _undecodable(Path(run.encoding["source"]))):
+                raise _damaged(chunk, cause) from error
+        raise
 
 
 def experiment(run: xr.DataTree) -> dict[str, Any]:
@@ -155,6 +176,20 @@ def _damage(path: Path, metadata: Metadata) -> Iterator[str]:
                     yield f"{folder.relative_to(path) / chunk} has {size[0]} bytes of {size[1]}"
 
 
+def _undecodable(path: Path) -> Path | None:
+    """The first chunk of a record that its codec cannot read."""
+    metadata = read_metadata(path)
+    for key in metadata:
+        if key.endswith("/.zarray"):
+            for number in chunk_keys(metadata[key]["shape"], metadata[key]["chunks"]):
+                chunk = path / key.removesuffix(".zarray") / number
+                try:
+                    Blosc().decode(chunk.read_bytes())
+                except (OSError, RuntimeError, ValueError):
+                    return chunk
+    return None
+
+
 def is_name(name: str) -> bool:
     """Whether a group or a variable of a record may have the name."""
     return bool(_NAME.fullmatch(name))
@@ -180,6 +215,10 @@ def _cut_short(chunk: Path) -> tuple[int, int] | None:
 
 def _foreign(path: Path, reason: str) -> RecordError:
     return RecordError(f"{path} is not a thetadot record (a folder written by Recorder): {reason}")
+
+
+def _damaged(chunk: Path, error: Exception) -> RecordError:
+    return RecordError(f"{chunk} is damaged ({_one_line(error)}); {_AGAIN}")
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import zarr
 from numcodecs import Blosc
 
 from dynamics.places import check_folder
+from dynamics.record.files import replace
 from dynamics.record.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
 from dynamics.schema import NODES, SCHEMA_VERSION, SPEEDS, STUDIES
 
@@ -178,11 +180,11 @@ def _layout(rows: xr.Dataset, index: str) -> str:
 def _write(path: Path, files: Mapping[str, bytes]) -> None:
     """A zip whose bytes depend on its content alone; complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):
             archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
-    partial.replace(path)
+    replace(path, buffer.getbuffer())
 
 
 def _check(path: Path) -> Metadata:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -197,3 +198,20 @@ def test_a_file_that_was_cut_or_changed_is_said(file: Path) -> None:
     file.unlink()
     with pytest.raises(RecordError, match="no records at"):
         analysis.open_runs([str(file)])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are limited as POSIX has it")
+def test_a_disk_that_is_full_leaves_the_file_that_was_there_and_no_part_of_another(
+    runs: dict[str, xr.DataTree], file: Path
+) -> None:
+    import resource
+
+    before, (soft, hard) = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            analysis.condense(runs, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]

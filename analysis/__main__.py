@@ -106,7 +106,9 @@ _COMMANDS = {"protocol-diff": _protocol_diff, "condense": _condense}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
+    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend, 130 if
+    it is interrupted.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     try:
         with printing():
@@ -117,6 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

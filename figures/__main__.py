@@ -32,7 +32,9 @@ def _parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend."""
+    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend, 130 if
+    it is interrupted.
+    """
     try:
         settings = _parser().parse_args(arguments)
         runs, folder = open_runs(settings.runs), Path(settings.output)
@@ -44,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -410,3 +410,29 @@ def test_a_chunk_that_cannot_be_decoded_is_named_by_every_command_that_reads_it(
     assert len(said) == (4 if column == "steps/step" else 3)  # `show` looks at few columns
     assert all(line.startswith(f"error: {chunk} is damaged (error during blosc") for line in said), said
     assert not (tmp_path / "all.zarr.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "where"),
+    [
+        ("analysis", ["{record}"], "analysis.__main__.overview"),
+        ("analysis", ["condense", "{record}", "-o", "{new}.zip"], "analysis.__main__.condense"),
+        ("figures", ["{record}", "-o", "{new}"], "figures.__main__.write_report"),
+    ],
+)
+def test_an_interruption_is_one_line(
+    package: str,
+    arguments: list[str],
+    where: str,
+    tmp_path: Path,
+    record: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*given: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    places = {"record": str(record), "new": str(tmp_path / "new.zarr")}
+    assert MAINS[package]([argument.format(**places) for argument in arguments]) == 130
+    assert capsys.readouterr().err.splitlines()[-1:] == ["interrupted"]

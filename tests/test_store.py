@@ -1,5 +1,7 @@
 """What is appended and committed comes back equal through plain xarray, whoever reads while it is written."""
 
+import errno
+import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -272,3 +274,15 @@ def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path: P
         with pytest.raises(OSError, match="No space left"):
             replace(tmp_path / "file", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks as POSIX has them")
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS is where nothing keeps its locks."""
+
+    def refuse(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match=r"run\.zarr is on a file system without locks \(No locks available"):
+        Store(tmp_path / "run.zarr", {"schema_version": 1})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 from pathlib import Path
 
 import filelock
 
 PARTIAL = ".partial"
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a network's file system that is mounted without
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
@@ -31,10 +34,16 @@ def locked(file: Path, taken: str) -> filelock.BaseFileLock:
 
     Raises:
         BlockingIOError: another has it; the message is ``taken``.
+        OSError: the file system has no locks, or the file cannot be made.
     """
     lock = filelock.FileLock(file, thread_local=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise BlockingIOError(taken) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        advice = "a record has one writer by a lock; record on another disk, or have this one mounted with locks"
+        raise OSError(f"{file.parent} is on a file system without locks ({error.strerror}): {advice}") from error
     return lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -145,6 +146,35 @@ def test_a_worker_that_dies_while_it_is_started(tmp_path: Path, capsys: pytest.C
         assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "1"]) == 2
     assert capsys.readouterr().err.startswith("error: one of 1 workers ended while it was started, for want of memory")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run is named, in a line; Dask's own log has nothing to add."""
+    said = []
+    listening = logging.Handler()
+    listening.emit = said.append
+    where = tmp_path / "scheduler.json"
+    command = ["-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(where)]
+    with subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL) as process:
+        while not where.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        address = json.loads(where.read_text())["address"]
+        as_completed = workers.as_completed
+
+        def kill_first(futures: list) -> object:
+            process.kill()
+            return as_completed(futures)
+
+        monkeypatch.setattr(workers, "as_completed", kill_first)
+        logging.getLogger("distributed.client").addHandler(listening)
+        try:
+            failed = sweep([TINY, replace(TINY, seed=1)], tmp_path / "swept", scheduler=address)
+        finally:
+            logging.getLogger("distributed.client").removeHandler(listening)
+    assert set(failed.values()) == {"the scheduler has lost it"}
+    assert len(failed) == 2
+    assert [record.getMessage() for record in said] == []
 
 
 def test_the_same_in_this_process_and_on_workers(tmp_path: Path, scheduler: str) -> None:

@@ -78,6 +78,9 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
             client.register_plugin(_Uninterrupted())
             yield client
             return
+        log = logging.getLogger("distributed.client")  # a traceback where the scheduler is lost: each run says so
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.CRITICAL)
         try:
             client = stack.enter_context(Client(scheduler))
         except (OSError, TypeError, ValueError) as error:

@@ -368,3 +368,24 @@ def test_an_operation_with_a_derivative_is_believed_in_a_deep_network(tmp_path: 
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
+
+
+def swish_network(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, width), Swish(), nn.Linear(width, width), Swish(), nn.Linear(width, 3))
+
+
+def test_an_operation_of_a_step_without_gradient_has_curvature_as_any_other(tmp_path: Path) -> None:
+    """As where all triplets of a batch are far enough apart."""
+    torch.manual_seed(0)
+    model = swish_network(8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: Tensor) -> Tensor:
+        return F.relu(model(batch).sum(1).abs() - 100).mean()
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(list(torch.randn(2, 8, 4))):
+            optimizer.zero_grad()
+            objective(model, batch).backward()
+            optimizer.step()
+    assert (open_run(tmp_path / "run")["curvature"].grad_hess_grad == 0).all()

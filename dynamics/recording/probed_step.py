@@ -198,6 +198,8 @@ class ProbedStep:
         """
         theta = self._layers.named(self._step.theta)
         length, size = (float(torch.nn.utils.get_total_norm(list(one.values()))) for one in (grad, theta))
+        if not length:  # nothing is passed on
+            return
         exact, bound = float(grad_hess_grad.sum()), float(grad_hess_grad.abs().sum())
         rounding = torch.finfo(self._layers.dtype).eps
         # far enough for rounding, near enough for g to change by a part of it

@@ -389,3 +389,29 @@ def test_an_operation_of_a_step_without_gradient_has_curvature_as_any_other(tmp_
             objective(model, batch).backward()
             optimizer.step()
     assert (open_run(tmp_path / "run")["curvature"].grad_hess_grad == 0).all()
+
+
+def train_swish(path: Path, model: nn.Module, batch: tuple[Tensor, Tensor], steps: int, dtype: object = None) -> None:
+    """Train a network by Adam, in ``dtype`` where it is given, as autocast has it; that it warns of anything fails."""
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype) if dtype else nullcontext():
+            return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Recorder(path, model, optimizer, objective=objective, curvature_every=1) as recorder:
+            for given in recorder.watch([batch] * steps):
+                optimizer.zero_grad()
+                objective(model, given).backward()
+                optimizer.step()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_operation_with_a_derivative_is_believed_where_the_loss_has_come_to_nothing(
+    tmp_path: Path, seed: int
+) -> None:
+    """A cross-entropy of 1e-9 is the difference of numbers that are rounded to 1e-7."""
+    torch.manual_seed(seed)
+    train_swish(tmp_path / "run", swish_network(64).float(), (torch.randn(4, 4).float(), torch.arange(4) % 3), 260)

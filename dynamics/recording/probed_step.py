@@ -210,7 +210,8 @@ class ProbedStep:
         noise, passed_on = 10 * rounding / epsilon, slopes[1]
         bent = abs(slopes[0] + slopes[2] - 2 * slopes[1]) / 2
         slope, change = (losses[2] - losses[0]) / (2 * epsilon), (slopes[2] - slopes[0]) / (2 * epsilon)
-        if _differ(passed_on, slope, 0.05, noise * abs(losses[1]) + bent):
+        rounded = max(abs(losses[1]), 1.0)  # a loss near zero is what is left of numbers that are not
+        if _differ(passed_on, slope, 0.05, noise * rounded + bent):
             self._warn_once(
                 "an operation or hook of your own passes on another gradient than that of what it computes, as do "
                 f"gradient reversal and straight-through estimators: along g the loss changes by {slope:.4g}, and by "

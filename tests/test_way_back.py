@@ -415,3 +415,15 @@ def test_an_operation_with_a_derivative_is_believed_where_the_loss_has_come_to_n
     """A cross-entropy of 1e-9 is the difference of numbers that are rounded to 1e-7."""
     torch.manual_seed(seed)
     train_swish(tmp_path / "run", swish_network(64).float(), (torch.randn(4, 4).float(), torch.arange(4) % 3), 260)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_operation_with_a_derivative_is_believed_in_half_precision(
+    tmp_path: Path, autocast: bool, seed: int
+) -> None:
+    """The parameters' own, or what autocast inside the objective, or the model, rounds to."""
+    torch.manual_seed(seed)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    batch = torch.randn(16, 4, dtype=dtype), torch.randint(3, (16,))
+    train_swish(tmp_path / "run", swish_network(64).to(dtype), batch, 20, torch.bfloat16 if autocast else None)

@@ -58,6 +58,12 @@ def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     return found
 
 
+def rounding(loss: Tensor) -> float:
+    """The unit of the coarsest type in which the loss was computed: autocast may round what lies between."""
+    types = {one.dtype for node in nodes([loss]) for one in node._input_metadata}
+    return max((torch.finfo(one).eps for one in types if one.is_floating_point or one.is_complex), default=0.0)
+
+
 @contextmanager
 def hooks_on_tensors() -> Iterator[list[Callable]]:
     """Those that are put on tensors inside: they may change gradients on the way back, by whatever computation."""

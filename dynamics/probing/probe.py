@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..curvature.expansion import Expansion, LossFunction, mean_gradient, mean_loss
 from ..curvature.gates import Products, gated_products
-from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_again
+from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_again, rounding
 from ..curvature.ordinary import masked, with_masked_gradient
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
@@ -143,6 +143,7 @@ class Probe:
         self._fixed = False
         self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
         self.own_operations = False  # whether the loss goes through operations or hooks of someone's own
+        self.rounding = 0.0  # of the loss, if so: the unit of the coarsest type on the way
         self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
 
     def __len__(self) -> int:
@@ -244,6 +245,8 @@ class Probe:
                 self.repeatable, self.own_operations = False, True
                 now = Moment(self._model, self._device, self._objective)
                 lend_on_the_way_back(loss, partial(self._lent, values, now))
+            if self.own_operations:
+                self.rounding = max(self.rounding, rounding(loss))
         return loss
 
     @contextmanager

@@ -201,7 +201,7 @@ class ProbedStep:
         if not length:  # nothing is passed on
             return
         exact, bound = float(grad_hess_grad.sum()), float(grad_hess_grad.abs().sum())
-        rounding = torch.finfo(self._layers.dtype).eps
+        rounding = probe.rounding
         # far enough for rounding, near enough for g to change by a part of it
         epsilon = min(rounding ** (1 / 3) * (1 + size) / max(length, 1e-300), length**2 / max(100 * bound, 1e-300))
         losses, slopes = zip(

@@ -248,3 +248,25 @@ def test_nor_is_one_of_another_loss(tmp_path: Path) -> None:
 
 def loss_of(name: str) -> Objective:
     return lambda model, batch: cross_entropy(model[name], batch)
+
+
+def test_nor_is_one_that_has_stepped_when_the_pass_of_the_step_begins(tmp_path: Path) -> None:
+    """A critic that is trained on the batch first: the actor's loss is of where it is by then."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    actor, critic = (torch.optim.SGD(model[place].parameters(), 0.3) for place in (0, 2))
+    losses: list[float] = []
+
+    def actors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return -model(batch[0]).mean()
+
+    with Recorder(tmp_path / "run", model, actor, objective=actors, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches()):
+            model.zero_grad()
+            (model(batch[0])[:, 0] - batch[1]).square().mean().backward()
+            critic.step()
+            model.zero_grad()
+            loss = actors(model, batch)
+            loss.backward()
+            actor.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)

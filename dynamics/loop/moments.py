@@ -145,7 +145,7 @@ class Moments:
         The step is ``lost`` where they were not kept before. And whether others, which optimizers may have trained
         that were not given, have moved ``beside`` since the last forward pass began.
         """
-        last = next((one.moment for one in reversed(seen) if one.passed), None)
+        last = next((one.last_moment or one.moment for one in reversed(seen) if one.passed), None)
         changed = last.changed if last and self._held else {}
         held = {id(one) for one in self._held()} if changed else set()
         self.beside = [name for name, one in changed.items() if id(one) not in held]

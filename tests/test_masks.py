@@ -187,6 +187,20 @@ def test_a_gradient_that_is_no_number_leaves_what_is_pruned_at_zero(value: float
     assert model.weight[0, 0] == 0
 
 
+def test_sparse_gradients_are_masked_as_others_are() -> None:
+    """Those of an embedding, each with two entries of one row."""
+    weights = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(5, 3, sparse=sparse)
+        apply_masks(model, {"weight": torch.rand(5, 3) > 0.5}, optimizer := torch.optim.SGD(model.parameters(), 0.1))
+        model(torch.tensor([1, 3, 1])).square().sum().backward()
+        optimizer.step()
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-14, atol=0)
+    assert (weights[1] == 0).any()
+
+
 def test_masks_stay_out_of_the_state_dict() -> None:
     model, _ = linear()
     keys = list(model.state_dict())

@@ -76,7 +76,13 @@ class _Masking:
         self._owner, self._leaf = owner, leaf
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return torch.where(_mask(self._owner, self._leaf), grad, 0)  # not multiplied: what is not finite goes, too
+        mask = _mask(self._owner, self._leaf)
+        if grad.layout is not torch.sparse_coo:
+            return torch.where(mask, grad, 0)  # not multiplied: what is not finite goes, too
+        grad = grad.coalesce()  # an embedding's
+        places, values = grad.indices(), grad.values()
+        kept = torch.where(mask[tuple(places)], values, 0)
+        return torch.sparse_coo_tensor(places, kept, grad.shape, is_coalesced=True, check_invariants=False)
 
 
 def _mask_gradient(owner: nn.Module, leaf: str) -> None:

@@ -14,7 +14,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dynamics", "analysis", "figures")
-OF_RECORDS = {f"dynamics.{name}" for name in ("record.reading", "schema", "places", "command_line")}  # without torch
+OF_RECORDS = {  # without torch
+    f"dynamics.{name}" for name in ("record.reading", "record.files", "schema", "places", "command_line")
+}
 MAY_IMPORT = {
     "dynamics": {"dynamics"},
     "analysis": {"analysis", *OF_RECORDS},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from ..loop.processes import Processes
 from ..network.layers import Layers
 from ..probing.probe import Probe
 from ..quantities import FORMULAS, Vectors
+from .own_operations import doubt
 from .step import Measurement
 from .warn_once import WarnOnce
 
@@ -171,9 +172,7 @@ class ProbedStep:
     ) -> dict[str, Tensor]:
         values = self._by_gates_or_products(probe, grad, vectors, names)
         if probe.own_operations and "grad_hess_grad" in values:
-            self._of_own_operations += 1
-            if self._of_own_operations.bit_count() == 1:  # the 1st, 2nd, 4th...: it may pass on more as time goes on
-                self._compare(probe, grad, values["grad_hess_grad"])
+            self._look_at_own_operations(probe, grad, values["grad_hess_grad"])
         return values
 
     def _by_gates_or_products(
@@ -191,51 +190,16 @@ class ProbedStep:
                 )
             return self._by_products(probe, grad, vectors, names)
 
-    def _compare(self, probe: Probe, grad: dict[str, Tensor], grad_hess_grad: Tensor) -> None:
-        """Say, once, where the change of the loss along g is not what g says, or gᵀHg not the change of g.
-
-        Some operations pass on another gradient than their own, and some backward passes have no derivative.
-        """
-        theta = self._layers.named(self._step.theta)
-        length, size = (float(torch.nn.utils.get_total_norm(list(one.values()))) for one in (grad, theta))
-        if not length:  # nothing is passed on
+    def _look_at_own_operations(self, probe: Probe, grad: dict[str, Tensor], grad_hess_grad: Tensor) -> None:
+        """Say, once, where there is a doubt: at the 1st step, 2nd, 4th..., as they may pass on more as time goes on."""
+        self._of_own_operations += 1
+        if self._of_own_operations.bit_count() > 1:
             return
-        exact, bound = float(grad_hess_grad.sum()), float(grad_hess_grad.abs().sum())
-        rounding = probe.rounding
-        # far enough for rounding, near enough for g to change by a part of it
-        epsilon = min(rounding ** (1 / 3) * (1 + size) / max(length, 1e-300), length**2 / max(100 * bound, 1e-300))
-        losses, slopes = zip(
-            *(self._along(probe, theta, grad, distance) for distance in (-epsilon, 0.0, epsilon)), strict=True
-        )
-        noise, passed_on = 10 * rounding / epsilon, slopes[1]
-        bent = abs(slopes[0] + slopes[2] - 2 * slopes[1]) / 2
-        slope, change = (losses[2] - losses[0]) / (2 * epsilon), (slopes[2] - slopes[0]) / (2 * epsilon)
-        rounded = max(abs(losses[1]), 1.0)  # a loss near zero is what is left of numbers that are not
-        if _differ(passed_on, slope, 0.05, noise * rounded + bent):
-            self._warn_once(
-                "an operation or hook of your own passes on another gradient than that of what it computes, as do "
-                f"gradient reversal and straight-through estimators: along g the loss changes by {slope:.4g}, and by "
-                f"{passed_on:.4g} as g says. Predictions of how the loss changes are by the gradient that is passed "
-                "on, not of the loss that is measured, and it has no curvature",
-                "own gradient",
-            )
-        elif self._of_own_operations == 1 and _differ(exact, change, 0.1, noise * length**2 + 3 * bent / epsilon):
-            self._warn_once(
-                "curvature of an operation of your own is not the change of its gradient: gᵀHg is "
-                f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. One that passes on "
-                "another gradient than its own has none; one whose backward pass, or hook on a tensor, autograd cannot "
-                "differentiate says so as a function with @torch.autograd.function.once_differentiable, and "
-                "differences are recorded",
-                "own operation",
-            )
-
-    def _along(
-        self, probe: Probe, theta: dict[str, Tensor], direction: dict[str, Tensor], distance: float
-    ) -> tuple[float, float]:
-        """The loss so far along a direction from θ, and its slope there as its gradient says."""
-        there = {name: one + distance * direction[name] if name in direction else one for name, one in theta.items()}
-        loss, grad = probe.gradient(there)
-        return loss.item(), sum((grad[name].double() * direction[name]).sum().item() for name in direction)
+        found = None
+        with suppress(Exception):  # it only tells: what was measured stays
+            found = doubt(probe, self._layers.named(self._step.theta), grad, grad_hess_grad)
+        if found and (found.gradient or self._of_own_operations == 1):
+            self._warn_once(found.text, "own gradient" if found.gradient else "own operation")
 
     def _by_gates(self, probe: Probe, grad: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         directions = [grad] if {"grad_hess_grad", "param_hess_grad"} & set(names) else []
@@ -263,10 +227,6 @@ class ProbedStep:
     def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
         aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]
         return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(aligned), strict=True)))
-
-
-def _differ(one: float, other: float, share: float, noise: float) -> bool:
-    return abs(one - other) > share * max(abs(one), abs(other)) + noise
 
 
 def _clipped_as(applied: Tensor, own: Tensor) -> Tensor:

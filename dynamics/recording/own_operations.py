@@ -1,0 +1,69 @@
+"""Whether operations of one's own pass on the gradient of what they compute, and have its derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..probing.probe import Probe
+
+_Theta = Mapping[str, Tensor]
+
+
+class Doubt(NamedTuple):
+    """That the ``gradient`` is none of the loss, or else the curvature none of the gradient; and what is to be said."""
+
+    gradient: bool
+    text: str
+
+
+def doubt(probe: Probe, theta: _Theta, grad: _Theta, grad_hess_grad: Tensor) -> Doubt | None:
+    """Where the change of the loss along g is not what g says, or gᵀHg, by layer, not the change of g.
+
+    Some operations pass on another gradient than their own, and some backward passes have no derivative. By central
+    differences of losses and gradients; what lies within their error is no reason to doubt.
+    """
+    length, size = (float(torch.nn.utils.get_total_norm(list(one.values()))) for one in (grad, theta))
+    if not length:  # nothing is passed on
+        return None
+    exact, bound = float(grad_hess_grad.sum()), float(grad_hess_grad.abs().sum())
+    rounding = probe.rounding
+    # far enough for rounding, near enough for g to change by a part of it
+    epsilon = min(rounding ** (1 / 3) * (1 + size) / max(length, 1e-300), length**2 / max(100 * bound, 1e-300))
+    losses, slopes = zip(*(_along(probe, theta, grad, far) for far in (-epsilon, 0.0, epsilon)), strict=True)
+    noise, passed_on = 10 * rounding / epsilon, slopes[1]
+    bent = abs(slopes[0] + slopes[2] - 2 * slopes[1]) / 2
+    slope, change = (losses[2] - losses[0]) / (2 * epsilon), (slopes[2] - slopes[0]) / (2 * epsilon)
+    rounded = max(abs(losses[1]), 1.0)  # a loss near zero is what is left of numbers that are not
+    if _differ(passed_on, slope, 0.05, noise * rounded + bent):
+        return Doubt(
+            True,
+            "an operation or hook of your own passes on another gradient than that of what it computes, as do "
+            f"gradient reversal and straight-through estimators: along g the loss changes by {slope:.4g}, and by "
+            f"{passed_on:.4g} as g says. Predictions of how the loss changes are by the gradient that is passed "
+            "on, not of the loss that is measured, and it has no curvature",
+        )
+    if _differ(exact, change, 0.1, noise * length**2 + 3 * bent / epsilon):
+        return Doubt(
+            False,
+            "curvature of an operation of your own is not the change of its gradient: gᵀHg is "
+            f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. One that passes on "
+            "another gradient than its own has none; one whose backward pass, or hook on a tensor, autograd cannot "
+            "differentiate says so as a function with @torch.autograd.function.once_differentiable, and "
+            "differences are recorded",
+        )
+    return None
+
+
+def _along(probe: Probe, theta: _Theta, direction: _Theta, distance: float) -> tuple[float, float]:
+    """The loss so far along a direction from θ, and its slope there as its gradient says."""
+    there = {name: one + distance * direction[name] if name in direction else one for name, one in theta.items()}
+    loss, grad = probe.gradient(there)
+    return loss.item(), sum((grad[name].double() * direction[name]).sum().item() for name in direction)
+
+
+def _differ(one: float, other: float, share: float, noise: float) -> bool:
+    return abs(one - other) > share * max(abs(one), abs(other)) + noise

@@ -1,10 +1,17 @@
 """Inside a report what is found of a run is computed once, and is what it would be otherwise."""
 
+from collections import Counter
+from functools import wraps
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
+from synthetic_runs import runs
 
 from analysis.remembered import remembered, remembering
+from analysis.statistics import STATISTICS
+from figures import FIGURES, write_report
 
 
 @pytest.fixture
@@ -76,3 +83,19 @@ def test_what_fails_fails_again(mean, calls: list[str]) -> None:
 
 def test_what_is_wrapped_is_described_as_before(mean) -> None:
     assert mean.__doc__ == "The mean from a step on."
+
+
+def test_a_report_takes_its_claims_from_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figure, what was found and its tables all need them."""
+    looked, accuracy = Counter(), STATISTICS["accuracy"]
+
+    @wraps(accuracy)
+    def counted(run: xr.DataTree) -> float:
+        looked[id(run)] += 1
+        return accuracy(run)
+
+    monkeypatch.setitem(STATISTICS, "accuracy", counted)
+    monkeypatch.setattr("figures.report.FIGURES", {"claims": FIGURES["claims"]})
+    several = runs()
+    write_report(several, tmp_path, records=[])
+    assert looked == {id(run): 1 for run in several.values()}

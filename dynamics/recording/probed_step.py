@@ -21,7 +21,7 @@ from .own_operations import doubt
 from .step import Measurement
 from .warn_once import WarnOnce
 
-_ENTRIES = 2**16  # of gradients that are compared
+_ENTRIES, _NUMBERS = 2**16, 2**22  # of gradients that are compared: of each, and of those of all batches at most
 _ROUNDING = 1e-4  # of shares
 _SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
 
@@ -107,7 +107,8 @@ class ProbedStep:
         shares tells.
         """
         applied = self._step.grad.blocks
-        some = slice(None, None, applied.numel() // _ENTRIES | 1)  # odd, for parameters begin at multiples of 1024
+        most = min(_ENTRIES, _NUMBERS // len(probe))
+        some = slice(None, None, applied.numel() // most | 1)  # odd, for parameters begin at multiples of 1024
         columns = []
         for one in probe.one_by_one():
             grad = self._layers.vector(self.gradient(one)[1], without=self._step.rest)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 from argparse import SUPPRESS
+from functools import partial
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
-from dynamics.command_line import mistake, printing
+from dynamics.command_line import exit_status, printing
 from dynamics.record.reading import named_damage
 
 from .condensed import SUFFIX, condense
@@ -106,23 +107,16 @@ _COMMANDS = {"protocol-diff": _protocol_diff, "condense": _condense}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend, 130 if
-    it is interrupted.
-    """
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        with printing():
-            if given and given[0] in _COMMANDS:
-                _COMMANDS[given[0]](given[1:])
-            else:
-                _overview(given)
-    except (ArgumentError, ValueError, OSError) as error:
-        print(f"error: {mistake(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command line; returns the exit status."""
+    return exit_status(partial(_execute, sys.argv[1:] if arguments is None else arguments))
+
+
+def _execute(given: list[str]) -> None:
+    with printing():
+        if given and given[0] in _COMMANDS:
+            _COMMANDS[given[0]](given[1:])
+        else:
+            _overview(given)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from .command_line import mistake, printing
+from .command_line import exit_status, printing
 from .data import DataError
 from .errors import one_line
 from .experiments.experiment import Experiment
@@ -192,18 +193,9 @@ def _protocols(settings: Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend, 1 if some of
-    several runs failed.
-    """
-    try:
-        return _execute(arguments)
-    except (ArgumentError, ValueError, OSError, DataError) as error:
-        print(f"error: {mistake(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        said = "interrupted; what was recorded until now is kept, the same command goes on"
-        print(*getattr(interrupt, "__notes__", ()), said, sep="\n", file=sys.stderr)
-        return 130
+    """Run the command line; returns the exit status, 1 if some of several runs failed."""
+    said = "interrupted; what was recorded until now is kept, the same command goes on"
+    return exit_status(partial(_execute, arguments), mistakes=(DataError,), interrupted=said)
 
 
 if __name__ == "__main__":

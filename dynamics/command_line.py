@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jsonargparse import ArgumentError
@@ -21,6 +21,29 @@ def printing() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:  # what is left goes nowhere, nor does Python's own last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_status(
+    execute: Callable[[], int | None],
+    *,
+    mistakes: tuple[type[Exception], ...] = (),
+    interrupted: str = "interrupted",
+) -> int:
+    """Of a command: what it returns, or 0; 2 with one line on stderr for what the user can mend, 130 if interrupted.
+
+    Args:
+        execute: the command.
+        mistakes: what the user can mend, beside wrong arguments, values and files.
+        interrupted: what is said then, behind the notes that the interruption has.
+    """
+    try:
+        return execute() or 0
+    except (ArgumentError, ValueError, OSError, *mistakes) as error:
+        print(f"error: {mistake(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(*getattr(interrupt, "__notes__", ()), interrupted, sep="\n", file=sys.stderr)
+        return 130
 
 
 def mistake(error: Exception) -> str:

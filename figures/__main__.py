@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
 from analysis import open_runs
-from dynamics.command_line import mistake
+from dynamics.command_line import exit_status
 from dynamics.record.reading import named_damage
 
 from .paper import FIGURES
@@ -32,24 +32,18 @@ def _parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 with one line on stderr for what the user can mend, 130 if
-    it is interrupted.
-    """
-    try:
-        settings = _parser().parse_args(arguments)
-        runs, folder = open_runs(settings.runs), Path(settings.output)
-        mpl.use("agg")
-        records = [os.path.relpath(path, folder) for path in settings.runs]
-        with named_damage(runs.values()):
-            page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
-        print(f"drew the figures in {folder}; read {page}")
-    except (ArgumentError, ValueError, OSError) as error:
-        print(f"error: {mistake(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command line; returns the exit status."""
+    return exit_status(partial(_execute, arguments))
+
+
+def _execute(arguments: list[str] | None) -> None:
+    settings = _parser().parse_args(arguments)
+    runs, folder = open_runs(settings.runs), Path(settings.output)
+    mpl.use("agg")
+    records = [os.path.relpath(path, folder) for path in settings.runs]
+    with named_damage(runs.values()):
+        page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
+    print(f"drew the figures in {folder}; read {page}")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,16 @@ class ByHand:
             np.testing.assert_allclose(steps[name], expected, rtol, least + 1e-300, err_msg=name)
 
 
+def curvature_by_hand(loss: Tensor, parameters: Sequence[Tensor]) -> dict[str, float]:
+    """Loss, ‖g‖², gᵀHg and θᵀHg by two backward passes through a loop's own graph, which stays."""
+    grad = torch.autograd.grad(loss, parameters, create_graph=True)
+    square = sum((part * part.detach()).sum() for part in grad)
+    product = torch.autograd.grad(square, parameters, retain_graph=True)
+    along = [sum((a * b).sum().item() for a, b in zip(product, of, strict=True)) for of in (grad, parameters)]
+    return {"loss_before": loss.item(), "grad_sqnorm": square.item(),
+            "grad_hess_grad": along[0], "param_hess_grad": along[1]}  # fmt: skip
+
+
 def wide(tensor: Tensor) -> Tensor:
     """A copy in double precision, real and dense."""
     tensor = tensor.detach().to_dense()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from by_hand import curvature_by_hand
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -34,14 +35,7 @@ def record(path: Path, model: nn.Module, objective: Objective = cross_entropy) -
     with Recorder(path, model, optimizer, objective=objective, curvature_every=1) as recorder:
         for batch in recorder.watch(batches()):
             loss = objective(model, batch)
-            grad = torch.autograd.grad(loss, trained, create_graph=True)
-            square = sum((part * part.detach()).sum() for part in grad)
-            product = torch.autograd.grad(square, trained, retain_graph=True)
-            along = [
-                sum((a * b).sum().item() for a, b in zip(product, other, strict=True)) for other in (grad, trained)
-            ]
-            by_hand.append({"loss_before": loss.item(), "grad_sqnorm": square.item(),
-                            "grad_hess_grad": along[0], "param_hess_grad": along[1]})  # fmt: skip
+            by_hand.append(curvature_by_hand(loss, trained))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

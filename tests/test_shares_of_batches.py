@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import curvature_by_hand
 from networks import smooth_network, vectors
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def test_by_their_tokens(tmp_path: Path, dropout: float, clipped: bool) -> None:
                 recorder.observe(batch)
                 losses.append(of_tokens(model, batch, "sum") / total)
                 losses[-1].backward(retain_graph=True)
-            by_hand.append(of_loss(sum(losses), list(model.parameters())))
+            by_hand.append(curvature_by_hand(sum(losses), list(model.parameters())))
             if clipped:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
@@ -77,7 +78,7 @@ def test_by_what_the_loop_multiplies_them_with(tmp_path: Path, weights: Sequence
             for weight, loss in zip(weights, losses, strict=True):
                 (weight * loss).backward(retain_graph=True)
             mean = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
-            by_hand.append(of_loss(mean, list(model.parameters())))
+            by_hand.append(curvature_by_hand(mean, list(model.parameters())))
             optimizer.step()
     compare(tmp_path / "run", by_hand)
 
@@ -97,16 +98,6 @@ def test_shares_that_many_batches_could_always_have_are_none(tmp_path: Path) -> 
         model.weight.grad += torch.tensor([[0.02, -0.01]])  # noise
         optimizer.step()
     assert open_run(tmp_path / "run")["curvature"].loss_before.item() == pytest.approx(np.mean(losses), rel=1e-12)
-
-
-def of_loss(loss: Tensor, parameters: list[Tensor]) -> dict[str, float]:
-    """Loss, ‖g‖², gᵀHg and θᵀHg by two backward passes through the loop's own graph."""
-    grad = torch.autograd.grad(loss, parameters, create_graph=True)
-    square = sum((part * part.detach()).sum() for part in grad)
-    product = torch.autograd.grad(square, parameters, retain_graph=True)
-    along = [sum((a * b).sum().item() for a, b in zip(product, of, strict=True)) for of in (grad, parameters)]
-    return {"loss_before": loss.item(), "grad_sqnorm": square.item(),
-            "grad_hess_grad": along[0], "param_hess_grad": along[1]}  # fmt: skip
 
 
 def compare(path: Path, by_hand: list[dict[str, float]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -88,20 +88,16 @@ def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
     if mode not in ("train", "eval", None):
         raise ValueError(f"mode must be 'train' or 'eval', got {mode!r}")
     modules = list(model.modules())
-    before = {module: module.training for module in modules}
-    does_more = mode is not None and any(type(module).train is not nn.Module.train for module in modules)
-    copies = {name: one.clone() for name, one in model.named_parameters()} if does_more else {}
-    attributes = kept(modules) if does_more else None
-    try:
-        with exchanged(model, copies) if does_more else nullcontext():
-            if mode is not None:
-                model.train(mode == "train")
-            yield
-    finally:
-        if attributes is not None:
-            attributes.put_back()
-        for module, training in before.items():
-            module.training = training
+    with ExitStack() as afterwards:
+        for module in modules:
+            afterwards.callback(setattr, module, "training", module.training)
+        if mode is not None:
+            if any(type(module).train is not nn.Module.train for module in modules):
+                afterwards.callback(kept(modules).put_back)
+                copies = {name: one.clone() for name, one in model.named_parameters()}
+                afterwards.enter_context(exchanged(model, copies))
+            model.train(mode == "train")
+        yield
 
 
 class Probe:
@@ -113,8 +109,7 @@ class Probe:
     numbers (the same dropout mask as the training step's), and masks the gradients: a pruned parameter is a constant,
     zero unless something moves it all the same, so it has no gradient; nor has a frozen one (``requires_grad=False``),
     or one that the forward pass itself replaces by another. Batches count by their number of samples, or equally, or
-    :meth:`in_shares`.
-    Nothing runs compiled: that has no second derivative.
+    :meth:`in_shares`. Nothing runs compiled: that has no second derivative.
     """
 
     def __init__(

@@ -164,42 +164,46 @@ class StepCurvature:
     def _best(self, probes: list[Candidate], step: int) -> Found | None:
         """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""
         by = self._captured if len(probes) == 1 else self._probed  # graphs write over what they found before
-        found = self._found_in_shares(probes[0], step) if probes and self._in_shares else []
+        found: list[Found] = []
+        if probes and self._in_shares and (shared := self._found_in_shares(probes[0], step)):
+            found.append(shared)
         for one in () if found else probes:
-            if not (of_this := self._found(one, by, step)):
+            if (tried := self._found(one, by, step)) is None:
                 return None
-            found += of_this
-            if found[-1].sure:
+            found.append(tried)
+            if tried.sure:
                 break
         if not found:
             return None
         if not found[-1].sure:
             likeliest = [one for one in found if one.candidate.number == found[0].candidate.number]
-            found += self._found_in_shares(max(likeliest, key=lambda one: one.cosine).candidate, step)
+            nearest = max(likeliest, key=lambda one: one.cosine)
+            if shared := self._found_in_shares(nearest.candidate, step):
+                found.append(shared)
         if (best := self._candidates.choose(found)) is None:
             self._say_unknown(step)
         return best
 
-    def _found(self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int) -> list[Found]:
-        """The candidate's gradient, beside the one applied; none where the objective fails."""
+    def _found(self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int) -> Found | None:
+        """The candidate's gradient, beside the one applied; None where the objective fails."""
         if (measured := self._or_give_up(partial(by.gradient, candidate.probe), step)) is None:
-            return []
+            return None
         grad = self._probed.mean(measured[1])
-        return [Found(candidate, by, measured[0], grad, *self._probed.alignment(grad))]
+        return Found(candidate, by, measured[0], grad, *self._probed.alignment(grad))
 
-    def _found_in_shares(self, candidate: Candidate, step: int) -> list[Found]:
+    def _found_in_shares(self, candidate: Candidate, step: int) -> Found | None:
         """The candidate with its batches in the shares that the gradient applied has, if it surely is theirs then.
 
         Micro-batches may count by their tokens, say.
         """
         self._in_shares = False
         if len(candidate.probe) < 2 or self._processes.replicated:
-            return []
+            return None
         if not (shares := self._or_give_up(partial(self._probed.shares, candidate.probe), step)):
-            return []
+            return None
         found = self._found(candidate._replace(probe=candidate.probe.in_shares(shares)), self._probed, step)
-        self._in_shares = bool(found) and found[0].sure
-        return found if self._in_shares else []
+        self._in_shares = found is not None and found.sure
+        return found if self._in_shares else None
 
     def _say_lost(self) -> None:
         self._warn_once(

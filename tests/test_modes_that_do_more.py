@@ -13,6 +13,7 @@ from networks import images, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
+from dynamics.pruning.cost import network_cost
 
 
 class Adapted(nn.Linear):
@@ -72,6 +73,15 @@ def test_a_weight_that_an_adapter_is_merged_into(tmp_path: Path, mode: str, trai
         )
         curved = sum((grad * one).sum().item() for (_, grad), one in zip(found, product, strict=True))
         np.testing.assert_allclose(row.grad_hess_grad.sum("layer"), curved, rtol=1e-10)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_looks_at_a_network_in_eval_mode_leaves_it_as_it_was(trains: bool) -> None:
+    model = nn.Sequential(Adapted(4, 6), nn.Tanh(), nn.Linear(6, 3)).train(trains)
+    before, merged = copy.deepcopy(model.state_dict()), model[0].merged
+    network_cost(model, (4,), {})
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert (model[0].merged, model[0].training, model[1].training) == (merged, trains, trains)
 
 
 def test_a_network_of_adapters_alone_has_no_gradient_in_eval_mode(tmp_path: Path) -> None:

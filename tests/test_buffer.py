@@ -45,6 +45,10 @@ class Memory:
         self._fail_when_full()
         self.appended.setdefault(node, []).extend(rows["value"].tolist())
 
+    def amend(self, node: str, row: dict[str, np.ndarray]) -> None:
+        self._fail_when_full()
+        self.appended[node][-1] = row["value"].item()
+
     def commit(self) -> None:
         self._fail_when_full()
         self.committed = sum(map(len, self.appended.values()))
@@ -130,6 +134,62 @@ def test_interrupted_at_any_bytecode(monkeypatch: pytest.MonkeyPatch, action: Ca
         if not reached:
             break
     assert at > 1000
+
+
+class Amending(Loop):
+    """Flushes after each step, of which it knows a value only then."""
+
+    def __init__(self, rows: Buffer) -> None:
+        super().__init__(rows)
+        self.last: dict[str, float] = {}
+
+    def run(self) -> None:
+        while self.pending:
+            node, row = self.pending[0]
+            if node == "steps" and self.last and row is not self.last:
+                self.last["value"] = 10.0 * (len(self.pending) // 2)
+                self.rows.add("steps", self.last)
+            self.last = row if node == "steps" else self.last
+            self.rows.add(node, row)
+            if node == "steps":
+                self.rows.flush()
+            self.pending.popleft()
+        self.rows.flush(wait=True)
+
+
+@pytest.mark.parametrize("action", [ctrl_c, handler_flushes, handler_flushes_then_ctrl_c])
+def test_a_row_that_says_more_after_a_flush_interrupted_at_any_bytecode(action: Callable[[Loop], None]) -> None:
+    for at in count(1):
+        store = Memory()
+        rows = Buffer(store)
+        loop = Amending(rows)
+        try:
+            reached = interrupted(loop.run, at, lambda loop=loop: action(loop))
+        except KeyboardInterrupt:
+            reached = True
+            loop.run()
+        rows.close()
+        assert store.appended == {"steps": [30.0, 20.0, 10.0, 30.0], "epochs": [0.0, 10.0, 20.0, 30.0]}, at
+        if not reached:
+            break
+    assert at > 1000
+
+
+def test_what_a_row_says_later_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.01)
+    store, row = Memory(), {"value": 1.0}
+    rows = Buffer(store)
+    rows.add("steps", row)
+    rows.flush(wait=True)
+    store.full, row["value"] = True, 2.0
+    rows.add("steps", row)
+    rows.flush(wait=True)
+    rows.add("steps", {"value": 3.0})
+    rows.flush(wait=True)
+    assert store.appended == {"steps": [1.0]}
+    store.full = False
+    rows.close()
+    assert store.appended == {"steps": [2.0, 3.0]}
 
 
 @pytest.mark.parametrize("action", [ctrl_c, Buffer.close])

@@ -43,7 +43,7 @@ def fail(reason: str) -> object:
     return failing
 
 
-@pytest.mark.parametrize("when", ["before the step", "after it"])
+@pytest.mark.parametrize("when", ["before the step", "after it", "after a flush"])
 @pytest.mark.parametrize("case", ["label smoothing", "the same", "clipped", "a part of it"])
 def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: str, when: str) -> None:
     torch.manual_seed(0)
@@ -65,7 +65,9 @@ def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: 
                 if when == "before the step":
                     recorder.log(loss=loss)
                 optimizer.step()
-                if when == "after it":
+                if when == "after a flush":
+                    recorder.flush()
+                if when != "before the step":
                     recorder.log(loss=loss.item())
 
     if case == "label smoothing":

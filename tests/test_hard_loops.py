@@ -462,17 +462,22 @@ def test_a_skipped_step_shifts_no_logged_loss(tmp_path: Path, fused: bool, watch
 
 
 @pytest.mark.parametrize("watched", [True, False])
-def test_a_flush_between_step_and_log_shifts_no_loss(tmp_path: Path, watched: bool) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_flush_between_step_and_log_costs_and_shifts_no_loss(tmp_path: Path, watched: bool, every: int) -> None:
     model, batches, losses = smooth_network(), vectors(5), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+    with Recorder(tmp_path / "run", model, optimizer, every=every, curvature_every=0) as recorder:
         for number, batch in enumerate(recorder.watch(batches) if watched else batches):
             loss = plain_step(model, optimizer, batch)
-            if number == 2:
+            if number in (2, 3):
                 recorder.flush()
             recorder.log(loss=loss)
-            losses.append(loss.item() if number != 2 else np.nan)
-    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, losses, rtol=1e-12)
+            losses.append(loss.item())
+        recorder.flush()
+        recorder.log(validation=0.25)
+    steps = open_run(tmp_path / "run")["steps"]
+    np.testing.assert_allclose(steps.loss, losses[::every], rtol=1e-12)
+    np.testing.assert_array_equal(steps.validation, [np.nan] * (steps.sizes["step"] - 1) + [0.25])
 
 
 def test_a_random_choice_in_the_loop_is_not_disturbed(tmp_path: Path) -> None:

@@ -73,6 +73,28 @@ def test_a_variable_that_comes_late_is_missing_before(tmp_path: Path, monkeypatc
     np.testing.assert_array_equal(found.loss, [*np.sqrt(np.arange(7)), np.nan])
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("reopened", [False, True])
+def test_the_last_row_is_amended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, reopened: bool) -> None:
+    monkeypatch.setitem(store._CHUNK_ROWS, "steps", 4)
+    written = Store(tmp_path / "run.zarr", ATTRIBUTES)
+    written.append("steps", rows(0, length))
+    written.commit()
+    if reopened:
+        written.close()
+        written = Store.reopen(tmp_path / "run.zarr")
+    written.amend("steps", {"loss": np.array([7.5]), "late": np.array([2.5])})
+    written.commit()
+    expected = rows(0, 9) | {"late": np.full(9, np.nan)}
+    expected["loss"][length - 1], expected["late"][length - 1] = 7.5, 2.5
+    for stop in (length, length + 1, 9):
+        found = read(tmp_path / "run.zarr")
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values[:stop], err_msg=name)
+        written.append("steps", rows(stop, 9 if stop > length else stop + 1))
+        written.commit()
+
+
 def test_an_existing_path_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "run.zarr").mkdir()
     (tmp_path / "run.zarr" / "thesis.txt").write_text("mine")

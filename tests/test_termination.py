@@ -171,8 +171,10 @@ def test_a_row_is_right_or_missing_wherever_a_signal_comes(tmp_path: Path, among
         assert rows == 4 or act is interrupt
         for name in set(steps.data_vars) & set(whole.data_vars):
             found, expected = steps[name].values, whole[name].values[:rows]
-            if name == "number":  # what is logged after a flush is lost
-                found = np.where(np.isnan(found), expected, found) if np.isnan(found).sum() < 2 else found
+            if (
+                name == "number" and act is interrupt and np.isnan(found[-1:]).any()
+            ):  # it would have come after the step
+                found, expected = found[:-1], expected[:-1]
             np.testing.assert_array_equal(found, expected, err_msg=f"{name} at {at}")
         at += 5
     assert at > 1

@@ -49,7 +49,6 @@ class TrainerRecorder(TrainerCallback):
         self._samples, self._processes = 0, 1
         self._within_epoch = False
         self._began = 0  # after so many steps
-        self._in_epoch = self._saved = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Begin: the optimizer is there, and a checkpoint has been loaded.
@@ -65,7 +64,7 @@ class TrainerRecorder(TrainerCallback):
                 "train with data parallelism, or without this callback"
             )
         self._within_epoch = bool((state.epoch or 0) % 1)  # the checkpoint's
-        self._began, self._saved = state.global_step, False
+        self._began = state.global_step
         if state.is_world_process_zero:
             self._processes = args.world_size if args.average_tokens_across_devices else 1
             self.recorder = self._make_recorder(
@@ -79,16 +78,11 @@ class TrainerRecorder(TrainerCallback):
         """Count the epoch, unless a checkpoint was saved within it."""
         if self.recorder and not self._within_epoch:
             self.recorder.begin_epoch()
-        self._within_epoch, self._in_epoch = False, True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **training: Any) -> None:
-        """What comes now until the next epoch is of this one."""
-        self._in_epoch = False
+        self._within_epoch = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Count the step's samples from 0."""
         self._samples = 0
-        self._flush_if_saved()
 
     @torch.compiler.disable
     def _observe(self, model: nn.Module, args: tuple, batch: dict[str, Any]) -> None:
@@ -129,20 +123,9 @@ class TrainerRecorder(TrainerCallback):
             self.recorder.log(**simple_scalars(metrics))
 
     def on_save(self, args: Any, state: Any, control: Any, **training: Any) -> None:
-        """Write what was recorded, which a training that goes on from the checkpoint needs.
-
-        What is logged of a step after that is lost: where an epoch's last step is saved before its loss or evaluation
-        comes, this waits for the next step.
-        """
-        self._saved = True
-        ends = self._in_epoch and (state.global_step >= state.max_steps or not (state.epoch or 0) % 1)
-        if not (ends and "epoch" in (args.eval_strategy, args.logging_strategy)):
-            self._flush_if_saved()
-
-    def _flush_if_saved(self) -> None:
-        if self.recorder and self._saved:
+        """Write what was recorded, which a training that goes on from the checkpoint needs."""
+        if self.recorder:
             self.recorder.flush()
-        self._saved = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Close the record."""

@@ -52,9 +52,13 @@ class LoggedLoss:
                 doubt.logged = loss
 
     def differing(self, step: int) -> Iterator[tuple[str, str]]:
-        """Of the steps up to this one, which difference there is, and what is to be said; then they are forgotten."""
-        known, self._doubts = self._doubts, [doubt for doubt in self._doubts if doubt.step > step]
-        for doubt in (one for one in known if one.step <= step and one.logged is not None):
+        """Of the steps up to this one, which difference there is, and what is to be said; then they are forgotten.
+
+        The loss of the last may be logged yet.
+        """
+        known = [one for one in self._doubts if one.step <= step and one.logged is not None]
+        self._doubts = [one for one in self._doubts if one.step > step or (one.step == step and one.logged is None)]
+        for doubt in known:
             logged, objective, batches = float(doubt.logged), float(doubt.objective), doubt.batches
             if _agree(batches * logged, objective) and not _agree(logged, objective):
                 yield (

@@ -23,7 +23,7 @@ import numpy as np
 from .columns import LONGEST_TEXT as LONGEST_TEXT
 from .columns import Row, stack
 from .store import Store
-from .writer import Block, Entry, Look, Request, Writer
+from .writer import Amendment, Block, Entry, Look, Request, Writer
 
 _LOG = logging.getLogger("thetadot")
 _ROWS, _SECONDS = 256, 5.0
@@ -47,6 +47,7 @@ class Buffer:
         self._log: dict[tuple[str, int], Entry] = {}  # by the row's identity: the same again is no second one
         self._since = time.monotonic()
         self._sent, self._dropped = 0, 0
+        self._lost: dict[str, Row] = {}  # the last row of each node since recording stopped
         self._stopped: Exception | None = None
         self._stopped_since = ""
         self._closed = False
@@ -62,7 +63,7 @@ class Buffer:
 
     def coordinate(self, node: str, name: str, dim: str, values: np.ndarray) -> None:
         """Give a node a coordinate that does not grow. Given again, it must be the same, and nothing happens."""
-        given = (node, name, dim, values)
+        given = {(node, name, dim): values}
         if self._process == os.getpid():
             self._log.setdefault(("", id(given)), Entry("", given))
 
@@ -71,7 +72,8 @@ class Buffer:
 
         A tensor of several variables, one after the other, comes by the tuple of their names.
 
-        The same object again is the same row of the node, so whoever was interrupted here may try again.
+        The same object again is the same row of the node, so whoever was interrupted here may try again. Until the node
+        has another row, it may say more then, or otherwise, also when it is on the disk.
 
         Raises:
             ValueError: the buffer is closed.
@@ -79,7 +81,8 @@ class Buffer:
         if self._process != os.getpid():
             return
         if self._stopped is not None:
-            self._dropped += 1
+            self._dropped += self._lost.get(node) is not row
+            self._lost[node] = row
             return
         entry = self._log.setdefault((node, id(row)), Entry(node, row)) if not self._closed else None
         if self._closed and not (entry and entry.taken):
@@ -97,7 +100,11 @@ class Buffer:
             return
         self._since = time.monotonic()
         entries = [*self._log.values()]
-        if fresh := [entry for entry in entries if not entry.sent]:
+        for entry in entries:
+            if late := entry.late:
+                self._writer.queue.put(Amendment(entry, *stack([late])))
+                entry.sent = entry.sent | late
+        if fresh := [entry for entry in entries if entry.sent is None]:
             self._send(fresh)
         self._forget(entries)
         if wait:
@@ -124,21 +131,22 @@ class Buffer:
         if waiting > _BOUND:
             self._stop(self._writer.failure or OSError("the disk does not keep up"), entries)
             return
+        said = [dict(entry.row) for entry in entries]
         try:
             block = _block(entries)
         except Exception as error:  # rows that do not fit together: they never will
             self._stop(error, entries)
             return
         self._writer.queue.put(block)
-        for entry in entries:
-            entry.sent = True
+        for entry, row in zip(entries, said, strict=True):
+            entry.sent = row
         self._sent += block.nbytes
 
     def _forget(self, entries: list[Entry]) -> None:
         """Drop what was sent, but for each node's last row: only that one may still be given again."""
         last = {entry.node: entry for entry in entries}
         for entry in entries:
-            if entry.sent and entry is not last[entry.node]:
+            if entry.sent is not None and entry is not last[entry.node]:
                 self._log.pop((entry.node, id(entry.row)), None)
 
     def _ask(self, request: Request) -> None:
@@ -163,7 +171,7 @@ def _block(entries: list[Entry]) -> Block:
     by_node: dict[str, list[Entry]] = {}
     for entry in entries:
         by_node.setdefault(entry.node, []).append(entry)
-    coordinates = [entry.row for entry in by_node.pop("", [])]
+    coordinates = [(*of, values) for entry in by_node.pop("", []) for of, values in entry.row.items()]
     stacked = {node: stack(entry.row for entry in rows) for node, rows in by_node.items()}
     columns = {node: columns for node, (columns, _) in stacked.items()}
     return Block(coordinates, by_node, columns, [event for _, events in stacked.values() for event in events])

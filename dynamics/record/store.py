@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +127,28 @@ class Store:
         A variable that is new or absent this time is missing (NaN) in the rows that do not have it. One that was there
         before keeps its type.
         """
+        start = self._length[node]
+        self._write(node, rows, self._open[node].keys() | rows.keys(), start, start + len(next(iter(rows.values()))))
+
+    def amend(self, node: str, row: Mapping[str, np.ndarray]) -> None:
+        """Let the last row of a node say more, or otherwise: name → its one value.
+
+        Of a row that is committed, readers see at once what a variable that they know says of it.
+        """
+        length = self._length[node]
+        self._write(node, row, row.keys(), length - 1, length)
+
+    def _write(self, node: str, rows: Mapping[str, np.ndarray], names: Iterable[str], start: int, length: int) -> None:
+        """Write what variables say of the rows from ``start`` on, which are the last."""
         self._check_still_there()
-        start, chunk = self._length[node], self._chunk[node]
-        length = start + len(next(iter(rows.values())))
-        still_open = {
-            name: self._write_rows(node, name, rows.get(name), start, length)
-            for name in self._open[node].keys() | rows.keys()
-        }
-        # Only now: after a failure half way, the same append can be tried again.
+        still_open = {name: self._write_rows(node, name, rows.get(name), start, length) for name in names}
+        # Only now: after a failure half way, the same can be tried again.
         for name, values in still_open.items():
             if name not in self._open[node]:
-                self._declare(node, name, values, chunk, list(_dims(node, name)))
+                self._declare(node, name, values, self._chunk[node], list(_dims(node, name)))
             self._metadata[f"{node}/{name}/.zarray"]["shape"][0] = length
-        self._open[node], self._length[node] = still_open, length
+        self._open[node] |= still_open
+        self._length[node] = length
 
     def commit(self) -> None:
         """Let readers see all that was appended, at once."""
@@ -221,8 +230,9 @@ class Store:
                 self._coordinates[node][name] = self._read_chunk(node, name, 0, entry["shape"][0])
             else:
                 self._length[node], self._chunk[node] = entry["shape"][0], entry["chunks"][0]
-                whole, rest = divmod(entry["shape"][0], entry["chunks"][0])
-                self._open[node][name] = self._read_chunk(node, name, whole, rest)
+                last = max(self._length[node] - 1, 0) // self._chunk[node]
+                rows = self._length[node] - last * self._chunk[node]
+                self._open[node][name] = self._read_chunk(node, name, last, rows)
 
     def _variables(self) -> list[tuple[str, str]]:
         found = [tuple(key.split("/")[:2]) for key in self._metadata if key.endswith("/.zarray")]
@@ -252,7 +262,7 @@ class Store:
                 (folder / name).unlink()
 
     def _write_rows(self, node: str, name: str, block: np.ndarray | None, start: int, length: int) -> np.ndarray:
-        """Write the chunks that a block falls into, whole, from memory; returns the one that is open then."""
+        """Write the chunks that a block falls into, whole, from memory; returns the last, which may say more yet."""
         values, chunk = self._open[node].get(name), self._chunk[node]
         if values is None:
             values = _missing(block, chunk)
@@ -262,11 +272,11 @@ class Store:
             raise ValueError(f"a row of /{node}/{name} has shape {values.shape[1:]}, got {block.shape[1:]}")
         for first in range(start - start % chunk, length, chunk):
             opened, closed = max(start, first), min(length, first + chunk)
+            if opened == first:
+                values = _missing(values, chunk)
             given = _missing(values, closed - opened) if block is None else block[opened - start : closed - start]
             values[opened - first : closed - first] = given
             self._write_chunk(node, name, first // chunk, values)
-            if closed == first + chunk:
-                values = _missing(values, chunk)
         return values
 
     def _declare(self, node: str, name: str, values: np.ndarray, chunk: int, dims: list[str]) -> None:

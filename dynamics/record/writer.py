@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,26 @@ Look = Callable[[str, Mapping[str, np.ndarray]], object]  # at the columns of a 
 
 @dataclass(eq=False)
 class Entry:
-    """A row of a node. Only the writer's thread sets ``taken``, only the training's ``sent``."""
+    """A row of a node. Only the writer's thread sets ``taken``, only the training's ``sent``: what it said then."""
 
     node: str
-    row: object
+    row: Mapping[Any, Any]
     taken: bool = False
-    sent: bool = False
+    sent: dict[Any, Any] | None = None
+
+    @property
+    def late(self) -> dict[Any, Any]:
+        """What the row says, and did not when it was sent."""
+        return {} if self.sent is None else {name: of for name, of in self.row.items() if self.sent.get(name) is not of}
+
+
+@dataclass(frozen=True)
+class Amendment:
+    """What a row says that is on its way, or on the disk; to be there once the events ``copied`` have happened."""
+
+    entry: Entry
+    columns: Columns
+    copied: list[torch.cuda.Event]
 
 
 @dataclass(frozen=True)
@@ -67,11 +82,13 @@ class Writer:
     """
 
     def __init__(self, store: Store, look: Look | None = None) -> None:
-        self.queue: queue.SimpleQueue[Block | Request] = queue.SimpleQueue()  # its put may be interrupted by a put
+        # Its put may be interrupted by a put.
+        self.queue: queue.SimpleQueue[Block | Amendment | Request] = queue.SimpleQueue()
         self.failure: Exception | None = None
         self.failing_since = ""
         self.missing, self.written = 0, 0
         self._store, self._look, self._taken = store, look, 0
+        self._last: dict[str, Entry] = {}  # of each node
         self._tasks: deque[Callable[[], object]] = deque()
 
     def run(self) -> None:
@@ -83,6 +100,8 @@ class Writer:
                 item = None
             if isinstance(item, Block):
                 self._take(item)
+            elif isinstance(item, Amendment):
+                self._take_amendment(item)
             self._try()
             if isinstance(item, Request):
                 if item.last:
@@ -102,7 +121,16 @@ class Writer:
                 self.missing += int(fresh.sum())
             for entry in entries:
                 entry.taken = True
+            self._last[node] = entries[-1]
         self._taken += block.nbytes
+
+    def _take_amendment(self, amendment: Amendment) -> None:
+        """Line it up, unless an interrupted flush sent it before rows that were taken since, and now again."""
+        node = amendment.entry.node
+        if amendment.entry is self._last[node]:
+            self._tasks += [event.synchronize for event in amendment.copied]
+            self._tasks.append(lambda: self._store.amend(node, arrays(amendment.columns)))
+            self.missing += 1
 
     def _append(self, node: str, columns: Columns, fresh: np.ndarray) -> None:
         values = {name: values[fresh] for name, values in arrays(columns).items()}

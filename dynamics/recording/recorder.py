@@ -251,7 +251,10 @@ class Recorder:
             self._attachment.end()  # a step that was taken inside lies before the network as it is afterwards
 
     def flush(self) -> None:
-        """Write all that was recorded so far and wait for it: before a checkpoint is saved, say."""
+        """Write all that was recorded so far and wait for it: before a checkpoint is saved, say.
+
+        What is logged of the last step after that joins its row all the same.
+        """
         self._attachment.end()
         try:
             self._steps.finish()

@@ -65,13 +65,12 @@ class Rows:
         return logged
 
     def finish(self, *, ends: bool = False) -> Mapping[str, Scalar]:
-        """Send the row of the step that was, and return what was logged of it. What is logged for it later is lost.
+        """Send the row of the step that was, and return what was logged of it; what is logged of it later comes after.
 
         If the training ``ends``, what waits for another step is this one's, unless it has the name.
         """
         logged = self.logged.of_last(ends=ends)
         self._send(self._step, logged)
-        self._step = {}
         return logged
 
     def _send(self, row: dict[str, Any], logged: Mapping[str, Scalar]) -> None:
@@ -94,6 +93,7 @@ class Rows:
     def close(self) -> None:
         """Write everything and let the record go."""
         self.finish(ends=True)
+        self._step = {}
         if self._buffer is not None:
             self._buffer.close()
             self.gradients.say()

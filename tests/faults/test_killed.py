@@ -179,7 +179,7 @@ def test_killed_at_each_file_operation(
         }
         assert equal(found(killed), expected)
     assert states == sorted(states)  # each kill left one of the states, later kills later ones
-    assert set(states) == {0, 1, 2, 3}
+    assert set(states) == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -119,10 +119,12 @@ def create(path: Path, operation: int, half: bool) -> None:
 
 
 def go_on(path: Path, operation: int, half: bool) -> None:
-    """Resume, append, rewind, append, and die on the way. The record passes through :func:`snapshots`."""
+    """Resume, append, amend, rewind, append, and die on the way. The record passes through :func:`snapshots`."""
     die_at(operation, path, half)
     target = opened(path)
-    append(target, 20, 37)
+    append(target, 20, 38)
+    target.amend("steps", {"loss": np.array([-1.0])})
+    target.commit()
     target.truncate({"steps": 10, "curvature": 5})
     target.note("rewinds", [{"step": 10}])
     target.keep("start", np.arange(100.0))
@@ -132,8 +134,9 @@ def go_on(path: Path, operation: int, half: bool) -> None:
 
 def snapshots() -> list[dict[str, np.ndarray]]:
     """``/steps`` after each commit of :func:`go_on`, from a record of 20 steps on."""
-    kept, new = rows(0, 10), rows(10, 30, generation=1)
-    return [rows(0, 20), rows(0, 37), kept, {name: np.concatenate([kept[name], new[name]]) for name in kept}]
+    kept, new, amended = rows(0, 10), rows(10, 30, generation=1), rows(0, 38)
+    amended["loss"][-1] = -1.0
+    return [rows(0, 20), rows(0, 38), amended, kept, {name: np.concatenate([kept[name], new[name]]) for name in kept}]
 
 
 def fill_the_disk(path: Path, acknowledge: Connection) -> None:

@@ -32,6 +32,7 @@ SETTINGS = {
     "one name for all": "torch.backends.fp32_precision = 'tf32'",
 }
 CHECK = """
+import os, traceback
 import torch
 from torch.backends import cuda, cudnn, mkldnn
 from dynamics.hardware.precision import full_precision
@@ -47,27 +48,46 @@ def settings():
     newer = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul, torch.backends]
     return [read(get) for get in older] + [one.fp32_precision for one in newer]
 
-{setting}
-before = settings()
-try:
-    with full_precision():
-        inside = settings()
-        1 / 0
-except ZeroDivisionError:
-    pass
-assert settings() == before, (before, settings())
-assert "tf32" not in inside[3:6] and True not in inside[:2], inside
-assert [inside[6], inside[8]] == [before[6], before[8]], (before, inside)
-assert inside[7] in (before[7], "ieee"), (before, inside)  # for the older name sets both
-for older, one in zip(inside[:3], before[:3]):
-    assert one == "mixed" or older != "mixed", (before, inside)
+def check(setting):
+    exec(setting)
+    before = settings()
+    try:
+        with full_precision():
+            inside = settings()
+            1 / 0
+    except ZeroDivisionError:
+        pass
+    assert settings() == before, (before, settings())
+    assert "tf32" not in inside[3:6] and True not in inside[:2], inside
+    assert [inside[6], inside[8]] == [before[6], before[8]], (before, inside)
+    assert inside[7] in (before[7], "ieee"), (before, inside)  # for the older name sets both
+    for older, one in zip(inside[:3], before[:3]):
+        assert one == "mixed" or older != "mixed", (before, inside)
+
+for name, setting in SETTINGS.items():
+    if not os.fork():
+        try:
+            check(setting)
+            print(name)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_full_precision_sets_and_restores_what_pytorch_reads(setting: str) -> None:
-    done = subprocess.run([sys.executable, "-c", CHECK.format(setting=setting)], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+@pytest.fixture(scope="module")
+def checked() -> subprocess.CompletedProcess[str]:
+    """Prints the settings that are kept."""
+    command = [sys.executable, "-uc", f"SETTINGS = {SETTINGS}\n{CHECK}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_full_precision_sets_and_restores_what_pytorch_reads(
+    setting: str, checked: subprocess.CompletedProcess[str]
+) -> None:
+    assert setting in checked.stdout.splitlines(), checked.stderr
 
 
 def test_it_ends_when_nobody_is_inside_any_more() -> None:

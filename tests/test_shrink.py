@@ -507,7 +507,7 @@ UNKNOWN = {
     "does not run: its code may name a number of channels .*invalid for input": lambda: Odd(
         lambda hidden: hidden.view(-1, 4, 32, 32)
     ),
-    "does not run: .*to have 4 channels, but got 3": OnlyInTraining,
+    "does not run in training mode: what runs there alone .*to have 4 channels, but got 3": OnlyInTraining,
     "second.weight and between.weight are one parameter": tied,
 }
 

@@ -53,7 +53,11 @@ def find_cut(model: nn.Module, inputs: Any) -> Cut:
     for name, tensor in _floating(small):
         value = precise(values[name].detach())
         tensor.data = take(value, kept[name]) if name in kept else value.clone()
-    after = _run(small, inputs, "the smaller network does not run: its code may name a number of channels")
+    after = _run(
+        small, inputs, "the smaller network does not run: its code may name a number of channels",
+        "the smaller network does not run in training mode: what runs there alone is not followed; take it out first, "
+        "if it is an auxiliary head",
+    )  # fmt: skip
     rows = {
         name.removesuffix(".weight"): rows_left(index, values[name]) for name, index in kept.items() if index.ndim > 1
     }
@@ -124,7 +128,7 @@ def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, i
     return {key: value for key, value in after.items() if before[key] != value}
 
 
-def _run(model: nn.Module, inputs: Any, otherwise: str) -> dict[str, list[Tensor]]:
+def _run(model: nn.Module, inputs: Any, otherwise: str, in_training: str = "") -> dict[str, list[Tensor]]:
     """What each layer puts out in eval mode, by name, in the order of their calls, and what the model does.
 
     It has to run in training mode, too, which may call more of its modules.
@@ -138,6 +142,7 @@ def _run(model: nn.Module, inputs: Any, otherwise: str) -> dict[str, list[Tensor
             model.eval()
     except Exception as error:
         reason = one_line(error)[:200]
+        otherwise = in_training if in_training and model.training else otherwise
         raise ValueError(f"{otherwise} ({type(error).__name__}: {reason})") from error
     return outputs
 

@@ -57,6 +57,12 @@ def train(path: Path, kind: str) -> None:
             if kind == "ddp with skips" and number in _SKIPPED:
                 continue
             F.cross_entropy(model(inputs), labels).backward()
+            if kind == "fsdp":
+                recorder.log(norm=nn.utils.clip_grad_norm_(model.parameters(), 1e9))
+                try:
+                    recorder.log(size=model[0].weight.norm())
+                except ValueError as error:
+                    Path(f"{path}.size.{rank}").write_text(str(error))
             if not accumulates or number % 2:
                 optimizer.step()
         if kind == "ddp":

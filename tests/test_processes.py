@@ -91,8 +91,12 @@ def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(tm
 
 def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "fsdp")
+    np.testing.assert_allclose(np.square(run["steps"].norm), run["steps"].grad_sqnorm.sum("layer"), rtol=1e-5)
+    del run["steps"]["norm"]
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
+    of_size = [(tmp_path / f"run.size.{rank}").read_text() for rank in range(2)]
+    assert all(text.startswith("log() cannot take 'size', of which every process holds a part") for text in of_size)
     refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
     assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in refused)
 

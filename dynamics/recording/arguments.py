@@ -138,8 +138,18 @@ def check_scalar(name: str, value: float | Tensor) -> None:
         raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
+    _check_whole("log", name, value)
     if not _is_number(value):
         raise ValueError(f"log() takes real numbers, {name!r} is {value!r:.60}")
+
+
+def _check_whole(method: str, name: str, value: Any) -> None:
+    """Raise ValueError where processes hold parts of a value: only all of them together can say it."""
+    if not all(place.is_replicate() for place in getattr(value, "placements", ())):
+        raise ValueError(
+            f"{method}() cannot take {name!r}, of which every process holds a part, as of what FSDP2 spreads: give its "
+            "full_tensor(), which all of them have to call"
+        )
 
 
 def _check_name(method: str, name: str) -> None:
@@ -154,6 +164,7 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
     """Raise ValueError where a row of ``/epochs`` cannot hold the scalars; warn of a name nearly as tables read it."""
     for name, value in scalars.items():
         _check_name("log_epoch", name)
+        _check_whole("log_epoch", name, value)
         if not _is_number(value):
             raise ValueError(f"log_epoch() takes numbers, {name!r} is {value!r:.60}")
         waits = isinstance(value, Tensor) and value.is_cuda  # for the GPU, which it is not worth
@@ -175,7 +186,8 @@ def _is_number(value: Any) -> bool:
 
 
 def as_number(value: Any) -> Any:
-    """A tensor of one number without its graph and dimensions; anything else as it is."""
+    """A tensor of one number without its graph and dimensions, as this process has it; anything else as it is."""
+    value = value.to_local() if hasattr(value, "to_local") else value
     return value.detach().reshape(()) if isinstance(value, Tensor) else value
 
 
@@ -190,6 +202,7 @@ def check_description(kind: str, attributes: Mapping[str, Any], texts: Mapping[s
         raise ValueError(f"event() cannot take {taken}: the recorder measures them itself; choose other names")
     for name, value in {"kind": kind, **attributes}.items():
         _check_name("event", name)
+        _check_whole("event", name, value)
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise ValueError(f"event() takes texts of up to {LONGEST_TEXT} characters, {name!r} has {len(value)}")
         if not isinstance(value, str) and not _is_number(value):

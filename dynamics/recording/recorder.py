@@ -191,7 +191,7 @@ class Recorder:
         for name, value in scalars.items():
             value = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
             check_scalar(name, value)
-            value = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
+            value = as_number(value).clone() if isinstance(value, Tensor) else float(value)
             self._steps.log(name, value)
 
     def trust_loss(self) -> None:

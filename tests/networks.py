@@ -32,6 +32,11 @@ def convolutional_network(dropout: float = 0.0) -> nn.Sequential:
     )
 
 
+def normalised_network() -> nn.Sequential:
+    """Of the :func:`sequences`, each vector for itself."""
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
 def vectors(batches: int, seed: int = 1) -> list[Batch]:
     """Batches of 16 for :func:`smooth_network`."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,6 +44,11 @@ def vectors(batches: int, seed: int = 1) -> list[Batch]:
         (torch.randn(16, 4, generator=generator, dtype=torch.float64), torch.randint(3, (16,), generator=generator))
         for _ in range(batches)
     ]
+
+
+def sequences(batches: int) -> list[Batch]:
+    """Batches of 4 sequences of 4 vectors, each of which has a label, for :func:`normalised_network`."""
+    return [(inputs.view(4, 4, 4), labels.view(4, 4)) for inputs, labels in vectors(batches)]
 
 
 def images(batches: int, seed: int = 1, size: int = 8) -> list[Batch]:

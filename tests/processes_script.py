@@ -8,9 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from networks import convolutional_network, images, smooth_network, vectors
+from networks import convolutional_network, images, normalised_network, sequences, smooth_network, vectors
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from dynamics import Recorder
 from dynamics.recording.step import Measurement
@@ -90,8 +98,29 @@ def train(path: Path, kind: str) -> None:
             Path(f"{path}.note").write_text(*error.__notes__)
 
 
+def train_in_parallel(path: Path) -> None:
+    """Three steps of a network whose layers are split, and whose normalisation sees a part of each sequence."""
+    plan = {
+        "0": ColwiseParallel(),
+        "2": RowwiseParallel(output_layouts=Shard(1)),
+        "3": SequenceParallel(),
+        "4": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    torch.manual_seed(0)
+    model = parallelize_module(normalised_network(), init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with Recorder(path, model, optimizer, curvature_every=0) as recorder:
+        for inputs, labels in recorder.watch(sequences(3)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten()).backward()
+            optimizer.step()
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    train(Path(sys.argv[1]), sys.argv[2])
+    if sys.argv[2] == "tensor parallel":
+        train_in_parallel(Path(sys.argv[1]))
+    else:
+        train(Path(sys.argv[1]), sys.argv[2])
     dist.barrier()  # one that leaves while another still talks to it may end that one, too
     os._exit(0)  # gloo's threads sometimes abort a process that takes leave

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import xarray as xr
-from networks import Batch, recorded, smooth_network, vectors
+from networks import Batch, normalised_network, recorded, sequences, smooth_network, vectors
+from torch import nn
 
 from dynamics import open_run
 
@@ -105,6 +107,22 @@ def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
 def test_what_every_process_holds_counts_once(tmp_path: Path, kind: str) -> None:
     run, _ = together(tmp_path / "run", kind)
     assert_same(run, alone(tmp_path / "alone", vectors(3), frozen=kind == "fsdp of a part"), "steps")
+
+
+def test_layers_in_parallel_record_what_one_process_would(tmp_path: Path) -> None:
+    """Of the normalisation every process has a term of the gradient."""
+    run, said = together(tmp_path / "run", "tensor parallel")
+    torch.manual_seed(0)
+    model, batches = normalised_network(), sequences(3)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).backward()
+        optimizer.step()
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    assert_same(run, recorded(tmp_path / "alone", model, optimizer, batches, step, curvature_every=0), "steps")
+    assert "Warning" not in said
 
 
 def test_curvature_of_shards_is_refused_in_a_sentence(tmp_path: Path) -> None:

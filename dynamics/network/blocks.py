@@ -24,7 +24,8 @@ def is_any_missing(tensors: Sequence[Tensor | None]) -> bool:
 def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tensors as this process holds them: dense, the local shard of a distributed one; one that repeats counts once.
 
-    Of a tensor that is replicated over processes only the first holds it.
+    Of a tensor that is replicated over processes only the first holds it. Where each holds a term of a sum, as of a
+    gradient under sequence parallelism, the terms are added up, and all processes have to come here.
     """
     # asked of every parameter and gradient at every step, so without a line of Python for each
     if _OWN.issuperset(map(type, tensors)) and _STRIDED.issuperset(map(attrgetter("layout"), tensors)):
@@ -34,6 +35,11 @@ def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _plain(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "to_local"):
+        if any(place.is_partial() for place in tensor.placements):
+            from torch.distributed.tensor import Replicate  # there already, and slow to import where there is none
+
+            whole = [Replicate() if place.is_partial() else place for place in tensor.placements]
+            tensor = tensor.redistribute(placements=whole)
         placed = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
         local = tensor.to_local()
         return local[:0] if any(place.is_replicate() and index for place, index in placed) else local

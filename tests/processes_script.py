@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from dynamics import Recorder
+from dynamics.loop.moments import Moments
 from dynamics.recording.step import Measurement
 
 torch.set_default_dtype(torch.float64)
@@ -57,11 +58,14 @@ def train(path: Path, kind: str) -> None:
         mine = mine[:2]
     settings = {"curvature_every": 64 if kind == "fsdp with curvature" else 0 if sharded else 1}
     with Recorder(path, model, optimizer, **settings) as recorder, model.join() if joins else nullcontext():
-        for number, (inputs, labels) in enumerate(recorder.watch(mine)):
+        told = not (kind == "ddp that tells one of its batches" and rank)
+        for number, (inputs, labels) in enumerate(recorder.watch(mine) if told else mine):
             if not (accumulates and number % 2):
                 optimizer.zero_grad()
             if kind == "ddp with a failure in one" and number == rank == 0:
                 Measurement.step_values = {}.__getitem__  # which only the process that writes needs
+            if kind == "ddp with a batch that one cannot keep" and number == rank == 1:
+                Moments.now = {}.__getitem__
             if kind == "ddp with skips" and number in _SKIPPED:
                 continue
             F.cross_entropy(model(inputs), labels).backward()

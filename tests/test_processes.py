@@ -91,6 +91,21 @@ def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(tm
     assert said.count("curvature is not recorded from step 0 on: measuring failed in another process") == 1
 
 
+def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_path: Path) -> None:
+    run, said = together(tmp_path / "run", "ddp with a batch that one cannot keep")
+    assert run["steps"].sizes["step"] == 3
+    assert run["curvature"].step.values.tolist() == [0]
+    assert said.count("curvature is not recorded from step 1 on: measuring failed in another process") == 1
+    assert said.count("what the step starts from cannot be kept") == 1
+
+
+def test_batches_that_one_process_alone_is_told_of_have_no_curvature_and_nothing_waits(tmp_path: Path) -> None:
+    run, said = together(tmp_path / "run", "ddp that tells one of its batches")
+    assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
+    assert "step" not in run["curvature"].sizes
+    assert said.count("curvature is not recorded at step 0, whose batches other processes do not know") == 1
+
+
 def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "fsdp")
     np.testing.assert_allclose(np.square(run["steps"].norm), run["steps"].grad_sqnorm.sum("layer"), rtol=1e-5)

@@ -71,11 +71,10 @@ class Candidates:
         self._model, self._objective, self._batches, self._processes = model, objective, batches, processes
         self._way: _Way | None = None  # the likeliest, as far as a step has told
 
-    def of_step(self) -> list[Candidate]:
-        """Of the step that is about to be taken, the likeliest first; none if what it starts from is lost.
+    def known(self) -> list[tuple[int, list[Seen]]]:
+        """Which batches the step that is about to be taken may be of, by number, the likeliest first.
 
-        The likeliest batches, at first all, are tried in all ways in which they differ, the others from the likeliest
-        moment on.
+        None if what it starts from is lost.
 
         Raises:
             RuntimeError: what it starts from cannot be kept.
@@ -85,7 +84,14 @@ class Candidates:
         candidates = enumerate(self._batches.candidates())
         if self._batches.moments.lost:
             return []
-        known = [(number, seen) for number, seen in candidates if all(one.moment for one in seen)]
+        return [(number, seen) for number, seen in candidates if all(one.moment for one in seen)]
+
+    def of_step(self, known: list[tuple[int, list[Seen]]]) -> list[Candidate]:
+        """Of these batches, of which there are some in each of the processes, the candidates, the likeliest first.
+
+        The likeliest batches, at first all, are tried in all ways in which they differ, the others from the likeliest
+        moment on.
+        """
         if self._processes.replicated:
             return self._of_replicas(known)
         tried = [
@@ -102,13 +108,13 @@ class Candidates:
         """As many in each of the processes, which measure together."""
         device = next(self._model.parameters()).device
         alone = self._processes.all_agree(len(known) == 1, device)
-        likeliest = known[0][1] if known else []
-        alike = self._processes.all_agree(len(_weights_that_differ(likeliest)) == 1, device)
-        return [
+        alike = self._processes.all_agree(len(_weights_that_differ(known[0][1])) == 1, device)
+        found = [
             self._candidate(number, seen, _Way(by_samples=by_samples))
             for number, seen in (known[0], known[-1])[: 1 if alone else 2]
             for by_samples in ([True] if alike else [True, False])
         ]
+        return [one._replace(certain=self._processes.all_agree(one.certain, device)) for one in found]
 
     def _candidate(self, number: int, seen: list[Seen], way: _Way) -> Candidate:
         batches = [one.changed if way.changed and one.changed is not None else one.batch for one in seen]

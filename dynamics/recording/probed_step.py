@@ -84,11 +84,12 @@ class ProbedStep:
         And the mean of the layers' cosines, weighted by what was applied there, for layers may be clipped each by
         itself. Each is that of the gradient as it is or, where that is nearer, clipped by value as the applied one is.
         NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a loss may
-        have been turned around for that.
+        have been turned around for that. Replicas that apply gradients of their own (local SGD) have the mean.
         """
         own = self._layers.vector(grad, without=self._step.rest)
         found = torch.stack([self._cosines(own), self._cosines(_clipped_as(self._step.grad.blocks, own))])
-        return tuple((found.abs() if self._groups.ascend() else found).amax(0).tolist())
+        (cosines,) = self._processes.mean([(found.abs() if self._groups.ascend() else found).amax(0)])
+        return tuple(cosines.tolist())
 
     def _cosines(self, own: Tensor) -> Tensor:
         """Of a gradient with the one applied: over all, and the mean over layers, (2,)."""

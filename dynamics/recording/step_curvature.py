@@ -14,6 +14,7 @@ from ..errors import named
 from ..loop.batches import Batches
 from ..loop.logged_loss import LoggedLoss
 from ..loop.processes import Processes
+from ..loop.seen import Seen
 from ..probing.probe import Objective, Probe
 from .candidates import Candidate, Candidates, Found
 from .captured_curvature import CapturedCurvature
@@ -96,15 +97,26 @@ class StepCurvature:
                 "them would have to measure it; give curvature_every=0 to record first-order quantities only",
                 "apart",
             )
-        elif self._processes.replicated and self._or_give_up(lambda: True, step) is None:
-            return
-        elif self._batches:
-            self._probed.keep_outside()
-            self._probes = self._or_give_up(self._candidates.of_step, step) or []
-            if self._batches.moments.lost:
+        elif (known := self._or_give_up(self._known, step)) is not None:
+            if self._all_agree(bool(known)):
+                self._probes = self._or_give_up(partial(self._candidates.of_step, known), step) or []
+            elif self._batches.moments.lost:
                 self._say_lost()
-        elif self._batches.told:
-            self._say_unknown(step)
+            elif known:
+                self._warn_once(
+                    f"curvature is not recorded at step {step}, whose batches other processes do not know: watch the "
+                    "loader, or observe each batch, in all of them",
+                    "known here",
+                )
+            elif self._batches.told and not self._batches:
+                self._say_unknown(step)
+
+    def _known(self) -> list[tuple[int, list[Seen]]]:
+        """Which batches the step may be of, none if none was seen; what else its measurement starts from is kept."""
+        if not self._batches:
+            return []
+        self._probed.keep_outside()
+        return self._candidates.known()
 
     def end(self, step: int) -> dict[str, Tensor] | None:
         """The quantities of ``/curvature`` after the step; None if it is not measured."""
@@ -151,7 +163,8 @@ class StepCurvature:
 
     def _are_others_lost(self, probe: Probe) -> bool:
         """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""
-        if not (moved := probe.moved_others):
+        moved = probe.moved_others
+        if self._all_agree(not moved):
             return False
         self._batches.bystanders.keep(moved)
         self._warn_once(
@@ -237,9 +250,13 @@ class StepCurvature:
         except Exception as error:
             advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
             reason = f"the objective failed on this step's batch with {named(error)}. {advice}, or curvature_every=0"
-        if self._processes.all_agree(measured is not None, next(self._model.parameters()).device):
+        if self._all_agree(measured is not None):
             return measured
         self.stop()
         if not self.failed:  # which was said
             warnings.warn(f"curvature is not recorded from step {step} on: {reason}", stacklevel=2)
         return None
+
+    def _all_agree(self, fine: bool) -> bool:
+        """Whether it is fine in every process that measures."""
+        return self._processes.all_agree(fine, next(self._model.parameters()).device)

@@ -30,9 +30,9 @@ torch.set_num_threads(1)
 _SKIPPED = (1, 3)
 
 
-def train(path: Path, kind: str) -> None:
-    """Three steps on this process's half of each batch."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def train(path: Path, kind: str, group: dist.ProcessGroup | None = None) -> None:
+    """Three steps on this process's half of each batch; the ``group`` of those that train is by default all."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
     convolutional = kind == "ddp with batchnorm"
     model = convolutional_network() if convolutional else smooth_network()
@@ -47,7 +47,7 @@ def train(path: Path, kind: str) -> None:
         fully_shard(model[0])
         fully_shard(model)
     else:
-        model = nn.parallel.DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(model, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     if kind == "fsdp after an evaluation":  # FSDP2 leaves the last parameters as they were gathered for it
         with torch.no_grad():
@@ -122,7 +122,11 @@ def train_in_parallel(path: Path) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    if sys.argv[2] == "tensor parallel":
+    if sys.argv[2] == "ddp beside an actor":
+        learners = dist.new_group([1, 2])
+        if dist.get_rank():
+            train(Path(sys.argv[1]), "ddp", learners)
+    elif sys.argv[2] == "tensor parallel":
         train_in_parallel(Path(sys.argv[1]))
     else:
         train(Path(sys.argv[1]), sys.argv[2])

@@ -56,6 +56,13 @@ def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
     assert all(text.startswith("inside event() the processes' networks came to differ") for text in unlike)
 
 
+def test_processes_that_do_not_train_have_no_part(tmp_path: Path) -> None:
+    run, _ = together(tmp_path / "run", "ddp beside an actor", 3)
+    expected = alone(tmp_path / "alone", vectors(3))
+    assert_same(run, expected, "steps")
+    assert_same(run, expected, "curvature")
+
+
 def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "ddp with skips")
     batches = [batch for number, batch in enumerate(vectors(5)) if number not in (1, 3)]

@@ -19,7 +19,9 @@ class Processes:
     batches; so losses and Hessian products are averaged. ``sharded`` (FSDP2): every process holds a part of each
     parameter; so inner products are added up. Any other model is this process's own.
 
-    What FSDP2 has gathered for a forward pass without a gradient, and would leave so until the next, is sharded again.
+    They are those among which DistributedDataParallel averages or FSDP2 spreads; others of the job, such as actors
+    beside learners, have no part. What FSDP2 has gathered for a forward pass without a gradient, and would leave so
+    until the next, is sharded again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,11 +30,17 @@ class Processes:
             if callable(getattr(module, "unshard", None)):
                 module.reshard()
         self._wrappers = [one for one in model.modules() if isinstance(one, nn.parallel.DistributedDataParallel)]
-        self.sharded = together and any(hasattr(parameter, "to_local") for parameter in model.parameters())
+        meshes = [one.device_mesh for one in model.parameters() if hasattr(one, "to_local")] if together else []
+        self.sharded = bool(meshes)
         self.replicated = together and bool(self._wrappers) and not self.sharded
         self._together = self.sharded or self.replicated
         self._apart = together and not self._together
-        self.writes = not self._together or dist.get_rank() == 0
+        self._group = None  # all
+        if self.replicated:
+            self._group = self._wrappers[0].process_group
+        elif self.sharded and (widest := max(meshes, key=lambda mesh: mesh.size())).ndim == 1:
+            self._group = widest.get_group()
+        self.writes = not self._together or dist.get_rank(self._group) == 0
 
     @property
     def may_end_apart(self) -> bool:
@@ -62,7 +70,7 @@ class Processes:
         if not self._together:
             return value
         told = [value]
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, group=self._group, group_src=0)
         return told[0]
 
     def all_agree(self, fine: bool, device: torch.device) -> bool:
@@ -70,7 +78,7 @@ class Processes:
         if not self._together:
             return fine
         said = torch.tensor(float(fine), device=device)
-        dist.all_reduce(said, dist.ReduceOp.MIN)
+        dist.all_reduce(said, dist.ReduceOp.MIN, self._group)
         return bool(said)
 
     def alike(self, tensor: Tensor) -> bool:
@@ -78,7 +86,7 @@ class Processes:
         if not self.replicated:
             return True
         first = tensor.clone()
-        dist.broadcast(first, src=0)
+        dist.broadcast(first, group=self._group, group_src=0)
         return self.all_agree(torch.equal(first.nan_to_num(), tensor.nan_to_num()), tensor.device)
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -86,8 +94,8 @@ class Processes:
         if self.replicated:
             tensors = [tensor.contiguous() for tensor in tensors]
             for tensor in tensors:
-                dist.all_reduce(tensor)
-            torch._foreach_div_(tensors, dist.get_world_size())
+                dist.all_reduce(tensor, group=self._group)
+            torch._foreach_div_(tensors, dist.get_world_size(self._group))
         return list(tensors)
 
     def total(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -95,7 +103,7 @@ class Processes:
         if not self.sharded or not values:
             return values
         stacked = torch.stack(list(values.values()))
-        dist.all_reduce(stacked)
+        dist.all_reduce(stacked, group=self._group)
         return dict(zip(values, stacked.unbind(), strict=True))
 
     def mean_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from operator import attrgetter, is_
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..quantities import Vectors, evaluate, sums
@@ -26,7 +25,8 @@ def plain_name(name: str) -> str:
 def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Of parameters of which some are sharded, those that count here: what every process holds, in the first alone."""
     sharded = {name: parameter for name, parameter in named.items() if hasattr(parameter, "to_local")}
-    return sharded if sharded and dist.get_rank() else named
+    others = any(any(parameter.device_mesh.get_coordinate()) for parameter in sharded.values())
+    return sharded if others else named
 
 
 _kind = attrgetter("shape", "dtype", "device")

@@ -102,6 +102,34 @@ def train(path: Path, kind: str, group: dist.ProcessGroup | None = None) -> None
             Path(f"{path}.note").write_text(*error.__notes__)
 
 
+def train_a_part(path: Path) -> None:
+    """Two steps of two batches each, of a model of which a replica is a part; the weights with a record and without."""
+    rank, weights = dist.get_rank(), []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        replica = nn.parallel.DistributedDataParallel(convolutional_network())
+        model, optimizer = nn.ModuleDict({"replica": replica}), torch.optim.SGD(replica.parameters(), 0.1)
+        recorder = Recorder(path, model, optimizer, objective=of_part, curvature_every=1) if recorded else None
+        for number, batch in enumerate(images(4)):
+            mine = tuple(part.chunk(dist.get_world_size())[rank] for part in batch)
+            if recorder:
+                recorder.observe(mine)
+            with nullcontext() if number % 2 else replica.no_sync():
+                of_part(model, mine).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        if recorder:
+            recorder.close()
+        weights.append(model.state_dict())
+    one, other = weights
+    Path(f"{path}.same.{rank}").write_text(str(all(torch.equal(one[name], other[name]) for name in one)))
+
+
+def of_part(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model["replica"](batch[0]), batch[1])
+
+
 def train_in_parallel(path: Path) -> None:
     """Three steps of a network whose layers are split, and whose normalisation sees a part of each sequence."""
     plan = {
@@ -126,6 +154,8 @@ if __name__ == "__main__":
         learners = dist.new_group([1, 2])
         if dist.get_rank():
             train(Path(sys.argv[1]), "ddp", learners)
+    elif sys.argv[2] == "ddp as a part":
+        train_a_part(Path(sys.argv[1]))
     elif sys.argv[2] == "tensor parallel":
         train_in_parallel(Path(sys.argv[1]))
     else:

@@ -56,6 +56,12 @@ def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
     assert all(text.startswith("inside event() the processes' networks came to differ") for text in unlike)
 
 
+def test_a_replica_that_is_a_part_of_the_model_trains_as_without_a_record(tmp_path: Path) -> None:
+    run, _ = together(tmp_path / "run", "ddp as a part")
+    assert [(tmp_path / f"run.same.{rank}").read_text() for rank in range(2)] == ["True", "True"]
+    np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
+
+
 def test_processes_that_do_not_train_have_no_part(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "ddp beside an actor", 3)
     expected = alone(tmp_path / "alone", vectors(3))

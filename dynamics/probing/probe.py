@@ -352,13 +352,22 @@ def _unrounded(model: nn.Module) -> Iterator[None]:
             module.forward = forward
 
 
+def _by_itself(replica: nn.parallel.DistributedDataParallel, *inputs: Any, **named: Any) -> Any:
+    """In place of a replica's forward pass, which would expect a backward pass and add up that of the next batch."""
+    return replica.module(*inputs, **named)
+
+
 @contextmanager
 def _differentiable_twice() -> Iterator[None]:
-    """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly."""
+    """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly.
+
+    And a replica that is a part of the model runs by itself.
+    """
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED)
     recomputing = mock.patch("torch.utils.checkpoint.CheckpointFunction", _Recomputing)
     afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
-    with sdpa_kernel(SDPBackend.MATH), hooks, recomputing, afresh:
+    by_itself = mock.patch.object(nn.parallel.DistributedDataParallel, "forward", _by_itself)
+    with sdpa_kernel(SDPBackend.MATH), hooks, recomputing, afresh, by_itself:
         if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
             yield
         else:

@@ -130,6 +130,37 @@ def of_part(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
     return F.cross_entropy(model["replica"](batch[0]), batch[1])
 
 
+def train_in_turn(path: Path, *, sharded: bool) -> None:
+    """Six steps of two optimizers in turn: in between the first process writes alone, and in the end it fails."""
+    rank, wrapped = dist.get_rank(), fully_shard if sharded else nn.parallel.DistributedDataParallel
+    torch.manual_seed(0)
+    parts = nn.ModuleDict({name: wrapped(smooth_network()) for name in "ab"})
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts.values()]
+    settings = {"objective": of_turn, "curvature_every": 0 if sharded else 1}
+    try:
+        with Recorder(path, parts, optimizers, **settings) as recorder:
+            for number, (inputs, labels) in enumerate(vectors(6)):
+                optimizer = optimizers[number % 2]
+                batch = "ab"[number % 2], inputs.chunk(2)[rank], labels.chunk(2)[rank]
+                recorder.observe(batch)
+                optimizer.zero_grad()
+                of_turn(parts, batch).backward()
+                optimizer.step()
+                if rank == 0:
+                    recorder.log_epoch(seconds=number) if number % 2 else recorder.flush()
+                if number == 5 and rank == 0:
+                    raise KeyError("one process fails")
+                dist.all_reduce(torch.zeros(7))
+            raise KeyError("the others end")
+    except KeyError:
+        if rank == 0:
+            dist.all_reduce(torch.zeros(7))
+
+
+def of_turn(parts: nn.Module, batch: tuple[str, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(parts[batch[0]](batch[1]), batch[2])
+
+
 def train_in_parallel(path: Path) -> None:
     """Three steps of a network whose layers are split, and whose normalisation sees a part of each sequence."""
     plan = {
@@ -156,6 +187,8 @@ if __name__ == "__main__":
             train(Path(sys.argv[1]), "ddp", learners)
     elif sys.argv[2] == "ddp as a part":
         train_a_part(Path(sys.argv[1]))
+    elif sys.argv[2].endswith("in turn"):
+        train_in_turn(Path(sys.argv[1]), sharded=sys.argv[2].startswith("fsdp"))
     elif sys.argv[2] == "tensor parallel":
         train_in_parallel(Path(sys.argv[1]))
     else:

@@ -62,6 +62,18 @@ def test_a_replica_that_is_a_part_of_the_model_trains_as_without_a_record(tmp_pa
     np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_first_process_may_write_or_fail_alone_between_optimizers(tmp_path: Path, kind: str) -> None:
+    """Of the step that is under way when it does, all of them measure what only all can, or none does."""
+    run, said = together(tmp_path / "run", f"{kind} in turn")
+    assert run["epochs"].step.values.tolist() == [2, 4, 6]
+    assert run["steps"].step.values.tolist() == list(range(6 if kind == "ddp" else 5))
+    assert "Warning" not in said
+    if kind == "ddp":
+        assert run["curvature"].step.values.tolist() == list(range(5))
+        np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm[:5], rtol=1e-8)
+
+
 def test_processes_that_do_not_train_have_no_part(tmp_path: Path) -> None:
     run, _ = together(tmp_path / "run", "ddp beside an actor", 3)
     expected = alone(tmp_path / "alone", vectors(3))

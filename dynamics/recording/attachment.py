@@ -116,10 +116,19 @@ class Attachment:
         else:
             self._steps.pause()
 
-    def end(self) -> None:
-        """End the step of those that have stepped, if any has; not inside a step."""
+    @property
+    def under_way(self) -> bool:
+        """Whether some of several optimizers have stepped, and the step has not ended."""
+        return bool(self._stepped)
+
+    def end(self, *, alone: bool = False) -> None:
+        """End the step of those that have stepped, if any has; not inside a step.
+
+        If perhaps ``alone`` among several processes, not where measuring it takes all of them: it ends later.
+        """
         if self._stepping is None:
-            self._finish()
+            if not (alone and self._steps.takes_all_processes):
+                self._finish()
             self._come_last()
 
     def _finish(self, *, late: bool = False) -> None:

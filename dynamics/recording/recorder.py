@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ class Recorder:
         self._events = Events(network, objective, self._layers, processes, self._steps, self._epochs, self._rows, past)
         self._attachment = Attachment(held, as_given(optimizer), self._steps)
         self._termination = on_termination(self.flush)
-        atexit.register(self.close)
+        atexit.register(self._leave)
 
     # what the loop calls
 
@@ -209,10 +210,11 @@ class Recorder:
         In a loop that watches no loader and calls no :meth:`begin_epoch` an epoch ends here, if a step was taken. In
         analyses and figures what was logged before the first step is of epoch 0, and calls at one step are one row.
         """
-        self._attachment.end()
+        self._attachment.end(alone=True)
         check_epoch(scalars)
         values = {name: as_number(value) for name, value in scalars.items()}
-        self._rows.add("epochs", {"epoch": self._epochs.present, "step": self._steps.number, **values})
+        step = self._steps.number + self._attachment.under_way
+        self._rows.add("epochs", {"epoch": self._epochs.present, "step": step, **values})
         self._epochs.end()
 
     def begin_epoch(self) -> None:
@@ -253,9 +255,10 @@ class Recorder:
     def flush(self) -> None:
         """Write all that was recorded so far and wait for it: before a checkpoint is saved, say.
 
-        What is logged of the last step after that joins its row all the same.
+        What is logged of the last step after that joins its row all the same. Of several processes the first alone may
+        flush, as it may :meth:`log_epoch`.
         """
-        self._attachment.end()
+        self._attachment.end(alone=True)
         try:
             self._steps.finish()
         finally:  # what it says may be an error
@@ -267,6 +270,8 @@ class Recorder:
         What cannot be written is lost with a warning, not an exception: it must not cost what comes after the training.
         """
         if self._attachment:
+            if sys.exception() is not None:
+                self._steps.part()
             self._attachment.end()
             try:
                 self._steps.finish(ends=True)
@@ -274,8 +279,13 @@ class Recorder:
                 self._attachment.close()
                 self._batches.close()
                 self._termination.close()
-                atexit.unregister(self.close)
+                atexit.unregister(self._leave)
                 self._rows.close()
+
+    def _leave(self) -> None:
+        """Close as the interpreter ends, for itself."""
+        self._steps.part()
+        self.close()
 
     def __enter__(self) -> Recorder:
         return self

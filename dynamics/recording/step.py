@@ -86,6 +86,11 @@ class Measurement:
         """Whether this process is needed for first-order quantities: a replica is not, unless it writes."""
         return self._processes.writes or not self._processes.replicated
 
+    @property
+    def sharded(self) -> bool:
+        """Whether every process holds a part of the parameters, so that only all of them can measure a step."""
+        return self._processes.sharded
+
     def begin(self) -> None:
         """Keep θ as it is before the step."""
         self._layers.refresh()

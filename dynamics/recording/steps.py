@@ -127,6 +127,18 @@ class Steps:
             with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.take_update(number)
 
+    @property
+    def takes_all_processes(self) -> bool:
+        """Whether measuring the step that is under way takes all processes."""
+        return (self._begun and self._measurement.sharded) or self._curvature.takes_all_processes(self.number)
+
+    def part(self) -> None:
+        """The other processes may come no more: nothing is measured with them from now on."""
+        if self._measurement.sharded:
+            self._every, self._begun = 0, False
+        if self._curvature.takes_all_processes(self.number):
+            self._curvature.stop()
+
     def pause(self) -> None:
         """Some of several optimizers have stepped: the others may, or one of these again."""
         self._rows.logged.pause(self._batches.mark)

@@ -72,6 +72,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "subclass": lambda parameters: (sgd(parameters), Projected(parameters, 0.1))[1],
     "lookahead": lambda parameters: Lookahead(sgd(parameters), "optimizer"),
     "lookahead of timm": lambda parameters: Lookahead(sgd(parameters), "_base_optimizer"),
+    "as torch's PostLocalSGDOptimizer": lambda parameters: Lookahead(sgd(parameters), "optim"),
     "noam": lambda parameters: Noam(sgd(parameters)),
     "noam, twice": lambda parameters: Noam(sgd(parameters), 2),
 }

@@ -19,7 +19,7 @@ from .. import schema
 from ..network.structure import check_initialised
 from ..record.buffer import LONGEST_TEXT
 
-_WITHIN = ("optimizer", "base_optimizer", "_base_optimizer")  # what wrappers call the optimizer by which they step
+_WITHIN = ("optimizer", "base_optimizer", "_base_optimizer", "optim")  # what wrappers call the one they step by
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 _READ = [row.name for row in schema.quantities("epochs")]

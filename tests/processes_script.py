@@ -81,6 +81,11 @@ def train(path: Path, kind: str, group: dist.ProcessGroup | None = None) -> None
             with recorder.event("look", probe=mine):
                 pass
             try:
+                with recorder.event("look", probe=[(mine[0][0][:, rank:], mine[0][1])]):
+                    pass
+            except ValueError as error:
+                Path(f"{path}.failed.{rank}").write_text(str(error))
+            try:
                 with recorder.event("prune", probe=mine), torch.no_grad():
                     model.module[0].weight[rank] = 0
             except ValueError as error:

@@ -52,6 +52,9 @@ def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
     refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
     assert all("exists already" in text for text in refused)
     assert "the model that DistributedDataParallel" in (tmp_path / "run.note").read_text()
+    failed = [(tmp_path / f"run.failed.{rank}").read_text() for rank in range(2)]
+    assert failed[0] == "event(): the objective failed on the probe's batches, in mode 'eval', in another process"
+    assert "shapes cannot be multiplied" in failed[1]
     unlike = [(tmp_path / f"run.unlike.{rank}").read_text() for rank in range(2)]
     assert all(text.startswith("inside event() the processes' networks came to differ") for text in unlike)
 

@@ -90,12 +90,16 @@ class Events:
         with self._steps.measuring():
             self._layers.refresh()
             probe = Probe(self._model, self._objective, batches, mode=mode, moments=moments)
+            expansion, failure = None, None
             try:
                 expansion = probe.expand()
             except Exception as error:
+                failure = error
+            if not self._processes.all_agree(failure is None, self._layers.device):
+                what = "in another process" if failure is None else f"with {named(failure)}"
                 raise ValueError(
-                    f"event(): the objective failed on the probe's batches, in mode {mode!r}, with {named(error)}"
-                ) from error
+                    f"event(): the objective failed on the probe's batches, in mode {mode!r}, {what}"
+                ) from failure
             return Stage(self._layers, self._processes, expansion)
 
     def _loss_in_training(self, batches: Sequence[Any], moments: Sequence[Moment], like: Tensor) -> Tensor:

@@ -68,7 +68,13 @@ def train(path: Path, kind: str, group: dist.ProcessGroup | None = None) -> None
                 Moments.now = {}.__getitem__
             if kind == "ddp with skips" and number in _SKIPPED:
                 continue
-            F.cross_entropy(model(inputs), labels).backward()
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            if kind == "ddp with disturbed gradients":  # as by compression, and the mean loss is logged
+                for parameter in model.parameters():
+                    parameter.grad[0] *= 2
+                dist.all_reduce(mean := loss.detach() / world)
+                recorder.log(loss=mean)
             if kind == "fsdp":
                 recorder.log(norm=nn.utils.clip_grad_norm_(model.parameters(), 1e9))
                 try:

@@ -102,6 +102,14 @@ def test_replicas_with_batchnorm_have_curvature(tmp_path: Path) -> None:
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
+def test_the_mean_loss_of_all_replicas_is_no_other_loss(tmp_path: Path) -> None:
+    run, said = together(tmp_path / "run", "ddp with disturbed gradients")
+    np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss)
+    of_all = run["curvature"].sum("layer")
+    assert (of_all.grad_applied_grad**2 < 0.98 * of_all.grad_sqnorm * of_all.applied_grad_sqnorm).any()
+    assert "Warning" not in said
+
+
 def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(tmp_path: Path) -> None:
     run, said = together(tmp_path / "run", "ddp with a process that ends first")
     assert run["steps"].sizes["step"] == 3

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _EXPLAINED = 0.99  # a cosine of gradients that is nearer to 1 may come of rounding to half precision
@@ -15,11 +16,14 @@ _PARTS = 16  # a loss may be logged as its part in so many micro-batches, or as 
 
 @dataclass
 class _Doubt:
-    """A step, the cosine of its gradient with the objective's, and its loss: by the objective, and as it was logged."""
+    """A step, the cosine of its gradient with the objective's, and its loss: by the objective, and as it was logged.
+
+    Among replicas the objective is this one's own, or their mean: loops log either.
+    """
 
     step: int
     cosine: float
-    objective: Tensor
+    objectives: Tensor
     batches: int
     logged: float | Tensor | None = None
 
@@ -40,10 +44,10 @@ class LoggedLoss:
         self.trusted = False
         self._doubts: list[_Doubt] = []
 
-    def measured(self, step: int, cosine: float, objective: Tensor, batches: int) -> None:
+    def measured(self, step: int, cosine: float, objectives: Sequence[Tensor], batches: int) -> None:
         """The objective of a step on so many batches, and the cosine of its gradient with the one applied."""
         if self.trusted or cosine < _EXPLAINED or batches > 1:
-            self._doubts.append(_Doubt(step, cosine, objective.detach().clone(), batches))
+            self._doubts.append(_Doubt(step, cosine, torch.stack([one.detach() for one in objectives]), batches))
 
     def logged(self, step: int, loss: float | Tensor | None) -> None:
         """What was logged as the loss of a step that is done, or None."""
@@ -59,7 +63,8 @@ class LoggedLoss:
         known = [one for one in self._doubts if one.step <= step and one.logged is not None]
         self._doubts = [one for one in self._doubts if one.step > step or (one.step == step and one.logged is None)]
         for doubt in known:
-            logged, objective, batches = float(doubt.logged), float(doubt.objective), doubt.batches
+            logged, batches = float(doubt.logged), doubt.batches
+            objective = min(doubt.objectives.tolist(), key=lambda one: _distance(one, logged, batches))
             if _agree(batches * logged, objective) and not _agree(logged, objective):
                 yield (
                     "divided",
@@ -80,6 +85,11 @@ class LoggedLoss:
         if self.trusted:
             return math.isfinite(logged - objective) and not _agree(logged, objective)
         return cosine < _EXPLAINED and not _is_part_or_sum(logged, objective)
+
+
+def _distance(objective: float, logged: float, batches: int) -> float:
+    """From what was logged, or from so many times that."""
+    return min(abs(objective - logged), abs(objective - batches * logged))
 
 
 def _is_part_or_sum(logged: float, objective: float) -> bool:

@@ -134,7 +134,8 @@ class StepCurvature:
         if values is None:
             return None
         self._batches.bystanders.of_objective(best.candidate.probe.others)
-        self._loss.measured(step, best.cosine, best.loss, len(best.candidate.probe))
+        objectives = [best.loss, *self._processes.mean([best.loss.clone()])]
+        self._loss.measured(step, best.cosine, objectives, len(best.candidate.probe))
         self._say_beside(best.grad)
         if best.cosine < _DOUBTFUL:
             self._warn_once(

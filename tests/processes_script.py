@@ -1,11 +1,18 @@
 """What tests/test_processes.py runs in each of several processes: one training step after the other, recorded."""
 
+import json
 import os
+import select
+import signal
 import sys
+import traceback
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo  # as DistributedDataParallel does: once, before all forks
 import torch.distributed as dist
 import torch.nn.functional as F
 from networks import convolutional_network, images, normalised_network, sequences, smooth_network, vectors
@@ -28,9 +35,10 @@ torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 
 _SKIPPED = (1, 3)
+_PATIENCE = 120  # seconds: then they wait for each other in vain
 
 
-def train(path: Path, kind: str, group: dist.ProcessGroup | None = None) -> None:
+def train(path: Path, *, kind: str, group: dist.ProcessGroup | None = None) -> None:
     """Three steps on this process's half of each batch; the ``group`` of those that train is by default all."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
@@ -190,19 +198,54 @@ def train_in_parallel(path: Path) -> None:
             optimizer.step()
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    if sys.argv[2] == "ddp beside an actor":
-        learners = dist.new_group([1, 2])
-        if dist.get_rank():
-            train(Path(sys.argv[1]), "ddp", learners)
-    elif sys.argv[2] == "ddp as a part":
-        train_a_part(Path(sys.argv[1]))
-    elif sys.argv[2].endswith("in turn"):
-        train_in_turn(Path(sys.argv[1]), sharded=sys.argv[2].startswith("fsdp"))
-    elif sys.argv[2] == "tensor parallel":
-        train_in_parallel(Path(sys.argv[1]))
-    else:
-        train(Path(sys.argv[1]), sys.argv[2])
+def train_beside_an_actor(path: Path) -> None:
+    """Two of three processes train."""
+    learners = dist.new_group([1, 2])
+    if dist.get_rank():
+        train(path, kind="ddp", group=learners)
+
+
+OTHERS = {
+    "ddp beside an actor": train_beside_an_actor,
+    "ddp as a part": train_a_part,
+    "ddp in turn": partial(train_in_turn, sharded=False),
+    "fsdp in turn": partial(train_in_turn, sharded=True),
+    "tensor parallel": train_in_parallel,
+}
+
+
+def orders(path: Path) -> Iterator[tuple[str, str, int]]:
+    """What is appended to a file, line by line, until standard input ends."""
+    with path.open() as lines:
+        while not select.select([sys.stdin], [], [], 0.01)[0]:
+            if line := lines.readline():
+                yield json.loads(line)
+
+
+def obey(path: Path, kind: str, count: int) -> None:
+    """As one of ``count`` processes that torchrun might have started for this kind alone."""
+    signal.alarm(_PATIENCE)
+    os.environ["WORLD_SIZE"], rank = str(count), int(os.environ["RANK"])
+    with Path(f"{path}.said.{rank}").open("w") as said:
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    dist.init_process_group("gloo", f"file://{path}.rendezvous", rank=rank, world_size=count)
+    OTHERS.get(kind, partial(train, kind=kind))(path)
     dist.barrier()  # one that leaves while another still talks to it may end that one, too
-    os._exit(0)  # gloo's threads sometimes abort a process that takes leave
+
+
+if __name__ == "__main__":  # forked for each order, so that nothing is imported anew
+    for path, kind, count in orders(Path(sys.argv[1])):
+        if (rank := int(os.environ["RANK"])) >= count:
+            continue
+        if not (child := os.fork()):
+            status = 1
+            try:
+                obey(Path(path), kind, count)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)  # gloo's threads sometimes abort a process that takes leave
+        _, status = os.waitpid(child, 0)
+        Path(f"{path}.status.{rank}").write_text(str(os.waitstatus_to_exitcode(status)))

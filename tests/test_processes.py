@@ -1,7 +1,10 @@
 """Several processes write one record, and it says what one process on the joined batch would say."""
 
+import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +20,34 @@ from dynamics import open_run
 HERE = Path(__file__).parent
 
 
-def together(path: Path, kind: str, count: int = 2) -> tuple[xr.DataTree, str]:
-    """The record of ``count`` processes under torchrun, and what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    done = subprocess.run(
-        [*command, str(HERE / "processes_script.py"), str(path), kind],
-        capture_output=True, text=True, timeout=240, check=False, cwd=HERE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return open_run(path), done.stderr
+class Processes:
+    """Three of torchrun's, which fork as many as are asked for."""
+
+    def __init__(self, orders: Path) -> None:
+        self.orders = orders
+        orders.touch()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+        self.running = subprocess.Popen([*command, HERE / "processes_script.py", orders], stdin=subprocess.PIPE)
+
+    def __call__(self, path: Path, kind: str, count: int = 2) -> tuple[xr.DataTree, str]:
+        """The record of ``count`` processes, and what they printed."""
+        with self.orders.open("a") as orders:
+            print(json.dumps([str(path), kind, count]), file=orders)
+        done = [Path(f"{path}.status.{rank}") for rank in range(count)]
+        while not all(one.exists() and one.read_text() for one in done):
+            assert self.running.poll() is None
+            time.sleep(0.01)
+        said = "".join(Path(f"{path}.said.{rank}").read_text() for rank in range(count))
+        assert [one.read_text() for one in done] == ["0"] * count, said[-3000:]
+        return open_run(path), said
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    processes = Processes(tmp_path_factory.mktemp("processes") / "orders")
+    yield processes
+    processes.running.stdin.close()
+    assert processes.running.wait() == 0
 
 
 def alone(path: Path, batches: list[Batch], *, frozen: bool = False) -> xr.DataTree:
@@ -43,7 +65,7 @@ def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1
         np.testing.assert_allclose(one[node][name], expected, rtol, least, err_msg=name)
 
 
-def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
+def test_replicas_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "ddp")
     expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
@@ -59,14 +81,16 @@ def test_replicas_record_what_one_process_would(tmp_path: Path) -> None:
     assert all(text.startswith("inside event() the processes' networks came to differ") for text in unlike)
 
 
-def test_a_replica_that_is_a_part_of_the_model_trains_as_without_a_record(tmp_path: Path) -> None:
+def test_a_replica_that_is_a_part_of_the_model_trains_as_without_a_record(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "ddp as a part")
     assert [(tmp_path / f"run.same.{rank}").read_text() for rank in range(2)] == ["True", "True"]
     np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_the_first_process_may_write_or_fail_alone_between_optimizers(tmp_path: Path, kind: str) -> None:
+def test_the_first_process_may_write_or_fail_alone_between_optimizers(
+    tmp_path: Path, together: Processes, kind: str
+) -> None:
     """Of the step that is under way when it does, all of them measure what only all can, or none does."""
     run, said = together(tmp_path / "run", f"{kind} in turn")
     assert run["epochs"].step.values.tolist() == [2, 4, 6]
@@ -77,32 +101,32 @@ def test_the_first_process_may_write_or_fail_alone_between_optimizers(tmp_path: 
         np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm[:5], rtol=1e-8)
 
 
-def test_processes_that_do_not_train_have_no_part(tmp_path: Path) -> None:
+def test_processes_that_do_not_train_have_no_part(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "ddp beside an actor", 3)
     expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
     assert_same(run, expected, "curvature")
 
 
-def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path) -> None:
+def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "ddp with skips")
     batches = [batch for number, batch in enumerate(vectors(5)) if number not in (1, 3)]
     assert_same(run, alone(tmp_path / "alone", batches), "curvature")
 
 
-def test_batches_that_accumulate_in_replicas_may_count_equally(tmp_path: Path) -> None:
+def test_batches_that_accumulate_in_replicas_may_count_equally(tmp_path: Path, together: Processes) -> None:
     """Their gradients add up, whatever their sizes: that of the objective, their mean, is half of it."""
     run, _ = together(tmp_path / "run", "ddp with unequal batches")
     assert run["curvature"].step.values.tolist() == [0, 1, 2]
     np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
-def test_replicas_with_batchnorm_have_curvature(tmp_path: Path) -> None:
+def test_replicas_with_batchnorm_have_curvature(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "ddp with batchnorm")
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
-def test_the_mean_loss_of_all_replicas_is_no_other_loss(tmp_path: Path) -> None:
+def test_the_mean_loss_of_all_replicas_is_no_other_loss(tmp_path: Path, together: Processes) -> None:
     run, said = together(tmp_path / "run", "ddp with disturbed gradients")
     np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss)
     of_all = run["curvature"].sum("layer")
@@ -110,7 +134,9 @@ def test_the_mean_loss_of_all_replicas_is_no_other_loss(tmp_path: Path) -> None:
     assert "Warning" not in said
 
 
-def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(tmp_path: Path) -> None:
+def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(
+    tmp_path: Path, together: Processes
+) -> None:
     run, said = together(tmp_path / "run", "ddp with a process that ends first")
     assert run["steps"].sizes["step"] == 3
     assert "step" not in run["curvature"].sizes
@@ -119,7 +145,9 @@ def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(tmp
     xr.testing.assert_allclose(run["steps"].grad_sqnorm[:2], whole["steps"].grad_sqnorm[:2])
 
 
-def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(tmp_path: Path) -> None:
+def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(
+    tmp_path: Path, together: Processes
+) -> None:
     run, said = together(tmp_path / "run", "ddp with a failure in one")
     assert "step" not in run["steps"].sizes
     assert "step" not in run["curvature"].sizes
@@ -127,7 +155,7 @@ def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(tm
     assert said.count("curvature is not recorded from step 0 on: measuring failed in another process") == 1
 
 
-def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_path: Path) -> None:
+def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_path: Path, together: Processes) -> None:
     run, said = together(tmp_path / "run", "ddp with a batch that one cannot keep")
     assert run["steps"].sizes["step"] == 3
     assert run["curvature"].step.values.tolist() == [0]
@@ -135,14 +163,16 @@ def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_p
     assert said.count("what the step starts from cannot be kept") == 1
 
 
-def test_batches_that_one_process_alone_is_told_of_have_no_curvature_and_nothing_waits(tmp_path: Path) -> None:
+def test_batches_that_one_process_alone_is_told_of_have_no_curvature_and_nothing_waits(
+    tmp_path: Path, together: Processes
+) -> None:
     run, said = together(tmp_path / "run", "ddp that tells one of its batches")
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
     assert said.count("curvature is not recorded at step 0, whose batches other processes do not know") == 1
 
 
-def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
+def test_shards_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "fsdp")
     np.testing.assert_allclose(np.square(run["steps"].norm), run["steps"].grad_sqnorm.sum("layer"), rtol=1e-5)
     del run["steps"]["norm"]
@@ -155,12 +185,12 @@ def test_shards_record_what_one_process_would(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp of a part", "fsdp after an evaluation"])
-def test_what_every_process_holds_counts_once(tmp_path: Path, kind: str) -> None:
+def test_what_every_process_holds_counts_once(tmp_path: Path, together: Processes, kind: str) -> None:
     run, _ = together(tmp_path / "run", kind)
     assert_same(run, alone(tmp_path / "alone", vectors(3), frozen=kind == "fsdp of a part"), "steps")
 
 
-def test_layers_in_parallel_record_what_one_process_would(tmp_path: Path) -> None:
+def test_layers_in_parallel_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
     """Of the normalisation every process has a term of the gradient."""
     run, said = together(tmp_path / "run", "tensor parallel")
     torch.manual_seed(0)
@@ -176,7 +206,7 @@ def test_layers_in_parallel_record_what_one_process_would(tmp_path: Path) -> Non
     assert "Warning" not in said
 
 
-def test_curvature_of_shards_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_curvature_of_shards_is_refused_in_a_sentence(tmp_path: Path, together: Processes) -> None:
     run, said = together(tmp_path / "run", "fsdp with curvature")
     assert "curvature is not recorded: it needs all parameters in one process" in said
     assert run["steps"].sizes["step"] == 3

@@ -121,6 +121,24 @@ def train(path: Path, *, kind: str, group: dist.ProcessGroup | None = None) -> N
             Path(f"{path}.note").write_text(*error.__notes__)
 
 
+def train_by_samples(path: Path) -> None:
+    """Three steps of two batches in each of two processes, which count by their samples: as a whole batch would."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(smooth_network())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with Recorder(path, model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in vectors(3):
+            optimizer.zero_grad()
+            parts = list(zip(inputs.split([7, 2, 4, 3]), labels.split([7, 2, 4, 3]), strict=True))[2 * rank :][:2]
+            for number, part in enumerate(parts):
+                recorder.observe(part)
+                with nullcontext() if number else model.no_sync():
+                    loss = F.cross_entropy(model(part[0]), part[1], reduction="sum")
+                    (loss * world / len(inputs)).backward()
+            optimizer.step()
+
+
 def train_a_part(path: Path) -> None:
     """Two steps of two batches each, of a model of which a replica is a part; the weights with a record and without."""
     rank, weights = dist.get_rank(), []
@@ -208,6 +226,7 @@ def train_beside_an_actor(path: Path) -> None:
 OTHERS = {
     "ddp beside an actor": train_beside_an_actor,
     "ddp as a part": train_a_part,
+    "ddp by samples": train_by_samples,
     "ddp in turn": partial(train_in_turn, sharded=False),
     "fsdp in turn": partial(train_in_turn, sharded=True),
     "tensor parallel": train_in_parallel,

@@ -114,6 +114,15 @@ def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path, tog
     assert_same(run, alone(tmp_path / "alone", batches), "curvature")
 
 
+def test_batches_in_replicas_count_as_in_the_gradient_applied(tmp_path: Path, together: Processes) -> None:
+    """By their samples, say: 7 and 2 in the one process, 4 and 3 in the other."""
+    run, said = together(tmp_path / "run", "ddp by samples")
+    expected = alone(tmp_path / "alone", vectors(3))
+    assert_same(run, expected, "steps")
+    assert_same(run, expected, "curvature")
+    assert "Warning" not in said
+
+
 def test_batches_that_accumulate_in_replicas_may_count_equally(tmp_path: Path, together: Processes) -> None:
     """Their gradients add up, whatever their sizes: that of the objective, their mean, is half of it."""
     run, _ = together(tmp_path / "run", "ddp with unequal batches")

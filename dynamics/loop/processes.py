@@ -40,7 +40,8 @@ class Processes:
             self._group = self._wrappers[0].process_group
         elif self.sharded and (widest := max(meshes, key=lambda mesh: mesh.size())).ndim == 1:
             self._group = widest.get_group()
-        self.writes = not self._together or dist.get_rank(self._group) == 0
+        self.place = dist.get_rank(self._group) if self._together else 0
+        self.writes = self.place == 0
 
     @property
     def may_end_apart(self) -> bool:
@@ -72,6 +73,14 @@ class Processes:
         told = [value]
         dist.broadcast_object_list(told, group=self._group, group_src=0)
         return told[0]
+
+    def gathered(self, value: _Made) -> list[_Made]:
+        """What each of the replicas has, the first one's first."""
+        if not self.replicated:
+            return [value]
+        found = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def all_agree(self, fine: bool, device: torch.device) -> bool:
         """Whether it is fine in every process."""

@@ -101,27 +101,19 @@ class ProbedStep:
         in_layers = product / square.sqrt().where(square != 0, 1.0)
         return torch.stack([cosine, in_layers.sum() / applied.sqrt().sum()])
 
-    def shares(self, probe: Probe) -> list[float]:
-        """In what shares the gradients of a probe's batches add up to the one applied, but for its length; or [].
+    def entries(self, probe: Probe, batches: int) -> tuple[Tensor, Tensor]:
+        """Some entries of the gradients of a probe's batches, (entry, batch), and of the one applied, (entry,).
 
-        Least squares over some of their entries. A step may be of other batches all the same: the gradient in these
-        shares tells.
+        So many that those of all ``batches`` together, of other processes', too, are not too many.
         """
         applied = self._step.grad.blocks
-        most = min(_ENTRIES, _NUMBERS // len(probe))
+        most = min(_ENTRIES, _NUMBERS // batches)
         some = slice(None, None, applied.numel() // most | 1)  # odd, for parameters begin at multiples of 1024
         columns = []
         for one in probe.one_by_one():
             grad = self._layers.vector(self.gradient(one)[1], without=self._step.rest)
             columns.append(grad.flatten()[some].double().cpu())
-        grads, target = torch.stack(columns, 1), applied.flatten()[some].double().cpu()
-        if grads.any(1).sum() < 2 * len(probe) or not (grads.isfinite().all() and target.isfinite().all()):
-            return []  # so few entries may add up to anything
-        found = torch.linalg.lstsq(grads, target[:, None]).solution[:, 0]
-        if found.max() <= 0 or found.min() < -_ROUNDING * found.max():
-            return []
-        shares = found.clamp(min=0)
-        return (shares / shares.sum()).tolist()
+        return torch.stack(columns, 1), applied.flatten()[some].double().cpu()
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""
@@ -229,6 +221,20 @@ class ProbedStep:
     def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
         aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]
         return self._layers.vector(dict(zip(expansion.theta, expansion.hessian_product(aligned), strict=True)))
+
+
+def shares(grads: Tensor, applied: Tensor) -> list[float]:
+    """In what shares gradients, (entry, batch), add up to the one applied, (entry,), but for its length; or [].
+
+    By least squares. A step may be of other batches all the same: the gradient in these shares tells.
+    """
+    if grads.any(1).sum() < 2 * grads.shape[1] or not (grads.isfinite().all() and applied.isfinite().all()):
+        return []  # so few entries may add up to anything
+    found = torch.linalg.lstsq(grads, applied[:, None]).solution[:, 0]
+    if found.max() <= 0 or found.min() < -_ROUNDING * found.max():
+        return []
+    found = found.clamp(min=0)
+    return (found / found.sum()).tolist()
 
 
 def _clipped_as(applied: Tensor, own: Tensor) -> Tensor:

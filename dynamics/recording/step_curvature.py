@@ -18,7 +18,7 @@ from ..loop.seen import Seen
 from ..probing.probe import Objective, Probe
 from .candidates import Candidate, Candidates, Found
 from .captured_curvature import CapturedCurvature
-from .probed_step import ProbedStep
+from .probed_step import ProbedStep, shares
 from .warn_once import WarnOnce
 
 _Measured = TypeVar("_Measured")
@@ -212,14 +212,23 @@ class StepCurvature:
     def _found_in_shares(self, candidate: Candidate, step: int) -> Found | None:
         """The candidate with its batches in the shares that the gradient applied has, if it surely is theirs then.
 
-        Micro-batches may count by their tokens, say.
+        Micro-batches may count by their tokens, say, also those of several replicas, each of which has the part of the
+        loss of which the mean over replicas is the loss.
         """
         self._in_shares = False
-        if len(candidate.probe) < 2 or self._processes.replicated:
+        counts = self._processes.gathered(len(candidate.probe))
+        if sum(counts) < 2:
             return None
-        if not (shares := self._or_give_up(partial(self._probed.shares, candidate.probe), step)):
+        entries = self._or_give_up(partial(self._probed.entries, candidate.probe, sum(counts)), step)
+        if entries is None:
             return None
-        found = self._found(candidate._replace(probe=candidate.probe.in_shares(shares)), self._probed, step)
+        grads, applied = zip(*self._processes.gathered(entries), strict=True)
+        of_all = self._processes.told(shares(torch.cat(grads, 1), applied[0]))
+        if not of_all:
+            return None
+        before = sum(counts[: self._processes.place])
+        own = [share * len(counts) for share in of_all[before : before + len(candidate.probe)]]
+        found = self._found(candidate._replace(probe=candidate.probe.in_shares(own)), self._probed, step)
         self._in_shares = found is not None and found.sure
         return found if self._in_shares else None
 

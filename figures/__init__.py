@@ -2,7 +2,6 @@
 
 from .explore import explore
 from .panels import (
-    draw_curve,
     draw_events,
     draw_identity,
     draw_layers,
@@ -18,7 +17,6 @@ __all__ = [
     "caption",
     "claim",
     "draw",
-    "draw_curve",
     "draw_events",
     "draw_identity",
     "draw_layers",

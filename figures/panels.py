@@ -38,13 +38,10 @@ def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def draw_predicted_measured(
-    prediction: xr.Dataset, order: str, *, ax: Axes | None = None, filled: bool = True, **style: object
-) -> Axes:
+def draw_predicted_measured(prediction: xr.Dataset, order: str, *, ax: Axes | None = None, **style: object) -> Axes:
     """Measured against predicted values of one order: one point each."""
     ax = ax or plt.gca()
-    fill = {} if filled else {"markerfacecolor": "none"}
-    ax.plot(prediction[order].values.ravel(), prediction.measured.values.ravel(), linestyle="none", **fill, **style)
+    ax.plot(prediction[order].values.ravel(), prediction.measured.values.ravel(), linestyle="none", **style)
     ax.set(xlabel="predicted", ylabel="measured")
     return ax
 
@@ -101,15 +98,6 @@ def say_where_empty(ax: Axes) -> Axes:
         shared = {"labelbottom": ax.get_shared_x_axes(), "labelleft": ax.get_shared_y_axes()}
         own = [name for name, axes in shared.items() if len(axes.get_siblings(ax)) < 2]
         ax.tick_params(length=0, **dict.fromkeys(own, False))
-    return ax
-
-
-def draw_curve(curve: xr.DataArray, *, ax: Axes | None = None, **style: object) -> Axes:
-    """A quantity over its one dimension, with the table's symbol as label."""
-    ax = ax or plt.gca()
-    (dim,) = curve.dims
-    ax.plot(curve[dim], curve, **style)
-    ax.set(xlabel=dim, ylabel=label(curve.name))
     return ax
 
 

@@ -12,7 +12,7 @@ from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTING
 
 from .names import name_of
 from .prunings import compounded, prunings
-from .record import experiment
+from .record import columns, experiment, has
 from .runs import Runs, check_runs
 from .statistics import STATISTICS
 from .typeset import MISSING, told_apart
@@ -178,8 +178,8 @@ def _in_print(condition: pd.Series) -> str:
 
 def probe_mode(runs: Runs) -> str:
     """In which mode the prunings were measured, in a sentence; "" where nothing was pruned."""
-    pruned = [run for run in runs.values() if "pruning" in run.children and "mode" in run["pruning"]]
-    modes = {str(mode) for run in pruned for mode in run["pruning"]["mode"].values[prunings(run)]}
+    pruned = [run for run in runs.values() if has(run, "pruning", "mode")]
+    modes = {str(mode) for run in pruned for mode in columns(run, "pruning", ["mode"])["mode"].values[prunings(run)]}
     said = [_MODES[mode] for mode in _MODES if mode in modes]
     return f"Prunings were measured in {' or in '.join(said)}." if said else ""
 

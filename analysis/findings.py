@@ -55,7 +55,7 @@ def diverged(runs: Runs) -> list[str]:
 
 def _not_finite(run: xr.DataTree, name: str) -> list[int]:
     """The first step, if there is one, in whose row a squared norm is not finite."""
-    if not has(run, "steps") or name not in run["steps"]:
+    if not has(run, "steps", name):
         return []
     total = columns(run, "steps", [name])[name].sum("layer", skipna=False)
     return total.step.values[~np.isfinite(total.values)][:1].tolist()
@@ -222,7 +222,7 @@ def _decreases(run: xr.DataTree, steps: xr.DataArray) -> np.ndarray:
 
 def _has_momentum(run: xr.DataTree) -> bool:
     """Whether some step's flow time differs from its learning rate, as it does with momentum alone."""
-    if not has(run, "steps") or not {"flow_step", "learning_rate"} <= set(run["steps"].data_vars):
+    if not has(run, "steps", "flow_step", "learning_rate"):
         return False
     steps = columns(run, "steps", ["flow_step", "learning_rate"])
     return not np.allclose(steps.flow_step, steps.learning_rate, rtol=1e-6, atol=0, equal_nan=True)
@@ -231,7 +231,7 @@ def _has_momentum(run: xr.DataTree) -> bool:
 def _slower(runs: Runs) -> bool:
     """Whether the learning rate fell in every run: in the mean it is lower in the second half of the training."""
     rates = [columns(run, "steps", ["learning_rate"]).learning_rate.max("layer") for run in runs.values()
-             if has(run, "steps") and "learning_rate" in run["steps"]]  # fmt: skip
+             if has(run, "steps", "learning_rate")]  # fmt: skip
     halves = [(rate[: rate.size // 2], rate[rate.size // 2 :]) for rate in rates if rate.size > 1]
     return bool(halves) and all(float(late.mean()) < 0.999 * float(early.mean()) for early, late in halves)
 

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from .flow import check_flow, common_flow_step
-from .record import MissingQuantityError, columns, described, event_steps, node, taken
+from .record import MissingQuantityError, columns, described, event_steps, length, node, taken
 from .remembered import remembered
 
 
@@ -121,7 +121,7 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
 
 
 def _window(run: xr.DataTree) -> int:
-    count = run["steps"].sizes.get("step", 0) if "steps" in run.children else 0
+    count = length(run, "steps")
     return min(max(10, count // 20), max(count, 1))
 
 

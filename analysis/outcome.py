@@ -58,8 +58,8 @@ def _pruned(run: xr.DataTree) -> dict[str, float]:
 
 def pruned_units(runs: Iterable[xr.DataTree]) -> str:
     """What sparsity is a share of: filters, where no event says otherwise."""
-    events = [run["pruning"] for run in runs if has(run, "pruning") and "granularity" in run["pruning"]]
-    said = dict.fromkeys(unit for rows in events for unit in rows.granularity.values.tolist() if unit)
+    events = [columns(run, "pruning", ["granularity"]) for run in runs if has(run, "pruning", "granularity")]
+    said = {unit for rows in events for unit in rows.granularity.values.tolist() if unit}
     return " or ".join(f"{unit}s" for unit in sorted(said)) or "filters"
 
 
@@ -96,7 +96,7 @@ def training_curve(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: no epochs were logged.
     """
     epochs = logged(run)
-    if "train_loss" not in epochs and has(run, "steps") and {"loss", "epoch"} <= set(run["steps"].data_vars):
+    if "train_loss" not in epochs and has(run, "steps", "loss", "epoch"):
         steps = columns(run, "steps", ["loss", "epoch"])
         means = steps.loss.groupby(steps.epoch).mean(skipna=False)
         means = means.assign_coords(epoch=means.epoch + 1).reindex(epoch=epochs.epoch)

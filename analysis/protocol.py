@@ -82,7 +82,7 @@ def protocol_table(runs: Runs) -> pd.DataFrame:
     table = last.to_dataframe().reset_index()[list(_LABELS)].rename(columns=_LABELS)
     for name in ("asked", "reached", "multiply-adds left", "least left of a layer"):
         table[name] = [known(value, ".1%") for value in table[name]]
-    if all(has(run, "epochs") and "test_accuracy" in run["epochs"] for run in runs.values()):
+    if all(has(run, "epochs", "test_accuracy") for run in runs.values()):
         table["test accuracy"] = [known(epoch_that_counts(run).test_accuracy, ".1%") for run in runs.values()]
     return table.set_index("protocol")
 

@@ -101,14 +101,19 @@ def check_begun(*runs: xr.DataTree) -> None:
 
 def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
     """The rows, over ``step``, of steps that were taken: not those that a gradient scaler had the optimizer skip."""
-    if not has(run, "steps") or "skipped" not in run["steps"]:
+    if not has(run, "steps", "skipped"):
         return rows
-    skipped = run["steps"].skipped.reindex(step=rows.step)
+    skipped = columns(run, "steps", ["skipped"]).skipped.reindex(step=rows.step)
     return rows.isel(step=np.flatnonzero(skipped.values != 1))
 
 
-def has(run: xr.DataTree, name: str) -> bool:
-    """Whether anything was recorded in a node, and is there: a record that begins anew has nodes without a row.
+def length(run: xr.DataTree, name: str) -> int:
+    """How many rows a node of the record has: steps, events or epochs."""
+    return run[name].sizes.get(NODES[name][0], 0) if name in run.children else 0
+
+
+def has(run: xr.DataTree, name: str, *variables: str) -> bool:
+    """Whether a node of the record has rows, which one that begins anew has not, and all of these variables.
 
     Raises:
         ValueError: it is no record.
@@ -117,13 +122,12 @@ def has(run: xr.DataTree, name: str) -> bool:
         raise ValueError(f"an analysis is of a record, open_run(path), got {run!r:.60}")
     if run.path.removeprefix("/") in _HOW:
         raise ValueError(f"an analysis is of a whole record, open_run(path), got its group {run.path}")
-    return name in run.children and bool(run[name].data_vars) and run[name].sizes.get(NODES[name][0], 0) > 0
+    return length(run, name) > 0 and bool(run[name].data_vars) and set(variables) <= set(run[name].variables)
 
 
 def ended(run: xr.DataTree) -> bool:
     """Whether all epochs of the experiment are there; nobody knows how many a loop of someone's own should have."""
-    asked = sum(experiment(run).get("epochs", ()))
-    return not asked or (has(run, "epochs") and run["epochs"].sizes["epoch"] >= asked)
+    return length(run, "epochs") >= sum(experiment(run).get("epochs", ()))
 
 
 def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree]:
@@ -162,7 +166,7 @@ def _matching(path: str) -> list[str]:
 
 def event_steps(run: xr.DataTree) -> list[int]:
     """The step to come at each event of a run."""
-    return run["pruning"].step.values.tolist() if has(run, "pruning") and "step" in run["pruning"].data_vars else []
+    return columns(run, "pruning", ["step"]).step.values.tolist() if has(run, "pruning", "step") else []
 
 
 def pruning_steps(run: xr.DataTree) -> list[int]:

@@ -17,7 +17,7 @@ from .names import name_of
 from .outcome import outcome, pruned_units
 from .progress import with_progress
 from .prunings import prunings
-from .record import MissingQuantityError, ended, has
+from .record import MissingQuantityError, columns, ended, has
 from .runs import Runs
 from .tables import agreement_table
 from .typeset import MISSING, told_apart
@@ -81,7 +81,7 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
 def pruned_last(runs: Runs) -> str:
     """How many runs were pruned after their last step, in a sentence on :func:`convergence_table`; "" if none was."""
     trained = [run for run in runs.values() if ended(run) and has(run, "steps")]
-    last = [run for run in trained if last_pruning(run) > max(run["steps"].step.values[-1:], default=-1)]
+    last = [run for run in trained if last_pruning(run) > columns(run, "steps", ["step"]).step[-1]]
     if not last:
         return ""
     return (

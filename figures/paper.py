@@ -17,7 +17,7 @@ from analysis.comparison import title
 from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
-from analysis.record import has
+from analysis.record import columns, has
 from analysis.runs import Runs
 from dynamics.schema import label as label_of
 
@@ -195,7 +195,9 @@ def find_figure(name: str) -> Callable[[Runs], Figure]:
 
 def _measures(runs: Runs) -> list[str]:
     """By which the runs were pruned, and behind them those that they compared."""
-    compared = [run["scores"].measure.values.tolist() for run in runs.values() if has(run, "scores")]
+    compared = [
+        columns(run, "scores", ["measure"]).measure.values.tolist() for run in runs.values() if has(run, "scores")
+    ]
     return list(dict.fromkeys([*conditions(runs).measure, *(name for names in compared for name in names)]))
 
 
@@ -216,7 +218,7 @@ def caption(name: str) -> str:
 
 def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:
     """What the record has of norm, gradient and curvature by layer, over its steps."""
-    found = [run[node][name].load() for node, name in _PER_LAYER if has(run, node) and name in run[node].data_vars]
+    found = [columns(run, node, [name])[name] for node, name in _PER_LAYER if has(run, node, name)]
     with suppress(MissingQuantityError):
         found.insert(1, analysis.layer_norm_rate(run))
     return found

@@ -17,6 +17,7 @@ from analysis.effect import first_pruning_per_layer
 from analysis.measures import WHOLE
 from analysis.names import name_of
 from analysis.pruning_findings import comparing
+from analysis.record import columns
 from analysis.runs import Runs
 from dynamics.schema import label
 
@@ -193,7 +194,7 @@ def _compared_measures(runs: Runs) -> tuple[str, str, xr.Dataset, xr.Dataset, xr
     measures = noise.measure.values.tolist()
     reference = "loss_preservation" if "loss_preservation" in measures else measures[0]
     overlap = analysis.removed_overlap(runs[name], share=_OVERLAP_SHARE)
-    steps = runs[name]["pruning"].to_dataset().step.sel(event=noise.event).values
+    steps = columns(runs[name], "pruning", ["step"]).step.sel(event=noise.event).values
     return title(name, runs), reference, analysis.rank_agreement(runs[name]), overlap, noise, steps
 
 
@@ -206,7 +207,7 @@ def scale_invariance(runs: Runs) -> Figure:
     found = analysis.each(runs, analysis.scale_invariance)
     name = next(iter(found))
     alignment = found[name].alignment.isel(event=0)
-    filters = runs[name]["invariance"].to_dataset().load().isel(event=0)
+    filters = columns(runs[name], "invariance", ["param_hess_grad", "grad_sqnorm"]).isel(event=0)
     multiple = -filters.param_hess_grad / filters.grad_sqnorm.where(filters.grad_sqnorm > 0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3.9))
     for mode, style in MODES.items():

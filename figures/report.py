@@ -19,7 +19,7 @@ from analysis.conditions import by_setting, conditions, probe_mode
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.prunings import prunings
-from analysis.record import experiment
+from analysis.record import experiment, length
 from analysis.remembered import remembering
 from analysis.runs import Runs
 from analysis.typeset import grouped, told_apart
@@ -165,7 +165,7 @@ def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, Table | l
 def _done(runs: Runs) -> str:
     """What was trained and pruned, in a few sentences, from the records' own configuration."""
     settings = [experiment(run) for run in runs.values()]
-    steps = sum(run["steps"].sizes.get("step", 0) for run in runs.values() if "steps" in run.children)
+    steps = sum(length(run, "steps") for run in runs.values())
     extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded steps"
     if not all(one.keys() >= _SAID for one in settings):
         return f"{extent} of instrumented training{_told(runs)}. {probe_mode(runs)}".strip()

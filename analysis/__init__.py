@@ -19,9 +19,10 @@ from .invariance import grasp_and_gradient, scale_invariance
 from .loss import loss_decrease, stability
 from .measures import rank_agreement, removed_overlap, score_noise
 from .norm import layer_norm_rate, network_norm_rate, norm_balance, norm_rate
+from .opening import open_runs
 from .outcome import outcome, training_curve
 from .protocol import protocol_diff, protocol_table
-from .record import MissingQuantityError, open_runs
+from .record import MissingQuantityError
 from .seed_tables import accuracy_table, claims_table, convergence_table, verdict_table
 from .statistics import STATISTICS
 from .tables import agreement_table, outcome_table

@@ -17,10 +17,10 @@ from dynamics.command_line import exit_status, printing
 from dynamics.record.reading import named_damage
 
 from .condensed import SUFFIX, condense
+from .opening import open_runs
 from .overview import overview
 from .progress import progress_shown
 from .protocol import fresh_runs, protocol_table
-from .record import open_runs
 from .typeset import FORMATS, as_text, page
 
 # Settings of `python -m dynamics protocols` that `protocol-diff` passes on, with what they are there if not given.

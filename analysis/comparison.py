@@ -17,7 +17,8 @@ from .intervals import half_width
 from .names import name_of
 from .norm import network_norm_rate
 from .outcome import outcome
-from .record import MissingQuantityError, at_prunings, columns, ended
+from .prunings import at_prunings
+from .record import MissingQuantityError, columns, ended
 from .remembered import remembered
 from .runs import Runs
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import pandas as pd
 import xarray as xr
 
+from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTINGS
 
 from .names import name_of
 from .prunings import compounded, prunings
-from .record import columns, experiment, has
+from .record import columns, has
 from .runs import Runs, check_runs
 from .statistics import STATISTICS
 from .typeset import MISSING, told_apart

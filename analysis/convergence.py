@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .record import MissingQuantityError, columns, described, pruning_steps
+from .prunings import in_steps
+from .record import MissingQuantityError, columns, described
 from .remembered import remembered
 
 SHARES = (0.75, 0.5, 0.25, 0.1)
@@ -67,4 +68,4 @@ def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
 
 def last_pruning(run: xr.DataTree) -> int:
     """The step before which the last pruning was; 0 without any."""
-    return next(reversed(pruning_steps(run)), 0)
+    return next(reversed(in_steps(run)[0]), 0)

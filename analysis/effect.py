@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .prunings import prunings
-from .record import MissingQuantityError, node, of_prunings
+from .prunings import of_prunings, prunings
+from .record import MissingQuantityError, node
 from .remembered import remembered
 
 _STAGED = ("loss", "grad_sqnorm", "param_sqnorm_rate", "param_hess_grad")

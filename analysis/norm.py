@@ -8,7 +8,8 @@ import numpy as np
 import xarray as xr
 
 from .flow import check_flow, common_flow_step
-from .record import MissingQuantityError, columns, described, event_steps, length, node, taken
+from .prunings import event_steps
+from .record import MissingQuantityError, columns, described, length, node, taken
 from .remembered import remembered
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 
 from .effect import filters_left
-from .epochs import logged, over
+from .epochs import logged
 from .protocol import epoch_that_counts
-from .prunings import compounded, networks, others, prunings
+from .prunings import compounded, networks, of_prunings, prunings
 from .record import columns, has, node
 from .remembered import remembered
 
@@ -38,7 +38,7 @@ def outcome(run: xr.DataTree) -> xr.Dataset:
 
 
 def _pruned(run: xr.DataTree) -> dict[str, float]:
-    events = node(run, "pruning", ["remaining"]).isel(event=prunings(run))
+    events = of_prunings(run, node(run, "pruning", ["remaining"]))
     masked, first, last = events.remaining.sum("layer"), events.isel(event=0), events.isel(event=-1)
     if "sparsity" in events and (described := np.flatnonzero(events.sparsity.notnull())).size:
         first, last = (events.isel(event=described[place]) for place in (0, -1))
@@ -61,30 +61,6 @@ def pruned_units(runs: Iterable[xr.DataTree]) -> str:
     events = [columns(run, "pruning", ["granularity"]) for run in runs if has(run, "pruning", "granularity")]
     said = {unit for rows in events for unit in rows.granularity.values.tolist() if unit}
     return " or ".join(f"{unit}s" for unit in sorted(said)) or "filters"
-
-
-def pruning_epochs(run: xr.DataTree) -> list[float]:
-    """Where each pruning lies among the epochs of :func:`training_curve`: 1 is the end of the first, 1.5 amid the next.
-
-    By the steps that were taken before it and before each epoch was logged; of records that do not say these, by the
-    epoch that it was in, as if at its end.
-    """
-    return _epochs_at(run, prunings(run))
-
-
-def other_epochs(run: xr.DataTree) -> list[float]:
-    """:func:`pruning_epochs` of the events that are no prunings."""
-    return _epochs_at(run, others(run))
-
-
-def _epochs_at(run: xr.DataTree, chosen: np.ndarray) -> list[float]:
-    if not len(chosen):
-        return []
-    events = run["pruning"].to_dataset().isel(event=chosen)
-    epochs = run["epochs"].to_dataset() if has(run, "epochs") else xr.Dataset()
-    if not {"step", "epoch"} <= set(epochs.variables) or "step" not in events:
-        return (events.epoch.values + 1.0).tolist() if "epoch" in events else []
-    return over(epochs, events.step.values).tolist()
 
 
 def training_curve(run: xr.DataTree) -> xr.Dataset:

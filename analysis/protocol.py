@@ -16,8 +16,9 @@ from dynamics.record.reading import configured
 
 from .effect import filters_left
 from .epochs import logged
-from .prunings import prunings
-from .record import MissingQuantityError, at_prunings, has, node, open_runs
+from .opening import open_runs
+from .prunings import at_prunings, prunings
+from .record import MissingQuantityError, has, node
 from .runs import Runs
 from .typeset import known
 

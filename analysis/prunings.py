@@ -1,10 +1,15 @@
-"""Which events of a run are prunings, and how they add up where the network was made smaller between them."""
+"""Which events of a run are prunings, when they were, and how they add up where the network was made smaller."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+
+from .epochs import over
+from .record import HOW_TO_RECORD, MissingQuantityError, columns, has, length
 
 
 def prunings(run: xr.DataTree) -> np.ndarray:
@@ -13,19 +18,60 @@ def prunings(run: xr.DataTree) -> np.ndarray:
     Other events (a new learning rate, say, with a look at what it does) are none. Where a record says neither what kind
     its events are nor what they removed, all are.
     """
-    events = run["pruning"].to_dataset() if "pruning" in run.children else xr.Dataset()
     said = []
-    if "kind" in events:
-        said.append(events.kind.values == "prune")
-    if "removed" in events:
-        said.append(events.removed.sum("layer").values > 0)
-    return np.flatnonzero(np.any(said, axis=0)) if said else np.arange(events.sizes.get("event", 0))
+    if has(run, "pruning", "kind"):
+        said.append(columns(run, "pruning", ["kind"]).kind.values == "prune")
+    if has(run, "pruning", "removed"):
+        said.append(columns(run, "pruning", ["removed"]).removed.sum("layer").values > 0)
+    return np.flatnonzero(np.any(said, axis=0)) if said else np.arange(length(run, "pruning"))
 
 
-def others(run: xr.DataTree) -> np.ndarray:
-    """Positions of the events of a run that are no :func:`prunings`."""
-    events = run["pruning"].sizes.get("event", 0) if "pruning" in run.children else 0
-    return np.setdiff1d(np.arange(events), prunings(run))
+def at_prunings(run: xr.DataTree, needs: Iterable[str]) -> xr.Dataset:
+    """These variables of /pruning at the prunings, not at other events, in memory.
+
+    Raises:
+        MissingQuantityError: the node lacks one of them, or no event is a pruning.
+    """
+    return of_prunings(run, columns(run, "pruning", needs))
+
+
+def of_prunings(run: xr.DataTree, events: xr.Dataset) -> xr.Dataset:
+    """Those of a run's events that are prunings.
+
+    Raises:
+        MissingQuantityError: none is.
+    """
+    if not len(chosen := prunings(run)):
+        raise MissingQuantityError(f"no event in /pruning is a pruning. {HOW_TO_RECORD['pruning']}")
+    return events.isel(event=chosen)
+
+
+def event_steps(run: xr.DataTree) -> list[int]:
+    """The step to come at each event of a run."""
+    return columns(run, "pruning", ["step"]).step.values.tolist() if has(run, "pruning", "step") else []
+
+
+def in_steps(run: xr.DataTree) -> tuple[list[int], list[int]]:
+    """The step to come at each pruning of a run, and at each of its other events."""
+    return _of_prunings_and_others(run, event_steps(run))
+
+
+def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
+    """How many epochs were over at each pruning of a run, and at each of its other events: 1.5 is amid the second.
+
+    By the steps that were taken before it and before each epoch was logged; of records that do not say these, by the
+    epoch that it was in, as if at its end.
+    """
+    if has(run, "epochs", "step", "epoch") and has(run, "pruning", "step"):
+        return _of_prunings_and_others(run, over(columns(run, "epochs", ["step", "epoch"]), event_steps(run)))
+    ends = columns(run, "pruning", ["epoch"]).epoch.values + 1.0 if has(run, "pruning", "epoch") else []
+    return _of_prunings_and_others(run, ends)
+
+
+def _of_prunings_and_others(run: xr.DataTree, times: Sequence[float]) -> tuple[list, list]:
+    """Of the times of all events those of the prunings and those of the others; none where they are not known."""
+    pruned = np.isin(np.arange(len(times)), prunings(run))
+    return np.array(times)[pruned].tolist(), np.array(times)[~pruned].tolist()
 
 
 def compounded(events: xr.Dataset, name: str) -> float:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
-from dynamics.record.reading import RecordError, experiment, open_run
+from dynamics.record.reading import RecordError, experiment
 from dynamics.schema import NODES, QUANTITIES
 
-from .condensed import SUFFIX, expand
-from .progress import with_progress
-from .prunings import others, prunings
-
-_HOW = {
+HOW_TO_RECORD = {
     "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",
     "curvature": "Record with curvature_every > 0, and watch the loader or observe the batches.",
     "pruning": 'Prune inside `with recorder.event("prune", probe=batches)`.',
@@ -51,26 +45,6 @@ def columns(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     return _loaded(_checked(run, name, needs)[needs], name)
 
 
-def at_prunings(run: xr.DataTree, needs: Iterable[str]) -> xr.Dataset:
-    """These variables of /pruning at the prunings, not at other events, in memory.
-
-    Raises:
-        MissingQuantityError: the node lacks one of them, or no event is a pruning.
-    """
-    return of_prunings(run, columns(run, "pruning", needs))
-
-
-def of_prunings(run: xr.DataTree, events: xr.Dataset) -> xr.Dataset:
-    """Those of a run's events that are prunings.
-
-    Raises:
-        MissingQuantityError: none is.
-    """
-    if not len(chosen := prunings(run)):
-        raise MissingQuantityError(f"no event in /pruning is a pruning. {_HOW['pruning']}")
-    return events.isel(event=chosen)
-
-
 def _loaded(rows: xr.Dataset, name: str) -> xr.Dataset:
     try:
         return rows.load()
@@ -81,19 +55,19 @@ def _loaded(rows: xr.Dataset, name: str) -> xr.Dataset:
 def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     if not has(run, name):
         check_begun(run)
-        raise MissingQuantityError(f"nothing was recorded in /{name}. {_HOW[name]}")
+        raise MissingQuantityError(f"nothing was recorded in /{name}. {HOW_TO_RECORD[name]}")
     found = list(run[name].data_vars) + list(run[name].coords)
     if missing := [quantity for quantity in needs if quantity not in found]:
         if missing == ["loss"] and name == "steps":
             raise MissingQuantityError("no loss was logged. Call recorder.log(loss=...) at each step.")
-        how = _HOW["steps" if name == "curvature" else name]  # of both Recorder(quantities=...) chooses some
+        how = HOW_TO_RECORD["steps" if name == "curvature" else name]  # of both Recorder(quantities=...) chooses some
         raise MissingQuantityError(f"/{name} needs {missing}; this run recorded {sorted(found)} there. {how}")
     return run[name].to_dataset()
 
 
 def check_begun(*runs: xr.DataTree) -> None:
     """Raise MissingQuantityError where nothing was recorded in any of the runs."""
-    if not any(has(run, name) for run in runs for name in _HOW):
+    if not any(has(run, name) for run in runs for name in HOW_TO_RECORD):
         raise MissingQuantityError(
             "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`"
         )
@@ -120,7 +94,7 @@ def has(run: xr.DataTree, name: str, *variables: str) -> bool:
     """
     if not isinstance(run, xr.DataTree):
         raise ValueError(f"an analysis is of a record, open_run(path), got {run!r:.60}")
-    if run.path.removeprefix("/") in _HOW:
+    if run.path.removeprefix("/") in HOW_TO_RECORD:
         raise ValueError(f"an analysis is of a whole record, open_run(path), got its group {run.path}")
     return length(run, name) > 0 and bool(run[name].data_vars) and set(variables) <= set(run[name].variables)
 
@@ -128,60 +102,6 @@ def has(run: xr.DataTree, name: str, *variables: str) -> bool:
 def ended(run: xr.DataTree) -> bool:
     """Whether all epochs of the experiment are there; nobody knows how many a loop of someone's own should have."""
     return length(run, "epochs") >= sum(experiment(run).get("epochs", ()))
-
-
-def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree]:
-    """Open records under short labels that tell them apart: their measures where these differ, else their file names.
-
-    A file of condensed records (:func:`analysis.condense`) stands for all records in it; a path with ``*``, ``?`` or
-    ``[...]`` stands for all that it matches, in the order of their names.
-
-    Raises:
-        RecordError: a path is no record or matches none, or two paths are the same.
-    """
-    given = [paths] if isinstance(paths, str | Path) else paths
-    runs: dict[str, xr.DataTree] = {}
-    for path in with_progress(dict.fromkeys(path for one in given for path in _matching(str(Path(one)))), "opening"):
-        if path.endswith(SUFFIX):
-            runs |= {f"{path}/{name}": run for name, run in expand(path).items()}
-        else:
-            runs[path] = open_run(path)
-    paths = list(runs)
-    measures = [(experiment(run) or run.attrs).get("measure") for run in runs.values()]
-    stems = [Path(path).name.removesuffix(".zarr") for path in paths]
-    for labels in (measures, stems, paths):
-        if None not in labels and len(set(labels)) == len(labels):
-            return dict(zip(labels, runs.values(), strict=True))
-    raise RecordError(f"the records cannot be told apart: {paths}")
-
-
-def _matching(path: str) -> list[str]:
-    """The path itself, or in their order those that it matches."""
-    if Path(path).exists() or not set(path) & set("*?["):
-        return [path]
-    if found := sorted(glob.glob(path)):
-        return found
-    raise RecordError(f"nothing matches {path}: give the paths of records, e.g. 'out/demo/*.zarr' or sweep.zarr.zip")
-
-
-def event_steps(run: xr.DataTree) -> list[int]:
-    """The step to come at each event of a run."""
-    return columns(run, "pruning", ["step"]).step.values.tolist() if has(run, "pruning", "step") else []
-
-
-def pruning_steps(run: xr.DataTree) -> list[int]:
-    """The step to come at each pruning of a run."""
-    return _steps_at(run, prunings(run))
-
-
-def other_steps(run: xr.DataTree) -> list[int]:
-    """The step to come at each event of a run that is no pruning."""
-    return _steps_at(run, others(run))
-
-
-def _steps_at(run: xr.DataTree, chosen: np.ndarray) -> list[int]:
-    steps = event_steps(run)
-    return [steps[number] for number in chosen] if steps else []
 
 
 def described(dataset: xr.Dataset, like: str, **symbols: str) -> xr.Dataset:

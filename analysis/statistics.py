@@ -10,7 +10,7 @@ import xarray as xr
 from .convergence import convergence
 from .effect import removed_decrease
 from .protocol import epoch_that_counts
-from .record import at_prunings
+from .prunings import at_prunings
 
 
 def decrease_per_parameter(run: xr.DataTree) -> float:

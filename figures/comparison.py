@@ -13,12 +13,13 @@ from matplotlib.ticker import MaxNLocator
 import analysis
 from analysis import MissingQuantityError, comparison
 from analysis.names import name_of
+from analysis.prunings import in_epochs, in_steps
 from analysis.runs import Runs
 from dynamics.schema import label as label_of
 
 from . import panels, scales
 from .labels import wrapped
-from .layout import by_measure, events_of, grid, in_epochs, in_steps, legend_below, models, named, rows_of, share_bar
+from .layout import by_measure, events_of, grid, legend_below, models, named, rows_of, share_bar
 from .style import named_styles
 
 

@@ -17,8 +17,6 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from analysis.conditions import by_condition, comparisons, conditions
 from analysis.names import name_of
-from analysis.outcome import other_epochs, pruning_epochs
-from analysis.record import other_steps, pruning_steps
 from analysis.runs import Runs
 
 from . import panels, scales
@@ -171,16 +169,6 @@ def models(runs: Runs, labels: Iterable[str]) -> dict[str, list[str]]:
     """Runs by model and data set, whose names in print they have in common."""
     groups = conditions(runs).loc[list(labels)].groupby(["model", "data"], sort=False).groups
     return {", ".join(name_of(part) for part in names if part): list(of) for names, of in groups.items()}
-
-
-def in_steps(run: xr.DataTree) -> tuple[list[int], list[int]]:
-    """The step to come at each pruning of a run, and at each of its other events."""
-    return pruning_steps(run), other_steps(run)
-
-
-def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
-    """How many epochs were over at each pruning of a run, and at each of its other events."""
-    return pruning_epochs(run), other_epochs(run)
 
 
 def by_measure(runs: Runs, labels: Iterable[str]) -> dict[str, dict[str, object]]:

@@ -15,13 +15,15 @@ from matplotlib.figure import Figure
 import analysis
 from analysis.comparison import title
 from analysis.conditions import by_setting
-from analysis.record import RecordError, columns
+from analysis.prunings import in_steps
+from analysis.record import columns
 from analysis.runs import Runs
+from dynamics.record.reading import RecordError
 from dynamics.schema import SPEEDS
 from dynamics.schema import label as label_of
 
 from . import panels, scales
-from .layout import compared, depth_bar, headed, in_steps, legend_below
+from .layout import compared, depth_bar, headed, legend_below
 from .lines import draw_line
 from .paper import caption, claim, draw
 from .report import finding

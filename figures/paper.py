@@ -17,6 +17,7 @@ from analysis.comparison import title
 from analysis.conditions import by_setting, conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
+from analysis.prunings import in_steps
 from analysis.record import columns, has
 from analysis.runs import Runs
 from dynamics.schema import label as label_of
@@ -30,7 +31,6 @@ from .layout import (
     depth_bar,
     grid,
     headed,
-    in_steps,
     label_lowest,
     legend_below,
     of_one_size,

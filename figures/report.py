@@ -19,11 +19,12 @@ from analysis.conditions import by_setting, conditions, probe_mode
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.prunings import prunings
-from analysis.record import experiment, length
+from analysis.record import length
 from analysis.remembered import remembering
 from analysis.runs import Runs
 from analysis.typeset import grouped, told_apart
 from dynamics.places import check_folder
+from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY
 
 from .paper import FIGURES, caption, claim, compares, draw

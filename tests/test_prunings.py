@@ -13,9 +13,7 @@ import analysis
 from analysis import STATISTICS, findings
 from analysis.convergence import last_pruning
 from analysis.effect import effect_of_prunings
-from analysis.outcome import pruning_epochs
-from analysis.prunings import prunings
-from analysis.record import event_steps, pruning_steps
+from analysis.prunings import event_steps, in_epochs, in_steps, prunings
 from dynamics import Recorder, open_run
 from dynamics.pruning import Pruner, shrink
 
@@ -63,7 +61,7 @@ def test_an_event_that_removes_nothing_is_no_pruning(tmp_path: Path) -> None:
     table = analysis.conditions({"whole": whole, "pruned": pruned})
     assert table.loc["whole", ["measure", "rounds", "sparsity"]].tolist() == ["none", 0, 0.0]
     assert table.loc["pruned", ["measure", "rounds", "sparsity"]].tolist() == ["magnitude", 2, 0.5]
-    assert (event_steps(pruned), pruning_steps(pruned), pruning_steps(whole)) == ([4, 8, 12], [4, 8], [])
+    assert (event_steps(pruned), in_steps(pruned), in_steps(whole)) == ([4, 8, 12], ([4, 8], [12]), ([], [12]))
     assert (last_pruning(pruned), last_pruning(whole)) == (8, 0)
     for name, statistic in STATISTICS.items():
         if name not in ("training_area", "accuracy"):
@@ -152,9 +150,9 @@ def test_so_it_is_where_parameters_were_not_counted(tmp_path: Path) -> None:
 
 def test_a_pruning_stands_where_it_was_among_the_epochs(tmp_path: Path) -> None:
     run, _ = train(tmp_path / "run", at={0: 0.2, 4: 0.3, 6: 0.4, 13: 0.5})
-    assert pruning_epochs(run) == [0, 1, 1.5, 3.25]
+    assert in_epochs(run) == ([0, 1, 1.5, 3.25], [])
     old = record("magnitude", 0)
-    assert pruning_epochs(old) == []
+    assert in_epochs(old) == ([], [])
     nodes = old.to_dict()
     nodes["/pruning"] = nodes["/pruning"].assign(epoch=("event", np.array([0])))
-    assert pruning_epochs(xr.DataTree.from_dict(nodes)) == [1]  # right after the first epoch was logged
+    assert in_epochs(xr.DataTree.from_dict(nodes)) == ([1], [])  # right after the first epoch was logged

@@ -1,0 +1,48 @@
+"""Opening records, by labels that tell them apart."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+import xarray as xr
+
+from dynamics.record.reading import RecordError, experiment, open_run
+
+from .condensed import SUFFIX, expand
+from .progress import with_progress
+
+
+def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree]:
+    """Open records under short labels that tell them apart: their measures where these differ, else their file names.
+
+    A file of condensed records (:func:`analysis.condense`) stands for all records in it; a path with ``*``, ``?`` or
+    ``[...]`` stands for all that it matches, in the order of their names.
+
+    Raises:
+        RecordError: a path is no record or matches none, or two paths are the same.
+    """
+    given = [paths] if isinstance(paths, str | Path) else paths
+    runs: dict[str, xr.DataTree] = {}
+    for path in with_progress(dict.fromkeys(path for one in given for path in _matching(str(Path(one)))), "opening"):
+        if path.endswith(SUFFIX):
+            runs |= {f"{path}/{name}": run for name, run in expand(path).items()}
+        else:
+            runs[path] = open_run(path)
+    paths = list(runs)
+    measures = [(experiment(run) or run.attrs).get("measure") for run in runs.values()]
+    stems = [Path(path).name.removesuffix(".zarr") for path in paths]
+    for labels in (measures, stems, paths):
+        if None not in labels and len(set(labels)) == len(labels):
+            return dict(zip(labels, runs.values(), strict=True))
+    raise RecordError(f"the records cannot be told apart: {paths}")
+
+
+def _matching(path: str) -> list[str]:
+    """The path itself, or in their order those that it matches."""
+    if Path(path).exists() or not set(path) & set("*?["):
+        return [path]
+    if found := sorted(glob.glob(path)):
+        return found
+    raise RecordError(f"nothing matches {path}: give the paths of records, e.g. 'out/demo/*.zarr' or sweep.zarr.zip")

@@ -14,7 +14,6 @@ from .effect import (
     removal_curve,
     removed_decrease,
 )
-from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .loss import loss_decrease, stability
 from .measures import rank_agreement, removed_overlap, score_noise
@@ -23,6 +22,7 @@ from .opening import open_runs
 from .outcome import outcome, training_curve
 from .protocol import protocol_diff, protocol_table
 from .record import MissingQuantityError
+from .runs import each
 from .seed_tables import accuracy_table, claims_table, convergence_table, verdict_table
 from .statistics import STATISTICS
 from .tables import agreement_table, outcome_table

@@ -12,7 +12,6 @@ import xarray as xr
 
 from .conditions import by_condition, comparisons, conditions, first_comparison, names_of_conditions
 from .convergence import convergence, epoch_window, last_pruning
-from .findings import each
 from .intervals import half_width
 from .names import name_of
 from .norm import network_norm_rate
@@ -20,7 +19,7 @@ from .outcome import outcome
 from .prunings import at_prunings
 from .record import MissingQuantityError, columns, ended
 from .remembered import remembered
-from .runs import Runs
+from .runs import Runs, each
 
 ByMeasure = dict[str, xr.Dataset]
 

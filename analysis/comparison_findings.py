@@ -10,11 +10,10 @@ from .claims import claims
 from .comparison import at_pruning, network_norm
 from .conditions import comparisons, conditions, mean_by_measure
 from .convergence import convergence
-from .findings import each
 from .names import name_of
 from .prunings import prunings
 from .record import MissingQuantityError, ended
-from .runs import Runs
+from .runs import Runs, each
 from .seed_tables import VERDICTS
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -15,31 +15,12 @@ from .loss import loss_decrease, stability
 from .names import name_of
 from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
-from .progress import with_progress
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, node
-from .runs import Runs, check_runs
+from .runs import Runs, each
 from .typeset import known
 
 NOT_FINITE = "no value that was measured is finite and has a finite prediction"
-
-
-def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:
-    """The analysis of every run that recorded what it needs.
-
-    Raises:
-        MissingQuantityError: none of the runs did. ValueError: they are not given by label.
-    """
-    check_runs(runs)
-    found, missing = {}, MissingQuantityError("no runs given")
-    for label, run in with_progress(runs.items(), "theory"):
-        try:
-            found[label] = analyse(run)
-        except MissingQuantityError as error:
-            missing = error
-    if not found:
-        raise missing
-    return found
 
 
 def diverged(runs: Runs) -> list[str]:

@@ -7,12 +7,11 @@ import numpy as np
 from .agreement import agree, residuals
 from .conditions import mean_by_measure
 from .effect import first_pruning_per_layer, removal_curve, removed_decrease
-from .findings import each
 from .invariance import grasp_and_gradient, scale_invariance
 from .measures import WHOLE, rank_agreement, score_noise
 from .names import name_of
 from .record import MissingQuantityError
-from .runs import Runs
+from .runs import Runs, each
 from .typeset import known
 
 

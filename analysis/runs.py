@@ -1,10 +1,13 @@
-"""Runs by label: what every analysis of several records is given."""
+"""Runs by label: what every analysis of several records is given, and that of one record made of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import xarray as xr
+
+from .progress import with_progress
+from .record import MissingQuantityError
 
 Runs = Mapping[str, xr.DataTree]
 
@@ -17,3 +20,21 @@ def check_runs(runs: object) -> None:
     """
     if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
         raise ValueError(f"runs are given by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
+
+
+def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:
+    """The analysis of every run that recorded what it needs.
+
+    Raises:
+        MissingQuantityError: none of the runs did. ValueError: they are not given by label.
+    """
+    check_runs(runs)
+    found, missing = {}, MissingQuantityError("no runs given")
+    for label, run in with_progress(runs.items(), "theory"):
+        try:
+            found[label] = analyse(run)
+        except MissingQuantityError as error:
+            missing = error
+    if not found:
+        raise missing
+    return found

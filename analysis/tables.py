@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 from .agreement import agreement
-from .findings import NOT_FINITE, each, error_in_percent
+from .findings import NOT_FINITE, error_in_percent
 from .outcome import outcome, pruned_units
 from .prunings import prunings
 from .record import MissingQuantityError
-from .runs import Runs, check_runs
+from .runs import Runs, check_runs, each
 from .typeset import MISSING, known
 
 

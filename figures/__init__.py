@@ -1,5 +1,6 @@
 """Figures: draws what analysis computes, and computes nothing."""
 
+from .catalogue import FIGURES, caption, claim, draw
 from .explore import explore
 from .panels import (
     draw_events,
@@ -9,7 +10,6 @@ from .panels import (
     draw_over_time,
     draw_predicted_measured,
 )
-from .paper import FIGURES, caption, claim, draw
 from .report import write_report
 
 __all__ = [

@@ -15,7 +15,7 @@ from analysis import open_runs
 from dynamics.command_line import exit_status
 from dynamics.record.reading import named_damage
 
-from .paper import FIGURES
+from .catalogue import FIGURES
 from .report import write_report
 
 

@@ -14,8 +14,8 @@ from analysis.record import has
 from analysis.runs import Runs
 from dynamics.schema import quantities
 
+from .catalogue import FIGURES
 from .pages import PREDICTIONS, WHOLE, figure_page, prediction_page, quantity_page
-from .paper import FIGURES
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -23,10 +23,9 @@ from dynamics.schema import SPEEDS
 from dynamics.schema import label as label_of
 
 from . import panels, scales
+from .catalogue import caption, claim, draw, finding
 from .layout import compared, depth_bar, headed, legend_below
 from .lines import draw_line
-from .paper import caption, claim, draw
-from .report import finding
 from .room import settle
 from .style import theme
 

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 import analysis
+from analysis.agreement import ORDERS
 from analysis.comparison import title
 from analysis.effect import first_pruning_per_layer
 from analysis.measures import WHOLE
@@ -19,16 +20,40 @@ from analysis.names import name_of
 from analysis.pruning_findings import comparing
 from analysis.record import columns
 from analysis.runs import Runs
-from dynamics.schema import label
+from dynamics.schema import label as label_of
 
 from . import panels, scales
 from .labels import plain
-from .layout import by_measure, compared, grid, headed, legend_below, models, named, share_bar
+from .layout import by_measure, compared, grid, headed, legend_below, models, named, share_bar, symmetric
 from .lines import draw_line
 from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
 
 _OVERLAP_SHARE = 0.2
 _POINTS = {"first_order": FIRST_POINTS, "second_order": SECOND_POINTS, "measured": MEASURED}
+
+
+def pruning_effect(runs: Runs) -> Figure:
+    """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
+
+    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
+    and of θᵀHg, in first order (top) and in second (bottom), which θᵀHg does not have. On the grey line a prediction is
+    exact.
+    """
+    effects = analysis.each(runs, analysis.effect_of_prunings)
+    quantities = next(iter(effects.values())).quantity.values
+    figure, axes = plt.subplots(2, len(quantities), figsize=(2.6 * len(quantities), 5.8))
+    for column, quantity in zip(axes.T, quantities, strict=True):
+        chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}
+        values = np.concatenate([compared(effect) for effect in chosen.values()])
+        for ax, order in zip(column, ORDERS, strict=True):
+            for label, style in by_measure(runs, chosen).items():
+                panels.draw_predicted_measured(chosen[label], order, ax=ax, alpha=0.7, **style | {"markersize": 3.5})
+            ax.set_visible(any(effect[order].notnull().any() for effect in chosen.values()))
+            symmetric(ax, values)
+            ax.set(xlabel=f"predicted Δ{label_of(quantity)}", ylabel=f"measured Δ{label_of(quantity)}")
+            ax.set_title(order.replace("_", " "))
+    legend_below(figure)
+    return figure
 
 
 def pruning_effect_per_layer(runs: Runs) -> Figure:
@@ -45,7 +70,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
             if chosen[order].notnull().any():
                 panels.draw_over_layers(chosen[order], ax=ax, **style)
         ax.axhline(0, color="0.7", linewidth=0.9, zorder=0)
-        ax.set(ylabel=f"Δ{label(quantity)}")
+        ax.set(ylabel=f"Δ{label_of(quantity)}")
         ax.label_outer()
         scales.scale_axis(ax.yaxis, compared(chosen), zeros=True)
         scales.fit_axis(ax.yaxis, compared(chosen))
@@ -121,7 +146,7 @@ def removal_curve(runs: Runs) -> Figure:
         shown = np.concatenate([ours.measured, ours.first_order, [0.0]])
         shown = shown[np.isfinite(shown)]
         margin = np.ptp(shown) / 2 or 1
-        ax.set(ylabel=f"Δ{label(quantity)}", ylim=(shown.min() - margin, shown.max() + margin))
+        ax.set(ylabel=f"Δ{label_of(quantity)}", ylim=(shown.min() - margin, shown.max() + margin))
     loss = curve.sel(quantity="loss")
     error = np.abs(analysis.residuals(loss) / loss.measured)
     _draw_directions(axes[1, 1], error)
@@ -215,7 +240,7 @@ def scale_invariance(runs: Runs) -> Figure:
         right.plot(filters.grad_sqnorm.sel(mode=mode), multiple.sel(mode=mode), **style)
     right.axhline(1, color="0.7", linewidth=0.9, zorder=0)
     left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale=_scale(alignment))
-    right.set(xlabel=label("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale=_scale(filters.grad_sqnorm))
+    right.set(xlabel=label_of("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale=_scale(filters.grad_sqnorm))
     right.set_yscale("symlog", linthresh=2)
     for ax in (left, right):
         panels.say_where_empty(ax)

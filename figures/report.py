@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
+from analysis import MissingQuantityError
 from analysis.condensed import SUFFIX
 from analysis.conditions import by_setting, conditions, probe_mode
 from analysis.names import name_of
@@ -27,34 +27,13 @@ from dynamics.places import check_folder
 from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY
 
-from .paper import FIGURES, caption, claim, compares, draw
+from .catalogue import FIGURES, caption, claim, compares, draw, finding
 from .style import theme
 
 # What the report's first lines say of an experiment.
 _SAID = {"model", "data", "width", "epochs", "measure", "sparsity", "rounds", "seed"}
 
 _DOTS, _PIXELS = 200, 130  # of a picture, and of the page, for an inch of a figure
-
-FINDINGS: dict[str, Callable[[Runs], str]] = {
-    "loss_decrease_scatter": findings.loss_prediction,
-    "loss_decrease_over_time": findings.loss_over_time,
-    "norm_rate": findings.norm_prediction,
-    "norms": comparison_findings.norm_growth,
-    "quantities_per_layer": findings.layer_spread,
-    "training_curves": findings.final_accuracy,
-    "accuracy": findings.final_accuracy,
-    "convergence": comparison_findings.fastest,
-    "filters_left": findings.layer_choice,
-    "pruning_effect": findings.effect_prediction,
-    "loss_and_gradient_at_pruning": comparison_findings.moved_at_pruning,
-    "pruning_effect_per_layer": pruning_findings.layers_moved,
-    "removed_decrease": pruning_findings.decrease_removed,
-    "removal_curve": pruning_findings.curve_errors,
-    "measure_agreement": pruning_findings.measures_agree,
-    "scale_invariance": pruning_findings.filters_invariant,
-    "stability": findings.time_unstable,
-    "claims": comparison_findings.verdicts,
-}
 
 
 @dataclass(frozen=True)
@@ -107,14 +86,6 @@ def write_report(
     page = folder / "report.html"
     page.write_text(_page(runs, drawn, missing, records), encoding="utf-8")
     return page
-
-
-def finding(name: str, runs: Runs) -> str:
-    """What was found, in a sentence; nothing where it takes more than the figure does."""
-    try:
-        return FINDINGS[name](runs)
-    except MissingQuantityError:
-        return ""
 
 
 def _save(figure: Figure, stem: Path, origin: str) -> tuple[str, int]:

@@ -9,8 +9,7 @@ from synthetic_runs import MEASURES, record, runs
 
 import analysis
 from analysis import CLAIMS, MissingQuantityError
-from figures import caption, claim, draw
-from figures.report import FINDINGS
+from figures import FIGURES, caption, claim, draw
 from figures.style import VERDICTS
 
 mpl.use("agg")
@@ -86,7 +85,7 @@ def test_nothing_is_the_middle_of_every_panel() -> None:
 def test_its_finding_counts_the_verdicts() -> None:
     some = runs(**EFFECTS)
     found = analysis.claims(some)
-    said = FINDINGS["claims"](some)
+    said = FIGURES["claims"].finding(some)
     assert said.startswith(f"Of {len(CLAIMS)} intervals {(found.verdict == 'supported').sum()} supported, ")
     assert said.endswith(f"{found.stands.sum()} stand.")
     assert claim("claims").endswith(".")

@@ -33,7 +33,7 @@ from figures import (
     write_report,
 )
 from figures.labels import layer_names
-from figures.report import FINDINGS, Table
+from figures.report import Table
 from figures.style import run_styles, theme
 
 mpl.use("agg")
@@ -57,10 +57,6 @@ def report_of_one(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.D
     return write_report({"magnitude": runs["magnitude"]}, tmp_path_factory.mktemp("report"), records=["a.zarr"])
 
 
-def test_every_figure_has_a_finding() -> None:
-    assert FINDINGS.keys() == FIGURES.keys()
-
-
 @pytest.mark.parametrize("name", OF_ONE_SEED)
 def test_every_figure_draws_and_says_what_it_claims(name: str, runs: dict[str, xr.DataTree]) -> None:
     before = dict(mpl.rcParams)
@@ -72,13 +68,13 @@ def test_every_figure_draws_and_says_what_it_claims(name: str, runs: dict[str, x
     assert all(ax.lines for ax in shown)
     assert claim(name).endswith(".")
     assert len(caption(name)) > 30
-    assert FINDINGS[name](runs)
+    assert FIGURES[name].finding(runs)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_ONE_SEED if name != "accuracy"])  # which compares
 def test_every_figure_draws_one_run_alone(name: str, runs: dict[str, xr.DataTree]) -> None:
     draw(name, {"magnitude": runs["magnitude"]}).canvas.draw()
-    assert FINDINGS[name]({"magnitude": runs["magnitude"]})
+    assert FIGURES[name].finding({"magnitude": runs["magnitude"]})
 
 
 @pytest.mark.parametrize("name", OF_ONE_SEED)
@@ -362,7 +358,7 @@ def test_a_dead_network_has_no_share_to_draw(runs: dict[str, xr.DataTree]) -> No
     figure = draw("removed_decrease", {"dead": dead})
     assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["no finite value"] * 2
     with pytest.raises(analysis.MissingQuantityError, match="not zero"):
-        FINDINGS["removed_decrease"]({"dead": dead})
+        FIGURES["removed_decrease"].finding({"dead": dead})
 
 
 def test_bad_calls_are_said(runs: dict[str, xr.DataTree]) -> None:
@@ -406,7 +402,7 @@ def test_a_report_of_one_measure_claims_no_comparison(
         assert claim(name).split("‖")[0] not in one
     assert ". Convergence<" in one
     assert "accuracy</code>: one run alone has nothing to be compared with" in one
-    assert " to " not in FINDINGS["accuracy"]({"magnitude": runs["magnitude"]})
+    assert " to " not in FIGURES["accuracy"].finding({"magnitude": runs["magnitude"]})
 
 
 def test_a_long_condition_is_a_title_of_several_lines(runs: dict[str, xr.DataTree]) -> None:

@@ -17,8 +17,7 @@ from dynamics.models import VGG
 from dynamics.network.masks import apply_masks
 from dynamics.probing.probe import Probe, cross_entropy_objective
 from dynamics.pruning import scale_invariance, scores
-from figures import draw
-from figures.report import FINDINGS
+from figures import FIGURES, draw
 
 Make = Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]
 
@@ -138,7 +137,11 @@ def test_a_dead_network_has_no_rank_among_its_filters(tmp_path: Path) -> None:
     assert grasp_and_gradient(run).rank_correlation.isnull().all()
     figure = draw("scale_invariance", {"dead": run})
     assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["no finite value"] * 2
-    assert FINDINGS["scale_invariance"]({"dead": run}).startswith("Both identities hold to 1 % for – of the filters")
+    assert (
+        FIGURES["scale_invariance"]
+        .finding({"dead": run})
+        .startswith("Both identities hold to 1 % for – of the filters")
+    )
 
 
 def test_a_record_without_the_study_says_how_to_get_it(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""The figures, one function each: runs in, figure out. The first line of each docstring is the claim it shows."""
+"""The figures of single steps, predicted and measured: runs in, figure out. A docstring opens with its claim."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 import matplotlib.pyplot as plt
@@ -12,17 +12,15 @@ from matplotlib.figure import Figure
 
 import analysis
 from analysis import MissingQuantityError
-from analysis.agreement import ORDERS
 from analysis.comparison import title
-from analysis.conditions import by_setting, conditions
+from analysis.conditions import conditions
 from analysis.findings import in_layers
 from analysis.names import name_of
 from analysis.prunings import in_steps
 from analysis.record import columns, has
 from analysis.runs import Runs
-from dynamics.schema import label as label_of
 
-from . import claims, comparison, panels, pruning, scales
+from . import panels, scales
 from .labels import wrapped
 from .layout import (
     alike,
@@ -38,8 +36,16 @@ from .layout import (
     symmetric,
 )
 from .lines import evenly
-from .room import settle
-from .style import theme
+
+_PANELS = 12  # of one run each
+
+_PER_LAYER = (
+    ("steps", "param_sqnorm"),
+    ("steps", "grad_sqnorm"),
+    ("steps", "distance_sqnorm"),
+    ("curvature", "grad_hess_grad"),
+    ("curvature", "param_hess_grad"),
+)
 
 
 def loss_decrease_scatter(runs: Runs) -> Figure:
@@ -103,117 +109,6 @@ def quantities_per_layer(runs: Runs) -> Figure:
     legend_below(figure)
     headed(figure, title(label, runs))
     return figure
-
-
-def pruning_effect(runs: Runs) -> Figure:
-    """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
-
-    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
-    and of θᵀHg, in first order (top) and in second (bottom), which θᵀHg does not have. On the grey line a prediction is
-    exact.
-    """
-    effects = analysis.each(runs, analysis.effect_of_prunings)
-    quantities = next(iter(effects.values())).quantity.values
-    figure, axes = plt.subplots(2, len(quantities), figsize=(2.6 * len(quantities), 5.8))
-    for column, quantity in zip(axes.T, quantities, strict=True):
-        chosen = {label: effect.sel(quantity=quantity) for label, effect in effects.items()}
-        values = np.concatenate([compared(effect) for effect in chosen.values()])
-        for ax, order in zip(column, ORDERS, strict=True):
-            for label, style in by_measure(runs, chosen).items():
-                panels.draw_predicted_measured(chosen[label], order, ax=ax, alpha=0.7, **style | {"markersize": 3.5})
-            ax.set_visible(any(effect[order].notnull().any() for effect in chosen.values()))
-            symmetric(ax, values)
-            ax.set(xlabel=f"predicted Δ{label_of(quantity)}", ylabel=f"measured Δ{label_of(quantity)}")
-            ax.set_title(order.replace("_", " "))
-    legend_below(figure)
-    return figure
-
-
-FIGURES: dict[str, Callable[[Runs], Figure]] = {
-    figure.__name__: figure
-    for figure in (
-        loss_decrease_scatter,
-        loss_decrease_over_time,
-        norm_rate,
-        comparison.norms,
-        quantities_per_layer,
-        comparison.training_curves,
-        comparison.accuracy,
-        comparison.convergence,
-        comparison.filters_left,
-        pruning_effect,
-        comparison.loss_and_gradient_at_pruning,
-        pruning.pruning_effect_per_layer,
-        pruning.removed_decrease,
-        pruning.removal_curve,
-        pruning.measure_agreement,
-        pruning.scale_invariance,
-        comparison.stability,
-        claims.claims,
-    )
-}
-
-_PANELS = 12  # of one run each
-
-_PER_LAYER = (
-    ("steps", "param_sqnorm"),
-    ("steps", "grad_sqnorm"),
-    ("steps", "distance_sqnorm"),
-    ("curvature", "grad_hess_grad"),
-    ("curvature", "param_hess_grad"),
-)
-
-
-def draw(name: str, runs: Runs) -> Figure:
-    """A figure by its name, in thetadot's style.
-
-    Runs of one measure are laid side by side by the setting in which they differ, if they do: a learning rate, say.
-
-    Raises:
-        ValueError: no such figure, or no runs. MissingQuantityError: no run recorded what the figure needs.
-    """
-    figure = find_figure(name)
-    if not runs:
-        raise ValueError("no runs to draw: give at least one record")
-    shown = by_setting(runs)
-    with theme(_measures(shown)):
-        drawn = figure(shown)
-        settle(drawn)
-    return drawn
-
-
-def find_figure(name: str) -> Callable[[Runs], Figure]:
-    """The figure of a name.
-
-    Raises:
-        ValueError: there is no such figure; the message lists those there are.
-    """
-    if name not in FIGURES:
-        raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
-    return FIGURES[name]
-
-
-def _measures(runs: Runs) -> list[str]:
-    """By which the runs were pruned, and behind them those that they compared."""
-    compared = [
-        columns(run, "scores", ["measure"]).measure.values.tolist() for run in runs.values() if has(run, "scores")
-    ]
-    return list(dict.fromkeys([*conditions(runs).measure, *(name for names in compared for name in names)]))
-
-
-def claim(name: str) -> str:
-    """The claim that a figure shows: the first line of its docstring."""
-    return find_figure(name).__doc__.strip().splitlines()[0]
-
-
-def compares(name: str) -> bool:
-    """Whether a figure lays measures side by side: its claim is about several."""
-    return find_figure(name).__module__ == comparison.__name__
-
-
-def caption(name: str) -> str:
-    """How to read a figure: the rest of its docstring."""
-    return " ".join(find_figure(name).__doc__.split("\n", 1)[1].split())
 
 
 def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:

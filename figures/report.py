@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -34,18 +33,6 @@ from .style import theme
 _SAID = {"model", "data", "width", "epochs", "measure", "sparsity", "rounds", "seed"}
 
 _DOTS, _PIXELS = 200, 130  # of a picture, and of the page, for an inch of a figure
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One figure of the report, with its claim, how to read it, and what was found."""
-
-    name: str
-    claim: str
-    caption: str
-    finding: str
-    webp: str
-    width: int
 
 
 @remembering()
@@ -80,7 +67,8 @@ def write_report(
             continue
         webp, width = _save(figure, folder / name, _origin(runs))
         heading = name.replace("_", " ").capitalize() if alone and compares(name) else claim(name)
-        drawn.append(Drawn(name, heading, caption(name), finding(name, shown), webp, width))
+        said = {"claim": heading, "caption": caption(name), "finding": finding(name, shown)}
+        drawn.append({"name": name, "webp": webp, "width": width} | said)
     if not drawn:
         raise MissingQuantityError(next(iter(missing.values())))
     page = folder / "report.html"
@@ -103,7 +91,7 @@ def _save(figure: Figure, stem: Path, origin: str) -> tuple[str, int]:
     return base64.b64encode(webp.getvalue()).decode(), round(_PIXELS / _DOTS * pixels.shape[1])
 
 
-def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list[str]) -> str:
+def _page(runs: Runs, drawn: list[dict[str, object]], missing: dict[str, str], records: list[str]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     condensed = any(path.endswith(SUFFIX) for path in records)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
@@ -121,17 +109,12 @@ def _page(runs: Runs, drawn: list[Drawn], missing: dict[str, str], records: list
     )
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the report: its rows, each a name and cells, under headings that they have in common."""
-
-    head: list[str]
-    groups: dict[str, list[list[str]]]
-
-
-def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, Table | list[str]]:
-    """Tables for the page, sentences as they are."""
-    return {title: Table(*grouped(part)) if isinstance(part, pd.DataFrame) else part for title, part in parts.items()}
+def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, dict[str, object] | list[str]]:
+    """Of tables the heads of their columns and the groups of their rows; sentences as they are."""
+    return {
+        title: dict(zip(("head", "groups"), grouped(part), strict=True)) if isinstance(part, pd.DataFrame) else part
+        for title, part in parts.items()
+    }
 
 
 def _done(runs: Runs) -> str:

@@ -112,8 +112,8 @@ def layer_spread(runs: Runs) -> str:
         return said
     if not 0 < rate.sum() < np.inf:
         return said
-    most, share = str(rate.layer.values[np.argmax(rate.values)]), float(rate.max() / rate.sum())
-    return f"{said} {share:.1%} of all |d‖θ‖²/dt|, as measured, is in layer {most}."
+    share = float(rate.max() / rate.sum())
+    return f"{said} {share:.1%} of all |d‖θ‖²/dt|, as measured, is in layer {rate.idxmax('layer').item()}."
 
 
 def final_accuracy(runs: Runs) -> str:
@@ -147,13 +147,11 @@ def layer_choice(runs: Runs) -> str:
     }
     if len(shares) < 2:
         (share,) = shares.values()
-        least = share.layer.values[np.argmin(share.values)]
-        return f"{where}layer {least} keeps the least, {float(share.min()):.0%}."
+        return f"{where}layer {share.idxmin('layer').item()} keeps the least, {float(share.min()):.0%}."
     left = xr.concat(list(shares.values()), xr.Variable("measure", list(shares)), join="outer")
-    spread = left.max("measure") - left.min("measure")
-    layer = spread.layer.values[np.argmax(spread.values)]
+    layer = (left.max("measure") - left.min("measure")).idxmax("layer").item()
     there = left.sel(layer=layer)
-    low, high = there.measure.values[np.argmin(there.values)], there.measure.values[np.argmax(there.values)]
+    low, high = there.idxmin("measure").item(), there.idxmax("measure").item()
     return (
         f"{where}the measures differ most in layer {layer}, where {name_of(low)} leaves "
         f"{float(there.min()):.0%} of the filters and {name_of(high)} {float(there.max()):.0%}."

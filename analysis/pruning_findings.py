@@ -84,11 +84,10 @@ def measures_agree(runs: Runs) -> str:
     if not pairs or not reliability.size:
         raise MissingQuantityError("no two measures rank three filters at least")
     most, least = max(pairs, key=pairs.get), min(pairs, key=pairs.get)
-    noisiest = str(reliability.measure.values[np.argmin(reliability.values)])
     said = [f"{name_of(one)} and {name_of(other)} ({pairs[one, other]:.2f})" for one, other in (most, least)]
     return (
         f"Most alike are {said[0]}, least {said[1]}. With itself on batches drawn again the noisiest, "
-        f"{name_of(noisiest)}, has a rank correlation of {float(reliability.min()):.2f}."
+        f"{name_of(reliability.idxmin('measure').item())}, has a rank correlation of {float(reliability.min()):.2f}."
     )
 
 

@@ -1,4 +1,4 @@
-"""How far a command is: a bar on the terminal's stderr for each pass over the runs, gone when the pass is done."""
+"""How far a command is: a bar on the terminal's stderr for each pass over runs or figures, gone when it is done."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def progress_shown() -> Iterator[None]:
         _SHOWN.reset(token)
 
 
-def with_progress(runs: Collection[One], what: str) -> Iterable[One]:
-    """The runs, one after the other, with a bar that is called ``what`` inside :func:`progress_shown`."""
-    return tqdm(runs, desc=what, unit="run", leave=False, disable=None) if _SHOWN.get() else runs
+def with_progress(every: Collection[One], what: str, unit: str = "run") -> Iterable[One]:
+    """The runs or figures, one after the other, with a bar that is called ``what`` inside :func:`progress_shown`."""
+    return tqdm(every, desc=what, unit=unit, leave=False, disable=None) if _SHOWN.get() else every

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 from jsonargparse import ArgumentParser
-from tqdm.auto import tqdm
 
 from analysis import open_runs
+from analysis.progress import progress_shown
 from dynamics.command_line import exit_status
 from dynamics.record.reading import named_damage
 
@@ -38,11 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _execute(arguments: list[str] | None) -> None:
     settings = _parser().parse_args(arguments)
-    runs, folder = open_runs(settings.runs), Path(settings.output)
+    folder = Path(settings.output)
     mpl.use("agg")
     records = [os.path.relpath(path, folder) for path in settings.runs]
-    with named_damage(runs.values()):
-        page = write_report(runs, folder, records=records, each=partial(tqdm, desc="figures", unit="figure"))
+    with progress_shown():
+        runs = open_runs(settings.runs)
+        with named_damage(runs.values()):
+            page = write_report(runs, folder, records=records)
     print(f"drew the figures in {folder}; read {page}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jinja2
@@ -17,6 +17,7 @@ from analysis.condensed import SUFFIX
 from analysis.conditions import by_setting, conditions, probe_mode
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
+from analysis.progress import with_progress
 from analysis.prunings import prunings
 from analysis.record import length
 from analysis.remembered import remembering
@@ -36,9 +37,7 @@ _DOTS, _PIXELS = 200, 130  # of a picture, and of the page, for an inch of a fig
 
 
 @remembering()
-def write_report(
-    runs: Runs, folder: str | Path, *, records: list[str], each: Callable[[list[str]], object] = list
-) -> Path:
+def write_report(runs: Runs, folder: str | Path, *, records: list[str]) -> Path:
     """Draw every figure that the runs allow, as PNG and PDF, and ``report.html``; returns the page's path.
 
     Args:
@@ -46,7 +45,6 @@ def write_report(
         folder: created where it is missing. Figures that are there already are replaced, or removed where the runs do
             not allow them; other files stay.
         records: where the runs came from, in print.
-        each: wraps the list of names, e.g. in a progress bar.
 
     Raises:
         MissingQuantityError: the runs allow no figure at all.
@@ -57,7 +55,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing, shown = [], {}, by_setting(runs)
     alone = conditions(shown).measure.nunique() < 2 or not any(len(prunings(run)) for run in runs.values())
-    for name in each(list(FIGURES)):
+    for name in with_progress(FIGURES, "figures", "figure"):
         try:
             figure = draw(name, runs)
         except MissingQuantityError as error:

@@ -3,11 +3,13 @@
 import io
 import re
 import sys
+from pathlib import Path
 
 import pytest
-from synthetic_runs import runs
+from synthetic_runs import record, runs
 
 import analysis
+import figures.__main__
 from analysis.__main__ import main
 
 
@@ -29,6 +31,14 @@ def test_a_terminal_shows_each_pass_over_the_runs_and_nothing_when_it_is_done(
     assert "0/15" in terminal.getvalue()
     assert not "".join(bars[-2:]).strip()
     assert "\r" not in capsys.readouterr().out
+
+
+def test_so_it_does_of_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("figures.__main__.open_runs", lambda paths: {"run": record("magnitude", 0)})
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert figures.__main__.main(["run", "-o", str(tmp_path)]) == 0
+    assert f"figures:   0%|          | 0/{len(figures.FIGURES)}" in terminal.getvalue()
+    assert not "".join(terminal.getvalue().split("\r")[-2:]).strip()
 
 
 def test_a_file_gets_no_bars_nor_does_a_library_call(

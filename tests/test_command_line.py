@@ -361,7 +361,7 @@ def test_a_mistake_is_one_clear_line(
     assert line.startswith("error: ")
     assert words in line
     assert "Traceback" not in shown.err
-    assert len([part for part in shown.err.splitlines() if part.strip() and "figure/s" not in part]) == 1
+    assert len([part for part in shown.err.splitlines() if part.strip()]) == 1
     assert contents(tmp_path) == before
     assert xr.open_datatree(record)["steps"].sizes["step"] == 3
 

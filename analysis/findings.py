@@ -16,7 +16,7 @@ from .names import name_of
 from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
 from .prunings import prunings
-from .record import MissingQuantityError, columns, ended, has, node
+from .record import MissingQuantityError, columns, ended, has, layers, node
 from .runs import Runs, each
 from .typeset import known
 
@@ -84,17 +84,12 @@ def in_layers(runs: Runs) -> str:
     Raises:
         MissingQuantityError: there is none.
     """
-    several = [label for label, run in runs.items() if _layers(run) - {"network"}]
+    several = [label for label, run in runs.items() if {*layers(run)} - {"network"}]
     if not several:
         raise MissingQuantityError(
             "no quantity per layer in the record: record /steps or /curvature; condensed records keep some runs' only"
         )
     return next((label for label in several if len(prunings(runs[label]))), several[0])
-
-
-def _layers(run: xr.DataTree) -> set[str]:
-    nodes = (run[name] for name in ("steps", "curvature") if has(run, name))
-    return {str(layer) for of in nodes if "layer" in of.coords for layer in of.layer.values}
 
 
 def layer_spread(runs: Runs) -> str:

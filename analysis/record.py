@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import xarray as xr
@@ -97,6 +98,12 @@ def has(run: xr.DataTree, name: str, *variables: str) -> bool:
     if run.path.removeprefix("/") in HOW_TO_RECORD:
         raise ValueError(f"an analysis is of a whole record, open_run(path), got its group {run.path}")
     return length(run, name) > 0 and bool(run[name].data_vars) and set(variables) <= set(run[name].variables)
+
+
+def layers(run: xr.DataTree) -> list[str]:
+    """Names of the layers whose quantities were recorded over the steps; of sums over them, "network"."""
+    names = [run[name].layer.values.tolist() for name in ("steps", "curvature") if has(run, name, "layer")]
+    return list(dict.fromkeys(chain.from_iterable(names)))
 
 
 def ended(run: xr.DataTree) -> bool:

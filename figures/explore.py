@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
 from analysis.conditions import conditions
-from analysis.record import has
+from analysis.record import has, layers
 from analysis.runs import Runs
 from dynamics.schema import quantities
 
@@ -47,7 +48,7 @@ def explore(runs: Runs) -> Tab:
         "Figures": _shown(
             widgets,
             partial(figure_page, runs),
-            name=widgets.Dropdown(options=_figure_names(), description="figure"),
+            name=widgets.Dropdown(options=[(name.replace("_", " "), name) for name in FIGURES], description="figure"),
             labels=_several(widgets, list(runs), list(runs), "runs"),
         )
     }
@@ -65,14 +66,10 @@ def explore(runs: Runs) -> Tab:
             partial(quantity_page, runs),
             label=one(),
             quantity=widgets.Dropdown(options=recorded, description="quantity", layout=_WIDE),
-            layers=_several(widgets, [WHOLE, *_layers(runs)], [WHOLE], "layers"),
+            layers=_several(widgets, [WHOLE, *dict.fromkeys(chain(*map(layers, runs.values())))], [WHOLE], "layers"),
             window=window(),
         )
     return widgets.Tab(children=list(tabs.values()), titles=list(tabs))
-
-
-def _figure_names() -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), name) for name in FIGURES]
 
 
 def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
@@ -81,11 +78,6 @@ def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
     known = {(node, row.name): f": {row.symbol}" for node in _OVER_STEPS for row in quantities(node)}
     order = [*(of for of in known if of in found), *(of for of in found if of not in known)]
     return [(f"/{node} {name}{known.get((node, name), '')}", (node, name)) for node, name in order]
-
-
-def _layers(runs: Runs) -> list[str]:
-    nodes = [node for node in _over_steps(runs) if "layer" in node.dims]
-    return list(dict.fromkeys(str(layer) for node in nodes for layer in node.layer.values))
 
 
 def _over_steps(runs: Runs) -> list[xr.DataTree]:

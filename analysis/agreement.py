@@ -62,7 +62,11 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: the record allows none.
     """
     relations, reasons = {}, []
-    for predicted in (_steps_predicted, _norm_predicted, _prunings_predicted):
+    for predicted in (
+        lambda run: {"loss decrease": loss_decrease(run)},
+        lambda run: {"norm rate": network_norm_rate(run)},
+        _effects,
+    ):
         try:
             relations |= {name: agree(prediction) for name, prediction in predicted(run).items()}
         except MissingQuantityError as error:
@@ -72,15 +76,7 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
     return xr.concat(relations.values(), xr.Variable("relation", list(relations)))
 
 
-def _steps_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
-    return {"loss decrease": loss_decrease(run)}
-
-
-def _norm_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
-    return {"norm rate": network_norm_rate(run)}
-
-
-def _prunings_predicted(run: xr.DataTree) -> dict[str, xr.Dataset]:
+def _effects(run: xr.DataTree) -> dict[str, xr.Dataset]:
     effect = effect_of_prunings(run)
     symbols = {name: QUANTITIES[name].symbol for name in effect.quantity.values.tolist()} | {"loss": "the loss"}
     what = "pruning" if len(prunings(run)) else "events"

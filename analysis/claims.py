@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .conditions import conditions
+from .conditions import conditions, refuse_as_same
 from .intervals import half_width, p_value, stand
 from .names import name_of
 from .progress import with_progress
@@ -214,9 +214,7 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     """
     pruned = table[table.measure != "none"]
     where = [name for name in pruned if name not in (*STATISTICS, "measure", "seed")]
-    twice = pruned.index[pruned.duplicated([*where, "measure", "seed"], keep=False)]
-    if len(twice):
-        raise ValueError(f"give one run of each measure, seed and condition, got {', '.join(map(str, twice))} of one")
+    refuse_as_same(pruned.index[pruned.duplicated([*where, "measure", "seed"], keep=False)])
     groups = [
         (dict(zip(where, condition, strict=True)), group.set_index(["seed", "measure"])[[*STATISTICS]].unstack())
         for condition, group in pruned.groupby(where, dropna=False)

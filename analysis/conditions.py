@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pandas as pd
 import xarray as xr
@@ -211,10 +211,15 @@ def _tell_apart(rows: pd.DataFrame, runs: Runs, others: list[str]) -> None:
         ValueError: experiments are the same: their values would count twice.
     """
     twice = rows[rows.duplicated([*COMPARED_BY, *others], keep=False)]
-    if same := [label for label in twice.index if experiment(runs[label])]:
-        raise ValueError(f"give one run of each measure, seed and condition, got {', '.join(map(str, same))} of one")
+    refuse_as_same([label for label in twice.index if experiment(runs[label])])
     if len(twice):
         rows["record"] = pd.Series(twice.index, index=twice.index)
+
+
+def refuse_as_same(labels: Collection[str]) -> None:
+    """Raise ValueError for runs that are the same, if there are any: their values would count twice."""
+    if len(labels):
+        raise ValueError(f"give one run of each measure, seed and condition, got {', '.join(map(str, labels))} of one")
 
 
 def _row(label: str, run: xr.DataTree) -> dict:

@@ -58,10 +58,7 @@ def draw(name: str, runs: Runs) -> Figure:
     Raises:
         ValueError: no such figure, or no runs. MissingQuantityError: no run recorded what the figure needs.
     """
-    entry = _entry(name)
-    if not runs:
-        raise ValueError("no runs to draw: give at least one record")
-    shown = by_setting(runs)
+    entry, shown = _entry(name), by_setting(runs)
     with theme(_measures(shown)):
         drawn = entry.draw(shown)
         settle(drawn)

@@ -363,7 +363,7 @@ def test_a_dead_network_has_no_share_to_draw(runs: dict[str, xr.DataTree]) -> No
 def test_bad_calls_are_said(runs: dict[str, xr.DataTree]) -> None:
     with pytest.raises(ValueError, match="unknown figure 'pie': choose one of loss_decrease_scatter"):
         draw("pie", runs)
-    with pytest.raises(ValueError, match="no runs to draw"):
+    with pytest.raises(ValueError, match="no runs: give at least one record"):
         draw("norm_rate", {})
     with pytest.raises(analysis.MissingQuantityError, match="nothing was recorded in /units"):
         draw("filters_left", {"none": runs["none"]})

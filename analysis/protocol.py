@@ -59,22 +59,19 @@ def _rounds(run: xr.DataTree) -> xr.Dataset:
         raise MissingQuantityError("no pruning has units: call event.units(alive=..., scores=...) inside its event")
     events, left = events.sel(event=rounds), left.sel(event=rounds)
     costs = {"multiply_adds_left", "dense_multiply_adds"} <= set(events)
-    alive = node(run, "units", ["alive"]).alive.sel(event=rounds).reset_coords(drop=True).astype(bool)
-    return xr.Dataset(
+    found = xr.Dataset(
         {
-            "asked": ("event", events.target.values),
-            "reached": ("event", events.sparsity.values),
-            "multiply_adds_left": (
-                "event",
-                (events.multiply_adds_left / events.dense_multiply_adds).values
-                if costs
-                else np.full(len(left.event), np.nan),
-            ),
-            "emptied": ("event", (left.left == 0).sum("layer").values),
-            "least_share": ("event", left.share.min("layer").values),
-            "alive": (("event", "unit"), alive.values),
+            "asked": events.target,
+            "reached": events.sparsity,
+            "multiply_adds_left": events.multiply_adds_left / events.dense_multiply_adds
+            if costs
+            else xr.full_like(events.target, np.nan),
+            "emptied": (left.left == 0).sum("layer"),
+            "least_share": left.share.min("layer"),
+            "alive": node(run, "units", ["alive"]).alive.sel(event=rounds).astype(bool),
         }
     )
+    return found.drop_vars(list(found.coords))
 
 
 def protocol_table(runs: Runs) -> pd.DataFrame:

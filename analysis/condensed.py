@@ -220,14 +220,9 @@ def _names(path: Path, metadata: Metadata) -> dict[str, dict]:
     try:
         listed = [dict(entry) for entry in json.loads(metadata[".zattrs"]["runs"])]
         names = {entry.pop("name"): dict(entry.get("attributes", entry)) for entry in listed}
-        known = all(group.partition(".")[0] in NODES for group in _groups(metadata))
+        groups = {key.partition("/")[0].partition(".")[0] for key in metadata if "/" in key}
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path} is no file of condensed records: it does not say of which runs") from error
-    if len(names) != len(listed) or not known:
+    if len(names) != len(listed) or not groups <= NODES.keys():
         raise RecordError(f"{path} is no file of condensed records: it holds what `condense` does not write")
     return names
-
-
-def _groups(metadata: Metadata) -> set[str]:
-    """Names of the groups below the root."""
-    return {key.partition("/")[0] for key in metadata if "/" in key}

@@ -14,11 +14,8 @@ from .conditions import by_condition, comparisons, conditions, first_comparison,
 from .convergence import convergence, epoch_window, last_pruning
 from .intervals import half_width
 from .names import name_of
-from .norm import network_norm_rate
 from .outcome import outcome
-from .prunings import at_prunings
 from .record import MissingQuantityError, columns, ended
-from .remembered import remembered
 from .runs import Runs, each
 
 ByMeasure = dict[str, xr.Dataset]
@@ -61,42 +58,6 @@ def final(run: xr.DataTree) -> xr.Dataset:
     if not ended(run) or np.isnan(found.test_accuracy):
         raise MissingQuantityError("no run ended with a test accuracy: call recorder.log_epoch(test_accuracy=...)")
     return found
-
-
-@remembered
-def network_norm(run: xr.DataTree) -> xr.Dataset:
-    """‖θ‖² of the whole network and its measured velocity, :func:`analysis.network_norm_rate`, over ``step``.
-
-    Without the velocity where the record lacks what that needs.
-
-    Raises:
-        MissingQuantityError: no ‖θ‖² was recorded.
-    """
-    sqnorm = columns(run, "steps", ["param_sqnorm"]).param_sqnorm.sum("layer", skipna=False, keep_attrs=True)
-    try:
-        rate = network_norm_rate(run).measured.rename("param_sqnorm_rate")
-    except MissingQuantityError:
-        return sqnorm.to_dataset()
-    return xr.merge([sqnorm, rate], join="inner")
-
-
-@remembered
-def at_pruning(run: xr.DataTree) -> xr.Dataset:
-    """Loss and ‖g‖² right after each pruning over those right before it, at its probe.
-
-    Variables ``loss`` and ``grad_sqnorm`` over ``event``, pure numbers; coordinate ``removed_share``, the parameters
-    that went as a share of those that were left. ‖g‖² after is that of the parameters that stay.
-
-    Raises:
-        MissingQuantityError: no pruning was recorded.
-    """
-    events = at_prunings(run, ["loss", "grad_sqnorm", "removed", "remaining"])
-    layered = events[["grad_sqnorm", "removed", "remaining"]].sum("layer", skipna=False)
-    staged = layered[["grad_sqnorm"]].assign(loss=events.loss)
-    before = staged.sel(stage="before", drop=True)
-    ratio = staged.sel(stage="after", drop=True) / before.where(before > 0)
-    share = layered.removed / layered.remaining.sel(stage="before", drop=True)
-    return ratio.assign_coords(removed_share=share)
 
 
 def mean_and_interval(values: xr.DataArray) -> xr.Dataset:

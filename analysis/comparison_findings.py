@@ -7,10 +7,11 @@ import pandas as pd
 import xarray as xr
 
 from .claims import claims
-from .comparison import at_pruning, network_norm
 from .conditions import comparisons, conditions, mean_by_measure
 from .convergence import convergence
+from .effect import loss_and_gradient_at_pruning
 from .names import name_of
+from .norm import network_norm
 from .prunings import prunings
 from .record import MissingQuantityError, ended
 from .runs import Runs, each
@@ -41,7 +42,7 @@ def norm_growth(runs: Runs) -> str:
 
 def moved_at_pruning(runs: Runs) -> str:
     """What a pruning multiplied loss and ‖g‖² by: medians over all prunings of each measure."""
-    found = each(runs, at_pruning)
+    found = each(runs, loss_and_gradient_at_pruning)
     measure = conditions(runs).measure[list(found)]
     pooled = {
         name: xr.concat([found[label][["loss", "grad_sqnorm"]] for label in labels], "event").median("event")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from .prunings import of_prunings, prunings
+from .prunings import at_prunings, of_prunings, prunings
 from .record import MissingQuantityError, node
 from .remembered import remembered
 
@@ -130,6 +130,25 @@ def removed_decrease(run: xr.DataTree) -> xr.Dataset:
         }
     )
     return shares.assign_coords(_attributes(events))
+
+
+@remembered
+def loss_and_gradient_at_pruning(run: xr.DataTree) -> xr.Dataset:
+    """Loss and ‖g‖² right after each pruning over those right before it, at its probe.
+
+    Variables ``loss`` and ``grad_sqnorm`` over ``event``, pure numbers; coordinate ``removed_share``, the parameters
+    that went as a share of those that were left. ‖g‖² after is that of the parameters that stay.
+
+    Raises:
+        MissingQuantityError: no pruning was recorded.
+    """
+    events = at_prunings(run, ["loss", "grad_sqnorm", "removed", "remaining"])
+    layered = events[["grad_sqnorm", "removed", "remaining"]].sum("layer", skipna=False)
+    staged = layered[["grad_sqnorm"]].assign(loss=events.loss)
+    before = staged.sel(stage="before", drop=True)
+    ratio = staged.sel(stage="after", drop=True) / before.where(before > 0)
+    share = layered.removed / layered.remaining.sel(stage="before", drop=True)
+    return ratio.assign_coords(removed_share=share)
 
 
 def _attributes(events: xr.Dataset) -> dict[str, xr.DataArray]:

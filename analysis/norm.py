@@ -74,6 +74,23 @@ def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
     return _averaged(run, network, window).assign_attrs(window=window)
 
 
+@remembered
+def network_norm(run: xr.DataTree) -> xr.Dataset:
+    """‖θ‖² of the whole network and its measured velocity, :func:`network_norm_rate`, over ``step``.
+
+    Without the velocity where the record lacks what that needs.
+
+    Raises:
+        MissingQuantityError: no ‖θ‖² was recorded.
+    """
+    sqnorm = columns(run, "steps", ["param_sqnorm"]).param_sqnorm.sum("layer", skipna=False, keep_attrs=True)
+    try:
+        rate = network_norm_rate(run).measured.rename("param_sqnorm_rate")
+    except MissingQuantityError:
+        return sqnorm.to_dataset()
+    return xr.merge([sqnorm, rate], join="inner")
+
+
 def layer_norm_rate(run: xr.DataTree) -> xr.DataArray:
     """The velocity of ‖θ‖² per step and layer that was measured, averaged like :func:`network_norm_rate`'s."""
     return norm_rate(run, window=_window(run)).measured.rename("param_sqnorm_rate")

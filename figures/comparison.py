@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import analysis
-from analysis import MissingQuantityError, comparison
+from analysis import MissingQuantityError, comparison, effect
 from analysis.names import name_of
+from analysis.norm import network_norm
 from analysis.prunings import in_epochs, in_steps
 from analysis.runs import Runs
 from dynamics.schema import label as label_of
@@ -84,7 +85,7 @@ def norms(runs: Runs) -> Figure:
     windows of steps, where the optimizer follows the gradient; median over seeds, in the band of their quartiles,
     which may leave the panel.
     """
-    found, events = comparison.compare(runs, comparison.network_norm), events_of(runs, in_steps)
+    found, events = comparison.compare(runs, network_norm), events_of(runs, in_steps)
     moving = any("param_sqnorm_rate" in values for measures in found.values() for values in measures.values())
     figure, rows = rows_of(len(found), 1 + moving, width=3.9, height=2.2)
     for axes, (condition, measures) in zip(rows, found.items(), strict=True):
@@ -180,7 +181,7 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
     of the parameters left that it removed; a column a model and data set. On the grey line nothing changed. ‖g‖² after
     is that of the parameters that stay.
     """
-    found = analysis.each(runs, comparison.at_pruning)
+    found = analysis.each(runs, effect.loss_and_gradient_at_pruning)
     groups = models(runs, found)
     figure, rows = rows_of(2, len(groups), width=3.4, height=2.7, least=5.4)
     for column, (name, labels) in enumerate(groups.items()):

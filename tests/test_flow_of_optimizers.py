@@ -7,7 +7,7 @@ from torch import nn
 
 import analysis
 import figures
-from analysis.comparison import network_norm
+from analysis.norm import network_norm
 from dynamics import Recorder, open_run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .agreement import agree, residuals
+from .agreement import ORDERS, agree, residuals
 from .conditions import mean_by_measure
 from .effect import first_pruning_per_layer, removal_curve, removed_decrease
 from .invariance import grasp_and_gradient, scale_invariance
@@ -50,7 +50,7 @@ def curve_errors(runs: Runs) -> str:
     error = np.abs(residuals(curve) / curve.measured)
     few, many = (
         [known(error[order].sel(direction=direction)[index], ".0%") for direction in ("output", "parameters")
-         for order in ("first_order", "second_order")]
+         for order in ORDERS]
         for index in (0, -1)
     )  # fmt: skip
     fewest, most = (f"{float(value):.2g}" for value in (curve.fraction[0] * 100, curve.fraction[-1] * 100))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
+from analysis.agreement import ORDERS
 from analysis.conditions import by_condition, comparisons, conditions
 from analysis.names import name_of
 from analysis.runs import Runs
@@ -26,7 +27,7 @@ from .style import DEPTH, named_styles
 
 def compared(prediction: xr.Dataset) -> np.ndarray:
     """Measured and predicted values, all together."""
-    return prediction[["measured", "first_order", "second_order"]].to_array().values.ravel()
+    return prediction[["measured", *ORDERS]].to_array().values.ravel()
 
 
 def symmetric(ax: Axes, values: np.ndarray) -> None:

@@ -15,20 +15,18 @@ from dynamics.schema import label
 from .labels import layer_names
 from .lines import draw_line, evenly, mark_end
 from .scales import count_axis, fit_axis
-from .style import DEPTH, FIRST, MEASURED, OTHER_EVENT, PRUNING, SECOND
+from .style import DEPTH, LINES, MEASURED, OTHER_EVENT, PRUNING
 
 _LAYER_SIZE = 7  # points
 FEW_LAYERS = 15  # whose names a legend holds
 MANY_LAYERS = 24  # over which the points of several measures are not told apart
 _DOTS = 60  # measured ones: more hide what was predicted
 
-_ORDERS = {"first_order": FIRST, "second_order": SECOND}
-
 
 def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; dots of some of many."""
     ax = ax or plt.gca()
-    for order, style in _ORDERS.items():
+    for order, style in LINES.items():
         draw_line(prediction.step.values, prediction[order].values, ax=ax, **style)
     measured = prediction.measured.dropna("step")
     dots = measured.isel(step=evenly(measured.sizes["step"], _DOTS))

@@ -26,10 +26,9 @@ from . import panels, scales
 from .labels import plain
 from .layout import by_measure, compared, grid, headed, legend_below, models, named, share_bar, symmetric
 from .lines import draw_line
-from .style import FIRST, FIRST_POINTS, MEASURED, MODES, SECOND, SECOND_POINTS, run_styles
+from .style import LINES, MEASURED, MODES, POINTS, run_styles
 
 _OVERLAP_SHARE = 0.2
-_POINTS = {"first_order": FIRST_POINTS, "second_order": SECOND_POINTS, "measured": MEASURED}
 
 
 def pruning_effect(runs: Runs) -> Figure:
@@ -66,7 +65,7 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
     figure, axes = plt.subplots(3, 1, figsize=(7.2, 7.2), sharex=True)
     for ax, quantity in zip(axes, ("loss", "grad_sqnorm", "param_sqnorm_rate"), strict=True):
         chosen = effect.sel(quantity=quantity)
-        for order, style in _POINTS.items():
+        for order, style in POINTS.items():
             if chosen[order].notnull().any():
                 panels.draw_over_layers(chosen[order], ax=ax, **style)
         ax.axhline(0, color="0.7", linewidth=0.9, zorder=0)
@@ -159,14 +158,14 @@ def removal_curve(runs: Runs) -> Figure:
         panels.say_where_empty(ax)
     headed(figure, title(name, runs))
     twice = [Line2D([], [], **style | {"color": "0.6", "label": f"{style['label']}, all parameters"})
-             for style in (FIRST, SECOND)]  # fmt: skip
+             for style in LINES.values()]  # fmt: skip
     legend_below(figure, *twice)
     return figure
 
 
 def _draw_directions(ax: plt.Axes, curve: xr.Dataset) -> None:
     for direction, shade in (("parameters", {"color": "0.6", "label": None}), ("output", {})):
-        for order, style in (("first_order", FIRST), ("second_order", SECOND)):
+        for order, style in LINES.items():
             values = curve[order].sel(direction=direction)
             if values.notnull().any():
                 draw_line(curve.fraction.values, values.values, ax=ax, **style | shade)

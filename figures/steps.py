@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import analysis
 from analysis import MissingQuantityError
+from analysis.agreement import ORDERS
 from analysis.comparison import title
 from analysis.conditions import conditions
 from analysis.findings import in_layers
@@ -56,7 +57,7 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
     """
     predictions = analysis.each(runs, analysis.loss_decrease)
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), sharex=True, sharey=True)
-    for ax, order in zip(axes, ("first_order", "second_order"), strict=True):
+    for ax, order in zip(axes, ORDERS, strict=True):
         for label, style in by_measure(runs, predictions).items():
             panels.draw_predicted_measured(predictions[label], order, ax=ax, alpha=0.6, markersize=3.5, **style)
         ax.set_title(order.replace("_", " "))

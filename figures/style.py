@@ -21,13 +21,19 @@ _THEME = Path(__file__).with_name("thetadot.mplstyle")
 
 # measured = dots, first order = dashed, second order = solid
 MEASURED = {"linestyle": "none", "marker": "o", "color": "0.25", "markersize": 3, "label": "measured"}
-FIRST = {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order", "zorder": 2.2}  # seen on the second
-SECOND = {"linestyle": "-", "color": "#d55e00", "label": "second order"}
+LINES = {
+    "first_order": {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order", "zorder": 2.2},
+    "second_order": {"linestyle": "-", "color": "#d55e00", "label": "second order"},  # the first is seen on it
+}
 
 # the same at each layer, where a line would join what has no order
-FIRST_POINTS = {"linestyle": "none", "marker": "D", "color": "#0173b2", "markerfacecolor": "none", "markersize": 4,
-                "label": "first order"}  # fmt: skip
-SECOND_POINTS = {"linestyle": "none", "marker": "s", "color": "#d55e00", "markersize": 3.5, "label": "second order"}
+POINTS = {
+    "first_order": {"linestyle": "none", "marker": "D", "color": "#0173b2", "markerfacecolor": "none", "markersize": 4,
+                    "label": "first order"},
+    "second_order": {"linestyle": "none", "marker": "s", "color": "#d55e00", "markersize": 3.5,
+                     "label": "second order"},
+    "measured": MEASURED,
+}  # fmt: skip
 
 # the depth of a layer, from the first to the last
 DEPTH = LinearSegmentedColormap.from_list("depth", plt.get_cmap("viridis")(np.linspace(0, 0.92, 64)))

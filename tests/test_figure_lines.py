@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from figures import draw_layers, draw_over_layers, draw_over_time, layout, lines, panels, scales
-from figures.style import FIRST, SECOND
+from figures.style import LINES
 
 mpl.use("agg")
 
@@ -86,11 +86,11 @@ def test_measured_dots_leave_the_predictions_seen() -> None:
     assert set(of["measured"].get_ydata()) <= set(prediction_of(3000).measured.values)
     assert of["measured"].get_xdata()[[0, -1]].tolist() == [0, 2999]
     assert of["first order"].get_zorder() > of["second order"].get_zorder()
-    assert (FIRST["linestyle"], SECOND["linestyle"]) == ((0, (4, 2)), "-")
+    assert [style["linestyle"] for style in LINES.values()] == [(0, (4, 2)), "-"]
 
 
 def test_layers_are_points_that_no_line_joins() -> None:
-    ax = draw_over_layers(xr.DataArray([1.0, 2.0], {"layer": ["a", "b"]}, ["layer"]), **FIRST)
+    ax = draw_over_layers(xr.DataArray([1.0, 2.0], {"layer": ["a", "b"]}, ["layer"]), **LINES["first_order"])
     assert (ax.lines[0].get_linestyle(), ax.lines[0].get_marker()) == ("None", "o")
 
 

@@ -20,7 +20,7 @@ from .seed_tables import VERDICTS
 
 def fastest(runs: Runs) -> str:
     """The mean training loss after the last pruning of each measure, over seeds and conditions."""
-    measure = comparisons(runs).set_index("run").measure.to_dict()
+    measure = conditions(runs).measure
     pruned = {
         label: run for label, run in runs.items() if measure[label] != "none" and len(prunings(run)) and ended(run)
     }

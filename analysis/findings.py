@@ -127,7 +127,8 @@ def final_accuracy(runs: Runs) -> str:
         return f"Final test accuracy{mean}: {_from_to(whole)}."
     said = f"Final test accuracy of the pruned networks{mean}: {_from_to(pruned)}"
     without = f"; without pruning {_from_to(whole)}" if len(whole) else ""
-    return f"{said}{without}.{_seeds(runs)}"
+    alone = " One seed each: no verdict about the measures." * (not several_seeds(runs))
+    return f"{said}{without}.{alone}"
 
 
 def layer_choice(runs: Runs) -> str:
@@ -251,10 +252,6 @@ def _from_to(values: pd.Series) -> str:
     if len(values) == 1:
         return f"{values[best]:.1%}" + f" ({name_of(best)})" * (best != "none")
     return f"{values[worst]:.1%} ({name_of(worst)}) to {values[best]:.1%} ({name_of(best)})"
-
-
-def _seeds(runs: Runs) -> str:
-    return "" if several_seeds(runs) else " One seed each: no verdict about the measures."
 
 
 def _rounded(value: float) -> str:

@@ -173,11 +173,11 @@ def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callab
 
 def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:
     """What :func:`convergence_table` prints of a run; nothing of one that did not end or log its loss."""
+    if not ended(run):
+        return {}
     try:
-        found = convergence(run, since=since) if ended(run) else None
+        found = convergence(run, since=since)
     except MissingQuantityError:
-        found = None
-    if found is None:
         return {}
     steps = {f"steps to {share:.0%}": float(found.steps_to_loss.sel(share=share)) for share in SHARES}
     return {"area": float(found.area), "final loss": float(found.final_loss)} | steps

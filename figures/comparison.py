@@ -129,7 +129,7 @@ def filters_left(runs: Runs) -> Figure:
     Share of each layer's filters that is left after the last pruning, a panel a condition. Mean over seeds, with its
     95 % interval (Student's); of more layers than have room for points, the mean as a colour.
     """
-    found = comparison.compare(runs, _left_in_the_end)
+    found = comparison.compare(runs, lambda run: analysis.filters_left(run).isel(event=-1, drop=True))
     layers = {name: max(values.sizes["layer"] for values in measures.values()) for name, measures in found.items()}
     many = [name for name, count in layers.items() if count > panels.MANY_LAYERS]
     figure, axes = grid(len(found), width=9.6 if many else 7.2, height=2.7, columns=1, sharex=False)
@@ -230,10 +230,6 @@ def _height(found: Mapping[str, comparison.ByMeasure]) -> float:
 def _beside(count: int) -> np.ndarray:
     """Places around a layer's for the points of several measures."""
     return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
-
-
-def _left_in_the_end(run: xr.DataTree) -> xr.Dataset:
-    return analysis.filters_left(run).isel(event=-1, drop=True)
 
 
 def _reached(measures: comparison.ByMeasure) -> tuple[float, dict[str, xr.DataArray]]:

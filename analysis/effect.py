@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from .prunings import at_prunings, of_prunings, prunings
-from .record import MissingQuantityError, node
+from .record import MissingQuantityError, columns, node
 from .remembered import remembered
 
 _STAGED = ("loss", "grad_sqnorm", "param_sqnorm_rate", "param_hess_grad")
@@ -193,12 +193,12 @@ def _changes(rows: xr.Dataset, *, per_layer: bool) -> xr.Dataset:
         first["param_hess_grad"] = sums[_OF_EVENTS]
     parts = {"measured": measured, "first_order": first, "second_order": second}
     quantity, missing = xr.Variable("quantity", list(_STAGED)), first["loss"].where(False)
-    columns = {
+    changes = {
         part: xr.concat([values.get(name, missing) for name in _STAGED], quantity, coords="minimal")
         for part, values in parts.items()
     }
     share = sums.removed / sums.remaining.sel(stage="before")
-    return xr.Dataset(columns).drop_vars("stage", errors="ignore").assign_coords(removed_share=share.drop_vars("stage"))
+    return xr.Dataset(changes).drop_vars("stage", errors="ignore").assign_coords(removed_share=share.drop_vars("stage"))
 
 
 def filters_left(run: xr.DataTree) -> xr.Dataset:
@@ -209,7 +209,7 @@ def filters_left(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: no units were recorded.
     """
-    units = node(run, "units", ["alive", "layer"])
+    units = columns(run, "units", ["alive", "layer"])
     names = list(dict.fromkeys(units.layer.values.tolist()))
     layers = [units.alive.isel(unit=np.flatnonzero(units.layer.values == name)) for name in names]
     left = xr.concat([layer.sum("unit") for layer in layers], xr.Variable("layer", names)).transpose("event", "layer")

@@ -16,7 +16,7 @@ from .names import name_of
 from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
 from .prunings import prunings
-from .record import MissingQuantityError, columns, ended, has, layers, node
+from .record import MissingQuantityError, columns, ended, has, layers
 from .runs import Runs, each
 from .typeset import known
 
@@ -95,7 +95,7 @@ def in_layers(runs: Runs) -> str:
 def layer_spread(runs: Runs) -> str:
     """How far apart the layers are in gradient, at the steps that give each one, and which of them moves the norm."""
     run = runs[in_layers(runs)]
-    gradients = node(run, "steps", ["grad_sqnorm"]).grad_sqnorm
+    gradients = columns(run, "steps", ["grad_sqnorm"]).grad_sqnorm
     typical = gradients.where(gradients > 0).median("step")
     typical = typical[np.isfinite(typical)]
     if typical.size < 2:

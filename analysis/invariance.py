@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from .measures import rank_correlations
-from .record import node
+from .record import columns
 
 _NEEDS = ("param_sqnorm", "grad_sqnorm", "param_grad", "param_hess_grad", "layer")
 
@@ -26,7 +26,7 @@ def scale_invariance(run: xr.DataTree, *, tolerance: float = 0.01) -> xr.Dataset
     Raises:
         MissingQuantityError: no such study was added to an event.
     """
-    filters = node(run, "invariance", _NEEDS)
+    filters = columns(run, "invariance", _NEEDS)
     grad_sqnorm = filters.grad_sqnorm.where(filters.grad_sqnorm > 0)
     alignment = np.abs(filters.param_grad) / np.sqrt(filters.param_sqnorm * grad_sqnorm)
     deviation = np.abs(filters.param_hess_grad + grad_sqnorm) / grad_sqnorm
@@ -44,7 +44,7 @@ def grasp_and_gradient(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: no such study was added to an event.
     """
-    filters = node(run, "invariance", _NEEDS)
+    filters = columns(run, "invariance", _NEEDS)
     rank = xr.apply_ufunc(
         _spearman, filters.param_hess_grad, -filters.grad_sqnorm, input_core_dims=[["unit"], ["unit"]], vectorize=True
     )

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from .flow import check_flow, common_flow_step
-from .record import MissingQuantityError, described, node, taken
+from .record import MissingQuantityError, columns, described, node, taken
 from .remembered import remembered
 
 
@@ -65,7 +65,7 @@ def stability(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: no curvature was recorded, or no measured step has a flow time that all layers have in
             common and a gradient that is finite and not zero.
     """
-    check_flow(node(run, "steps", ["flow_step"]))
+    check_flow(columns(run, "steps", ["flow_step"]))
     curvature = taken(run, node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"]))
     total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer", skipna=False)
     flow_step = _flow_step(run, curvature)
@@ -83,7 +83,7 @@ def _flow_step(run: xr.DataTree, curvature: xr.Dataset) -> xr.DataArray:
     Of the flow of the loss that was measured: where the gradient that was applied is a multiple of its gradient, such
     as that of a sum over the batch or a clipped one, the step is as many times as long, gᵀĝ/‖g‖².
     """
-    flow_step = node(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
+    flow_step = columns(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
     common = common_flow_step(flow_step, curvature.grad_sqnorm)
     if "grad_applied_grad" not in curvature:
         return common

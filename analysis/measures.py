@@ -12,7 +12,7 @@ import xarray as xr
 
 from dynamics.schema import HIGHEST_FIRST
 
-from .record import node
+from .record import columns
 
 WHOLE = "all layers"
 
@@ -34,7 +34,7 @@ def rank_agreement(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: no scores were added to an event.
     """
-    scores = _lowest_first(node(run, "scores", _NEEDS))
+    scores = _lowest_first(columns(run, "scores", _NEEDS))
     layers = {WHOLE: np.full(scores.sizes["unit"], True)}
     layers |= {str(name): scores.layer.values == name for name in dict.fromkeys(scores.layer.values.tolist())}
     found = [
@@ -58,7 +58,7 @@ def removed_overlap(run: xr.DataTree, *, share: float) -> xr.Dataset:
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1), got {share}: 0.2 is about what one of five rounds removes")
-    return _between_measures(_lowest_first(node(run, "scores", _NEEDS)), partial(_overlaps, share=share), "overlap")
+    return _between_measures(_lowest_first(columns(run, "scores", _NEEDS)), partial(_overlaps, share=share), "overlap")
 
 
 def score_noise(run: xr.DataTree) -> xr.Dataset:
@@ -74,7 +74,7 @@ def score_noise(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: no scores were added to an event.
     """
-    scores = node(run, "scores", _NEEDS)
+    scores = columns(run, "scores", _NEEDS)
     pair = xr.concat([scores.score, scores.resampled_score], "of", coords="minimal")
     correlation = _apply(pair.rename(measure="rank", of="measure"), rank_correlations).isel(measure=0, other=1)
     return xr.Dataset(

@@ -9,7 +9,7 @@ import xarray as xr
 
 from .flow import check_flow, common_flow_step
 from .prunings import event_steps
-from .record import MissingQuantityError, columns, described, length, node, taken
+from .record import MissingQuantityError, columns, described, length, taken
 from .remembered import remembered
 
 
@@ -35,7 +35,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     if window < 1:
         raise ValueError(f"window must be a number of steps >= 1, got {window}")
     needs = ["param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "grad_sqnorm", "flow_step"]
-    steps = taken(run, node(run, "steps", needs))
+    steps = taken(run, columns(run, "steps", needs))
     check_flow(steps)
     first = -2 * steps.param_grad - 2 * steps.decay_sqnorm
     rates = xr.Dataset(
@@ -117,7 +117,7 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: /steps lacks a quantity.
     """
     needs = ["param_sqnorm", "param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "learning_rate"]
-    steps = node(run, "steps", needs)
+    steps = columns(run, "steps", needs)
     gradient = -2 * steps.learning_rate * steps.param_grad
     decay = -2 * steps.learning_rate * steps.decay_sqnorm
     momentum = 2 * steps.param_update - gradient - decay

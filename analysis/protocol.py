@@ -18,7 +18,7 @@ from .effect import filters_left
 from .epochs import logged
 from .opening import open_runs
 from .prunings import at_prunings, prunings
-from .record import MissingQuantityError, has, node
+from .record import MissingQuantityError, columns, has, node
 from .runs import Runs
 from .typeset import known
 
@@ -68,7 +68,7 @@ def _rounds(run: xr.DataTree) -> xr.Dataset:
             else xr.full_like(events.target, np.nan),
             "emptied": (left.left == 0).sum("layer"),
             "least_share": left.share.min("layer"),
-            "alive": node(run, "units", ["alive"]).alive.sel(event=rounds).astype(bool),
+            "alive": columns(run, "units", ["alive"]).alive.sel(event=rounds).astype(bool),
         }
     )
     return found.drop_vars(list(found.coords))

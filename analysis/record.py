@@ -28,7 +28,7 @@ class MissingQuantityError(RecordError):
 
 
 def node(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
-    """A node of the record as a dataset, in memory.
+    """A node of the record as a dataset, in memory, with whatever else there is in it than what is needed.
 
     Raises:
         MissingQuantityError: the node lacks one of the variables in ``needs``.

@@ -68,7 +68,7 @@ def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
 
 def check_begun(*runs: xr.DataTree) -> None:
     """Raise MissingQuantityError where nothing was recorded in any of the runs."""
-    if not any(has(run, name) for run in runs for name in HOW_TO_RECORD):
+    if not any(has(run, name) for run in runs for name in NODES):
         raise MissingQuantityError(
             "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`"
         )
@@ -95,7 +95,7 @@ def has(run: xr.DataTree, name: str, *variables: str) -> bool:
     """
     if not isinstance(run, xr.DataTree):
         raise ValueError(f"an analysis is of a record, open_run(path), got {run!r:.60}")
-    if run.path.removeprefix("/") in HOW_TO_RECORD:
+    if run.path.removeprefix("/") in NODES:
         raise ValueError(f"an analysis is of a whole record, open_run(path), got its group {run.path}")
     return length(run, name) > 0 and bool(run[name].data_vars) and set(variables) <= set(run[name].variables)
 

@@ -1,4 +1,4 @@
-"""What tests/test_processes.py runs in each of several processes: one training step after the other, recorded."""
+"""What tests/test_processes.py runs in each of several processes: a function for each kind of training."""
 
 import json
 import os
@@ -6,17 +6,27 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch._dynamo  # as DistributedDataParallel does: once, before all forks
 import torch.distributed as dist
 import torch.nn.functional as F
-from networks import convolutional_network, images, normalised_network, sequences, smooth_network, vectors
-from torch import nn
+from networks import (
+    Batch,
+    convolutional_network,
+    images,
+    normalised_network,
+    plain_step,
+    sequences,
+    smooth_network,
+    vectors,
+)
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -26,6 +36,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from dynamics import Recorder
 from dynamics.loop.moments import Moments
@@ -34,154 +45,268 @@ from dynamics.recording.step import Measurement
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 
-_SKIPPED = (1, 3)
 _PATIENCE = 120  # seconds: then they wait for each other in vain
 
 
-def train(path: Path, *, kind: str, group: dist.ProcessGroup | None = None) -> None:
-    """Three steps on this process's half of each batch; the ``group`` of those that train is by default all."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+class Training(NamedTuple):
+    """A model, of which every process has a replica or a part, and this one's part of every batch."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: list[Batch]
+    rank: int
+
+
+def training(
+    spread: Callable[[nn.Module], nn.Module] = DistributedDataParallel,
+    network: Callable[[], nn.Module] = smooth_network,
+    batches: list[Batch] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Training:
     torch.manual_seed(0)
-    convolutional = kind == "ddp with batchnorm"
-    model = convolutional_network() if convolutional else smooth_network()
-    batches = images(3) if convolutional else vectors(5) if kind == "ddp with skips" else vectors(3)
-    mine = [tuple(part.chunk(world)[rank] for part in batch) for batch in batches]
-    if accumulates := kind == "ddp with unequal batches":
-        mine = [tuple(part[: 8 - 5 * (number % 2)] for part in batch) for number, batch in enumerate(vectors(6))]
-    if kind == "fsdp of a part":
-        model[0].requires_grad_(False)
-        fully_shard(model[2])
-    elif kind.startswith("fsdp"):
-        fully_shard(model[0])
-        fully_shard(model)
-    else:
-        model = nn.parallel.DistributedDataParallel(model, process_group=group)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    if kind == "fsdp after an evaluation":  # FSDP2 leaves the last parameters as they were gathered for it
-        with torch.no_grad():
-            model(mine[0][0])
-    sharded = kind.startswith("fsdp")
-    joins = kind == "ddp with a process that ends first"
-    if joins and rank:
-        mine = mine[:2]
-    settings = {"curvature_every": 64 if kind == "fsdp with curvature" else 0 if sharded else 1}
-    with Recorder(path, model, optimizer, **settings) as recorder, model.join() if joins else nullcontext():
-        told = not (kind == "ddp that tells one of its batches" and rank)
-        for number, (inputs, labels) in enumerate(recorder.watch(mine) if told else mine):
-            if not (accumulates and number % 2):
-                optimizer.zero_grad()
-            if kind == "ddp with a failure in one" and number == rank == 0:
-                Measurement.step_values = {}.__getitem__  # which only the process that writes needs
-            if kind == "ddp with a batch that one cannot keep" and number == rank == 1:
-                Moments.now = {}.__getitem__
-            if kind == "ddp with skips" and number in _SKIPPED:
-                continue
-            loss = F.cross_entropy(model(inputs), labels)
-            loss.backward()
-            if kind == "ddp with disturbed gradients":  # as by compression, and the mean loss is logged
-                for parameter in model.parameters():
-                    parameter.grad[0] *= 2
-                dist.all_reduce(mean := loss.detach() / world)
-                recorder.log(loss=mean)
-            if kind == "fsdp":
-                recorder.log(norm=nn.utils.clip_grad_norm_(model.parameters(), 1e9))
-                try:
-                    recorder.log(size=model[0].weight.norm())
-                except ValueError as error:
-                    Path(f"{path}.size.{rank}").write_text(str(error))
-            if not accumulates or number % 2:
-                optimizer.step()
-        if kind == "ddp":
-            with recorder.event("look", probe=mine):
-                pass
-            try:
-                with recorder.event("look", probe=[(mine[0][0][:, rank:], mine[0][1])]):
-                    pass
-            except ValueError as error:
-                Path(f"{path}.failed.{rank}").write_text(str(error))
-            try:
-                with recorder.event("prune", probe=mine), torch.no_grad():
-                    model.module[0].weight[rank] = 0
-            except ValueError as error:
-                Path(f"{path}.unlike.{rank}").write_text(str(error))
-        if kind == "fsdp":
-            try:
-                with recorder.event("look", probe=mine):
-                    pass
-            except ValueError as error:
-                Path(f"{path}.{rank}").write_text(str(error))
-    if kind == "ddp":  # the second recorder is refused in every process, not in the first alone
-        try:
-            Recorder(path, model, optimizer)
-        except FileExistsError as error:
-            Path(f"{path}.{rank}").write_text(str(error))
-        try:  # each for itself, at the same place
-            Recorder(f"{path}.own", model.module, optimizer).close()
-        except FileExistsError as error:
-            Path(f"{path}.note").write_text(*error.__notes__)
+    model, rank, world = spread(network()), dist.get_rank(group), dist.get_world_size(group)
+    mine = [tuple(part.chunk(world)[rank] for part in batch) for batch in batches or vectors(3)]
+    return Training(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), mine, rank)
 
 
-def train_by_samples(path: Path) -> None:
-    """Three steps of two batches in each of two processes, which count by their samples: as a whole batch would."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(smooth_network())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with Recorder(path, model, optimizer, curvature_every=1) as recorder:
-        for inputs, labels in vectors(3):
-            optimizer.zero_grad()
-            parts = list(zip(inputs.split([7, 2, 4, 3]), labels.split([7, 2, 4, 3]), strict=True))[2 * rank :][:2]
-            for number, part in enumerate(parts):
-                recorder.observe(part)
-                with nullcontext() if number else model.no_sync():
-                    loss = F.cross_entropy(model(part[0]), part[1], reduction="sum")
-                    (loss * world / len(inputs)).backward()
-            optimizer.step()
+def train(path: Path, of: Training, *, curvature_every: int = 1) -> None:
+    with Recorder(path, of.model, of.optimizer, curvature_every=curvature_every) as recorder:
+        for batch in recorder.watch(of.batches):
+            plain_step(of.model, of.optimizer, batch)
 
 
-def train_a_part(path: Path) -> None:
-    """Two steps of two batches each, of a model of which a replica is a part; the weights with a record and without."""
-    rank, weights = dist.get_rank(), []
-    for recorded in (False, True):
-        torch.manual_seed(0)
-        replica = nn.parallel.DistributedDataParallel(convolutional_network())
-        model, optimizer = nn.ModuleDict({"replica": replica}), torch.optim.SGD(replica.parameters(), 0.1)
-        recorder = Recorder(path, model, optimizer, objective=of_part, curvature_every=1) if recorded else None
-        for number, batch in enumerate(images(4)):
-            mine = tuple(part.chunk(dist.get_world_size())[rank] for part in batch)
-            if recorder:
-                recorder.observe(mine)
-            with nullcontext() if number % 2 else replica.no_sync():
-                of_part(model, mine).backward()
+@contextmanager
+def noting(path: Path, what: str, error: type[Exception]) -> Iterator[None]:
+    """Write down what this process was told, for the test to read."""
+    try:
+        yield
+    except error as raised:
+        said = "\n".join([str(raised), *getattr(raised, "__notes__", ())])
+        Path(f"{path}.{what}.{dist.get_rank()}").write_text(said)
+
+
+# replicas, by DistributedDataParallel
+
+
+def replicas(path: Path, group: dist.ProcessGroup | None = None) -> None:
+    of = training(partial(DistributedDataParallel, process_group=group), group=group)
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(of.batches):
+            plain_step(of.model, of.optimizer, batch)
+        with recorder.event("look", probe=of.batches):
+            pass
+        inputs, labels = of.batches[0]
+        with noting(path, "failed", ValueError), recorder.event("look", probe=[(inputs[:, of.rank :], labels)]):
+            pass
+        with noting(path, "unlike", ValueError), recorder.event("prune", probe=of.batches), torch.no_grad():
+            of.model.module[0].weight[of.rank] = 0
+    with noting(path, "second", FileExistsError):  # in every process, not in the first alone
+        Recorder(path, of.model, of.optimizer)
+    with noting(path, "own", FileExistsError):  # each for itself, at the same place
+        Recorder(f"{path}.own", of.model.module, of.optimizer).close()
+
+
+def replicas_beside_an_actor(path: Path) -> None:
+    """Two of three processes train."""
+    learners = dist.new_group([1, 2])
+    if dist.get_rank():
+        replicas(path, learners)
+
+
+def replicas_with_batchnorm(path: Path) -> None:
+    train(path, training(network=convolutional_network, batches=images(3)))
+
+
+def replicas_that_skip(path: Path) -> None:
+    of = training(batches=vectors(5))
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(of.batches)):
+            if number not in (1, 3):
+                plain_step(of.model, of.optimizer, batch)
+
+
+def replicas_that_accumulate(path: Path) -> None:
+    """The gradients of two batches of unlike sizes, which count equally."""
+    of = training()
+    batches = [tuple(part[: 8 - 5 * (number % 2)] for part in batch) for number, batch in enumerate(vectors(6))]
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for number, (inputs, labels) in enumerate(recorder.watch(batches)):
+            F.cross_entropy(of.model(inputs), labels).backward()
             if number % 2:
-                optimizer.step()
-                optimizer.zero_grad()
+                of.optimizer.step()
+                of.optimizer.zero_grad()
+
+
+def replicas_by_samples(path: Path) -> None:
+    """Two batches a step in each of two processes count by their samples: as the whole batch would."""
+    of = training()
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for inputs, labels in vectors(3):
+            parts = list(zip(inputs.split([7, 2, 4, 3]), labels.split([7, 2, 4, 3]), strict=True))
+            for number, part in enumerate(parts[2 * of.rank :][:2]):
+                recorder.observe(part)
+                with nullcontext() if number else of.model.no_sync():
+                    loss = F.cross_entropy(of.model(part[0]), part[1], reduction="sum")
+                    (loss * 2 / len(inputs)).backward()
+            of.optimizer.step()
+            of.optimizer.zero_grad()
+
+
+def replicas_with_disturbed_gradients(path: Path) -> None:
+    """As by compression; and the mean loss of all is logged."""
+    of = training()
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(of.batches):
+            of.optimizer.zero_grad()
+            loss = F.cross_entropy(of.model(inputs), labels)
+            loss.backward()
+            for parameter in of.model.parameters():
+                parameter.grad[0] *= 2
+            dist.all_reduce(mean := loss.detach() / dist.get_world_size())
+            recorder.log(loss=mean)
+            of.optimizer.step()
+
+
+def replicas_that_end_apart(path: Path) -> None:
+    of = training()
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder, of.model.join():
+        for batch in recorder.watch(of.batches[: 2 if of.rank else 3]):
+            plain_step(of.model, of.optimizer, batch)
+
+
+def replicas_of_which_one_fails(path: Path) -> None:
+    if dist.get_rank() == 0:
+        Measurement.step_values = {}.__getitem__  # which only the process that writes needs
+    train(path, training())
+
+
+def replicas_of_which_one_cannot_keep_a_batch(path: Path) -> None:
+    of = training()
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(of.batches)):
+            if number == of.rank == 1:
+                Moments.now = {}.__getitem__
+            plain_step(of.model, of.optimizer, batch)
+
+
+def replicas_of_which_one_is_told_of_batches(path: Path) -> None:
+    of = training()
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for batch in of.batches if of.rank else recorder.watch(of.batches):
+            plain_step(of.model, of.optimizer, batch)
+
+
+def replicas_in_turn(path: Path) -> None:
+    in_turn(path, DistributedDataParallel, curvature_every=1)
+
+
+def replica_within_a_model(path: Path) -> None:
+    """Two steps of two batches each, of a model of which a replica is a part; the weights with a record and without."""
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model["replica"](batch[0]), batch[1])
+
+    weights = []
+    for recorded in (False, True):
+        of = training(network=convolutional_network, batches=images(4))
+        model = nn.ModuleDict({"replica": of.model})
+        recorder = Recorder(path, model, of.optimizer, objective=objective, curvature_every=1) if recorded else None
+        for number, batch in enumerate(of.batches):
+            if recorder:
+                recorder.observe(batch)
+            with nullcontext() if number % 2 else of.model.no_sync():
+                objective(model, batch).backward()
+            if number % 2:
+                of.optimizer.step()
+                of.optimizer.zero_grad()
         if recorder:
             recorder.close()
         weights.append(model.state_dict())
     one, other = weights
-    Path(f"{path}.same.{rank}").write_text(str(all(torch.equal(one[name], other[name]) for name in one)))
+    Path(f"{path}.same.{of.rank}").write_text(str(all(torch.equal(one[name], other[name]) for name in one)))
 
 
-def of_part(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    return F.cross_entropy(model["replica"](batch[0]), batch[1])
+# shards, by FSDP2 and others
 
 
-def train_in_turn(path: Path, *, sharded: bool) -> None:
+def sharded(model: nn.Module) -> nn.Module:
+    fully_shard(model[0])
+    return fully_shard(model)
+
+
+def shards(path: Path) -> None:
+    of = training(sharded)
+    with Recorder(path, of.model, of.optimizer, curvature_every=0) as recorder:
+        for inputs, labels in recorder.watch(of.batches):
+            of.optimizer.zero_grad()
+            F.cross_entropy(of.model(inputs), labels).backward()
+            recorder.log(norm=nn.utils.clip_grad_norm_(of.model.parameters(), 1e9))
+            with noting(path, "size", ValueError):
+                recorder.log(size=of.model[0].weight.norm())
+            of.optimizer.step()
+        with noting(path, "event", ValueError), recorder.event("look", probe=of.batches):
+            pass
+
+
+def shards_of_a_part(path: Path) -> None:
+    def spread(model: nn.Module) -> nn.Module:
+        model[0].requires_grad_(False)
+        fully_shard(model[2])
+        return model
+
+    train(path, training(spread), curvature_every=0)
+
+
+def shards_after_an_evaluation(path: Path) -> None:
+    """FSDP2 leaves the last parameters as they were gathered for it."""
+    of = training(sharded)
+    with torch.no_grad():
+        of.model(of.batches[0][0])
+    train(path, of, curvature_every=0)
+
+
+def shards_with_curvature(path: Path) -> None:
+    train(path, training(sharded), curvature_every=64)
+
+
+def shards_in_turn(path: Path) -> None:
+    in_turn(path, fully_shard, curvature_every=0)
+
+
+def layers_in_parallel(path: Path) -> None:
+    """Layers are split, and the normalisation sees a part of each sequence."""
+    plan = {
+        "0": ColwiseParallel(),
+        "2": RowwiseParallel(output_layouts=Shard(1)),
+        "3": SequenceParallel(),
+        "4": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    of = training(lambda model: parallelize_module(model, mesh, plan), normalised_network)
+    with Recorder(path, of.model, of.optimizer, curvature_every=0) as recorder:
+        for inputs, labels in recorder.watch(sequences(3)):
+            of.optimizer.zero_grad()
+            F.cross_entropy(of.model(inputs).flatten(0, 1), labels.flatten()).backward()
+            of.optimizer.step()
+
+
+def in_turn(path: Path, spread: Callable[[nn.Module], nn.Module], *, curvature_every: int) -> None:
     """Six steps of two optimizers in turn: in between the first process writes alone, and in the end it fails."""
-    rank, wrapped = dist.get_rank(), fully_shard if sharded else nn.parallel.DistributedDataParallel
+
+    def objective(parts: nn.Module, batch: tuple[str, Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(parts[batch[0]](batch[1]), batch[2])
+
     torch.manual_seed(0)
-    parts = nn.ModuleDict({name: wrapped(smooth_network()) for name in "ab"})
+    rank, parts = dist.get_rank(), nn.ModuleDict({name: spread(smooth_network()) for name in "ab"})
     optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts.values()]
-    settings = {"objective": of_turn, "curvature_every": 0 if sharded else 1}
     try:
-        with Recorder(path, parts, optimizers, **settings) as recorder:
+        with Recorder(path, parts, optimizers, objective=objective, curvature_every=curvature_every) as recorder:
             for number, (inputs, labels) in enumerate(vectors(6)):
                 optimizer = optimizers[number % 2]
                 batch = "ab"[number % 2], inputs.chunk(2)[rank], labels.chunk(2)[rank]
                 recorder.observe(batch)
                 optimizer.zero_grad()
-                of_turn(parts, batch).backward()
+                objective(parts, batch).backward()
                 optimizer.step()
                 if rank == 0:
                     recorder.log_epoch(seconds=number) if number % 2 else recorder.flush()
@@ -194,43 +319,7 @@ def train_in_turn(path: Path, *, sharded: bool) -> None:
             dist.all_reduce(torch.zeros(7))
 
 
-def of_turn(parts: nn.Module, batch: tuple[str, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    return F.cross_entropy(parts[batch[0]](batch[1]), batch[2])
-
-
-def train_in_parallel(path: Path) -> None:
-    """Three steps of a network whose layers are split, and whose normalisation sees a part of each sequence."""
-    plan = {
-        "0": ColwiseParallel(),
-        "2": RowwiseParallel(output_layouts=Shard(1)),
-        "3": SequenceParallel(),
-        "4": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    }
-    torch.manual_seed(0)
-    model = parallelize_module(normalised_network(), init_device_mesh("cpu", (dist.get_world_size(),)), plan)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with Recorder(path, model, optimizer, curvature_every=0) as recorder:
-        for inputs, labels in recorder.watch(sequences(3)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten()).backward()
-            optimizer.step()
-
-
-def train_beside_an_actor(path: Path) -> None:
-    """Two of three processes train."""
-    learners = dist.new_group([1, 2])
-    if dist.get_rank():
-        train(path, kind="ddp", group=learners)
-
-
-OTHERS = {
-    "ddp beside an actor": train_beside_an_actor,
-    "ddp as a part": train_a_part,
-    "ddp by samples": train_by_samples,
-    "ddp in turn": partial(train_in_turn, sharded=False),
-    "fsdp in turn": partial(train_in_turn, sharded=True),
-    "tensor parallel": train_in_parallel,
-}
+# what a process of torchrun's does
 
 
 def orders(path: Path) -> Iterator[tuple[str, str, int]]:
@@ -248,7 +337,7 @@ def obey(path: Path, kind: str, count: int) -> None:
     with Path(f"{path}.said.{rank}").open("w") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())
     dist.init_process_group("gloo", f"file://{path}.rendezvous", rank=rank, world_size=count)
-    OTHERS.get(kind, partial(train, kind=kind))(path)
+    globals()[kind](path)
     dist.barrier()  # one that leaves while another still talks to it may end that one, too
 
 

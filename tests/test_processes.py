@@ -50,6 +50,11 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     assert processes.running.wait() == 0
 
 
+def told(folder: Path, what: str) -> list[str]:
+    """What the processes noted, each for itself."""
+    return [path.read_text() for path in sorted(folder.glob(f"run.{what}.?"))]
+
+
 def alone(path: Path, batches: list[Batch], *, frozen: bool = False) -> xr.DataTree:
     """The record of one process on the whole batches; the first layer may be frozen."""
     torch.manual_seed(0)
@@ -66,57 +71,57 @@ def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1
 
 
 def test_replicas_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
-    run, _ = together(tmp_path / "run", "ddp")
+    run, _ = together(tmp_path / "run", "replicas")
     expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
     assert_same(run, expected, "curvature")
     assert run["pruning"].sizes["event"] == 1
-    refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
-    assert all("exists already" in text for text in refused)
-    assert "the model that DistributedDataParallel" in (tmp_path / "run.note").read_text()
-    failed = [(tmp_path / f"run.failed.{rank}").read_text() for rank in range(2)]
+    assert ["exists already" in text for text in told(tmp_path, "second")] == [True, True]
+    (other,) = told(tmp_path, "own")
+    assert "the model that DistributedDataParallel" in other
+    failed = told(tmp_path, "failed")
     assert failed[0] == "event(): the objective failed on the probe's batches, in mode 'eval', in another process"
     assert "shapes cannot be multiplied" in failed[1]
-    unlike = [(tmp_path / f"run.unlike.{rank}").read_text() for rank in range(2)]
-    assert all(text.startswith("inside event() the processes' networks came to differ") for text in unlike)
+    unlike = told(tmp_path, "unlike")
+    assert [text.startswith("inside event() the processes' networks came to differ") for text in unlike] == [True, True]
 
 
 def test_a_replica_that_is_a_part_of_the_model_trains_as_without_a_record(tmp_path: Path, together: Processes) -> None:
-    run, _ = together(tmp_path / "run", "ddp as a part")
-    assert [(tmp_path / f"run.same.{rank}").read_text() for rank in range(2)] == ["True", "True"]
+    run, _ = together(tmp_path / "run", "replica_within_a_model")
+    assert told(tmp_path, "same") == ["True", "True"]
     np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["replicas", "shards"])
 def test_the_first_process_may_write_or_fail_alone_between_optimizers(
     tmp_path: Path, together: Processes, kind: str
 ) -> None:
     """Of the step that is under way when it does, all of them measure what only all can, or none does."""
-    run, said = together(tmp_path / "run", f"{kind} in turn")
+    run, said = together(tmp_path / "run", f"{kind}_in_turn")
     assert run["epochs"].step.values.tolist() == [2, 4, 6]
-    assert run["steps"].step.values.tolist() == list(range(6 if kind == "ddp" else 5))
+    assert run["steps"].step.values.tolist() == list(range(6 if kind == "replicas" else 5))
     assert "Warning" not in said
-    if kind == "ddp":
+    if kind == "replicas":
         assert run["curvature"].step.values.tolist() == list(range(5))
         np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm[:5], rtol=1e-8)
 
 
 def test_processes_that_do_not_train_have_no_part(tmp_path: Path, together: Processes) -> None:
-    run, _ = together(tmp_path / "run", "ddp beside an actor", 3)
+    run, _ = together(tmp_path / "run", "replicas_beside_an_actor", 3)
     expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
     assert_same(run, expected, "curvature")
 
 
 def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path, together: Processes) -> None:
-    run, _ = together(tmp_path / "run", "ddp with skips")
+    run, _ = together(tmp_path / "run", "replicas_that_skip")
     batches = [batch for number, batch in enumerate(vectors(5)) if number not in (1, 3)]
     assert_same(run, alone(tmp_path / "alone", batches), "curvature")
 
 
 def test_batches_in_replicas_count_as_in_the_gradient_applied(tmp_path: Path, together: Processes) -> None:
     """By their samples, say: 7 and 2 in the one process, 4 and 3 in the other."""
-    run, said = together(tmp_path / "run", "ddp by samples")
+    run, said = together(tmp_path / "run", "replicas_by_samples")
     expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
     assert_same(run, expected, "curvature")
@@ -125,18 +130,18 @@ def test_batches_in_replicas_count_as_in_the_gradient_applied(tmp_path: Path, to
 
 def test_batches_that_accumulate_in_replicas_may_count_equally(tmp_path: Path, together: Processes) -> None:
     """Their gradients add up, whatever their sizes: that of the objective, their mean, is half of it."""
-    run, _ = together(tmp_path / "run", "ddp with unequal batches")
+    run, _ = together(tmp_path / "run", "replicas_that_accumulate")
     assert run["curvature"].step.values.tolist() == [0, 1, 2]
     np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
 def test_replicas_with_batchnorm_have_curvature(tmp_path: Path, together: Processes) -> None:
-    run, _ = together(tmp_path / "run", "ddp with batchnorm")
+    run, _ = together(tmp_path / "run", "replicas_with_batchnorm")
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
 def test_the_mean_loss_of_all_replicas_is_no_other_loss(tmp_path: Path, together: Processes) -> None:
-    run, said = together(tmp_path / "run", "ddp with disturbed gradients")
+    run, said = together(tmp_path / "run", "replicas_with_disturbed_gradients")
     np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss)
     of_all = run["curvature"].sum("layer")
     assert (of_all.grad_applied_grad**2 < 0.98 * of_all.grad_sqnorm * of_all.applied_grad_sqnorm).any()
@@ -146,7 +151,7 @@ def test_the_mean_loss_of_all_replicas_is_no_other_loss(tmp_path: Path, together
 def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(
     tmp_path: Path, together: Processes
 ) -> None:
-    run, said = together(tmp_path / "run", "ddp with a process that ends first")
+    run, said = together(tmp_path / "run", "replicas_that_end_apart")
     assert run["steps"].sizes["step"] == 3
     assert "step" not in run["curvature"].sizes
     assert said.count("inside DDP's join() processes end apart") == 2
@@ -157,7 +162,7 @@ def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(
 def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(
     tmp_path: Path, together: Processes
 ) -> None:
-    run, said = together(tmp_path / "run", "ddp with a failure in one")
+    run, said = together(tmp_path / "run", "replicas_of_which_one_fails")
     assert "step" not in run["steps"].sizes
     assert "step" not in run["curvature"].sizes
     assert said.count("steps are not recorded from step 0 on: measuring first-order quantities failed with") == 1
@@ -165,7 +170,7 @@ def test_a_failure_in_one_process_ends_the_recording_in_all_and_nothing_waits(
 
 
 def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_path: Path, together: Processes) -> None:
-    run, said = together(tmp_path / "run", "ddp with a batch that one cannot keep")
+    run, said = together(tmp_path / "run", "replicas_of_which_one_cannot_keep_a_batch")
     assert run["steps"].sizes["step"] == 3
     assert run["curvature"].step.values.tolist() == [0]
     assert said.count("curvature is not recorded from step 1 on: measuring failed in another process") == 1
@@ -175,33 +180,33 @@ def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_p
 def test_batches_that_one_process_alone_is_told_of_have_no_curvature_and_nothing_waits(
     tmp_path: Path, together: Processes
 ) -> None:
-    run, said = together(tmp_path / "run", "ddp that tells one of its batches")
+    run, said = together(tmp_path / "run", "replicas_of_which_one_is_told_of_batches")
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
     assert said.count("curvature is not recorded at step 0, whose batches other processes do not know") == 1
 
 
 def test_shards_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
-    run, _ = together(tmp_path / "run", "fsdp")
+    run, _ = together(tmp_path / "run", "shards")
     np.testing.assert_allclose(np.square(run["steps"].norm), run["steps"].grad_sqnorm.sum("layer"), rtol=1e-5)
     del run["steps"]["norm"]
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
-    of_size = [(tmp_path / f"run.size.{rank}").read_text() for rank in range(2)]
+    of_size, of_event = told(tmp_path, "size"), told(tmp_path, "event")
     assert all(text.startswith("log() cannot take 'size', of which every process holds a part") for text in of_size)
-    refused = [(tmp_path / f"run.{rank}").read_text() for rank in range(2)]
-    assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in refused)
+    assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in of_event)
+    assert len(of_size) == len(of_event) == 2
 
 
-@pytest.mark.parametrize("kind", ["fsdp of a part", "fsdp after an evaluation"])
+@pytest.mark.parametrize("kind", ["shards_of_a_part", "shards_after_an_evaluation"])
 def test_what_every_process_holds_counts_once(tmp_path: Path, together: Processes, kind: str) -> None:
     run, _ = together(tmp_path / "run", kind)
-    assert_same(run, alone(tmp_path / "alone", vectors(3), frozen=kind == "fsdp of a part"), "steps")
+    assert_same(run, alone(tmp_path / "alone", vectors(3), frozen=kind == "shards_of_a_part"), "steps")
 
 
 def test_layers_in_parallel_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
     """Of the normalisation every process has a term of the gradient."""
-    run, said = together(tmp_path / "run", "tensor parallel")
+    run, said = together(tmp_path / "run", "layers_in_parallel")
     torch.manual_seed(0)
     model, batches = normalised_network(), sequences(3)
 
@@ -216,6 +221,6 @@ def test_layers_in_parallel_record_what_one_process_would(tmp_path: Path, togeth
 
 
 def test_curvature_of_shards_is_refused_in_a_sentence(tmp_path: Path, together: Processes) -> None:
-    run, said = together(tmp_path / "run", "fsdp with curvature")
+    run, said = together(tmp_path / "run", "shards_with_curvature")
     assert "curvature is not recorded: it needs all parameters in one process" in said
     assert run["steps"].sizes["step"] == 3

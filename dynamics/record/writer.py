@@ -119,9 +119,9 @@ class Writer:
             if fresh.any():
                 self._tasks.append(partial(self._append, node, block.columns[node], fresh))
                 self.missing += int(fresh.sum())
+                self._last[node] = entries[-1]
             for entry in entries:
                 entry.taken = True
-            self._last[node] = entries[-1]
         self._taken += block.nbytes
 
     def _take_amendment(self, amendment: Amendment) -> None:

@@ -47,7 +47,8 @@ class Memory:
 
     def amend(self, node: str, row: dict[str, np.ndarray]) -> None:
         self._fail_when_full()
-        self.appended[node][-1] = row["value"].item()
+        for value in row.get("value", ()):
+            self.appended[node][-1] = value.item()
 
     def commit(self) -> None:
         self._fail_when_full()
@@ -58,12 +59,12 @@ class Memory:
 
 
 def interrupted(work: Callable[[], None], at: int, action: Callable[[], None]) -> bool:
-    """Run the work, with the action before the ``at``-th bytecode of buffer.py; whether there were so many."""
+    """Run the work, with the action before the ``at``-th bytecode of buffer.py or writer.py, if there are so many."""
     left = at
 
     def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
         nonlocal left
-        if frame.f_code.co_filename != buffer.__file__:
+        if frame.f_code.co_filename not in (buffer.__file__, writer.__file__):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -173,6 +174,36 @@ def test_a_row_that_says_more_after_a_flush_interrupted_at_any_bytecode(action: 
         if not reached:
             break
     assert at > 1000
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_row_says_more_after_a_signal_that_came_in_a_flush(known: bool) -> None:
+    """The handler sends the last row, or one that the flush knows and that says more now, as Recorder.flush() does."""
+    for at in count(1):
+        store = Memory()
+        rows, last = Buffer(store), {"value": 2.0}
+        if known:
+            rows.add("steps", last)
+            rows.flush(wait=True)
+        else:
+            rows.add("steps", {"value": 1.0})
+        rows.add("epochs", {"value": 5.0})
+
+        def handler(rows: Buffer = rows, last: dict[str, float] = last) -> None:
+            last["other"] = 3.0
+            rows.add("steps", last)
+            rows.flush()
+
+        reached = interrupted(rows.flush, at, handler)
+        rows.add("steps", last)
+        rows.flush()
+        last["value"] = 4.0
+        rows.add("steps", last)
+        rows.close()
+        assert store.appended == {"steps": [4.0] if known else [1.0, 4.0], "epochs": [5.0]}, at
+        if not reached:
+            break
+    assert at > 100
 
 
 def test_what_a_row_says_later_waits_for_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,10 @@ class Entry:
     @property
     def late(self) -> dict[Any, Any]:
         """What the row says, and did not when it was sent."""
-        return {} if self.sent is None else {name: of for name, of in self.row.items() if self.sent.get(name) is not of}
+        if self.sent is None:
+            return {}
+        said = dict(self.row)  # in one call: a signal's handler may let the row say more meanwhile
+        return {name: value for name, value in said.items() if self.sent.get(name) is not value}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ _PARTS = 16  # a loss may be logged as its part in so many micro-batches, or as 
 class _Doubt:
     """A step, the cosine of its gradient with the objective's, and its loss: by the objective, and as it was logged.
 
-    Among replicas the objective is this one's own, or their mean: loops log either.
+    Among replicas the objective is their mean, this one's part of that, or this one's own: loops log any of them.
     """
 
     step: int
@@ -64,8 +64,11 @@ class LoggedLoss:
         self._doubts = [one for one in self._doubts if one.step > step or (one.step == step and one.logged is None)]
         for doubt in known:
             logged, batches = float(doubt.logged), doubt.batches
-            objective = min(doubt.objectives.tolist(), key=lambda one: _distance(one, logged, batches))
-            if _agree(batches * logged, objective) and not _agree(logged, objective):
+            objectives = doubt.objectives.tolist()
+            if any(_agree(logged, one) for one in objectives):
+                continue
+            objective = min(objectives, key=lambda one: _distance(one, logged, batches))
+            if _agree(batches * logged, objective):
                 yield (
                     "divided",
                     f"the loss that was logged at step {doubt.step}, {logged:.4g}, is 1/{batches} of the objective's, "

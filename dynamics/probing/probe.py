@@ -171,8 +171,13 @@ class Probe:
         settings = tuple(modes), self._mode, tuple(self._masks), self._moved, frozenset(self._trained)
         return tuple(batches), tuple(self._weights), *settings
 
+    @property
+    def share(self) -> float:
+        """What the shares of its batches in the mean sum to: 1, but for one of several replicas :meth:`in_shares`."""
+        return sum(self._weights)
+
     def in_shares(self, shares: Sequence[float]) -> Probe:
-        """The probe with its batches in these shares of the mean, which sum to 1."""
+        """The probe with its batches in these shares of the mean."""
         probe = copy.copy(self)
         probe._weights = list(shares)
         return probe

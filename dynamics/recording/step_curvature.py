@@ -134,7 +134,7 @@ class StepCurvature:
         if values is None:
             return None
         self._batches.bystanders.of_objective(best.candidate.probe.others)
-        objectives = [best.loss, *self._processes.mean([best.loss.clone()])]
+        objectives = [*self._processes.mean([best.loss.clone()]), best.loss, best.loss / best.candidate.probe.share]
         self._loss.measured(step, best.cosine, objectives, len(best.candidate.probe))
         self._say_beside(best.grad)
         if best.cosine < _DOUBTFUL:

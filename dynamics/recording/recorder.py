@@ -256,7 +256,8 @@ class Recorder:
         """Write all that was recorded so far and wait for it: before a checkpoint is saved, say.
 
         What is logged of the last step after that joins its row all the same. Of several processes the first alone may
-        flush, as it may :meth:`log_epoch`.
+        flush, as it may :meth:`log_epoch`; a step of only some of several optimizers, if they measure it together, is
+        written no earlier than the loop goes on: save a checkpoint after that, when the next batch was observed, say.
         """
         self._attachment.end(alone=True)
         try:

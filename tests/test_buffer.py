@@ -223,6 +223,17 @@ def test_what_a_row_says_later_waits_for_a_full_disk(monkeypatch: pytest.MonkeyP
     assert store.appended == {"steps": [2.0, 3.0]}
 
 
+def test_a_row_that_says_more_is_missing_once() -> None:
+    store, row = Memory(), {"value": 1.0}
+    store.full, rows = True, Buffer(store)
+    rows.add("steps", row)
+    rows.flush(wait=True)
+    row["value"] = 2.0
+    rows.add("steps", row)
+    with pytest.warns(UserWarning, match="is incomplete: 1 rows"):
+        rows.close()
+
+
 @pytest.mark.parametrize("action", [ctrl_c, Buffer.close])
 def test_closing_may_be_interrupted(action: Callable) -> None:
     for at in count(1):
@@ -321,10 +332,12 @@ def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> Non
     rows.flush()
     rows.add("steps", {"value": torch.zeros(2)})
     rows.add("steps", {"value": torch.zeros(3)})
+    rows.add("steps", last := {"value": 2.0})
     with pytest.warns(UserWarning, match="stack expects each tensor to be equal size"):
         rows.flush()
-    rows.add("steps", {"value": 2.0})
-    with pytest.warns(UserWarning, match="is incomplete: 3 rows"):
+    rows.add("steps", last)
+    rows.add("steps", {"value": 3.0})
+    with pytest.warns(UserWarning, match="is incomplete: 4 rows"):
         rows.close()
     assert store.appended == {"steps": [1.0]}
 

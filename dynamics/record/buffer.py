@@ -160,6 +160,7 @@ class Buffer:
         """End recording, not training."""
         self._stopped, self._stopped_since = error, time.strftime("%H:%M:%S")
         self._dropped += len(lost)
+        self._lost = {entry.node: entry.row for entry in lost}
         self._log.clear()
         message = f"recording into {self._store.path} stops ({error}); training goes on, and its later rows are lost"
         _LOG.error(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,7 +133,7 @@ class Writer:
         if amendment.entry is self._last[node]:
             self._tasks += [event.synchronize for event in amendment.copied]
             self._tasks.append(lambda: self._store.amend(node, arrays(amendment.columns)))
-            self.missing += 1
+            self.missing = max(self.missing, 1)  # it may be missing as it is
 
     def _append(self, node: str, columns: Columns, fresh: np.ndarray) -> None:
         values = {name: values[fresh] for name, values in arrays(columns).items()}

@@ -223,14 +223,19 @@ def test_what_a_row_says_later_waits_for_a_full_disk(monkeypatch: pytest.MonkeyP
     assert store.appended == {"steps": [2.0, 3.0]}
 
 
-def test_a_row_that_says_more_is_missing_once() -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_a_row_that_says_more_is_missing_once(written: bool) -> None:
+    """Beside a row of another node."""
     store, row = Memory(), {"value": 1.0}
-    store.full, rows = True, Buffer(store)
+    store.full, rows = not written, Buffer(store)
     rows.add("steps", row)
+    rows.flush(wait=True)
+    store.full = True
+    rows.add("epochs", {"value": 5.0})
     rows.flush(wait=True)
     row["value"] = 2.0
     rows.add("steps", row)
-    with pytest.warns(UserWarning, match="is incomplete: 1 rows"):
+    with pytest.warns(UserWarning, match="is incomplete: 2 rows"):
         rows.close()
 
 

@@ -118,7 +118,7 @@ class Buffer:
         self.flush()
         self._ask(Request(last=True))
         atexit.unregister(self.close)
-        if missing := self._writer.missing + self._dropped:
+        if missing := self._writer.missing.total() + self._dropped:
             since = self._writer.failing_since or self._stopped_since
             warnings.warn(
                 f"the record {self._store.path} is incomplete: {missing} rows since {since} could not be written "

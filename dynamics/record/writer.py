@@ -80,7 +80,7 @@ class Writer:
     Attributes:
         failure: why writing failed when it was last tried; None if it did not.
         failing_since: time of day of the first failure since writing last succeeded.
-        missing: rows that were taken and are not committed.
+        missing: how many rows of each node were taken, or said more, and are not committed so.
         written: bytes of all blocks that are committed.
     """
 
@@ -89,7 +89,8 @@ class Writer:
         self.queue: queue.SimpleQueue[Block | Amendment | Request] = queue.SimpleQueue()
         self.failure: Exception | None = None
         self.failing_since = ""
-        self.missing, self.written = 0, 0
+        self.missing: Counter[str] = Counter()
+        self.written = 0
         self._store, self._look, self._taken = store, look, 0
         self._last: dict[str, Entry] = {}  # of each node
         self._tasks: deque[Callable[[], object]] = deque()
@@ -121,7 +122,7 @@ class Writer:
             fresh = np.array([not entry.taken for entry in entries])
             if fresh.any():
                 self._tasks.append(partial(self._append, node, block.columns[node], fresh))
-                self.missing += int(fresh.sum())
+                self.missing[node] += int(fresh.sum())
                 self._last[node] = entries[-1]
             for entry in entries:
                 entry.taken = True
@@ -133,7 +134,7 @@ class Writer:
         if amendment.entry is self._last[node]:
             self._tasks += [event.synchronize for event in amendment.copied]
             self._tasks.append(lambda: self._store.amend(node, arrays(amendment.columns)))
-            self.missing = max(self.missing, 1)  # it may be missing as it is
+            self.missing[node] = max(self.missing[node], 1)  # any that are missing include the last
 
     def _append(self, node: str, columns: Columns, fresh: np.ndarray) -> None:
         values = {name: values[fresh] for name, values in arrays(columns).items()}
@@ -149,7 +150,8 @@ class Writer:
                 self._tasks[0]()
                 self._tasks.popleft()
             self._store.commit()
-            self.failure, self.missing, self.written = None, 0, self._taken
+            self.missing.clear()
+            self.failure, self.written = None, self._taken
         except Exception as error:
             if self.failure is None:
                 self.failing_since = time.strftime("%H:%M:%S")

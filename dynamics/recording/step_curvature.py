@@ -222,8 +222,8 @@ class StepCurvature:
         entries = self._or_give_up(partial(self._probed.entries, candidate.probe, sum(counts)), step)
         if entries is None:
             return None
-        grads, applied = zip(*self._processes.gathered(entries), strict=True)
-        of_all = self._processes.told(shares(torch.cat(grads, 1), applied[0]))
+        grads, applied = entries
+        of_all = self._processes.told(shares(torch.cat(self._processes.gathered(grads), 1), applied))
         if not of_all:
             return None
         before = sum(counts[: self._processes.place])

@@ -122,5 +122,10 @@ def sums(names: Sequence[str], vectors: Vectors, layer_of: Tensor, layers: int) 
     most = _GPU_BLOCKS if layer_of.is_cuda else _CACHED_BLOCKS
     pieces = [vectors] if len(layer_of) <= most else vectors.split(most)
     values = torch.cat([torch.stack([FORMULAS[name](piece) for name in names]) for piece in pieces], dim=-1)
-    values = values if values.is_mps else values.double()
+    values = values.to(sums_dtype(values.device))
     return values.new_zeros(len(names), layers).index_add_(-1, layer_of, values)
+
+
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """Precision of sums: double where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..quantities import sums_dtype
+
 _PIECE = 1 << 18  # numbers that a processor adds up in single precision before the sum goes on in double
 
 
@@ -61,11 +63,6 @@ def inner(p: Tensor, q: Tensor) -> Tensor:
         return torch.dot(p, q).to(sums_dtype(p.device))
     pieces = zip(p.split(_PIECE), q.split(_PIECE), strict=True)
     return torch.stack([torch.dot(*piece) for piece in pieces]).sum(dtype=torch.float64)
-
-
-def sums_dtype(device: torch.device) -> torch.dtype:
-    """Precision of sums: double where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _Inner(torch.autograd.Function):

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..hardware.precision import full_precision
+from ..quantities import sums_dtype
 from .expansion import _ONCE, LossFunction, _has_none
-from .gated_affine import Gated, NestedGradientError, Parameter, sums_dtype
+from .gated_affine import Gated, NestedGradientError, Parameter
 from .gated_operations import Operations
 from .graph import on_the_way_back
 from .higher_order import HigherOrder

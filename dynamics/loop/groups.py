@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..network.blocks import Vector, is_any_missing
 from ..network.layers import Layers
+from ..quantities import sums_dtype
 
 Group = Mapping[str, Any]
 
@@ -117,7 +118,7 @@ class Groups:
     def skips(self, number: int) -> Tensor | None:
         """1 where a gradient scaler makes an optimizer skip its step, else 0; known during a fused step only."""
         found = getattr(self._optimizers[number], "found_inf", None)
-        return None if found is None else found.detach().reshape(()).to(self._layers.sums_dtype)
+        return None if found is None else found.detach().reshape(()).to(sums_dtype(self._layers.device))
 
     def trained(self, stepped: Sequence[int]) -> dict[int, Group]:
         """Group of each parameter that the optimizers which stepped have trained, by the parameter's index."""

@@ -105,11 +105,6 @@ class Layers:
         """Type of the vectors."""
         return self._layout.dtype
 
-    @property
-    def sums_dtype(self) -> torch.dtype:
-        """Precision of sums: double where the device has it."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
     def zeros(self) -> Vector:
         """A vector over all parameters, zero everywhere."""
         return self._layout.zeros()

@@ -13,10 +13,9 @@ from torch import Tensor
 from ..errors import named
 from ..hardware.memory_order import channels_first
 from ..hardware.precision import full_precision, precise
-from .graph import WayBack, nodes, on_the_way_back
+from .graph import ONCE, WayBack, check_differentiable, on_the_way_back
 from .higher_order import HigherOrder
 
-_ONCE = "an operation of the loss is once_differentiable"
 _NOT_TWICE = (  # how autograd says that it has no derivative
     "is not implemented", "double backward", "once_differentiable", "support automatic differentiation",
 )  # fmt: skip
@@ -130,20 +129,18 @@ class Expansion:
         """A gradient with a graph of its own."""
         found = _gradient(loss_of, self.theta, create_graph=True)
         if not found.exact:
-            raise RuntimeError(_ONCE)
+            raise RuntimeError(ONCE)
         return found
 
     def _check_whole(self, way: WayBack) -> None:
         """Raise RuntimeError where a part of the network ran again, so that a derivative lacks some of it."""
         for leaf in self._leaves:
             leaf.grad = None
-        if way.again:
-            raise RuntimeError(_ONCE)
+        way.check_whole()
 
     def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
         """Gradient of the inner product of a vector that depends on θ with a constant one."""
-        if _has_none(parts):
-            raise RuntimeError(_ONCE)
+        check_differentiable(parts)
         slope = sum((part * v).sum() for part, v in zip(parts, vector, strict=True))
         if not slope.requires_grad:  # a polynomial of lower degree
             return [torch.zeros_like(leaf) for leaf in self._leaves]
@@ -169,8 +166,7 @@ class Expansion:
         for loss_of, weight in self._losses:
             kept = self._graph is not None
             found = self._graph if kept else self._twice(loss_of)
-            if _has_none(found.grad):
-                raise RuntimeError(_ONCE)
+            check_differentiable(found.grad)
             pairs = [(part, v) for part, v in zip(found.grad, vector, strict=True) if part.requires_grad]
             if not pairs:  # a loss that is linear in every parameter
                 continue
@@ -237,11 +233,6 @@ def mean_gradient(
 def _no_sums(leaves: Iterable[Tensor]) -> list[Tensor]:
     """Zeros to which gradients may be added."""
     return [precise(torch.zeros_like(leaf)) for leaf in leaves]
-
-
-def _has_none(grad: Sequence[Tensor]) -> bool:
-    """Whether a part of the gradient has no derivative: autograd would pass it over in silence, as a constant."""
-    return any(node.name() == "torch::autograd::Error" for node in nodes(grad))
 
 
 @torch.no_grad()

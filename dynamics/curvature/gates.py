@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..hardware.precision import full_precision
 from ..quantities import sums_dtype
-from .expansion import _ONCE, LossFunction, _has_none
+from .expansion import LossFunction
 from .gated_affine import Gated, NestedGradientError, Parameter
 from .gated_operations import Operations
-from .graph import on_the_way_back
+from .graph import check_differentiable, on_the_way_back
 from .higher_order import HigherOrder
 
 Direction = Mapping[str, Tensor] | Sequence[Tensor]
@@ -64,16 +64,15 @@ def gated_products(
         loss = _evaluate(loss_of, theta, gates.parameters)
         with on_the_way_back(loss, gates.all) as way:
             first = _gradient([loss], [step for steps in gates.steps for step in steps], create_graph=True)
-            if way.again or _has_none([slope for slope in first if slope is not None]):
-                raise RuntimeError(_ONCE)
+            way.check_whole()
+            check_differentiable(slope for slope in first if slope is not None)
             count = len(gates.scale)
             slopes = [first[k * count : (k + 1) * count] for k in range(len(gates.steps))]
             second = [
                 _gradient(slope, gates.scale + steps, retain_graph=steps is not gates.steps[-1])
                 for slope, steps in zip(slopes, gates.steps, strict=True)
             ]
-        if way.again:
-            raise RuntimeError(_ONCE)
+        way.check_whole()
     by_scale, by_steps = [one[:count] for one in second], [one[count:] for one in second]
     return Products(loss.detach(), *(gates.rows(values, layers) for values in (slopes, by_scale, by_steps)))
 

@@ -12,6 +12,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+ONCE = "an operation of the loss is once_differentiable"
 _LENT = "_lent_on_the_way_back"
 _KNOWN = ("torch", __package__.partition(".")[0])  # whose functions never run a network again
 
@@ -28,6 +29,11 @@ class WayBack:
 
     again: bool = False
 
+    def check_whole(self) -> None:
+        """Raise RuntimeError where one did: a derivative lacks some of it then."""
+        if self.again:
+            raise RuntimeError(ONCE)
+
 
 def nodes(results: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
     """Every operation that the results come from, once."""
@@ -39,6 +45,12 @@ def nodes(results: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
             seen.add(node)
             yield node
             waiting.extend(following for following, _ in node.next_functions)
+
+
+def check_differentiable(results: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where a part has no derivative: autograd would pass it over in silence, as a constant."""
+    if any(node.name() == "torch::autograd::Error" for node in nodes(results)):
+        raise RuntimeError(ONCE)
 
 
 def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:

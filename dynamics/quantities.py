@@ -6,7 +6,7 @@ Each vector is a tensor (block, entry) that holds all parameters. A formula give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -105,12 +105,6 @@ FORMULAS: dict[str, Callable[[Vectors], Tensor]] = {
     "removed": lambda v: v.removed.sum(-1),
     "remaining": lambda v: v.kept.sum(-1),
 }
-
-
-def evaluate(names: Iterable[str], vectors: Vectors, layer_of: Tensor, layers: int) -> dict[str, Tensor]:
-    """The named quantities per layer: name → tensor of shape (layer,)."""
-    names = list(names)
-    return dict(zip(names, sums(names, vectors, layer_of, layers).unbind(), strict=True)) if names else {}
 
 
 def sums(names: Sequence[str], vectors: Vectors, layer_of: Tensor, layers: int) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..quantities import Vectors, evaluate, sums
+from ..quantities import Vectors, sums
 from .blocks import Layout, Vector
 from .masks import parameter_masks
 
@@ -169,7 +169,8 @@ class Layers:
 
     def evaluate(self, names: Iterable[str], vectors: Vectors) -> dict[str, Tensor]:
         """The named quantities, each a tensor (layer,)."""
-        return evaluate(names, vectors, self.layer_of_block, len(self))
+        names = list(names)
+        return dict(zip(names, self.sums(names, vectors).unbind(), strict=True)) if names else {}
 
     def sums(self, names: Sequence[str], vectors: Vectors) -> Tensor:
         """The named quantities, (name, layer)."""

@@ -20,7 +20,6 @@ import warnings
 
 import numpy as np
 
-from .columns import LONGEST_TEXT as LONGEST_TEXT
 from .columns import Row, stack
 from .store import Store
 from .writer import Amendment, Block, Entry, Look, Request, Writer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import schema
 from ..network.structure import check_initialised
-from ..record.buffer import LONGEST_TEXT
+from ..record.columns import LONGEST_TEXT
 
 _WITHIN = ("optimizer", "base_optimizer", "_base_optimizer", "optim")  # what wrappers call the one they step by
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")

@@ -73,7 +73,7 @@ def test_a_gpu_adds_up_in_the_same_order_each_time(tmp_path: Path, data: Data, s
 
 
 def test_the_record_says_its_configuration(record: xr.DataTree) -> None:
-    assert Experiment.of(json.loads(record.attrs["experiment"])) == TINY
+    assert Experiment(**json.loads(record.attrs["experiment"])) == TINY
     assert record.attrs["seed"] == 0
 
 

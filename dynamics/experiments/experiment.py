@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ..data import DATASETS
 from ..models import MODELS
@@ -165,11 +164,6 @@ class Experiment:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
         if self.seed >= 2**63 - 1:
             raise ValueError(f"seed must be less than 2**63 - 1, got {self.seed}")
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Experiment:
-        """The experiment of settings as a file holds them, with lists for tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
 
     @property
     def name(self) -> str:

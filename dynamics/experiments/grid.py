@@ -30,7 +30,7 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
     common = {name: value for name, value in configuration.items() if name != "grids"}
     leading = dict(itertools.takewhile(lambda setting: not any(setting[0] in part for part in grids), common.items()))
     found = [
-        Experiment.of(point)
+        Experiment(**point)
         for outer in _product(leading)
         for part in grids
         for point in _product({**common, **outer, **part})

@@ -165,7 +165,7 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
             f"{path} exists already, and {reason}: choose another path, or remove it first"
         ) from error
     try:
-        recorded = Experiment.of(json.loads(attributes["experiment"])).identity
+        recorded = Experiment(**json.loads(attributes["experiment"])).identity
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # not an experiment's, or of another version
         unknown = f", and is of no experiment that this version knows ({one_line(error)})"
         reason = unknown if "experiment" in attributes else ""

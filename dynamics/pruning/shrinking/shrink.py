@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...network.identities import Identity, expand, identities, is_layer, keep_units
 from ...network.masks import parameter_masks, replace_mask
 from ...probing.probe import unwrap
+from ...recording.arguments import as_given
 from .cut import find_cut, rows_left, take
 
 
@@ -60,7 +61,7 @@ def shrink(
         ValueError: something that a silenced filter's channel meets cannot be shrunk, by its name; or the model does
             not run on the inputs. Model and optimizer are then untouched.
     """
-    optimizers = _optimizers(optimizer)
+    optimizers = [] if optimizer is None else as_given(optimizer)
     _check_plain(model)
     model = unwrap(model)
     inputs = _noise(model) if inputs is None else inputs
@@ -82,12 +83,6 @@ def shrink(
     units = {name: identity.index for name, identity in known.items()}
     totals = {name: identity.total for name, identity in known.items()}
     return Shrunk(units, totals, {name: cut.kept[name] for name in parameters})
-
-
-def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    if optimizer is None:
-        return []
-    return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
 from ..quantities import FORMULAS, Vectors
 from ..schema import quantities
 from .candidates.units import unit_layers
+from .candidates.weights import weight_of
 
 MODES = ("train", "eval")
 
@@ -65,7 +66,7 @@ def _of_filters(
     hess_grad = dict(zip(expansion.theta, expansion.hessian_product(expansion.grad), strict=True))
     names, found = [row.name for row in quantities("invariance")], []
     for layer in layers:
-        key = f"{layer}.weight"
+        key = weight_of(layer)
         rows = [vectors[key].detach().double().flatten(1) for vectors in (expansion.theta, grad, hess_grad)]
         of_layer = Vectors(theta=rows[0], grad=rows[1], hess_grad=rows[2])
         alive = filters_left(model, layer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...probing.batch import sample_count, tensors_of
 from ...probing.probe import Objective
+from ..candidates.weights import weight_of
 from .derivatives import Derivatives, Passing, add
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient
@@ -33,7 +34,7 @@ def resampled_derivatives(
     ``shares`` (draw, batch): how much each batch counts in each draw; they sum to 1. For B batches Hg takes B² products
     and memory for B gradients and one product a draw.
     """
-    passing, weights = Passing(model, objective, mode), [f"{name}.weight" for name in layers]
+    passing, weights = Passing(model, objective, mode), [weight_of(name) for name in layers]
     draws, grads = [Derivatives() for _ in shares], []
     for passing.batch, by_draw in zip(batches, shares.T.tolist(), strict=True):
         if uses & {"grad", "hess_grad"}:

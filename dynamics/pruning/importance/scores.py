@@ -195,10 +195,10 @@ def check_settings(temperature: float, mode: str, granularity: str) -> None:
 
 def check_not_frozen(model: nn.Module, layers: Sequence[str], rows: Sequence[Measure]) -> None:
     """Raise ValueError where a measure looks at the gradient of a weight that is frozen."""
-    frozen = [name for name in layers if not model.get_parameter(f"{name}.weight").requires_grad]
+    frozen = [name for name in map(weight_of, layers) if not model.get_parameter(name).requires_grad]
     if frozen and (needing := [row.name for row in rows if row.uses in ("grad", "hess_grad")]):
         raise ValueError(
-            f"{needing[0]} is made of gradients, and '{frozen[0]}.weight' is frozen (requires_grad=False): its own is "
+            f"{needing[0]} is made of gradients, and {frozen[0]!r} is frozen (requires_grad=False): its own is "
             "0, so that it would go first: name what is frozen in protected=(...), or choose another measure"
         )
 

@@ -13,6 +13,7 @@ from ...network.identities import Identity, expand, identities, is_layer, keep_u
 from ...network.masks import parameter_masks, replace_mask
 from ...probing.probe import unwrap
 from ...recording.arguments import as_given
+from ..candidates.weights import weight_of
 from .cut import find_cut, rows_left, take
 
 
@@ -127,7 +128,7 @@ def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
 
 def _keep_identities(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     for name, module in model.named_modules():
-        index = kept.get(f"{name}.weight" if name else "weight")
+        index = kept.get(weight_of(name))
         if is_layer(module) and index is not None and len(index) < len(module.weight):
             keep_units(module, rows_left(index, module.weight))
 

@@ -19,9 +19,7 @@ from ...network.masks import filters_left
 from ...network.structure import check_initialised
 from ...probing.probe import mode_of
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
-from .weights import not_plain, within
-
-_LEAVE = "to leave it as it is, name it in protected=(...)"
+from .weights import LEAVE, not_plain, within
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         layers.append(UnitLayer(name, len(module.weight), modules, copies, way.summed, head, readers))
     refusals += _unseen(model, calls, protected)
     if refusals:
-        raise ValueError(f"{'; '.join(refusals)}; {_LEAVE}")
+        raise ValueError(f"{'; '.join(refusals)}; {LEAVE}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or hidden linear layer whose filters could go")
     return layers
@@ -139,8 +137,7 @@ def _traced(model: nn.Module) -> fx.Graph:
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "
-            f"{first_line(error)}; "
-            "granularity='weight' needs no tracing"
+            f"{first_line(error)}; granularity='weight' needs no tracing"
         ) from error
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from ...network.structure import check_initialised
 from .channels import LAYERS
 
+LEAVE = "to leave it as it is, name it in protected=(...)"
+
 
 def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
     """Names of all convolutions and linear layers, but for ``protected``, in the order of the model's modules.
@@ -23,7 +25,7 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
     protected = within(model, protected)
     layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS) and name not in protected]
     if refusals := [f"layer {name!r} {refusal}" for name in layers if (refusal := not_plain(model, name))]:
-        raise ValueError(f"{'; '.join(refusals)}; to leave it as it is, name it in protected=(...)")
+        raise ValueError(f"{'; '.join(refusals)}; {LEAVE}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weights could go")
     return layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
@@ -27,13 +27,11 @@ class Pruning:
     sparsity: float
     cost: Cost | None
     dense: Cost | None
-    settings: dict[str, str | float] = field(default_factory=dict)
+    settings: dict[str, str | float]
 
     def __repr__(self) -> str:
-        said = {"measure": "?", "granularity": "unit"} | self.settings
-        return (
-            f"<Pruning by {said['measure']}: {units_left(self.alive, said['granularity'])}, {self.sparsity:.1%} gone>"
-        )
+        left = units_left(self.alive, self.settings["granularity"])
+        return f"<Pruning by {self.settings['measure']}: {left}, {self.sparsity:.1%} gone>"
 
     @property
     def attributes(self) -> dict[str, str | float]:

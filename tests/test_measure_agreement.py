@@ -16,9 +16,7 @@ from analysis import MissingQuantityError, pruning_findings
 from analysis.measures import WHOLE
 from dynamics import Recorder, open_run
 from dynamics.network.masks import apply_masks
-from dynamics.pruning import MEASURES as MEASURES_KNOWN
 from dynamics.pruning import resampled_scores, scores
-from dynamics.schema import HIGHEST_FIRST
 
 MEASURES = ["magnitude", "loss_preservation", "gradient_norm_increase"]
 
@@ -80,10 +78,6 @@ def test_a_measure_that_prunes_its_highest_scores_agrees_with_one_that_prunes_th
     distinct = study.assign(score=study.score + np.outer([1, -1], np.linspace(0, 0.1, 12)))  # no ties
     overlap = analysis.removed_overlap(recorded(tmp_path / "distinct", distinct), share=0.4).overlap.sel(**pair)
     np.testing.assert_array_equal(overlap, 1)
-
-
-def test_the_schema_knows_which_measures_prune_their_highest_scores() -> None:
-    assert set(HIGHEST_FIRST) == {name for name, measure in MEASURES_KNOWN.items() if measure.highest_first}
 
 
 def test_overlap_is_what_the_removed_sets_have_in_common(tmp_path: Path) -> None:

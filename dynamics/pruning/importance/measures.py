@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...schema import HIGHEST_FIRST
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -43,8 +45,8 @@ class Measure:
     it needs, ``temperature`` the one that its paper uses. ``entries`` gives a number for every weight, ``combine``
     makes a filter's score from its weights' (filter, weights), a single weight's as that of a filter of one; a measure
     that is ``per_filter`` has none for single weights.
-    ``needs_initial``: it looks at θ₀. ``normalised``: divided by the sum over the whole network. ``highest_first``: the
-    highest scores are pruned, not the lowest. ``class_balanced``: its paper takes as many samples of each class.
+    ``needs_initial``: it looks at θ₀. ``normalised``: divided by the sum over the whole network. ``class_balanced``:
+    its paper takes as many samples of each class.
     """
 
     name: str
@@ -59,12 +61,16 @@ class Measure:
     per_filter: bool = False
     needs_initial: bool = False
     normalised: bool = False
-    highest_first: bool = False
 
     @property
     def needs_data(self) -> bool:
         """Whether it looks at batches; synflow only at the shape of an input."""
         return self.uses in ("grad", "hess_grad", "squared_sample_grad", "flow_grad")
+
+    @property
+    def highest_first(self) -> bool:
+        """Whether the highest scores are pruned, not the lowest."""
+        return self.name in HIGHEST_FIRST
 
     def __repr__(self) -> str:
         return f"<{self.label}: {self.formula}>"
@@ -102,7 +108,7 @@ MEASURES: dict[str, Measure] = {
         Measure("snip", "SNIP", "Σ_f|θg| / Σ|θg|", 1, 1.0, "grad",
                 lambda e: (e.theta * e.grad).abs(), _sum, normalised=True),
         Measure("grasp", "GraSP, original", "−Σθ(Hg)", 2, 200.0, "hess_grad",
-                lambda e: -e.theta * e.hess_grad, _sum, class_balanced=True, highest_first=True),
+                lambda e: -e.theta * e.hess_grad, _sum, class_balanced=True),
         Measure("synflow", "Synaptic flow", "Σ|θ|∂R/∂|θ|", 0, 1.0, "flow_grad",
                 lambda e: e.theta.abs() * e.flow_grad, _sum),
         Measure("random", "Random", "uniform", 0, 1.0, "uniform", lambda e: e.uniform, _sum),

@@ -13,7 +13,7 @@ from ..network.masks import filters_left
 from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
 from ..quantities import FORMULAS, Vectors
 from ..schema import quantities
-from .candidates.units import unit_layers
+from .candidates.units import filter_coordinates, unit_layers
 from .candidates.weights import weight_of
 
 MODES = ("train", "eval")
@@ -46,15 +46,12 @@ def scale_invariance(
         added to an event: ``event.add("invariance", ...)``.
     """
     model = unwrap(model)
-    names = [layer.name for layer in unit_layers(model, protected)]
+    layers = unit_layers(model, protected)
+    names = [layer.name for layer in layers]
     sums = xr.concat(
         [_of_filters(model, names, probe, objective, mode) for mode in MODES], xr.Variable("mode", list(MODES))
     )
-    filters = {name: len(model.get_submodule(name).weight) for name in names}
-    return sums.assign_coords(
-        layer=("unit", [name for name in names for _ in range(filters[name])]),
-        index=("unit", [index for name in names for index in range(filters[name])]),
-    )
+    return sums.assign_coords(filter_coordinates(layers))
 
 
 @torch.no_grad()

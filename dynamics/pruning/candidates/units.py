@@ -111,6 +111,12 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
     return layers
 
 
+def filter_coordinates(layers: Iterable[UnitLayer]) -> dict[str, tuple[str, list]]:
+    """Layer and index of each filter, along the dimension ``unit`` of a study of all of them."""
+    filters = [(layer.name, index) for layer in layers for index in range(layer.filters)]
+    return {"layer": ("unit", [name for name, _ in filters]), "index": ("unit", [index for _, index in filters])}
+
+
 def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Tensor]:
     """Layer → which of its weights read a channel that is left, in the weight's shape; of layers that read others, too.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...network.masks import filters_left
 from ...probing.batch import sample_count
 from ...probing.probe import Objective, cross_entropy_objective, unwrap
-from ..candidates.units import UnitLayer, unit_layers, weights_left
+from ..candidates.units import UnitLayer, filter_coordinates, unit_layers, weights_left
 from .measures import Measure, find_measure
 from .resampled_derivatives import resampled_derivatives
 from .scores import (
@@ -70,17 +70,12 @@ def resampled_scores(
     start = initial_weights(model, names, rows, initial)
     found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), objective, mode, start)
     values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()
-    filters = {layer: len(scores) for layer, scores in found[0][measures[0]].items()}
     return xr.Dataset(
         {
             "score": (["measure", "unit"], values[0]),
             "resampled_score": (["draw", "measure", "unit"], values[1:]),
         },
-        coords={
-            "measure": measures,
-            "layer": ("unit", [layer for layer, count in filters.items() for _ in range(count)]),
-            "index": ("unit", [index for count in filters.values() for index in range(count)]),
-        },
+        coords={"measure": measures, **filter_coordinates(layers)},
     )
 
 

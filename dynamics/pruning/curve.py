@@ -17,8 +17,8 @@ from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
 from ..recording.event import Stage, measured, predicted
 from ..schema import STAGES, quantities
 from .candidates.channels import NORMALISATIONS
-from .candidates.units import UnitLayer, unit_layers
-from .selection import Ranked, capacity, lowest
+from .candidates.units import UnitLayer, masks_of, unit_layers
+from .selection import Ranked, capacity, lowest, without
 
 DIRECTIONS = ("parameters", "output")
 
@@ -70,11 +70,12 @@ def removal_curve(
     counts = [left - round(left * (1 - fraction)) for fraction in fractions]  # as a Pruner counts
     if counts[-1] > capacity(ranked):
         raise ValueError(f"fraction {fractions[-1]} asks for {counts[-1]} filters to go, only {capacity(ranked)} can")
+    whole = {name: torch.ones(layer.filters, dtype=torch.bool) for name, layer in units.items()}
     layers, before = Layers(model), _stage(model, objective, probe, mode)
     outputs, points = _outputs(model, layers, units), []
     for count in counts:
         pruned = copy.deepcopy(model)
-        apply_masks(pruned, _masks(pruned, units, lowest(ranked, count)))
+        apply_masks(pruned, masks_of(pruned, units, without(whole, lowest(ranked, count))))
         points.append(_compared(layers, before, _stage(pruned, objective, probe, mode), outputs))
     return xr.concat(points, xr.Variable("fraction", list(fractions))).assign_coords(layer=layers.names)
 
@@ -102,16 +103,6 @@ def _stage(model: nn.Module, objective: Objective, batches: Sequence[Any], mode:
 def _ranked(model: nn.Module, layer: UnitLayer, scores: Tensor) -> Ranked:
     """A layer's filters in the ranking: those that stand; the best of them stays."""
     return Ranked(scores.cpu().double(), filters_left(model, layer.name).cpu(), keep=1, movable=not layer.head)
-
-
-def _masks(model: nn.Module, units: Mapping[str, UnitLayer], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is kept of each parameter that the filters' removal touches."""
-    masks = {}
-    for layer, indices in gone.items():
-        for name in units[layer].parameter_names(model):
-            masks[name] = torch.ones_like(model.get_parameter(name), dtype=torch.bool)
-            masks[name][indices] = False
-    return masks
 
 
 def _outputs(model: nn.Module, layers: Layers, units: Mapping[str, UnitLayer]) -> Tensor:

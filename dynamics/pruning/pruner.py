@@ -14,7 +14,7 @@ from ..network.masks import apply_masks, filters_left, lift_masks, parameter_mas
 from ..probing.batch import sample_count
 from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from ..recording.arguments import as_given
-from .candidates.units import UnitLayer, unit_layers
+from .candidates.units import UnitLayer, masks_of, unit_layers
 from .candidates.weights import weight_layers, weight_of, within
 from .cost import Cost, network_cost
 from .importance.measures import find_measure
@@ -201,8 +201,8 @@ class Pruner:
         self._check_sizes(pruning.alive)
         model = unwrap(self._model)
         if self._protocol.revive_silenced:
-            lift_masks(model, self._parameter_masks(pruning.alive, whole=True))
-        apply_masks(model, self._parameter_masks(pruning.alive), *self._optimizers)
+            lift_masks(model, masks_of(model, self._units, pruning.alive))
+        apply_masks(model, self._touched(pruning.alive), *self._optimizers)
         if not self._keep_state:
             for optimizer in self._optimizers:
                 optimizer.state.clear()
@@ -261,7 +261,7 @@ class Pruner:
             if self._dense is None:
                 self._dense = network_cost(model, shape, {})
             masks = {} if self._protocol.revive_silenced else parameter_masks(model)
-            planned = {name: kept & masks.get(name, kept) for name, kept in self._parameter_masks(alive).items()}
+            planned = {name: kept & masks.get(name, kept) for name, kept in self._touched(alive).items()}
             return network_cost(model, shape, masks | planned), self._dense
         except Exception:  # it takes several inputs, or others than those of the batch: the objective knows
             return None, None
@@ -278,17 +278,10 @@ class Pruner:
                 described["score_samples"] = sum(map(sample_count, batches))
         return described
 
-    def _parameter_masks(self, alive: dict[str, Tensor], *, whole: bool = False) -> dict[str, Tensor]:
-        """Parameter name → which of its entries are alive; of layers that are whole only if asked."""
-        model, masks = unwrap(self._model), {}
-        for name, layer in self._units.items():
-            if alive[name].all() and not whole:
-                continue
-            for owned in [weight_of(name)] if layer is None else layer.parameter_names(model):
-                parameter = model.get_parameter(owned)
-                kept = alive[name].to(parameter.device)
-                masks[owned] = kept.view(*kept.shape, *[1] * (parameter.ndim - kept.ndim)).expand_as(parameter)
-        return masks
+    def _touched(self, alive: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameter name → which of its entries are alive; of layers that have lost some."""
+        lessened = {name: kept for name, kept in alive.items() if not kept.all()}
+        return masks_of(unwrap(self._model), self._units, lessened)
 
 
 def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:

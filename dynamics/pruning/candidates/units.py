@@ -9,7 +9,7 @@ layer are filters too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from ...network.masks import filters_left
 from ...network.structure import check_initialised
 from ...probing.probe import mode_of
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
-from .weights import LEAVE, not_plain, within
+from .weights import LEAVE, not_plain, weight_of, within
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,23 @@ def filter_coordinates(layers: Iterable[UnitLayer]) -> dict[str, tuple[str, list
     """Layer and index of each filter, along the dimension ``unit`` of a study of all of them."""
     filters = [(layer.name, index) for layer in layers for index in range(layer.filters)]
     return {"layer": ("unit", [name for name, _ in filters]), "index": ("unit", [index for _, index in filters])}
+
+
+def masks_of(
+    model: nn.Module, layers: Mapping[str, UnitLayer | None], alive: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Parameter name → which of its entries are ``alive``, from that of the units by layer.
+
+    ``layers`` says what goes with a layer's filters; None: its units are single weights, in the weight's shape.
+    """
+    masks = {}
+    for name, kept in alive.items():
+        layer = layers[name]
+        for owned in [weight_of(name)] if layer is None else layer.parameter_names(model):
+            parameter = model.get_parameter(owned)
+            per_unit = kept.to(parameter.device).view(*kept.shape, *[1] * (parameter.ndim - kept.ndim))
+            masks[owned] = per_unit.expand_as(parameter)
+    return masks
 
 
 def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Tensor]:

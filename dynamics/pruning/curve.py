@@ -17,7 +17,7 @@ from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
 from ..recording.event import Stage, measured, predicted
 from ..schema import STAGES, quantities
 from .candidates.channels import NORMALISATIONS
-from .candidates.units import UnitLayer, masks_of, unit_layers
+from .candidates.units import UnitLayer, masks_of, units_of
 from .selection import Ranked, capacity, lowest, without
 
 DIRECTIONS = ("parameters", "output")
@@ -64,7 +64,7 @@ def removal_curve(
     if not fractions or sorted(set(fractions)) != list(fractions) or not 0 < fractions[0] <= fractions[-1] < 1:
         raise ValueError(f"fractions must ascend within (0, 1), got {list(fractions)}")
     model = unwrap(model)
-    units = {layer.name: layer for layer in unit_layers(model, protected)}
+    units = units_of(model, "filter", protected)
     ranked = {name: _ranked(model, layer, scores[name]) for name, layer in units.items()}
     left = sum(int(layer.standing.sum()) for layer in ranked.values())
     counts = [left - round(left * (1 - fraction)) for fraction in fractions]  # as a Pruner counts

@@ -14,11 +14,12 @@ from ..network.masks import apply_masks, filters_left, lift_masks, parameter_mas
 from ..probing.batch import sample_count
 from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from ..recording.arguments import as_given
-from .candidates.units import UnitLayer, masks_of, unit_layers
-from .candidates.weights import weight_layers, weight_of, within
+from .candidates.units import masks_of, units_of
+from .candidates.weights import weight_of, within
 from .cost import Cost, network_cost
 from .importance.measures import find_measure
-from .importance.scores import at_temperature, check_settings, initial_weights, paper_temperature, scores
+from .importance.request import check_settings, initial_weights
+from .importance.scores import at_temperature, paper_temperature, scores
 from .plan import Pruning, units_left
 from .protocol import find_protocol
 from .schedule import check_sparsity
@@ -102,20 +103,13 @@ class Pruner:
             "seed": seed,
         }
         self._protocol_name = protocol
-        self._units = self._find_units(granularity)
-        initial_weights(unwrap(model), list(self._units), [self._measure], self._settings["initial"])
+        self._units = units_of(unwrap(model), granularity, self._protected)
+        initial_weights(unwrap(model), self._units, [self._measure], self._settings["initial"])
         self._dense: Cost | None = None
         self.alive = self._standing()
 
     def __repr__(self) -> str:
         return f"<Pruner by {self._measure.name}: {units_left(self.alive, self._settings['granularity'])}>"
-
-    def _find_units(self, granularity: str) -> dict[str, UnitLayer | None]:
-        """Layer → what is known of its filters, None where single weights are pruned."""
-        model = unwrap(self._model)
-        if granularity == "weight":
-            return dict.fromkeys(weight_layers(model, self._protected))
-        return {layer.name: layer for layer in unit_layers(model, self._protected)}
 
     def _standing(self) -> dict[str, Tensor]:
         """Which units of each layer are not pruned: as its weight's mask has them, if it has one."""

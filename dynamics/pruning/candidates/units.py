@@ -19,7 +19,7 @@ from ...network.masks import filters_left
 from ...network.structure import check_initialised
 from ...probing.probe import mode_of
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
-from .weights import LEAVE, not_plain, weight_of, within
+from .weights import LEAVE, not_plain, weight_layers, weight_of, within
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,13 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or hidden linear layer whose filters could go")
     return layers
+
+
+def units_of(model: nn.Module, granularity: str, protected: Iterable[str] = ()) -> dict[str, UnitLayer | None]:
+    """Layer → what is known of its filters, None where single weights are pruned: by :func:`weight_layers`."""
+    if granularity == "weight":
+        return dict.fromkeys(weight_layers(model, protected))
+    return {layer.name: layer for layer in unit_layers(model, protected)}
 
 
 def filter_coordinates(layers: Iterable[UnitLayer]) -> dict[str, tuple[str, list]]:

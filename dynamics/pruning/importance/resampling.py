@@ -12,20 +12,11 @@ from torch import Tensor, nn
 
 from ...network.masks import filters_left
 from ...probing.batch import sample_count
-from ...probing.probe import Objective, cross_entropy_objective, unwrap
-from ..candidates.units import UnitLayer, filter_coordinates, unit_layers, weights_left
-from .measures import Measure, find_measure
+from ...probing.probe import Objective, cross_entropy_objective
+from ..candidates.units import filter_coordinates
+from .request import Request, request
 from .resampled_derivatives import resampled_derivatives
-from .scores import (
-    at_temperature,
-    check_not_frozen,
-    check_one_device,
-    check_request,
-    gammas,
-    initial_weights,
-    paper_temperature,
-    scores_from,
-)
+from .scores import at_temperature, paper_temperature, scores_from
 
 
 def resampled_scores(
@@ -61,21 +52,17 @@ def resampled_scores(
         raise ValueError(
             f"the bootstrap needs two batches, draws and a measure at least, got {len(batches)}, {draws}, {measures}"
         )
-    rows, model = [find_measure(name) for name in measures], unwrap(model)
-    check_request(rows, batches, 1.0, mode, "filter")
-    check_one_device(model)
-    layers = unit_layers(model, protected)
-    names = [layer.name for layer in layers]
-    check_not_frozen(model, names, rows)
-    start = initial_weights(model, names, rows, initial)
-    found = _scored(model, layers, batches, rows, _shares(batches, draws, seed), objective, mode, start)
-    values = torch.stack([torch.stack([_row(model, one[name]) for name in measures]) for one in found]).cpu().numpy()
+    asked = request(model, batches, measures, 1.0, mode, "filter", protected, initial)
+    found = _scored(asked, batches, _shares(batches, draws, seed), objective, mode)
+    values = (
+        torch.stack([torch.stack([_row(asked.model, one[name]) for name in measures]) for one in found]).cpu().numpy()
+    )
     return xr.Dataset(
         {
             "score": (["measure", "unit"], values[0]),
             "resampled_score": (["draw", "measure", "unit"], values[1:]),
         },
-        coords={"measure": measures, **filter_coordinates(layers)},
+        coords={"measure": measures, **filter_coordinates(asked.layers.values())},
     )
 
 
@@ -89,26 +76,18 @@ def _shares(batches: list[Any], draws: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def _scored(
-    model: nn.Module,
-    layers: list[UnitLayer],
-    batches: list[Any],
-    rows: list[Measure],
-    shares: Tensor,
-    objective: Objective,
-    mode: str,
-    initial: dict[str, Tensor],
+    asked: Request, batches: list[Any], shares: Tensor, objective: Objective, mode: str
 ) -> list[dict[str, dict[str, Tensor]]]:
     """For each draw measure → layer → scores, each measure at its own temperature."""
-    names, scales, left = [layer.name for layer in layers], gammas(model, layers, rows), weights_left(model, layers)
     scored: list[dict[str, dict[str, Tensor]]] = [{} for _ in shares]
-    temperatures = [paper_temperature(row, objective) for row in rows]
+    temperatures = [paper_temperature(row, objective) for row in asked.rows]
     for temperature in dict.fromkeys(temperatures):
-        together = [row for row, own in zip(rows, temperatures, strict=True) if own == temperature]
+        together = [row for row, own in zip(asked.rows, temperatures, strict=True) if own == temperature]
         uses = {row.uses for row in together if row.needs_data}
         loss = at_temperature(objective, temperature)
-        found = resampled_derivatives(model, names, batches, shares, uses, loss, mode)
+        found = resampled_derivatives(asked.model, list(asked.layers), batches, shares, uses, loss, mode)
         for one, draw in zip(scored, found, strict=True):
-            one |= scores_from(model, names, together, draw, scales, initial, left)
+            one |= scores_from(asked, together, draw)
     return scored
 
 

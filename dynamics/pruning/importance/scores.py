@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ...errors import named
 from ...hardware.precision import precise
-from ...probing.probe import Objective, cross_entropy_objective, unwrap
-from ..candidates.units import UnitLayer, unit_layers, weights_left
-from ..candidates.weights import weight_layers, weight_of
+from ...probing.probe import Objective, cross_entropy_objective
+from ..candidates.weights import weight_of
 from .derivatives import Derivatives, derivatives
-from .measures import Evidence, Measure, find_measure, normalised
+from .measures import Evidence, Measure, normalised
+from .request import Request, request
 
 
 def scores(
@@ -85,21 +85,12 @@ def scores_by_measure(
     seed: int | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """:func:`scores` by several measures at once: measure → layer → scores. One g and one Hg serve all of them."""
-    rows = [find_measure(name) for name in measures]
-    check_request(rows, batches, temperature, mode, granularity)
+    asked = request(model, batches, measures, temperature, mode, granularity, protected, initial)
     loss = at_temperature(objective, temperature)
-    model = unwrap(model)
-    check_one_device(model)
-    layers = unit_layers(model, protected) if granularity == "filter" else weight_layers(model, protected)
-    names = [layer.name for layer in layers] if granularity == "filter" else layers
-    check_not_frozen(model, names, rows)
-    start = initial_weights(model, names, rows, initial)
-    scales = gammas(model, layers, rows) if granularity == "filter" else {}
-    uses = {row.uses for row in rows if row.needs_data}
-    found = _derivatives(model, names, batches, uses, loss, mode) if uses else Derivatives()
-    left = weights_left(model, layers) if granularity == "filter" else {}
+    uses = {row.uses for row in asked.rows if row.needs_data}
+    found = _derivatives(asked, batches, uses, loss, mode) if uses else Derivatives()
     drawn = torch.Generator().manual_seed(seed) if seed is not None else None
-    return scores_from(model, names, rows, found, scales, start, left, granularity, drawn)
+    return scores_from(asked, asked.rows, found, drawn)
 
 
 def at_temperature(objective: Objective, temperature: float) -> Objective:
@@ -124,10 +115,10 @@ def paper_temperature(row: Measure, objective: Objective) -> float:
 
 
 def _derivatives(
-    model: nn.Module, names: list[str], batches: Iterable[Any], uses: set[str], objective: Objective, mode: str
+    asked: Request, batches: Iterable[Any], uses: set[str], objective: Objective, mode: str
 ) -> Derivatives:
     try:
-        return derivatives(model, names, batches, uses, objective, mode)
+        return derivatives(asked.model, list(asked.layers), batches, uses, objective, mode)
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         own = getattr(objective, "func", None) is not cross_entropy_objective
         if own or isinstance(error, torch.OutOfMemoryError):
@@ -140,126 +131,24 @@ def _derivatives(
 
 
 def scores_from(
-    model: nn.Module,
-    layers: Sequence[str],
-    rows: Sequence[Measure],
-    found: Derivatives,
-    scales: Mapping[str, Tensor],
-    initial: Mapping[str, Tensor],
-    left: Mapping[str, Tensor],
-    granularity: str = "filter",
-    drawn: torch.Generator | None = None,
+    asked: Request, rows: Sequence[Measure], found: Derivatives, drawn: torch.Generator | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """Measure → layer → scores, from what was gathered over the batches.
-
-    Of the layers that have them: γ, θ₀, and which weights are ``left``, as the channels that they read are.
-    """
-    evidence = {
-        name: _evidence(model, name, found, scales.get(name), initial.get(name), left.get(name)) for name in layers
-    }
-    return {row.name: _scores(row, evidence, granularity, drawn) for row in rows}
+    """Measure → layer → scores, from what was gathered over the batches."""
+    evidence = {name: _evidence(asked, name, found) for name in asked.layers}
+    return {row.name: _scores(row, evidence, asked.granularity, drawn) for row in rows}
 
 
-def check_one_device(model: nn.Module) -> None:
-    """Raise ValueError where the model's parameters and buffers are not all on one device."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    places: dict[torch.device, str] = {}
-    for name, tensor in tensors.items():
-        places.setdefault(tensor.device, name)
-    if len(places) > 1:
-        where = ", ".join(f"{name!r} on {device}" for device, name in places.items())
-        raise ValueError(f"the model is on {len(places)} devices ({where}): scores need it on one; move it with .to()")
-
-
-def check_request(
-    rows: Sequence[Measure], batches: Iterable[Any] | None, temperature: float, mode: str, granularity: str
-) -> None:
-    """Raise ValueError where scores are asked for that cannot be: see :func:`scores`."""
-    check_settings(temperature, mode, granularity)
-    for row in rows:
-        if granularity == "weight" and row.per_filter:
-            raise ValueError(f"{row.name} scores whole filters; it has no score for single weights")
-        if row.needs_data and (batches is None or (isinstance(batches, Sequence) and not batches)):
-            raise ValueError(f"{row.name} needs data: pass batches of (inputs, labels), got none")
-
-
-def check_settings(temperature: float, mode: str, granularity: str) -> None:
-    """Raise ValueError where there is no such granularity, mode or temperature."""
-    if granularity not in ("filter", "weight") or mode not in ("eval", "train"):
-        raise ValueError(
-            f"granularity is 'filter' or 'weight' and mode 'eval' or 'train'; got {granularity!r}, {mode!r}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-
-
-def check_not_frozen(model: nn.Module, layers: Sequence[str], rows: Sequence[Measure]) -> None:
-    """Raise ValueError where a measure looks at the gradient of a weight that is frozen."""
-    frozen = [name for name in map(weight_of, layers) if not model.get_parameter(name).requires_grad]
-    if frozen and (needing := [row.name for row in rows if row.uses in ("grad", "hess_grad")]):
-        raise ValueError(
-            f"{needing[0]} is made of gradients, and {frozen[0]!r} is frozen (requires_grad=False): its own is "
-            "0, so that it would go first: name what is frozen in protected=(...), or choose another measure"
-        )
-
-
-def gammas(model: nn.Module, layers: list[UnitLayer], rows: Sequence[Measure]) -> dict[str, Tensor]:
-    """γ of the normalisation that follows each layer, where there is one.
-
-    Raises:
-        ValueError: a measure looks at it, and it is not there.
-    """
-    followers = {layer.name: layer.normalisation(model) for layer in layers}
-    lacking = [name for name, norm in followers.items() if norm is None]
-    if lacking and (needing := [row.name for row in rows if row.uses == "scale"]):
-        raise ValueError(
-            f"{needing[0]} needs a normalisation with a scale γ after every layer that is pruned, and after "
-            f"{lacking[0]!r} there is none: name what has none in protected=(...)"
-        )
-    return {name: model.get_submodule(norm).weight for name, norm in followers.items() if norm is not None}
-
-
-def initial_weights(
-    model: nn.Module, layers: Sequence[str], rows: Sequence[Measure], initial: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """θ₀ of each layer's weight, where a measure looks at it.
-
-    Raises:
-        ValueError: it is not there, of another shape, or the model's own memory.
-    """
-    found = {}
-    for row in (row for row in rows if row.needs_initial):
-        for name in layers:
-            theta, start = model.get_parameter(weight_of(name)), (initial or {}).get(weight_of(name))
-            if start is None or start.shape != theta.shape or start.data_ptr() == theta.data_ptr():
-                got = "nothing" if start is None else f"shape {tuple(start.shape)}"
-                got = "the model's own memory" if start is not None and start.shape == theta.shape else got
-                raise ValueError(
-                    f"{row.name} needs θ₀ of {weight_of(name)!r}, of shape {tuple(theta.shape)}, got {got}: pass "
-                    "initial= a copy.deepcopy(model.state_dict()) taken before the training"
-                )
-            found[name] = start.detach().to(theta)
-    return found
-
-
-def _evidence(
-    model: nn.Module,
-    name: str,
-    found: Derivatives,
-    scale: Tensor | None,
-    initial: Tensor | None,
-    left: Tensor | None,
-) -> Evidence:
-    weight = weight_of(name)
-    theta = precise(model.get_parameter(weight).detach())
+def _evidence(asked: Request, name: str, found: Derivatives) -> Evidence:
+    weight, left = weight_of(name), asked.left.get(name)
+    theta = precise(asked.model.get_parameter(weight).detach())
     return Evidence(
         theta=theta if left is None else theta.masked_fill(~left, 0),
-        initial=initial,
+        initial=asked.initial.get(name),
         grad=found.grad.get(weight),
         hess_grad=found.hess_grad.get(weight),
         squared_sample_grad=found.squares.get(name),
         flow_grad=found.flow_grad.get(weight),
-        scale=scale,
+        scale=asked.scales.get(name),
     )
 
 

@@ -177,7 +177,7 @@ def test_a_damaged_chunk_is_named(record: Path) -> None:
     chunk.write_bytes(content[:16] + bytes(255 - byte for byte in content[16:]))  # what follows its header
     with pytest.raises(RecordError, match=r"/steps is damaged .*: copy the record again"):
         columns(open_run(record), "steps", ["loss"])
-    with pytest.raises(RecordError, match=r"steps/loss/2 is damaged .*: copy the record again"):
+    with pytest.raises(RecordError, match=r"steps/loss/2 is damaged .*; copy the record again"):
         Store.reopen(record)
 
 

@@ -48,7 +48,7 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
         return xr.open_datatree(path, engine="zarr", consolidated=True, zarr_format=2)
     except Exception as error:
         if chunk := _undecodable(path):
-            raise _damaged(chunk, error) from error
+            raise damaged(chunk, error) from error
         raise _foreign(path, _one_line(error)) from error
 
 
@@ -65,7 +65,7 @@ def named_damage(runs: Iterable[xr.DataTree]) -> Iterator[None]:
         cause = error if isinstance(error, RuntimeError) else error.__cause__
         for run in runs if isinstance(cause, RuntimeError) else ():
             if "source" in run.encoding and (chunk := _undecodable(Path(run.encoding["source"]))):
-                raise _damaged(chunk, cause) from error
+                raise damaged(chunk, cause) from error
         raise
 
 
@@ -217,7 +217,8 @@ def _foreign(path: Path, reason: str) -> RecordError:
     return RecordError(f"{path} is not a thetadot record (a folder written by Recorder): {reason}")
 
 
-def _damaged(chunk: Path, error: Exception) -> RecordError:
+def damaged(chunk: Path, error: Exception) -> RecordError:
+    """A chunk cannot be decoded: what to say, and to do."""
     return RecordError(f"{chunk} is damaged ({_one_line(error)}); {_AGAIN}")
 
 

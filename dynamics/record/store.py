@@ -30,7 +30,7 @@ from ..errors import one_line
 from ..places import check_folder
 from ..schema import NODES, QUANTITIES, STUDIES
 from .files import PARTIAL, locked, replace
-from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, is_name, read_metadata
+from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, damaged, is_name, read_metadata
 
 _CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1} | dict.fromkeys(STUDIES, 1)
 _OTHER_CHUNK_ROWS = 256
@@ -307,7 +307,7 @@ class Store:
             try:
                 _CODEC.decode(path.read_bytes(), values)
             except (RuntimeError, ValueError) as error:
-                raise RecordError(f"{path} is damaged ({one_line(error)}): copy the record again") from error
+                raise damaged(path, error) from error
         values[rows:] = _missing(values, len(values) - rows)
         return values
 

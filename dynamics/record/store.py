@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import zarr
 from numcodecs import Blosc
@@ -34,6 +33,7 @@ from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_ke
 
 _CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1} | dict.fromkeys(STUDIES, 1)
 _OTHER_CHUNK_ROWS = 256
+_LABELS = dict.fromkeys(("units", "scores", "invariance"), ("layer", "index"))
 _LOCK = ".lock"
 _CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
 
@@ -209,7 +209,11 @@ class Store:
 
     def _take(self) -> None:
         """Lock the folder, and know it again by the lock's file: no other is the same while it is held."""
-        self._lock = _locked(self.path)
+        taken = (
+            f"{self.path} is being written by another recorder: close that one, if need be with its process (a "
+            "notebook's kernel, say), or choose another path"
+        )
+        self._lock = locked(self.path / _LOCK, taken)
         self._place = (self.path / _LOCK).stat()
 
     def _check_still_there(self) -> None:
@@ -315,9 +319,6 @@ class Store:
         replace(self.path / key, data)
 
 
-_LABELS = dict.fromkeys(("units", "scores", "invariance"), ("layer", "index"))
-
-
 def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     """Make an empty record beside its path, and move it there whole."""
     taken = FileExistsError(
@@ -343,15 +344,6 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
 def _empty_nodes() -> Metadata:
     leaves = {".zgroup": {"zarr_format": 2}, ".zattrs": {}}
     return {f"{node}/{leaf}": dict(entry) for node in NODES for leaf, entry in leaves.items()}
-
-
-def _locked(path: Path) -> filelock.BaseFileLock:
-    """The lock of a record's one writer."""
-    reason = (
-        "is being written by another recorder: close that one, if need be with its process (a notebook's kernel, say), "
-        "or choose another path"
-    )
-    return locked(path / _LOCK, f"{path} {reason}")
 
 
 def _consolidated(metadata: Metadata) -> bytes:

@@ -150,15 +150,15 @@ def _run(model: nn.Module, inputs: Any, otherwise: str, in_training: str = "") -
 @contextmanager
 def _noted(model: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
     """Inside, what each layer puts out is appended to ``outputs``, by its name."""
+
+    def note(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        outputs.setdefault(name, []).append(output)
+
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if is_layer(module):
-                hooks.enter_context(module.register_forward_hook(partial(_keep, outputs.setdefault, name)))
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
         yield
-
-
-def _keep(place: Callable[[str, list], list], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-    place(name, []).append(output)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

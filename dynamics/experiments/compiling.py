@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import first_line
 
@@ -18,13 +18,9 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
         ValueError: torch cannot compile on this machine, for want of a compiler say. It is tried here, on one number.
     """
     try:
-        torch.compile(_doubled)(torch.zeros(1, device=device))
+        torch.compile(lambda number: 2 * number)(torch.zeros(1, device=device))
     except Exception as error:
         raise ValueError(
             f"torch cannot compile here: {first_line(error)}; install a C++ compiler, such as g++, or leave compile off"
         ) from error
     return torch.compile(model, dynamic=False)
-
-
-def _doubled(number: Tensor) -> Tensor:
-    return 2 * number

@@ -53,7 +53,8 @@ def sweep(
         find_device(name)
     if not left:
         return {}
-    steps, failed = {experiment: _steps(experiment) for experiment in left}, {}
+    steps = {one: steps_of(one, data_of(one.data, one.root, one.download)) for one in left}
+    failed: dict[str, str] = {}
     with ExitStack() as stack:
         on = here
         if workers != 0:
@@ -74,10 +75,6 @@ def sweep(
 def failure(name: str, error: str) -> str:
     """A run that failed, in one line."""
     return f"failed: {name}: {error}"
-
-
-def _steps(experiment: Experiment) -> int:
-    return steps_of(experiment, data_of(experiment.data, experiment.root, experiment.download))
 
 
 class _Bar:

@@ -192,7 +192,7 @@ def read_fashion_mnist(root: Path, download: bool) -> Splits:
     problem, remedy = f"cannot read {DEBIAN_FASHION_MNIST}", "try `apt-get install --reinstall dataset-fashion-mnist`"
     from torchvision.datasets.utils import extract_archive
 
-    with TemporaryDirectory() as folder, one_line(problem, remedy):
+    with TemporaryDirectory() as folder, as_data_error(problem, remedy):
         raw = Path(folder, files).parent
         raw.mkdir(parents=True)
         for archive in archives:
@@ -206,17 +206,17 @@ def read_stored(root: Path, download: bool, *, kind: str, files: str, elsewhere:
     elsewhere: where else they were looked for, for the message.
     """
     if download:
-        with one_line(f"cannot download {kind} to {root}", f"check the network, or delete {root / files}"):
+        with as_data_error(f"cannot download {kind} to {root}", f"check the network, or delete {root / files}"):
             return splits(kind, root, download=True)
     if not any(root.glob(files)):
         advice = "download it with --download, or name its folder with --root (in a file: `download: true`, `root:`)"
         raise FileNotFoundError(f"{kind} is not on disk: found no {root / files}{elsewhere}; {advice}")
-    with one_line(f"{root / files} is damaged or incomplete", "delete it and run again with --download"):
+    with as_data_error(f"{root / files} is damaged or incomplete", "delete it and run again with --download"):
         return splits(kind, root, download=False)
 
 
 @contextmanager
-def one_line(problem: str, remedy: str) -> Iterator[None]:
+def as_data_error(problem: str, remedy: str) -> Iterator[None]:
     """Whatever reading files raises becomes one DataError of one line, with the original as its cause."""
     try:
         yield

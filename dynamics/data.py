@@ -148,6 +148,10 @@ class Data:
     train: ImageSet
     test: ImageSet
 
+    def balanced(self, count: int, generator: torch.Generator | None = None) -> ImageSet:
+        """About `count` of the training images, as many of each class, one at least: see `ImageSet.class_balanced`."""
+        return self.train.class_balanced(max(count // self.num_classes, 1), generator)
+
 
 def load(name: str, *, root: str | os.PathLike[str] | None = None, download: bool = False) -> Data:
     """The data set `name`, a key of `DATASETS`, read into memory.

@@ -86,8 +86,7 @@ def compare(comparison: Comparison, folder: Path) -> list[Path]:
         comparison.model, num_classes=data.num_classes, in_channels=data.channels, width=comparison.width
     )  # fmt: skip
     chosen = torch.Generator().manual_seed(comparison.seed)
-    per_class = max(comparison.samples // data.num_classes, 1)
-    samples = data.train.class_balanced(per_class, generator=chosen)
+    samples = data.balanced(comparison.samples, chosen)
     shown = {augment: list(samples.batches(128, augment=augment, generator=chosen)) for augment in (False, True)}
     done: list[Path] = []
     try:

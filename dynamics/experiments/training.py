@@ -39,8 +39,7 @@ def chosen(data: Data, experiment: Experiment) -> Data:
     if not experiment.train_samples:
         return data
     drawn = torch.Generator().manual_seed(experiment.seed)
-    per_class = max(experiment.train_samples // data.num_classes, 1)
-    return dataclasses.replace(data, train=data.train.class_balanced(per_class, generator=drawn))
+    return dataclasses.replace(data, train=data.balanced(experiment.train_samples, drawn))
 
 
 def steps_of(experiment: Experiment, data: Data) -> int:
@@ -205,10 +204,8 @@ class Training:
         return 1 - protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
 
     def _importance_batches(self) -> Batches:
-        chosen, count, classes = self.experiment, self.experiment.importance_samples, self.data.num_classes
-        if MEASURES[chosen.measure].class_balanced:
-            images = self.data.train.class_balanced(max(count // classes, 1), generator=self._choice)
-        else:
-            images = self.data.train.sample(count, generator=self._choice)
+        chosen, data = self.experiment, self.data
+        draw = data.balanced if MEASURES[chosen.measure].class_balanced else data.train.sample
+        images = draw(chosen.importance_samples, generator=self._choice)
         augment = chosen.augment and PROTOCOLS[chosen.protocol].score_augmented
         return list(images.batches(chosen.batch_size, augment=augment, generator=self._choice, device=self.device))

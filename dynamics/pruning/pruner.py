@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from .importance.scores import at_temperature, paper_temperature, scores
 from .plan import Pruning, units_left
 from .protocol import find_protocol
 from .schedule import check_sparsity
-from .selection import Ranked, capacity, count_left, floor_of, lowest, without
+from .selection import Ranked, capacity, count_left, lowest, without
 
 _FLOOR = {"filter": 0.05, "weight": 0.0}
 
@@ -87,7 +88,8 @@ class Pruner:
         floor = _FLOOR[granularity] if floor is None else floor
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
-        self._model, self._floor, self._keep_state = model, floor, keep_state
+        self._model, self._keep_state = model, keep_state
+        self._floor = 0 if self._protocol.floor_by_index else floor
         self._optimizers = [] if optimizer is None else as_given(optimizer)
         _check_trained(model, self._optimizers)
         self._protected = within(unwrap(model), protected)
@@ -217,8 +219,7 @@ class Pruner:
         units = f"of its {self._settings['granularity']}s"
         if self._protocol.floor_by_index and not self.residual:
             return f"the last 5% {units}, rounded down, and one more"
-        floor = 0 if self._protocol.floor_by_index else self._floor
-        return f"{floor:.0%} {units}, at least one" if floor else f"one {units}"
+        return f"{self._floor:.0%} {units}, at least one" if self._floor else f"one {units}"
 
     def _ranked(self, name: str, values: Tensor) -> Ranked:
         """A layer as the ranking sees it, by the protocol's rules; ``values`` are its scores, (unit,)."""
@@ -230,11 +231,10 @@ class Pruner:
                 f"{self._measure.name} has scores that are not finite in layer {name!r}: has the training diverged?"
             )
         by_index = self._protocol.floor_by_index and not self.residual
-        keep = floor_of(len(values), 0 if self._protocol.floor_by_index else self._floor)
         return Ranked(
             scores=-values if self._measure.highest_first else values,
             standing=standing,
-            keep=int(0.05 * len(values)) + 1 if by_index else keep,
+            keep=int(0.05 * len(values)) + 1 if by_index else max(1, math.ceil(self._floor * len(values))),
             by_index=by_index,
             weight=1 + layer.copies if self._protocol.count_copies else 1,
             movable=layer is None or not (layer.head or name in getattr(unwrap(self._model), "protected", ())),

@@ -5,7 +5,6 @@ Units of a layer are (unit,), booleans and scores in float64 on the CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,11 +34,6 @@ class Ranked:
             return standing[:0]
         order = standing if self.by_index else standing[self.scores[standing].argsort(stable=True)]
         return order[: max(len(order) - self.keep, 0)].sort().values
-
-
-def floor_of(size: int, floor: float) -> int:
-    """Number of a layer's units that always stay: the share ``floor`` of its size, and at least one."""
-    return max(1, math.ceil(floor * size))
 
 
 def capacity(layers: Mapping[str, Ranked]) -> int:

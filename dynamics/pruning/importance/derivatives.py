@@ -6,8 +6,9 @@ gradients of single samples; Hg takes a second pass, with the one product H v at
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def derivatives(
         batches = list(batches)
     passing = Passing(model, objective, mode)
     found = Derivatives()
-    for passing.batch in _limited(batches, uses):
+    for passing.batch in islice(batches, 1 if uses == {"flow_grad"} else None):  # of which it takes an input's shape
         count = sample_count(passing.batch)
         if "flow_grad" in uses and not found.flow_grad:
             found.flow_grad = flow_gradient(model, tensors_of(passing.batch)[0].shape[1:])
@@ -79,14 +80,6 @@ def derivatives(
     if "hess_grad" in uses:
         found.hess_grad = _hessian_product(passing, batches, found)
     return found
-
-
-def _limited(batches: Iterable[Any], uses: set[str]) -> Iterator[Any]:
-    """All batches, or the first where only an input's shape is asked for."""
-    for batch in batches:
-        yield batch
-        if uses == {"flow_grad"}:
-            return
 
 
 def add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> None:

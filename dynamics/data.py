@@ -251,7 +251,6 @@ class DatasetRow:
     num_classes: int
     channels: int
     flip: bool
-    description: str
     read: Callable[[Path, bool], Splits]
 
 
@@ -259,8 +258,8 @@ read_cifar10 = partial(read_stored, kind="CIFAR10", files="cifar-10-batches-py/*
 read_cifar100 = partial(read_stored, kind="CIFAR100", files="cifar-100-python/*")
 
 DATASETS: dict[str, DatasetRow] = {
-    "digits": DatasetRow(10, 1, False, "1,797 handwritten digits, part of scikit-learn: always there", read_digits),
-    "fashion-mnist": DatasetRow(10, 1, True, "70,000 grey images of clothes in 10 classes", read_fashion_mnist),
-    "cifar10": DatasetRow(10, 3, True, "60,000 colour images in 10 classes", read_cifar10),
-    "cifar100": DatasetRow(100, 3, True, "60,000 colour images in 100 classes", read_cifar100),
+    "digits": DatasetRow(10, 1, False, read_digits),  # 1,797 handwritten digits, part of scikit-learn: always there
+    "fashion-mnist": DatasetRow(10, 1, True, read_fashion_mnist),  # 70,000 grey images of clothes
+    "cifar10": DatasetRow(10, 3, True, read_cifar10),  # 60,000 colour images
+    "cifar100": DatasetRow(100, 3, True, read_cifar100),  # 60,000 colour images
 }

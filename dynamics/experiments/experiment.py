@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..data import DATASETS
 from ..models import MODELS
@@ -25,6 +27,12 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 _PLACES = ("device", "root", "download")
+
+
+def configuration(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of the settings that it was made by, and of the protocol that they name."""
+    protocol = dataclasses.asdict(PROTOCOLS[settings["protocol"]])
+    return {"experiment": json.dumps(settings), "protocol": json.dumps(protocol), "seed": settings["seed"]}
 
 
 def _all_are(kind: str, values: object) -> bool:

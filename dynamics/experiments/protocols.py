@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from ..places import check_folder
 from ..pruning import MEASURES, PROTOCOLS, Pruner, Pruning, share_left
 from ..record import provenance
 from ..record.store import Store
+from .experiment import configuration
 
 _MEASURES = [name for name, row in MEASURES.items() if not row.needs_initial]  # a fresh network is where it began
 
@@ -115,9 +115,8 @@ def rounds(model: nn.Module, batches: list[Any], protocol: str, comparison: Comp
 def _record(path: Path, protocol: str, comparison: Comparison, prunings: Iterable[Pruning]) -> None:
     """Write a record of prunings outside of any training."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"experiment": json.dumps({**asdict(comparison), "protocol": protocol})}
-    settings["protocol"] = json.dumps(asdict(PROTOCOLS[protocol]))
-    store = Store(path, provenance.attributes() | settings | {"seed": comparison.seed})
+    settings = configuration(asdict(comparison) | {"protocol": protocol})
+    store = Store(path, provenance.attributes() | settings)
     try:
         for number, pruning in enumerate(prunings):
             target = 1 - share_left(comparison.sparsity, comparison.rounds, number + 1)

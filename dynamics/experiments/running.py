@@ -19,13 +19,12 @@ from ..hardware.device import find_device
 from ..hardware.reproducible import reproducible
 from ..models import build
 from ..places import check_folder
-from ..pruning import PROTOCOLS
 from ..record.files import locked
 from ..record.reading import RecordError, check, read_metadata
 from ..record.store import Store
 from ..recording.recorder import Recorder
 from . import checkpoint
-from .experiment import Experiment
+from .experiment import Experiment, configuration
 from .training import Training, chosen
 
 
@@ -80,14 +79,9 @@ def _run(
     training = Training(experiment, data, device, model, optimizer)
     if (state := checkpoint.load(path)) is not None:
         _restore(training, state, path)
-    configuration = {
-        "experiment": json.dumps(dataclasses.asdict(experiment)),
-        "protocol": json.dumps(dataclasses.asdict(PROTOCOLS[experiment.protocol])),
-        "seed": experiment.seed,
-    }
     with reproducible(), Recorder(
         path, training.trained, optimizer, objective=training.objective, curvature_every=experiment.curvature_every,
-        capture=True, attributes=configuration, resume="rewind", step=training.steps,
+        capture=True, attributes=configuration(dataclasses.asdict(experiment)), resume="rewind", step=training.steps,
     ) as recorder:  # fmt: skip
         if progress:
             print(_said(experiment, device), file=sys.stderr)

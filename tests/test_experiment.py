@@ -277,6 +277,8 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
         ({"epochs": 3}, "epochs must be a list of whole numbers, got 3"),
         ({"learning_rates": ("a", "b")}, "learning_rates must be a list of numbers, got"),
         ({"augment": 1}, "augment must be true or false, got 1"),
+        ({"compile": "yes"}, "compile must be true or false, got 'yes'"),
+        ({"precision": "float16"}, "unknown precision 'float16': choose one of float32, bfloat16"),
         ({"root": 3}, "root must be a text, got 3"),
         ({"studies": True, "granularity": "weight"}, "studies are of filters, at 8 probe samples at least; got gran"),
         ({"studies": True, "probe_samples": 7}, "got granularity 'filter' and 7 probe samples"),

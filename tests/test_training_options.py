@@ -75,15 +75,3 @@ def test_a_compiled_experiment_is_the_eager_one(tmp_path: Path, data: Data, monk
         xr.testing.assert_identical(
             *(record[node].to_dataset().drop_vars("seconds", errors="ignore") for record in (fast, eager))
         )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"precision": "float16"}, "unknown precision 'float16': choose one of float32, bfloat16"),
-        ({"compile": "yes"}, "compile must be true or false, got 'yes'"),
-    ],
-)
-def test_impossible_options_are_refused(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(TINY, **change)

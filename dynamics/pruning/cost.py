@@ -26,8 +26,8 @@ from ..network.layers import plain_name
 from ..network.masks import parameter_masks
 from ..probing.moment import random_numbers_untouched
 from ..probing.probe import mode_of, unwrap
-from .candidates.channels import LAYERS, NORMALISATIONS, TRANSPOSED
-from .candidates.weights import weight_of
+from .candidates.channels import LAYERS, NORMALISATIONS
+from .candidates.weights import weight_of, weights_reading
 
 _OF_INSTANCES = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _OF_SAMPLES = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, *_OF_INSTANCES)
@@ -62,7 +62,7 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
         kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
         layer = layers.get(plain_name(name))
         if layer is not None and parameter.shape == model.get_submodule(layer).weight.shape:
-            kept = kept & _slices(model.get_submodule(layer), read[layer] | ~whole[layer])
+            kept = kept & weights_reading(model.get_submodule(layer), read[layer] | ~whole[layer])
             total -= counts[layer] * (1 - kept.sum().item() / kept.numel())
         parameters += int(kept.sum())
     return Cost(parameters, round(total / 2))
@@ -140,13 +140,3 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _slices(module: nn.Module, alive: Tensor) -> Tensor:
-    """Of a layer's weights, in their shape: True where they read a channel that is not silent."""
-    weight = module.weight
-    if isinstance(module, TRANSPOSED):
-        return alive.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
-    groups = getattr(module, "groups", 1)
-    by_group = alive.view(groups, 1, -1).expand(groups, len(weight) // groups, -1)
-    return by_group.reshape(len(weight), -1, *[1] * (weight.ndim - 2)).expand_as(weight)

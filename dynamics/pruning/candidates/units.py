@@ -19,7 +19,7 @@ from ...network.masks import filters_left
 from ...network.structure import check_initialised
 from ...probing.probe import mode_of
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
-from .weights import LEAVE, not_plain, weight_layers, weight_of, within
+from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading, within
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,8 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
     for layer in layers:
         left = filters_left(model, layer.name)
         for reader in layer.readers if not left.all() else ():
-            weight = model.get_submodule(reader).weight
-            inputs = left.repeat_interleave(weight.shape[1] // len(left))
-            found[reader] = inputs.view(1, -1, *[1] * (weight.ndim - 2)).expand_as(weight)
+            module = model.get_submodule(reader)
+            found[reader] = weights_reading(module, left.repeat_interleave(module.weight.shape[1] // len(left)))
     return found
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...network.structure import check_initialised
-from .channels import LAYERS
+from .channels import LAYERS, TRANSPOSED
 
 LEAVE = "to leave it as it is, name it in protected=(...)"
 
@@ -34,6 +34,16 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
 def weight_of(layer: str) -> str:
     """Name of a layer's weight: "weight" alone where the model itself is the layer, whose name is empty."""
     return f"{layer}.weight".removeprefix(".")
+
+
+def weights_reading(module: nn.Module, alive: Tensor) -> Tensor:
+    """Of a layer's weights, in their shape: True where they read a channel that is alive, (channel,)."""
+    weight = module.weight
+    if isinstance(module, TRANSPOSED):
+        return alive.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+    groups = getattr(module, "groups", 1)
+    by_group = alive.view(groups, 1, -1).expand(groups, len(weight) // groups, -1)
+    return by_group.reshape(len(weight), -1, *[1] * (weight.ndim - 2)).expand_as(weight)
 
 
 def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:

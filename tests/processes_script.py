@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import traceback
@@ -206,6 +207,14 @@ def replicas_in_turn(path: Path) -> None:
     in_turn(path, DistributedDataParallel, curvature_every=1)
 
 
+def replicas_going_on_in_turn(path: Path) -> None:
+    going_on_in_turn(path, DistributedDataParallel, curvature_every=1)
+
+
+def replicas_flushing_between(path: Path) -> None:
+    flushing_between(path, DistributedDataParallel, curvature_every=2)
+
+
 def replica_within_a_model(path: Path) -> None:
     """Two steps of two batches each, of a model of which a replica is a part; the weights with a record and without."""
 
@@ -279,6 +288,14 @@ def shards_in_turn(path: Path) -> None:
     in_turn(path, fully_shard, curvature_every=0)
 
 
+def shards_going_on_in_turn(path: Path) -> None:
+    going_on_in_turn(path, fully_shard, curvature_every=0)
+
+
+def shards_flushing_between(path: Path) -> None:
+    flushing_between(path, fully_shard, curvature_every=0)
+
+
 def layers_in_parallel(path: Path) -> None:
     """Layers are split, and the normalisation sees a part of each sequence."""
     plan = {
@@ -296,24 +313,48 @@ def layers_in_parallel(path: Path) -> None:
             of.optimizer.step()
 
 
+# two networks, each of which has an optimizer
+
+
+class Two(NamedTuple):
+    """Both of them in one module, and an optimizer of each."""
+
+    parts: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+
+    def step(self, recorder: Recorder, number: int, which: str, *, between: Callable[[], None] = lambda: None) -> None:
+        """A step of some; each is followed by what comes ``between``."""
+        mine = [part.chunk(dist.get_world_size())[dist.get_rank()] for part in vectors(number + 1)[number]]
+        recorder.observe((which, *mine))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss = loss_of(self.parts, (which, *mine))
+        recorder.log(loss=number)
+        loss.backward()
+        for name, optimizer in zip("ab", self.optimizers, strict=True):
+            if name in which:
+                optimizer.step()
+                between()
+
+
+def two(spread: Callable[[nn.Module], nn.Module]) -> Two:
+    torch.manual_seed(0)
+    parts = nn.ModuleDict({name: spread(smooth_network()) for name in "ab"})
+    return Two(parts, [torch.optim.SGD(part.parameters(), 0.1) for part in parts.values()])
+
+
+def loss_of(parts: nn.Module, batch: tuple[str, Tensor, Tensor]) -> Tensor:
+    which, inputs, labels = batch
+    return F.cross_entropy(sum(parts[name](inputs) for name in which), labels)
+
+
 def in_turn(path: Path, spread: Callable[[nn.Module], nn.Module], *, curvature_every: int) -> None:
     """Six steps of two optimizers in turn: in between the first process writes alone, and in the end it fails."""
-
-    def objective(parts: nn.Module, batch: tuple[str, Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(parts[batch[0]](batch[1]), batch[2])
-
-    torch.manual_seed(0)
-    rank, parts = dist.get_rank(), nn.ModuleDict({name: spread(smooth_network()) for name in "ab"})
-    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts.values()]
+    rank, of = dist.get_rank(), two(spread)
     try:
-        with Recorder(path, parts, optimizers, objective=objective, curvature_every=curvature_every) as recorder:
-            for number, (inputs, labels) in enumerate(vectors(6)):
-                optimizer = optimizers[number % 2]
-                batch = "ab"[number % 2], inputs.chunk(2)[rank], labels.chunk(2)[rank]
-                recorder.observe(batch)
-                optimizer.zero_grad()
-                objective(parts, batch).backward()
-                optimizer.step()
+        with Recorder(path, *of, objective=loss_of, curvature_every=curvature_every) as recorder:
+            for number in range(6):
+                of.step(recorder, number, "ab"[number % 2])
                 if rank == 0:
                     recorder.log_epoch(seconds=number) if number % 2 else recorder.flush()
                 if number == 5 and rank == 0:
@@ -323,6 +364,32 @@ def in_turn(path: Path, spread: Callable[[nn.Module], nn.Module], *, curvature_e
     except KeyError:
         if rank == 0:
             dist.all_reduce(torch.zeros(7))
+
+
+def going_on_in_turn(path: Path, spread: Callable[[nn.Module], nn.Module], *, curvature_every: int) -> None:
+    """Two optimizers in turn: after a flush one of them has stepped, and a copy of the record is what goes on."""
+    of, options = two(spread), {"objective": loss_of, "curvature_every": curvature_every}
+    with Recorder(f"{path}.first", *of, **options) as recorder:
+        for number in range(4):
+            of.step(recorder, number, "ab"[number % 2])
+        recorder.flush()
+        if dist.get_rank() == 0:
+            shutil.copytree(f"{path}.first", path)
+        dist.barrier()
+    with Recorder(path, *of, **options, resume=True) as recorder:
+        for number in range(4, 6):
+            of.step(recorder, number, "ab"[number % 2])
+
+
+def flushing_between(path: Path, spread: Callable[[nn.Module], nn.Module], *, curvature_every: int) -> None:
+    """Two optimizers in one step: the first process flushes when one of them is through; and without."""
+    options = {"objective": loss_of, "curvature_every": curvature_every, "every": 2}
+    for flushes, where in ((True, path), (False, f"{path}.plain")):
+        of = two(spread)
+        with Recorder(where, *of, **options) as recorder:
+            between = recorder.flush if flushes and dist.get_rank() == 0 else lambda: None
+            for number in range(5):
+                of.step(recorder, number, "ab", between=between)
 
 
 # what a process of torchrun's does

@@ -96,14 +96,36 @@ def test_a_replica_that_is_a_part_of_the_model_trains_as_without_a_record(tmp_pa
 def test_the_first_process_may_write_or_fail_alone_between_optimizers(
     tmp_path: Path, together: Processes, kind: str
 ) -> None:
-    """Of the step that is under way when it does, all of them measure what only all can, or none does."""
+    """Of the step that is under way when it fails, nothing is measured then that only all of them can."""
     run, said = together(tmp_path / "run", f"{kind}_in_turn")
     assert run["epochs"].step.values.tolist() == [2, 4, 6]
-    assert run["steps"].step.values.tolist() == list(range(6 if kind == "replicas" else 5))
+    assert run["steps"].step.values.tolist() == list(range(6))
     assert "Warning" not in said
     if kind == "replicas":
         assert run["curvature"].step.values.tolist() == list(range(5))
         np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm[:5], rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["replicas", "shards"])
+def test_a_record_goes_on_behind_a_step_of_only_some_optimizers(tmp_path: Path, together: Processes, kind: str) -> None:
+    """Its curvature alone, which was not measured when the record was flushed, is missing."""
+    run, _ = together(tmp_path / "run", f"{kind}_going_on_in_turn")
+    steps, first = run["steps"], open_run(tmp_path / "run.first")["steps"]
+    xr.testing.assert_identical(steps.dataset.isel(step=slice(4)).drop_attrs(), first.dataset.drop_attrs())
+    assert steps.loss.values.tolist() == steps.step.values.tolist() == list(range(6))
+    after = steps.param_sqnorm + 2 * steps.param_update + steps.update_sqnorm
+    np.testing.assert_allclose(after[:-1], steps.param_sqnorm[1:], rtol=1e-12)
+    if kind == "replicas":
+        assert run["curvature"].step.values.tolist() == [0, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["replicas", "shards"])
+def test_a_flush_between_optimizers_ends_no_step(tmp_path: Path, together: Processes, kind: str) -> None:
+    run, _ = together(tmp_path / "run", f"{kind}_flushing_between")
+    expected = open_run(tmp_path / "run.plain")
+    assert run["steps"].step.values.tolist() == [0, 2, 4]
+    for node in ("steps", "curvature") if kind == "replicas" else ("steps",):
+        xr.testing.assert_identical(run[node].dataset.drop_attrs(), expected[node].dataset.drop_attrs())
 
 
 def test_processes_that_do_not_train_have_no_part(tmp_path: Path, together: Processes) -> None:

@@ -123,10 +123,16 @@ def test_whatever_ends_the_process_the_rows_are_there(tmp_path: Path, end: str, 
     np.testing.assert_array_equal(steps.loss, 0.5 * np.arange(rows))
 
 
-def recorded(path: Path, act: Callable[[Recorder], None], at: int = 0, among: Callable | None = None) -> bool:
-    """Record four steps; before a bytecode of a function ``act`` is called; returns whether it came there."""
+def recorded(
+    path: Path, act: Callable[[Recorder], None], at: int = 0, among: Callable | None = None, *, several: bool = False
+) -> bool:
+    """Record four steps; before a bytecode of a function ``act`` is called; returns whether it came there.
+
+    If ``several``, each is one of two optimizers, and what they did is flushed when one of them is through.
+    """
     model, left = smooth_network(), [at]
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    parts = [model[:1], model[1:]] if several else [model]
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts]
 
     def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
         if among is None or frame.f_code is not among.__code__:
@@ -139,11 +145,15 @@ def recorded(path: Path, act: Callable[[Recorder], None], at: int = 0, among: Ca
 
     before = sys.gettrace()
     try:
-        with Recorder(path, model, optimizer, curvature_every=0) as recorder:
+        with Recorder(path, model, optimizers, curvature_every=0) as recorder:
             sys.settrace(trace)
             for number, batch in enumerate(vectors(4)):
                 recorder.log(before=number)
-                plain_step(model, optimizer, batch)
+                plain_step(model, optimizers[0], batch)
+                for other in optimizers[1:]:
+                    recorder.flush()
+                    other.step()
+                    other.zero_grad()
                 recorder.log(number=float(number))
     except KeyboardInterrupt:
         pass
@@ -177,4 +187,20 @@ def test_a_row_is_right_or_missing_wherever_a_signal_comes(tmp_path: Path, among
                 found, expected = found[:-1], expected[:-1]
             np.testing.assert_array_equal(found, expected, err_msg=f"{name} at {at}")
         at += 5
+    assert at > 1
+
+
+@pytest.mark.parametrize("among", [Steps.finish, Rows.so_far, Rows.add, Rows.step], ids=lambda one: one.__qualname__)
+def test_a_signal_comes_anywhere_among_rows_of_which_only_some_optimizers_have_stepped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, among: Callable
+) -> None:
+    """As among several processes, of which one may flush alone, and end no step by that."""
+    monkeypatch.setattr(Steps, "together", True)
+    torch.manual_seed(0)
+    random, at = torch.get_rng_state(), 1
+    recorded(tmp_path / "whole", Recorder.flush)
+    whole = open_run(tmp_path / "whole")["steps"].load()
+    while torch.set_rng_state(random) or recorded(path := tmp_path / str(at), Recorder.flush, at, among, several=True):
+        xr.testing.assert_allclose(open_run(path)["steps"].dataset, whole.dataset, rtol=1e-12)
+        at += 9
     assert at > 1

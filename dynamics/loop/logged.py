@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,6 +49,13 @@ class Logged:
         self._pass_ended = False  # whether a pass over the data has ended since the last batch
         self._paused: tuple[int, dict[str, int]] = 0, {}  # backward passes, and entries by name, at :meth:`pause`
         self._first: int | None = None  # the first backward pass of the step under way, as it paused first
+
+    def copy(self) -> Logged:
+        """Another, to see what a step would have if it were done now."""
+        other = copy(self)
+        other._of_last, other._initial = dict(self._of_last), set(self._initial)
+        other._upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
+        return other
 
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
         """Keep a scalar."""

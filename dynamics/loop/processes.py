@@ -33,14 +33,14 @@ class Processes:
         meshes = [one.device_mesh for one in model.parameters() if hasattr(one, "to_local")] if together else []
         self.sharded = bool(meshes)
         self.replicated = together and bool(self._wrappers) and not self.sharded
-        self._together = self.sharded or self.replicated
-        self._apart = together and not self._together
+        self.together = self.sharded or self.replicated
+        self._apart = together and not self.together
         self._group = None  # all
         if self.replicated:
             self._group = self._wrappers[0].process_group
         elif self.sharded and (widest := max(meshes, key=lambda mesh: mesh.size())).ndim == 1:
             self._group = widest.get_group()
-        self.place = dist.get_rank(self._group) if self._together else 0
+        self.place = dist.get_rank(self._group) if self.together else 0
         self.writes = self.place == 0
 
     @property
@@ -68,7 +68,7 @@ class Processes:
 
     def told(self, value: _Made) -> _Made:
         """What the process that writes was given, in all of them."""
-        if not self._together:
+        if not self.together:
             return value
         told = [value]
         dist.broadcast_object_list(told, group=self._group, group_src=0)
@@ -84,7 +84,7 @@ class Processes:
 
     def all_agree(self, fine: bool, device: torch.device) -> bool:
         """Whether it is fine in every process."""
-        if not self._together:
+        if not self.together:
             return fine
         said = torch.tensor(float(fine), device=device)
         dist.all_reduce(said, dist.ReduceOp.MIN, self._group)

@@ -114,20 +114,20 @@ class Attachment:
         if len(self._stepped) == len(self._optimizers):
             self.end()
         else:
-            self._steps.pause()
+            self._steps.pause(self.under_way)
 
     @property
-    def under_way(self) -> bool:
-        """Whether some of several optimizers have stepped, and the step has not ended."""
-        return bool(self._stepped)
+    def under_way(self) -> list[int]:
+        """Those of several optimizers that have stepped, if the step has not ended, and none is stepping."""
+        return sorted(self._stepped) if self._stepping is None else []
 
     def end(self, *, alone: bool = False) -> None:
         """End the step of those that have stepped, if any has; not inside a step.
 
-        If perhaps ``alone`` among several processes, not where measuring it takes all of them: it ends later.
+        If perhaps ``alone`` among several processes, it ends later, for they have to agree on what a step is.
         """
         if self._stepping is None:
-            if not (alone and self._steps.takes_all_processes):
+            if not (alone and self._steps.together):
                 self._finish()
             self._come_last()
 

@@ -213,7 +213,7 @@ class Recorder:
         self._attachment.end(alone=True)
         check_epoch(scalars)
         values = {name: as_number(value) for name, value in scalars.items()}
-        step = self._steps.number + self._attachment.under_way
+        step = self._steps.number + bool(self._attachment.under_way)
         self._rows.add("epochs", {"epoch": self._epochs.present, "step": step, **values})
         self._epochs.end()
 
@@ -256,12 +256,12 @@ class Recorder:
         """Write all that was recorded so far and wait for it: before a checkpoint is saved, say.
 
         What is logged of the last step after that joins its row all the same. Of several processes the first alone may
-        flush, as it may :meth:`log_epoch`; a step of only some of several optimizers, if they measure it together, is
-        written no earlier than the loop goes on: save a checkpoint after that, when the next batch was observed, say.
+        flush, as it may :meth:`log_epoch`; their curvature at a step of only some of several optimizers is measured
+        when the loop goes on, and written then.
         """
         self._attachment.end(alone=True)
         try:
-            self._steps.finish()
+            self._steps.finish(self._attachment.under_way)
         finally:  # what it says may be an error
             self._rows.flush()
 

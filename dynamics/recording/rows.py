@@ -27,6 +27,7 @@ class Rows:
         self._buffer = None if store is None else Buffer(store, self.gradients.look)
         self.logged = Logged()
         self._step: dict[str, Any] = {}  # the row of the step that was
+        self._so_far: dict[str, Any] = {}  # the row of the step that is under way, if it was sent
         for node in ("steps", "curvature", "pruning"):
             self._coordinate(node, "layer", "layer", layers)
         self._coordinate("pruning", "stage", "stage", schema.STAGES)
@@ -60,9 +61,21 @@ class Rows:
         """
         last, self._step = self._step, {}  # out of reach of a signal's handler that flushes: the scalars change now
         logged = self.logged.step(mark, late=late)
-        self._send(last, logged)
-        self._step = dict(row or {})
+        if not self._so_far:
+            self._send(last, logged)
+        known = self._so_far or {}
+        known |= row or {}
+        self._step, self._so_far = known, {}
         return logged
+
+    def so_far(self, row: Mapping[str, Any], mark: Mark) -> None:
+        """Send the row of a step that is under way as it is now, behind that of the last step."""
+        logged = self.logged.copy()
+        of_last = logged.step(mark, late=True)
+        if not self._so_far:
+            self._send(self._step, of_last)
+        self._so_far |= {**row, **logged.of_last()}
+        self.add("steps", self._so_far)
 
     def finish(self, *, ends: bool = False) -> Mapping[str, Scalar]:
         """Send the row of the step that was, and return what was logged of it; what is logged of it later comes after.
@@ -70,7 +83,8 @@ class Rows:
         If the training ``ends``, what waits for another step is this one's, unless it has the name.
         """
         logged = self.logged.of_last(ends=ends)
-        self._send(self._step, logged)
+        if not self._so_far:  # else it is on its way, and another behind it
+            self._send(self._step, logged)
         return logged
 
     def _send(self, row: dict[str, Any], logged: Mapping[str, Scalar]) -> None:

@@ -26,7 +26,7 @@ class Measurement:
     Attributes:
         theta: θ before the step.
         grad: g as the optimizers applied it.
-        update: Δθ, after :meth:`end`.
+        update: Δθ, of the optimizers that have stepped.
         rest: indices of the parameters that no optimizer held which took the step.
     """
 
@@ -87,6 +87,11 @@ class Measurement:
         return self._processes.writes or not self._processes.replicated
 
     @property
+    def together(self) -> bool:
+        """Whether several processes train the model together, so that they have to agree on what a step is."""
+        return self._processes.together
+
+    @property
     def sharded(self) -> bool:
         """Whether every process holds a part of the parameters, so that only all of them can measure a step."""
         return self._processes.sharded
@@ -104,16 +109,19 @@ class Measurement:
         self._groups.gradient(optimizer, self.grad)
 
     def take_update(self, optimizer: int) -> None:
-        """Take θ of an optimizer's parameters as it is right after its step."""
-        self._layers.theta(self.update, among=self._groups.held(optimizer))
+        """Take Δθ of an optimizer's parameters right after its step."""
+        held = self._groups.held(optimizer)
+        self._layers.theta(self.update, among=held)
+        if held is None:
+            self.update.blocks.sub_(self.theta.blocks)
+        elif held:
+            torch._foreach_sub_(*([vector.views[index] for index in held] for vector in (self.update, self.theta)))
 
     def end(self, stepped: Sequence[int]) -> None:
-        """Δθ and g: what the optimizers changed that stepped, and were given; nothing else is their doing."""
+        """Δθ and g are what the optimizers changed that stepped, and were given; nothing else is their doing."""
         self.rest = self._groups.rest(stepped)
-        if self.rest:
-            self.update.take([self.theta.views[index] for index in self.rest], among=self.rest)
-            self.grad.take([None] * len(self.rest), among=self.rest)
-        self.update.blocks.sub_(self.theta.blocks)
+        for vector in (self.update, self.grad) if self.rest else ():
+            vector.take([None] * len(self.rest), among=self.rest)
 
     def step_values(self, trained: Mapping[int, Group]) -> Mapping[tuple[str, ...], Tensor]:
         """The layers' quantities of ``/steps`` in one tensor (name, layer), over all processes."""

@@ -72,10 +72,6 @@ class StepCurvature:
     def _records(self, step: int) -> bool:
         return step % self._every == 0
 
-    def takes_all_processes(self, step: int) -> bool:
-        """Whether a step is measured by several processes together."""
-        return self._processes.replicated and self.due(step)
-
     def stop(self) -> None:
         """Measure no more."""
         self._every, self._probes = 0, []

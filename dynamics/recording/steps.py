@@ -72,6 +72,7 @@ class Steps:
         self._first = place.step
         self.busy = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
+        self._so_far: tuple[list[int], dict[str, Any] | None] = [], None  # the row of those that had stepped
         self._await_forward()
 
     @property
@@ -128,48 +129,75 @@ class Steps:
                 self._measurement.take_update(number)
 
     @property
-    def takes_all_processes(self) -> bool:
-        """Whether measuring the step that is under way takes all processes."""
-        return (self._begun and self._measurement.sharded) or self._curvature.takes_all_processes(self.number)
+    def together(self) -> bool:
+        """Whether several processes train together: what one does alone must not end a step, which all measure."""
+        return self._measurement.together
 
     def part(self) -> None:
         """The other processes may come no more: nothing is measured with them from now on."""
         if self._measurement.sharded:
             self._every, self._begun = 0, False
-        if self._curvature.takes_all_processes(self.number):
+        if self.together:
             self._curvature.stop()
 
-    def pause(self) -> None:
-        """Some of several optimizers have stepped: the others may, or one of these again."""
+    def pause(self, stepped: list[int]) -> None:
+        """Some of several optimizers have stepped: the others may, or one of these again.
+
+        Where measuring takes all processes, which are here now, that of these is measured, for one may flush alone.
+        """
         self._rows.logged.pause(self._batches.mark)
+        self._so_far = (stepped, self._measured(stepped)) if self._measurement.sharded else ([], None)
 
     def end(self, stepped: list[int], *, late: bool = False) -> None:
         """All optimizers have stepped, or, if ``late``, a new step begins: measure what the step did."""
-        row = None
-        if self._begun:
-            with self._or_stop(_FIRST_ORDER), self._busy():
-                self._measurement.end(stepped)
-                if self._records():
-                    trained = self._groups.trained(stepped)
-                    row = self._scalars(trained, stepped) | self._measurement.step_values(trained)
+        row = self._row(stepped)
         if self._curvature.due(self.number):
             with self._or_stop("curvature"), self.measuring():
                 if (curvature := self._curvature.end(self.number)) is not None:
                     self._rows.add("curvature", {"step": self.number, **curvature})
-        if 0 in stepped:
-            moved = 1 - self._skips.get(0, 0.0)
-            self._flow_time = self._flow_time + self._groups.first_flow_step() * moved
-        self._begun = False
+        self._flow_time = self._flow_time_after(stepped)
+        self._begun, self._so_far = False, ([], None)
         logged = self._rows.step(row, self._batches.mark_of_step, late=late)
         self._curvature.logged(self.number - 1, logged.get("loss"))
         self.number += 1
         self._batches.clear()
         self._await_forward()
 
-    def finish(self, *, ends: bool = False) -> None:
-        """What was logged of the last step is all that will be; it ``ends`` the training, or only this row."""
-        if self.number and "flow_time" in self._names:
-            self._flow_times.keep(self.number, float(self._flow_time))
+    def _row(self, stepped: list[int]) -> dict[str, Any] | None:
+        """The row of the step that is under way, if only these step in it; None if it has none."""
+        known, row = self._so_far
+        if known != stepped:
+            row = self._measured(stepped)
+        return row
+
+    def _measured(self, stepped: list[int]) -> dict[str, Any] | None:
+        if self._begun:
+            with self._or_stop(_FIRST_ORDER), self._busy():
+                self._measurement.end(stepped)
+                if self._records():
+                    trained = self._groups.trained(stepped)
+                    return self._scalars(trained, stepped) | self._measurement.step_values(trained)
+        return None
+
+    def _flow_time_after(self, stepped: list[int]) -> float | Tensor:
+        if 0 not in stepped:
+            return self._flow_time
+        return self._flow_time + self._groups.first_flow_step() * (1 - self._skips.get(0, 0.0))
+
+    def finish(self, under_way: list[int] | None = None, *, ends: bool = False) -> None:
+        """What was logged of the last step is all that will be; it ``ends`` the training, or only this row.
+
+        Of a step that is ``under_way``, as some of several optimizers have stepped, there is a row, too, if other
+        processes are not needed for it. It says more when the step has ended.
+        """
+        number, flow_time = self.number, self._flow_time
+        if under_way and not self.busy:
+            if (row := self._row(under_way)) is not None:
+                with self._busy():  # a signal's handler that flushes must not send it before the last step's
+                    self._rows.so_far(row, self._batches.mark_of_step)
+            number, flow_time = number + 1, self._flow_time_after(under_way)
+        if number and "flow_time" in self._names:
+            self._flow_times.keep(number, float(flow_time))
         self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
 
     @contextmanager

@@ -16,7 +16,6 @@ from by_hand import ByHand
 from networks import convolutional_network, flat, images, plain_step, smooth_network, vectors
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
 from dynamics.loop.optimizer_hooks import OptimizerHooks
@@ -405,24 +404,6 @@ def test_a_loss_that_takes_gradients(tmp_path: Path) -> None:
             losses.append([loss.item(), penalised(model, batch).item()])
     curvature = open_run(tmp_path / "run")["curvature"]
     np.testing.assert_allclose(np.transpose([curvature.loss_before, curvature.loss_after]), losses, rtol=1e-12)
-
-
-def test_the_older_checkpoints_are_refused_too(tmp_path: Path) -> None:
-    class Recomputing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.outer(checkpoint(self.inner, inputs.clone().requires_grad_(), use_reentrant=True))
-
-    model = Recomputing()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="recomputes or moves activations"):
-        with Recorder(tmp_path / "run", model, optimizer) as recorder:
-            for batch in recorder.watch(vectors(2)):
-                plain_step(model, optimizer, batch)
-    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 2
 
 
 def test_an_objective_may_return_one_number_in_any_shape(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from networks import (
 )
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
 from dynamics import Recorder, open_run
 from dynamics.curvature.expansion import Expansion
@@ -456,23 +455,6 @@ def test_what_micro_batches_log_is_averaged(tmp_path: Path, when: str) -> None:
             if when == "after":
                 recorder.log(loss=loss)
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, np.reshape(losses, (2, 3)).mean(1), rtol=1e-12)
-
-
-def test_recomputed_activations_cost_the_curvature_and_say_why(tmp_path: Path) -> None:
-    class Recomputing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            hidden = checkpoint(lambda inputs: torch.tanh(self.inner(inputs)), inputs, use_reentrant=False)
-            return self.outer(hidden)
-
-    model, batches = Recomputing(), vectors(2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match=r"recomputes or moves activations .*: switch that off inside the objective"):
-        run = recorded(tmp_path / "run", model, optimizer, batches)
-    assert run["steps"].sizes["step"] == 2
 
 
 # Events

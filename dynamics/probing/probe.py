@@ -22,14 +22,10 @@ from ..curvature.ordinary import masked, with_masked_gradient
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
 from ..network.masks import parameter_masks
+from .activations import activations_stay
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .kept import kept
 from .moment import Moment
-
-_RECOMPUTED = (
-    "the model recomputes or moves activations (torch.utils.checkpoint, save_on_cpu), and would do so with the wrong "
-    "parameters: switch that off inside the objective"
-)
 
 Objective = Callable[[nn.Module, Any], Tensor]
 Theta = Mapping[str, Tensor]
@@ -335,15 +331,6 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-class _Recomputing:
-    """In place of torch's older way to recompute activations, whose gradients would be zero without a word."""
-
-    @staticmethod
-    def apply(*arguments: Any) -> None:
-        """Refuse."""
-        raise RuntimeError(_RECOMPUTED)
-
-
 @contextmanager
 def _unrounded(model: nn.Module) -> Iterator[None]:
     """Inside, the forward pass is without the autocast that Accelerate wraps around it for mixed precision."""
@@ -366,13 +353,11 @@ def _by_itself(replica: nn.parallel.DistributedDataParallel, *inputs: Any, **nam
 def _differentiable_twice() -> Iterator[None]:
     """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly.
 
-    And a replica that is a part of the model runs by itself.
+    Nothing is computed again on the way back, and a replica that is a part of the model runs by itself.
     """
-    hooks = torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED)
-    recomputing = mock.patch("torch.utils.checkpoint.CheckpointFunction", _Recomputing)
     afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
     by_itself = mock.patch.object(nn.parallel.DistributedDataParallel, "forward", _by_itself)
-    with sdpa_kernel(SDPBackend.MATH), hooks, recomputing, afresh, by_itself:
+    with sdpa_kernel(SDPBackend.MATH), activations_stay(), afresh, by_itself:
         if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
             yield
         else:

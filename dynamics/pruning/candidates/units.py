@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from ...errors import first_line
 from ...network.masks import filters_left
 from ...network.structure import check_initialised
+from ...probing.activations import activations_stay
 from ...probing.probe import mode_of
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
 from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading, within
@@ -161,7 +162,7 @@ def _traced(model: nn.Module) -> fx.Graph:
     try:
         arguments = inspect.signature(model.forward).parameters.values()
         settings = {one.name: one.default for one in arguments if isinstance(one.default, bool | int | float | str)}
-        with mode_of(model, "eval"):
+        with mode_of(model, "eval"), activations_stay():
             return fx.symbolic_trace(model, concrete_args=settings or None).graph
     except Exception as error:
         raise ValueError(

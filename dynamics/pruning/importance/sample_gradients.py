@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hardware.precision import full_precision
+from ...probing.activations import activations_stay
 from ...probing.moment import random_numbers_untouched
 from ...probing.probe import Objective, mode_of
 
@@ -31,7 +32,7 @@ def squared_sample_grads(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with random_numbers_untouched(device), mode_of(model, mode), _gates(model, layers, count) as gates:
-            with torch.enable_grad():
+            with torch.enable_grad(), activations_stay():
                 loss = objective(model, None) * count
             parts = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
     finally:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import named
 from ...network.exchanged import exchanged
+from ...probing.activations import activations_stay
 from ...probing.moment import random_numbers_untouched
 from ...probing.probe import mode_of
 
@@ -31,7 +32,7 @@ def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:
     positive = {name: tensor.detach().abs().double() for name, tensor in tensors.items() if tensor.is_floating_point()}
     theta = {name: positive[name].requires_grad_() for name, _ in model.named_parameters()}
     ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
-    with torch.enable_grad(), random_numbers_untouched(device), mode_of(model, "eval"):
+    with torch.enable_grad(), random_numbers_untouched(device), mode_of(model, "eval"), activations_stay():
         with exchanged(model, positive):
             flow = _flow(model, ones)
         grad = torch.autograd.grad(flow, list(theta.values()), allow_unused=True, materialize_grads=True)

@@ -5,7 +5,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from dynamics import Recorder, open_run
-from dynamics.loop.optimizer_hooks import OptimizerHooks
 from dynamics.probing.probe import Probe
 from dynamics.pruning import Pruner
 
@@ -556,8 +555,13 @@ def test_hooks_of_optimizers_are_looked_for_at_steps_that_are_measured_alone(
     """To look for them takes a walk through all modules, which is a part of every step's cost otherwise."""
     model, looks = smooth_network(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    tables = OptimizerHooks._tables
-    monkeypatch.setattr(OptimizerHooks, "_tables", lambda self: looks.append(recorder._steps.number) or tables(self))
+
+    @contextmanager
+    def asleep(*arguments: object) -> Iterator[None]:
+        looks.append(recorder._steps.number)
+        yield
+
+    monkeypatch.setattr("dynamics.recording.recorder.hooks_asleep", asleep)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=4) as recorder:
         for batch in recorder.watch(vectors(9)):
             plain_step(model, optimizer, batch)

@@ -14,6 +14,7 @@ from networks import Batch, closure_step, convolutional_network, images, plain_s
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
+from dynamics.pruning import scores
 
 Loop = Callable[[nn.Module, torch.optim.Optimizer, Batch], None]
 
@@ -168,3 +169,80 @@ def test_an_optimizers_own_hooks_do_not_see_probes(tmp_path: Path) -> None:
         return [optimizer.seen, [parameter.tolist() for parameter in model.parameters()]]
 
     assert trained(record=False) == trained(record=True)
+
+
+class OfSamples(nn.Module):
+    """As Opacus does: hooks on linear layers collect the gradient of each sample, one after each forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.hooks_enabled = module, True
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(self.see)
+                layer.register_full_backward_hook(partial(self.see_backward, mean=True))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.module(inputs)
+
+    def see(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            layer.weight.waits += 1
+            layer.__dict__.setdefault("inputs", []).append(inputs[0].detach())
+
+    def see_backward(self, layer: nn.Module, inputs: tuple, outputs: tuple, *, mean: bool) -> None:
+        x, d = layer.inputs.pop(), outputs[0].detach()
+        layer.weight.waits -= 1
+        layer.weight.samples = torch.einsum("ni,nj->nij", d * len(d) if mean else d, x)
+
+
+class Private(torch.optim.Optimizer):
+    """Clips the gradient of each sample, and steps by another, whose groups are its own."""
+
+    def __init__(self, original: torch.optim.Optimizer) -> None:
+        self.original_optimizer = original
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.original_optimizer.param_groups
+
+    def step(self, closure: None = None) -> None:
+        for weight in self.param_groups[0]["params"]:
+            norms = weight.samples.flatten(1).norm(dim=1).clamp(min=1.0)
+            weight.grad = (weight.samples / norms.view(-1, 1, 1)).mean(0)
+            assert weight.waits == 0
+        self.original_optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.original_optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_that_collect_the_gradients_of_samples_do_not_see_probes(tmp_path: Path) -> None:
+    def trained(record: bool) -> tuple[list, list, list]:
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)).double()
+        for weight in plain.parameters():
+            weight.waits = 0
+        model = OfSamples(plain)
+        optimizer = Private(torch.optim.SGD(model.parameters(), 0.1))
+        batches = [(torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(4)]
+        losses, applied = [], []
+        recorder = Recorder(tmp_path / "run", model, optimizer, curvature_every=1) if record else None
+        for x, y in recorder.watch(batches) if record else batches:
+            optimizer.zero_grad()
+            losses.append(nn.functional.cross_entropy(model(x), y))
+            losses[-1].backward()
+            optimizer.step()
+            applied.append([weight.grad.square().sum().item() for weight in model.parameters()])
+            if record:
+                scores(model, [(x, y)], measure="loss_preservation", granularity="weight", mode="train")
+        if record:
+            recorder.close()
+        return [loss.item() for loss in losses], applied, [weight.tolist() for weight in model.parameters()]
+
+    losses, applied, weights = trained(record=False)
+    assert (losses, applied, weights) == trained(record=True)
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].grad_sqnorm, applied, rtol=1e-12)
+    np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)

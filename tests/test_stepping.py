@@ -189,6 +189,16 @@ def test_a_wrapper_of_any_make(tmp_path: Path, kind: Callable) -> None:
     assert "step" not in vars(optimizer.optimizer)
 
 
+def test_a_wrapper_of_two_is_refused_and_said_what_to_give(tmp_path: Path) -> None:
+    class Both:
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            self.of_matrices, self.of_others = sgd(parameters[:1]), sgd(parameters[1:])
+
+    model = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match=r"got Both, which steps by 2: give these"):
+        Recorder(tmp_path / "run", model, Both(list(model.parameters())))
+
+
 def test_a_wrapper_that_fails_after_the_step_within_has_stepped(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     optimizer = Noam(sgd(list(model.parameters())))

@@ -21,6 +21,7 @@ from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_ag
 from ..curvature.ordinary import masked, with_masked_gradient
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
+from ..network.hooks import hooks_asleep
 from ..network.masks import parameter_masks
 from .activations import activations_stay
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
@@ -224,7 +225,7 @@ class Probe:
         }
         values = free | pruned | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
-        with again as others, _differentiable_twice(), _unrounded(self._model), _without_gradients(self._model):
+        with again as others, _differentiable_twice(), _unwrapped(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
             with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
                 loss = self._objective(self._model, given)
@@ -332,13 +333,17 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unrounded(model: nn.Module) -> Iterator[None]:
-    """Inside, the forward pass is without the autocast that Accelerate wraps around it for mixed precision."""
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """Inside, the forward pass is without what libraries put around it.
+
+    Accelerate an autocast, for mixed precision, and Opacus hooks that collect the gradients of samples.
+    """
     wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
     try:
         for module in wrapped:
             module.forward = module._original_forward
-        yield
+        with hooks_asleep(model, lambda owner: hasattr(owner, "hooks_enabled")):
+            yield
     finally:
         for module, forward in wrapped.items():
             module.forward = forward

@@ -118,10 +118,15 @@ def _stepping(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer with hooks that this is, or that it wraps."""
     given = optimizer
     while not _has_hooks(optimizer):
-        within = (getattr(optimizer, name, None) for name in _WITHIN)
-        optimizer = next((one for one in within if isinstance(one, torch.optim.Optimizer)), None)
-        if optimizer is None:
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(given).__name__}")
+        named = [getattr(optimizer, name, None) for name in _WITHIN]
+        held = {id(one): one for one in getattr(optimizer, "__dict__", {}).values()}.values()
+        within = [one for one in named if isinstance(one, torch.optim.Optimizer)]
+        within = within[:1] or [one for one in held if isinstance(one, torch.optim.Optimizer)]
+        if len(within) != 1:
+            advice = f", which steps by {len(within)}: give these" if within else ""
+            kind = type(given).__name__
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {kind}{advice}")
+        (optimizer,) = within
     return optimizer
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..loop.batches import Batches
 from ..loop.groups import Groups
-from ..loop.optimizer_hooks import OptimizerHooks
 from ..loop.processes import Processes
+from ..network.hooks import hooks_asleep
 from ..network.layers import Layers
 from ..probing.probe import Objective, cross_entropy_objective, unwrap
 from ..record import provenance
@@ -147,9 +147,10 @@ class Recorder:
             network, objective, self._batches, probed, processes, place.step, curvature_every, capture=capture
         )
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
-        hooks = OptimizerHooks(network, [*held, *as_given(optimizer)])
+        stepping = {id(one) for one in [*held, *as_given(optimizer)]}  # their hooks collect statistics, as K-FAC does
+        asleep = partial(hooks_asleep, network, lambda owner: id(owner) in stepping)
         self._steps = Steps(
-            groups, measurement, self._curvature, self._batches, hooks, self._rows, self._epochs, place,
+            groups, measurement, self._curvature, self._batches, asleep, self._rows, self._epochs, place,
             FlowTimes(store), names, every,
         )  # fmt: skip
         self._events = Events(network, objective, self._layers, processes, self._steps, self._epochs, self._rows, past)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from ..errors import named
 from ..loop.batches import Batches
 from ..loop.groups import Group, Groups
-from ..loop.optimizer_hooks import OptimizerHooks
 from .epochs import Epochs
 from .flow_times import FlowTimes
 from .resuming import Place
@@ -43,7 +42,8 @@ class Steps:
     """Measures steps, and sends the rows of every so-manieth.
 
     Args:
-        groups, measurement, curvature, batches, hooks: of the training.
+        groups, measurement, curvature, batches: of the training.
+        asleep: inside, hooks that the optimizers have put on the model are not there.
         rows: where the rows go.
         epochs: which epoch it is.
         place: where the training is: ``number`` is the step to come.
@@ -58,7 +58,7 @@ class Steps:
         measurement: Measurement,
         curvature: StepCurvature,
         batches: Batches,
-        hooks: OptimizerHooks,
+        asleep: Callable[[], AbstractContextManager],
         rows: Rows,
         epochs: Epochs,
         place: Place,
@@ -67,7 +67,7 @@ class Steps:
         every: int,
     ) -> None:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
-        self._hooks, self._rows, self._epochs, self._names, self._every = hooks, rows, epochs, names, every
+        self._asleep, self._rows, self._epochs, self._names, self._every = asleep, rows, epochs, names, every
         self.number, self._flow_time, self._flow_times = place.step, place.flow_time, flow_times
         self._first = place.step
         self.busy = self._begun = self._waits = False
@@ -206,7 +206,7 @@ class Steps:
 
         Anomalies are not looked for, and hooks that a measurement sets off do nothing.
         """
-        with self._busy(), torch.autograd.set_detect_anomaly(False), self._hooks.asleep():
+        with self._busy(), torch.autograd.set_detect_anomaly(False), self._asleep():
             yield
 
     @contextmanager

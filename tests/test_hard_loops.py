@@ -1,5 +1,6 @@
 """Loops that caught a careless recorder: shared state, odd closures, batches that come to nothing, changing models."""
 
+import copy
 import gc
 import random
 import weakref
@@ -13,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import convolutional_network, flat, images, plain_step, smooth_network, vectors
+from networks import convolutional_network, dense, flat, images, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 
 from dynamics import Recorder, open_run
@@ -566,3 +568,29 @@ def test_hooks_of_optimizers_are_looked_for_at_steps_that_are_measured_alone(
         for batch in recorder.watch(vectors(9)):
             plain_step(model, optimizer, batch)
     assert set(looks) == {0, 4, 8}
+
+
+def test_a_model_may_choose_the_kernel_of_its_attention(tmp_path: Path) -> None:
+    """Of the faster ones none has a second derivative."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+            self.inner, self.outer = nn.Linear(4, 12), nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            q, k, v = self.inner(inputs)[:, None].chunk(3, -1)
+            with sdpa_kernel(self.kernels):
+                return self.outer(F.scaled_dot_product_attention(k, q, v)).mean((1, 2))
+
+    torch.manual_seed(0)
+    model = Attending().double()
+    inputs, labels = torch.randn(8, 6, 4, dtype=torch.float64), torch.randint(3, (8,))
+    plain = copy.deepcopy(model)
+    plain.kernels = SDPBackend.MATH
+    _, grad, hessian = dense(plain, (inputs, labels))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    curvature = recorded(tmp_path / "run", model, optimizer, [(inputs, labels)])["curvature"]
+    assert not curvature.approximate.any()
+    np.testing.assert_allclose(curvature.grad_hess_grad.sum("layer"), [grad @ hessian @ grad], rtol=1e-9)

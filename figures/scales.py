@@ -95,7 +95,7 @@ def _symmetric(axis: Axis, values: np.ndarray, sizes: np.ndarray) -> None:
     if bounds:  # so that a tick is there where negative values are
         places = [(bound, 0.0) if axis.axis_name == "x" else (0.0, bound) for bound in bounds]
         axis.axes.update_datalim(places, updatex=axis.axis_name == "x", updatey=axis.axis_name == "y")
-        axis.axes.autoscale_view()
+    axis.axes.autoscale_view()  # margins that were taken on the linear scale may be decades on this one
 
 
 def _bounds(axis: Axis, values: np.ndarray) -> tuple[float, float]:

@@ -51,6 +51,18 @@ def test_a_symmetric_scale_has_ticks_on_each_side_that_has_values(least: float, 
     assert apart(ax.yaxis)
 
 
+def test_a_symmetric_scale_has_margins_of_its_own() -> None:
+    """Not those of the linear scale, which may be decades of it, or less than a line is thick."""
+    values = np.r_[-2e-3, np.geomspace(1e-4, 6, 40)]
+    ax = panel(values)
+    ax.get_ylim()  # the margins of the linear scale are taken, as where a pruning was marked
+    scales.scale_axis(ax.yaxis, values)
+    low, high = ax.yaxis.get_transform().transform(np.array(ax.get_ylim()))
+    drawn = ax.yaxis.get_transform().transform(values[np.isfinite(values)])
+    margins = np.array([drawn.min() - low, high - drawn.max()]) / (high - low)
+    assert ((margins > 0.02) & (margins < 0.08)).all()
+
+
 def test_zeros_are_seen_where_they_are_part_of_the_data() -> None:
     values = np.array([0.0, 0.0, 1e-4, 0.01, 0.3, 20.0])
     ax = panel(values)

@@ -169,8 +169,8 @@ def effect_prediction(runs: Runs) -> str:
     counted = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
     return (
         f"Loss: median relative error {known(first, '.0%')} in first and {known(second, '.0%')} in second order"
-        f"{_ranks(loss.rank_correlation)}. ‖g‖²: {known(norm.median_relative_error[0], '.0%')}"
-        f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt: {known(rate.median_relative_error[0], '.0%')}"
+        f"{_ranks(loss.rank_correlation)}. ‖g‖², first order: {known(norm.median_relative_error[0], '.0%')}"
+        f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt, first order: {known(rate.median_relative_error[0], '.0%')}"
         f"{_ranks(rate.rank_correlation[:1])}. n = {removed.size} {counted}{'s' * (removed.size != 1)}"
         f"{extent * (counted == 'pruning')}."
     )

@@ -148,6 +148,7 @@ def filters_left(runs: Runs) -> Figure:
                 panels.draw_over_layers(share["mean"], ax=ax, beside=beside, alpha=0.9, **style | {"markersize": 3.5})
                 panels.draw_layer_bars(share, ax=ax, beside=beside, color=style["color"])
             ax.set(ylim=(-0.03, 1.04), ylabel="share of filters left")
+            scales.percent(ax.yaxis)
         named(ax, condition)
     if mapped:
         share_bar(figure, mapped, "share of filters left")

@@ -267,6 +267,13 @@ def test_where_no_accuracy_was_logged_the_test_loss_is_drawn(accurate: bool) -> 
     assert percent == accurate
 
 
+def test_shares_of_filters_are_in_per_cent_in_points_as_in_colours(runs: dict[str, xr.DataTree]) -> None:
+    ax, *_ = draw("filters_left", runs).axes
+    low, high = ax.get_ylim()
+    assert low < 0 < 1 < high  # a point on a bound is whole
+    assert ax.yaxis.get_major_formatter()(0.5, 0) == "50%"
+
+
 def test_the_report_stands_alone(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     for name in OF_ONE_SEED:

@@ -55,7 +55,7 @@ def curve_errors(runs: Runs) -> str:
     )  # fmt: skip
     fewest, most = (f"{float(value):.2g}" for value in (curve.fraction[0] * 100, curve.fraction[-1] * 100))
     return (
-        f"Relative error of Δloss in first and second order, where {fewest} % of the filters go: {few[0]} and {few[1]} "
+        f"Relative error of ΔL in first and second order, where {fewest} % of the filters go: {few[0]} and {few[1]} "
         f"from the output, {few[2]} and {few[3]} from all parameters; where {most} % go: {many[0]} and {many[1]}, "
         f"{many[2]} and {many[3]}."
     )

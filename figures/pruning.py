@@ -149,7 +149,7 @@ def removal_curve(runs: Runs) -> Figure:
     loss = curve.sel(quantity="loss")
     error = np.abs(analysis.residuals(loss) / loss.measured)
     _draw_directions(axes[1, 1], error)
-    axes[1, 1].set(xscale="log", yscale="log", ylabel="relative error of Δloss")
+    axes[1, 1].set(xscale="log", yscale="log", ylabel="relative error of ΔL")
     for ax in axes[1]:
         ax.set(xlabel="share of the filters removed", xticks=curve.fraction.values)
         scales.percent(ax.xaxis)
@@ -164,11 +164,12 @@ def removal_curve(runs: Runs) -> Figure:
 
 
 def _draw_directions(ax: plt.Axes, curve: xr.Dataset) -> None:
-    for direction, shade in (("parameters", {"color": "0.6", "label": None}), ("output", {})):
+    for direction in ("parameters", "output"):
         for order, style in LINES.items():
             values = curve[order].sel(direction=direction)
+            own = POINTS[order] | style if direction == "output" else style | {"color": "0.6", "label": None}
             if values.notnull().any():
-                draw_line(curve.fraction.values, values.values, ax=ax, **style | shade)
+                draw_line(curve.fraction.values, values.values, ax=ax, **own)
     if "measured" in curve:
         ax.plot(curve.fraction, curve.measured, **MEASURED)
 

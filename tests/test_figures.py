@@ -326,6 +326,8 @@ def test_a_curve_holds_the_predictions_along_both_directions(runs: dict[str, xr.
     np.testing.assert_array_equal(lines["first order"], curve.first_order.sel(direction="output"))
     np.testing.assert_array_equal(lines["second order"], curve.second_order.sel(direction="output"))
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), curve.first_order.sel(direction="parameters"))
+    looks = [(line.get_linestyle(), line.get_marker()) for line in ax.lines]
+    assert len(set(looks)) == 5  # told apart without their colours
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.0, np.nan])
@@ -334,7 +336,7 @@ def test_a_curve_of_one_extent_or_without_a_change_is_seen(runs: dict[str, xr.Da
     curve = one["curve"].to_dataset().isel(fraction=[0])
     one["curve"] = curve.map(lambda values: factor * values if values.attrs["units"] != "1" else values)
     ax, *_ = draw("removal_curve", {"one": one}).axes
-    assert all(line.get_marker() == "o" for line in ax.lines)
+    assert all(line.get_marker() in ("o", "D", "s") for line in ax.lines)
     assert ax.get_ylim()[0] < 0 < ax.get_ylim()[1]
     assert [text.get_text() for text in ax.texts] == (["no finite value"] if np.isnan(factor) else [])
 

@@ -172,7 +172,7 @@ def test_a_diverged_step_is_not_taken_for_zero(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(3)
     batches[1] = (batches[1][0] * torch.nan, batches[1][1])
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="‖g‖² of 0 is not finite at step 1"):
+    with pytest.warns(UserWarning, match="‖g‖² of layer 0 is not finite at step 1"):
         run = recorded(tmp_path / "run", model, optimizer, batches, curvature_every=1)
     decrease = analysis.loss_decrease(run)
     for name in ("measured", "first_order", "second_order"):

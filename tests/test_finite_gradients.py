@@ -40,7 +40,7 @@ def test_the_first_gradient_that_is_not_finite_is_said_once(
         early = len(recwarn)
     assert early == (when != "in the end")
     (said,) = [str(one.message) for one in recwarn]
-    assert said.startswith("‖g‖² of 2 is not finite at step 3: ")
+    assert said.startswith("‖g‖² of layer 2 is not finite at step 3: ")
     np.testing.assert_array_equal(open_run(tmp_path / "run")["steps"].grad_sqnorm, expected)
 
 

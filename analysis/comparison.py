@@ -36,7 +36,8 @@ def compare(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[st
 def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
     """:func:`compare` of :func:`analysis.convergence` in runs that ended, from the last pruning of the condition on.
 
-    With it ``loss`` over ``step`` from there on: the logged loss, each the mean of as many steps as an epoch has.
+    With it ``loss`` over ``step`` from there on: the logged loss, each the mean of as many steps as an epoch has around
+    it; at both ends of those that are there, half as many at least.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss.

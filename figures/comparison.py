@@ -49,11 +49,12 @@ def accuracy(runs: Runs) -> Figure:
 def convergence(runs: Runs) -> Figure:
     """How fast the networks that each measure leaves train on after the last pruning.
 
-    A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch; median over
-    seeds, in the band of their quartiles. Middle: the area under that curve, per step. Right: steps until
-    an epoch's mean loss, which takes an epoch at least, is the given share of the first loss, the least share that all
-    runs of the condition reached; without any, 75 % and only the runs that did. Not drawn where all took the same.
-    Small: each seed; large: their mean with its 95 % interval (Student's).
+    A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch around each, at
+    both ends over half of it; median over seeds, in the band of their quartiles. Middle: the mean training loss of
+    these steps, the area under the curve. Right: steps until an epoch's mean loss, which takes an epoch at least, is
+    the given share of the first loss, the least share that all runs of the condition reached; without any, 75 % and
+    only the runs that did. Not drawn where all took the same. Small: each seed; large: their mean with its 95 %
+    interval (Student's).
     """
     found = comparison.compare_convergence(runs)
     alone = _is_one_run(found)

@@ -77,7 +77,8 @@ class Recorder:
             gradient says. It may draw random numbers, and count or collect in variables of its own, which are as they
             were afterwards.
         every: record first-order quantities at every such step.
-        curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never.
+        curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never. Where
+            networks are trained in turn, a number that has no divisor in common with the steps of a turn measures all.
         capture: on a GPU, launch what curvature takes as CUDA graphs, from its second measurement on. It takes less
             time then, most so in deep networks of small layers, and the memory of its activations all the while. For
             models that keep nothing but their buffers, and objectives that keep nothing; neither may decide anything

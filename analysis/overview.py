@@ -15,11 +15,13 @@ from .remembered import remembering
 from .runs import Runs
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
+from .typeset import MISSING
 
 Part = pd.DataFrame | list[str]
 Parts = dict[str, Part]
 
 _OUTCOME = "What the runs came to"
+_UNTESTED = "No test was logged: call recorder.log_epoch(test_accuracy=..., test_loss=...) after each epoch."
 _ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
 _TEST_LOSS = "Test loss: mean ± half of its 95 % interval over seeds"
 _CONVERGENCE = (
@@ -59,7 +61,9 @@ def overview(runs: Runs, *, brief: bool = False) -> Parts:
 def _of_runs(runs: Runs, brief: bool) -> Parts:
     if brief:
         return {"What the runs came to, and the median errors of what theory says": brief_table(runs)}
-    return {_OUTCOME: outcome_table(runs)} | _agreement("Theory against measurement", agreement_table, runs)
+    outcome = outcome_table(runs)
+    came_to: Part = [_UNTESTED] if (outcome == MISSING).all(axis=None) else outcome
+    return {_OUTCOME: came_to} | _agreement("Theory against measurement", agreement_table, runs)
 
 
 def _agreement(title: str, table: Callable[[Runs], pd.DataFrame], runs: Runs) -> Parts:

@@ -14,6 +14,7 @@ import analysis
 from analysis import STATISTICS
 from analysis.conditions import by_setting
 from analysis.findings import diverged
+from analysis.overview import overview
 from dynamics import Recorder, open_run
 from dynamics.pruning import Pruner
 from dynamics.record.summary import summary
@@ -332,3 +333,10 @@ def test_the_training_loss_of_an_epoch_is_that_of_its_steps() -> None:
     assert analysis.training_curve(run).train_loss.values.tolist() == [3.0, 2.0]
     logged = xr.DataTree.from_dict({"/steps": steps, "/epochs": epochs.assign(train_loss=("epoch", [9.0, 8.0]))})
     assert analysis.training_curve(logged).train_loss.values.tolist() == [9.0, 8.0]
+
+
+def test_a_run_that_was_never_tested_is_told_how_to_be() -> None:
+    steps = xr.Dataset({"param_sqnorm": (("step", "layer"), np.ones((2, 1)))}, {"step": [0, 1], "layer": ["a"]})
+    run = xr.DataTree.from_dict({"/steps": steps})
+    (said,) = overview({"untested": run})["What the runs came to"]
+    assert "recorder.log_epoch(test_accuracy=..., test_loss=...)" in said

@@ -199,11 +199,17 @@ def _median_steps(values: pd.Series) -> str:
 
 
 def _effect(row: tuple) -> str:
-    scale, form = (1, ".3g") if row.null else (100, "+.2f")
     if np.isnan(row.value):
         return MISSING
-    value, low, high = (f"{scale * number:{form}}" for number in (row.value, row.low, row.high))
+    value, low, high = (_beside_null(number, row.null) for number in (row.value, row.low, row.high))
     return (value if np.isnan(row.low) else f"{value} [{low}, {high}]") + ("" if row.null else " points")
+
+
+def _beside_null(number: float, null: float) -> str:
+    """A ratio, or a difference in points, with so many digits that it is told from ``null``; five at most."""
+    scale, first, kind = (1, 3, "g") if null else (100, 2, "f")
+    texts = [f"{scale * number:{'' if null else '+'}.{digits}{kind}}" for digits in range(first, first + 3)]
+    return next((text for text in texts if float(text) != null), texts[0])
 
 
 def _in_print(table: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import analysis
 from analysis.claims import judged
 from analysis.overview import overview
 from analysis.remembered import remembering
-from analysis.seed_tables import chance
+from analysis.seed_tables import chance, claims_table
 from analysis.typeset import as_markdown
 from dynamics.models import build
 from figures import FIGURES, caption, claim
@@ -164,6 +164,7 @@ def test_the_wide_networks_have_the_effects_that_it_says() -> None:
     said = f"Of {verdicts.sum()} intervals {supported} support a claim, {contradicted} contradict one, and "
     in_support = found.stands[found.verdict == "supported"].sum()
     assert f"{said}{found.stands.sum()} stand when corrected, {in_support} of them in support" in PAGE
+    found = found.assign(printed=claims_table(found).effect.values)
     found["cell"] = list(map(effect, found.itertuples()))
     for rounds, text in zip((5, 1), PAGE.split("and with one round:"), strict=True):
         cells = found[found.rounds == rounds].pivot(index="claim", columns="model", values="cell")
@@ -209,9 +210,11 @@ def test_measures_of_a_seed_begin_apart_on_a_gpu(wide: Runs) -> None:
 
 def effect(row: tuple) -> str:
     """An effect with its interval: bold if supported, in italics if contradicted, with a star if that stands."""
-    scale, form = (1, ".3g") if row.null else (100, "+.1f")
-    value, low, high = (f"{scale * number:{form}}" for number in (row.value, row.low, row.high))
-    text = f"{value} [{low}, {high}]" + ("" if row.null else " points")
+    if row.null:
+        text = row.printed
+    else:
+        value, low, high = (f"{100 * number:+.1f}" for number in (row.value, row.low, row.high))
+        text = f"{value} [{low}, {high}] points"
     mark = {"supported": "**", "contradicted": "_", "inconclusive": ""}[row.verdict]
     return f"{mark}{text}{mark}" + (r"\*" if row.stands else "")
 
@@ -360,9 +363,7 @@ def test_what_weights_that_nothing_reaches_change_is_said(laptop: Runs, training
         changed = after[before.verdict != after.verdict]
         assert set(changed.model) == {"vgg13"}
         assert set(changed["rounds"]) == {5}
-        for row in changed.itertuples():
-            value, low, high = (f"{number:.3g}" for number in (row.value, row.low, row.high))
-            cells.append((row.claim, row.verdict, f"{value} [{low}, {high}]"))
+        cells += zip(changed.claim, changed.verdict, claims_table(changed).effect, strict=True)
     assert [cell[:2] for cell in cells] == [
         ("i.c", "contradicted"), ("i.e", "contradicted"), ("i.c", "contradicted"), ("i.e", "inconclusive"),
         ("i.e", "inconclusive"),

@@ -347,3 +347,18 @@ def test_latex_sets_what_anyone_may_call_a_model() -> None:
     table = pd.DataFrame({"model": ["net{x} \\ ~ ^2_a\nb"], "x": [1.0]}).set_index("model")
     row = as_latex(table).splitlines()[-4]
     assert row == r"net\{x\} \textbackslash{} \textasciitilde{} \textasciicircum{}2\_a b & 1 \\"
+
+
+@pytest.mark.parametrize(
+    ("null", "low", "printed"),
+    [
+        (1.0, 1.0032, "1.5 [1.003, 2]"),
+        (1.0, 0.99998, "1.5 [0.99998, 2]"),
+        (0.0, 1e-5, "+150.00 [+0.001, +200.00] points"),
+    ],
+)
+def test_a_bound_beside_the_null_is_not_printed_as_the_null(null: float, low: float, printed: str) -> None:
+    """Else what excludes it and what holds it would read the same."""
+    one = analysis.claims(runs(magnitude={"area": 0.5})).iloc[[0]]
+    found = one.assign(value=1.5, low=low, high=2.0, null=null)
+    assert claims_table(found).effect.item() == printed

@@ -117,7 +117,8 @@ def legend_below(figure: Figure, *others: Line2D) -> None:
             columns = min(columns, 1 + int(figure.bbox.width / _legend_width(figure, handles, 1)))
         while columns > 1 and _legend_width(figure, handles, columns) > figure.bbox.width:
             columns -= 1
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        rows = -(-len(handles) // columns)
+        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))  # rows alike
 
 
 def _legend_width(figure: Figure, handles: list[Artist], columns: int) -> float:

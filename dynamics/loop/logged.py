@@ -60,12 +60,17 @@ class Logged:
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
         """Keep a scalar."""
         known = not self._announced or (self._waits and mark.counts)
-        if not self._stepped and known and not mark.backwards:
+        if not (self._stepped or self._under_way) and known and not mark.backwards:
             self._before.add(name)
-        if self._waits or mark.pending or name in self._before or not self._stepped:
+        if self._waits or mark.pending or self._under_way or name in self._before or not self._stepped:
             self._upcoming.setdefault(name, []).append(_Entry(value, mark, self._waits and not self._pass_ended))
         else:
             self._add_to_last(name, [value])
+
+    @property
+    def _under_way(self) -> bool:
+        """Whether some of several optimizers have stepped: replicas count no backward passes, which would tell."""
+        return self._first is not None
 
     def _add_to_last(self, name: str, values: list[Scalar]) -> None:
         if name in self._initial:

@@ -110,11 +110,11 @@ class Attachment:
             return
         self._steps.take_update(number)  # before it counts: an interruption here must not end it with another's update
         self._stepped.add(number)
+        if len(self._stepped) < len(self._optimizers):
+            self._steps.pause(sorted(self._stepped))
         self._stepping = None
         if len(self._stepped) == len(self._optimizers):
             self.end()
-        else:
-            self._steps.pause(self.under_way)
 
     @property
     def under_way(self) -> list[int]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dynamics import Recorder, open_run
 from dynamics.loop.batches import Batches
+from dynamics.recording.steps import Steps
 
 WHENS = ("before the backward pass", "after the backward pass", "after the step", "once, before", "once, after")
 
@@ -200,3 +201,27 @@ def test_optimizers_that_take_turns_on_a_batch(
     for name in "ab":
         np.testing.assert_allclose(steps[name], [row.get(name, np.nan) for row in rows], rtol=1e-12)
     np.testing.assert_allclose(steps.loss, [np.mean(list(row.values())) for row in rows], rtol=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_flush_while_a_step_of_only_some_optimizers_is_under_way_moves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """As among several processes. The first loss that has two steps is of the first of them."""
+    monkeypatch.setattr(Steps, "together", True)
+    for act in (Recorder.flush, Recorder.__repr__):
+        model = smooth_network()
+        optimizers = {name: torch.optim.SGD(model[index].parameters(), 0.1) for name, index in (("a", 0), ("b", 2))}
+        with Recorder(
+            tmp_path / act.__name__, model, list(optimizers.values()), curvature_every=0, every=every
+        ) as recorder:
+            for number, (which, (inputs, labels)) in enumerate(zip(["b", "ab", "b", "b"], vectors(4), strict=True)):
+                model.zero_grad()
+                F.cross_entropy(model(inputs), labels).backward()
+                recorder.log(loss=number)
+                act(recorder)
+                for name in which:
+                    optimizers[name].step()
+                    act(recorder)
+        steps = open_run(tmp_path / act.__name__)["steps"]
+        np.testing.assert_array_equal(steps.loss, np.array([0.5, np.nan, 2, 3])[::every])

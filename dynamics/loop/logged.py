@@ -50,12 +50,12 @@ class Logged:
         self._paused: tuple[int, dict[str, int]] = 0, {}  # backward passes, and entries by name, at :meth:`pause`
         self._first: int | None = None  # the first backward pass of the step under way, as it paused first
 
-    def copy(self) -> Logged:
-        """Another, to see what a step would have if it were done now."""
+    def so_far(self, mark: Mark) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
+        """The scalars of the step that was and of the one under way, as if that were done since it paused."""
         other = copy(self)
         other._of_last, other._initial = dict(self._of_last), set(self._initial)
         other._upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
-        return other
+        return other.step(mark, late=True), other._means()
 
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
         """Keep a scalar."""
@@ -142,6 +142,7 @@ class Logged:
             if own := [one.value for one in entries if self._counts(name, one, mark)]:
                 kept[name] = own
                 self._upcoming[name] = [one for one in entries if not self._counts(name, one, mark)]
+        self._first = None
         values, initial = self.of_last(), {}
         if self._announced and not self._stepped:
             initial = {
@@ -150,7 +151,7 @@ class Logged:
                 if name not in kept and (own := [one.value for one in entries if not one.waited])
             }
         self._of_last, self._initial = kept | initial, set(initial)
-        self._upcoming, self._waits, self._stepped, self._first = later, late, True, None
+        self._upcoming, self._waits, self._stepped = later, late, True
         return values
 
     def _take_later(self) -> dict[str, list[_Entry]]:
@@ -164,6 +165,9 @@ class Logged:
     def of_last(self, *, ends: bool = False) -> dict[str, Scalar]:
         """The scalars of the step that was; if the training ``ends``, with those of a step that will not be."""
         self._give_back(ends=ends)
+        return self._means()
+
+    def _means(self) -> dict[str, Scalar]:
         return {name: _mean(values) for name, values in self._of_last.items()}
 
     def _comes_before(self, name: str) -> bool:
@@ -179,7 +183,7 @@ class Logged:
         return entry.mark.backwards >= step.first_backward - (name in self._before)
 
     def _give_back(self, *, ends: bool = False) -> None:
-        if not self._stepped:
+        if not self._stepped or self._under_way:
             return
         lacks = self._upcoming.keys() - (self._of_last.keys() - self._initial)
         for name in lacks if ends else lacks - self._before:

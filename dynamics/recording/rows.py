@@ -70,11 +70,10 @@ class Rows:
 
     def so_far(self, row: Mapping[str, Any], mark: Mark) -> None:
         """Send the row of a step that is under way as it is now, behind that of the last step."""
-        logged = self.logged.copy()
-        of_last = logged.step(mark, late=True)
+        of_last, logged = self.logged.so_far(mark)
         if not self._so_far:
             self._send(self._step, of_last)
-        self._so_far |= {**row, **logged.of_last()}
+        self._so_far |= {**row, **logged}
         self.add("steps", self._so_far)
 
     def finish(self, *, ends: bool = False) -> Mapping[str, Scalar]:

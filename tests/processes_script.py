@@ -305,7 +305,21 @@ def layers_in_parallel(path: Path) -> None:
         "4": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    of = training(lambda model: parallelize_module(model, mesh, plan), normalised_network)
+    train_on_sequences(path, training(lambda model: parallelize_module(model, mesh, plan), normalised_network))
+
+
+def layers_in_parallel_and_shards(path: Path) -> None:
+    """Some layers are split, and all are sharded among those processes that hold the same part of them."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("sharded", "split"))
+
+    def spread(model: nn.Module) -> nn.Module:
+        parallelize_module(model, mesh["split"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        return fully_shard(model, mesh=mesh["sharded"])
+
+    train_on_sequences(path, training(spread, normalised_network))
+
+
+def train_on_sequences(path: Path, of: Training) -> None:
     with Recorder(path, of.model, of.optimizer, curvature_every=0) as recorder:
         for inputs, labels in recorder.watch(sequences(3)):
             of.optimizer.zero_grad()

@@ -23,10 +23,20 @@ def plain_name(name: str) -> str:
 
 
 def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Of parameters of which some are sharded, those that count here: what every process holds, in the first alone."""
+    """Of parameters of which some are sharded, those that count here: what every process holds, in the first alone.
+
+    A parameter that is spread over some of the processes only, as FSDP2 does with one that tensor parallelism leaves
+    out, is spread over others as well: it counts in those of the first.
+    """
     sharded = {name: parameter for name, parameter in named.items() if hasattr(parameter, "to_local")}
-    others = any(any(parameter.device_mesh.get_coordinate()) for parameter in sharded.values())
-    return sharded if others else named
+    if not sharded:
+        return named
+    meshes = {parameter.device_mesh for parameter in sharded.values()}
+    first = max(meshes, key=lambda mesh: mesh.size()).mesh.min()
+    counting = {mesh for mesh in meshes if (mesh.mesh == first).any()}
+    others = any(any(mesh.get_coordinate()) for mesh in meshes)
+    counted = sharded if others else named
+    return {name: one for name, one in counted.items() if name not in sharded or one.device_mesh in counting}
 
 
 _kind = attrgetter("shape", "dtype", "device")

@@ -6,6 +6,7 @@ import select
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,6 +41,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from dynamics import Recorder
+from dynamics.loop import processes
 from dynamics.loop.moments import Moments
 from dynamics.recording.step import Measurement
 
@@ -201,6 +203,12 @@ def replicas_of_which_one_is_told_of_batches(path: Path) -> None:
     with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
         for batch in of.batches if of.rank else recorder.watch(of.batches):
             plain_step(of.model, of.optimizer, batch)
+
+
+def replicas_of_which_one_comes_late(path: Path) -> None:
+    processes._LONG, of = 0.1, training()
+    time.sleep(of.rank)
+    train(path, of)
 
 
 def replicas_in_turn(path: Path) -> None:

@@ -210,6 +210,13 @@ def test_batches_that_one_process_alone_is_told_of_have_no_curvature_and_nothing
     assert said.count("curvature is not recorded at step 0, whose batches other processes do not know") == 1
 
 
+def test_a_recorder_that_waits_for_other_processes_says_so(tmp_path: Path, together: Processes) -> None:
+    """It may be made in the first alone, and would wait in vain."""
+    run, said = together(tmp_path / "run", "replicas_of_which_one_comes_late")
+    assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
+    assert said.count("UserWarning: Recorder() waits for other processes: make it in all") == 1
+
+
 def test_shards_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "shards")
     np.testing.assert_allclose(np.square(run["steps"].norm), run["steps"].grad_sqnorm.sum("layer"), rtol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _Made = TypeVar("_Made")
+_LONG = 15.0  # seconds
 
 
 class Processes:
@@ -42,6 +45,22 @@ class Processes:
             self._group = widest.get_group()
         self.place = dist.get_rank(self._group) if self.together else 0
         self.writes = self.place == 0
+        if self.together:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Wait for the others for the first time; where they do not come, say why that may be."""
+        text = (
+            "Recorder() waits for other processes: make it in all that train the model together, and not in the first "
+            "alone, which writes the record for all of them"
+        )
+        waits = threading.Timer(_LONG, warnings.warn, [text])
+        waits.daemon = True
+        waits.start()
+        try:
+            self.told(None)
+        finally:
+            waits.cancel()
 
     @property
     def may_end_apart(self) -> bool:

@@ -43,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dynamics import Recorder
 from dynamics.loop import processes
 from dynamics.loop.moments import Moments
+from dynamics.pruning import Pruner
 from dynamics.recording.step import Measurement
 
 torch.set_default_dtype(torch.float64)
@@ -269,6 +270,8 @@ def shards(path: Path) -> None:
             of.optimizer.step()
         with noting(path, "event", ValueError), recorder.event("look", probe=of.batches):
             pass
+    with noting(path, "prune", ValueError):
+        Pruner(of.model, of.optimizer, "magnitude", granularity="weight").prune(0.5)
 
 
 def shards_of_a_part(path: Path) -> None:

@@ -223,10 +223,11 @@ def test_shards_record_what_one_process_would(tmp_path: Path, together: Processe
     del run["steps"]["norm"]
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
-    of_size, of_event = told(tmp_path, "size"), told(tmp_path, "event")
+    of_size, of_event, of_pruning = (told(tmp_path, what) for what in ("size", "event", "prune"))
     assert all(text.startswith("log() cannot take 'size', of which every process holds a part") for text in of_size)
     assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in of_event)
-    assert len(of_size) == len(of_event) == 2
+    assert all(text.endswith("(FSDP2): prune the model before it is sharded") for text in of_pruning)
+    assert len(of_size) == len(of_event) == len(of_pruning) == 2
 
 
 @pytest.mark.parametrize("kind", ["shards_of_a_part", "shards_after_an_evaluation"])

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ...errors import first_line
 from ...network.masks import filters_left
-from ...network.structure import check_initialised
+from ...network.structure import check_initialised, check_whole
 from ...probing.activations import activations_stay
 from ...probing.probe import mode_of
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
@@ -75,6 +75,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
             is inside a module which tracing does not open (torch's TransformerEncoder).
     """
     check_initialised(model)
+    check_whole(model, "prune")
     protected = within(model, protected)
     graph = _traced(model)
     calls: dict[str, list[fx.Node]] = {}

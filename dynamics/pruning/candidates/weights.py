@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ...network.structure import check_initialised
+from ...network.structure import check_initialised, check_whole
 from .channels import LAYERS, TRANSPOSED
 
 LEAVE = "to leave it as it is, name it in protected=(...)"
@@ -22,6 +22,7 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
             from others.
     """
     check_initialised(model)
+    check_whole(model, "prune")
     protected = within(model, protected)
     layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS) and name not in protected]
     if refusals := [f"layer {name!r} {refusal}" for name in layers if (refusal := not_plain(model, name))]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...network.identities import Identity, expand, identities, is_layer, keep_units
 from ...network.masks import parameter_masks, replace_mask
+from ...network.structure import check_whole
 from ...probing.probe import unwrap
 from ...recording.arguments import as_given
 from ..candidates.weights import weight_of
@@ -91,9 +92,8 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError(
             "DistributedDataParallel keeps its own list of parameters: shrink model.module, then wrap anew"
         )
-    for name, parameter in unwrap(model).named_parameters():
-        if hasattr(parameter, "to_local"):
-            raise ValueError(f"{name} is spread over processes (FSDP2): shrink the model before it is sharded")
+    check_whole(unwrap(model), "shrink")
+    for name, _ in unwrap(model).named_parameters():
         if "parametrizations." in name or name.endswith(("_orig", "weight_g", "weight_v")):
             raise ValueError(
                 f"{name} is made into the layer's own by torch.nn.utils (prune, parametrize, weight_norm): make that "

@@ -355,6 +355,8 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
         Recorder(path, model, optimizer, every=0)
     with pytest.raises(ValueError, match="holds none of the model's parameters"):
         Recorder(path, model, other)
+    with pytest.raises(ValueError, match=r"'0\.weight' has no values yet, on the meta device"):
+        Recorder(path, smooth_network().to("meta"), optimizer)
     with pytest.raises(ValueError, match=r"unknown quantities \['norm'\]: choose from \['"):
         Recorder(path, model, optimizer, quantities=["norm"])
     assert not list(tmp_path.iterdir())

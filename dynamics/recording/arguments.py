@@ -40,6 +40,8 @@ def check_arguments(model: nn.Module, objective: Any, every: int, curvature_ever
             "fully_shard, or data parallelism"
         )
     check_initialised(model)
+    if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{meta[0]!r} has no values yet, on the meta device: make the recorder when there are some")
     if not callable(objective):
         raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
     if not all(isinstance(count, Integral) for count in (every, curvature_every)) or every < 1 or curvature_every < 0:

@@ -29,7 +29,7 @@ from networks import (
     vectors,
 )
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -293,6 +293,13 @@ def shards_after_an_evaluation(path: Path) -> None:
 
 def shards_with_curvature(path: Path) -> None:
     train(path, training(sharded), curvature_every=64)
+
+
+def shards_in_two_dimensions_beside_an_actor(path: Path) -> None:
+    """Two of three processes train, as a stage of a pipeline does, in which each shard might have copies."""
+    mesh = DeviceMesh("cpu", [[1, 2]], mesh_dim_names=("copies", "parts"))
+    if dist.get_rank():
+        train(path, training(partial(fully_shard, mesh=mesh), group=mesh.get_group("parts")), curvature_every=0)
 
 
 def shards_in_turn(path: Path) -> None:

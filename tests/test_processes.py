@@ -135,6 +135,11 @@ def test_processes_that_do_not_train_have_no_part(tmp_path: Path, together: Proc
     assert_same(run, expected, "curvature")
 
 
+def test_shards_in_two_dimensions_may_be_those_of_some_processes(tmp_path: Path, together: Processes) -> None:
+    run, _ = together(tmp_path / "run", "shards_in_two_dimensions_beside_an_actor", 3)
+    assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
+
+
 def test_a_batch_that_all_replicas_skip_is_no_part_of_a_step(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "replicas_that_skip")
     batches = [batch for number, batch in enumerate(vectors(5)) if number not in (1, 3)]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # importing it takes long
+    from torch.distributed.device_mesh import DeviceMesh
 
 _Made = TypeVar("_Made")
 _LONG = 15.0  # seconds
@@ -41,8 +44,8 @@ class Processes:
         self._group = None  # all
         if self.replicated:
             self._group = self._wrappers[0].process_group
-        elif self.sharded and (widest := max(meshes, key=lambda mesh: mesh.size())).ndim == 1:
-            self._group = widest.get_group()
+        elif self.sharded:
+            self._group = _group_of(max(meshes, key=lambda mesh: mesh.size()))
         self.place = dist.get_rank(self._group) if self.together else 0
         self.writes = self.place == 0
         if self.together:
@@ -137,3 +140,11 @@ class Processes:
     def mean_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean over replicas of each value."""
         return dict(zip(values, self.mean([value.detach() for value in values.values()]), strict=True))
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """All processes of a mesh; None for all that there are."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    ranks = mesh.mesh.flatten().tolist()
+    return None if len(ranks) == dist.get_world_size() else dist.new_group(ranks, use_local_synchronization=True)

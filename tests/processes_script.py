@@ -141,6 +141,28 @@ def replicas_that_accumulate(path: Path) -> None:
                 of.optimizer.zero_grad()
 
 
+def replicas_that_say_their_batches_as_they_pass(path: Path) -> None:
+    """Two a step, with dropout; a hook says them, as a framework's callback does, when the forward pass has begun."""
+    of = training(network=partial(convolutional_network, dropout=0.4), batches=images(6))
+
+    def says(model: nn.Module, inputs: tuple[Tensor]) -> None:
+        if not recorder.measuring:
+            recorder.observe((*inputs, labels))
+
+    losses = []
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        of.model.module.register_forward_pre_hook(says, prepend=True)
+        for number, (inputs, labels) in enumerate(of.batches):
+            losses.append(F.cross_entropy(of.model(inputs), labels) / 2)
+            losses[-1].backward()
+            if number % 2:
+                of.optimizer.step()
+                of.optimizer.zero_grad()
+    losses = torch.stack(losses).detach()
+    dist.all_reduce(losses)
+    Path(f"{path}.losses.{of.rank}").write_text(json.dumps(losses.view(3, 2).mean(1).tolist()))
+
+
 def replicas_by_samples(path: Path) -> None:
     """Two batches a step in each process count by their samples: as the whole batch would. Each logs its own mean loss.
 

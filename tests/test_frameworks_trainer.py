@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamics import frameworks, open_run
-from dynamics.probing.kept import kept
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -268,16 +267,3 @@ def test_parameters_that_are_spread_over_processes_are_refused(tmp_path: Path, m
     monkeypatch.setattr("dynamics.frameworks.trainer_callback.AcceleratorState", lambda: state)
     with pytest.raises(ValueError, match="needs all parameters in one process, and FSDP spreads them: train with"):
         recorder.on_train_begin(training.args, training.state, training.control)
-
-
-def test_what_the_objective_draws_is_left_alone(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def noisy(model: nn.Module, batch: dict) -> torch.Tensor:
-        return torch.rand((), generator=generator)
-
-    recorder = frameworks.TrainerRecorder(tmp_path / "run", objective=noisy)
-    before, state = kept([], recorder._loss), generator.get_state()
-    noisy(nn.Identity(), {})
-    before.put_back()
-    assert torch.equal(generator.get_state(), state)

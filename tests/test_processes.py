@@ -71,7 +71,8 @@ def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1
 
 
 def test_replicas_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
-    run, _ = together(tmp_path / "run", "replicas")
+    run, said = together(tmp_path / "run", "replicas")
+    assert "is within what DistributedDataParallel returned" in said  # of the one that each gave by itself
     expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
     assert_same(run, expected, "curvature")
@@ -162,6 +163,14 @@ def test_batches_that_accumulate_in_replicas_may_count_equally(tmp_path: Path, t
     run, _ = together(tmp_path / "run", "replicas_that_accumulate")
     assert run["curvature"].step.values.tolist() == [0, 1, 2]
     np.testing.assert_allclose(4 * run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
+
+
+def test_batches_that_replicas_say_as_they_pass_are_from_where_they_passed(tmp_path: Path, together: Processes) -> None:
+    """What dropout draws depends on that; which of the moments it is the gradient tells, to all of them."""
+    run, _ = together(tmp_path / "run", "replicas_that_say_their_batches_as_they_pass")
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
+    for losses in told(tmp_path, "losses"):
+        np.testing.assert_allclose(run["curvature"].loss_before, json.loads(losses), rtol=1e-8)
 
 
 def test_replicas_with_batchnorm_have_curvature(tmp_path: Path, together: Processes) -> None:

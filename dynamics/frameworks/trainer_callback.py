@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from ..loop.processes import replica_of
 from ..probing.batch import sample_count
 from ..probing.probe import Objective
 from ..recording.recorder import Recorder
@@ -23,7 +23,7 @@ _SPREAD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 
 class TrainerRecorder(TrainerCallback):
-    """Records a training; in a run of several processes the first one records, and its curvature is of its own batches.
+    """Records a training; of several processes, among which data is parallel, the first writes one record of all.
 
     ::
 
@@ -43,8 +43,7 @@ class TrainerRecorder(TrainerCallback):
 
     def __init__(self, path: str | os.PathLike, *, objective: Objective | None = None, **settings: Any) -> None:
         self.recorder: Recorder | None = None
-        self._make_recorder = recorder_factory(path, objective=self._loss, **settings)
-        self._objective = objective or self._share_of_the_step
+        self._make_recorder = recorder_factory(path, objective=objective or self._share_of_the_step, **settings)
         self._hook: RemovableHandle | None = None
         self._samples, self._processes = 0, 1
         self._within_epoch = False
@@ -65,14 +64,12 @@ class TrainerRecorder(TrainerCallback):
             )
         self._within_epoch = bool((state.epoch or 0) % 1)  # the checkpoint's
         self._began = state.global_step
-        if state.is_world_process_zero:
-            self._processes = args.world_size if args.average_tokens_across_devices else 1
-            self.recorder = self._make_recorder(
-                training["model"], training["optimizer"], state.global_step, again=again
-            )
-            if args.logging_strategy == "steps" and args.logging_steps == 1 and args.world_size == 1:
-                self.recorder.trust_loss()  # else it is a mean over steps, or processes
-            self._hook = training["model"].register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
+        self._processes = args.world_size if args.average_tokens_across_devices else 1
+        model, optimizer = training["model"], training["optimizer"]
+        self.recorder = self._make_recorder(replica_of(model) or model, optimizer, state.global_step, again=again)
+        if args.logging_strategy == "steps" and args.logging_steps == 1 and args.world_size == 1:
+            self.recorder.trust_loss()  # else it is a mean over steps, or processes
+        self._hook = model.register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Count the epoch, unless a checkpoint was saved within it."""
@@ -89,10 +86,6 @@ class TrainerRecorder(TrainerCallback):
         if model.training and torch.is_grad_enabled() and not self.recorder.measuring:
             self._samples += sample_count(batch)
             self.recorder.observe(batch)
-
-    def _loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        with _activations_kept(model):
-            return self._objective(model, batch)
 
     def _share_of_the_step(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The loss that the model returns for a batch, so scaled that the recorder's mean over batches is the step's.
@@ -143,16 +136,3 @@ class TrainerRecorder(TrainerCallback):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-@contextmanager
-def _activations_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, no activation is computed anew in the backward pass, which would take the model's parameters of then."""
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    try:
-        for module in checkpointed:
-            module.gradient_checkpointing = False
-        yield
-    finally:
-        for module in checkpointed:
-            module.gradient_checkpointing = True

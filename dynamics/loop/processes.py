@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,13 @@ class Processes:
         self.writes = self.place == 0
         if self.together:
             self._meet()
+        elif self._apart and replica_of(model) is not None:
+            warnings.warn(
+                "the model is within what DistributedDataParallel returned, whose gradients are of all processes' "
+                "batches, and what the recorder evaluates would be of this process's own. Give it what "
+                "DistributedDataParallel returned, in all processes",
+                stacklevel=3,
+            )
 
     def _meet(self) -> None:
         """Wait for the others for the first time; where they do not come, say why that may be."""
@@ -140,6 +148,12 @@ class Processes:
     def mean_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean over replicas of each value."""
         return dict(zip(values, self.mean([value.detach() for value in values.values()]), strict=True))
+
+
+def replica_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """What DistributedDataParallel made of a model, or of one that it is in: of that the model knows nothing itself."""
+    made = [one for one in gc.get_objects() if issubclass(type(one), nn.parallel.DistributedDataParallel)]
+    return next((one for one in made if any(module is model for module in one.modules())), None)
 
 
 def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:

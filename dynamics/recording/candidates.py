@@ -101,19 +101,25 @@ class Candidates:
             for by_samples in _weights_that_differ(seen)
             for changed in ([True, False] if any(one.changed is not None for one in seen) else [False])
         ]
-        tried.sort(key=lambda one: (one[0], one[2] != (self._way or _Way())))
+        tried.sort(key=lambda one: (one[0], self._is_unlikely(one[2])))
         return [self._candidate(*one) for one in tried]
 
+    def _is_unlikely(self, way: _Way) -> bool:
+        return way != (self._way or _Way())
+
     def _of_replicas(self, known: list[tuple[int, list[Seen]]]) -> list[Candidate]:
-        """As many in each of the processes, which measure together."""
-        device = next(self._model.parameters()).device
-        alone = self._processes.all_agree(len(known) == 1, device)
-        alike = self._processes.all_agree(len(_weights_that_differ(known[0][1])) == 1, device)
+        """As many in each of the processes, which measure together: in all ways in which they differ in any."""
+        (_, likeliest), *others = known
+        own = bool(others), _moments_that_differ(likeliest), _weights_that_differ(likeliest)
+        several, moments, weights = zip(*self._processes.gathered(own), strict=True)
+        differing = [name for name in _MOMENTS if any(name in names for names in moments)]
+        ways = [_Way(moment, by_samples) for moment in differing for by_samples in max(weights, key=len)]
         found = [
-            self._candidate(number, seen, _Way(by_samples=by_samples))
-            for number, seen in (known[0], known[-1])[: 1 if alone else 2]
-            for by_samples in ([True] if alike else [True, False])
+            self._candidate(number, seen, way)
+            for number, seen in (known[0], known[-1])[: 1 + any(several)]
+            for way in sorted(ways, key=self._is_unlikely)
         ]
+        device = next(self._model.parameters()).device
         return [one._replace(certain=self._processes.all_agree(one.certain, device)) for one in found]
 
     def _candidate(self, number: int, seen: list[Seen], way: _Way) -> Candidate:

@@ -163,6 +163,23 @@ def replicas_that_say_their_batches_as_they_pass(path: Path) -> None:
     Path(f"{path}.losses.{of.rank}").write_text(json.dumps(losses.view(3, 2).mean(1).tolist()))
 
 
+def replicas_with_turns_on_a_batch(path: Path) -> None:
+    """Three times on each batch one of two optimizers steps, and before its backward pass its loss is logged."""
+    of, losses = training(), []
+    network = of.model.module
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in (network[:1], network[1:])]
+    with Recorder(path, of.model, optimizers, curvature_every=0) as recorder:
+        for inputs, labels in recorder.watch(of.batches):
+            for turn in (0, 0, 1):
+                of.model.zero_grad()
+                loss = F.cross_entropy(of.model(inputs), labels)
+                recorder.log(loss=loss)
+                losses.append(loss.item())
+                loss.backward()
+                optimizers[turn].step()
+    Path(f"{path}.losses.{of.rank}").write_text(json.dumps(losses))
+
+
 def replicas_by_samples(path: Path) -> None:
     """Two batches a step in each process count by their samples: as the whole batch would. Each logs its own mean loss.
 

@@ -10,7 +10,6 @@ from networks import plain_step, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
-from dynamics.loop.batches import Batches
 from dynamics.recording.steps import Steps
 
 WHENS = ("before the backward pass", "after the backward pass", "after the step", "once, before", "once, after")
@@ -164,18 +163,10 @@ def test_a_loss_that_was_logged_before_training_is_not_that_of_the_first_step(tm
 
 
 @pytest.mark.parametrize("when", ["before the backward pass", "before the step", "after the step"])
-@pytest.mark.parametrize("said", ["watched", "observed", "nothing", "nothing, in replicas"])
+@pytest.mark.parametrize("said", ["watched", "observed", "nothing"])
 @pytest.mark.parametrize("turns", ["ab", "aab", "aaab", "abab", "abaab"])
-def test_optimizers_that_take_turns_on_a_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: str, said: str, when: str
-) -> None:
-    """A row is of a step of each optimizer, or of those that stepped before one of them steps again.
-
-    Of replicas no backward passes are counted.
-    """
-    if said == "nothing, in replicas":
-        made = Batches.__init__
-        monkeypatch.setattr(Batches, "__init__", lambda self, *args: made(self, *args[:3], None, args[4]))
+def test_optimizers_that_take_turns_on_a_batch(tmp_path: Path, turns: str, said: str, when: str) -> None:
+    """A row is of a step of each optimizer, or of those that stepped before one of them steps again."""
     model = smooth_network()
     optimizers = {name: torch.optim.SGD(model[index].parameters(), 0.1) for name, index in (("a", 0), ("b", 2))}
     rows: list[dict[str, float]] = []

@@ -173,6 +173,13 @@ def test_batches_that_replicas_say_as_they_pass_are_from_where_they_passed(tmp_p
         np.testing.assert_allclose(run["curvature"].loss_before, json.loads(losses), rtol=1e-8)
 
 
+def test_what_replicas_log_before_a_turns_backward_pass_is_of_that_turn(tmp_path: Path, together: Processes) -> None:
+    run, _ = together(tmp_path / "run", "replicas_with_turns_on_a_batch")
+    turns = np.reshape(json.loads(told(tmp_path, "losses")[0]), (3, 3))
+    expected = np.stack([turns[:, 0], turns[:, 1:].mean(1)], 1)  # the same optimizer again begins another step
+    np.testing.assert_allclose(run["steps"].loss, expected.ravel(), rtol=1e-12)
+
+
 def test_replicas_with_batchnorm_have_curvature(tmp_path: Path, together: Processes) -> None:
     run, _ = together(tmp_path / "run", "replicas_with_batchnorm")
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)

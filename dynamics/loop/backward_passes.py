@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 
 class BackwardPasses:
     """The backward passes that arrive at parameters, counted at few of them: to count at each would cost time.
 
-    ``parameters`` says which are trained now: gradients of others are nobody's, and never set to zero, say.
+    ``parameters`` says which are trained now: gradients of others are nobody's, and never set to zero, say. Those that
+    are ``averaged`` over replicas change once more as a backward pass ends.
 
     From the first step on these are the first and the last to which gradients came. Where none came to either, for
     they are frozen or of another part of the network, all are looked at once more, and one of those that have is added.
     """
 
-    def __init__(self, parameters: Callable[[], Sequence[nn.Parameter]]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Callable[[], Sequence[nn.Parameter]], *, averaged: bool = False) -> None:
+        self._parameters, self._averaged = parameters, averaged
         self._before = 0  # the last step
         self._counters: list[_Counter] = []
         self._chosen: list[_Counter] = []
@@ -79,7 +81,7 @@ class BackwardPasses:
     def _look_at_all(self) -> None:
         known = {id(counter.parameter) for counter in self._counters}
         self._counters = self._counters + [
-            _Counter(parameter)
+            _Counter(parameter, averaged=self._averaged)
             for parameter in self._parameters()
             if parameter.requires_grad and id(parameter) not in known
         ]
@@ -93,8 +95,8 @@ class BackwardPasses:
 class _Counter:
     """Counts the backward passes that have added up in a parameter's gradient; ``arrived``: since the last step."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
+    def __init__(self, parameter: nn.Parameter, *, averaged: bool) -> None:
+        self.parameter, self._averaged = parameter, averaged
         self.count = self.arrived = 0
         self._before: tuple[weakref.ref, int] | None = None
         self._hook = parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -113,4 +115,13 @@ class _Counter:
             return
         gone = self._before is None or self._before[0]() is not grad or self._before[1] + 1 != grad._version
         self.count = 1 if gone else self.count + 1
-        self._before = weakref.ref(grad), grad._version
+        self._has_come()
+        if self._averaged:
+            at_the_end = Variable._execution_engine.queue_callback
+            at_the_end(
+                lambda: at_the_end(self._has_come)
+            )  # behind DistributedDataParallel's own, which comes meanwhile
+
+    def _has_come(self) -> None:
+        if (grad := self.parameter.grad) is not None:
+            self._before = weakref.ref(grad), grad._version

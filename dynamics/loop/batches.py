@@ -50,8 +50,10 @@ class Batches:
         model: nn.Module,
         device: torch.device,
         objective: Objective,
-        counted: Callable[[], Sequence[nn.Parameter]] | None,
+        counted: Callable[[], Sequence[nn.Parameter]],
         asleep: Callable[[], bool],
+        *,
+        averaged: bool,
     ) -> None:
         own, self._compiled = unwrap(model), is_compiled(model)
         self._seen: list[Seen] = []
@@ -62,8 +64,7 @@ class Batches:
         self._ahead = 0  # how many batches the loop reads before it uses them
         self._stepped_at = 0  # the number of backward passes until the last step
         self._candidates: list[list[Seen]] = []
-        self._counts = counted is not None
-        self._backward = BackwardPasses(counted or list)
+        self._backward = BackwardPasses(counted, averaged=averaged)
         self._forward = ForwardPasses(own, self._pass_begins, self._evaluation_begins)
         self.moments = Moments(own, device, objective, self._backward, counted)
         self.bystanders = Bystanders(own, objective)
@@ -206,7 +207,7 @@ class Batches:
         """Where the loop is now."""
         batches, total, count = len(self._seen) or len(self._staying), self._backward.total, self._backward.count
         first = total - count + 1 if count else 0
-        return Mark(batches, total, first, self._backward.pending, self._counts)
+        return Mark(batches, total, first, self._backward.pending)
 
     @property
     def mark_of_step(self) -> Mark:
@@ -231,8 +232,6 @@ class Batches:
 
     def begin_epoch(self) -> None:
         """A pass over the data begins."""
-        if not self._counts:
-            self._seen = []
         self._of_epoch = len(self._seen)
         self.leave()
 

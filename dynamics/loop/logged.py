@@ -59,7 +59,7 @@ class Logged:
 
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
         """Keep a scalar."""
-        known = not self._announced or (self._waits and mark.counts)
+        known = not self._announced or self._waits
         if not (self._stepped or self._under_way) and known and not mark.backwards:
             self._before.add(name)
         if self._waits or mark.pending or self._under_way or name in self._before or not self._stepped:
@@ -69,7 +69,7 @@ class Logged:
 
     @property
     def _under_way(self) -> bool:
-        """Whether some of several optimizers have stepped: replicas count no backward passes, which would tell."""
+        """Whether some of several optimizers have stepped."""
         return self._first is not None
 
     def _add_to_last(self, name: str, values: list[Scalar]) -> None:

@@ -43,7 +43,7 @@ class Moments:
         device: torch.device,
         objective: Objective,
         backward: BackwardPasses,
-        held: Callable[[], Sequence[nn.Parameter]] | None,
+        held: Callable[[], Sequence[nn.Parameter]],
     ) -> None:
         self._model, self._device, self._objective, self._backward = model, device, objective, backward
         trained, frozen = (
@@ -146,7 +146,7 @@ class Moments:
         that were not given, have moved ``beside`` since the last forward pass began.
         """
         last = next((one.last_moment or one.moment for one in reversed(seen) if one.passed), None)
-        changed = last.changed if last and self._held else {}
+        changed = last.changed if last else {}
         held = {id(one) for one in self._held()} if changed else set()
         self.beside = [name for name, one in changed.items() if id(one) not in held]
         first = seen[0] if seen else None  # what moved since a later one came moved since this, too

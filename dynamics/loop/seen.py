@@ -44,7 +44,6 @@ class Mark(NamedTuple):
     backwards: int = 0  # so far
     first_backward: int = 0  # the first whose gradient is still there
     pending: bool = False  # whether one came since the last step
-    counts: bool = False  # whether backward passes are counted
     used: Sequence[int] = ()  # of a step: behind how many batches each gradient came that is there, if it is known
 
 

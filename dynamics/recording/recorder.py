@@ -140,8 +140,9 @@ class Recorder:
                 store.close()
             raise
         self._rows = Rows(store, self._layers.names)
-        counted = None if processes.replicated else groups.parameters
-        self._batches = Batches(model, self._layers.device, objective, counted, anyone_measures)
+        self._batches = Batches(
+            model, self._layers.device, objective, groups.parameters, anyone_measures, averaged=processes.replicated
+        )
         probed = ProbedStep(measurement, self._layers, groups, processes, curvature_names)
         curvature_every = curvature_every if curvature_names else 0
         self._curvature = StepCurvature(

@@ -1,6 +1,8 @@
 """Parameters, buffers, optimizer state, gradients, random numbers: bit-identical with and without the recorder."""
 
+import copy
 import random
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -14,6 +16,7 @@ from networks import Batch, closure_step, convolutional_network, images, plain_s
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
+from dynamics.probing.moment import Moment
 from dynamics.pruning import scores
 
 Loop = Callable[[nn.Module, torch.optim.Optimizer, Batch], None]
@@ -246,3 +249,22 @@ def test_hooks_that_collect_the_gradients_of_samples_do_not_see_probes(tmp_path:
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["steps"].grad_sqnorm, applied, rtol=1e-12)
     np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def test_a_network_that_another_thread_trains_meanwhile_is_its_own() -> None:
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    expected, x = copy.deepcopy(other), torch.randn(8, 4)
+
+    def train(network: nn.Module) -> None:
+        network(x).square().sum().backward()
+        torch.optim.SGD(network.parameters(), 0.01).step()
+
+    thread = threading.Thread(target=train, args=(other,))
+    with Moment(nn.Linear(4, 3), torch.device("cpu")).again() as seen:
+        thread.start()
+        thread.join()
+    train(expected)
+    assert not seen
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0)

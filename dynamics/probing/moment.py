@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -186,13 +187,13 @@ class Moment:
         """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before.
 
         So are the buffers and attributes of other modules that run inside, such as a teacher: those of the moment, if
-        they were kept. Yields the set that these modules are added to.
+        they were kept. Yields the set that these modules are added to. What another thread runs meanwhile is its own.
         """
         put_back = [kept(self._model.modules(), self._objective).put_back, self._attributes.now().put_back]
-        ours, others = set(self._model.modules()), set()
+        ours, others, here = set(self._model.modules()), set(), threading.get_ident()
 
         def keep_another(module: nn.Module, inputs: tuple) -> None:
-            if module not in ours and module not in others:
+            if threading.get_ident() == here and module not in ours and module not in others:
                 others.add(module)
                 if is_batched():  # what torch.func has put into it is none of its own
                     return

@@ -11,7 +11,7 @@ import xarray as xr
 from networks import images, recorded
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import CheckpointFunction, checkpoint, checkpoint_sequential
 
 from dynamics.probing.activations import activations_stay
 from dynamics.pruning import scores
@@ -131,3 +131,40 @@ def test_hooks_in_another_thread_go_on() -> None:
         with saved_tensors_hooks(packed.append, lambda _: None):
             torch.ones(2, requires_grad=True).square()
     assert len(packed) == 2
+
+
+def test_checkpoints_in_another_thread_go_on() -> None:
+    runs, x = [], torch.ones(2, requires_grad=True)
+
+    def part(x: Tensor) -> Tensor:
+        runs.append(threading.get_ident())
+        return x.square()
+
+    thread = threading.Thread(target=lambda: checkpoint(part, x, use_reentrant=True).sum().backward())
+    with activations_stay():
+        checkpoint(part, x, use_reentrant=True).sum().backward()
+        assert len(runs) == 1
+        thread.start()
+        thread.join(10)
+    assert len(runs) == 3  # once more on the way back
+
+
+def test_of_two_threads_one_waits_and_nothing_is_left_behind() -> None:
+    def own() -> list:
+        return [saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__, CheckpointFunction.apply]
+
+    before, inside, leave = own(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with activations_stay():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=work)
+    with activations_stay():
+        thread.start()
+        assert not inside.wait(0.2)
+    assert inside.wait(10)
+    leave.set()
+    thread.join(10)
+    assert own() == before

@@ -15,6 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointFunction
+
+ONE_AT_A_TIME = threading.RLock()  # what one thread exchanges in torch for a while, another must not take for torch's
 
 _PACKED = (
     "what backward passes need is packed, by torch.autograd.graph.saved_tensors_hooks around the whole loop: put them "
@@ -29,8 +32,14 @@ def activations_stay() -> Iterator[None]:
     Raises:
         RuntimeError: hooks are in force already.
     """
+    with ONE_AT_A_TIME, torch.autograd.graph.disable_saved_tensors_hooks(_PACKED), _idle_here():
+        yield
+
+
+@contextmanager
+def _idle_here() -> Iterator[None]:
     own, leave, here = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__, threading.get_ident()
-    idle: list[saved_tensors_hooks] = []
+    anew, idle = CheckpointFunction.apply, []
 
     def enter_here(hooks: saved_tensors_hooks) -> None:
         if threading.get_ident() != here:
@@ -42,21 +51,24 @@ def activations_stay() -> Iterator[None]:
         if threading.get_ident() != here or not any(one is hooks for one in idle):
             leave(hooks, *exception)
 
+    def once_here(function: Callable[..., Any], preserves_random_state: bool, *inputs: Any) -> Any:
+        if threading.get_ident() != here:
+            return anew(function, preserves_random_state, *inputs)
+        return _once(function, *inputs)
+
     with (
-        torch.autograd.graph.disable_saved_tensors_hooks(_PACKED),
         mock.patch.object(saved_tensors_hooks, "__enter__", enter_here),
         mock.patch.object(saved_tensors_hooks, "__exit__", leave_here),
-        mock.patch("torch.utils.checkpoint.CheckpointFunction", _Once),
+        mock.patch.object(CheckpointFunction, "apply", once_here),
     ):
         yield
 
 
-class _Once:
-    """In place of the checkpoints that begin a backward pass within a backward pass."""
+def _once(function: Callable[..., Any], *inputs: Any) -> Any:
+    """In place of the checkpoints that begin a backward pass within a backward pass.
 
-    @staticmethod
-    def apply(function: Callable[..., Any], preserves_random_state: bool, *inputs: Any) -> Any:
-        """The function of the inputs; a constant, as it is in training, if none of these has a gradient."""
-        trained = any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return function(*inputs)
+    It gives a constant, as it is in training, if none of the inputs has a gradient.
+    """
+    trained = any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        return function(*inputs)

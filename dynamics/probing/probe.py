@@ -23,7 +23,7 @@ from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
 from ..network.hooks import hooks_asleep
 from ..network.masks import parameter_masks
-from .activations import activations_stay
+from .activations import ONE_AT_A_TIME, activations_stay
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .kept import kept
 from .moment import Moment
@@ -225,7 +225,7 @@ class Probe:
         }
         values = free | pruned | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
-        with again as others, _differentiable_twice(), _unwrapped(self._model), _without_gradients(self._model):
+        with _differentiable_twice(), again as others, _unwrapped(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
             with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
                 loss = self._objective(self._model, given)
@@ -249,7 +249,7 @@ class Probe:
     @contextmanager
     def _lent(self, values: Theta, moment: Moment) -> Iterator[None]:
         """Inside, the model has the tensors that it was evaluated with, and is as it was after that."""
-        with moment.again(), _differentiable_twice(), exchanged(self._model, values), mode_of(self._model, self._mode):
+        with _differentiable_twice(), moment.again(), exchanged(self._model, values), mode_of(self._model, self._mode):
             yield
 
     def _theta(self, theta: Theta | None) -> Theta:
@@ -363,7 +363,7 @@ def _differentiable_twice() -> Iterator[None]:
     afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
     by_itself = mock.patch.object(nn.parallel.DistributedDataParallel, "forward", _by_itself)
     unchosen = mock.patch("torch.nn.attention._sdpa_kernel", create=True)  # the model may choose a kernel itself
-    with sdpa_kernel(SDPBackend.MATH), unchosen, activations_stay(), afresh, by_itself:
+    with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH), unchosen, activations_stay(), afresh, by_itself:
         if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
             yield
         else:

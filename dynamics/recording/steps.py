@@ -187,8 +187,8 @@ class Steps:
     def finish(self, under_way: list[int] | None = None, *, ends: bool = False) -> None:
         """What was logged of the last step is all that will be; it ``ends`` the training, or only this row.
 
-        Of a step that is ``under_way``, as some of several optimizers have stepped, there is a row, too, if other
-        processes are not needed for it. It says more when the step has ended.
+        A step that is ``under_way``, as some of several optimizers have stepped, has its row now, which says more when
+        it has ended.
         """
         number, flow_time = self.number, self._flow_time
         if under_way and not self.busy:

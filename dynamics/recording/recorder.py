@@ -123,7 +123,7 @@ class Recorder:
         check_attributes(attributes)
         check_resume(resume, step)
         names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
-        held, self._path = optimizers(optimizer), path
+        held, given, self._path = optimizers(optimizer), as_given(optimizer), path
         network, processes = unwrap(model), Processes(model)
         check_pair(model, held)
         self._layers = Layers(network)
@@ -149,14 +149,13 @@ class Recorder:
             network, objective, self._batches, probed, processes, place.step, curvature_every, capture=capture
         )
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
-        stepping = {id(one) for one in [*held, *as_given(optimizer)]}  # their hooks collect statistics, as K-FAC does
-        asleep = partial(hooks_asleep, network, lambda owner: id(owner) in stepping)
+        asleep = partial(hooks_asleep, network, lambda owner: any(owner is one for one in (*held, *given)))
         self._steps = Steps(
             groups, measurement, self._curvature, self._batches, asleep, self._rows, self._epochs, place,
             FlowTimes(store), names, every,
         )  # fmt: skip
         self._events = Events(network, objective, self._layers, processes, self._steps, self._epochs, self._rows, past)
-        self._attachment = Attachment(held, as_given(optimizer), self._steps)
+        self._attachment = Attachment(held, given, self._steps)
         self._termination = on_termination(self.flush)
         atexit.register(self._leave)
 

@@ -43,7 +43,7 @@ class Steps:
 
     Args:
         groups, measurement, curvature, batches: of the training.
-        asleep: inside, hooks that the optimizers have put on the model are not there.
+        asleep: inside, hooks that the optimizers have put on the model, as K-FAC does, are not there.
         rows: where the rows go.
         epochs: which epoch it is.
         place: where the training is: ``number`` is the step to come.

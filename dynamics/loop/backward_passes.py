@@ -116,11 +116,9 @@ class _Counter:
         gone = self._before is None or self._before[0]() is not grad or self._before[1] + 1 != grad._version
         self.count = 1 if gone else self.count + 1
         self._has_come()
-        if self._averaged:
+        if self._averaged:  # by what begins to wait for the pass's end later than this, so that it waits once more
             at_the_end = Variable._execution_engine.queue_callback
-            at_the_end(
-                lambda: at_the_end(self._has_come)
-            )  # behind DistributedDataParallel's own, which comes meanwhile
+            at_the_end(lambda: at_the_end(self._has_come))
 
     def _has_come(self) -> None:
         if (grad := self.parameter.grad) is not None:

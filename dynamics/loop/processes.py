@@ -152,6 +152,8 @@ class Processes:
 
 def replica_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     """What DistributedDataParallel made of a model, or of one that it is in: of that the model knows nothing itself."""
+    if not (dist.is_available() and dist.is_initialized()):  # to look at all objects takes a while
+        return None
     made = [one for one in gc.get_objects() if issubclass(type(one), nn.parallel.DistributedDataParallel)]
     return next((one for one in made if any(module is model for module in one.modules())), None)
 

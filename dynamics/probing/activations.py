@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
-ONE_AT_A_TIME = threading.RLock()  # what one thread exchanges in torch for a while, another must not take for torch's
+_ONE_AT_A_TIME = threading.RLock()  # what one thread exchanges in torch for a while, another must not take for torch's
 
 _PACKED = (
     "what backward passes need is packed, by torch.autograd.graph.saved_tensors_hooks around the whole loop: put them "
@@ -27,12 +27,12 @@ _PACKED = (
 
 @contextmanager
 def activations_stay() -> Iterator[None]:
-    """Inside, checkpoints and hooks on saved tensors do nothing in this thread.
+    """Inside, checkpoints and hooks on saved tensors do nothing in this thread; one thread at a time is inside.
 
     Raises:
         RuntimeError: hooks are in force already.
     """
-    with ONE_AT_A_TIME, torch.autograd.graph.disable_saved_tensors_hooks(_PACKED), _idle_here():
+    with _ONE_AT_A_TIME, torch.autograd.graph.disable_saved_tensors_hooks(_PACKED), _idle_here():
         yield
 
 

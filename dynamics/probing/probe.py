@@ -23,7 +23,7 @@ from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
 from ..network.hooks import hooks_asleep
 from ..network.masks import parameter_masks
-from .activations import ONE_AT_A_TIME, activations_stay
+from .activations import activations_stay
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .kept import kept
 from .moment import Moment
@@ -358,12 +358,13 @@ def _by_itself(replica: nn.parallel.DistributedDataParallel, *inputs: Any, **nam
 def _differentiable_twice() -> Iterator[None]:
     """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly.
 
-    Nothing is computed again on the way back, and a replica that is a part of the model runs by itself.
+    Nothing is computed again on the way back, and a replica that is a part of the model runs by itself. One thread at a
+    time is inside.
     """
     afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
     by_itself = mock.patch.object(nn.parallel.DistributedDataParallel, "forward", _by_itself)
     unchosen = mock.patch("torch.nn.attention._sdpa_kernel", create=True)  # the model may choose a kernel itself
-    with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH), unchosen, activations_stay(), afresh, by_itself:
+    with activations_stay(), sdpa_kernel(SDPBackend.MATH), unchosen, afresh, by_itself:
         if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
             yield
         else:

@@ -110,23 +110,23 @@ class Candidates:
     def _of_replicas(self, known: list[tuple[int, list[Seen]]]) -> list[Candidate]:
         """As many in each of the processes, which measure together: in all ways in which they differ in any."""
         (_, likeliest), *others = known
-        own = bool(others), _moments_that_differ(likeliest), _weights_that_differ(likeliest)
-        several, moments, weights = zip(*self._processes.gathered(own), strict=True)
+        ends = known[0], known[-1]
+        certain = [_is_certain(seen) for _, seen in ends]
+        own = bool(others), _moments_that_differ(likeliest), _weights_that_differ(likeliest), certain
+        several, moments, weights, certain = zip(*self._processes.gathered(own), strict=True)
         differing = [name for name in _MOMENTS if any(name in names for names in moments)]
         ways = [_Way(moment, by_samples) for moment in differing for by_samples in max(weights, key=len)]
-        found = [
-            self._candidate(number, seen, way)
-            for number, seen in (known[0], known[-1])[: 1 + any(several)]
+        return [
+            self._candidate(number, seen, way)._replace(certain=all(in_each))
+            for (number, seen), *in_each in list(zip(ends, *certain, strict=True))[: 1 + any(several)]
             for way in sorted(ways, key=self._is_unlikely)
         ]
-        device = next(self._model.parameters()).device
-        return [one._replace(certain=self._processes.all_agree(one.certain, device)) for one in found]
 
     def _candidate(self, number: int, seen: list[Seen], way: _Way) -> Candidate:
         batches = [one.changed if way.changed and one.changed is not None else one.batch for one in seen]
         moments = [_MOMENTS[way.moment](one) for one in seen]
         probe = Probe(self._model, self._objective, batches, moments=moments, by_samples=way.by_samples)
-        return Candidate(number, way, probe, all(one.certain for one in seen))
+        return Candidate(number, way, probe, _is_certain(seen))
 
     def choose(self, found: Sequence[Found]) -> Found | None:
         """What the step is of: the last, if that is surely so, else the one that is nearest; None if none can tell."""
@@ -164,6 +164,10 @@ def _moments_that_differ(seen: list[Seen]) -> list[str]:
         if not found or not (same or moments in found.values()):
             found[name] = moments
     return list(found)
+
+
+def _is_certain(seen: list[Seen]) -> bool:
+    return all(one.certain for one in seen)
 
 
 def _weights_that_differ(seen: list[Seen]) -> list[bool]:

@@ -48,7 +48,7 @@ from dynamics.experiments.grid import grid
 from dynamics.experiments.passes import Passes
 from dynamics.experiments.training import EVALUATED_AT_ONCE
 from dynamics.models import build
-from dynamics.probing.probe import cross_entropy_objective
+from dynamics.probing.objective import cross_entropy_objective
 from dynamics.pruning import Pruner
 
 TRAINED, TESTED = 50_000, 10_000  # images of CIFAR

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
 from dynamics.network.masks import apply_masks
-from dynamics.probing.probe import cross_entropy_objective
+from dynamics.probing.objective import cross_entropy_objective
 from dynamics.recording.captured_curvature import CapturedCurvature
 
 

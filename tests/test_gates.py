@@ -21,7 +21,8 @@ from dynamics.curvature.gated_batch_norm import BatchNorm
 from dynamics.curvature.gates import gated_products
 from dynamics.models import MODELS, build
 from dynamics.network.masks import parameter_masks
-from dynamics.probing.probe import Probe, cross_entropy_objective
+from dynamics.probing.objective import cross_entropy_objective
+from dynamics.probing.probe import Probe
 from dynamics.pruning import Pruner
 
 Loss = Callable[[dict[str, Tensor]], Tensor]

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from dynamics import Recorder, open_run
 from dynamics.experiments.passes import Passes
 from dynamics.experiments.running import run
-from dynamics.probing.probe import Probe, cross_entropy_objective
+from dynamics.probing.objective import cross_entropy_objective
+from dynamics.probing.probe import Probe
 from dynamics.pruning import MEASURES, Pruner
 from dynamics.quantities import Vectors
 

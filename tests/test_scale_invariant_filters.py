@@ -15,7 +15,8 @@ from analysis import scale_invariance as analysed
 from dynamics import Recorder, open_run
 from dynamics.models import VGG
 from dynamics.network.masks import apply_masks
-from dynamics.probing.probe import Probe, cross_entropy_objective
+from dynamics.probing.objective import cross_entropy_objective
+from dynamics.probing.probe import Probe
 from dynamics.pruning import scale_invariance, scores
 from figures import FIGURES, draw
 

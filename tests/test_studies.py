@@ -13,7 +13,7 @@ from prunable import batch, trained
 from dynamics import Recorder, open_run
 from dynamics.experiments.studies import add_studies
 from dynamics.network.masks import apply_masks
-from dynamics.probing.probe import cross_entropy_objective
+from dynamics.probing.objective import cross_entropy_objective
 from dynamics.pruning import Pruner
 from dynamics.recording.event import Event
 

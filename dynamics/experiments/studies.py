@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network.masks import filters_left
-from ..probing.probe import Objective
+from ..probing.objective import Objective
 from ..pruning import MEASURES, Pruning, removal_curve, resampled_scores, scale_invariance
 from ..recording.event import Event
 from ..schema import PAPER_MEASURES

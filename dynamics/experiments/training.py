@@ -20,7 +20,8 @@ from ..data import Data
 from ..errors import one_line
 from ..hardware.captured import release_memory
 from ..network.masks import apply_masks, parameter_masks
-from ..probing.probe import Objective, cross_entropy_objective, mode_of
+from ..probing.mode import mode_of
+from ..probing.objective import Objective, cross_entropy_objective
 from ..pruning import MEASURES, PROTOCOLS, Pruner, share_left
 from ..recording.recorder import Recorder
 from . import checkpoint

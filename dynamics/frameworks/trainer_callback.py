@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..loop.processes import replica_of
 from ..probing.batch import sample_count
-from ..probing.probe import Objective
+from ..probing.objective import Objective
 from ..recording.recorder import Recorder
 from .common import recorder_factory, simple_scalars
 

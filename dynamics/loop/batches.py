@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..network.wrappers import is_compiled, unwrap
 from ..probing.bystanders import Bystanders
 from ..probing.moment import Moment
-from ..probing.probe import Objective, is_compiled, unwrap
+from ..probing.objective import Objective
 from .backward_passes import BackwardPasses
 from .forward_passes import ForwardPasses
 from .moments import Moments

@@ -13,7 +13,7 @@ from ..curvature.ordinary import is_batched
 from ..errors import named
 from ..probing.batch import changes, copied
 from ..probing.moment import Moment, random_numbers_untouched
-from ..probing.probe import Objective
+from ..probing.objective import Objective
 from .backward_passes import BackwardPasses
 from .forward_passes import trains
 from .seen import Seen

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..curvature.ordinary import is_batched
 from .moment import Moment
-from .probe import Objective, cross_entropy_objective
+from .objective import Objective, cross_entropy_objective
 
 
 class Bystanders:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..curvature.expansion import Expansion, LossFunction, mean_gradient, mean_loss
 from ..curvature.gates import Products, gated_products
@@ -21,80 +17,15 @@ from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_ag
 from ..curvature.ordinary import masked, with_masked_gradient
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
-from ..network.hooks import hooks_asleep
 from ..network.masks import parameter_masks
-from .activations import activations_stay
+from ..network.wrappers import forward_unwrapped, unwrap
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
-from .kept import kept
+from .differentiable import differentiable_twice
+from .mode import mode_of
 from .moment import Moment
+from .objective import Objective
 
-Objective = Callable[[nn.Module, Any], Tensor]
 Theta = Mapping[str, Tensor]
-
-
-def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temperature: float = 1.0) -> Tensor:
-    """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar.
-
-    Raises:
-        ValueError: the batch is none of these two, there is but one class, or there are negative probabilities: a
-            regression has another loss.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
-        got, listed = f"{type(batch).__name__}{many}", "give them in a list; " * isinstance(batch, Tensor)
-        raise ValueError(
-            f"the cross-entropy is of batches (inputs, labels), got a {got}: {listed}of another loss give objective="
-        )
-    inputs, labels = batch
-    outputs = model(inputs)
-    if outputs.ndim > 1 and outputs.shape[1] < 2:
-        raise ValueError(f"the cross-entropy of one class is always 0, got outputs of shape {tuple(outputs.shape)}")
-    if labels.is_floating_point() and _is_negative(labels):
-        raise ValueError("labels hold negative numbers, and so no probabilities of classes")
-    return F.cross_entropy(outputs / temperature, labels)
-
-
-def _is_negative(values: Tensor) -> bool:
-    """Whether some are; not asked while a GPU's work is captured, which had run before."""
-    return not (values.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((values < 0).any())
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that compilation, data parallelism and Fabric wrap: second derivatives exist only there."""
-    while hasattr(model, "_orig_mod") or _is_wrapper(model):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
-
-
-def _is_wrapper(model: nn.Module) -> bool:
-    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    return parallel or type(model).__name__ == "_FabricModule"
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the model, or a part of it, runs compiled."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
-
-
-@contextmanager
-def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
-    """Inside, all modules are in ``mode`` ("train" or "eval"; None leaves them); afterwards each is as it was.
-
-    A module's own ``train`` may do more, such as merge an adapter into its weights: it does so to copies of these.
-    """
-    if mode not in ("train", "eval", None):
-        raise ValueError(f"mode must be 'train' or 'eval', got {mode!r}")
-    modules = list(model.modules())
-    with ExitStack() as afterwards:
-        for module in modules:
-            afterwards.callback(setattr, module, "training", module.training)
-        if mode is not None:
-            if any(type(module).train is not nn.Module.train for module in modules):
-                afterwards.callback(kept(modules).put_back)
-                copies = {name: one.clone() for name, one in model.named_parameters()}
-                afterwards.enter_context(exchanged(model, copies))
-            model.train(mode == "train")
-        yield
 
 
 class Probe:
@@ -225,7 +156,7 @@ class Probe:
         }
         values = free | pruned | moment.buffers()
         again = nullcontext(set()) if self._fixed else moment.again()
-        with _differentiable_twice(), again as others, _unwrapped(self._model), _without_gradients(self._model):
+        with differentiable_twice(), again as others, forward_unwrapped(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
             with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
                 loss = self._objective(self._model, given)
@@ -249,7 +180,7 @@ class Probe:
     @contextmanager
     def _lent(self, values: Theta, moment: Moment) -> Iterator[None]:
         """Inside, the model has the tensors that it was evaluated with, and is as it was after that."""
-        with _differentiable_twice(), moment.again(), exchanged(self._model, values), mode_of(self._model, self._mode):
+        with differentiable_twice(), moment.again(), exchanged(self._model, values), mode_of(self._model, self._mode):
             yield
 
     def _theta(self, theta: Theta | None) -> Theta:
@@ -330,44 +261,3 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
-
-
-@contextmanager
-def _unwrapped(model: nn.Module) -> Iterator[None]:
-    """Inside, the forward pass is without what libraries put around it.
-
-    Accelerate an autocast, for mixed precision, and Opacus hooks that collect the gradients of samples.
-    """
-    wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
-    try:
-        for module in wrapped:
-            module.forward = module._original_forward
-        with hooks_asleep(model, lambda owner: hasattr(owner, "hooks_enabled")):
-            yield
-    finally:
-        for module, forward in wrapped.items():
-            module.forward = forward
-
-
-def _by_itself(replica: nn.parallel.DistributedDataParallel, *inputs: Any, **named: Any) -> Any:
-    """In place of a replica's forward pass, which would expect a backward pass and add up that of the next batch."""
-    return replica.module(*inputs, **named)
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly.
-
-    Nothing is computed again on the way back, and a replica that is a part of the model runs by itself. One thread at a
-    time is inside.
-    """
-    afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
-    by_itself = mock.patch.object(nn.parallel.DistributedDataParallel, "forward", _by_itself)
-    unchosen = mock.patch("torch.nn.attention._sdpa_kernel", create=True)  # the model may choose a kernel itself
-    with activations_stay(), sdpa_kernel(SDPBackend.MATH), unchosen, afresh, by_itself:
-        if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
-            yield
-        else:
-            unasked = mock.patch("torch.nn.modules.module._has_any_global_hook", return_value=False)  # they are ours
-            with torch.compiler.set_stance("force_eager"), unasked:
-                yield

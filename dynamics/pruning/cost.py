@@ -24,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..network.exchanged import exchanged
 from ..network.layers import plain_name
 from ..network.masks import parameter_masks
+from ..network.wrappers import unwrap
+from ..probing.mode import mode_of
 from ..probing.moment import random_numbers_untouched
-from ..probing.probe import mode_of, unwrap
 from .candidates.channels import LAYERS, NORMALISATIONS
 from .candidates.weights import weight_of, weights_reading
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..loop.processes import Processes
 from ..network.layers import Layers
 from ..network.masks import apply_masks, filters_left
-from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
+from ..network.wrappers import unwrap
+from ..probing.objective import Objective, cross_entropy_objective
+from ..probing.probe import Probe
 from ..recording.event import Stage, measured, predicted
 from ..schema import STAGES, quantities
 from .candidates.channels import NORMALISATIONS

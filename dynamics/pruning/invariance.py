@@ -10,7 +10,9 @@ import xarray as xr
 from torch import nn
 
 from ..network.masks import filters_left
-from ..probing.probe import Objective, Probe, cross_entropy_objective, unwrap
+from ..network.wrappers import unwrap
+from ..probing.objective import Objective, cross_entropy_objective
+from ..probing.probe import Probe
 from ..quantities import FORMULAS, Vectors
 from ..schema import quantities
 from .candidates.units import filter_coordinates, unit_layers

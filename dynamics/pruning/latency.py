@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..probing.probe import mode_of
+from ..probing.mode import mode_of
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..network.masks import apply_masks, filters_left, lift_masks, parameter_masks
+from ..network.wrappers import unwrap
 from ..probing.batch import sample_count
-from ..probing.probe import Objective, cross_entropy_objective, unwrap
+from ..probing.objective import Objective, cross_entropy_objective
 from ..recording.arguments import as_given
 from .candidates.units import masks_of, units_of
 from .candidates.weights import weight_of, within

@@ -13,7 +13,8 @@ from ..loop.processes import Processes
 from ..loop.seen import Seen
 from ..probing.batch import sample_count
 from ..probing.moment import Moment
-from ..probing.probe import Objective, Probe
+from ..probing.objective import Objective
+from ..probing.probe import Probe
 from .captured_curvature import CapturedCurvature
 from .probed_step import ProbedStep
 

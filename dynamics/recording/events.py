@@ -15,7 +15,8 @@ from ..loop.processes import Processes
 from ..network.layers import Layers
 from ..network.structure import Structure
 from ..probing.moment import Moment
-from ..probing.probe import Objective, Probe
+from ..probing.objective import Objective
+from ..probing.probe import Probe
 from .arguments import as_number, check_description
 from .epochs import Epochs
 from .event import Event, Stage, effect

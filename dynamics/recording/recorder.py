@@ -24,7 +24,8 @@ from ..loop.groups import Groups
 from ..loop.processes import Processes
 from ..network.hooks import hooks_asleep
 from ..network.layers import Layers
-from ..probing.probe import Objective, cross_entropy_objective, unwrap
+from ..network.wrappers import unwrap
+from ..probing.objective import Objective, cross_entropy_objective
 from ..record import provenance
 from .arguments import (
     as_given,

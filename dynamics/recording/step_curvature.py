@@ -15,7 +15,8 @@ from ..loop.batches import Batches
 from ..loop.logged_loss import LoggedLoss
 from ..loop.processes import Processes
 from ..loop.seen import Seen
-from ..probing.probe import Objective, Probe
+from ..probing.objective import Objective
+from ..probing.probe import Probe
 from .candidates import Candidate, Candidates, Found
 from .captured_curvature import CapturedCurvature
 from .probed_step import ProbedStep, shares

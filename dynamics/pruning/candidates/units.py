@@ -18,7 +18,7 @@ from ...errors import first_line
 from ...network.masks import filters_left
 from ...network.structure import check_initialised, check_whole
 from ...probing.activations import activations_stay
-from ...probing.probe import mode_of
+from ...probing.mode import mode_of
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
 from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading, within
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...hardware.precision import precise
 from ...probing.batch import as_measured, sample_count, tensors_of
-from ...probing.probe import Objective, Probe
+from ...probing.objective import Objective
+from ...probing.probe import Probe
 from .sample_gradients import squared_sample_grads
 from .synaptic_flow import flow_gradient
 

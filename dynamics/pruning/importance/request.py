@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...probing.probe import unwrap
+from ...network.wrappers import unwrap
 from ..candidates.units import UnitLayer, units_of, weights_left
 from ..candidates.weights import weight_of
 from .measures import Measure, find_measure

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...probing.batch import sample_count, tensors_of
-from ...probing.probe import Objective
+from ...probing.objective import Objective
 from ..candidates.weights import weight_of
 from .derivatives import Derivatives, Passing, add
 from .sample_gradients import squared_sample_grads

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...network.masks import filters_left
 from ...probing.batch import sample_count
-from ...probing.probe import Objective, cross_entropy_objective
+from ...probing.objective import Objective, cross_entropy_objective
 from ..candidates.units import filter_coordinates
 from .request import Request, request
 from .resampled_derivatives import resampled_derivatives

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ...hardware.precision import full_precision
 from ...probing.activations import activations_stay
+from ...probing.mode import mode_of
 from ...probing.moment import random_numbers_untouched
-from ...probing.probe import Objective, mode_of
+from ...probing.objective import Objective
 
 
 @full_precision()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import named
 from ...hardware.precision import precise
-from ...probing.probe import Objective, cross_entropy_objective
+from ...probing.objective import Objective, cross_entropy_objective
 from ..candidates.weights import weight_of
 from .derivatives import Derivatives, derivatives
 from .measures import Evidence, Measure, normalised

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...errors import named
 from ...network.exchanged import exchanged
 from ...probing.activations import activations_stay
+from ...probing.mode import mode_of
 from ...probing.moment import random_numbers_untouched
-from ...probing.probe import mode_of
 
 
 def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:

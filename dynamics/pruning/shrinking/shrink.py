@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...network.identities import Identity, expand, identities, is_layer, keep_units
 from ...network.masks import parameter_masks, replace_mask
 from ...network.structure import check_whole
-from ...probing.probe import unwrap
+from ...network.wrappers import unwrap
 from ...recording.arguments import as_given
 from ..candidates.weights import weight_of
 from .cut import find_cut, rows_left, take

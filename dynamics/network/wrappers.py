@@ -1,0 +1,44 @@
+"""What compilation, data parallelism and libraries put around a module, or around its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .hooks import hooks_asleep
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that compilation, data parallelism and Fabric wrap: second derivatives exist only there."""
+    while hasattr(model, "_orig_mod") or _is_wrapper(model):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    return parallel or type(model).__name__ == "_FabricModule"
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, runs compiled."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def forward_unwrapped(model: nn.Module) -> Iterator[None]:
+    """Inside, the forward pass is without what libraries put around it.
+
+    Accelerate an autocast, for mixed precision, and Opacus hooks that collect the gradients of samples.
+    """
+    wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
+    try:
+        for module in wrapped:
+            module.forward = module._original_forward
+        with hooks_asleep(model, lambda owner: hasattr(owner, "hooks_enabled")):
+            yield
+    finally:
+        for module, forward in wrapped.items():
+            module.forward = forward

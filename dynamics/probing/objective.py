@@ -1,0 +1,39 @@
+"""What is minimised: a scalar loss of a model and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Objective = Callable[[nn.Module, Any], Tensor]
+
+
+def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temperature: float = 1.0) -> Tensor:
+    """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar.
+
+    Raises:
+        ValueError: the batch is none of these two, there is but one class, or there are negative probabilities: a
+            regression has another loss.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
+        got, listed = f"{type(batch).__name__}{many}", "give them in a list; " * isinstance(batch, Tensor)
+        raise ValueError(
+            f"the cross-entropy is of batches (inputs, labels), got a {got}: {listed}of another loss give objective="
+        )
+    inputs, labels = batch
+    outputs = model(inputs)
+    if outputs.ndim > 1 and outputs.shape[1] < 2:
+        raise ValueError(f"the cross-entropy of one class is always 0, got outputs of shape {tuple(outputs.shape)}")
+    if labels.is_floating_point() and _is_negative(labels):
+        raise ValueError("labels hold negative numbers, and so no probabilities of classes")
+    return F.cross_entropy(outputs / temperature, labels)
+
+
+def _is_negative(values: Tensor) -> bool:
+    """Whether some are; not asked while a GPU's work is captured, which had run before."""
+    return not (values.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((values < 0).any())

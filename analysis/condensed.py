@@ -14,8 +14,9 @@ import zarr
 from numcodecs import Blosc
 
 from dynamics.places import check_folder
+from dynamics.record.errors import RecordError
 from dynamics.record.files import replace
-from dynamics.record.reading import METADATA, Metadata, RecordError, checked_metadata, chunk_keys
+from dynamics.record.metadata import METADATA, Metadata, checked_metadata, chunk_keys
 from dynamics.schema import NODES, SCHEMA_VERSION, SPEEDS, STUDIES
 
 from .prunings import prunings

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import xarray as xr
 
-from dynamics.record.reading import RecordError, experiment, open_run
+from dynamics.record.errors import RecordError
+from dynamics.record.reading import experiment, open_run
 
 from .condensed import SUFFIX, expand
 from .progress import with_progress

@@ -8,7 +8,8 @@ from itertools import chain
 import numpy as np
 import xarray as xr
 
-from dynamics.record.reading import RecordError, experiment
+from dynamics.record.errors import RecordError
+from dynamics.record.reading import experiment
 from dynamics.schema import NODES, QUANTITIES
 
 HOW_TO_RECORD = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .record.reading import RecordError, open_run
+from .record.errors import RecordError
+from .record.reading import open_run
 from .schema import QUANTITIES
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from analysis.conditions import by_setting
 from analysis.prunings import in_steps
 from analysis.record import columns
 from analysis.runs import Runs
-from dynamics.record.reading import RecordError
+from dynamics.record.errors import RecordError
 from dynamics.schema import SPEEDS
 from dynamics.schema import label as label_of
 

@@ -17,7 +17,7 @@ import zarr
 
 from analysis.record import columns
 from dynamics import RecordError, open_run
-from dynamics.record.reading import METADATA
+from dynamics.record.metadata import METADATA
 from dynamics.record.store import Store
 
 

@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dynamics", "analysis", "figures")
 OF_RECORDS = {  # without torch
-    f"dynamics.{name}" for name in ("record.reading", "record.files", "schema", "places", "command_line")
+    f"dynamics.{name}"
+    for name in ("command_line", "places", "record.errors", "record.files", "record.metadata", "record.reading", "schema")
 }
 MAY_IMPORT = {
     "dynamics": {"dynamics"},

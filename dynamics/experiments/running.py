@@ -19,8 +19,10 @@ from ..hardware.device import find_device
 from ..hardware.reproducible import reproducible
 from ..models import build
 from ..places import check_folder
+from ..record.errors import RecordError
 from ..record.files import locked
-from ..record.reading import RecordError, check, read_metadata
+from ..record.metadata import read_metadata
+from ..record.reading import check
 from ..record.store import Store
 from ..recording.recorder import Recorder
 from . import checkpoint

@@ -1,14 +1,12 @@
 """Opening a record: what is in its one file of metadata is checked first, so that opening never runs a stranger's code.
 
-A Zarr array names the codecs its bytes go through, and one of them unpickles. Only the codec and the types that a
-record is written with are let through. Nothing here needs torch.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +15,9 @@ from typing import Any
 import xarray as xr
 from numcodecs import Blosc
 
-from ..errors import one_line
 from ..schema import COMPARED_BY, SCHEMA_VERSION
-
-METADATA = ".zmetadata"
-CODEC = "blosc"
-_DTYPE = re.compile(r"[<>|][biufU]\d+")
-_NAME = re.compile(r"(?!\.)[^/\\\0]+")  # a folder, inside the one it is looked for in
-_AGAIN = "copy the record again from where it was written"
-
-Metadata = dict[str, dict[str, Any]]
-
-
-class RecordError(ValueError):
-    """A path that is not a record this version can read. The message is one line."""
+from .errors import AGAIN, RecordError, damaged, foreign, said
+from .metadata import Metadata, chunk_keys, read_metadata
 
 
 def open_run(path: str | os.PathLike) -> xr.DataTree:
@@ -49,7 +36,7 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
     except Exception as error:
         if chunk := _undecodable(path):
             raise damaged(chunk, error) from error
-        raise _foreign(path, _one_line(error)) from error
+        raise foreign(path, said(error)) from error
 
 
 @contextmanager
@@ -102,62 +89,7 @@ def check(path: Path) -> Metadata:
         if damage is None:
             return found
         if read_metadata(path) == found:  # else a writer took rows back meanwhile
-            raise RecordError(f"{path} is damaged: {damage}; {_AGAIN}")
-
-
-def read_metadata(path: Path) -> Metadata:
-    """What was last committed, after a check that it is harmless to obey.
-
-    Raises:
-        RecordError: it is missing, damaged, or holds what no record holds.
-    """
-    if not path.exists():
-        raise RecordError(f"no record at {path}: give the path of a run, e.g. one that `python -m dynamics run` wrote")
-    if path.is_file() and path.suffix == ".zip":
-        raise _foreign(path, "analysis.open_runs and `python -m analysis` read condensed records, named *.zarr.zip")
-    if (path / "zarr.json").exists():
-        raise _foreign(path, "it is a Zarr format 3 store, a record is format 2")
-    try:
-        text = (path / METADATA).read_bytes()
-    except OSError as error:
-        if any(path.glob(f"*/{METADATA}")):
-            raise RecordError(f"{path} is a folder of records, not one itself: give {path}/*.zarr") from error
-        raise _foreign(path, f"it has no {METADATA} ({error.strerror})") from error
-    return checked_metadata(path, text)
-
-
-def checked_metadata(path: Path, text: bytes) -> Metadata:
-    """What a file of metadata says, after a check that it is harmless to obey.
-
-    Raises:
-        RecordError: it is damaged, or holds what no record holds.
-    """
-    try:
-        found = json.loads(text)["metadata"]
-        for key, entry in found.items():
-            *folders, leaf = key.split("/")
-            depths = {".zgroup": (0, 1), ".zattrs": (0, 1, 2), ".zarray": (2,)}.get(leaf, ())
-            if len(folders) not in depths or not all(map(is_name, folders)) or not isinstance(entry, dict):
-                raise _foreign(path, f"{METADATA} has an entry {key!r:.60}")
-            if leaf == ".zarray":
-                _check_array(path, "/".join(folders), entry)
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} is damaged: {METADATA} cannot be read ({_one_line(error)}); {_AGAIN}") from error
-    return found
-
-
-def _check_array(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Let through only what a record is written with: numbers and texts of fixed size, compressed by Blosc."""
-    compressor, filters, dtype = entry["compressor"], entry["filters"], entry["dtype"]
-    if filters or not isinstance(compressor, dict) or compressor["id"] != CODEC:
-        codecs = [codec.get("id") for codec in (compressor, *(filters or ())) if codec]
-        raise _foreign(path, f"{name} is stored with codecs {codecs!r:.80}, a record only with {CODEC!r}")
-    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
-        raise _foreign(path, f"{name} has the type {dtype!r:.60}, a record only numbers and texts of fixed size")
-    shape, chunks = entry["shape"], entry["chunks"]
-    whole = isinstance(shape, list) and isinstance(chunks, list) and all(type(n) is int for n in [*shape, *chunks])
-    if not whole or not shape or shape[0] < 0 or chunks[0] < 1 or shape[1:] != chunks[1:]:
-        raise _foreign(path, f"{name} has shape {shape!r:.60} and chunks {chunks!r:.60}")
+            raise RecordError(f"{path} is damaged: {damage}; {AGAIN}")
 
 
 def _damage(path: Path, metadata: Metadata) -> Iterator[str]:
@@ -190,37 +122,9 @@ def _undecodable(path: Path) -> Path | None:
     return None
 
 
-def is_name(name: str) -> bool:
-    """Whether a group or a variable of a record may have the name."""
-    return bool(_NAME.fullmatch(name))
-
-
-def chunk_key(number: int, dimensions: int) -> str:
-    """Name of the file of an array's chunk: rows are cut into chunks, the other dimensions are not."""
-    return ".".join([str(number), *["0"] * (dimensions - 1)])
-
-
-def chunk_keys(shape: list[int], chunks: list[int]) -> Iterator[str]:
-    """Names of the files of an array, in the array's order."""
-    return (chunk_key(number, len(shape)) for number in range(-(-shape[0] // chunks[0])))
-
-
 def _cut_short(chunk: Path) -> tuple[int, int] | None:
     """Bytes that a chunk has and should have, where the two differ: Blosc's header ends with its length."""
     with chunk.open("rb") as file:
         header, size = file.read(16), os.fstat(file.fileno()).st_size
     promised = int.from_bytes(header[12:16], "little")
     return None if len(header) == 16 and size == promised else (size, max(promised, 16))
-
-
-def _foreign(path: Path, reason: str) -> RecordError:
-    return RecordError(f"{path} is not a thetadot record (a folder written by Recorder): {reason}")
-
-
-def damaged(chunk: Path, error: Exception) -> RecordError:
-    """A chunk cannot be decoded: what to say, and to do."""
-    return RecordError(f"{chunk} is damaged ({_one_line(error)}); {_AGAIN}")
-
-
-def _one_line(error: Exception) -> str:
-    return one_line(error)[:200] or type(error).__name__

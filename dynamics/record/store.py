@@ -23,19 +23,31 @@ from typing import Any
 
 import numpy as np
 import zarr
-from numcodecs import Blosc
 
 from ..errors import one_line
 from ..places import check_folder
 from ..schema import NODES, QUANTITIES, STUDIES
+from .errors import RecordError, damaged
 from .files import PARTIAL, locked, replace
-from .reading import METADATA, Metadata, RecordError, check, chunk_key, chunk_keys, damaged, is_name, read_metadata
+from .metadata import (
+    CODEC,
+    METADATA,
+    Metadata,
+    array_entry,
+    as_json,
+    chunk_key,
+    chunk_keys,
+    consolidated,
+    empty_nodes,
+    is_name,
+    read_metadata,
+)
+from .reading import check
 
 _CHUNK_ROWS = {"steps": 2048, "curvature": 2048, "pruning": 16, "units": 1} | dict.fromkeys(STUDIES, 1)
 _OTHER_CHUNK_ROWS = 256
 _LABELS = dict.fromkeys(("units", "scores", "invariance"), ("layer", "index"))
 _LOCK = ".lock"
-_CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
 
 
 class Store:
@@ -91,7 +103,7 @@ class Store:
         Raises:
             KeyError: the record has no such variable.
         """
-        group = zarr.open_group(str(self.path), mode="r", zarr_format=2, use_consolidated=True)
+        group = zarr.open_group(str(self.path), mode="r", zarr_format=2, useconsolidated=True)
         return np.asarray(group[f"{node}/{name}"][...])
 
     def coordinates(self, node: str) -> dict[str, np.ndarray]:
@@ -153,7 +165,7 @@ class Store:
     def commit(self) -> None:
         """Let readers see all that was appended, at once."""
         self._check_still_there()
-        self._replace(METADATA, _consolidated(self._metadata))
+        self._replace(METADATA, consolidated(self._metadata))
 
     def truncate(self, lengths: Mapping[str, int]) -> None:
         """Take back all rows from a length on, of several nodes at once. Whoever opens the record sees all or none.
@@ -170,14 +182,14 @@ class Store:
         for node, length in lengths.items():
             for name in self._open[node]:
                 shorter[f"{node}/{name}/.zarray"]["shape"][0] = length
-        self._replace(METADATA, _consolidated(shorter))
+        self._replace(METADATA, consolidated(shorter))
         self._load(shorter)
 
     def note(self, key: str, value: Any) -> None:
         """Set an attribute of the record, e.g. a list of its resumes: anything that JSON holds."""
-        self._metadata[".zattrs"][key] = json.loads(_json(value))
+        self._metadata[".zattrs"][key] = json.loads(as_json(value))
         self.commit()
-        self._replace(".zattrs", _json(self._metadata[".zattrs"]))  # zarr reads the root's attributes here
+        self._replace(".zattrs", as_json(self._metadata[".zattrs"]))  # zarr reads the root's attributes here
 
     def keep(self, name: str, array: np.ndarray) -> None:
         """Keep an array beside the record's variables, where xarray does not see it."""
@@ -223,7 +235,7 @@ class Store:
 
     def _load(self, metadata: Metadata) -> None:
         """Take lengths, coordinates and the rows of open chunks from what is committed."""
-        self._metadata = _empty_nodes() | metadata
+        self._metadata = empty_nodes() | metadata
         self._length = dict.fromkeys(NODES, 0)
         self._chunk = {node: _CHUNK_ROWS.get(node, _OTHER_CHUNK_ROWS) for node in NODES}
         self._coordinates: dict[str, dict[str, np.ndarray]] = {node: {} for node in NODES}
@@ -248,8 +260,8 @@ class Store:
         Groups and arrays get descriptions of their own, for tools that do not read METADATA. What a killed writer left
         is removed: arrays and chunks that were never committed, and files half written.
         """
-        for key, entry in (_empty_nodes() | metadata).items():
-            path, text = self.path / key, _json(entry)
+        for key, entry in (empty_nodes() | metadata).items():
+            path, text = self.path / key, as_json(entry)
             if not path.exists() or path.read_bytes() != text:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._replace(key, text)
@@ -285,11 +297,7 @@ class Store:
 
     def _declare(self, node: str, name: str, values: np.ndarray, chunk: int, dims: list[str]) -> None:
         """Describe a new array, and tell xarray which are coordinates without being dimensions (CF's way)."""
-        self._metadata[f"{node}/{name}/.zarray"] = {
-            "zarr_format": 2, "shape": list(values.shape), "chunks": [chunk, *values.shape[1:]],
-            "dtype": values.dtype.str, "order": "C", "dimension_separator": ".", "filters": None,
-            "compressor": _CODEC.get_config(), "fill_value": "NaN" if values.dtype.kind == "f" else None,
-        }  # fmt: skip
+        self._metadata[f"{node}/{name}/.zarray"] = array_entry(values, chunk)
         row = QUANTITIES.get(name)
         self._metadata[f"{node}/{name}/.zattrs"] = (row.attributes if row else {}) | {"_ARRAY_DIMENSIONS": dims}
         present = {variable for group, variable in self._variables() if group == node}
@@ -300,7 +308,7 @@ class Store:
         if not is_name(name):
             raise ValueError(f"a variable's name is a folder's in the record: no '/', no '.' first; got {name!r}")
         (self.path / node / name).mkdir(exist_ok=True)
-        self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", _CODEC.encode(np.ascontiguousarray(values)))
+        self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", CODEC.encode(np.ascontiguousarray(values)))
 
     def _read_chunk(self, node: str, name: str, number: int, rows: int) -> np.ndarray:
         """A whole chunk of which so many rows are committed; missing in the others."""
@@ -309,7 +317,7 @@ class Store:
         if rows:
             path = self.path / node / name / chunk_key(number, values.ndim)
             try:
-                _CODEC.decode(path.read_bytes(), values)
+                CODEC.decode(path.read_bytes(), values)
             except (RuntimeError, ValueError) as error:
                 raise damaged(path, error) from error
         values[rows:] = _missing(values, len(values) - rows)
@@ -327,8 +335,8 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     if path.exists():
         raise taken
     check_folder(path.parent, "records", "out/run.zarr")
-    metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | _empty_nodes()
-    files = {key: _json(entry) for key, entry in metadata.items()} | {METADATA: _consolidated(metadata)}
+    metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | empty_nodes()
+    files = {key: as_json(entry) for key, entry in metadata.items()} | {METADATA: consolidated(metadata)}
     sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     sibling.mkdir(parents=True)
     try:
@@ -339,27 +347,6 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     except OSError as error:
         shutil.rmtree(sibling, ignore_errors=True)
         raise (taken if path.exists() else error) from error
-
-
-def _empty_nodes() -> Metadata:
-    leaves = {".zgroup": {"zarr_format": 2}, ".zattrs": {}}
-    return {f"{node}/{leaf}": dict(entry) for node in NODES for leaf, entry in leaves.items()}
-
-
-def _consolidated(metadata: Metadata) -> bytes:
-    """What readers take every shape from. In order, for zarr loses arrays of a group that do not stand together."""
-    return _json({"zarr_consolidated_format": 1, "metadata": dict(sorted(metadata.items()))})
-
-
-def _json(entry: Any) -> bytes:
-    return json.dumps(entry, default=_plain).encode()
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"an attribute of a record is a number, a text or a list of them, got {type(value).__name__}")
 
 
 def _dims(node: str, name: str) -> tuple[str, ...]:

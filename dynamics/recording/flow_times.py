@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from ..record.reading import RecordError
+from ..record.errors import RecordError
 from ..record.store import Store
 
 _NAME = "flow-times"

@@ -1,0 +1,132 @@
+"""What a record's one file of metadata says: attributes and arrays by name, and nothing that is harmful to obey.
+
+A Zarr array names the codecs its bytes go through, and one of them unpickles. Only the codec and the types that a
+record is written with are let through.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numcodecs import Blosc
+
+from ..schema import NODES
+from .errors import AGAIN, RecordError, foreign, said
+
+METADATA = ".zmetadata"
+CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
+_DTYPE = re.compile(r"[<>|][biufU]\d+")
+_NAME = re.compile(r"(?!\.)[^/\\\0]+")  # a folder, inside the one it is looked for in
+
+Metadata = dict[str, dict[str, Any]]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What was last committed, after a check that it is harmless to obey.
+
+    Raises:
+        RecordError: it is missing, damaged, or holds what no record holds.
+    """
+    if not path.exists():
+        raise RecordError(f"no record at {path}: give the path of a run, e.g. one that `python -m dynamics run` wrote")
+    if path.is_file() and path.suffix == ".zip":
+        raise foreign(path, "analysis.open_runs and `python -m analysis` read condensed records, named *.zarr.zip")
+    if (path / "zarr.json").exists():
+        raise foreign(path, "it is a Zarr format 3 store, a record is format 2")
+    try:
+        text = (path / METADATA).read_bytes()
+    except OSError as error:
+        if any(path.glob(f"*/{METADATA}")):
+            raise RecordError(f"{path} is a folder of records, not one itself: give {path}/*.zarr") from error
+        raise foreign(path, f"it has no {METADATA} ({error.strerror})") from error
+    return checked_metadata(path, text)
+
+
+def checked_metadata(path: Path, text: bytes) -> Metadata:
+    """What a file of metadata says, after a check that it is harmless to obey.
+
+    Raises:
+        RecordError: it is damaged, or holds what no record holds.
+    """
+    try:
+        found = json.loads(text)["metadata"]
+        for key, entry in found.items():
+            *folders, leaf = key.split("/")
+            depths = {".zgroup": (0, 1), ".zattrs": (0, 1, 2), ".zarray": (2,)}.get(leaf, ())
+            if len(folders) not in depths or not all(map(is_name, folders)) or not isinstance(entry, dict):
+                raise foreign(path, f"{METADATA} has an entry {key!r:.60}")
+            if leaf == ".zarray":
+                _check_array(path, "/".join(folders), entry)
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} is damaged: {METADATA} cannot be read ({said(error)}); {AGAIN}") from error
+    return found
+
+
+def _check_array(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Let through only what a record is written with: numbers and texts of fixed size, compressed by Blosc."""
+    compressor, filters, dtype = entry["compressor"], entry["filters"], entry["dtype"]
+    if filters or not isinstance(compressor, dict) or compressor["id"] != CODEC.codec_id:
+        codecs = [codec.get("id") for codec in (compressor, *(filters or ())) if codec]
+        raise foreign(path, f"{name} is stored with codecs {codecs!r:.80}, a record only with {CODEC.codec_id!r}")
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise foreign(path, f"{name} has the type {dtype!r:.60}, a record only numbers and texts of fixed size")
+    shape, chunks = entry["shape"], entry["chunks"]
+    whole = isinstance(shape, list) and isinstance(chunks, list) and all(type(n) is int for n in [*shape, *chunks])
+    if not whole or not shape or shape[0] < 0 or chunks[0] < 1 or shape[1:] != chunks[1:]:
+        raise foreign(path, f"{name} has shape {shape!r:.60} and chunks {chunks!r:.60}")
+
+
+def is_name(name: str) -> bool:
+    """Whether a group or a variable of a record may have the name."""
+    return bool(_NAME.fullmatch(name))
+
+
+def chunk_key(number: int, dimensions: int) -> str:
+    """Name of the file of an array's chunk: rows are cut into chunks, the other dimensions are not."""
+    return ".".join([str(number), *["0"] * (dimensions - 1)])
+
+
+def chunk_keys(shape: list[int], chunks: list[int]) -> Iterator[str]:
+    """Names of the files of an array, in the array's order."""
+    return (chunk_key(number, len(shape)) for number in range(-(-shape[0] // chunks[0])))
+
+
+def array_entry(values: np.ndarray, chunk: int) -> dict[str, Any]:
+    """The description of an array of which these are the first values, cut into chunks of so many rows."""
+    return {
+        "zarr_format": 2, "shape": list(values.shape), "chunks": [chunk, *values.shape[1:]],
+        "dtype": values.dtype.str, "order": "C", "dimension_separator": ".", "filters": None,
+        "compressor": CODEC.get_config(), "fill_value": "NaN" if values.dtype.kind == "f" else None,
+    }  # fmt: skip
+
+
+def empty_nodes() -> Metadata:
+    """The descriptions of a record's groups, in which nothing is."""
+    leaves = {".zgroup": {"zarr_format": 2}, ".zattrs": {}}
+    return {f"{node}/{leaf}": dict(entry) for node in NODES for leaf, entry in leaves.items()}
+
+
+def consolidated(metadata: Metadata) -> bytes:
+    """What readers take every shape from. In order, for zarr loses arrays of a group that do not stand together."""
+    return as_json({"zarr_consolidated_format": 1, "metadata": dict(sorted(metadata.items()))})
+
+
+def as_json(entry: Any) -> bytes:
+    """An entry as it stands in a file.
+
+    Raises:
+        TypeError: it is none that JSON holds.
+    """
+    return json.dumps(entry, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"an attribute of a record is a number, a text or a list of them, got {type(value).__name__}")

@@ -14,9 +14,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dynamics", "analysis", "figures")
-OF_RECORDS = {  # without torch
-    f"dynamics.{name}"
-    for name in ("command_line", "places", "record.errors", "record.files", "record.metadata", "record.reading", "schema")
+OF_RECORDS = {"dynamics.command_line", "dynamics.places", "dynamics.schema"} | {  # without torch
+    f"dynamics.record.{name}" for name in ("errors", "files", "metadata", "reading")
 }
 MAY_IMPORT = {
     "dynamics": {"dynamics"},

@@ -17,7 +17,7 @@ TEXT = Path(__file__).parents[1].joinpath("docs", "sweeps.md").read_text(encodin
 
 def test_the_number_of_runs_is_the_one_it_says() -> None:
     (settings,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
-    assert f"This is {len(grid(yaml.safe_load(settings)))} runs" in TEXT
+    assert f"This makes {len(grid(yaml.safe_load(settings)))} runs" in TEXT
 
 
 def test_examples_run_as_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

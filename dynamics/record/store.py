@@ -103,7 +103,7 @@ class Store:
         Raises:
             KeyError: the record has no such variable.
         """
-        group = zarr.open_group(str(self.path), mode="r", zarr_format=2, useconsolidated=True)
+        group = zarr.open_group(str(self.path), mode="r", zarr_format=2, use_consolidated=True)
         return np.asarray(group[f"{node}/{name}"][...])
 
     def coordinates(self, node: str) -> dict[str, np.ndarray]:

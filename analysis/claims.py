@@ -183,9 +183,9 @@ def claims(runs: Runs) -> pd.DataFrame:
     contradicted    it lies on the other side
     negligible      it lies within 1 % of ``null`` (0.1 % of accuracy), whichever side
     inconclusive    it holds ``null``, and is wider
-    no verdict ...  fewer than two seeds have ended runs of all the measures, or accuracies, which are whole numbers of
-                    images, differ by as many in all of them, so that nothing tells how far they scatter; the reason
-                    follows
+    no verdict ...  fewer than two seeds have ended runs of all the measures; or nothing tells how far they scatter, as
+                    all have the same runs, to the bit, or accuracies, which are whole numbers of images, differ by as
+                    many in all of them; the reason follows
     ==============  ===================================================================
 
     Negligible is what measures come to that all take everything: where each of them leaves a network that answers at
@@ -216,11 +216,11 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     where = [name for name in pruned if name not in (*STATISTICS, "measure", "seed")]
     refuse_as_same(pruned.index[pruned.duplicated([*where, "measure", "seed"], keep=False)])
     groups = [
-        (dict(zip(where, condition, strict=True)), group.set_index(["seed", "measure"])[[*STATISTICS]].unstack())
+        (dict(zip(where, condition, strict=True)), group.set_index(["seed", "measure"])[[*STATISTICS]])
         for condition, group in pruned.groupby(where, dropna=False)
     ]
     rows = [
-        {"claim": claim.name, "says": claim.says} | condition | _judge(claim, values[claim.statistic])
+        {"claim": claim.name, "says": claim.says} | condition | _judge(claim, values)
         for claim in CLAIMS.values()
         for condition, values in groups
         if claim.rounds in (None, condition["rounds"])
@@ -253,9 +253,10 @@ def _values(run: xr.DataTree) -> dict[str, float]:
 
 
 def _judge(claim: Claim, values: pd.DataFrame) -> dict:
-    """The claim's row for its statistic of one condition's runs, a row a seed and a column a measure."""
-    lacking = [name for name in (claim.measure, *claim.others) if name not in values]
-    effects = np.empty(0) if lacking else _effects(claim, values)
+    """The claim's row for the statistics of one condition's runs, a row a seed and measure."""
+    lacking = [name for name in (claim.measure, *claim.others) if name not in values.index.unique("measure")]
+    whole = values if lacking else _of_whole_seeds(claim, values)
+    effects = np.empty(0) if lacking else _effects(claim, whole[claim.statistic])
     mean = effects.mean() if len(effects) else np.nan
     half = half_width(effects)
     bounds = mean, mean - half, mean + half
@@ -269,7 +270,7 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
         verdict = "no verdict (1 seed)" if len(effects) else f"no verdict ({claim.statistic} not known)"
     elif negligible:
         verdict = "negligible"
-    elif claim.compare == "difference" and not np.ptp(effects):  # of some images in the test set, the same number
+    elif _alike(whole) or (claim.compare == "difference" and not np.ptp(effects)):  # of images, the same number
         verdict, low, high, p = "no verdict (seeds do not differ)", np.nan, np.nan, np.nan
     elif low <= null <= high:
         verdict = "inconclusive"
@@ -279,9 +280,20 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
     return numbers | {"seeds": len(effects), "verdict": verdict}
 
 
+def _of_whole_seeds(claim: Claim, values: pd.DataFrame) -> pd.DataFrame:
+    """All statistics of the claim's measures, its own first, in the seeds that have its statistic of each."""
+    wide = values.unstack().loc[:, (slice(None), [claim.measure, *claim.others])]
+    return wide[np.isfinite(wide[claim.statistic]).all(axis=1)]
+
+
+def _alike(whole: pd.DataFrame) -> bool:
+    """Whether all seeds have the same runs, to the bit, as where a seed is said and not set; accuracies do not tell."""
+    told = whole.drop(columns="accuracy", level=0).dropna(axis=1, how="all")
+    return not told.empty and bool(told.duplicated()[1:].all())
+
+
 def _effects(claim: Claim, values: pd.DataFrame) -> np.ndarray:
-    """Of each seed that has all measures: ln a − mean ln b of ratios, a − mean b of differences."""
+    """Of each seed: ln a − mean ln b of ratios, a − mean b of differences."""
     chosen = values[[claim.measure, *claim.others]].to_numpy()
-    chosen = chosen[np.isfinite(chosen).all(1)]
     scaled = log(chosen) if claim.compare == "ratio" else chosen
     return scaled[:, 0] - (scaled[:, 1:].mean(1) if claim.others else 0)

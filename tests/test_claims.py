@@ -126,6 +126,17 @@ def test_a_difference_in_the_last_digit_is_no_verdict(factor: float, verdict: st
     assert verdicts(judged(table))["ii.a"] == verdict
 
 
+def test_no_verdict_from_one_run_under_several_seeds() -> None:
+    """A seed that was said and not set: what is the same to the bit is one run, however often it is there."""
+    areas = {measure: 0.1 if measure == "magnitude" else 1.0 for measure in MEASURES}
+    same = {f"{name}-{seed}": record(name, seed, area=area) for name, area in areas.items() for seed in range(3)}
+    found = analysis.claims(same).set_index("claim")
+    assert set(found.verdict[["i.a", "i.f", "iii.b"]]) == {"no verdict (seeds do not differ)"}
+    assert found.value["i.f"] == pytest.approx(0.1)
+    assert found.loc["i.f", ["low", "high", "p"]].isna().all()
+    assert not found.stands.any()
+
+
 def test_no_verdict_from_one_seed() -> None:
     found = analysis.claims(runs(seeds=1, magnitude={"area": 0.1}))
     assert set(found.verdict) == {"no verdict (1 seed)"}

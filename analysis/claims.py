@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from .conditions import conditions, refuse_as_same
+from .convergence import convergence
 from .intervals import half_width, p_value, stand
 from .names import name_of
 from .progress import with_progress
@@ -94,7 +95,7 @@ CLAIMS: dict[str, Claim] = {
             "i.f", "Models pruned by magnitude converge faster than by magnitude-agnostic measures",
             "training_area", "magnitude", _AGNOSTIC, -1, "ratio",
             "The area under the training curve after the last pruning needs no threshold and is known for every run; "
-            "all runs of a seed train the same number of steps after it, on the same batches. Recovering from the "
+            "runs of a seed count that train as many steps after it, in a sweep on the same batches. Recovering from the "
             "pruning is a part of it.",
         ),
         Claim(
@@ -164,11 +165,39 @@ def statistics(runs: Runs) -> pd.DataFrame:
     """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
 
     NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
-    and in a run that did not end: what it came to is not known.
+    and in a run that did not end: what it came to is not known. ``training_area`` is NaN, too, of
+    :func:`trained_unevenly`: the longer a run, the lower its mean loss.
     """
     table = conditions(runs)
     found = [_values(run) for run in with_progress(runs.values(), "claims")]
-    return table.join(pd.DataFrame(found, index=list(runs)))
+    table = table.join(pd.DataFrame(found, index=list(runs)))
+    return table.assign(training_area=table.training_area.mask(trained_unevenly(runs)))
+
+
+def trained_unevenly(runs: Runs) -> pd.Series:
+    """Of each run, whether it trained another number of steps after its last pruning than most runs of its seed.
+
+    Of the pruned runs of a condition and seed that ended and logged their loss; where no number is that of most, all.
+    """
+    table = conditions(runs)
+    table = table[table.measure != "none"]
+    steps = pd.Series({label: _steps_after_pruning(runs[label]) for label in table.index}, dtype=float)
+    paired = [table[name] for name in table if name != "measure"]
+    most = steps.groupby(paired, dropna=False).transform(_most)
+    return (steps.notna() & (steps != most)).reindex(list(runs), fill_value=False)
+
+
+def _most(values: pd.Series) -> float:
+    """The value that is there most often; NaN where several are."""
+    found = values.mode()
+    return found[0] if len(found) == 1 else np.nan
+
+
+def _steps_after_pruning(run: xr.DataTree) -> float:
+    """How many steps there are after the last pruning; NaN where it is not known."""
+    with suppress(MissingQuantityError):
+        return convergence(run).attrs["steps"] if ended(run) else np.nan
+    return np.nan
 
 
 def claims(runs: Runs) -> pd.DataFrame:

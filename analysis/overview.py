@@ -84,6 +84,7 @@ def _of_seeds(runs: Runs) -> Parts:
     return (
         {_CONVERGENCE: _or_why_not(seed_tables.convergence_table, runs)}
         | ({"Runs that end with a pruning": [said]} if (said := seed_tables.pruned_last(runs)) else {})
+        | ({"Runs that trained for different times": [said]} if (said := seed_tables.uneven(runs)) else {})
         | _agreement(_AGREEMENT, seed_tables.agreement_over_runs, runs)
         | _of_claims(runs, brief=False)
     )

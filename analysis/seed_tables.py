@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .claims import CLAIMS, JUDGED
+from .claims import CLAIMS, JUDGED, trained_unevenly
 from .conditions import MEASURES, compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
@@ -87,6 +87,17 @@ def pruned_last(runs: Runs) -> str:
     return (
         f"{len(last)} of {len(runs)} runs have no step recorded after their last pruning: the convergence of these, "
         "and of what is compared with them, is not known. Train an epoch more than there are rounds."
+    )
+
+
+def uneven(runs: Runs) -> str:
+    """How many runs trained for other times than what they are compared with, in a sentence; "" if none did."""
+    count = int(trained_unevenly(runs).sum())
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(runs)} runs trained for another number of steps after their last pruning than most of their "
+        "seed: the longer, the lower the mean loss, whatever pruned them. No claim compares their areas."
     )
 
 

@@ -10,6 +10,7 @@ from synthetic_runs import MEASURES, record, runs
 import analysis
 from analysis.claims import judged
 from analysis.intervals import half_width, p_value
+from analysis.overview import overview
 
 
 def verdicts(found: pd.DataFrame) -> dict[str, str]:
@@ -176,6 +177,27 @@ def test_one_run_counts_once() -> None:
     again = runs() | {"again": record("magnitude", 0)}
     with pytest.raises(ValueError, match="give one run of each measure, seed and condition, got magnitude-0, again"):
         analysis.claims(again)
+
+
+def test_a_run_that_trained_longer_does_not_converge_faster_for_it() -> None:
+    """All fall by the same curve; those by magnitude were let to go on with it."""
+    found = runs()
+    for label, run in found.items():
+        count = 8 + 8 * label.startswith("magnitude")
+        steps, noise = np.arange(count), run["steps"].loss.values[-1]
+        run["steps"] = xr.DataTree(
+            xr.Dataset({"loss": ("step", noise * np.exp(-steps / 8)), "epoch": ("step", steps // 4)}, {"step": steps})
+        )
+    judged_so = analysis.claims(found).set_index("claim").verdict
+    assert judged_so["i.f"] == "no verdict (training_area not known)"
+    assert judged_so["i.g"] == "inconclusive"
+    assert not judged_so["iii.e"].startswith("no verdict")
+    said = overview(found)["Runs that trained for different times"]
+    assert said[0].startswith("3 of 15 runs trained for another number of steps")
+    even = {label: run for label, run in found.items() if not label.startswith("magnitude")}
+    assert "Runs that trained for different times" not in overview(even)
+    two = {label: run for label, run in found.items() if label.startswith(("magnitude", "gradient_norm_increase"))}
+    assert analysis.statistics(two).training_area.isna().all()
 
 
 def test_only_like_is_compared_with_like() -> None:

@@ -95,8 +95,8 @@ CLAIMS: dict[str, Claim] = {
             "i.f", "Models pruned by magnitude converge faster than by magnitude-agnostic measures",
             "training_area", "magnitude", _AGNOSTIC, -1, "ratio",
             "The area under the training curve after the last pruning needs no threshold and is known for every run; "
-            "runs of a seed count that train as many steps after it, in a sweep on the same batches. Recovering from the "
-            "pruning is a part of it.",
+            "runs of a seed count that train as many steps after it, in a sweep on the same batches. Recovering from "
+            "the pruning is a part of it.",
         ),
         Claim(
             "i.g", "Loss preservation × magnitude converges faster than loss preservation",

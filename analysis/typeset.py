@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,9 @@ _ESCAPED = {letter: rf"\{letter}" for letter in "%_&#${}"} | {
     "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
 }  # fmt: skip
 
+# Of stars, underscores, tildes and "<" those that Markdown or HTML would read: a star that stands alone is none.
+_MARKUP = re.compile(r"[\\`|$]|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])|<(?=[\w/!?])|~(?=~)")
+
 
 def as_text(table: pd.DataFrame) -> str:
     """A table as aligned text."""
@@ -31,7 +35,7 @@ def as_text(table: pd.DataFrame) -> str:
 
 def as_markdown(table: pd.DataFrame) -> str:
     """A table in Markdown: of an index of several levels a value stands where it begins, and on no row after."""
-    head, *rows = [[cell.replace("|", r"\|") for cell in row] for row in _cells(table)]
+    head, *rows = [[_markdown(cell) for cell in row] for row in _cells(table)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -167,6 +171,11 @@ def known(value: float, form: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _markdown(text: str) -> str:
+    """A text as it is: what Markdown would take for markup, HTML, mathematics or the cell's end is escaped."""
+    return _MARKUP.sub(r"\\\g<0>", text)
 
 
 def _latex(text: str) -> str:

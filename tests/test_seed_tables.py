@@ -1,5 +1,6 @@
 """Tables over seeds say what the runs came to: numbers done by hand, and nothing of runs that did not end."""
 
+import html
 import json
 import re
 
@@ -255,6 +256,26 @@ def test_markdown_is_a_table() -> None:
         "| vgg_13 | b | 1 ± 2 | 0.123 |",
         r"|  | c | \|a\| | – |",
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<lambda>", "<b>bold</b>", "*starred* and **more**", "supported *", "_x_ __init__ a_b_c", "`code`",
+        r"\alpha \n |x|", "~~gone~~", "p < 2 > 1", "0.2 [0.1, 0.3]", "100 % & #1", "שלום",
+    ],
+)  # fmt: skip
+def test_a_name_in_markdown_is_read_as_it_is(name: str) -> None:
+    """By another parser of Markdown."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt().enable(["table", "strikethrough"])
+    table = as_markdown(pd.DataFrame({"share": [1]}, index=pd.Index([name], name="run")))
+    read = parser.render(table)
+    cells = re.findall("<td>(.*?)</td>", read)
+    assert [html.unescape(cell) for cell in cells] == [name, "1"]
+
+
+def test_mathematics_in_a_name_is_escaped_in_markdown() -> None:
+    assert r"| costs \$5 and \$6 |" in as_markdown(pd.DataFrame({"costs $5 and $6": [1]}))
 
 
 def test_latex_is_plain_but_for_mathematics() -> None:

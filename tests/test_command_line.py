@@ -246,7 +246,11 @@ MISTAKES = {
     "grid in Latin-1": ("dynamics", ["sweep", "{latin}", "-o", "{new}"], "is not YAML: 'utf-8' codec"),
     "grid on no device": ("dynamics", ["sweep", "{abacus}", "-o", "{new}"], "device 'abacus' cannot be used"),
     "grid exists": ("dynamics", ["sweep", "{seed}", "-o", "{folder}"], "none-seed3.zarr exists already"),
-    "grid twice": ("dynamics", ["sweep", "{twice}", "-o", "{new}"], "would write the same record: vary model"),
+    "grid twice": (
+        "dynamics",
+        ["sweep", "{twice}", "-o", "{new}"],
+        "width 1.0 and 2.0 would write the same record vgg13-digits-magnitude-0.75-5r-seed0.zarr: sweep each value",
+    ),
     "grid that says it twice": (
         "dynamics",
         ["sweep", "{doubled}", "-o", "{new}"],

@@ -124,6 +124,8 @@ def test_nothing_runs_where_not_all_could(tmp_path: Path) -> None:
         sweep([TINY, replace(TINY, device="abacus", seed=1)], tmp_path)
     with pytest.raises(ValueError, match="would write the same record"):
         sweep([TINY, replace(TINY, width=0.1)], tmp_path)
+    with pytest.raises(ValueError, match="one experiment twice would write the same record"):
+        sweep([TINY, replace(TINY, device="cpu")], tmp_path)
     (tmp_path / f"{TINY.name}.zarr").mkdir()
     with pytest.raises(FileExistsError, match=r"exists already, and is not a .* choose another path"):
         sweep([replace(TINY, seed=1), TINY], tmp_path)

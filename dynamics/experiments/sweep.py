@@ -44,10 +44,7 @@ def sweep(
     check_folder(folder, "the records of a sweep", "out/sweep")
     experiments = list(experiments)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
-    if len(set(paths.values())) < len(experiments):
-        raise ValueError(
-            "two experiments of the grid would write the same record: vary model, data, measure, ... or seed"
-        )
+    _check_names(experiments)
     left = {experiment: path for experiment, path in paths.items() if not is_finished(path, experiment)}
     for name in sorted({experiment.device for experiment in left} if scheduler is None else ()):
         find_device(name)
@@ -70,6 +67,24 @@ def sweep(
                 interrupt.add_note(failure(name, error))
             raise
     return failed
+
+
+def _check_names(experiments: Iterable[Experiment]) -> None:
+    """Whether each experiment has a record of its own.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    named: dict[str, Experiment] = {}
+    for experiment in experiments:
+        if experiment.name in named:
+            first, other = named[experiment.name].identity, experiment.identity
+            differing = [f"{name} {first[name]!r} and {other[name]!r}" for name in first if first[name] != other[name]]
+            raise ValueError(
+                f"{', '.join(differing) or 'one experiment twice'} would write the same record {experiment.name}.zarr: "
+                "sweep each value into a folder of its own; `python -m analysis` compares the records of several"
+            )
+        named[experiment.name] = experiment
 
 
 def failure(name: str, error: str) -> str:

@@ -112,6 +112,8 @@ def test_what_is_listed_first_varies_slowest_over_all_grids() -> None:
         ({"grids": {"model": "vgg13"}}, "grids must be a list of settings like `- model: vgg13`, got {'model'"),
         ({"grids": []}, r"grids must be a list of settings like `- model: vgg13`, got \[\]"),
         ({"grids": [{"colour": "red"}]}, "unknown settings colour"),
+        ({"seed": [0, [1, 2]]}, r"seed must be a whole number, got \[1, 2\]"),
+        ({"grids": [{"seed": [0, [1, 2]]}]}, r"seed must be a whole number, got \[1, 2\]"),
     ],
 )
 def test_an_impossible_grid_is_refused(configuration: dict, message: str) -> None:

@@ -33,12 +33,17 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
         Experiment(**point)
         for outer in _product(leading)
         for part in grids
-        for point in _product({**common, **outer, **part})
+        for point in _product({**common, **_alone(outer), **part})
     ]
     different: dict[str, Experiment] = {}
     for experiment in found:
         different.setdefault(json.dumps(experiment.identity), experiment)
     return list(different.values())
+
+
+def _alone(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of a grid as the grid of it alone."""
+    return {name: value if name in _LISTS else [value] for name, value in point.items()}
 
 
 def _product(settings: Mapping[str, Any]) -> list[dict[str, Any]]:

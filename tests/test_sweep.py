@@ -198,6 +198,14 @@ def test_what_is_recorded_is_left_as_it_is(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_is_recorded_may_lie_where_nobody_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep([TINY], tmp_path, workers=0) == {}
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    assert sweep([TINY], tmp_path, workers=0) == {}
+    with pytest.raises(PermissionError, match="you may not write into"):
+        sweep([TINY, replace(TINY, seed=1)], tmp_path, workers=0)
+
+
 def test_a_killed_worker_costs_an_epoch(tmp_path: Path, scheduler: str) -> None:
     with Client(scheduler) as client:
         client.run(arm, tmp_path / "fuse")

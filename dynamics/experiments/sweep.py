@@ -41,15 +41,15 @@ def sweep(
     """
     if workers is not None and (workers < 0 or scheduler is not None):
         raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
-    check_folder(folder, "the records of a sweep", "out/sweep")
     experiments = list(experiments)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
     _check_names(experiments)
     left = {experiment: path for experiment, path in paths.items() if not is_finished(path, experiment)}
-    for name in sorted({experiment.device for experiment in left} if scheduler is None else ()):
-        find_device(name)
     if not left:
         return {}
+    check_folder(folder, "the records of a sweep", "out/sweep")
+    for name in sorted({experiment.device for experiment in left} if scheduler is None else ()):
+        find_device(name)
     steps = {one: steps_of(one, data_of(one.data, one.root, one.download)) for one in left}
     failed: dict[str, str] = {}
     with ExitStack() as stack:

@@ -68,39 +68,40 @@ class Recorder:
 
     Args:
         path: where the record goes, a new folder. Open it with :func:`dynamics.open_run`, or with xarray alone, which
-            knows it by the name's end in ``.zarr`` (or by ``engine="zarr"``).
+            recognises it by a name that ends in ``.zarr`` (or by ``engine="zarr"``).
         model: any module. Layers are the modules that own parameters, by qualified name.
         optimizer: a torch optimizer over the model's parameters, one that wraps it, or a list of several. Steps are
             counted from 0; with several optimizers one step is a step of each, or of those that step on the same batch.
         objective: ``objective(model, batch) -> scalar loss``: what the recorder evaluates itself, for curvature and for
-            measured loss decreases. Needed only where the loss is not the cross-entropy of ``(inputs, labels)``. Of
-            several batches of a step it is their mean that is measured, by samples, equally or in other shares, as the
-            gradient says. It may draw random numbers, and count or collect in variables of its own, which are as they
-            were afterwards.
+            measured loss decreases. Needed only if the loss is not the cross-entropy of ``(inputs, labels)``. If a step
+            has several batches, their mean is measured, weighted by samples, equally or otherwise, whichever the
+            gradient shows. It may draw random numbers, and count or collect in variables of its own; all of this is
+            restored afterwards.
         every: record first-order quantities at every such step.
-        curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never. Where
-            networks are trained in turn, a number that has no divisor in common with the steps of a turn measures all.
-        capture: on a GPU, launch what curvature takes as CUDA graphs, from its second measurement on. It takes less
-            time then, most so in deep networks of small layers, and the memory of its activations all the while. For
-            models that keep nothing but their buffers, and objectives that keep nothing; neither may decide anything
-            in Python that changes from step to step, nor use tensors that are replaced by others, such as a teacher's
-            that is copied anew.
-        quantities: names of the quantities of ``/steps`` and ``/curvature`` to record; None means all. Nothing that
-            was not asked for is computed; which step and epoch it was is always said.
+        curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never. If
+            networks are trained in turn, choose a number that has no divisor in common with the steps of a turn, so
+            that all of them are measured.
+        capture: on a GPU, launch the kernels of a curvature measurement as CUDA graphs, from the second one on. This
+            takes less time, above all in deep networks of small layers, but holds the memory of the activations all
+            the while. It is for models that keep nothing but their buffers, and objectives that keep nothing; neither
+            may make decisions in Python that change from step to step, nor use tensors that are replaced by others,
+            such as a teacher's that is copied anew.
+        quantities: names of the quantities of ``/steps`` and ``/curvature`` to record; None means all. Only what is
+            named is computed; step and epoch are always recorded.
         attributes: what the run is, or its whole configuration: numbers, strings, or lists of them. Tables, claims and
             figures compare runs by their ``model``, ``data``, ``measure``, ``rounds``, ``sparsity`` and ``seed``, and
-            average over none that differ in anything else that is said here.
-        resume: True goes on with the record at ``path``, once model and optimizer are loaded from a checkpoint, and
-            begins a new one where there is none; "rewind" also drops what was recorded after the checkpoint. The
-            record's attribute ``resumed`` keeps a trace. :meth:`flush` before saving a checkpoint.
-        step: the step at which a resumed training goes on. By default it is found: the one at which every layer of
+            do not average over runs that differ in anything else named here.
+        resume: True continues the record at ``path``, after model and optimizer are loaded from a checkpoint, and
+            begins a new one if there is none; "rewind" also drops what was recorded after the checkpoint. The record's
+            attribute ``resumed`` keeps a trace. Call :meth:`flush` before saving a checkpoint.
+        step: the step at which a resumed training continues. By default it is found: the one at which every layer of
             the record had the model's ‖θ‖².
 
     Raises:
         FileExistsError: the path exists, and ``resume`` is False.
         BlockingIOError: another recorder is writing there.
         RecordError: what is there is not a record, or is damaged.
-        TypeError, ValueError: an argument is not what it must be, or the record goes on beyond the model's step.
+        TypeError, ValueError: an argument is not what it must be, or the record extends beyond the model's step.
             Nothing is written then.
     """
 
@@ -165,7 +166,7 @@ class Recorder:
     def watch(self, loader: Iterable) -> Watched:
         """Yield what the loader yields and remember each batch for the steps it leads to.
 
-        Each pass is an epoch, but for those without a step: evaluations, say.
+        Each pass is an epoch, except passes without a step, such as evaluations.
         """
         return watched(loader, self._begin_pass)
 
@@ -174,9 +175,9 @@ class Recorder:
         return Pass(self._epochs, partial(self._observe, stays=True))
 
     def observe(self, batch: Any) -> None:
-        """Say what the next step's batch is, before its forward pass, where there is no loader to watch.
+        """Say what the next step's batch is, before its forward pass, if there is no loader to watch.
 
-        Several batches accumulate.
+        Several batches before a step accumulate.
         """
         self._observe(batch, stays=False)
 
@@ -188,9 +189,9 @@ class Recorder:
     def log(self, **scalars: float | Tensor | np.ndarray) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
 
-        What is logged for each of several micro-batches of a step is averaged. A loop that says nothing of its batches
-        (:meth:`watch`, :meth:`observe`) and logs before the backward pass has to do so from the first step on: else the
-        value is taken to be of the step before.
+        What is logged for each of several micro-batches of a step is averaged. A loop that does not tell its batches
+        (:meth:`watch`, :meth:`observe`) and logs before the backward pass must do so from the first step on: otherwise
+        the value is taken to belong to the step before.
         """
         for name, value in scalars.items():
             value = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
@@ -199,19 +200,20 @@ class Recorder:
             self._steps.log(name, value)
 
     def trust_loss(self) -> None:
-        """Say that what is logged as ``loss`` is the very loss that is trained on, as a framework's callback knows it.
+        """Say that what is logged as ``loss`` is exactly the loss that is trained on, as a framework's callback knows.
 
-        Where the objective differs from it by more than rounding, a warning says so, be it by a factor only.
+        A warning then says where the objective differs from it by more than rounding, even if only by a factor.
         """
         self._curvature.trust_loss()
 
     def log_epoch(self, **scalars: float) -> None:
-        """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``; with the step to come.
+        """Append a row to ``/epochs``, e.g. ``log_epoch(test_accuracy=0.9, seconds=12.0)``, with the step to come.
 
-        Accuracies are shares, from 0 to 1: others are a ValueError, and what was recorded until then stays.
+        Accuracies are shares, from 0 to 1; other values raise a ValueError, and what was recorded until then stays.
 
-        In a loop that watches no loader and calls no :meth:`begin_epoch` an epoch ends here, if a step was taken. In
-        analyses and figures what was logged before the first step is of epoch 0, and calls at one step are one row.
+        In a loop that watches no loader and does not call :meth:`begin_epoch`, an epoch ends here if a step was taken.
+        In analyses and figures, what was logged before the first step belongs to epoch 0, and calls at the same step
+        make one row.
         """
         self._attachment.end(alone=True)
         check_epoch(scalars)
@@ -221,7 +223,7 @@ class Recorder:
         self._epochs.end()
 
     def begin_epoch(self) -> None:
-        """Say that a pass over the data begins, where no loader is watched. What led to no step so far is forgotten."""
+        """Say that a pass over the data begins, if no loader is watched. Batches that led to no step are forgotten."""
         self._attachment.end()
         self._epochs.begin()
 
@@ -232,13 +234,13 @@ class Recorder:
         """Measure before and after whatever happens inside, on the same batches: a row of ``/pruning``.
 
         Parameters are compared by name, so what happens inside may replace Parameter objects, as
-        ``torch.nn.utils.prune`` does. Among several processes every one has to come here, and to do the same inside.
+        ``torch.nn.utils.prune`` does. With several processes, all of them have to come here, and do the same inside.
 
         Args:
             kind: what happens, e.g. ``"prune"``.
             probe: list of batches at which everything is evaluated.
-            mode: "eval" or "train", the mode of BatchNorm and dropout at the probe. By default "eval", and where
-                BatchNorm's running statistics lag far behind the weights, a warning says so.
+            mode: "eval" or "train", the mode of BatchNorm and dropout at the probe. The default is "eval", with a
+                warning where BatchNorm's running statistics lag far behind the weights.
             attributes: numbers and strings that describe the event; each becomes a variable over ``event``.
 
         Yields:
@@ -246,7 +248,7 @@ class Recorder:
 
         Raises:
             Whatever the body raises; then no row is written.
-            ValueError: an argument is not what it must be, or was of another kind in an event before, or a parameter
+            ValueError: an argument is not what it must be, or was of another kind in an earlier event, or a parameter
                 changes its shape inside, or processes do not change their replicas alike.
         """
         self._events.check(kind, probe, mode, attributes)
@@ -256,11 +258,11 @@ class Recorder:
             self._attachment.end()  # a step that was taken inside lies before the network as it is afterwards
 
     def flush(self) -> None:
-        """Write all that was recorded so far and wait for it: before a checkpoint is saved, say.
+        """Write everything recorded so far and wait until it is written, before a checkpoint is saved, for example.
 
-        What is logged of the last step after that joins its row all the same. Of several processes the first alone may
-        flush, as it may :meth:`log_epoch`; their curvature at a step of only some of several optimizers is measured
-        when the loop goes on, and written then.
+        What is logged about the last step after that still joins its row. With several processes, the first one may
+        flush alone, just as it may call :meth:`log_epoch` alone. If only some of several optimizers have stepped, their
+        curvature is measured and written when the loop continues.
         """
         self._attachment.end(alone=True)
         try:
@@ -271,7 +273,7 @@ class Recorder:
     def close(self) -> None:
         """Detach from the optimizer, write what is left and wait for it. Nothing of the recorder stays behind.
 
-        What cannot be written is lost with a warning, not an exception: it must not cost what comes after the training.
+        What cannot be written is lost with a warning, not an exception, which would cost what comes after the training.
         """
         if self._attachment:
             if sys.exception() is not None:

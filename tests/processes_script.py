@@ -129,6 +129,15 @@ def replicas_that_skip(path: Path) -> None:
                 plain_step(of.model, of.optimizer, batch)
 
 
+def replicas_of_which_one_changes_its_batches(path: Path) -> None:
+    """It flips what it has read, in the batch, before its forward pass."""
+    of = training()
+    with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch([list(batch) for batch in of.batches]):
+            batch[0] = batch[0].flip(0) if of.rank else batch[0]
+            plain_step(of.model, of.optimizer, batch)
+
+
 def replicas_that_accumulate(path: Path) -> None:
     """The gradients of two batches of unlike sizes, which count equally."""
     of = training()

@@ -611,6 +611,74 @@ def test_a_batch_that_is_changed_in_place_after_a_pass_in_eval_mode(tmp_path: Pa
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["a list", "a dictionary", "a tokenizer's", "an object", "arrays"])
+def test_a_batch_in_which_the_loop_puts_others_before_its_forward_pass(tmp_path: Path, kind: str) -> None:
+    """``batch[0] = augmented(batch[0])``, and the labels are taken out, as they are no argument of the model."""
+    torch.manual_seed(0)
+    model, losses = nn.Linear(4, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def make(x: Tensor, y: Tensor) -> object:
+        parts = {"nodes": x, "labels": y}
+        made = {"a list": [x, y], "an object": Graphs(x, y), "arrays": [x.numpy().copy(), y.numpy()]}
+        return made.get(kind) or (UserDict(parts) if kind == "a tokenizer's" else parts)
+
+    def parts(batch: object) -> tuple[Tensor, Tensor]:
+        found = (batch.nodes, batch.labels) if kind == "an object" else batch
+        found = (found["nodes"], found["labels"]) if isinstance(found, MutableMapping) else found
+        return tuple(map(torch.as_tensor, found))
+
+    def objective(model: nn.Module, batch: object) -> Tensor:
+        x, y = parts(batch)
+        return F.cross_entropy(model(x), y)
+
+    def augment(batch: object) -> None:
+        x = parts(batch)[0].flip(0) * 2
+        if kind == "an object":
+            batch.nodes = x
+        elif kind == "arrays":
+            batch[0][:] = x.numpy()
+        else:
+            batch[0 if kind == "a list" else "nodes"] = x
+
+    batches = [make(x, y) for x, y in vectors(4)]
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            augment(batch)
+            x, y = parts(batch)
+            if isinstance(batch, MutableMapping):
+                del batch["labels"]
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
+
+
+def test_a_batch_that_lacks_what_the_loss_needs_until_the_loop_puts_it_there(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, losses, noise = nn.Linear(4, 3), [], torch.zeros(16, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["x"] + batch["noise"]), batch["y"])
+
+    batches = [{"x": x, "y": y} for x, y in vectors(4)]
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            batch["noise"] = noise
+            loss = objective(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            noise = noise / 2 + batch["x"].abs()
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
 def test_what_a_device_is_sent() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)], enforce_sorted=False)
     sent = to_device({"packed": packed, "graphs": Graphs(torch.ones(2), torch.ones(2))}, torch.device("meta"))

@@ -185,6 +185,11 @@ def test_replicas_with_batchnorm_have_curvature(tmp_path: Path, together: Proces
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
 
 
+def test_a_replica_that_changes_its_batches_has_their_curvature(tmp_path: Path, together: Processes) -> None:
+    run, _ = together(tmp_path / "run", "replicas_of_which_one_changes_its_batches")
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-8)
+
+
 def test_the_mean_loss_of_all_replicas_is_no_other_loss(tmp_path: Path, together: Processes) -> None:
     run, said = together(tmp_path / "run", "replicas_with_disturbed_gradients")
     np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss)

@@ -80,8 +80,8 @@ class Moments:
             return
         with self.not_in_the_loop(), random_numbers_untouched(self._device):
             moment = moment or self.now()
-            changed_since = seen.changed_since or changes(seen.batch)
-            seen.batch, seen.changed_since = copied(seen.batch), changed_since
+            own, seen.batch = seen.batch, copied(seen.batch)
+            seen.changed_since = seen.changed_since or changes(own, seen.batch)
             seen.moment = seen.first_moment = moment
 
     def pass_begins(self, seen: Sequence[Seen], module: nn.Module) -> None:

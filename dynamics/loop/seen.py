@@ -25,7 +25,7 @@ class Seen:
     gradient_moment: Moment | None = None  # the last further forward pass before its gradient was there begins, if any
     last_moment: Moment | None = None  # the last further forward pass begins, if any
     later: Moment | None = None  # modules outside the model run after its gradient was there
-    changed_since: Callable[[], Any] | None = None  # gives the batch where the loop has changed it in place by then
+    changed_since: Callable[[], Any] | None = None  # gives the batch where the loop has changed it by then
     changed: Any = None  # the batch as its forward pass began, if it had been changed by then
     source: Any = None  # the pass over the data that it came from
     seen_at: int = 0

@@ -7,11 +7,14 @@ from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..hardware.memory_order import channels_first
+from .contents import are_equal
+from .ownership import OF_OTHERS, held
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -33,11 +36,45 @@ def copied(batch: Any) -> Any:
     return mapped(batch, _copy_of_tensor, _copy)
 
 
-def changes(batch: Any) -> Callable[[], Any]:
-    """What gives, when it is called, a copy of the batch if its tensors were changed in place meanwhile, else None."""
-    tensors = [tensor for tensor in tensors_of(batch) if not tensor.is_inference()]
-    before = [tensor._version for tensor in tensors]
-    return lambda: None if before == [tensor._version for tensor in tensors] else copied(batch)
+def changes(batch: Any, seen: Any) -> Callable[[], Any]:
+    """What gives, when it is called, a copy of the batch if the loop has changed it meanwhile, else None.
+
+    By changing a tensor in place, or by putting another there. What it only took out is as in the copy ``seen``.
+    """
+    before = _contents(batch)  # these tensors stay alive, so that no other is taken for one of them
+
+    def changed() -> Any:
+        now = _contents(batch)
+        if all(place in before and _is_as(*before[place], *content) for place, content in now.items()):
+            return None
+        present = copied(batch)
+        if isinstance(present, MutableMapping) and isinstance(seen, Mapping):
+            present.update({key: value for key, value in seen.items() if key not in present})
+        return present
+
+    return changed
+
+
+def _contents(value: Any, place: tuple = (), within: tuple[int, ...] = ()) -> dict[tuple, tuple[Any, Any]]:
+    """The tensors and arrays in a batch, its collections and objects, by their places; each with its state."""
+    if isinstance(value, Tensor):
+        return {place: (value, None if value.is_inference() else value._version)}
+    if isinstance(value, np.ndarray):
+        return {place: (value, value.copy())}
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, tuple | list):
+        parts = enumerate(value)
+    else:
+        parts = enumerate([] if isinstance(value, (type, *OF_OTHERS)) else held(value))
+    inner = (*within, id(value))
+    found = (_contents(part, (*place, key), inner) for key, part in parts if id(part) not in inner)
+    return {place: content for contents in found for place, content in contents.items()}
+
+
+def _is_as(before: Any, its_state: Any, now: Any, state: Any) -> bool:
+    same = before is now or isinstance(now, np.ndarray)
+    return same and are_equal(its_state, state)
 
 
 def _copy_of_tensor(tensor: Tensor) -> Tensor:
@@ -101,9 +138,9 @@ def mapped(
 def _with_values(batch: MutableMapping, values: Mapping) -> MutableMapping:
     """A copy of a mapping of a class of its own, such as a tokenizer's, with these values."""
     other = copy.copy(batch)
-    for name, held in getattr(other, "__dict__", {}).items():
-        if type(held) is dict and held is vars(batch).get(name):  # else the batch itself would get the values
-            vars(other)[name] = dict(held)
+    for name, own in getattr(other, "__dict__", {}).items():
+        if type(own) is dict and own is vars(batch).get(name):  # else the batch itself would get the values
+            vars(other)[name] = dict(own)
     other.update(values)
     return other
 

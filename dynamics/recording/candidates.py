@@ -32,7 +32,7 @@ _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
 class _Way(NamedTuple):
     """How a step may be of its batches: from which of :data:`_MOMENTS` on, counted by their samples or equally.
 
-    And as they were seen, or as the loop had ``changed`` them in place by their forward pass.
+    And as they were seen, or as the loop had ``changed`` them by their forward pass.
     """
 
     moment: str = "forward pass"
@@ -100,7 +100,7 @@ class Candidates:
             for number, seen in known
             for moment in (_moments_that_differ(seen) if number == 0 or not self._way else [self._way.moment])
             for by_samples in _weights_that_differ(seen)
-            for changed in ([True, False] if any(one.changed is not None for one in seen) else [False])
+            for changed in _changes_that_differ(seen)
         ]
         tried.sort(key=lambda one: (one[0], self._is_unlikely(one[2])))
         return [self._candidate(*one) for one in tried]
@@ -113,10 +113,15 @@ class Candidates:
         (_, likeliest), *others = known
         ends = known[0], known[-1]
         certain = [_is_certain(seen) for _, seen in ends]
-        own = bool(others), _moments_that_differ(likeliest), _weights_that_differ(likeliest), certain
-        several, moments, weights, certain = zip(*self._processes.gathered(own), strict=True)
-        differing = [name for name in _MOMENTS if any(name in names for names in moments)]
-        ways = [_Way(moment, by_samples) for moment in differing for by_samples in max(weights, key=len)]
+        differing = _moments_that_differ(likeliest), _weights_that_differ(likeliest), _changes_that_differ(likeliest)
+        found = self._processes.gathered((bool(others), *differing, certain))
+        several, moments, weights, changes, certain = zip(*found, strict=True)
+        ways = [
+            _Way(moment, by_samples, changed)
+            for moment in (name for name in _MOMENTS if any(name in names for names in moments))
+            for by_samples in max(weights, key=len)
+            for changed in max(changes, key=len)
+        ]
         return [
             self._candidate(number, seen, way)._replace(certain=all(in_each))
             for (number, seen), *in_each in list(zip(ends, *certain, strict=True))[: 1 + any(several)]
@@ -174,3 +179,8 @@ def _is_certain(seen: list[Seen]) -> bool:
 def _weights_that_differ(seen: list[Seen]) -> list[bool]:
     """Whether batches count by their samples, and whether that is not the same for all of them."""
     return [True, False] if len({sample_count(one.batch) for one in seen}) > 1 else [True]
+
+
+def _changes_that_differ(seen: list[Seen]) -> list[bool]:
+    """Whether batches are as the loop had changed them by their forward pass, and whether it had."""
+    return [True, False] if any(one.changed is not None for one in seen) else [False]

@@ -183,8 +183,8 @@ class StepCurvature:
         if probes and self._in_shares and (shared := self._found_in_shares(probes[0], step)):
             found.append(shared)
         for one in () if found else probes:
-            if (tried := self._found(one, by, step)) is None:
-                return None
+            if (tried := self._found(one, by, step, others=bool(found) or one is not probes[-1])) is None:
+                continue
             found.append(tried)
             if tried.sure:
                 break
@@ -199,9 +199,11 @@ class StepCurvature:
             self._say_unknown(step)
         return best
 
-    def _found(self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int) -> Found | None:
-        """The candidate's gradient, beside the one applied; None where the objective fails."""
-        if (measured := self._or_give_up(partial(by.gradient, candidate.probe), step)) is None:
+    def _found(
+        self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int, *, others: bool = False
+    ) -> Found | None:
+        """The candidate's gradient, beside the one applied; None where the objective fails on it."""
+        if (measured := self._or_give_up(partial(by.gradient, candidate.probe), step, others=others)) is None:
             return None
         grad = self._probed.mean(measured[1])
         return Found(candidate, by, measured[0], grad, *self._probed.alignment(grad))
@@ -253,8 +255,11 @@ class StepCurvature:
             "unknown",
         )
 
-    def _or_give_up(self, measure: Callable[[], _Measured], step: int) -> _Measured | None:
-        """What a probe measures; where it fails in any process, the training goes on without curvature in all."""
+    def _or_give_up(self, measure: Callable[[], _Measured], step: int, *, others: bool = False) -> _Measured | None:
+        """What a probe measures; where it fails in any process, the training goes on without curvature in all.
+
+        Unless there are ``others``, of which the step may be.
+        """
         measured, reason = None, "measuring failed in another process"
         try:
             measured = None if self.failed else measure()
@@ -263,6 +268,8 @@ class StepCurvature:
             reason = f"the objective failed on this step's batch with {named(error)}. {advice}, or curvature_every=0"
         if self._all_agree(measured is not None):
             return measured
+        if others:
+            return None
         self.stop()
         if not self.failed:  # which was said
             warnings.warn(f"curvature is not recorded from step {step} on: {reason}", stacklevel=2)

@@ -94,6 +94,21 @@ class MovedKey(MovingKey):
         return self.query(x) - self.key(x)
 
 
+class CopiedKey(MovingKey):
+    """As momentum contrast begins: the first forward pass moves the key to where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key.load_state_dict({name: torch.ones_like(one) for name, one in self.query.state_dict().items()})
+        self.query.load_state_dict(self.key.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                key.lerp_(query, 0.5)
+        return self.query(x) * (1 + self.key(x).detach())
+
+
 class Codebook(nn.Module):
     """A frozen table that follows what the layer puts out, in each of the ways in which that is written."""
 
@@ -119,6 +134,7 @@ class Codebook(nn.Module):
 MOVING = {
     "in place": MovingKey,
     "new data": MovedKey,
+    "a copy at first": CopiedKey,
     **{how: partial(Codebook, how) for how in ("data.copy_", "new", "every second")},
     **{f"large, {how}": partial(Codebook, how, 30) for how in ("data.copy_", "new", "every second")},
 }

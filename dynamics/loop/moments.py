@@ -153,4 +153,5 @@ class Moments:
         since = first and (first.moment if first.again else first.first_moment)
         moved = since is not None and since.moved
         self.lost = moved and not self._keeps_frozen
-        self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved
+        touched = self._keeps_frozen and since is not None and since.touched  # a key encoder begins as the query's copy
+        self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved or touched

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..curvature.ordinary import is_batched
-from .contents import PutBack
+from .contents import PutBack, storage_of
 from .kept import kept
 
 Tensors = Mapping[str, Tensor | None]
@@ -94,7 +94,7 @@ class Moment:
         self._parameters = {name: one for name, one in model.named_parameters() if isinstance(one, nn.Parameter)}
         self._versions = {name: one._version for name, one in self._parameters.items() if one.requires_grad}
         frozen = self._frozen()
-        self._norms = _norms(frozen)
+        self._norms, self._places = _norms(frozen), _places(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.replaced: dict[str, Tensor] = {}
         self._outside: dict[str, Tensor] = {}  # parameters as the pass's batch was seen, if the moment is a pass's
@@ -145,6 +145,11 @@ class Moment:
     def moved(self) -> bool:
         """Whether a parameter that is not trained has changed since."""
         return not _same(self._norms, _norms(self._frozen()))
+
+    @property
+    def touched(self) -> bool:
+        """Whether a parameter that is not trained has been written to since, be it with the same numbers."""
+        return self._places != _places(self._frozen())
 
     @property
     def changed(self) -> dict[str, nn.Parameter]:
@@ -228,6 +233,12 @@ def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     precise = {name: torch.promote_types(one.dtype, torch.float32) for name, one in told.items()}
     norms = {name: torch.linalg.vector_norm(one, dtype=precise[name]).cpu() for name, one in told.items()}
     return {name: norm.item() for name, norm in norms.items()}
+
+
+def _places(tensors: Tensors) -> dict[str, tuple]:
+    """By name what changes when a tensor is written to, or is given other memory."""
+    dense = {name: one for name, one in tensors.items() if one is not None and not one.is_inference()}
+    return {name: (storage_of(one), one._version) for name, one in dense.items()}
 
 
 def _same(norms: Mapping[str, float], now: Mapping[str, float]) -> bool:

@@ -137,6 +137,26 @@ def test_a_network_that_gets_smaller_between_steps_is_recorded_on(tmp_path: Path
         np.testing.assert_allclose(steps.grad_update[3].sel(layer=layer), values["grad_update"], rtol=1e-10)
 
 
+def test_a_weight_that_is_split_up_for_a_while_has_its_distance_again(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer, start = torch.optim.SGD(model.parameters(), 0.1), [one.detach().clone() for one in model.parameters()]
+    with (
+        pytest.warns(match="came after recording began"),
+        Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder,
+    ):
+        for number, batch in enumerate(recorder.watch(vectors(4))):
+            if number == 1:
+                nn.utils.parametrizations.weight_norm(model[2])
+            if number == 2:
+                nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+            after = [model[0].weight, model[0].bias, model[2].weight, model[2].bias]
+            expected = sum((one - was).square().sum().item() for one, was in zip(after, start, strict=True))
+            plain_step(model, optimizer, batch)
+    last = open_run(tmp_path / "run")["steps"].distance_sqnorm[-1]
+    np.testing.assert_allclose(last.sum("layer", skipna=False), expected, rtol=1e-12)
+
+
 def test_two_optimizers_of_the_same_parameters_one_after_the_other(tmp_path: Path) -> None:
     model, by_hand = smooth_network(), None
     adam, lbfgs = torch.optim.Adam(model.parameters(), 0.01), torch.optim.LBFGS(model.parameters(), 0.5, max_iter=2)

@@ -35,6 +35,7 @@ class Measurement:
         self._names = tuple(name for name in names if name in FORMULAS)
         self._make_vectors()
         self._start: Vector | None = None
+        self._first_start: Vector | None = None  # θ₀ in the shapes that it had
         self.rest: list[int] = []
 
     def present(self) -> Present:
@@ -49,7 +50,7 @@ class Measurement:
         """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
         if "distance_sqnorm" not in self._names:
             return
-        self._start = self._layers.theta(self._layers.zeros())
+        self._start = self._first_start = self._layers.theta(self._layers.zeros())
         alone = store is not None and not self._processes.sharded
         if place.begins and alone:
             store.keep(self._name_of_start(), self._start.blocks.cpu().numpy())
@@ -76,9 +77,9 @@ class Measurement:
     def _adapt(self) -> None:
         """The model changed: vectors of its new shapes. θ₀ is unknown (NaN) where a shape is new."""
         self._make_vectors()
-        if self._start is not None:
-            start, self._start = self._start, self._layers.zeros()
-            for old, new in zip(start.views, self._start.views, strict=True):
+        if self._first_start is not None:
+            self._start = self._layers.zeros()
+            for old, new in zip(self._first_start.views, self._start.views, strict=True):
                 new.copy_(old) if old.shape == new.shape else new.fill_(torch.nan)
 
     @property

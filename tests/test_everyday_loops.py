@@ -674,6 +674,17 @@ def test_a_batch_in_which_the_loop_puts_others_before_its_forward_pass(tmp_path:
     np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
 
 
+def test_a_batch_in_which_the_loop_puts_what_batchnorm_hardly_tells_from_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, losses = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch([[10 * x, y] for x, y in vectors(4)]):
+            batch[0] = batch[0] * 2
+            losses.append(plain_step(model, optimizer, batch).item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
 def test_a_batch_that_lacks_what_the_loss_needs_until_the_loop_puts_it_there(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, losses, noise = nn.Linear(4, 3), [], torch.zeros(16, 4)

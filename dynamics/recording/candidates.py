@@ -105,8 +105,10 @@ class Candidates:
         tried.sort(key=lambda one: (one[0], self._is_unlikely(one[2])))
         return [self._candidate(*one) for one in tried]
 
-    def _is_unlikely(self, way: _Way) -> bool:
-        return way != (self._way or _Way())
+    def _is_unlikely(self, way: _Way) -> tuple[bool, bool]:
+        """In its batches' moment or count, or in how they are: what a loop has changed it seldom means otherwise."""
+        likely = self._way or _Way(changed=True)
+        return way._replace(changed=likely.changed) != likely, way.changed != likely.changed
 
     def _of_replicas(self, known: list[tuple[int, list[Seen]]]) -> list[Candidate]:
         """As many in each of the processes, which measure together: in all ways in which they differ in any."""

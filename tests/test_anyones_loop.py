@@ -1,5 +1,6 @@
 """Any loop, any model: what is recorded is what a computation by hand beside the loop says."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -628,6 +629,54 @@ def test_parameters_that_are_replaced_are_found_by_name(tmp_path: Path) -> None:
     for layer, values in by_hand.rows[0].items():
         for name in set(values) - {"distance_sqnorm"}:
             np.testing.assert_allclose(last[name].sel(layer=layer), values[name], rtol=1e-10, err_msg=name)
+
+
+class WithItsOrigin(nn.Module):
+    """A parameter has the name that torch.nn.utils.prune would give the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.scale_orig = nn.Parameter(torch.ones(4)), nn.Parameter(torch.rand(4))
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.scale * self.scale_orig)
+
+
+def test_a_parameter_that_is_called_like_the_origin_of_another_counts_beside_it(tmp_path: Path) -> None:
+    model = WithItsOrigin()
+    optimizer, by_hand = torch.optim.Adam(model.parameters(), 0.01), ByHand(model)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(3)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            by_hand.before()
+            optimizer.step()
+            by_hand.after()
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"])
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
+
+
+def test_a_part_of_a_parametrized_weight_that_is_pruned_by_torch_stays_itself(tmp_path: Path) -> None:
+    model = smooth_network()
+    nn.utils.parametrizations.weight_norm(model[2])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+            for number, batch in enumerate(recorder.watch(vectors(3))):
+                if number == 1:
+                    nn.utils.prune.l1_unstructured(model[2].parametrizations.weight, "original1", 3)
+                magnitudes = [one for name, one in model.named_parameters() if name.startswith("2.")]
+                expected = sum(one.square().sum().item() for one in magnitudes)
+                if number:
+                    mask = model[2].parametrizations.weight.original1_mask
+                    pruned = model[2].parametrizations.weight.original1_orig[mask == 0]
+                    expected -= pruned.square().sum().item()
+                plain_step(model, optimizer, batch)
+    found = open_run(tmp_path / "run")["steps"].param_sqnorm.sel(layer="2")
+    np.testing.assert_allclose(found[-1], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("watched", [True, False])

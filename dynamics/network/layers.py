@@ -18,8 +18,19 @@ from .masks import parameter_masks
 
 def plain_name(name: str) -> str:
     """A parameter's name before compilation, a parametrization or torch.nn.utils.prune made it ``conv.weight_orig``."""
-    name = name.replace("_orig_mod.", "")
-    return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name).removesuffix("_orig")
+    name = _uncompiled(name).removesuffix("_orig")
+    return re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", name)
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _plain_names(names: Iterable[str]) -> dict[str, str]:
+    """The plain name of each parameter of a model; where that is another's own name, both keep their own."""
+    own = {name: _uncompiled(name) for name in names}
+    taken = set(own.values())
+    return {name: own[name] if plain_name(name) in taken else plain_name(name) for name in own}
 
 
 def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -52,7 +63,7 @@ class Layers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._known = [plain_name(name) for name, _ in model.named_parameters()]
+        self._known = list(_plain_names(name for name, _ in model.named_parameters()).values())
         owners = [name.rpartition(".")[0] or "(root)" for name in self._known]
         self.names = list(dict.fromkeys(owners))
         self.layer_of_parameter = [self.names.index(owner) for owner in owners]
@@ -90,7 +101,8 @@ class Layers:
         slots = [(table, key, value) for table in self._tables for key, value in table.items()]
         self._slots = [[slot[part] for slot in slots] for part in range(3)]  # tables, keys, values
         named = dict(self._model.named_parameters())
-        found = {plain_name(name): (name, parameter) for name, parameter in _held(named).items()}
+        self._plain = _plain_names(named)
+        found = {self._plain[name]: (name, parameter) for name, parameter in _held(named).items()}
         if added := [name for name in found if name not in self._known]:
             warnings.warn(f"parameters that came after recording began are not recorded: {added}", stacklevel=5)
         absent = (None, torch.empty(0, device=next(iter(named.values()), torch.empty(0)).device))
@@ -104,6 +116,10 @@ class Layers:
         self._elsewhere = [
             (index, name) for index, (name, _) in enumerate(self._found) if (name or "").endswith("_orig")
         ]
+
+    def _plain_name(self, name: str) -> str:
+        """Of a parameter that the model has, or had before it was pruned, say."""
+        return self._plain.get(name, plain_name(name))
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -136,7 +152,7 @@ class Layers:
 
     def vector(self, tensors: Mapping[str, Tensor], *, without: Collection[int] = ()) -> Tensor:
         """Tensors by parameter name → the blocks of their vector; zero where there is none, or at these indices."""
-        plainly = {plain_name(name): tensor for name, tensor in tensors.items()}
+        plainly = {self._plain_name(name): tensor for name, tensor in tensors.items()}
         known = enumerate(self._known)
         return self.zeros().take([None if index in without else plainly.get(name) for index, name in known]).blocks
 
@@ -145,7 +161,7 @@ class Layers:
         vector = self.zeros()
         vector.blocks.copy_(blocks)
         views = dict(zip(self._known, vector.views, strict=True))
-        return [views[plain_name(name)] for name in names]
+        return [views[self._plain_name(name)] for name in names]
 
     def named(self, vector: Vector) -> dict[str, Tensor]:
         """The vector's part of each parameter that the model has, by the name it has there."""

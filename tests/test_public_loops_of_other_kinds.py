@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import ByHand
+from by_hand import ByHand, curvature_by_hand
 from networks import Batch, smooth_network, vectors
 from test_public_loops import agree_with_autograd, theta_of
 from torch import Tensor, nn
@@ -100,6 +100,43 @@ def test_stylegan2_has_a_step_of_its_own_for_its_lazy_penalty(tmp_path: Path) ->
     discriminator.requires_grad_(True)
     run = open_run(tmp_path / "run")
     agree_with_autograd(run, 5, discriminator, theta, lambda: objective(discriminator, batch))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_stylegan3_freezes_a_network_before_its_optimizer_steps(tmp_path: Path, rounds: int) -> None:
+    """NVlabs/stylegan3: phase.module.requires_grad_(True), rounds of backward passes, requires_grad_(False), step."""
+    torch.manual_seed(0)
+    generator, critic = smooth_network(), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    networks = nn.ModuleDict({"generator": generator, "critic": critic}).requires_grad_(False)
+    phases = [(name, torch.optim.Adam(network.parameters(), 0.01)) for name, network in networks.items()]
+
+    def objective(networks: nn.ModuleDict, batch: tuple[str, Tensor]) -> Tensor:
+        name, latent = batch
+        score = networks["critic"](networks["generator"](latent))
+        return F.softplus(-score if name == "generator" else score).mean()
+
+    found = []
+    with Recorder(
+        tmp_path / "run", networks, [one for _, one in phases], objective=objective, curvature_every=1
+    ) as recorder:
+        for latent, _ in vectors(3):
+            for name, optimizer in phases:
+                optimizer.zero_grad(set_to_none=True)
+                networks[name].requires_grad_(True)
+                losses = []
+                for part in latent.chunk(rounds):
+                    recorder.observe((name, part))
+                    losses.append(objective(networks, (name, part)))
+                by_hand = curvature_by_hand(sum(losses) / rounds, list(networks[name].parameters()))
+                for loss in losses:
+                    (loss / rounds).backward()
+                networks[name].requires_grad_(False)
+                optimizer.step()
+                found.append(by_hand)
+    curvature = open_run(tmp_path / "run")["curvature"]
+    for name in found[0]:
+        recorded = curvature[name].sum("layer") if "layer" in curvature[name].dims else curvature[name]
+        np.testing.assert_allclose(recorded, [one[name] for one in found], rtol=1e-8, err_msg=name)
 
 
 class Masked(nn.Module):

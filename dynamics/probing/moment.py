@@ -142,6 +142,11 @@ class Moment:
                 self.replaced[name] = was.detach()
 
     @property
+    def trained(self) -> set[str]:
+        """Names of the parameters that were trained at the moment."""
+        return set(self._versions)
+
+    @property
     def moved(self) -> bool:
         """Whether a parameter that is not trained has changed since."""
         return not _same(self._norms, _norms(self._frozen()))

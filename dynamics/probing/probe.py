@@ -60,6 +60,8 @@ class Probe:
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._moved = frozenset(_off_zero(self._model, self._masks))
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        if not self._trained:  # a loop may freeze its network again before the optimizer steps, as StyleGAN's does
+            self._trained = set().union(*(moment.trained for moment in moments))
         self._at = list(zip(batches, moments, strict=True))
         for moment in moments:
             moment.look_for_replaced()

@@ -371,3 +371,31 @@ def test_layers_of_one_parameter_point_the_same_way_by_chance(tmp_path: Path, se
             loop.step()
             batch = following
     np.testing.assert_allclose(open_run(loop.path)["curvature"].loss_before, loop.losses, rtol=1e-12)
+
+
+@pytest.mark.parametrize("also", ["validated", "noisy"])
+def test_a_batch_that_is_left_out_of_some_that_accumulate(tmp_path: Path, also: str) -> None:
+    """A validation comes between its micro-batches; or each is changed by noise, and dropped out."""
+    torch.manual_seed(0)
+    model, losses, parts = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 3)).double(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch([list(batch) for batch in vectors(7)])):
+            if number == 3:
+                continue
+            if also == "noisy":
+                batch[0] = batch[0] + torch.randn_like(batch[0])
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            (loss / 3).backward()
+            parts.append(loss.item())
+            if number in (2, 6):
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(np.mean(parts))
+                parts = []
+            if also == "validated" and number == 5:
+                model.eval()
+                with torch.no_grad():
+                    model(VALIDATION)
+                model.train()
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)

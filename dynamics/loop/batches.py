@@ -94,7 +94,7 @@ class Batches:
         if self._asleep():
             return
         if (present := self._present) is not None:
-            present.only_evaluated = False  # it is trained on after all
+            present.ran, present.only_evaluated = True, False  # it is trained on after all
         if self._awaits and not self.moments.failure:
             with self.moments.not_in_the_loop():
                 self.repeat(due=True)
@@ -102,7 +102,7 @@ class Batches:
 
     def _evaluation_begins(self) -> None:
         """The model runs without gradients: it evaluates the present batch, unless that is trained on after all."""
-        if (present := self._present) is not None and not present.passed:
+        if (present := self._present) is not None and not (present.passed or present.ran):
             present.only_evaluated = True
 
     @property

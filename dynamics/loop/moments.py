@@ -88,6 +88,7 @@ class Moments:
         """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
         if (waiting := self._next_to_pass(seen, module)) is not None:
             self._first_pass_begins(seen, waiting, module)
+            seen[-1].latest_moment = seen[-1].latest_moment or waiting.moment
         elif seen:
             self._further_pass_begins(seen[-1])
 
@@ -115,6 +116,7 @@ class Moments:
         waiting.passed_in_eval_at = None if trains(module) else self._backward.total
         for other in (one for one in seen if not one.passed):  # perhaps it is of one of them
             other.gradient_moment = other.last_moment = waiting.moment
+            other.changed = other.changed_since() if other.changed_since is not None else None
 
     def _further_pass_begins(self, last: Seen) -> None:
         last.last_moment = again = self._of_pass(last)

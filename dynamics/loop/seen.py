@@ -24,6 +24,7 @@ class Seen:
     first_moment: Moment | None = None  # it was seen
     gradient_moment: Moment | None = None  # the last further forward pass before its gradient was there begins, if any
     last_moment: Moment | None = None  # the last further forward pass begins, if any
+    latest_moment: Moment | None = None  # the first forward pass begins after it was seen, whosever that is
     later: Moment | None = None  # modules outside the model run after its gradient was there
     changed_since: Callable[[], Any] | None = None  # gives the batch where the loop has changed it by then
     changed: Any = None  # the batch as its forward pass began, if it had been changed by then
@@ -32,6 +33,7 @@ class Seen:
     passed: bool = False  # whether its forward pass, with gradients, has begun
     passed_at: int = 0
     passed_in_eval_at: int | None = None  # as passed_at, if that pass was in eval mode
+    ran: bool = False  # whether the model ran with gradients when it was the last
     only_evaluated: bool = False  # the model ran without gradients when it was the last, and not with them since
     again: bool = False  # a step of it has been taken already
     certain: bool = True  # else the loop may have gone on to other batches

@@ -341,6 +341,23 @@ def test_an_objective_that_fails_costs_the_curvature_and_not_the_training(tmp_pa
     assert "step" not in run["curvature"].sizes
 
 
+def test_an_optimizer_whose_parameters_were_replaced_is_named_once(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=0) as recorder:
+        plain_step(model, optimizer, batches[0])
+        model.load_state_dict(smooth_network().state_dict(), assign=True)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.warns(UserWarning, match="holds none of the model's parameters any more") as said:
+            for batch in batches[1:]:
+                plain_step(model, optimizer, batch)
+        assert len(said) == 1
+        assert recorder.failure is None
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())  # it did train nothing
+    run = open_run(tmp_path / "run.zarr")
+    assert (run.steps.update_sqnorm.sum("layer").values > 0).tolist() == [True, False, False]
+
+
 def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     model, path = smooth_network(), tmp_path / "run"
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

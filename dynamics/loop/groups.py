@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class Groups:
         now = (self._layers.version, *((id(group), *map(id, group["params"])) for group in groups))
         if now == self._of:
             return
-        self._of = now
+        known, self._of = self._of, now
         self._rescaled = {id(group) for one in self._optimizers if _rescales(one) for group in one.param_groups}
         index_of = {id(parameter): index for index, parameter in enumerate(self._layers.parameters)}
         self._group_of = [
@@ -75,6 +76,12 @@ class Groups:
             }
             for one in self._optimizers
         ]
+        if known is not None and not any(self._group_of):
+            warnings.warn(
+                "the optimizer that was given holds none of the model's parameters any more, so it trains nothing: "
+                "they were replaced, as load_state_dict(assign=True) does. Make the optimizer after that",
+                stacklevel=5,
+            )
         every = list(range(len(self._layers.parameters)))
         self._held = [None if list(groups) == every else list(groups) for groups in self._group_of]
         held = {id(parameter): parameter for group in groups for parameter in group["params"]}

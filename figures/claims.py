@@ -33,12 +33,12 @@ _TICKS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of ratios
 
 
 def claims(runs: Runs) -> Figure:
-    """What the abstract claims holds of some networks, of others not, and of many these seeds cannot tell.
+    """The abstract's claims hold for some networks and fail for others; for many, these seeds cannot tell.
 
-    Each claim's effect with its 95 % interval over seeds (Student's), which may leave the panel; a marker a number of
-    rounds. Right of the line it is as claimed, left of it the other way round. Above: a ratio, inverted where the claim
-    says less; an arrow is one beyond a factor 30. Below: points of accuracy. Filled: the verdict stands when all are
-    corrected for their number.
+    Each claim's effect with its 95 % interval over seeds (Student's), which may extend beyond the panel; one marker per
+    number of rounds. Effects right of the line are as claimed, those left of it the opposite. Top: ratios, inverted
+    where the claim says less; arrows are ratios beyond a factor of 30. Bottom: points of accuracy. Filled markers: the
+    verdict stands after correction for the number of intervals.
     """
     found = as_claimed(analysis.claims(runs))
     found = found[np.isfinite(found.low.astype(float))]

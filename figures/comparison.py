@@ -25,10 +25,10 @@ from .style import named_styles
 
 
 def accuracy(runs: Runs) -> Figure:
-    """Which measure gives the best network depends on model, data and rounds, and often they differ by less than seeds.
+    """Which measure gives the best network depends on model, data and rounds; measures often differ less than seeds.
 
-    Final test accuracy, a panel a condition. Small: each seed; large: their mean with its 95 % interval (Student's),
-    which may leave the panel. Grey line: the mean of the networks that were not pruned.
+    Final test accuracy, one panel per condition. Small markers: single seeds; large: their mean with its 95 % interval
+    (Student's), which may extend beyond the panel. Grey line: the mean of the networks that were not pruned.
     """
     found = comparison.compare(runs, comparison.final)
     if _is_one_run(found):
@@ -47,14 +47,14 @@ def accuracy(runs: Runs) -> Figure:
 
 
 def convergence(runs: Runs) -> Figure:
-    """How fast the networks that each measure leaves train on after the last pruning.
+    """How fast the networks left by each measure train on after the last pruning.
 
-    A row a condition. Left: training loss of the steps after the last pruning, averaged over an epoch around each, at
-    both ends over half of it; median over seeds, in the band of their quartiles. Middle: the mean training loss of
-    these steps, the area under the curve. Right: steps until an epoch's mean loss, which takes an epoch at least, is
-    the given share of the first loss, the least share that all runs of the condition reached; without any, 75 % and
-    only the runs that did. Not drawn where all took the same. Small: each seed; large: their mean with its 95 %
-    interval (Student's).
+    One row per condition. Left: training loss after the last pruning, as a moving average over one epoch, over at least
+    half an epoch at either end; median over seeds, with a band between the quartiles. Middle: the mean training loss of
+    these steps, the area under the curve. Right: steps until the mean loss of an epoch, hence at least one epoch, falls
+    to the given share of the first loss: the smallest share that all runs of the condition reached or, if there is
+    none, 75 %, with only the runs that reached it. Not drawn where all runs took the same number. Small markers: single
+    seeds; large: their mean with its 95 % interval (Student's).
     """
     found = comparison.compare_convergence(runs)
     alone = _is_one_run(found)
@@ -80,11 +80,11 @@ def convergence(runs: Runs) -> Figure:
 
 
 def norms(runs: Runs) -> Figure:
-    """A pruning takes its part of ‖θ‖², and from then on the norm of what is left moves by the same law.
+    """A pruning removes its share of ‖θ‖²; from then on the norm of what is left follows the same law.
 
-    A row a condition: ‖θ‖² of the whole network over training, and its measured velocity in flow time, averaged over
-    windows of steps, where the optimizer follows the gradient; median over seeds, in the band of their quartiles,
-    which may leave the panel.
+    One row per condition: ‖θ‖² of the whole network over training and, where the optimizer follows the gradient, its
+    measured velocity in flow time, averaged over windows of steps; median over seeds, with a band between the
+    quartiles, which may extend beyond the panel.
     """
     found, events = comparison.compare(runs, network_norm), events_of(runs, in_steps)
     moving = any("param_sqnorm_rate" in values for measures in found.values() for values in measures.values())
@@ -101,11 +101,11 @@ def norms(runs: Runs) -> Figure:
 
 
 def training_curves(runs: Runs) -> Figure:
-    """What a pruning costs in loss and accuracy, and what training on makes up for.
+    """What a pruning costs in loss and accuracy, and how much of it further training recovers.
 
-    A row a condition: training loss and test accuracy after each epoch, in experiments before that epoch's pruning if
-    any; the test loss where no accuracy was logged. Median over seeds, in the band of their quartiles. A pruning stands
-    after the steps that came before it.
+    One row per condition: training loss and test accuracy after each epoch, in experiments before any pruning at its
+    end; test loss where no accuracy was logged. Median over seeds, with a band between the quartiles. Each pruning is
+    marked after the steps that precede it.
     """
     found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, in_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
@@ -125,10 +125,10 @@ def training_curves(runs: Runs) -> Figure:
 
 
 def filters_left(runs: Runs) -> Figure:
-    """From which layers each measure takes its filters at the same sparsity.
+    """Which layers each measure takes its filters from, at the same sparsity.
 
-    Share of each layer's filters that is left after the last pruning, a panel a condition. Mean over seeds, with its
-    95 % interval (Student's); of more layers than have room for points, the mean as a colour.
+    Share of each layer's filters that is left after the last pruning, one panel per condition. Mean over seeds with its
+    95 % interval (Student's); with too many layers for points, the mean as a colour.
     """
     found = comparison.compare(runs, lambda run: analysis.filters_left(run).isel(event=-1, drop=True))
     layers = {name: max(values.sizes["layer"] for values in measures.values()) for name, measures in found.items()}
@@ -158,11 +158,11 @@ def filters_left(runs: Runs) -> Figure:
 
 
 def stability(runs: Runs) -> Figure:
-    """Where Δt gᵀHg/‖g‖² is above 2 the quadratic model says that a step of that flow time raises the loss.
+    """Where Δt gᵀHg/‖g‖² exceeds 2, the quadratic model predicts that a step of that flow time raises the loss.
 
-    The ratio at each measured step, a panel a condition: median over seeds, in the band of their quartiles, which may
-    leave the panel. The line marks 2. With momentum a step's flow time is η/(1−β), which the step itself is too short
-    for: it carries earlier gradients.
+    The ratio at each measured step, one panel per condition: median over seeds, with a band between the quartiles,
+    which may extend beyond the panel. The line marks 2. With momentum, a step's flow time is η/(1−β), but the step
+    itself is shorter, because it carries earlier gradients.
     """
     found, events = comparison.compare(runs, analysis.stability), events_of(runs, in_steps)
     figure, axes = grid(len(found), width=7.2 if len(found) == 1 else 3.9, height=2.8, columns=2, sharex=False)
@@ -177,11 +177,11 @@ def stability(runs: Runs) -> Figure:
 
 
 def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
-    """What a pruning does to the loss and to the gradient norm depends on the measure, and on how much it removes.
+    """What a pruning does to the loss and the gradient norm depends on the measure and on how much it removes.
 
-    Loss (top) and ‖g‖² (bottom) right after each pruning over those right before it, at its probe, against the share
-    of the parameters left that it removed; a column a model and data set. On the grey line nothing changed. ‖g‖² after
-    is that of the parameters that stay.
+    Loss (top) and ‖g‖² (bottom) right after each pruning divided by those right before it, at its probe, against the
+    share of the remaining parameters that it removed; one column per model and data set. On the grey line, nothing
+    changed. ‖g‖² after the pruning is that of the parameters that stay.
     """
     found = analysis.each(runs, effect.loss_and_gradient_at_pruning)
     groups = models(runs, found)

@@ -32,11 +32,10 @@ _OVERLAP_SHARE = 0.2
 
 
 def pruning_effect(runs: Runs) -> Figure:
-    """What a pruning does to loss, gradient and flow is predicted as far as it is a small perturbation, and no further.
+    """The effect of a pruning on loss, gradient and flow is predictable only as far as it is a small perturbation.
 
-    Each point is one pruning at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt
-    and of θᵀHg, in first order (top) and in second (bottom), which θᵀHg does not have. On the grey line a prediction is
-    exact.
+    One point per pruning, at its fixed probe: measured against predicted change of the loss, of ‖g‖², of d‖θ‖²/dt and
+    of θᵀHg, in first order (top) and second order (bottom; none for θᵀHg). On the grey line, the prediction is exact.
     """
     effects = analysis.each(runs, analysis.effect_of_prunings)
     quantities = next(iter(effects.values())).quantity.values
@@ -56,10 +55,11 @@ def pruning_effect(runs: Runs) -> Figure:
 
 
 def pruning_effect_per_layer(runs: Runs) -> Figure:
-    """A pruning moves gradient and flow of every layer, those it took nothing from as well.
+    """A pruning changes gradient and flow in every layer, including those it took nothing from.
 
-    The first pruning of one run, layer by layer at its fixed probe: measured and predicted changes of
-    ‖g‖² and of d‖θ‖²/dt, which add up to the network's, and what each layer's removal adds to the predicted loss.
+    The first pruning of one run, layer by layer, at its fixed probe: measured and predicted changes of ‖g‖² and of
+    d‖θ‖²/dt, which add up to those of the network, and what each layer's removal contributes to the predicted change of
+    the loss.
     """
     name, effect = next(iter(analysis.each(runs, first_pruning_per_layer).items()))
     figure, axes = plt.subplots(3, 1, figsize=(7.2, 7.2), sharex=True)
@@ -80,12 +80,12 @@ def pruning_effect_per_layer(runs: Runs) -> Figure:
 
 
 def removed_decrease(runs: Runs) -> Figure:
-    """How much of the first-order decrease of the loss a pruning takes with its parameters depends on the measure.
+    """How much of the first-order decrease of the loss the removed parameters carried depends on the measure.
 
-    Along gradient flow dL/dt = −‖g‖². Top: each pruning's share of ‖g‖² at its probe against its share of the
-    parameters, on logarithmic axes, a panel a model and data set; on the grey line the removed parameters carried as
-    much as the average one. Bottom: share of each layer's own ‖g‖² that went with the first pruning, in one run of each
-    measure.
+    Along gradient flow, dL/dt = −‖g‖². Top: the share of ‖g‖² that each pruning removed at its probe, against the share
+    of the parameters that it removed; logarithmic axes, one panel per model and data set. On the grey line, the removed
+    parameters carried as much as average ones. Bottom: the share of each layer's own ‖g‖² that the first pruning
+    removed, in one run per measure.
     """
     found = analysis.each(runs, analysis.removed_decrease)
     totals = {name: of[["decrease", "parameters"]].sum("layer", skipna=False) for name, of in found.items()}
@@ -130,11 +130,11 @@ def _draw_shares(ax: plt.Axes, runs: Runs, totals: Mapping[str, xr.Dataset]) -> 
 
 
 def removal_curve(runs: Runs) -> Figure:
-    """The first order counts a removed filter twice if it counts all its parameters, once from the scale of its output.
+    """The first order counts a removed filter twice if expanded in all its parameters, once if in its output scale.
 
-    Copies of a network from which ever more filters went, at one probe. Orange and blue: predicted from the last γ and
-    β of each filter. Grey: from all parameters that go with it, to the same pruned network. Last panel: relative
-    error of the predicted change of the loss. The first event of the first run that has a curve.
+    Copies of one network with more and more filters removed, at one probe. Orange and blue: predicted from the last γ
+    and β of each filter. Grey: predicted from all parameters that go with it, for the same pruned network. Last panel:
+    relative error of the predicted change of the loss. Taken from the first event of the first run that has a curve.
     """
     curves = analysis.each(runs, analysis.removal_curve)
     name, curve = next((name, found.isel(event=0)) for name, found in curves.items())
@@ -175,11 +175,12 @@ def _draw_directions(ax: plt.Axes, curve: xr.Dataset) -> None:
 
 
 def measure_agreement(runs: Runs) -> Figure:
-    """Measures that agree less with each other than each with itself on other batches differ in kind, not by noise.
+    """Measures that agree less with each other than with themselves on other batches differ in kind, not by noise.
 
-    Of the first run that compared them at its events: Spearman's rank correlation with the reference, and the part of
-    the lowest fifth of the filters in common with it, grey by chance, over training; the correlation in each layer at
-    the first event; and of each measure's scores with those from batches drawn again. Bars: one standard error.
+    From the first run that compared measures at its events. Top: Spearman's rank correlation with the reference
+    measure, and the overlap with it in the lowest fifth of the filters (grey: expected by chance), over training.
+    Bottom: the rank correlation in each layer at the first event, and that of each measure's scores with its scores on
+    batches drawn again. Error bars: one standard error.
     """
     what, reference, agreement, overlap, noise, steps = _compared_measures(runs)
     figure, axes = grid(4, width=3.9, columns=2, height=2.7, sharex=False)
@@ -202,7 +203,7 @@ def measure_agreement(runs: Runs) -> Figure:
     ]
     for ax, what_with_what in zip(axes, [*with_other, "with itself, on other batches"], strict=True):
         ax.set_title(what_with_what, fontsize=9)
-        ax.set(ylabel="in common" if ax is axes[1] else "rank correlation")
+        ax.set(ylabel="overlap" if ax is axes[1] else "rank correlation")
     for ax in (axes[0], axes[1], axes[3]):
         ax.set(xlabel="step", xticks=steps)
     for ax in axes:
@@ -224,10 +225,11 @@ def _compared_measures(runs: Runs) -> tuple[str, str, xr.Dataset, xr.Dataset, xr
 
 
 def scale_invariance(runs: Runs) -> Figure:
-    """In training mode BatchNorm makes filters scale-invariant: the GraSP score of a filter is then minus its ‖g‖².
+    """In training mode, BatchNorm makes filters scale-invariant: the GraSP score of a filter is then minus its ‖g‖².
 
-    The filters at the first event of the first run that looked. Left: the cosine |θᵀg|/(‖θ‖‖g‖), in the network's
-    order: 0 but for the normalisation's ε. Right: −Σθ(Hg) as a multiple of ‖g‖², which is 1 on the grey line.
+    The filters at the first event of the first run that has this study. Left: the cosine |θᵀg|/(‖θ‖‖g‖), in the
+    network's order; 0 except for the ε of the normalisation. Right: −Σθ(Hg) as a multiple of ‖g‖², which is 1 on the
+    grey line.
     """
     found = analysis.each(runs, analysis.scale_invariance)
     name = next(iter(found))

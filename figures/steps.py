@@ -50,10 +50,10 @@ _PER_LAYER = (
 
 
 def loss_decrease_scatter(runs: Runs) -> Figure:
-    """How far the first and the second order predict the loss decrease of single steps.
+    """How well the first and the second order predict the loss decrease of single steps.
 
-    Each point is one measured step: measured loss decrease on the step's own batch against −gᵀΔθ (left) and
-    −gᵀΔθ − ½ΔθᵀHΔθ (right). On the grey line a prediction is exact.
+    One point per measured step: measured loss decrease on the step's own batch against −gᵀΔθ (left) and −gᵀΔθ − ½ΔθᵀHΔθ
+    (right). On the grey line, the prediction is exact.
     """
     predictions = analysis.each(runs, analysis.loss_decrease)
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), sharex=True, sharey=True)
@@ -70,10 +70,10 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
 
 
 def loss_decrease_over_time(runs: Runs) -> Figure:
-    """How predicted and measured loss decreases of single steps go together over training.
+    """How predicted and measured loss decreases of single steps compare over training.
 
-    Loss decrease of each measured step on its own batch; of many steps, dots show some. A panel a measure: of several
-    conditions the first that was pruned, in one seed.
+    Loss decrease of each measured step on its own batch; of many steps, dots show a selection. One panel per measure
+    and one seed each; with several conditions, those of the first that was pruned.
     """
     return _over_time(runs, analysis.each(runs, analysis.loss_decrease), ylabel="loss decrease  [L]")
 
@@ -81,17 +81,17 @@ def loss_decrease_over_time(runs: Runs) -> Figure:
 def norm_rate(runs: Runs) -> Figure:
     """Gradient flow moves the squared norm at −2θᵀg − 2λ‖θ‖²; a step of finite length Δt adds Δt‖g‖².
 
-    d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. The
-    prediction is gradient descent's: a momentum carries the flow only after about 1/(1−β) steps. A panel a measure: of
-    several conditions the first that was pruned, in one seed.
+    d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. The prediction
+    is that of gradient descent; with momentum, steps follow the flow only after about 1/(1−β) of them. One panel per
+    measure and one seed each; with several conditions, those of the first that was pruned.
     """
     return _over_time(runs, analysis.each(runs, analysis.network_norm_rate), ylabel="d‖θ‖²/dt  [L]")
 
 
 def quantities_per_layer(runs: Runs) -> Figure:
-    """How far norm, gradient and curvature of the layers lie apart, and how a pruning moves them.
+    """How much norm, gradient and curvature differ between layers, and how a pruning changes them.
 
-    The quantities of each layer over the steps of one run, of the first pruned one if any; d‖θ‖²/dt as measured,
+    The quantities of each layer over the steps of one run, the first pruned one if there is any; d‖θ‖²/dt as measured,
     averaged over windows of steps.
     """
     label = in_layers(runs)

@@ -103,7 +103,8 @@ def test_the_height_of_rows_grows_with_their_number() -> None:
 
 @pytest.mark.parametrize("name", ["loss_decrease_over_time", "norm_rate"])
 def test_a_caption_says_that_one_condition_and_seed_is_drawn_over_time(name: str) -> None:
-    assert caption(name).endswith("A panel a measure: of several conditions the first that was pruned, in one seed.")
+    which = "with several conditions, those of the first that was pruned."
+    assert caption(name).endswith(f"One panel per measure and one seed each; {which}")
 
 
 def test_of_many_runs_some_are_drawn_and_it_is_said() -> None:

@@ -1,8 +1,8 @@
-"""``python -m analysis RUN...``: print what the runs came to, and theory against measurement.
+"""``python -m analysis RUN...``: print the outcome of runs, and theory against measurement.
 
-``python -m analysis protocol-diff [RUN...]``: print what protocols made of the same rounds of pruning.
+``python -m analysis protocol-diff [RUN...]``: compare what protocols prune in the same rounds.
 
-``python -m analysis condense RUN... -o FILE``: write them into one small file, which stands for them all.
+``python -m analysis condense RUN... -o FILE``: write the runs into one small file that stands for them all.
 """
 
 from __future__ import annotations
@@ -32,17 +32,15 @@ _FRESH = {
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m analysis",
-        description="Print what the recorded runs came to, and how well theory predicts what was measured: median "
-        "relative error, slope of measured on predicted, R² and rank correlation, in first and second order. Of runs "
-        "with several seeds: accuracy and convergence by model, data, rounds and measure, and the claims of the "
-        "paper's abstract with their verdicts. Two more commands, each with its --help: `python -m analysis condense` "
-        "writes many records into one small file *.zarr.zip, and `protocol-diff` compares what protocols prune.",
+        description="Print the outcome of recorded runs, and how well theory predicts what was measured: median "
+        "relative error, slope of measured on predicted, R² and rank correlation, in first and second order. For runs "
+        "with several seeds: accuracy and convergence by model, data, rounds and measure, and a verdict on each claim "
+        "of the paper's abstract. Two more commands, each with its own --help: `python -m analysis condense` writes "
+        "many records into one small file *.zarr.zip, and `protocol-diff` compares what protocols prune.",
         exit_on_error=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/demo/*.zarr or sweep.zarr.zip")
-    parser.add_argument(
-        "--brief", action="store_true", help="what the runs came to, and median errors or verdicts only"
-    )
+    parser.add_argument("--brief", action="store_true", help="print only the outcome, and median errors or verdicts")
     parser.add_argument("--format", default="text", help=f"one of {', '.join(FORMATS)}")
     return parser
 
@@ -50,16 +48,16 @@ def _parser() -> ArgumentParser:
 def _protocol_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m analysis protocol-diff",
-        description="Print what the protocol, each quirk alone and the paper's code make of a pruning: "
-        "sparsity asked and reached, layers emptied, filters that differ from the first record's.",
+        description="Compare what the default protocol, each quirk alone and the paper's code prune: sparsity asked "
+        "for and reached, layers emptied, and filters that differ from those of the first record.",
         exit_on_error=False,
     )
     parser.add_argument(
         "runs", nargs="*", default=SUPPRESS, metavar="RUN",
-        help="records of the same rounds by different protocols; without any, a small fresh network is pruned now",
+        help="records of the same rounds under different protocols; without any, a small fresh network is pruned now",
     )  # fmt: skip
     for name, default in _FRESH.items():
-        parser.add_argument(f"--{name}", default=SUPPRESS, help=f"of the fresh network; by default {default}")
+        parser.add_argument(f"--{name}", default=SUPPRESS, help=f"{name} for the fresh network (default: {default})")
     return parser
 
 
@@ -68,7 +66,7 @@ def _protocol_diff(arguments: list[str]) -> None:
     runs = settings.pop("runs", [])
     fresh = [f"--{name}={value}" for name, value in vars(settings).items()]
     if runs and fresh:
-        raise ValueError(f"{' '.join(fresh)} is of a fresh network: give either that, or records")
+        raise ValueError(f"{' '.join(fresh)} is for a fresh network: give either that or records")
     opened = open_runs(runs) if runs else fresh_runs(fresh)
     with named_damage(opened.values()):
         print(as_text(protocol_table(opened)))
@@ -77,8 +75,8 @@ def _protocol_diff(arguments: list[str]) -> None:
 def _condense_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m analysis condense",
-        description="Write records into one small file, from which all tables, claims and figures can be made again: "
-        "steps summed over the layers, in single precision; one run with its layers and studies.",
+        description="Write records into one small file that all tables, claims and figures can be made from: steps are "
+        "summed over layers and kept in single precision; one or two runs keep their layers and studies.",
         exit_on_error=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="records, e.g. out/sweep/*.zarr")
@@ -91,7 +89,7 @@ def _condense(arguments: list[str]) -> None:
     runs = open_runs(settings.runs)
     with named_damage(runs.values()):
         path = condense(runs, settings.output)
-    print(f"wrote {len(runs)} runs to {path}, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"wrote {len(runs)} run{'s' * (len(runs) != 1)} to {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def _overview(arguments: list[str]) -> None:

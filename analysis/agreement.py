@@ -41,7 +41,7 @@ def agree(prediction: xr.Dataset) -> xr.Dataset:
         ValueError: it is no such dataset, but a record, say.
     """
     if not isinstance(prediction, xr.Dataset) or not {"measured", *ORDERS} <= set(prediction):
-        raise ValueError(f"agree() takes what loss_decrease(run), say, returns, got a {type(prediction).__name__}")
+        raise ValueError(f"agree() needs a dataset such as loss_decrease(run), got a {type(prediction).__name__}")
     rows = [_figures(prediction.measured.values, prediction[order].values) for order in ORDERS]
     names = ("median_relative_error", "slope", "r_squared", "rank_correlation", "count")
     columns = zip(*rows, strict=True)

@@ -31,18 +31,18 @@ _NEGLIGIBLE = {"ratio": np.log(1.01), "difference": 0.001}
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim as a comparison within each seed: ``measure`` against the mean of ``others`` in one statistic.
+    """A claim as a comparison within each seed: one statistic of ``measure`` against its mean over ``others``.
 
     Args:
         name: its place in the abstract, (i) to (iii), and a letter.
-        says: the claim, as far as this statistic can bear it out.
+        says: the claim, as far as this statistic can support it.
         statistic: name in :data:`analysis.statistics.STATISTICS`.
-        measure: whose statistic it is.
-        others: what it is compared with; with none, a ratio is compared with 1.
-        expected: the sign of the effect that the claim says: +1 more, −1 less.
+        measure: the importance measure that the claim is about.
+        others: the measures it is compared with; without any, a ratio is compared with 1.
+        expected: the sign of the effect that the claim states: +1 for more, −1 for less.
         compare: "ratio" to the others' geometric mean, whose null is 1, or "difference" from their mean, null 0.
         reason: why this statistic, and why these others.
-        rounds: the only number of rounds that the claim is about, if it is about one.
+        rounds: the only number of rounds that the claim is about, if there is just one.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Claim:
     @property
     def definition(self) -> str:
         """What is compared with what, what the claim expects of it, and why."""
-        others = ", ".join(map(name_of, self.others))
+        others = " and ".join(", ".join(map(name_of, self.others)).rsplit(", ", 1))
         ratio = self.compare == "ratio"
-        those = f"the {'geometric ' * ratio}mean of those" if len(self.others) > 1 else "that"
-        against = f" {'over' if ratio else 'less'} {those} of {others}" * bool(others)
+        those = f"the {'geometric ' * ratio}mean over" if len(self.others) > 1 else "that of"
+        against = f" {'divided by' if ratio else 'minus'} {those} {others}" * bool(others)
         side = f"{'above' if self.expected > 0 else 'below'} {1 if ratio else 0}"
         rounds = f" with {self.rounds} round of pruning" * bool(self.rounds)
-        return f"{self.statistic} of {name_of(self.measure)}{against}{rounds} is {side}. {self.reason}"
+        return f"{self.statistic} of {name_of(self.measure)}{against} is {side}{rounds}. {self.reason}"
 
 
 CLAIMS: dict[str, Claim] = {
@@ -73,89 +73,92 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "i.a", "What magnitude pruning removes contributes less to reducing the loss than the average parameter",
             "decrease_per_parameter", "magnitude", (), -1, "ratio",
-            "Along gradient flow dL/dt = −‖g‖² and parameter i contributes −gᵢ². Per parameter, as measures remove "
-            "different numbers of parameters at the same number of filters; 1 is what parameters at random come to.",
+            "Along gradient flow, dL/dt = −‖g‖², to which parameter i contributes −gᵢ². Per parameter, as measures "
+            "remove different numbers of parameters with the same number of filters; parameters at random give 1.",
         ),
         Claim(
             "i.b", "What magnitude pruning removes contributes less than the average parameters of the same layers",
             "decrease_within_layers", "magnitude", (), -1, "ratio",
-            "The part of i.a that is the choice of filters: a measure that took whole layers of small gradients, and "
-            "any filters of them, would show in i.a alone.",
+            "The part of i.a that is due to the choice of filters: a measure that chose layers with small gradients, "
+            "but arbitrary filters within them, would show in i.a alone.",
         ),
         *(
             Claim(
                 name, f"What magnitude pruning removes contributes less than what {name_of(other)} removes",
                 "decrease_per_parameter", "magnitude", (other,), -1, "ratio",
-                "The abstract says least. Against each magnitude-agnostic measure by itself: they may differ by orders "
-                "of magnitude, to both sides, and their mean is nobody's. Loss preservation × magnitude is not one.",
+                'The abstract says "least", so each magnitude-agnostic measure is compared separately: they may differ '
+                "by orders of magnitude in both directions, and their mean would describe none of them. Loss "
+                "preservation × magnitude is not magnitude-agnostic.",
             )
             for name, other in zip(("i.c", "i.d", "i.e"), _AGNOSTIC, strict=True)
         ),
         Claim(
-            "i.f", "Models pruned by magnitude converge faster than by magnitude-agnostic measures",
+            "i.f", "Models converge faster when pruned by magnitude than by magnitude-agnostic measures",
             "training_area", "magnitude", _AGNOSTIC, -1, "ratio",
-            "The area under the training curve after the last pruning needs no threshold and is known for every run; "
-            "runs of a seed count that train as many steps after it, in a sweep on the same batches. Recovering from "
-            "the pruning is a part of it.",
+            "The area under the training curve after the last pruning needs no threshold and is known for every run. "
+            "Within a seed, only runs that train for the same number of steps after it are compared (in a sweep, on "
+            "the same batches). Recovery from the pruning is included.",
         ),
         Claim(
             "i.g", "Loss preservation × magnitude converges faster than loss preservation",
             "training_area", "loss_preservation_times_magnitude", ("loss_preservation",), -1, "ratio",
-            "The paper's own measure, by (i): the two differ in nothing but the magnitude.",
+            "The paper's own measure, motivated by (i): the two differ only in the factor of magnitude.",
         ),
         Claim(
             "ii.a", "Loss preservation changes the loss less than measures of other orders",
             "loss_change", "loss_preservation", _NOT_FIRST_ORDER, -1, "ratio",
-            "What its name says: what it sums, |θg|, bounds the first-order change |gᵀδ| of the loss. A change is "
-            "|ln(after/before)|: a loss may grow without end, and fall by no more than all of it. Measures of "
-            "other orders are magnitude (0) and gradient norm (2); loss preservation × magnitude is of its own.",
+            "As its name says: its score, the sum |θg|, bounds the first-order change |gᵀδ| of the loss. A change is "
+            "|ln(after/before)|, because a loss can grow without limit but fall only to zero. Measures of other orders "
+            "are magnitude (0) and gradient norm (2); loss preservation × magnitude is of the same order.",
         ),
         Claim(
             "ii.b", "Loss preservation changes the velocity of the norm less than measures of other orders",
             "norm_rate_change", "loss_preservation", _NOT_FIRST_ORDER, -1, "ratio",
-            "First-order dynamics are d‖θ‖²/dt = −2θᵀg, to which the removed parameters contributed what the measure "
-            "keeps small. In training mode θᵀg is 0 on filters that BatchNorm normalises: they have no part in it.",
+            "First-order dynamics are d‖θ‖²/dt = −2θᵀg; the measure keeps small what the removed parameters "
+            "contributed to it. In training mode, θᵀg is 0 on filters that BatchNorm normalises, so they play no part.",
         ),
         Claim(
-            "ii.c", "Pruned after one epoch, loss preservation gives better accuracy than magnitude",
+            "ii.c", "When pruning after one epoch, loss preservation gives better accuracy than magnitude",
             "accuracy", "loss_preservation", ("magnitude",), 1, "difference",
-            "Minimally trained is one round: all is pruned after the first epoch. Appropriate means better there than "
-            "the measure that one would use without the paper. At more rounds the claim says nothing.", 1,
+            '"Minimally trained" means one round: everything is pruned after the first epoch. "Appropriate" means '
+            "better there than the measure that one would use without the paper. For more rounds, the claim says "
+            "nothing.", 1,
         ),
         Claim(
             "iii.a", "Gradient-norm increase changes second-order dynamics more than other measures",
             "norm_acceleration_change", "gradient_norm_increase", _NOT_INCREASE, 1, "ratio",
-            "Second-order dynamics are d²‖θ‖²/dt² = 2(‖g‖² + θᵀHg): θᵀHg is what the measure ranks by, with its sign. "
-            "In training mode it is −‖g‖² on filters that BatchNorm normalises: they have no part in it.",
+            "Second-order dynamics are d²‖θ‖²/dt² = 2(‖g‖² + θᵀHg); the measure ranks by θᵀHg, with its sign. In "
+            "training mode, θᵀHg is −‖g‖² on filters that BatchNorm normalises, so they play no part.",
         ),
         Claim(
             "iii.b", "Gradient-norm increase increases the gradient norm",
             "grad_sqnorm_ratio", "gradient_norm_increase", (), 1, "ratio",
-            "‖g‖² of the parameters that stay, over ‖g‖² before: the measure's first-order promise, kept or not. In "
-            "the paper's protocol it scores the gradient of a loss at another temperature (200, and 5 at the probe).",
+            "‖g‖² of the parameters that stay, divided by ‖g‖² before: whether the measure keeps its first-order "
+            "promise. In the paper's protocol, it scores the gradient of a loss at another temperature (200) than the "
+            "probe's (5).",
         ),
         Claim(
             "iii.c", "Gradient-norm increase leaves a larger gradient norm than other measures",
             "grad_sqnorm_ratio", "gradient_norm_increase", _NOT_INCREASE, 1, "ratio",
-            "A pruning of many filters takes their share of ‖g‖² away, whatever the measure; what is left is to be "
+            "Pruning many filters takes away their share of ‖g‖², whatever the measure; what is left is therefore "
             "compared.",
         ),
         Claim(
             "iii.d", "Gradient-norm preservation changes the gradient norm less than increase does",
             "grad_sqnorm_change", "gradient_norm_preservation", ("gradient_norm_increase",), -1, "ratio",
-            "Both rank by θ(Hg), one with its sign, one without (at temperatures 200 and 1 in the paper's protocol). "
-            "A change is |ln(after/before)|, for it may be by orders of magnitude, up or down.",
+            "Both rank by θ(Hg): preservation without its sign, increase with it (at temperatures 1 and 200 in the "
+            "paper's protocol). A change is |ln(after/before)|, because it may span orders of magnitude, up or down.",
         ),
         Claim(
             "iii.e", "Increasing the gradient norm gives worse models than other measures",
             "accuracy", "gradient_norm_increase", _NOT_INCREASE, -1, "difference",
-            "The abstract says that it can, so one condition where it does is enough.",
+            "The abstract says that this can happen, so one condition where it does is enough.",
         ),
         Claim(
             "iii.f", "Preserving the gradient norm gives better models than increasing it",
             "accuracy", "gradient_norm_preservation", ("gradient_norm_increase",), 1, "difference",
-            "That preserving does no harm cannot be shown by an interval, unless one says how much is none; that it "
-            "does less harm can.",
+            "No interval can show that preserving does no harm, unless one defines how much counts as none; that it "
+            "does less harm, an interval can show.",
         ),
     )
 }  # fmt: skip
@@ -164,9 +167,9 @@ CLAIMS: dict[str, Claim] = {
 def statistics(runs: Runs) -> pd.DataFrame:
     """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
 
-    NaN where a record lacks what a statistic needs, where it is a change from zero (of a network that is dead already),
-    and in a run that did not end: what it came to is not known. ``training_area`` is NaN, too, of
-    :func:`trained_unevenly`: the longer a run, the lower its mean loss.
+    NaN where a record lacks what a statistic needs, where the statistic is a change from zero (of a network that is
+    already dead), and for runs that have not ended, whose outcome is not known. ``training_area`` is also NaN for runs
+    that :func:`trained_unevenly`: the longer a run, the lower its mean loss.
     """
     table = conditions(runs)
     found = [_values(run) for run in with_progress(runs.values(), "claims")]
@@ -175,9 +178,10 @@ def statistics(runs: Runs) -> pd.DataFrame:
 
 
 def trained_unevenly(runs: Runs) -> pd.Series:
-    """Of each run, whether it trained another number of steps after its last pruning than most runs of its seed.
+    """Whether each run trained for another number of steps after its last pruning than most runs of its seed.
 
-    Of the pruned runs of a condition and seed that ended and logged their loss; where no number is that of most, all.
+    Compared are the pruned runs of a condition and seed that ended and logged their loss; all of them are uneven where
+    no number of steps is the most common.
     """
     table = conditions(runs)
     table = table[table.measure != "none"]
@@ -203,34 +207,34 @@ def _steps_after_pruning(run: xr.DataTree) -> float:
 def claims(runs: Runs) -> pd.DataFrame:
     """Each claim of :data:`CLAIMS` under each condition (model, data, rounds, sparsity), with its verdict.
 
-    Runs of one seed start from one initialisation and see the same batches, so the unit is the comparison within a
-    seed: ln a − mean ln b of ratios (``value`` is its exponential), or a − mean b of accuracies. ``low`` and ``high``
-    bound Student's 95 % interval of its mean over seeds (:func:`analysis.intervals.half_width` says why Student's).
+    Runs of one seed start from the same initialisation and see the same batches, so they are compared within each seed:
+    ln a − mean ln b for ratios (``value`` is its exponential), or a − mean b for accuracies. ``low`` and ``high`` bound
+    Student's 95 % interval of its mean over seeds (:func:`analysis.intervals.half_width` says why Student's).
 
     ==============  ===================================================================
-    supported       the interval lies on the side of ``null`` that the claim says
+    supported       the interval lies on the side of ``null`` that the claim states
     contradicted    it lies on the other side
-    negligible      it lies within 1 % of ``null`` (0.1 % of accuracy), whichever side
-    inconclusive    it holds ``null``, and is wider
-    no verdict ...  fewer than two seeds have ended runs of all the measures; or nothing tells how far they scatter, as
-                    all have the same runs, to the bit, or accuracies, which are whole numbers of images, differ by as
-                    many in all of them; the reason follows
+    negligible      it lies within 1 % of ``null`` (0.1 % of accuracy), on whichever side
+    inconclusive    it contains ``null`` and is wider than that
+    no verdict ...  fewer than two seeds have ended runs of all the measures; or nothing shows how much seeds vary,
+                    because all have the same runs, to the bit, or because accuracies, which are whole numbers of
+                    images, differ by the same number in all of them; the reason follows
     ==============  ===================================================================
 
-    Negligible is what measures come to that all take everything: where each of them leaves a network that answers at
-    random, the changes of loss and gradient are as large as the loss and the gradient were, and alike to any digit.
+    Effects are negligible where every measure removes too much: if each leaves a network that answers at random, the
+    changes of loss and gradient are as large as the loss and the gradient were, and equal to within rounding.
 
-    Each interval stands for itself: of claims that say nothing true, one in twenty gets a verdict by chance, half of
-    them "supported". Count the conditions that agree before believing one; ``stands`` says which intervals exclude
-    their null even when all of the table are corrected for their number (:func:`analysis.intervals.stand`). And seeds
-    vary the initialisation and the order of the data (and which samples, where an experiment takes a part), not the
-    data set or the settings.
+    Each interval is judged by itself: if a claim has nothing to it, one interval in twenty still gives a verdict by
+    chance, half of these "supported". Count the conditions that agree before believing a claim; ``stands`` says which
+    intervals exclude their null even after correction for the number of intervals in the table
+    (:func:`analysis.intervals.stand`). Seeds vary the initialisation and the order of the data (and the choice of
+    samples, where an experiment uses a part of them), not the data set or the settings.
 
     Columns: claim, says, the condition, any other setting that differs (:func:`analysis.conditions`), value, low, high,
-    null, p (that of Student's test of the null), stands, seeds, verdict.
+    null, p (of Student's test of the null), stands, seeds, verdict.
 
     Raises:
-        ValueError: two runs are of the same measure, seed and condition.
+        ValueError: two runs have the same measure, seed and condition.
     """
     return judged(statistics(runs))
 
@@ -239,7 +243,7 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     """:func:`claims` from the table of :func:`analysis.statistics`.
 
     Raises:
-        ValueError: two runs are of the same measure, seed and condition.
+        ValueError: two runs have the same measure, seed and condition.
     """
     pruned = table[table.measure != "none"]
     where = [name for name in pruned if name not in (*STATISTICS, "measure", "seed")]
@@ -259,9 +263,9 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_claimed(found: pd.DataFrame) -> pd.DataFrame:
-    """:func:`claims` with every effect turned so that it is above the null where it is as its claim says.
+    """:func:`claims` with every effect turned so that it is above the null if it is as claimed.
 
-    Where a claim says less, a ratio is inverted, a difference negated, and the bounds change places.
+    Where a claim says less, a ratio is inverted or a difference negated, and the bounds are swapped.
     """
     less = found.claim.map({name: claim.expected for name, claim in CLAIMS.items()}) < 0
     bounds = found[["value", "low", "high"]]

@@ -57,7 +57,7 @@ def final(run: xr.DataTree) -> xr.Dataset:
     """
     found = outcome(run)
     if not ended(run) or np.isnan(found.test_accuracy):
-        raise MissingQuantityError("no run ended with a test accuracy: call recorder.log_epoch(test_accuracy=...)")
+        raise MissingQuantityError("no run has ended with a test accuracy: call recorder.log_epoch(test_accuracy=...)")
     return found
 
 
@@ -89,11 +89,10 @@ def median_and_quartiles(values: xr.DataArray) -> xr.Dataset:
 
 def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
     """One run a measure, of the first condition that has a pruned network, in the first seed; and what they are."""
-    rows = first_comparison(runs)
+    rows, names = first_comparison(runs), names_of_conditions(comparisons(runs))
     chosen = rows.drop_duplicates("measure")
-    names = by_condition(rows)
     seeds = f", seed {chosen.seed.iloc[0]}" if len(chosen) < len(rows) and chosen.seed.nunique() == 1 else ""
-    return f"{next(iter(names))}{seeds}", {label: runs[label] for label in chosen.run}
+    return f"{names[rows.index[0]]}{seeds}", {label: runs[label] for label in chosen.run}
 
 
 def title(label: str, runs: Runs) -> str:
@@ -126,7 +125,7 @@ def _compared(runs: Runs, jobs: Mapping[str, tuple[pd.DataFrame, Callable]]) -> 
 
 def _training_after(run: xr.DataTree, since: int) -> xr.Dataset:
     if not ended(run):
-        raise MissingQuantityError("no run ended: how fast it converged is known after the experiment's last epoch")
+        raise MissingQuantityError("no run has ended: convergence is known only after the last epoch of the experiment")
     found = convergence(run, since=since)
     steps = columns(run, "steps", ["loss", "epoch"])
     after = steps.loss.sel(step=slice(since, None))

@@ -25,7 +25,7 @@ def fastest(runs: Runs) -> str:
         label: run for label, run in runs.items() if measure[label] != "none" and len(prunings(run)) and ended(run)
     }
     if not pruned:
-        raise MissingQuantityError("no run was pruned and ended: how fast it trained on is not known")
+        raise MissingQuantityError("no pruned run has ended, so how fast it trained on is not known")
     areas = mean_by_measure(runs, {label: float(found.area) for label, found in each(pruned, convergence).items()})
     return f"Mean training loss after the last pruning, lowest first: {_listed(areas.sort_values(), '.3g')}."
 
@@ -37,7 +37,7 @@ def norm_growth(runs: Runs) -> str:
         for label, found in each(runs, network_norm).items()
     }
     listed = _listed(mean_by_measure(runs, growth), ".2f") or "not finite"
-    return f"‖θ‖² in the last step over that in the first: {listed}."
+    return f"‖θ‖² at the last step divided by that at the first: {listed}."
 
 
 def moved_at_pruning(runs: Runs) -> str:
@@ -52,7 +52,7 @@ def moved_at_pruning(runs: Runs) -> str:
     loss, norm = (
         pd.Series({name: float(pooled[name][quantity]) for name in order}) for quantity in ("loss", "grad_sqnorm")
     )
-    return f"After over before a pruning, in the median: loss {_listed(loss, '.2f')}; ‖g‖² {_listed(norm, '.2f')}."
+    return f"Median ratio of after to before a pruning. Loss: {_listed(loss, '.2f')}. ‖g‖²: {_listed(norm, '.2f')}."
 
 
 def verdicts(runs: Runs) -> str:
@@ -61,7 +61,7 @@ def verdicts(runs: Runs) -> str:
     judged = found[found.low.notna()]
     counts = judged.verdict.value_counts()
     listed = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts.get(verdict))
-    return f"Of {len(judged)} intervals {listed}; corrected for their number {judged.stands.sum()} stand."
+    return f"{len(judged)} intervals: {listed}; {judged.stands.sum()} stand after correction for their number."
 
 
 def _listed(values: pd.Series, form: str) -> str:

@@ -57,7 +57,7 @@ def condense(runs: Runs, path: str | Path) -> Path:
     if not runs or not path.name.endswith(SUFFIX):
         raise ValueError(f"condense needs records and a file named *{SUFFIX}, got {len(runs)} records and {path}")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: condensed records are one file, say out/sweep{SUFFIX}")
+        raise IsADirectoryError(f"{path} is a folder: condensed records are a single file, such as out/sweep{SUFFIX}")
     check_folder(path.parent, "condensed records", f"out/sweep{SUFFIX}")
     tree = xr.DataTree.from_dict(_stacked(runs))
     names = [{"name": label, "attributes": dict(run.attrs)} for label, run in runs.items()]
@@ -198,10 +198,10 @@ def _check(path: Path) -> Metadata:
     except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, KeyError, NotImplementedError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecordError(
-            f"{path} is no file of condensed records, or a damaged one ({reason}); copy it again"
+            f"{path} is not a file of condensed records, or is damaged ({reason}); copy it again"
         ) from error
     if damaged:
-        raise RecordError(f"{path} is damaged: {damaged} does not have its checksum; copy the file again")
+        raise RecordError(f"{path} is damaged: the checksum of {damaged} is wrong; copy the file again")
     found = checked_metadata(path, text)
     version = found.get(".zattrs", {}).get("schema_version", "none")
     if version != SCHEMA_VERSION:
@@ -223,7 +223,7 @@ def _names(path: Path, metadata: Metadata) -> dict[str, dict]:
         names = {entry.pop("name"): dict(entry.get("attributes", entry)) for entry in listed}
         groups = {key.partition("/")[0].partition(".")[0] for key in metadata if "/" in key}
     except (KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"{path} is no file of condensed records: it does not say of which runs") from error
+        raise RecordError(f"{path} is not a file of condensed records: it does not name its runs") from error
     if len(names) != len(listed) or not groups <= NODES.keys():
-        raise RecordError(f"{path} is no file of condensed records: it holds what `condense` does not write")
+        raise RecordError(f"{path} is not a file of condensed records: it contains what `condense` never writes")
     return names

@@ -16,7 +16,7 @@ from .prunings import compounded, prunings
 from .record import columns, has
 from .runs import Runs, check_runs
 from .statistics import STATISTICS
-from .typeset import MISSING, told_apart
+from .typeset import MISSING, percentages, told_apart
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
 
@@ -65,7 +65,7 @@ def conditions(runs: Runs) -> pd.DataFrame:
     if not runs:
         raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
     if other := [label for label, run in runs.items() if not isinstance(run, xr.DataTree)]:
-        raise ValueError(f"a run is a record, open_run(path), got {runs[other[0]]!r:.60} for {other[0]!r}")
+        raise ValueError(f"a run must be a record, open_run(path), got {runs[other[0]]!r:.60} for {other[0]!r}")
     rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
     others = [name for name in rows if name not in COMPARED_BY]
     rows[others] = rows[others].apply(_of_one_kind)
@@ -163,13 +163,13 @@ def names_of_conditions(table: pd.DataFrame) -> pd.Series:
     """What the runs of each row's comparison have in common, in print."""
     by = compared_by(table)
     settings = table[by].drop(columns=["model", "data", "rounds", "sparsity"])
-    printed = table[by].assign(**{name: told_apart(settings[name]) for name in settings})
-    return printed.apply(_in_print, axis=1)
+    printed = {name: told_apart(settings[name]) for name in settings} | {"sparsity": percentages(table.sparsity)}
+    return table[by].assign(**printed).apply(_in_print, axis=1)
 
 
 def _in_print(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
-    extent = "" if pd.isna(sparsity) else f"{100 * sparsity:g} % "
+    extent = "" if pd.isna(sparsity) else f"{sparsity} % "
     pruned = f"{extent}pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
     settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
@@ -219,7 +219,8 @@ def _tell_apart(rows: pd.DataFrame, runs: Runs, others: list[str]) -> None:
 def refuse_as_same(labels: Collection[str]) -> None:
     """Raise ValueError for runs that are the same, if there are any: their values would count twice."""
     if len(labels):
-        raise ValueError(f"give one run of each measure, seed and condition, got {', '.join(map(str, labels))} of one")
+        same = ", ".join(map(str, labels))
+        raise ValueError(f"give one run of each measure, seed and condition; these have the same: {same}")
 
 
 def _row(label: str, run: xr.DataTree) -> dict:

@@ -42,7 +42,7 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     start = last_pruning(run) if since is None else since
     after = steps.loss.sel(step=slice(start, None))
     if not after.size:
-        raise MissingQuantityError(f"/steps needs rows from step {start} on, and ends before: train on after pruning")
+        raise MissingQuantityError(f"/steps needs rows from step {start} on: train on after the last pruning")
     epoch_mean = after.rolling(step=epoch_window(steps, after)).mean()
     share = xr.DataArray(list(SHARES), dims="share", coords={"share": list(SHARES)})
     first = float(steps.loss[0])

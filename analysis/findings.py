@@ -9,7 +9,14 @@ import pandas as pd
 import xarray as xr
 
 from .agreement import ORDERS, agree
-from .conditions import by_condition, conditions, first_comparison, mean_by_measure, several_seeds
+from .conditions import (
+    comparisons,
+    conditions,
+    first_comparison,
+    mean_by_measure,
+    names_of_conditions,
+    several_seeds,
+)
 from .effect import effect_of_prunings, filters_left
 from .loss import loss_decrease, stability
 from .names import name_of
@@ -20,11 +27,11 @@ from .record import MissingQuantityError, columns, ended, has, layers
 from .runs import Runs, each
 from .typeset import known
 
-NOT_FINITE = "no value that was measured is finite and has a finite prediction"
+NOT_FINITE = "no finite measurement has a finite prediction"
 
 
 def diverged(runs: Runs) -> list[str]:
-    """Which runs have a ‖θ‖² that is not finite any more, and from which step on."""
+    """Which runs have a ‖θ‖² that is no longer finite, and from which step on."""
     said = []
     for label, run in runs.items():
         lost = [step + taken for name, taken in (("param_sqnorm", 0), ("update_sqnorm", 1))
@@ -49,8 +56,7 @@ def loss_prediction(runs: Runs) -> str:
     first, second = (np.abs(pooled.measured - pooled[order]).values for order in ORDERS)
     closer = (second < first)[np.isfinite(first) & np.isfinite(second)].mean()
     return (
-        f"{said} The second order is the closer one in {closer:.0%} of the "
-        f"steps{_ranks(agree(pooled).rank_correlation[1:])}."
+        f"{said} The second order is closer in {closer:.0%} of the steps{_ranks(agree(pooled).rank_correlation[1:])}."
     )
 
 
@@ -67,7 +73,7 @@ def loss_over_time(runs: Runs) -> str:
     (early_first, early), (late_first, late) = (map(error_in_percent, errors[half].values) for half in halves)
     return (
         f"Median relative error in the first half of the training: {early_first} in first and {early} in "
-        f"second order; in the second half{', at smaller steps' * _slower(runs)}: {late_first} and {late}."
+        f"second order; in the second half{', with smaller steps' * _slower(runs)}: {late_first} and {late}."
     )
 
 
@@ -75,7 +81,7 @@ def norm_prediction(runs: Runs) -> str:
     """How well the velocity of the norm is predicted, over all runs."""
     found = each(runs, network_norm_rate)
     momentum = any(_has_momentum(runs[label]) for label in found)
-    return _errors(_pool(found)) + " What is left out is the momentum." * momentum
+    return _errors(_pool(found)) + " The prediction leaves out momentum." * momentum
 
 
 def in_layers(runs: Runs) -> str:
@@ -87,7 +93,7 @@ def in_layers(runs: Runs) -> str:
     several = [label for label, run in runs.items() if {*layers(run)} - {"network"}]
     if not several:
         raise MissingQuantityError(
-            "no quantity per layer in the record: record /steps or /curvature; condensed records keep some runs' only"
+            "no quantity per layer in the record: record /steps or /curvature (condensed records keep few layers)"
         )
     return next((label for label in several if len(prunings(runs[label]))), several[0])
 
@@ -100,7 +106,7 @@ def layer_spread(runs: Runs) -> str:
     typical = typical[np.isfinite(typical)]
     if typical.size < 2:
         raise MissingQuantityError("fewer than two layers have a gradient that is finite and not zero")
-    said = f"The layers' median ‖g‖² lie a factor {_rounded(float(typical.max() / typical.min()))} apart."
+    said = f"The layers' median ‖g‖² differ by up to a factor of {_rounded(float(typical.max() / typical.min()))}."
     try:
         rate = np.abs(layer_norm_rate(run)).sum("step")
     except MissingQuantityError:
@@ -108,17 +114,17 @@ def layer_spread(runs: Runs) -> str:
     if not 0 < rate.sum() < np.inf:
         return said
     share = float(rate.max() / rate.sum())
-    return f"{said} {share:.1%} of all |d‖θ‖²/dt|, as measured, is in layer {rate.idxmax('layer').item()}."
+    return f"{said} {share:.1%} of all measured |d‖θ‖²/dt| is in layer {rate.idxmax('layer').item()}."
 
 
 def final_accuracy(runs: Runs) -> str:
     """Final accuracies, and how far pruning cost any: means of each measure, over seeds and conditions."""
     found = {label: outcome(run) for label, run in runs.items() if ended(run)}
     if not found:
-        raise MissingQuantityError("no run ended: an accuracy is final after the last epoch of the experiment")
+        raise MissingQuantityError("no run has ended: accuracies are final only after the last epoch of the experiment")
     last = mean_by_measure(runs, {label: float(values.test_accuracy) for label, values in found.items()})
     if last.empty:
-        raise MissingQuantityError("no accuracy is known of all measures under one condition")
+        raise MissingQuantityError("no measure has a known accuracy under all conditions that are compared")
     measure = conditions(runs).measure
     gone = {measure[label] for label, values in found.items() if values.sparsity > 0 or values.removed_parameters > 0}
     mean = ", means over conditions and seeds" * (len(found) > len(last))
@@ -127,14 +133,14 @@ def final_accuracy(runs: Runs) -> str:
         return f"Final test accuracy{mean}: {_from_to(whole)}."
     said = f"Final test accuracy of the pruned networks{mean}: {_from_to(pruned)}"
     without = f"; without pruning {_from_to(whole)}" if len(whole) else ""
-    alone = " One seed each: no verdict about the measures." * (not several_seeds(runs))
+    alone = " One seed each, so no verdict on the measures." * (not several_seeds(runs))
     return f"{said}{without}.{alone}"
 
 
 def layer_choice(runs: Runs) -> str:
     """Where the measures disagree most about which layer to prune, under the first condition, means over seeds."""
     first = first_comparison(runs)
-    (condition,) = by_condition(first)
+    condition = names_of_conditions(comparisons(runs))[first.index[0]]
     where = f"{condition}: " if condition else ""
     found = each({label: runs[label] for label in first.run}, filters_left)
     shares = {
@@ -143,7 +149,8 @@ def layer_choice(runs: Runs) -> str:
     }
     if len(shares) < 2:
         (share,) = shares.values()
-        return f"{where}layer {share.idxmin('layer').item()} keeps the least, {float(share.min()):.0%}."
+        layer = share.idxmin("layer").item()
+        return f"{where}layer {layer} keeps the smallest share of its filters, {float(share.min()):.0%}."
     left = xr.concat(list(shares.values()), xr.Variable("measure", list(shares)), join="outer")
     layer = (left.max("measure") - left.min("measure")).idxmax("layer").item()
     there = left.sel(layer=layer)
@@ -165,7 +172,7 @@ def effect_prediction(runs: Runs) -> str:
     first, second = loss.median_relative_error.values
     removed = max((values.removed_share for values in pooled.values()), key=np.size)
     low, high = (f"{100 * float(share):.0f}" for share in (removed.min(), removed.max()))
-    extent = f", each of {f'{low} to ' * (low != high)}{high} % of the parameters left"
+    extent = f", {'each ' * (removed.size != 1)}removing {f'{low} to ' * (low != high)}{high} % of the remaining parameters"
     counted = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
     return (
         f"Loss: median relative error {known(first, '.0%')} in first and {known(second, '.0%')} in second order"
@@ -182,9 +189,10 @@ def time_unstable(runs: Runs) -> str:
     ratios = np.concatenate([of.stability.values for of in found.values()])
     ratios = ratios[np.isfinite(ratios)]
     share, middle = (ratios > 2).mean(), np.median(ratios)
-    said = f"The ratio is above 2 in {share:.0%} of the measured steps; its median is {middle:.2g}."
+    said = f"The ratio has a median of {middle:.2g} and exceeds 2 in {share:.0%} of the measured steps"
     lowered = np.concatenate([_decreases(runs[label], of.step[of.stability > 2]) for label, of in found.items()]) > 0
-    return f"{said} {lowered.mean():.0%} of those steps lowered the loss on their own batch." if lowered.size else said
+    also = f"; {lowered.mean():.0%} of these lowered the loss on their own batch" if lowered.size else ""
+    return f"{said}{also}."
 
 
 def _decreases(run: xr.DataTree, steps: xr.DataArray) -> np.ndarray:
@@ -222,9 +230,9 @@ def _pool(predictions: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
 
 def _ranks(correlations: xr.DataArray) -> str:
-    """The rank correlations, in a half-sentence; nothing where there are too few points for one."""
+    """The rank correlations, in brackets; nothing where there are too few points for one."""
     known = [f"{value:.2f}" for value in correlations.values if np.isfinite(value)]
-    return f", rank correlation {' and '.join(known)}" if known else ""
+    return f" (rank correlation {' and '.join(known)})" if known else ""
 
 
 def _errors(pooled: xr.Dataset) -> str:

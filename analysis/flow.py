@@ -15,8 +15,8 @@ def check_flow(steps: xr.Dataset) -> None:
     unknown = steps.flow_step.isnull()
     if unknown.any() and (unknown | (steps.flow_step == 0)).all():
         raise MissingQuantityError(
-            "gradient flow needs steps along the gradient, and no step here has a flow time (those of SGD have, in "
-            "layers of one learning rate); loss_decrease and norm_balance hold for any optimizer"
+            "gradient flow needs steps along the gradient, and no step here has a flow time (those of SGD have one, in "
+            "layers with a single learning rate); loss_decrease and norm_balance hold for any optimizer"
         )
 
 

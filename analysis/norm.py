@@ -68,8 +68,8 @@ def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
     network = rates.sum("layer", skipna=False, keep_attrs=True).where(_have_one_time(run, rates.step))
     if network.measured.isnull().all() and rates.measured.notnull().any():
         raise MissingQuantityError(
-            "the velocity of the whole network's norm needs a flow time that all layers have in common, and theirs "
-            "differ at every step; norm_rate has each layer's, and norm_balance holds for all"
+            "the velocity of the whole network's norm needs a flow time that all layers have in common, but theirs "
+            "differ at every step; norm_rate holds for single layers, and norm_balance for all"
         )
     return _averaged(run, network, window).assign_attrs(window=window)
 

@@ -1,4 +1,4 @@
-"""All that ``python -m analysis`` prints of some runs: a row a run, or over seeds where there are several."""
+"""Everything that ``python -m analysis`` prints: one row per run, or over seeds where there are several."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .typeset import MISSING
 Part = pd.DataFrame | list[str]
 Parts = dict[str, Part]
 
-_OUTCOME = "What the runs came to"
-_UNTESTED = "No test was logged: call recorder.log_epoch(test_accuracy=..., test_loss=...) after each epoch."
+_OUTCOME = "Outcome of the runs"
+_UNTESTED = "No test results were logged: call recorder.log_epoch(test_accuracy=..., test_loss=...) after each epoch."
 _ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
 _TEST_LOSS = "Test loss: mean ± half of its 95 % interval over seeds"
 _CONVERGENCE = (
     "Convergence after the last pruning: training loss, mean ± half of its 95 % interval over seeds; steps to a share "
-    "of the first loss, median over seeds (and how many got there)"
+    "of the first loss, median over seeds (and how many runs reached it)"
 )
 _AGREEMENT = "Theory against measurement: medians over runs"
 _READING = "How to read theory against measurement"
 _READ = (
-    "Each row stands on so many steps, windows of steps or prunings as its count says. Medians are what to read: a "
-    "single step beyond the expansion's reach, the first at a high learning rate say, decides slope and R²; measured "
-    "alone it decides everything."
+    "Each row is based on as many steps, windows of steps or prunings as its count says. Read the medians: a single "
+    "step beyond the reach of the expansion, such as the first at a high learning rate, decides slope and R²; if it is "
+    "the only one measured, it decides everything."
 )
 _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
-_LACKING = "Claims without a verdict: what they need, and no run has"
-_DIVERGED = "Trainings that diverged"
+_LACKING = "Claims without a verdict: the measures that they need and no run has"
+_DIVERGED = "Runs that diverged"
 SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # what a report begins with
 
 
@@ -60,7 +60,7 @@ def overview(runs: Runs, *, brief: bool = False) -> Parts:
 
 def _of_runs(runs: Runs, brief: bool) -> Parts:
     if brief:
-        return {"What the runs came to, and the median errors of what theory says": brief_table(runs)}
+        return {"Outcome of the runs, and median errors of the predictions": brief_table(runs)}
     outcome = outcome_table(runs)
     came_to: Part = [_UNTESTED] if (outcome == MISSING).all(axis=None) else outcome
     return {_OUTCOME: came_to} | _agreement("Theory against measurement", agreement_table, runs)
@@ -84,7 +84,7 @@ def _of_seeds(runs: Runs) -> Parts:
     return (
         {_CONVERGENCE: _or_why_not(seed_tables.convergence_table, runs)}
         | ({"Runs that end with a pruning": [said]} if (said := seed_tables.pruned_last(runs)) else {})
-        | ({"Runs that trained for different times": [said]} if (said := seed_tables.uneven(runs)) else {})
+        | ({"Runs that trained for different numbers of steps": [said]} if (said := seed_tables.uneven(runs)) else {})
         | _agreement(_AGREEMENT, seed_tables.agreement_over_runs, runs)
         | _of_claims(runs, brief=False)
     )
@@ -107,5 +107,5 @@ def _of_claims(runs: Runs, brief: bool) -> Parts:
             *(f"{name}: {claim.definition}" for name, claim in CLAIMS.items()),
             seed_tables.chance(found),
         ],
-        "What is compared": [f"{name}: {of.__doc__.splitlines()[0]}" for name, of in STATISTICS.items()],
+        "Statistics that are compared": [f"{name}: {of.__doc__.splitlines()[0]}" for name, of in STATISTICS.items()],
     }

@@ -45,7 +45,8 @@ def protocol_diff(runs: Runs) -> xr.Dataset:
     for label, row in rows.items():
         if row.sizes != first.sizes:
             raise ValueError(
-                f"{label} cannot be compared with {next(iter(rows))}: {dict(row.sizes)} filters and rounds"
+                f"{label} cannot be compared with {next(iter(rows))}: both need the same filters (unit) and rounds "
+                f"(event), got {dict(row.sizes)} and {dict(first.sizes)}"
             )
         row["other"] = (row.alive != first.alive).sum("unit")
     labels = xr.Variable("run", list(rows))

@@ -23,7 +23,7 @@ def layers_moved(runs: Runs) -> str:
         first = agree(effect.sel(quantity=quantity)).sel(order="first_order")
         parts.append(f"{symbol} {known(first.rank_correlation, '.2f')} ({known(first.median_relative_error, '.0%')})")
     return (
-        "Rank correlation of predicted and measured change over the layers, and median relative error in first order: "
+        "Rank correlation of predicted and measured change over layers (and median relative error), in first order: "
         f"{', '.join(parts)}."
     )
 
@@ -38,10 +38,10 @@ def decrease_removed(runs: Runs) -> str:
         mean_by_measure(runs, {label: float(of[name].where(of.decrease.notnull())) for label, of in found.items()})
         for name in ("decrease", "parameters")
     )
-    parts = [f"{name_of(name)} {decrease[name]:.1%} with {parameters[name]:.1%}" for name in decrease.index]
+    parts = [f"{name_of(name)} {decrease[name]:.1%} ({parameters[name]:.1%})" for name in decrease.index]
     if not parts:
-        raise MissingQuantityError("no pruning has a ‖g‖² before it that is finite and not zero")
-    return f"Mean share of ‖g‖² removed in a pruning, with the share of the parameters: {', '.join(parts)}."
+        raise MissingQuantityError("no pruning started from a ‖g‖² that is finite and not zero")
+    return f"Mean share of ‖g‖² (and of the parameters) removed by a pruning: {', '.join(parts)}."
 
 
 def curve_errors(runs: Runs) -> str:
@@ -55,9 +55,9 @@ def curve_errors(runs: Runs) -> str:
     )  # fmt: skip
     fewest, most = (f"{float(value):.2g}" for value in (curve.fraction[0] * 100, curve.fraction[-1] * 100))
     return (
-        f"Relative error of ΔL in first and second order, where {fewest} % of the filters go: {few[0]} and {few[1]} "
-        f"from the output, {few[2]} and {few[3]} from all parameters; where {most} % go: {many[0]} and {many[1]}, "
-        f"{many[2]} and {many[3]}."
+        f"Relative error of ΔL in first and second order, with {fewest} % of the filters removed: {few[0]} and "
+        f"{few[1]} from the output, {few[2]} and {few[3]} from all parameters; with {most} % removed: {many[0]} and "
+        f"{many[1]}, {many[2]} and {many[3]}."
     )
 
 
@@ -70,7 +70,7 @@ def comparing(runs: Runs) -> str:
     for label, noise in each(runs, score_noise).items():
         if noise.sizes["measure"] > 1:
             return label
-    raise MissingQuantityError("only one measure has scores: give resampled_scores(...) two measures at least")
+    raise MissingQuantityError("only one measure has scores: give resampled_scores(...) at least two measures")
 
 
 def measures_agree(runs: Runs) -> str:
@@ -82,12 +82,13 @@ def measures_agree(runs: Runs) -> str:
     pairs = {(names[i], names[j]): float(agreement[i, j]) for i in range(len(names)) for j in range(i)}
     pairs = {pair: value for pair, value in pairs.items() if np.isfinite(value)}
     if not pairs or not reliability.size:
-        raise MissingQuantityError("no two measures rank three filters at least")
+        raise MissingQuantityError("no two measures rank at least three filters")
     most, least = max(pairs, key=pairs.get), min(pairs, key=pairs.get)
     said = [f"{name_of(one)} and {name_of(other)} ({pairs[one, other]:.2f})" for one, other in (most, least)]
+    noisiest = name_of(reliability.idxmin("measure").item())
     return (
-        f"Most alike are {said[0]}, least {said[1]}. With itself on batches drawn again the noisiest, "
-        f"{name_of(reliability.idxmin('measure').item())}, has a rank correlation of {float(reliability.min()):.2f}."
+        f"Most alike are {said[0]}, least alike {said[1]}. The noisiest, {noisiest}, "
+        f"has a rank correlation of {float(reliability.min()):.2f} with itself on batches drawn again."
     )
 
 
@@ -97,8 +98,8 @@ def filters_invariant(runs: Runs) -> str:
     share = scale_invariance(runs[label]).invariant.mean(("event", "unit"))
     rank = grasp_and_gradient(runs[label]).rank_correlation.mean("event")
     said = [
-        f"for {known(share.sel(mode=mode), '.0%')} of the filters in {name}, where Σθ(Hg) and −‖g‖² have a rank "
-        f"correlation of {known(rank.sel(mode=mode), '.2f')}"
+        f"for {known(share.sel(mode=mode), '.0%')} of the filters in {name}, where the rank correlation of Σθ(Hg) and "
+        f"−‖g‖² is {known(rank.sel(mode=mode), '.2f')}"
         for mode, name in (("train", "training mode"), ("eval", "eval mode"))
     ]
     return f"Both identities hold to 1 % {said[0]}, and {said[1]}."

@@ -95,9 +95,9 @@ def has(run: xr.DataTree, name: str, *variables: str) -> bool:
         ValueError: it is no record.
     """
     if not isinstance(run, xr.DataTree):
-        raise ValueError(f"an analysis is of a record, open_run(path), got {run!r:.60}")
+        raise ValueError(f"an analysis needs a record, open_run(path), got {run!r:.60}")
     if run.path.removeprefix("/") in NODES:
-        raise ValueError(f"an analysis is of a whole record, open_run(path), got its group {run.path}")
+        raise ValueError(f"an analysis needs a whole record, open_run(path), got its group {run.path}")
     return length(run, name) > 0 and bool(run[name].data_vars) and set(variables) <= set(run[name].variables)
 
 

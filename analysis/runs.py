@@ -19,7 +19,7 @@ def check_runs(runs: object) -> None:
         ValueError: it is none.
     """
     if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
-        raise ValueError(f"runs are given by label, {{'my run': open_run(path)}} say, got a {type(runs).__name__}")
+        raise ValueError(f"give runs by label, such as {{'my run': open_run(path)}}, got a {type(runs).__name__}")
 
 
 def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:

@@ -1,4 +1,4 @@
-"""Tables over seeds: measures side by side under each condition, and the claims with their verdicts."""
+"""Tables over seeds: measures side by side under each condition, and claims with their verdicts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     found = [_convergence(runs[label], start) for label, start in each]
     if not any(found):
         raise MissingQuantityError(
-            "convergence needs runs that trained on after their last pruning, ended, and logged recorder.log(loss=...)"
+            "convergence needs runs that have ended, trained on after their last pruning, and logged their loss: "
+            "recorder.log(loss=...)"
         )
     table = table.assign(counts=[bool(one) and np.isfinite(one["area"]) for one in found]).join(pd.DataFrame(found))
     cells = {title: partial(_mean, digits=".3g", interval=True) for title in ("area", "final loss")}
@@ -85,8 +86,8 @@ def pruned_last(runs: Runs) -> str:
     if not last:
         return ""
     return (
-        f"{len(last)} of {len(runs)} runs have no step recorded after their last pruning: the convergence of these, "
-        "and of what is compared with them, is not known. Train an epoch more than there are rounds."
+        f"No step is recorded after the last pruning in {len(last)} of {len(runs)} runs. Their convergence, and that "
+        "of the runs compared with them, is not known: train for at least one epoch more than there are rounds."
     )
 
 
@@ -96,8 +97,8 @@ def uneven(runs: Runs) -> str:
     if not count:
         return ""
     return (
-        f"{count} of {len(runs)} runs trained for another number of steps after their last pruning than most of their "
-        "seed: the longer, the lower the mean loss, whatever pruned them. No claim compares their areas."
+        f"{count} of {len(runs)} runs trained for another number of steps after the last pruning than most runs of the "
+        "same seed. Longer training lowers the mean loss, whatever the measure, so no claim compares their areas."
     )
 
 
@@ -113,7 +114,7 @@ def agreement_over_runs(runs: Runs) -> pd.DataFrame:
     groups = table.groupby(["relation", "order", *settings], sort=False, observed=True, dropna=False)
     medians = groups.median(numeric_only=True)
     medians["count"] = medians["count"].map("{:g}".format)
-    counts = {"runs": groups.size(), "of them with > 2 points": groups["rank correlation"].count()}
+    counts = {"runs": groups.size(), "runs with > 2 points": groups["rank correlation"].count()}
     return _in_print(medians.assign(**counts))
 
 
@@ -166,7 +167,7 @@ def chance(found: pd.DataFrame) -> str:
     return (
         f"If there were no effects at all, about {(1 - CONFIDENCE) * count:.1f} of {count} intervals would give a "
         f"verdict by chance. Corrected for their number (false discovery rate {1 - CONFIDENCE:.0%}, Benjamini and "
-        f"Hochberg 1995), {found.stands.sum()} of them would stand: those with a star."
+        f"Hochberg 1995), {found.stands.sum()} of them stand, marked with a star."
     )
 
 

@@ -1,4 +1,4 @@
-"""What one run came to, in the pure numbers that the paper's claims are about."""
+"""The outcome of one run, in the dimensionless numbers that the paper's claims are about."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .prunings import at_prunings
 
 
 def decrease_per_parameter(run: xr.DataTree) -> float:
-    """(‖g_R‖²/‖g‖²) / (|R|/n): the removed parameters' part in −dL/dt = ‖g‖², as a multiple of the average one's.
+    """(‖g_R‖²/‖g‖²) / (|R|/n): what a removed parameter contributed to −dL/dt = ‖g‖², relative to the average.
 
-    Both shares are means over the prunings. 1 is what removing parameters at random comes to. A weight that reads what
-    an earlier pruning silenced has no gradient, and counts as a parameter.
+    Both shares are means over the prunings. Removing parameters at random gives 1. A weight that reads what an earlier
+    pruning silenced has no gradient, but counts as a parameter.
     """
     share = removed_decrease(run)[["decrease", "parameters"]].sum("layer", skipna=False).mean("event", skipna=False)
     return float(share.decrease / share.parameters)
 
 
 def decrease_within_layers(run: xr.DataTree) -> float:
-    """‖g_R‖² / Σₗ (|Rₗ|/nₗ) ‖gₗ‖²: the removed parameters' part in ‖g‖², as a multiple of their layers' average ones'.
+    """‖g_R‖² / Σₗ (|Rₗ|/nₗ) ‖gₗ‖²: what the removed parameters contributed to ‖g‖², relative to their layers' average.
 
-    Both as shares of ‖g‖², means over the prunings. 1 is what removing as many of each layer at random comes to: a
-    measure may choose layers or filters, and this is the filters' part.
+    Both as shares of ‖g‖², means over the prunings. Removing as many parameters of each layer at random gives 1: a
+    measure chooses layers and filters, and this is what the choice of filters contributes.
     """
     events = at_prunings(run, ["removed_grad_sqnorm", "grad_sqnorm", "removed", "remaining"])
     before = events[["grad_sqnorm", "remaining"]].sel(stage="before", drop=True)
@@ -39,14 +39,14 @@ def decrease_within_layers(run: xr.DataTree) -> float:
 
 
 def loss_change(run: xr.DataTree) -> float:
-    """|ln(L_after / L_before)| at the probe, mean over the prunings: doubled and halved are as far from preserved."""
+    """|ln(L_after / L_before)| at the probe, mean over the prunings: doubling and halving count as equal changes."""
     return _mean_log_change(at_prunings(run, ["loss"]).loss)
 
 
 def norm_rate_change(run: xr.DataTree) -> float:
-    """|Δ(d‖θ‖²/dt)| / 2Σ|θg|, mean over the prunings: how far d‖θ‖²/dt = −2θᵀg is from what it was.
+    """|Δ(d‖θ‖²/dt)| / 2Σ|θg|, mean over the prunings: how much d‖θ‖²/dt = −2θᵀg changes.
 
-    In units of what it would be if all of its terms had one sign, since it may itself be near zero.
+    In units of its value if all its terms had the same sign, since it may itself be near zero.
     """
     total = at_prunings(run, ["param_sqnorm_rate", "abs_param_grad"]).sum("layer", skipna=False)
     return _mean_change(total.param_sqnorm_rate, 2 * total.abs_param_grad.sel(stage="before"))
@@ -55,7 +55,7 @@ def norm_rate_change(run: xr.DataTree) -> float:
 def norm_acceleration_change(run: xr.DataTree) -> float:
     """|Δ(‖g‖² + θᵀHg)| / ‖g‖², mean over the prunings: d²‖θ‖²/dt² = 2(‖g‖² + θᵀHg) is the flow's second order.
 
-    In units of its first term, which is positive where the second has either sign.
+    In units of the first term, which is positive, while the second may have either sign.
     """
     total = at_prunings(run, ["grad_sqnorm", "param_hess_grad"]).sum("layer", skipna=False)
     return _mean_change(total.grad_sqnorm + total.param_hess_grad, total.grad_sqnorm.sel(stage="before"))
@@ -67,7 +67,7 @@ def grad_sqnorm_change(run: xr.DataTree) -> float:
 
 
 def grad_sqnorm_ratio(run: xr.DataTree) -> float:
-    """‖g‖² after a pruning over that before, geometric mean over the prunings: below 1 it fell, above 1 it rose."""
+    """‖g‖² after a pruning divided by that before, geometric mean over the prunings: below 1 it fell, above it rose."""
     total = at_prunings(run, ["grad_sqnorm"]).grad_sqnorm.sum("layer", skipna=False)
     return float(np.exp(_log_change(total).mean(skipna=False)))
 
@@ -78,7 +78,7 @@ def training_area(run: xr.DataTree) -> float:
 
 
 def accuracy(run: xr.DataTree) -> float:
-    """Share of right answers on the test set in the end."""
+    """Final test accuracy: the share of right answers on the test set."""
     return float(epoch_that_counts(run).get("test_accuracy", np.nan))
 
 

@@ -152,6 +152,14 @@ def told_apart(values: pd.Series) -> pd.Series:
     return values.map(lambda one: _short(one, digits) if isinstance(one, float) else str(one), na_action="ignore")
 
 
+def percentages(shares: pd.Series) -> pd.Series:
+    """Shares in per cent with three digits, or with up to six that tell them apart, and from 100; NaN stays."""
+    known = {100.0, *(100 * shares.dropna())}
+    apart = [len({f"{share:.{digits}g}" for share in known}) for digits in range(3, 7)]
+    digits = 3 + apart.index(apart[-1])
+    return shares.map(lambda share: f"{100 * share:.{digits}g}", na_action="ignore")
+
+
 def _short(value: float, digits: int) -> str:
     short = f"{value:g}"
     return short if float(short) == value else f"{value:.{digits}g}"

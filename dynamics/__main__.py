@@ -173,7 +173,9 @@ def _sweep(settings: Namespace) -> int:
         print(failure(name, error), file=sys.stderr)
     recorded = len(experiments) - len(failed)
     if recorded:
-        print(f"recorded {recorded} runs in {folder}; see them with: python -m analysis {quote(str(folder))}/*.zarr")
+        runs, them = ("run", "it") if recorded == 1 else ("runs", "them")
+        see = f"python -m analysis {quote(str(folder))}/*.zarr"
+        print(f"recorded {recorded} {runs} in {folder}; see {them} with: {see}")
     return 1 if failed else 0
 
 

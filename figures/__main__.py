@@ -45,7 +45,7 @@ def _execute(arguments: list[str] | None) -> None:
         runs = open_runs(settings.runs)
         with named_damage(runs.values()):
             page = write_report(runs, folder, records=records)
-    print(f"drew the figures in {folder}; read {page}")
+    print(f"drew the figures in {folder}; see {page}")
 
 
 if __name__ == "__main__":

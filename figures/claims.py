@@ -18,6 +18,7 @@ from analysis.claims import JUDGED, as_claimed
 from analysis.conditions import names_of_conditions
 from analysis.names import name_of
 from analysis.runs import Runs
+from analysis.typeset import percentages
 
 from .labels import plain, wrapped
 from .layout import legend_below
@@ -71,7 +72,7 @@ def claims(runs: Runs) -> Figure:
 def _networks(found: pd.DataFrame) -> list[str]:
     """Model, data and sparsity of each row, in the lines of a title."""
     names = zip(found.model.map(name_of), found["data"].map(name_of), strict=True)
-    pruned = [f"{100 * share:g} % pruned" if np.isfinite(share) else "" for share in found.sparsity]
+    pruned = ["" if pd.isna(share) else f"{share} % pruned" for share in percentages(found.sparsity)]
     titles = (wrapped(", ".join(filter(None, name)), _TITLE) for name in names)
     return ["\n".join(filter(None, lines)) for lines in zip(titles, pruned, strict=True)]
 

@@ -1,4 +1,4 @@
-"""All figures on disk, and one self-contained page: what was done, what theory says, what was found."""
+"""All figures on disk, and a self-contained page: what was done, what theory says, what was found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from analysis.prunings import prunings
 from analysis.record import length
 from analysis.remembered import remembering
 from analysis.runs import Runs
-from analysis.typeset import grouped, told_apart
+from analysis.typeset import grouped, percentages, told_apart
 from dynamics.places import check_folder
 from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY
@@ -42,13 +42,13 @@ def write_report(runs: Runs, folder: str | Path, *, records: list[str]) -> Path:
 
     Args:
         runs: records by label.
-        folder: created where it is missing. Figures that are there already are replaced, or removed where the runs do
-            not allow them; other files stay.
-        records: where the runs came from, in print.
+        folder: created if it is missing. Figures already in it are replaced, or removed if the runs do not allow them;
+            other files stay.
+        records: where the runs came from, as the page prints it.
 
     Raises:
         MissingQuantityError: the runs allow no figure at all.
-        NotADirectoryError: there is a file in the folder's place. PermissionError: it may not be written.
+        NotADirectoryError: there is a file in the place of the folder. PermissionError: the folder may not be written.
     """
     folder = Path(folder)
     check_folder(folder, "figures and report", "out/figures")
@@ -119,7 +119,7 @@ def _done(runs: Runs) -> str:
     """What was trained and pruned, in a few sentences, from the records' own configuration."""
     settings = [experiment(run) for run in runs.values()]
     steps = sum(length(run, "steps") for run in runs.values())
-    extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded steps"
+    extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded step{'s' * (steps != 1)}"
     if not all(one.keys() >= _SAID for one in settings):
         return f"{extent} of instrumented training{_told(runs)}. {probe_mode(runs)}".strip()
     trained = _listed(
@@ -128,15 +128,16 @@ def _done(runs: Runs) -> str:
         for one in settings
     )
     pruned = [one for one in settings if one["measure"] != "none"]
-    left = _listed((f"{100 * (1 - one['sparsity']):g} %" for one in pruned), " or ")
+    shares = percentages(pd.Series([1 - one["sparsity"] for one in pruned], dtype=float))
+    left = _listed((f"{share} %" for share in shares), " or ")
     rounds = _listed((str(one["rounds"]) for one in pruned), " or ")
     units = _listed((f"{one.get('granularity', 'filter')}s" for one in pruned), " or ")
     how = f" Pruned to {left} of the {units}, in {rounds} round{'s' * (rounds != '1')}." if pruned else ""
     seeds = len({one["seed"] for one in settings})
     measures = _listed((name_of(one["measure"]) for one in settings), ", ")
     return (
-        f"{extent}: {trained}. {seeds} seed{'s' * (seeds > 1)}, each one initialisation and one order of data.{how} "
-        f"Measures: {measures}. {probe_mode(runs)}".strip()
+        f"{extent}: {trained}. {seeds} seed{'s' * (seeds > 1)}, each one initialisation and one order of the data."
+        f"{how} Measures: {measures}. {probe_mode(runs)}".strip()
     )
 
 

@@ -138,14 +138,14 @@ def test_tables_of_agreement_say_on_how_much_they_stand_and_how_to_read_them(tmp
     parts = overview({"0": runs["0"]})
     table = parts["Theory against measurement"]
     assert table["count"].loc["loss decrease"].tolist() == [3, 3]
-    assert "Medians are what to read" in parts["How to read theory against measurement"][0]
+    assert "Read the medians" in parts["How to read theory against measurement"][0]
     (brief,) = overview({"0": runs["0"]}, brief=True).values()
     assert brief["error of loss decrease", "count"].tolist() == ["3"]
     assert brief["error of norm rate", "second"].tolist() == ["under 0.001%"]  # exact but for rounding
     parts = overview(runs)
     table = parts["Theory against measurement: medians over runs"]
     assert table["count"].loc["loss decrease"].tolist() == ["2.5", "2.5"]
-    assert "Medians are what to read" in parts["How to read theory against measurement"][0]
+    assert "Read the medians" in parts["How to read theory against measurement"][0]
 
 
 def test_runs_are_told_apart(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_values_that_differ_by_rounding_alone_have_one_rank() -> None:
 @pytest.mark.parametrize("analyse", [analysis.loss_decrease, analysis.norm_rate, analysis.agreement])
 def test_a_group_of_a_record_is_not_said_to_be_an_empty_record(analyse) -> None:
     run = xr.DataTree.from_dict({"/steps": xr.Dataset({"loss": ("step", [1.0])})})
-    with pytest.raises(ValueError, match=r"^an analysis is of a whole record, open_run\(path\), got its group /steps$"):
+    with pytest.raises(ValueError, match=r"^an analysis needs a whole record, open_run\(path\), got its group /steps$"):
         analyse(run["steps"])
 
 

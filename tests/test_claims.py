@@ -175,7 +175,7 @@ def test_a_change_from_nothing_is_not_known() -> None:
 
 def test_one_run_counts_once() -> None:
     again = runs() | {"again": record("magnitude", 0)}
-    with pytest.raises(ValueError, match="give one run of each measure, seed and condition, got magnitude-0, again"):
+    with pytest.raises(ValueError, match="these have the same: magnitude-0, again"):
         analysis.claims(again)
 
 
@@ -192,10 +192,10 @@ def test_a_run_that_trained_longer_does_not_converge_faster_for_it() -> None:
     assert judged_so["i.f"] == "no verdict (training_area not known)"
     assert judged_so["i.g"] == "inconclusive"
     assert not judged_so["iii.e"].startswith("no verdict")
-    said = overview(found)["Runs that trained for different times"]
+    said = overview(found)["Runs that trained for different numbers of steps"]
     assert said[0].startswith("3 of 15 runs trained for another number of steps")
     even = {label: run for label, run in found.items() if not label.startswith("magnitude")}
-    assert "Runs that trained for different times" not in overview(even)
+    assert "Runs that trained for different numbers of steps" not in overview(even)
     two = {label: run for label, run in found.items() if label.startswith(("magnitude", "gradient_norm_increase"))}
     assert analysis.statistics(two).training_area.isna().all()
 

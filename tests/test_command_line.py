@@ -194,7 +194,7 @@ MISTAKES = {
     "no command": ("dynamics", [], "{run,sweep,protocols,show}"),
     "unknown command": ("dynamics", ["fly"], "invalid choice: 'fly' (choose from 'run', 'sweep', 'protocols', 'show')"),
     "word too many": ("dynamics", ["show", "{record}", "more"], "unrecognized arguments: more"),
-    "rounds": ("dynamics", ["run", "-o", "{new}", "--rounds", "99"], "99 rounds need as many epochs"),
+    "rounds": ("dynamics", ["run", "-o", "{new}", "--rounds", "99"], "rounds=99 needs as many epochs"),
     "seed": ("dynamics", ["run", "-o", "{new}", "--seed", "-1"], "seed must not be negative, got -1"),
     "sparsity": ("dynamics", ["run", "-o", "{new}", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
     "device": ("dynamics", ["run", "-o", "{new}", "--device", "abacus"], "device 'abacus' cannot be used"),

@@ -174,12 +174,12 @@ def test_a_stranger_s_code_does_not_run(file: Path, monkeypatch: pytest.MonkeyPa
     ("change", "message"),
     [
         (lambda content: content.pop("epochs.0/seconds/0"), "damaged: epochs.0/seconds/0 is missing"),
-        (lambda content: content.pop(".zmetadata"), "no file of condensed records"),
+        (lambda content: content.pop(".zmetadata"), "not a file of condensed records"),
         (lambda content: content.update({".zmetadata": b"{"}), "cannot be read"),
-        (lambda content: metadata(content, lambda found: found[".zattrs"].pop("runs")), "does not say of which runs"),
-        (lambda content: metadata(content, lambda found: found[".zattrs"].update(runs="[3]")), "of which runs"),
+        (lambda content: metadata(content, lambda found: found[".zattrs"].pop("runs")), "does not name its runs"),
+        (lambda content: metadata(content, lambda found: found[".zattrs"].update(runs="[3]")), "name its runs"),
         (lambda content: metadata(content, lambda found: found[".zattrs"].update(schema_version=0)), "version 0"),
-        (lambda content: metadata(content, lambda found: found.update({"pie.0/.zgroup": {}})), "does not write"),
+        (lambda content: metadata(content, lambda found: found.update({"pie.0/.zgroup": {}})), "never writes"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_none_is_said(file: Path, change: Callable[[dict[str, bytes]], object], message: str) -> None:

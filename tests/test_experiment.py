@@ -259,7 +259,7 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
         ({"data": "mnist"}, "unknown data 'mnist': choose one of digits"),
         ({"measure": "magic"}, "unknown measure 'magic': choose one of none, magnitude"),
         ({"sparsity": 1.5}, r"sparsity must be in \[0, 1\), got 1.5"),
-        ({"rounds": 3}, "3 rounds need as many epochs in the first stage, which has 2"),
+        ({"rounds": 3}, "rounds=3 needs as many epochs in the first stage, got 2"),
         ({"epochs": (1, 2, 3)}, "epochs and learning_rates need one entry a stage"),
         ({"batch_size": 0}, "batch_size must be positive, got 0"),
         ({"momentum": -1.0}, "momentum must not be negative, got -1.0"),

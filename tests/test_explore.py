@@ -166,7 +166,7 @@ def test_a_record_that_begins_anew_is_explored_as_the_others_are(run: xr.DataTre
 
 
 def test_what_is_no_run_is_said(run: xr.DataTree) -> None:
-    with pytest.raises(ValueError, match="runs are given by label"):
+    with pytest.raises(ValueError, match="give runs by label"):
         explore(run)
     with pytest.raises(ValueError, match="no runs"):
         explore({})

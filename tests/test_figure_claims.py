@@ -86,8 +86,8 @@ def test_its_finding_counts_the_verdicts() -> None:
     some = runs(**EFFECTS)
     found = analysis.claims(some)
     said = FIGURES["claims"].finding(some)
-    assert said.startswith(f"Of {len(CLAIMS)} intervals {(found.verdict == 'supported').sum()} supported, ")
-    assert said.endswith(f"{found.stands.sum()} stand.")
+    assert said.startswith(f"{len(CLAIMS)} intervals: {(found.verdict == 'supported').sum()} supported, ")
+    assert said.endswith(f"; {found.stands.sum()} stand after correction for their number.")
     assert claim("claims").endswith(".")
     assert len(caption("claims")) > 30
 

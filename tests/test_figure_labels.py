@@ -14,9 +14,9 @@ from matplotlib.text import Text
 from synthetic_runs import record
 
 from analysis import MissingQuantityError, comparisons
-from analysis.comparison import title
+from analysis.comparison import side_by_side, title
 from analysis.conditions import by_condition, by_setting
-from analysis.typeset import told_apart
+from analysis.typeset import percentages, told_apart
 from figures import caption, draw
 from figures.labels import layer_names, wrapped
 from figures.style import run_styles
@@ -182,6 +182,23 @@ def test_settings_have_the_digits_that_tell_them_apart() -> None:
     assert told_apart(pd.Series([1 / 3, 1 / 3 + 1e-5, 0.5])).tolist() == ["0.33333", "0.33334", "0.5"]
     assert told_apart(pd.Series([0.1 + 0.2, 0.3])).tolist() == ["0.30000000000000004", "0.3"]
     assert told_apart(pd.Series(["cosine", (1, 2)])).tolist() == ["cosine", "(1, 2)"]
+
+
+def test_sparsities_have_three_digits_or_as_many_as_tell_them_apart() -> None:
+    assert percentages(pd.Series([0.781935, 0.29, 1 - 0.3, np.nan])).fillna("-").tolist() == ["78.2", "29", "70", "-"]
+    assert percentages(pd.Series([0.781935, 0.78212, 0.5])).tolist() == ["78.19", "78.21", "50"]
+    assert percentages(pd.Series([0.9996, 1.0])).tolist() == ["99.96", "100"]
+    assert percentages(pd.Series([0.7, 1 - 0.3, 0.7 + 1e-12])).tolist() == ["70", "70", "70"]
+
+
+def test_a_title_tells_its_sparsity_from_that_of_other_runs() -> None:
+    runs = {
+        name: xr.DataTree(xr.Dataset(attrs={"model": "m", "measure": "taylor", "rounds": 50, "sparsity": sparsity}))
+        for name, sparsity in (("one", 0.781935), ("other", 0.78212))
+    }
+    assert side_by_side({"one": runs["one"]})[0] == "m, 78.2 % pruned in 50 rounds"
+    assert side_by_side(runs)[0] == "m, 78.19 % pruned in 50 rounds"
+    assert [*by_condition(comparisons(runs))] == [f"m, {share} % pruned in 50 rounds" for share in ("78.19", "78.21")]
 
 
 def test_conditions_are_told_by_short_numbers() -> None:

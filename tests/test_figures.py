@@ -179,11 +179,11 @@ def test_fifty_measures_can_be_told_apart() -> None:
 def test_what_is_no_figure_or_no_record_is_said() -> None:
     with pytest.raises(ValueError, match=r"unknown figure 'norm': choose one of .*norms"):
         caption("norm")
-    with pytest.raises(ValueError, match=r"a run is a record, open_run\(path\), got 'run.zarr' for 'mine'"):
+    with pytest.raises(ValueError, match=r"a run must be a record, open_run\(path\), got 'run.zarr' for 'mine'"):
         draw("norms", {"mine": "run.zarr"})
-    with pytest.raises(ValueError, match=r"an analysis is of a record, open_run\(path\), got 'run.zarr'"):
+    with pytest.raises(ValueError, match=r"an analysis needs a record, open_run\(path\), got 'run.zarr'"):
         analysis.loss_decrease("run.zarr")
-    with pytest.raises(ValueError, match=r"agree\(\) takes what loss_decrease\(run\), say, returns, got a DataTree"):
+    with pytest.raises(ValueError, match=r"agree\(\) needs a dataset such as loss_decrease\(run\), got a DataTree"):
         analysis.agree(xr.DataTree())
     with pytest.raises(ValueError, match=r"the record holds nothing yet: no optimizer\.step\(\)"):
         analysis.loss_decrease(xr.DataTree())
@@ -448,5 +448,5 @@ def test_a_report_is_written_whatever_was_recorded(tmp_path: Path) -> None:
                 recorder.log(loss=loss)
         run = {name: open_run(tmp_path / name)}
         page = write_report(run, tmp_path / f"drawn {name}", records=[name]).read_text(encoding="utf-8")
-        assert "What the runs came to" in page
+        assert "Outcome of the runs" in page
         assert overview(run, brief=True)

@@ -46,10 +46,10 @@ def test_accuracies_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
     )
     single = {name: runs[name] for name in ("m0", "l0")}
     assert findings.final_accuracy(single) == (
-        "Final test accuracy of the pruned networks: 50.0% (loss preservation) to 80.0% (magnitude). One seed each: no "
-        "verdict about the measures."
+        "Final test accuracy of the pruned networks: 50.0% (loss preservation) to 80.0% (magnitude). One seed each, so "
+        "no verdict on the measures."
     )
-    with pytest.raises(MissingQuantityError, match="no run ended"):
+    with pytest.raises(MissingQuantityError, match="no run has ended"):
         findings.final_accuracy({"broken": runs["broken"]})
 
 
@@ -84,10 +84,10 @@ def steps(learning_rate: list[float], flow: float) -> xr.DataTree:
 def test_momentum_and_smaller_steps_are_said_where_there_are_any() -> None:
     plain, heavy = steps([0.1] * 12, 1), steps([0.1] * 6 + [0.01] * 6, 10)
     assert "momentum" not in findings.norm_prediction({"plain": plain})
-    assert findings.norm_prediction({"plain": plain, "heavy": heavy}).endswith("What is left out is the momentum.")
+    assert findings.norm_prediction({"plain": plain, "heavy": heavy}).endswith("The prediction leaves out momentum.")
     assert "in the second half: " in findings.loss_over_time({"plain": plain})
     assert "in the second half: " in findings.loss_over_time({"plain": plain, "heavy": heavy})
-    assert "in the second half, at smaller steps: " in findings.loss_over_time({"heavy": heavy})
+    assert "in the second half, with smaller steps: " in findings.loss_over_time({"heavy": heavy})
 
 
 def test_layers_are_compared_under_one_condition(runs: dict[str, xr.DataTree]) -> None:
@@ -97,7 +97,7 @@ def test_layers_are_compared_under_one_condition(runs: dict[str, xr.DataTree]) -
         "0% of the filters and magnitude 75%."
     )
     assert findings.layer_choice({"m1": runs["m1"]}) == (
-        "VGG-13, digits, 50 % pruned in 1 round: layer a keeps the least, 50%."
+        "VGG-13, digits, 50 % pruned in 1 round: layer a keeps the smallest share of its filters, 50%."
     )
 
 
@@ -108,15 +108,15 @@ def test_what_prunings_move_is_in_the_median_over_all_of_them() -> None:
     runs["other"] = record("loss_preservation", 0, loss=(2.0, 1.0))
     found = comparison_findings.moved_at_pruning(runs)
     assert found.startswith(
-        "After over before a pruning, in the median: loss magnitude 3.00, loss preservation 0.50; ‖g‖²"
+        "Median ratio of after to before a pruning. Loss: magnitude 3.00, loss preservation 0.50. ‖g‖²"
     )
 
 
 def test_shares_removed_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
     some = {name: runs[name] for name in ("m0", "m1", "l0")}
     assert pruning_findings.decrease_removed(some) == (
-        "Mean share of ‖g‖² removed in a pruning, with the share of the parameters: magnitude 15.0% with 25.0%, "
-        "loss preservation 50.0% with 25.0%."
+        "Mean share of ‖g‖² (and of the parameters) removed by a pruning: magnitude 15.0% (25.0%), "
+        "loss preservation 50.0% (25.0%)."
     )
 
 
@@ -128,8 +128,8 @@ def test_shares_removed_are_of_prunings_whose_gradient_is_known() -> None:
         "l2": record("loss_preservation", 0, rounds=2), "r2": record("random", 0, rounds=2),
     }  # fmt: skip
     assert pruning_findings.decrease_removed(some) == (
-        "Mean share of ‖g‖² removed in a pruning, with the share of the parameters: loss preservation 12.5% with "
-        "25.0%, random 12.5% with 25.0%."
+        "Mean share of ‖g‖² (and of the parameters) removed by a pruning: loss preservation 12.5% (25.0%), "
+        "random 12.5% (25.0%)."
     )
 
 
@@ -165,7 +165,7 @@ def test_layers_whose_optimizers_take_turns_are_compared_by_the_gradients_that_t
     values[::2, 0], values[1::2, 1], values[1, 2] = [3.0, 4.0, 5.0], [0.01, 0.02, 0.03], 0.6
     steps = xr.Dataset({"grad_sqnorm": (("step", "layer"), values)}, {"step": np.arange(6), "layer": list("abc")})
     said = findings.layer_spread({"gan": xr.DataTree.from_dict({"/steps": steps})})
-    assert said == "The layers' median ‖g‖² lie a factor 200 apart."  # 4 over 0.02
+    assert said == "The layers' median ‖g‖² differ by up to a factor of 200."  # 4 over 0.02
 
 
 def test_what_is_not_known_of_a_pruning_is_said_to_be_missing(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_what_was_said_comes_before_what_events_say(tmp_path) -> None:
 def test_no_runs_are_said_to_be_none(table) -> None:
     with pytest.raises(ValueError, match=r"^no runs: give at least one record"):
         table({})
-    with pytest.raises(ValueError, match=r"runs are given by label, .* got a DataTree"):
+    with pytest.raises(ValueError, match=r"give runs by label, .* got a DataTree"):
         table(of())
 
 
@@ -120,7 +120,7 @@ def test_no_runs_are_said_to_be_none(table) -> None:
 @pytest.mark.parametrize("given", ["a record", "a list"])
 def test_a_record_without_a_label_is_not_taken_for_its_groups(analyse, given, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"runs are given by label, .* got a (DataTree|list)"):
+    with pytest.raises(ValueError, match=r"give runs by label, .* got a (DataTree|list)"):
         analyse(of() if given == "a record" else [of()])
     assert not list(tmp_path.iterdir())
 
@@ -338,5 +338,5 @@ def test_the_training_loss_of_an_epoch_is_that_of_its_steps() -> None:
 def test_a_run_that_was_never_tested_is_told_how_to_be() -> None:
     steps = xr.Dataset({"param_sqnorm": (("step", "layer"), np.ones((2, 1)))}, {"step": [0, 1], "layer": ["a"]})
     run = xr.DataTree.from_dict({"/steps": steps})
-    (said,) = overview({"untested": run})["What the runs came to"]
+    (said,) = overview({"untested": run})["Outcome of the runs"]
     assert "recorder.log_epoch(test_accuracy=..., test_loss=...)" in said

@@ -247,7 +247,7 @@ def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert analysis.__main__.main(["protocol-diff", "--measure", "magic"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown measure 'magic': choose one of magnitude")
     assert analysis.__main__.main(["protocol-diff", "nowhere.zarr", "--rounds", "2"]) == 2
-    assert "--rounds=2 is of a fresh network: give either that, or records" in capsys.readouterr().err
+    assert "--rounds=2 is for a fresh network: give either that or records" in capsys.readouterr().err
 
 
 def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol() -> None:

@@ -93,7 +93,7 @@ def test_other_events_are_no_part_of_how_well_prunings_are_predicted(tmp_path: P
             Pruner(model, optimizer, "magnitude").prune(0.3)
     alone, both = (open_run(tmp_path / name) for name in ("noise", "both"))
     assert analysis.pruning_effect(both).kind.values.tolist() == ["noise", "prune"]
-    for run, kind, said in ((alone, "noise", "n = 1 event."), (both, "prune", "n = 1 pruning, each of")):
+    for run, kind, said in ((alone, "noise", "n = 1 event."), (both, "prune", "n = 1 pruning, removing")):
         assert effect_of_prunings(run).kind.values.tolist() == [kind]
         relation = f"effect of {'pruning' if kind == 'prune' else 'events'} on the loss"
         assert analysis.agreement(run).sel(relation=relation)["count"].values.tolist() == [1, 1]

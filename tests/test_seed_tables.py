@@ -158,7 +158,7 @@ def test_runs_that_end_with_a_pruning_say_why_they_have_no_convergence() -> None
         events = every[label]["pruning"].to_dataset()
         every[label]["pruning"] = events.assign(step=events.step + 4)
     (said,) = overview(every)["Runs that end with a pruning"]
-    assert said.startswith("2 of 10 runs have no step recorded after their last pruning")
+    assert said.startswith("No step is recorded after the last pruning in 2 of 10 runs.")
 
 
 def test_a_claim_about_another_number_of_rounds_has_no_conditions() -> None:
@@ -192,7 +192,7 @@ def test_verdicts_are_corrected_for_their_number(others: float, count: int) -> N
     assert stand([np.nan, 0.001, *[others] * 15]).tolist() == [False, *found.stands]
     assert (
         f"about 0.8 of 16 intervals would give a verdict by chance. Corrected for their number (false discovery "
-        f"rate 5%, Benjamini and Hochberg 1995), {count} of them would stand" in chance(found)
+        f"rate 5%, Benjamini and Hochberg 1995), {count} of them stand" in chance(found)
     )
     starred = claims_table(found).verdict.str.endswith(" *")
     assert starred.tolist() == found.stands.tolist()
@@ -345,7 +345,7 @@ def test_a_run_that_came_to_no_number_is_said_not_passed_over(some: dict[str, xr
 
 def test_the_same_experiment_twice_is_refused(some: dict[str, xr.DataTree]) -> None:
     for label in ("none", "magnitude 0"):
-        with pytest.raises(ValueError, match=rf"give one run of each measure, .*, got {label}, again of one"):
+        with pytest.raises(ValueError, match=rf"give one run of each measure, .* the same: {label}, again"):
             analysis.accuracy_table(some | {"again": some[label].copy()})
 
 

@@ -162,7 +162,7 @@ class Experiment:
             )
         share_left(self.sparsity, self.rounds, 0)
         if self.measure != "none" and self.rounds > self.epochs[0]:
-            raise ValueError(f"{self.rounds} rounds need as many epochs in the first stage, which has {self.epochs[0]}")
+            raise ValueError(f"rounds={self.rounds} needs as many epochs in the first stage, got {self.epochs[0]}")
         for field in ("batch_size", "importance_samples", "probe_samples", "learning_rates", "temperature", "width"):
             value = getattr(self, field)
             if min(value if isinstance(value, tuple | list) else (value,)) <= 0:

@@ -86,8 +86,8 @@ def test_at_a_glance_it_counts_the_verdicts() -> None:
     about = pd.concat([of.verdict[of.claim.str.startswith("ii.")] for of in found])
     counts = about.value_counts()
     twice = (found[0].claim == "ii.c").sum()  # of the same trainings in both modes, and without a verdict
-    of = f"{counts['supported']} of {about.size - twice} intervals"
-    assert f"{of} bear out, and {counts['contradicted']} speak against it" in FLAT
+    assert f"Of {about.size - twice} intervals, {counts['supported']} support the claim that loss preservation" in FLAT
+    assert f"hardly trained; {counts['contradicted']} contradict it." in FLAT
 
 
 def for_and_against(verdicts: pd.Series) -> str:

@@ -35,10 +35,10 @@ def agree(prediction: xr.Dataset) -> xr.Dataset:
     count                  n
     =====================  =======================================================
 
-    A figure that n does not allow is NaN.
+    A number for which n is too small is NaN.
 
     Raises:
-        ValueError: it is no such dataset, but a record, say.
+        ValueError: this is no such dataset but, for example, a record.
     """
     if not isinstance(prediction, xr.Dataset) or not {"measured", *ORDERS} <= set(prediction):
         raise ValueError(f"agree() needs a dataset such as loss_decrease(run), got a {type(prediction).__name__}")
@@ -54,12 +54,12 @@ def agree(prediction: xr.Dataset) -> xr.Dataset:
 def agreement(run: xr.DataTree) -> xr.Dataset:
     """Theory against measurement in one run: :func:`agree` for every relation that the record allows.
 
-    Dims (relation, order); relations: "loss decrease" of a step; "norm rate" of the whole network, averaged over
-    windows of a twentieth of the run, at least ten steps; "effect of pruning" on the loss, ‖g‖², d‖θ‖²/dt and θᵀHg;
-    of a run without prunings, "effect of events" on them.
+    Dims (relation, order). Relations: "loss decrease" of a step; "norm rate" of the whole network, averaged over
+    windows of a twentieth of the run but at least ten steps; "effect of pruning" on the loss, ‖g‖², d‖θ‖²/dt and θᵀHg,
+    or, for a run without prunings, "effect of events" on them.
 
     Raises:
-        MissingQuantityError: the record allows none.
+        MissingQuantityError: the record allows none of them.
     """
     relations, reasons = {}, []
     for predicted in (

@@ -1,4 +1,4 @@
-"""Runs side by side: an analysis by condition and measure, over seeds."""
+"""Runs side by side: analyses by condition and measure, over seeds."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ ByMeasure = dict[str, xr.Dataset]
 
 
 def compare(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, ByMeasure]:
-    """The analysis of all runs: by condition, then by measure, over the new first dim ``seed``.
+    """An analysis of all runs: by condition, then by measure, over the new first dim ``seed``.
 
-    Conditions are those of :func:`analysis.comparisons`, by their names in print. Runs that lack what the analysis
-    needs are left out; of indices that are not all runs', all are there, with NaN.
+    Conditions are those of :func:`analysis.comparisons`, by their printed names. Runs that lack what the analysis needs
+    are left out; an index value that some runs lack is kept, with NaN for these.
 
     Raises:
-        MissingQuantityError: all runs lack it.
+        MissingQuantityError: every run lacks it.
     """
     return _compared(runs, {name: (rows, analyse) for name, rows in by_condition(comparisons(runs)).items()})
 
 
 def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
-    """:func:`compare` of :func:`analysis.convergence` in runs that ended, from the last pruning of the condition on.
+    """:func:`compare` of :func:`analysis.convergence` in runs that ended, from the condition's last pruning on.
 
-    With it ``loss`` over ``step`` from there on: the logged loss, each the mean of as many steps as an epoch has around
-    it; at both ends of those that are there, half as many at least.
+    It adds ``loss`` over ``step`` from there on: a moving average of the logged loss over as many steps as an epoch
+    has, or, at both ends, over those that exist, which are at least half as many.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss.
@@ -64,8 +64,8 @@ def final(run: xr.DataTree) -> xr.Dataset:
 def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
     """``mean`` over ``seed``, and the bounds ``low`` and ``high`` of its 95 % interval, NaN for one seed.
 
-    Where a seed's value is NaN, so is the mean: without those that diverged it would be another's. The interval is
-    Student's: :func:`analysis.intervals.half_width`.
+    Where a seed's value is NaN, so is the mean: without diverged seeds it would be the mean of something else. The
+    interval is Student's: :func:`analysis.intervals.half_width`.
     """
     mean = values.mean("seed", skipna=False)
     half = mean.copy(data=half_width(values.transpose("seed", ...).values, axis=0))
@@ -73,11 +73,11 @@ def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
 
 
 def median_and_quartiles(values: xr.DataArray) -> xr.Dataset:
-    """``median`` over ``seed``, the quartiles ``low`` and ``high``, and of how many ``seeds``: those finite there.
+    """``median`` over ``seed``, the quartiles ``low`` and ``high``, and the number of ``seeds`` that are finite there.
 
-    For what one seed of a few can carry away: a mean would follow it, its interval and a range cover all others. A seed
-    that ended before the others, or diverged, is left out from there on, and ``seeds`` is less. Between two seeds
-    quartiles are interpolated.
+    For quantities in which a single seed can be an outlier: a mean would follow it, and an interval or a range would
+    hide all others. A seed that ended before the others, or diverged, is left out from there on, and ``seeds`` falls.
+    Between two seeds, quartiles are interpolated.
     """
     known = values.where(np.isfinite(values))
     with warnings.catch_warnings():
@@ -88,7 +88,7 @@ def median_and_quartiles(values: xr.DataArray) -> xr.Dataset:
 
 
 def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
-    """One run a measure, of the first condition that has a pruned network, in the first seed; and what they are."""
+    """One run per measure, of the first condition with pruned networks, and the printed name of what they share."""
     rows, names = first_comparison(runs), names_of_conditions(comparisons(runs))
     chosen = rows.drop_duplicates("measure")
     seeds = f", seed {chosen.seed.iloc[0]}" if len(chosen) < len(rows) and chosen.seed.nunique() == 1 else ""

@@ -31,26 +31,27 @@ _CODEC = Blosc(cname="zstd", clevel=9, shuffle=Blosc.SHUFFLE)
 
 
 def condense(runs: Runs, path: str | Path) -> Path:
-    """Write runs into one file ``*.zarr.zip``, which :func:`expand` makes runs of again.
+    """Write runs into one file ``*.zarr.zip``, from which :func:`expand` restores them.
 
     =====================  ======================================================================================
-    /steps and /curvature  of the whole network: what is stored adds up over ``layer``, whose one entry is "network"
-    /pruning /units        whole
-    /epochs                whole
-    /curve /scores ...     of one run: the first that has most of these studies
-    numbers                of /steps and the filters' scores in single precision, in which networks are trained, where
-                           it holds them; but ‖θ‖², whose change over a step is a small difference of large numbers,
-                           and all others as they were: differences of theirs are laid beside predictions
+    /steps and /curvature  of the whole network: summed over ``layer``, whose single entry is "network"
+    /pruning /units        complete
+    /epochs                complete
+    /curve /scores ...     of the runs that keep their layers, see below
+    numbers                in single precision, in which networks are trained, in /steps and for the filters' scores,
+                           where it can represent them; ‖θ‖², whose change over a step is a small difference of large
+                           numbers, and all others are kept as they were, because their differences are compared with
+                           predictions
     attributes             all: they say where each record comes from
     =====================  ======================================================================================
 
-    Layers stay in that run and in the first that was pruned, whose layers are drawn; and where they cannot be summed
-    because their learning rates differ. Rows of runs with the same layers stand in one array, with ``run``
-    saying whose they are: a hundred runs are a few hundred arrays.
+    Layers are kept in the first pruned run, whose layers are drawn, in the first run with the most studies, and where
+    they cannot be summed because their learning rates differ. Rows of runs with the same layers share one array, in
+    which ``run`` says whose they are: a hundred runs take a few hundred arrays.
 
     Raises:
-        ValueError: no runs by label, or the file's name does not end as it must.
-        IsADirectoryError, NotADirectoryError, PermissionError: there can be no such file.
+        ValueError: the runs are not given by label, or the file's name has another ending.
+        IsADirectoryError, NotADirectoryError, PermissionError: the file cannot be written there.
     """
     check_runs(runs)
     path = Path(path)
@@ -74,10 +75,10 @@ def condense(runs: Runs, path: str | Path) -> Path:
 
 
 def expand(path: str | Path) -> dict[str, xr.DataTree]:
-    """The runs in a file that :func:`condense` wrote, in memory, by the names they had.
+    """The runs in a file that :func:`condense` wrote, in memory, under the names they had.
 
     Raises:
-        RecordError: nothing there, another file, one of another schema version, or a damaged one.
+        RecordError: there is no such file, or it is of another kind, of another schema version, or damaged.
     """
     path = Path(path)
     named = _names(path, _check(path))

@@ -1,4 +1,4 @@
-"""Under which conditions runs were made: what is compared, what is paired, what is averaged over."""
+"""The conditions of runs: what is compared, what is paired, what is averaged over."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
 
 def conditions(runs: Runs) -> pd.DataFrame:
-    """What each run is a run of, one row a run: columns model, data, measure, rounds, sparsity, seed.
+    """The conditions of each run, one row per run: columns model, data, measure, rounds, sparsity, seed.
 
-    Runs that agree in all but ``measure`` differ in nothing else: one seed is one initialisation and one order of the
-    data; on one machine the first pruning finds the same network, to the bit. ``sparsity`` is the one asked for. A run
-    that was not pruned has measure "none", 0 rounds and sparsity 0.
+    Runs that agree in all columns but ``measure`` differ in nothing else: a seed is one initialisation and one order of
+    the data, and on one machine the first pruning starts from the same network, to the bit. ``sparsity`` is the one
+    asked for. A run that was not pruned has measure "none", 0 rounds and sparsity 0.
 
-    Of a loop that someone instrumented it is what ``Recorder(attributes=...)`` said under these names, and what was not
-    said of its pruning is what its events say. Where neither model, data nor measure was said, its label stands for a
-    measure, model and data are "", rounds 0 and sparsity NaN.
+    For your own loops these are what ``Recorder(attributes=...)`` was given under these names; what it was not told
+    about the pruning is taken from the events. If it was told neither model, data nor measure, the label stands in for
+    the measure, model and data are "", rounds 0 and sparsity NaN.
 
-    Any other setting that differs between runs of one model and data set has a column of its own behind these, NaN
-    where a run does not have it. A run that lacks what another has differs from it, but for a run that was not pruned
-    where only pruned ones have it, which does not depend on it, and for experiments, whose version did not know it.
-    Instrumented loops that said the same of themselves are told apart by their labels, in a column ``record``.
+    Any other setting that differs between runs of one model and data set has its own column after these, NaN where a
+    run does not have it. A run that lacks a setting differs from those that have it, with two exceptions: runs that
+    were not pruned, if only pruned ones have it; and experiments of a version that did not know it. Instrumented loops
+    with the same settings are told apart by their labels, in a column ``record``.
 
     Raises:
-        ValueError: no runs, or two experiments are the same, so that their values would count twice.
+        ValueError: no runs were given, or two experiments are the same, so that their values would count twice.
     """
     check_runs(runs)
     if not runs:
@@ -79,11 +79,11 @@ def conditions(runs: Runs) -> pd.DataFrame:
 
 
 def comparisons(runs: Runs) -> pd.DataFrame:
-    """The runs in the order and company in which they are compared, one row each: columns run and those of conditions.
+    """The runs as they are compared, in order, one row each: column ``run`` and those of :func:`conditions`.
 
-    Runs of one model, data set, rounds and sparsity are a comparison. To it belong the runs of that model and data set
-    that were not pruned: their rows are repeated in each, with its rounds and sparsity. So are they in those of every
-    value of a setting that all pruned runs have and they do not; where some pruned run lacks it, they go with such.
+    Runs of one model, data set, rounds and sparsity form a comparison. Runs of that model and data set that were not
+    pruned belong to each: their rows are repeated in it, with its rounds and sparsity. They are also repeated for every
+    value of a setting that all pruned runs have and they lack; if some pruned runs lack it, they go with those.
     """
     table = conditions(runs).reset_index()
     pruned, whole = table[table.measure != "none"], table[table.measure == "none"]

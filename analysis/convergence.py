@@ -25,15 +25,15 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     =============  ===================================================================================================
 
     L(s) is the logged loss of step s's own batch, before that step. The area needs no threshold and is known for every
-    run, so comparisons rest on it. Steps to a loss say the same in units of work: averaged over an epoch because then
-    every sample counts once, from ``since`` on, so that one epoch is the least it can be; relative to the first loss,
-    which measures that share a seed have in common. inf is a censored time: it may be ranked, not averaged. Attributes:
-    ``since``, and ``steps`` from there on.
+    run, so comparisons use it. Steps to a loss say the same in units of work. The loss is averaged over an epoch, so
+    that every sample counts once; it starts at ``since``, so the least possible value is one epoch. It is relative to
+    the first loss, which all measures of a seed have in common. inf is a censored time, which may be ranked but not
+    averaged. Attributes: ``since``, and ``steps`` from there on.
 
     Args:
         run: the record.
-        since: step to start from; by default that of the last pruning, or 0 without any. A network that was not pruned
-            is compared with others from *their* last pruning on.
+        since: step to start from; by default that of the last pruning, or 0 if there is none. A network that was not
+            pruned is compared with others from *their* last pruning on.
 
     Raises:
         MissingQuantityError: no loss was logged, or none from ``since`` on.

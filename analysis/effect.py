@@ -1,4 +1,4 @@
-"""What each pruning did to loss, gradient and flow, predicted and measured; and what it left."""
+"""What each pruning did to loss, gradient and flow, predicted and measured, and what it left."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _OF_EVENTS = "param_hess_grad_first_order"
 
 
 def pruning_effect(run: xr.DataTree) -> xr.Dataset:
-    """What each event changed in the whole network, at its probe: measured, and predicted from before it.
+    """What each event changed in the whole network, at its probe: measured, and predicted from the state before it.
 
-    Events that moved no parameter and are no prunings (a look, a new learning rate) have no row.
+    Events that changed no parameter and are not prunings (a mere look, a new learning rate) have no row.
 
     =================  ===================  ===================================  ==================================
     quantity           measured             first_order                          second_order: with this added
@@ -36,30 +36,31 @@ def pruning_effect(run: xr.DataTree) -> xr.Dataset:
     param_hess_grad    of θᵀHg              θ_Kᵀ(Hg + H((Hδ)_K − g_R) + T[δ]g_K)_K − θᵀHg
     =================  ===================  ===================================  ==================================
 
-    δ = θ_after − θ_before, R the parameters pruned by the event, K those that stay, T the derivative of H. Gradients
-    after the event are those of K alone, the ones that training goes on with: the removed parameters' own share goes
-    for good, and of Hδ only K's part counts. (Where what stays moves too, δ_Kᵀ times the same vector comes to the last
-    two rows.) Errors are O(‖δ‖²) in first and O(‖δ‖³) in second order. θᵀHg in second order would need fourth
-    derivatives; NaN.
+    δ = θ_after − θ_before, R are the parameters that the event pruned, K those that stay, T the derivative of H.
+    Gradients after the event are those of K alone, with which training continues: the removed parameters' own share is
+    gone for good, and only K's part of Hδ counts. (Where what stays moves too, the last two rows also contain δ_Kᵀ
+    times the same vector.) Errors are O(‖δ‖²) in first and O(‖δ‖³) in second order. θᵀHg in second order would need
+    fourth derivatives, and is NaN.
 
-    Where a filter goes with its normalisation, δ shrinks its weights and its γ together, and its output twice as fast
-    at first: the first order counts it twice, however few filters go (:func:`removal_curve` has both directions).
+    Where a filter is removed with its normalisation, δ shrinks its weights and its γ together, so its output shrinks
+    twice as fast at first: the first order counts the filter twice, however few are removed (:func:`removal_curve` has
+    both directions).
 
-    Dims (quantity, event). Coordinates over ``event``: step, kind, whatever the event was described with, and
-    ``removed_share``, |R| over the number of parameters left before.
+    Dims (quantity, event). Coordinates over ``event``: step, kind, the event's own attributes, and ``removed_share``,
+    |R| divided by the number of parameters left before.
 
     Raises:
-        MissingQuantityError: no event was recorded, or none moved a parameter.
+        MissingQuantityError: no event was recorded, or none changed a parameter.
     """
     return _of_events(run, per_layer=False)
 
 
 @remembered
 def effect_of_prunings(run: xr.DataTree) -> xr.Dataset:
-    """:func:`pruning_effect` of the prunings alone; where nothing was pruned, of the events that moved a parameter.
+    """:func:`pruning_effect` of the prunings alone; if nothing was pruned, of the events that changed a parameter.
 
     Raises:
-        MissingQuantityError: no event was recorded, or none moved a parameter.
+        MissingQuantityError: no event was recorded, or none changed a parameter.
     """
     if not len(prunings(run)):
         return pruning_effect(run)
@@ -69,11 +70,12 @@ def effect_of_prunings(run: xr.DataTree) -> xr.Dataset:
 def pruning_effect_per_layer(run: xr.DataTree) -> xr.Dataset:
     """:func:`pruning_effect` layer by layer: dims (quantity, event, layer), which add up over ``layer``.
 
-    Of ‖g‖², d‖θ‖²/dt and θᵀHg, what is measured and predicted for layer l is the change of its own sum. The loss has no
-    layers: its prediction is what the removal in layer l adds to it, gₗᵀδₗ + ½ δₗᵀ(Hδ)ₗ, and nothing is measured.
+    For ‖g‖², d‖θ‖²/dt and θᵀHg, what is measured and predicted in layer l is the change of the layer's own sum. The
+    loss has no layers: its prediction is what the removal in layer l contributes, gₗᵀδₗ + ½ δₗᵀ(Hδ)ₗ, and nothing is
+    measured.
 
     Raises:
-        MissingQuantityError: no event was recorded, or none moved a parameter.
+        MissingQuantityError: no event was recorded, or none changed a parameter.
     """
     return _of_events(run, per_layer=True)
 
@@ -88,10 +90,10 @@ def first_pruning_per_layer(run: xr.DataTree) -> xr.Dataset:
 
 
 def removal_curve(run: xr.DataTree) -> xr.Dataset:
-    """:func:`pruning_effect` of prunings that were tried on copies, over the share of the filters that goes.
+    """:func:`pruning_effect` of prunings that were tried on copies, over the share of the filters removed.
 
-    Along "parameters" δ is the removal of all parameters that go with a filter; along "output" that of its last γ and
-    β, which leads to the same network. θᵀHg is measured only. Dims (quantity, event, direction, fraction), and
+    Along "parameters", δ removes all parameters that go with a filter; along "output", only its last γ and β, which
+    leads to the same network. θᵀHg is only measured. Dims (quantity, event, direction, fraction), and
     ``removed_share`` over (event, fraction).
 
     Raises:
@@ -102,14 +104,14 @@ def removal_curve(run: xr.DataTree) -> xr.Dataset:
 
 @remembered
 def removed_decrease(run: xr.DataTree) -> xr.Dataset:
-    """What share of the first-order decrease of the loss each pruning's parameters carried, at its probe.
+    """What share of the first-order decrease of the loss the removed parameters carried, at each pruning's probe.
 
-    Along gradient flow dL/dt = −‖g‖², to which parameter i contributes −gᵢ². Variables over (event, layer), pure
-    numbers of which the first two add up over ``layer`` to those of the network:
+    Along gradient flow, dL/dt = −‖g‖², to which parameter i contributes −gᵢ². Variables over (event, layer), pure
+    numbers; the first two add up over ``layer`` to those of the network:
 
     ===============  ==========================================================================
     decrease         ‖g_R‖²/‖g‖²: the removed parameters of the layer, as a share of the whole decrease
-    parameters       |R|/n: how many they are, as a share of all that were left
+    parameters       |R|/n: their number, as a share of all parameters that were left
     of_layer         ‖g_R‖²/‖g_l‖²: as a share of the layer's own part; NaN where it has none
     ===============  ==========================================================================
 

@@ -14,10 +14,10 @@ def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
 
     NaN for n < 2, and where a value is not finite.
 
-    Student's, not the bootstrap's: with the three seeds that runs usually have there are ten different bootstrap
-    samples, and no interval of theirs leaves the range of the data. That range misses the true mean whenever all three
-    seeds err to one side, one time in four. Student's interval holds 95 % at every n, provided that seeds scatter about
-    normally, which three of them cannot show.
+    Student's rather than the bootstrap's: the three seeds that runs usually have allow only ten different bootstrap
+    samples, and no interval from them extends beyond the range of the data. That range misses the true mean whenever
+    all three seeds err to the same side, one time in four. Student's interval covers 95 % at every n, provided that
+    seeds scatter about normally, which three of them cannot show.
     """
     values = np.asarray(values, float)
     count = values.shape[axis]

@@ -1,4 +1,4 @@
-"""Which filters are scale-invariant, in which mode, and what that makes of GraSP's score."""
+"""Which filters are scale-invariant, in which mode, and what this means for GraSP's score."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def scale_invariance(run: xr.DataTree, *, tolerance: float = 0.01) -> xr.Dataset
 
 
 def grasp_and_gradient(run: xr.DataTree) -> xr.Dataset:
-    """How far GraSP's score Σθ(Hg) of a filter is nothing but −‖g_f‖²: Spearman's ρ of the two over all filters.
+    """How far GraSP's score Σθ(Hg) of a filter is merely −‖g_f‖²: Spearman's ρ of the two over all filters.
 
-    Dims (event, mode). 1 means that both rank the filters alike: whoever removes the lowest scores removes the filters
-    with the largest gradients. So it is where all filters are scale-invariant. NaN where they do not differ, as in a
-    network that is dead.
+    Dims (event, mode). 1 means that both rank the filters alike, so removing the lowest scores removes the filters with
+    the largest gradients; this is so where all filters are scale-invariant. NaN where either does not differ between
+    filters, as in a dead network.
 
     Raises:
         MissingQuantityError: no such study was added to an event.

@@ -22,9 +22,9 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
     second_order_flow   Δt ‖g‖² − Δt² gᵀHg          (the coefficient is 1: the flow is not the step)
     ==================  =====================================================
 
-    Dims ``step``; unit of the loss. g and H are those of the loss on that batch (not of a weight decay term). The flow
-    rows assume a step of gradient descent; a momentum's step also carries earlier batches, so they hold on average.
-    They are NaN where the layers have different learning rates: the parameters then have no common time; and where the
+    Dims ``step``; unit of the loss. g and H are those of the loss on that batch, without weight decay. The flow rows
+    assume a step of gradient descent; with momentum, a step also carries earlier batches, so they hold on average. They
+    are NaN where layers have different learning rates, because the parameters then have no common time, and where the
     optimizer is not SGD. Skipped steps are left out.
 
     Raises:
@@ -56,10 +56,10 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
 
 @remembered
 def stability(run: xr.DataTree) -> xr.Dataset:
-    """Δt gᵀHg/‖g‖² at each measured step: plain gradient descent lowers the quadratic model iff it is below 2.
+    """Δt gᵀHg/‖g‖² at each measured step: plain gradient descent lowers the quadratic model iff this is below 2.
 
-    Dims ``step``, without skipped ones; a pure number. Δt is the step's flow time, the learning rate without momentum;
-    NaN where the layers have different ones.
+    Dims ``step``, without skipped ones; a pure number. Δt is the step's flow time, which is the learning rate if there
+    is no momentum; NaN where layers have different ones.
 
     Raises:
         MissingQuantityError: no curvature was recorded, or no measured step has a flow time that all layers have in

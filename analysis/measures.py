@@ -28,8 +28,8 @@ def rank_agreement(run: xr.DataTree) -> xr.Dataset:
     ==================  ==================================================================================
 
     Dims (layer, event, measure, other), where the first layer, "all layers", is the whole network. NaN where fewer than
-    three filters are left, or a measure gives all of them the same score. Where a measure prunes its highest scores
-    first (:data:`dynamics.schema.HIGHEST_FIRST`: GraSP), it is minus its scores that are ranked.
+    three filters are left, or a measure gives all of them the same score. For a measure that prunes its highest scores
+    first (:data:`dynamics.schema.HIGHEST_FIRST`: GraSP), the negative scores are ranked.
 
     Raises:
         MissingQuantityError: no scores were added to an event.
@@ -45,12 +45,12 @@ def rank_agreement(run: xr.DataTree) -> xr.Dataset:
 
 
 def removed_overlap(run: xr.DataTree, *, share: float) -> xr.Dataset:
-    """What part of the filters that one measure would remove another would remove, too.
+    """The share of the filters removed by one measure that another would remove, too.
 
-    Each removes that ``share`` of the filters left to which it gives the lowest scores (the highest, where the measure
-    prunes those: :data:`dynamics.schema.HIGHEST_FIRST`), whatever their layer; by chance two measures would have
-    ``share`` in common. Dims (event, measure, other): ``overlap``, and ``standard_error``, its
-    standard deviation over bootstrap samples of the batches, both on the same ones.
+    Each measure removes the ``share`` of the remaining filters with its lowest scores (its highest, if it prunes those:
+    :data:`dynamics.schema.HIGHEST_FIRST`), whatever their layer; by chance, two measures would have ``share`` in
+    common. Dims (event, measure, other): ``overlap``, and ``standard_error``, its standard deviation over bootstrap
+    samples of the batches, with the same samples for both measures.
 
     Raises:
         MissingQuantityError: no scores were added to an event.
@@ -62,7 +62,7 @@ def removed_overlap(run: xr.DataTree, *, share: float) -> xr.Dataset:
 
 
 def score_noise(run: xr.DataTree) -> xr.Dataset:
-    """How far each measure's scores depend on the batches they were taken from, by the bootstrap over batches.
+    """How much each measure's scores depend on the batches they were taken from, by bootstrap over batches.
 
     ===============  ======================================================================================
     standard_error   of each filter's score: its standard deviation over the samples, (event, measure, unit)

@@ -22,11 +22,11 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     second_order  −2θᵀg − 2λ‖θ‖² + Δt ‖g‖²          with what a step of length Δt adds to the flow
     ============  ====================================================
 
-    Dims (step, layer); unit of the loss. ``window`` averages all three over so many steps, over no less than half as
-    many at the ends of the run and beside a pruning, which no window reaches over. The prediction is for a step
-    of gradient descent, up to terms in λΔt; with momentum, whose steps carry earlier gradients, it holds on average
-    over windows longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant θᵀg = 0: the flow keeps
-    their norm, and all their growth is the last term. Skipped steps are left out.
+    Dims (step, layer); unit of the loss. All three are averaged over ``window`` steps, or at least half as many at the
+    ends of the run and next to a pruning, across which no window extends. The prediction is for a step of gradient
+    descent, up to terms in λΔt; with momentum, whose steps carry earlier gradients, it holds on average over windows
+    longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant, θᵀg = 0: the flow preserves their
+    norm, and all their growth comes from the last term. Skipped steps are left out.
 
     Raises:
         MissingQuantityError: /steps lacks a quantity, or no step has a flow time.
@@ -57,9 +57,9 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
 
 @remembered
 def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
-    """:func:`norm_rate` of the whole network over ``step``, averaged over 1/20 of the recorded steps, 10 at least.
+    """:func:`norm_rate` of the whole network over ``step``, averaged over 1/20 of the recorded steps, at least 10.
 
-    NaN where layers that are trained have different flow times: their velocities cannot be added up.
+    NaN where trained layers have different flow times, because their velocities cannot be added up.
 
     Raises:
         MissingQuantityError: as :func:`norm_rate`, or the layers' flow times differ at every step.
@@ -102,16 +102,16 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
     ==============  =============================================================
     gradient        −2ηθᵀg
     weight_decay    −2ηλ‖θ‖²
-    momentum        2θᵀΔθ less the two above: what earlier gradients still do
+    momentum        2θᵀΔθ minus the two above: what earlier gradients still contribute
     discretisation  ‖Δθ‖²
     total           2θᵀΔθ + ‖Δθ‖², the sum of the four
-    measured        ‖θ‖² of the next step's row less that of this one
+    measured        ‖θ‖² in the next step's row minus that in this one
     residual        measured − total: rounding, or something that changed θ between steps
     ==============  =============================================================
 
     Dims (step, layer); unit θ². Measured is NaN where the next row is not the next step, or a pruning lies in between.
-    η and Δt are each layer's own; NaN where its parameters have several. Under Adam the "momentum" is all that
-    preconditioning does. Skipped steps are left out.
+    η and Δt are each layer's own, NaN where its parameters have several. Under Adam, "momentum" includes everything
+    that preconditioning does. Skipped steps are left out.
 
     Raises:
         MissingQuantityError: /steps lacks a quantity.

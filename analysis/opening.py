@@ -19,10 +19,10 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
     """Open records under short labels that tell them apart: their measures where these differ, else their file names.
 
     A file of condensed records (:func:`analysis.condense`) stands for all records in it; a path with ``*``, ``?`` or
-    ``[...]`` stands for all that it matches, in the order of their names.
+    ``[...]`` stands for all paths that it matches, sorted by name.
 
     Raises:
-        RecordError: a path is no record or matches none, or two paths are the same.
+        RecordError: a path is not a record or matches none, or two paths are the same.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     runs: dict[str, xr.DataTree] = {}

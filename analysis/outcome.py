@@ -1,4 +1,4 @@
-"""What a training came to: accuracy, and how much of the network is left."""
+"""The outcome of a training: accuracy, and how much of the network is left."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from .remembered import remembered
 
 @remembered
 def outcome(run: xr.DataTree) -> xr.Dataset:
-    """Scalars of a run: test and training accuracy and loss of the epoch that counts (NaN where not recorded), and the
-    shares of units (``sparsity``), of parameters (``removed_parameters``) and of multiply-adds
-    (``removed_multiply_adds``) that pruning removed: of the network without what reads silent channels only, and all as
-    shares of the network as it was before the first pruning, though it was made smaller since. Where a pruning did not
-    count them, the parameters are those that are masked, and the multiply-adds NaN; so is the sparsity where neither an
-    event nor its units say it.
+    """Scalars of a run: accuracy and loss in the epoch that counts, training and test, and what pruning removed.
 
-    The last epoch counts, but for a run whose protocol selects on the test set:
+    These are the shares of units (``sparsity``), of parameters (``removed_parameters``) and of multiply-adds
+    (``removed_multiply_adds``) of the network before the first pruning, even if it was made smaller since; what reads
+    only silent channels counts as removed. Accuracy and loss that were not recorded are NaN. Where a pruning did not
+    count them, the parameters are those that are masked and the multiply-adds NaN; sparsity is NaN where neither an
+    event nor its units give it.
+
+    The last epoch counts, unless the run's protocol selects on the test set: see
     :func:`analysis.protocol.epoch_that_counts`.
     """
     values = dict.fromkeys(("test_accuracy", "test_loss", "train_accuracy", "train_loss"), np.nan)
@@ -64,9 +65,9 @@ def pruned_units(runs: Iterable[xr.DataTree]) -> str:
 
 
 def training_curve(run: xr.DataTree) -> xr.Dataset:
-    """Loss and accuracy of each epoch, training and test, over ``epoch``, the number of epochs that were over.
+    """Training and test loss and accuracy over ``epoch``, the number of completed epochs.
 
-    The training loss, where it was not logged of the epoch, is the mean of what was logged of its steps.
+    Where no training loss was logged for an epoch, it is the mean of the losses logged at its steps.
 
     Raises:
         MissingQuantityError: no epochs were logged.

@@ -44,7 +44,7 @@ SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # w
 
 @remembering()
 def overview(runs: Runs, *, brief: bool = False) -> Parts:
-    """Tables by title, and the claims with their definitions where there are seeds to judge them by.
+    """Tables by title, and the claims with their definitions if there are several seeds to judge them by.
 
     Raises:
         MissingQuantityError: the runs recorded nothing.

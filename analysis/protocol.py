@@ -1,4 +1,4 @@
-"""What a protocol makes of a pruning: sparsity asked and reached, and which filters go, done right and with quirks."""
+"""What a protocol makes of a pruning: sparsity asked for and reached, and which filters go, with and without quirks."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _LABELS = {
 def protocol_diff(runs: Runs) -> xr.Dataset:
     """How records of the same rounds of pruning differ from the first of them, after each round.
 
-    Variables over (run, event), of prunings with units: the sparsity ``asked`` and ``reached``; the share of
-    multiply-adds left; how many layers have no filter left (``emptied``) and the smallest share of a layer that is
-    (``least_share``); the number of filters that are gone in one of the run and the first run, but not in the other
-    (``other``).
+    Variables over (run, event), for prunings with units: the sparsity ``asked`` for and ``reached``; the share of
+    multiply-adds left; the number of layers without any filter left (``emptied``) and the smallest share of a layer
+    that is left (``least_share``); the number of filters that are pruned in either this run or the first one, but not
+    in both (``other``).
 
     Raises:
         MissingQuantityError: a record has no prunings with units.

@@ -15,8 +15,8 @@ from .record import HOW_TO_RECORD, MissingQuantityError, columns, has, length
 def prunings(run: xr.DataTree) -> np.ndarray:
     """Positions of the prunings among the events of a run: those of kind "prune", and those that removed parameters.
 
-    Other events (a new learning rate, say, with a look at what it does) are none. Where a record says neither what kind
-    its events are nor what they removed, all are.
+    Other events, such as a new learning rate, are not prunings. If a record says neither of which kind its events are
+    nor what they removed, all of them are.
     """
     said = []
     if has(run, "pruning", "kind"):

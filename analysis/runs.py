@@ -1,4 +1,4 @@
-"""Runs by label: what every analysis of several records is given, and that of one record made of each."""
+"""Runs by label, as every analysis of several records takes them, and an analysis of one record applied to each."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check_runs(runs: object) -> None:
 
 
 def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:
-    """The analysis of every run that recorded what it needs.
+    """Apply an analysis to every run that recorded what it needs.
 
     Raises:
-        MissingQuantityError: none of the runs did. ValueError: they are not given by label.
+        MissingQuantityError: none of the runs did. ValueError: the runs are not given by label.
     """
     check_runs(runs)
     found, missing = {}, MissingQuantityError("no runs given")

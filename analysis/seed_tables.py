@@ -28,9 +28,9 @@ VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdi
 def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Test accuracy by model, data, rounds and measure: mean ± half of its 95 % interval over seeds.
 
-    Where no run logged an accuracy, the test loss. Beside it, where any was pruned, what the pruning took: filters or
-    weights, parameters and multiply-adds, means over seeds. Runs that did not end, or whose accuracy is not a number,
-    are left out, and said under ``seeds``.
+    If no run logged an accuracy, the test loss. If any run was pruned, also what pruning removed: filters or weights,
+    parameters and multiply-adds, means over seeds. Runs that did not end, or whose accuracy is not a number, are left
+    out and reported under ``seeds``.
     """
     table = comparisons(runs)
     found = {label: outcome(run) for label, run in with_progress(runs.items(), "accuracy") if ended(run)}
@@ -58,7 +58,7 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     """:func:`analysis.convergence` by model, data, rounds and measure, from the last pruning on.
 
     Area and final loss: mean ± half of its 95 % interval over seeds. Steps to a share of the first loss: median over
-    seeds; how many reached it where not all did. Networks that were not pruned start where the others do.
+    seeds, with the number of runs that reached it if not all did. Networks that were not pruned start with the others.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss after the last pruning.
@@ -119,10 +119,10 @@ def agreement_over_runs(runs: Runs) -> pd.DataFrame:
 
 
 def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
-    """Of :func:`analysis.claims`: under how many conditions each claim has which verdict.
+    """From :func:`analysis.claims`: the number of conditions under which each claim has each verdict.
 
-    Behind that, under how many the mean over seeds lies on the side that the claim says, whatever its interval. A claim
-    that is about none of the conditions has no row.
+    The last column counts those whose mean over seeds lies on the side that the claim states, whatever its interval. A
+    claim that is about none of the conditions has no row.
     """
     rows = pd.MultiIndex.from_frame(found[["claim", "says"]].drop_duplicates())
     counts = pd.crosstab([found.claim, found.says], found.verdict.str.replace(r" \(.*", "", regex=True))
@@ -150,9 +150,9 @@ def who_needs(measures: Mapping[str, list[str]]) -> str:
 
 
 def claims_table(found: pd.DataFrame) -> pd.DataFrame:
-    """:func:`analysis.claims` in print: effect and interval, as a ratio or in per cent of accuracy.
+    """:func:`analysis.claims` in print: effect and interval, as a ratio or in points of accuracy.
 
-    A verdict that stands when all are corrected for their number has a star.
+    A star marks verdicts that stand after correction for the number of intervals.
     """
     names = [name for name in found if name not in ("says", *JUDGED)]
     printed = found.set_index(_telling(found, names))

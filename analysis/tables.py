@@ -15,14 +15,14 @@ from .typeset import MISSING, known
 
 
 def outcome_table(runs: Runs) -> pd.DataFrame:
-    """One row a run: accuracy and loss, and where any was pruned, its sparsity; in words and per cent."""
+    """One row per run: accuracy and loss and, if any run was pruned, sparsity, in words and per cent."""
     table = _outcomes(runs)
     table.columns = [f"{what} pruned" if of == "pruned" else f"{of} {what}" for of, what in table]
     return table
 
 
 def brief_table(runs: Runs) -> pd.DataFrame:
-    """One row a run: :func:`outcome_table`, and how far off predictions of a step are, in the median of how many."""
+    """One row per run: :func:`outcome_table`, and the median error of predictions for a step, with their number."""
     table = _outcomes(runs)
     try:
         found = each(runs, agreement)
@@ -54,10 +54,10 @@ def _outcomes(runs: Runs) -> pd.DataFrame:
 
 
 def agreement_table(runs: Runs) -> pd.DataFrame:
-    """One row a run, relation and order: the summary figures of :func:`analysis.agree`. Runs without any are left out.
+    """One row per run, relation and order: the numbers of :func:`analysis.agree`. Runs without any are left out.
 
     Raises:
-        MissingQuantityError: all runs are.
+        MissingQuantityError: no run has any.
     """
     frames = [found.to_dataframe().assign(run=label) for label, found in each(runs, agreement).items()]
     table = pd.concat(frames).reset_index()

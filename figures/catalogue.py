@@ -1,4 +1,4 @@
-"""All figures by name: how each is drawn, the claim it shows, how it is read, and what was found."""
+"""All figures by name: how each is drawn, the claim it shows, how to read it, and what was found."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ FIGURES: dict[str, Entry] = {
 
 
 def draw(name: str, runs: Runs) -> Figure:
-    """A figure by its name, in thetadot's style.
+    """Draw a figure by name, in thetadot's style.
 
-    Runs of one measure are laid side by side by the setting in which they differ, if they do: a learning rate, say.
+    Runs of a single measure are compared by the setting in which they differ, if any, such as the learning rate.
 
     Raises:
-        ValueError: no such figure, or no runs. MissingQuantityError: no run recorded what the figure needs.
+        ValueError: there is no such figure, or no runs were given. MissingQuantityError: no run recorded what it needs.
     """
     entry, shown = _entry(name), by_setting(runs)
     with theme(_measures(shown)):
@@ -81,7 +81,7 @@ def caption(name: str) -> str:
 
 
 def finding(name: str, runs: Runs) -> str:
-    """What was found, in a sentence; nothing where it takes more than the figure does."""
+    """What was found, in a sentence; "" where that needs more than the figure does."""
     try:
         return _entry(name).finding(runs)
     except MissingQuantityError:

@@ -1,4 +1,4 @@
-"""The figure of the paper's claims: every effect with its interval, and on which side of nothing it lies."""
+"""The figure of the paper's claims: every effect with its interval, and on which side of no effect it lies."""
 
 from __future__ import annotations
 

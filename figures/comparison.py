@@ -1,4 +1,4 @@
-"""The figures of the measures side by side, over seeds: runs in, figure out. A docstring opens with its claim."""
+"""Figures of measures side by side, over seeds: runs in, figure out. Each docstring opens with the claim it shows."""
 
 from __future__ import annotations
 

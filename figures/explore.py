@@ -1,4 +1,4 @@
-"""Looking around in records, in Jupyter: pictures and numbers that follow what is chosen."""
+"""Interactive exploration of records in Jupyter: pictures and numbers that follow what is chosen."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _WIDE = {"width": "36em"}
 
 
 def explore(runs: Runs) -> Tab:
-    """Look around in records, as the last line of a cell: ``figures.explore(analysis.open_runs("out/*.zarr"))``.
+    """Explore records, as the last line of a cell: ``figures.explore(analysis.open_runs("out/*.zarr"))``.
 
-    Three tabs: the figures, each with the claim it shows, how it is read and what was found; theory against
-    measurement within the steps that are chosen, with its agreement in numbers; and any quantity over the steps, of the
-    whole network, to which layers add up, or of single layers. Where a choice needs what was not recorded, the reason
-    stands in the picture's place.
+    Three tabs: the figures, each with the claim it shows, how to read it and what was found; theory against measurement
+    over a range of steps, with the agreement in numbers; and any quantity over the steps, of the whole network (the sum
+    over layers) or of single layers. Where a choice needs something that was not recorded, the reason is shown instead
+    of a picture.
 
     Args:
         runs: records by label.
 
     Raises:
-        ValueError: no runs, or these are none.
+        ValueError: no runs were given, or they are not records.
         ModuleNotFoundError: ipywidgets is not installed.
     """
     conditions(runs)
@@ -58,7 +58,7 @@ def explore(runs: Runs) -> Tab:
             widgets,
             partial(prediction_page, runs),
             label=one(),
-            prediction=widgets.Dropdown(options=list(PREDICTIONS), description="of"),
+            prediction=widgets.Dropdown(options=list(PREDICTIONS), description="prediction"),
             window=window(),
         )
         tabs["Quantities"] = _shown(

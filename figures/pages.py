@@ -1,4 +1,4 @@
-"""What a choice comes to, in HTML: a figure, a prediction or a quantity, with what is to be said of it."""
+"""What :func:`figures.explore` shows for a choice, in HTML: a figure, a prediction or a quantity, with its text."""
 
 from __future__ import annotations
 

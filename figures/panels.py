@@ -24,7 +24,7 @@ _DOTS = 60  # measured ones: more hide what was predicted
 
 
 def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; dots of some of many."""
+    """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; of many dots, some."""
     ax = ax or plt.gca()
     for order, style in LINES.items():
         draw_line(prediction.step.values, prediction[order].values, ax=ax, **style)
@@ -37,7 +37,7 @@ def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 
 def draw_predicted_measured(prediction: xr.Dataset, order: str, *, ax: Axes | None = None, **style: object) -> Axes:
-    """Measured against predicted values of one order: one point each."""
+    """Measured against predicted values of one order, one point per pair."""
     ax = ax or plt.gca()
     ax.plot(prediction[order].values.ravel(), prediction.measured.values.ravel(), linestyle="none", **style)
     ax.set(xlabel="predicted", ylabel="measured")
@@ -45,7 +45,7 @@ def draw_predicted_measured(prediction: xr.Dataset, order: str, *, ax: Axes | No
 
 
 def draw_identity(ax: Axes) -> Axes:
-    """The line on which a prediction is right, behind the points, within the limits that these have set."""
+    """The line on which a prediction is exact, behind the points and within their limits."""
     low, high = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
     ax.plot([low, high], [low, high], color="0.7", linewidth=0.9, zorder=0)
     ax.set(xlim=(low, high), ylim=(low, high))
@@ -53,10 +53,10 @@ def draw_identity(ax: Axes) -> Axes:
 
 
 def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
-    """One line a layer over ``step``, coloured by depth from dark (input) to light (output); few have their names.
+    """One line per layer over ``step``, coloured by depth from dark (input) to light (output), named if they are few.
 
-    Where no value is negative, and the axis is to be logarithmic, the lines are those of the values above zero: of a
-    network whose optimizers take turns, each layer's gradient at the steps in which it is trained.
+    Where no value is negative and the axis is logarithmic, lines skip zeros: in a network whose optimizers take turns,
+    each layer's gradient is drawn at the steps in which it is trained.
     """
     ax = ax or plt.gca()
     names = layer_names(quantity.layer.values)
@@ -74,7 +74,7 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
 
 
 def draw_events(steps: Iterable[int], others: Iterable[int] = (), *, ax: Axes | None = None) -> Axes:
-    """A vertical line at each pruning and each other event, between the step before it and the step after."""
+    """Vertical lines at prunings and at other events, each between the step before it and the step after it."""
     return draw_times([step - 0.5 for step in steps], [step - 0.5 for step in others], ax=ax)
 
 
@@ -141,9 +141,9 @@ def draw_seeds(
 
 
 def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: float = 0.0, **style: object) -> Axes:
-    """A point a layer, over ``layer`` in the network's order; as many layers are named as there is room for.
+    """One point per layer, in the network's order; as many layers are named as there is room for.
 
-    ``beside``: so far from the layer's place, in layers, that several series are seen beside each other.
+    ``beside``: offset from the layer's place, in layers, to show several series beside each other.
     """
     ax = ax or plt.gca()
     names = layer_names(values.layer.values)

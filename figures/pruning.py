@@ -1,4 +1,4 @@
-"""The figures of what pruning did to the dynamics: runs in, figure out. A docstring opens with the claim it shows."""
+"""Figures of what pruning did to the dynamics: runs in, figure out. Each docstring opens with the claim it shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of single steps, predicted and measured: runs in, figure out. A docstring opens with its claim."""
+"""Figures of single steps, predicted and measured: runs in, figure out. Each docstring opens with its claim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What colours, lines and markers mean, in every figure the same."""
+"""What colours, lines and markers mean: the same in every figure."""
 
 from __future__ import annotations
 

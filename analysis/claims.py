@@ -165,7 +165,7 @@ CLAIMS: dict[str, Claim] = {
 
 
 def statistics(runs: Runs) -> pd.DataFrame:
-    """Every statistic of :data:`STATISTICS`, one row a run, behind the columns of :func:`analysis.conditions`.
+    """Every statistic of :data:`STATISTICS`, one row per run, after the columns of :func:`analysis.conditions`.
 
     NaN where a record lacks what a statistic needs, where the statistic is a change from zero (of a network that is
     already dead), and for runs that have not ended, whose outcome is not known. ``training_area`` is also NaN for runs

@@ -237,7 +237,7 @@ def test_the_command_line_says_what_failed(tmp_path: Path, capsys: pytest.Captur
     write(tmp_path / "grid.yaml", {**TINY.identity, "grids": varied})
     assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "0"]) == 1
     shown = capsys.readouterr()
-    assert "recorded 1 runs in" in shown.out
+    assert "recorded 1 run in" in shown.out
     assert f"failed: {DIVERGING.name}: the training diverged in epoch 1" in shown.err
     assert "100%" not in shown.err.splitlines()[-1]
 

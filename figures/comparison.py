@@ -53,8 +53,8 @@ def convergence(runs: Runs) -> Figure:
     half an epoch at either end; median over seeds, with a band between the quartiles. Middle: the mean training loss of
     these steps, the area under the curve. Right: steps until the mean loss of an epoch, hence at least one epoch, falls
     to the given share of the first loss: the smallest share that all runs of the condition reached or, if there is
-    none, 75 %, with only the runs that reached it. Not drawn where all runs took the same number. Small markers: single
-    seeds; large: their mean with its 95 % interval (Student's).
+    none, 75 %, with the runs that reached it, and a mean where all of a measure did. Not drawn where all runs took the
+    same number. Small markers: single seeds; large: their mean with its 95 % interval (Student's).
     """
     found = comparison.compare_convergence(runs)
     alone = _is_one_run(found)
@@ -74,7 +74,8 @@ def convergence(runs: Runs) -> Figure:
         axes[1].xaxis.set_major_locator(MaxNLocator(5))
         axes[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
-        axes[2].set_visible(len(np.unique(np.concatenate([reached.values for reached in steps.values()]))) > 1)
+        known = np.concatenate([reached.dropna("seed") for reached in steps.values()])
+        axes[2].set_visible(len(np.unique(known)) > 1)
     legend_below(figure)
     return figure
 
@@ -242,4 +243,4 @@ def _reached(measures: comparison.ByMeasure) -> tuple[float, dict[str, xr.DataAr
     ]
     share = min(finite, default=max(shares))
     chosen = {measure: values.steps_to_loss.sel(share=share) for measure, values in measures.items()}
-    return share, {measure: steps.where(np.isfinite(steps), drop=True) for measure, steps in chosen.items()}
+    return share, {measure: steps.where(np.isfinite(steps)) for measure, steps in chosen.items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from figures import draw_layers, draw_over_layers, draw_over_time, layout, lines, panels, scales
+from figures import comparison, draw_layers, draw_over_layers, draw_over_time, layout, lines, panels, scales
 from figures.style import LINES
 
 mpl.use("agg")
@@ -151,3 +151,19 @@ def test_a_scatter_without_a_point_says_so() -> None:
         ax = panels.draw_predicted_measured(lost, order, ax=plt.figure().gca())
         layout.symmetric(ax, layout.compared(lost))
         assert [text.get_text() for text in ax.texts] == said
+
+
+def test_steps_to_a_loss_have_a_mean_only_where_all_seeds_reached_it() -> None:
+    def took(*steps: float) -> xr.Dataset:
+        return xr.Dataset({"steps_to_loss": (("seed", "share"), np.array(steps)[:, None])}, coords={"share": [0.75]})
+
+    share, steps = comparison._reached({"magnitude": took(4, 6, np.inf), "random": took(5, 6, 7)})
+    assert share == 0.75
+    ax = panels.draw_seeds(steps, {name: {"label": name, "marker": "o", "color": "k"} for name in steps})
+    means = [container.lines[0] for container in ax.containers]
+    small = [
+        line for line in ax.lines if line.get_markersize() < means[0].get_markersize() and len(line.get_xdata()) == 3
+    ]
+    plt.close(ax.figure)
+    assert [np.isfinite(line.get_xdata()).sum() for line in small] == [2, 3]
+    assert [float(line.get_xdata()[0]) for line in means] == pytest.approx([np.nan, 6.0], nan_ok=True)

@@ -84,7 +84,7 @@ def test_help_of_protocol_diff_says_what_it_does_without_arguments(capsys: pytes
     shown, comparison = shown_help(["protocol-diff"], capsys, "analysis"), Comparison()
     assert "(required)" not in shown
     for setting in ("model", "measure", "sparsity", "rounds", "width"):
-        assert f"of the fresh network; by default {getattr(comparison, setting)}" in shown
+        assert f"{setting} for the fresh network (default: {getattr(comparison, setting)})" in shown
 
 
 def test_from_nothing_to_a_report(
@@ -280,7 +280,7 @@ MISTAKES = {
     "compare in a file": ("dynamics", ["protocols", "-o", "{broken}"], "broken.yaml is a file: records go into"),
     "show condensed": ("dynamics", ["show", "{zip}"], "`python -m analysis` read condensed records, named *.zarr.zip"),
     "analyse a zip": ("analysis", ["{zip}"], "read condensed records, named *.zarr.zip"),
-    "analyse half a zip": ("analysis", ["{half}"], "or a damaged one (File is not a zip file); copy it again"),
+    "analyse half a zip": ("analysis", ["{half}"], "or is damaged (File is not a zip file); copy it again"),
     "analyse with what": ("analysis", ["{record}", "--colour"], "unrecognized arguments: --colour; --help says"),
     "draw with what": ("figures", ["{record}", "--colour"], "--help says"),
     "condense into a folder": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ class Moments:
     def _first_pass_begins(self, seen: Sequence[Seen], waiting: Seen, module: nn.Module) -> None:
         before, waiting.moment, waiting.passed = waiting.moment, self._of_pass(waiting), True
         if waiting.changed_since is not None:
-            waiting.changed = waiting.changed_since()
+            waiting.changed = self._changed(waiting)
             waiting.changed_since = None if trains(module) else waiting.changed_since
         waiting.moment.others = before.others if before else {}
         waiting.gradient_moment = waiting.last_moment = None
@@ -116,7 +117,12 @@ class Moments:
         waiting.passed_in_eval_at = None if trains(module) else self._backward.total
         for other in (one for one in seen if not one.passed):  # perhaps it is of one of them
             other.gradient_moment = other.last_moment = waiting.moment
-            other.changed = other.changed_since() if other.changed_since is not None else None
+            other.changed = self._changed(other) if other.changed_since is not None else None
+
+    def _changed(self, seen: Seen) -> Any:
+        """A copy of the batch if the loop has changed it; what is copied may draw random numbers."""
+        with random_numbers_untouched(self._device):
+            return seen.changed_since()
 
     def _further_pass_begins(self, last: Seen) -> None:
         last.last_moment = again = self._of_pass(last)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
 from functools import partial
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,10 @@ from torch.nn.utils.rnn import PackedSequence
 from ..hardware.memory_order import channels_first
 from .contents import are_equal
 from .ownership import OF_OTHERS, held
+
+_MOST = 10_000  # values that are looked at behind a batch's objects
+_COLLECTIONS = (dict, MappingProxyType, list, tuple)
+_PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None)})
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -41,11 +47,13 @@ def changes(batch: Any, seen: Any) -> Callable[[], Any]:
 
     By changing a tensor in place, or by putting another there. What it only took out is as in the copy ``seen``.
     """
-    before = _contents(batch)  # these tensors stay alive, so that no other is taken for one of them
+    own = _contents(batch)  # these tensors stay alive, so that no other is taken for one of them
+    copies = _contents(seen) if any(isinstance(one, np.ndarray) for one in own.values()) else {}
+    before = {place: (one, _state(one, copies.get(place))) for place, one in own.items()}
 
     def changed() -> Any:
         now = _contents(batch)
-        if all(place in before and _is_as(*before[place], *content) for place, content in now.items()):
+        if all(place in before and _is_as(*before[place], one) for place, one in now.items()):
             return None
         present = copied(batch)
         if isinstance(present, MutableMapping) and isinstance(seen, Mapping):
@@ -55,26 +63,54 @@ def changes(batch: Any, seen: Any) -> Callable[[], Any]:
     return changed
 
 
-def _contents(value: Any, place: tuple = (), within: tuple[int, ...] = ()) -> dict[tuple, tuple[Any, Any]]:
-    """The tensors and arrays in a batch, its collections and objects, by their places; each with its state."""
+def _contents(batch: Any) -> dict[tuple, Tensor | np.ndarray]:
+    """The tensors and arrays in a batch, its collections and objects, by their places.
+
+    None of the batch's own code runs: what it would load or compute is not looked at. Each collection and object is
+    looked into once. Objects may refer to anything, so that behind them only so much is looked at.
+    """
+    found: dict[tuple, Tensor | np.ndarray] = {}
+    known: dict[int, Any] = {}
+    waiting, room = deque([((), batch, False)]), _MOST
+    while waiting:
+        place, value, behind = waiting.popleft()
+        if issubclass(type(value), Tensor | np.ndarray):
+            found[place] = value
+        elif id(value) not in known:
+            known[id(value)] = value
+            behind = behind or not issubclass(type(value), _COLLECTIONS)
+            inner = _inner(value) if room or not behind else ()
+            parts = [(key, part) for key, part in inner if type(part) not in _PLAIN]
+            if behind:
+                parts = parts[:room]
+                room = max(room - 1 - len(parts), 0)
+            waiting.extend(((*place, key), part, behind) for key, part in parts)
+    return found
+
+
+def _inner(value: Any) -> Iterable[tuple[Hashable, Any]]:
+    """The entries of a collection, or the attributes of an object that is no network, data, function or module."""
+    kind = type(value)
+    if issubclass(kind, dict | MappingProxyType):
+        return list((dict if issubclass(kind, dict) else kind).items(value))
+    if issubclass(kind, list | tuple):
+        return enumerate((list if issubclass(kind, list) else tuple).__iter__(value))
+    if kind.__module__ == "builtins" or issubclass(kind, (type, ModuleType, np.generic, *OF_OTHERS)):
+        return ()
+    return enumerate(held(value))
+
+
+def _state(value: Tensor | np.ndarray, copy: Any) -> Any:
+    """What tells whether a tensor or an array is changed: its version, or its numbers, of which there is a copy."""
     if isinstance(value, Tensor):
-        return {place: (value, None if value.is_inference() else value._version)}
-    if isinstance(value, np.ndarray):
-        return {place: (value, value.copy())}
-    if isinstance(value, Mapping):
-        parts = value.items()
-    elif isinstance(value, tuple | list):
-        parts = enumerate(value)
-    else:
-        parts = enumerate([] if isinstance(value, (type, *OF_OTHERS)) else held(value))
-    inner = (*within, id(value))
-    found = (_contents(part, (*place, key), inner) for key, part in parts if id(part) not in inner)
-    return {place: content for contents in found for place, content in contents.items()}
+        return None if value.is_inference() else value._version
+    return copy if isinstance(copy, np.ndarray) else value.copy()  # itself if it could not be copied: it has no other
 
 
-def _is_as(before: Any, its_state: Any, now: Any, state: Any) -> bool:
-    same = before is now or isinstance(now, np.ndarray)
-    return same and are_equal(its_state, state)
+def _is_as(before: Any, state: Any, now: Any) -> bool:
+    if isinstance(now, Tensor):
+        return before is now and state == _state(now, None)
+    return state is now or are_equal(state, now)
 
 
 def _copy_of_tensor(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -51,9 +51,13 @@ def is_users_module(module: str | None) -> bool:
 
 
 def held(value: Any) -> list[Any]:
-    """The attributes of an object."""
-    own = vars(value).values() if hasattr(value, "__dict__") else ()
-    return [*own, *(one for _, one in slots(value))]
+    """The attributes of an object; none of its own code runs."""
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except Exception:  # it has none, or a property of that name
+        own = {}
+    attributes = own.values() if isinstance(own, Mapping) else ()
+    return [*attributes, *(one for _, one in slots(value))]
 
 
 def slots(value: Any) -> list[tuple[MemberDescriptorType, Any]]:

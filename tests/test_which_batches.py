@@ -15,6 +15,8 @@ from networks import Batch, convolutional_network, images, one_ahead, smooth_net
 from torch import nn
 
 from dynamics import Recorder, open_run
+from dynamics.probing.probe import Probe
+from dynamics.recording.probed_step import ProbedStep
 
 
 def halves(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
@@ -426,3 +428,29 @@ def test_random_generators_are_let_alone_by_a_thread_that_reads(
     recorder.close()
     assert restored
     assert "reader" not in restored
+
+
+def test_a_batch_that_was_read_ahead_is_not_tried_from_where_an_earlier_step_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop changes its gradients, so that all candidates are tried: each of other batches, as all draw nothing."""
+    tried: list[list[tuple[float, ...]]] = []
+    gradient = ProbedStep.gradient
+
+    def counted(self: ProbedStep, probe: Probe) -> object:
+        tried[-1].append(tuple(batch[0].sum().item() for batch, _ in probe._at))
+        return gradient(self, probe)
+
+    monkeypatch.setattr(ProbedStep, "gradient", counted)
+    model = smooth_network().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for inputs, labels in one_ahead(recorder.watch(vectors(6))):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            for parameter in model.parameters():
+                parameter.grad += 0.01 * torch.randn_like(parameter.grad)
+            tried.append([])
+            optimizer.step()
+    assert len(tried[-2]) > 1
+    assert all(len(set(batches)) == len(batches) for batches in tried)

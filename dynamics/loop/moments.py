@@ -84,6 +84,7 @@ class Moments:
             own, seen.batch = seen.batch, copied(seen.batch)
             seen.changed_since = seen.changed_since or changes(own, seen.batch)
             seen.moment = seen.first_moment = moment
+            seen.latest_moment = None  # passes until now were of steps before
 
     def pass_begins(self, seen: Sequence[Seen], module: nn.Module) -> None:
         """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""

@@ -454,3 +454,27 @@ def test_a_batch_that_was_read_ahead_is_not_tried_from_where_an_earlier_step_beg
             optimizer.step()
     assert len(tried[-2]) > 1
     assert all(len(set(batches)) == len(batches) for batches in tried)
+
+
+def test_a_batch_on_which_the_objective_fails_is_not_mistaken_for_another_that_was_read(tmp_path: Path) -> None:
+    """All batches are alike, and gradients are clipped: that of the next one would pass for the step's."""
+    model = smooth_network().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inputs, labels = vectors(1)[0]
+    batches = [(inputs + 0.1 * number, labels) for number in range(6)]
+
+    def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
+        if torch.equal(batch[0], batches[3][0]):
+            raise ValueError("the fourth is odd")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with (
+        pytest.warns(match=r"not recorded from step 3 on: the objective failed .*the fourth is odd"),
+        Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder,
+    ):
+        for inputs, labels in one_ahead(recorder.watch(batches)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            nn.utils.clip_grad_value_(model.parameters(), 0.05)
+            optimizer.step()
+    assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 1, 2]

@@ -188,6 +188,9 @@ class StepCurvature:
             found.append(tried)
             if tried.sure:
                 break
+        if found and not found[-1].sure and found[0].candidate.number != probes[0].number:
+            # The likeliest batches may be the step's although the objective failed on them: then this is said.
+            found = [again, *found] if (again := self._found(probes[0], by, step)) else []
         if not found:
             return None
         if not found[-1].sure:

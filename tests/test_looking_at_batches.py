@@ -14,7 +14,11 @@ from networks import vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
+from dynamics.loop.backward_passes import BackwardPasses
+from dynamics.loop.moments import Moments
+from dynamics.loop.seen import Seen
 from dynamics.probing.batch import changes, copied
+from dynamics.probing.objective import cross_entropy_objective
 
 
 class Sample:
@@ -161,3 +165,17 @@ def test_a_large_array_is_compared_with_the_copy_that_there_is() -> None:
     assert peak < 4 * 2**20
     batch["x"][-1] = 2
     np.testing.assert_array_equal(changed()["x"], batch["x"])
+
+
+def test_a_batch_that_is_read_ahead_is_held_once_however_often_a_step_begins() -> None:
+    model, (batch, *_) = nn.Linear(4, 3), vectors(1)
+    backward = BackwardPasses(lambda: list(model.parameters()), averaged=False)
+    moments = Moments(model, torch.device("cpu"), cross_entropy_objective, backward, lambda: list(model.parameters()))
+    seen = Seen(batch, None)
+    moments.keep(seen)
+    first = seen.batch
+    moments.keep(seen)
+    assert seen.batch is first
+    assert seen.batch[0] is not batch[0]
+    batch[0].add_(1)
+    assert torch.equal(seen.changed_since()[0], batch[0])

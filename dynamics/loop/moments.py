@@ -81,8 +81,9 @@ class Moments:
             return
         with self.not_in_the_loop(), random_numbers_untouched(self._device):
             moment = moment or self.now()
-            own, seen.batch = seen.batch, copied(seen.batch)
-            seen.changed_since = seen.changed_since or changes(own, seen.batch)
+            if seen.changed_since is None:  # else it is a copy already
+                own, seen.batch = seen.batch, copied(seen.batch)
+                seen.changed_since = changes(own, seen.batch)
             seen.moment = seen.first_moment = moment
             seen.latest_moment = None  # passes until now were of steps before
 

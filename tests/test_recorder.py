@@ -341,6 +341,21 @@ def test_an_objective_that_fails_costs_the_curvature_and_not_the_training(tmp_pa
     assert "step" not in run["curvature"].sizes
 
 
+def test_an_optimizer_that_goes_on_with_parameters_that_came_later_is_not_said_to_train_nothing(tmp_path: Path) -> None:
+    """As where adapters are put in, and trained alone from then on."""
+    model, batches = smooth_network(), vectors(3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=0):
+        plain_step(model, optimizer, batches[0])
+        model.requires_grad_(False)
+        model.append(nn.Linear(3, 3))
+        optimizer.param_groups[0]["params"] = list(model[-1].parameters())
+        with pytest.warns(UserWarning, match="came after recording began") as said:
+            for batch in batches[1:]:
+                plain_step(model, optimizer, batch)
+    assert len(said) == 1
+
+
 def test_an_optimizer_whose_parameters_were_replaced_is_named_once(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

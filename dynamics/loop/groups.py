@@ -76,7 +76,8 @@ class Groups:
             }
             for one in self._optimizers
         ]
-        if known is not None and not any(self._group_of):
+        given = [parameter for group in groups for parameter in group["params"]]
+        if known is not None and not (any(self._group_of) or self._layers.has_any(given)):
             warnings.warn(
                 "the optimizer that was given holds none of the model's parameters any more, so it trains nothing: "
                 "they were replaced, as load_state_dict(assign=True) does. Make the optimizer after that",

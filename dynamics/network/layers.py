@@ -117,6 +117,11 @@ class Layers:
             (index, name) for index, (name, _) in enumerate(self._found) if (name or "").endswith("_orig")
         ]
 
+    def has_any(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether one of these is the model's, be it recorded or not."""
+        own = {id(parameter) for parameter in self._model.parameters()}
+        return any(id(parameter) in own for parameter in parameters)
+
     def _plain_name(self, name: str) -> str:
         """Of a parameter that the model has, or had before it was pruned, say."""
         return self._plain.get(name, plain_name(name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -188,8 +188,7 @@ class StepCurvature:
             found.append(tried)
             if tried.sure:
                 break
-        if found and not found[-1].sure and found[0].candidate.number != probes[0].number:
-            # The likeliest batches may be the step's although the objective failed on them: then this is said.
+        if found and self._is_left_out(probes[0], found):  # then it is said why
             found = [again, *found] if (again := self._found(probes[0], by, step)) else []
         if not found:
             return None
@@ -201,6 +200,12 @@ class StepCurvature:
         if (best := self._candidates.choose(found)) is None:
             self._say_unknown(step)
         return best
+
+    def _is_left_out(self, likeliest: Candidate, found: Sequence[Found]) -> bool:
+        """Whether the objective failed on the likeliest batches, and no others are surely the step's."""
+        if found[-1].sure or found[0].candidate is likeliest:
+            return False
+        return not self._all_agree(found[0].candidate.number == likeliest.number)
 
     def _found(
         self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int, *, others: bool = False

@@ -658,6 +658,29 @@ def test_a_parameter_that_is_called_like_the_origin_of_another_counts_beside_it(
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
 
 
+class Same(nn.Module):
+    """A parametrization that changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_weight_that_is_made_ready_for_pruning_and_then_parametrized_stays_itself(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+            for number, batch in enumerate(recorder.watch(vectors(3))):
+                if number == 1:
+                    nn.utils.prune.identity(model[2], "weight")
+                    nn.utils.parametrize.register_parametrization(model[2], "weight_orig", Same())
+                expected = sum(one.square().sum().item() for one in model[2].parameters())
+                plain_step(model, optimizer, batch)
+    found = open_run(tmp_path / "run")["steps"].param_sqnorm.sel(layer="2")
+    np.testing.assert_allclose(found[-1], expected, rtol=1e-6)
+
+
 def test_a_part_of_a_parametrized_weight_that_is_pruned_by_torch_stays_itself(tmp_path: Path) -> None:
     model = smooth_network()
     nn.utils.parametrizations.weight_norm(model[2])

@@ -1,7 +1,7 @@
 """Theory against measurement: each function takes a record and returns a dataset. Nothing here needs torch."""
 
 from .agreement import agree, agreement, residuals
-from .claims import CLAIMS, claims, statistics
+from .claims import CLAIMS
 from .comparison import compare, compare_convergence, mean_and_interval, median_and_quartiles, side_by_side
 from .condensed import condense, expand
 from .conditions import comparisons, conditions
@@ -22,10 +22,12 @@ from .opening import open_runs
 from .outcome import outcome, training_curve
 from .protocol import protocol_diff, protocol_table
 from .record import MissingQuantityError
+from .run_statistics import statistics
 from .runs import each
 from .seed_tables import accuracy_table, claims_table, convergence_table, verdict_table
 from .statistics import STATISTICS
 from .tables import agreement_table, outcome_table
+from .verdicts import claims
 
 __all__ = [
     "CLAIMS",

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .claims import claims
 from .conditions import comparisons, conditions, mean_by_measure
 from .convergence import convergence
 from .effect import loss_and_gradient_at_pruning
@@ -16,6 +15,7 @@ from .prunings import prunings
 from .record import MissingQuantityError, ended
 from .runs import Runs, each
 from .seed_tables import VERDICTS
+from .verdicts import claims
 
 
 def fastest(runs: Runs) -> str:

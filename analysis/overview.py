@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from . import seed_tables
-from .claims import CLAIMS, claims
+from .claims import CLAIMS
 from .conditions import conditions, probe_mode, several_seeds
 from .findings import diverged
 from .record import MissingQuantityError, check_begun
@@ -16,6 +16,7 @@ from .runs import Runs
 from .statistics import STATISTICS
 from .tables import agreement_table, brief_table, outcome_table
 from .typeset import MISSING
+from .verdicts import claims
 
 Part = pd.DataFrame | list[str]
 Parts = dict[str, Part]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .claims import CLAIMS, JUDGED, trained_unevenly
+from .claims import CLAIMS
 from .conditions import MEASURES, compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
 from .intervals import CONFIDENCE, half_width
@@ -18,9 +18,11 @@ from .outcome import outcome, pruned_units
 from .progress import with_progress
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has
+from .run_statistics import trained_unevenly
 from .runs import Runs
 from .tables import agreement_table
 from .typeset import MISSING, told_apart
+from .verdicts import JUDGED
 
 VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdict")
 

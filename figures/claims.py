@@ -14,11 +14,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodF
 
 import analysis
 from analysis import CLAIMS, MissingQuantityError
-from analysis.claims import JUDGED, as_claimed
 from analysis.conditions import names_of_conditions
 from analysis.names import name_of
 from analysis.runs import Runs
 from analysis.typeset import percentages
+from analysis.verdicts import JUDGED, as_claimed
 
 from .labels import plain, wrapped
 from .layout import legend_below

@@ -8,9 +8,9 @@ from scipy import stats
 from synthetic_runs import MEASURES, record, runs
 
 import analysis
-from analysis.claims import judged
 from analysis.intervals import half_width, p_value
 from analysis.overview import overview
+from analysis.verdicts import judged
 
 
 def verdicts(found: pd.DataFrame) -> dict[str, str]:

@@ -12,11 +12,11 @@ import xarray as xr
 from torch import nn
 
 import analysis
-from analysis.claims import judged
 from analysis.overview import overview
 from analysis.remembered import remembering
 from analysis.seed_tables import chance, claims_table
 from analysis.typeset import as_markdown
+from analysis.verdicts import judged
 from dynamics.models import build
 from figures import FIGURES, caption, claim
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
+
+from dynamics import open_run
 
 
 class ByHand:
@@ -67,6 +70,13 @@ def curvature_by_hand(loss: Tensor, parameters: Sequence[Tensor]) -> dict[str, f
     along = [sum((a * b).sum().item() for a, b in zip(product, of, strict=True)) for of in (grad, parameters)]
     return {"loss_before": loss.item(), "grad_sqnorm": square.item(),
             "grad_hess_grad": along[0], "param_hess_grad": along[1]}  # fmt: skip
+
+
+def is_of_its_steps(path: Path, losses: Sequence[float]) -> None:
+    """Assert that a record's curvature is of what was trained on: of these losses, and of the gradients applied."""
+    curvature = open_run(path)["curvature"]
+    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -82,6 +82,14 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     return loss
 
 
+def step_along(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """The step that a loss leads to; returns the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def closure_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, by_name: bool = False) -> Tensor:
     """One training step whose gradient a closure takes, handed by its place or by its name; returns the loss."""
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import vectors
+from by_hand import is_of_its_steps
+from networks import step_along, vectors
 from torch import Tensor, nn
 
-from dynamics import Recorder, open_run
+from dynamics import Recorder
 from dynamics.loop.backward_passes import BackwardPasses
 from dynamics.loop.moments import Moments
 from dynamics.loop.seen import Seen
@@ -97,14 +98,8 @@ def test_a_batch_that_refers_to_anything(tmp_path: Path, what: str) -> None:
         for sample in recorder.watch(samples):
             if what not in ("a module", "a generator", "a chain of objects"):  # these cannot be copied
                 sample.x = sample.x + torch.randn_like(sample.x)
-            loss = objective(model, sample)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    curvature = open_run(tmp_path / "run")["curvature"]
-    np.testing.assert_allclose(curvature.loss_before, losses, rtol=1e-12)
-    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
+            losses.append(step_along(objective(model, sample), optimizer))
+    is_of_its_steps(tmp_path / "run", losses)
 
 
 class Loaded(Mapping):

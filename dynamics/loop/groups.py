@@ -76,8 +76,8 @@ class Groups:
             }
             for one in self._optimizers
         ]
-        given = [parameter for group in groups for parameter in group["params"]]
-        if known is not None and not (any(self._group_of) or self._layers.has_any(given)):
+        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        if known is not None and not (any(self._group_of) or self._layers.has_any(held.values())):
             warnings.warn(
                 "the optimizer that was given holds none of the model's parameters any more, so it trains nothing: "
                 "they were replaced, as load_state_dict(assign=True) does. Make the optimizer after that",
@@ -85,7 +85,6 @@ class Groups:
             )
         every = list(range(len(self._layers.parameters)))
         self._held = [None if list(groups) == every else list(groups) for groups in self._group_of]
-        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
         self.outside = [parameter for key, parameter in held.items() if key not in index_of]
         self._rest = {}
 

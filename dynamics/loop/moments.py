@@ -85,13 +85,13 @@ class Moments:
                 own, seen.batch = seen.batch, copied(seen.batch)
                 seen.changed_since = changes(own, seen.batch)
             seen.moment = seen.first_moment = moment
-            seen.latest_moment = None  # passes until now were of steps before
+            seen.next_moment = None  # passes until now were of steps before
 
     def pass_begins(self, seen: Sequence[Seen], module: nn.Module) -> None:
         """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
         if (waiting := self._next_to_pass(seen, module)) is not None:
             self._first_pass_begins(seen, waiting, module)
-            seen[-1].latest_moment = seen[-1].latest_moment or waiting.moment
+            seen[-1].next_moment = seen[-1].next_moment or waiting.moment
         elif seen:
             self._further_pass_begins(seen[-1])
 

@@ -26,7 +26,7 @@ _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
     "seen": lambda seen: seen.first_moment or seen.moment,  # a loss may draw random numbers before it runs the network
     "forward pass before the gradient": lambda seen: seen.gradient_moment or seen.moment,  # of several
     "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not for the step's sake
-    "next forward pass": lambda seen: seen.latest_moment or seen.moment,  # what was seen before it was skipped
+    "next forward pass": lambda seen: seen.next_moment or seen.moment,  # what was seen before it was skipped
 }
 
 

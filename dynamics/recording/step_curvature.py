@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from ..errors import named
 from ..loop.batches import Batches
 from ..loop.logged_loss import LoggedLoss
 from ..loop.processes import Processes
 from ..loop.seen import Seen
 from ..probing.objective import Objective
 from ..probing.probe import Probe
-from .candidates import Candidate, Candidates, Found
+from .all_or_none import AllOrNone
+from .candidates import Candidate, Candidates
 from .captured_curvature import CapturedCurvature
-from .probed_step import ProbedStep, shares
+from .probed_step import ProbedStep
+from .search import Search
 from .warn_once import WarnOnce
 
-_Measured = TypeVar("_Measured")
 _DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
-_OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., objective=lambda model, batch: <scalar loss>)"
-_MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
 
 
 class StepCurvature:
@@ -51,13 +47,13 @@ class StepCurvature:
         self._model, self._batches = model, batches
         self._probed, self._processes, self._every, self._first = probed, processes, every, first
         self._captured = CapturedCurvature(probed) if capture and not processes.replicated else probed
+        self._all_or_none = AllOrNone(model, processes, self.stop)
         self._candidates = Candidates(model, objective, batches, processes)
+        self._search = Search(probed, self._captured, processes, self._all_or_none)
         self._probes: list[Candidate] = []
-        self._in_shares = False  # whether the last step's batches counted neither by their samples nor equally
         self._warn_once = WarnOnce()
         self._loss = LoggedLoss()
         self.unseen = 0  # steps that were due, and taken, before any batch was seen
-        self.failed = False  # whether measuring failed in this process, and the others are not told yet
         if every and processes.sharded:
             self.stop()
             warnings.warn(
@@ -79,12 +75,14 @@ class StepCurvature:
         if isinstance(self._captured, CapturedCurvature):
             self._captured.drop()
 
+    @property
+    def failed(self) -> bool:
+        """Whether measuring failed in this process, and the others are not told yet."""
+        return self._all_or_none.failed
+
     def fail(self) -> None:
-        """Measure no more; replicas, which would wait for this one, are told when they all come together next."""
-        if self._processes.replicated:
-            self.failed = True
-        else:
-            self.stop()
+        """Measure no more, in no process."""
+        self._all_or_none.fail()
 
     def begin(self, step: int) -> None:
         """Keep what the measurement needs of the moment before the step."""
@@ -98,9 +96,9 @@ class StepCurvature:
                 "them would have to measure it; give curvature_every=0 to record first-order quantities only",
                 "apart",
             )
-        elif (known := self._or_give_up(self._known, step)) is not None:
-            if self._all_agree(bool(known)):
-                self._probes = self._or_give_up(partial(self._candidates.of_step, known), step) or []
+        elif (known := self._all_or_none.measured(self._known, step)) is not None:
+            if self._all_or_none.all_agree(bool(known)):
+                self._probes = self._all_or_none.measured(partial(self._candidates.of_step, known), step) or []
             elif self._batches.moments.lost:
                 self._say_lost()
             elif known:
@@ -124,10 +122,16 @@ class StepCurvature:
         probes, self._probes = self._probes, []
         records = self._records(step)
         self.unseen += records and not self._batches.told
-        best = self._best(probes, step) if records or len(probes) > 1 else None
-        if best is None or self._are_others_lost(best.candidate.probe) or not records:
+        if not (records or len(probes) > 1) or not (found := self._search.found(probes, step)):
             return None
-        values = self._or_give_up(partial(best.by.curvature_values, best.candidate.probe, best.loss, best.grad), step)
+        if (best := self._candidates.choose(found)) is None:
+            self._say_unknown(step)
+            return None
+        if self._are_others_lost(best.candidate.probe) or not records:
+            return None
+        values = self._all_or_none.measured(
+            partial(best.by.curvature_values, best.candidate.probe, best.loss, best.grad), step
+        )
         if values is None:
             return None
         self._batches.bystanders.of_objective(best.candidate.probe.others)
@@ -166,7 +170,7 @@ class StepCurvature:
     def _are_others_lost(self, probe: Probe) -> bool:
         """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""
         moved = probe.moved_others
-        if self._all_agree(not moved):
+        if self._all_or_none.all_agree(not moved):
             return False
         self._batches.bystanders.keep(moved)
         self._warn_once(
@@ -175,69 +179,6 @@ class StepCurvature:
             "others lost",
         )
         return True
-
-    def _best(self, probes: list[Candidate], step: int) -> Found | None:
-        """What the step is of: the first whose gradient surely is the one applied, else the one that is nearest."""
-        by = self._captured if len(probes) == 1 else self._probed  # graphs write over what they found before
-        found: list[Found] = []
-        if probes and self._in_shares and (shared := self._found_in_shares(probes[0], step)):
-            found.append(shared)
-        for one in () if found else probes:
-            if (tried := self._found(one, by, step, others=bool(found) or one is not probes[-1])) is None:
-                continue
-            found.append(tried)
-            if tried.sure:
-                break
-        if found and self._is_left_out(probes[0], found):  # then it is said why
-            found = [again, *found] if (again := self._found(probes[0], by, step)) else []
-        if not found:
-            return None
-        if not found[-1].sure:
-            likeliest = [one for one in found if one.candidate.number == found[0].candidate.number]
-            nearest = max(likeliest, key=lambda one: one.cosine)
-            if shared := self._found_in_shares(nearest.candidate, step):
-                found.append(shared)
-        if (best := self._candidates.choose(found)) is None:
-            self._say_unknown(step)
-        return best
-
-    def _is_left_out(self, likeliest: Candidate, found: Sequence[Found]) -> bool:
-        """Whether the objective failed on the likeliest batches, and no others are surely the step's."""
-        if found[-1].sure or found[0].candidate is likeliest:
-            return False
-        return not self._all_agree(found[0].candidate.number == likeliest.number)
-
-    def _found(
-        self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int, *, others: bool = False
-    ) -> Found | None:
-        """The candidate's gradient, beside the one applied; None where the objective fails on it."""
-        if (measured := self._or_give_up(partial(by.gradient, candidate.probe), step, others=others)) is None:
-            return None
-        grad = self._probed.mean(measured[1])
-        return Found(candidate, by, measured[0], grad, *self._probed.alignment(grad))
-
-    def _found_in_shares(self, candidate: Candidate, step: int) -> Found | None:
-        """The candidate with its batches in the shares that the gradient applied has, if it surely is theirs then.
-
-        Micro-batches may count by their tokens, say, also those of several replicas, each of which has the part of the
-        loss of which the mean over replicas is the loss.
-        """
-        self._in_shares = False
-        counts = self._processes.gathered(len(candidate.probe))
-        if sum(counts) < 2:
-            return None
-        entries = self._or_give_up(partial(self._probed.entries, candidate.probe, sum(counts)), step)
-        if entries is None:
-            return None
-        grads, applied = entries
-        of_all = self._processes.told(shares(torch.cat(self._processes.gathered(grads), 1), applied))
-        if not of_all:
-            return None
-        before = sum(counts[: self._processes.place])
-        own = [share * len(counts) for share in of_all[before : before + len(candidate.probe)]]
-        found = self._found(candidate._replace(probe=candidate.probe.in_shares(own)), self._probed, step)
-        self._in_shares = found is not None and found.sure
-        return found if self._in_shares else None
 
     def _say_lost(self) -> None:
         self._warn_once(
@@ -262,27 +203,3 @@ class StepCurvature:
             "itertools.cycle(loader) as a whole, or call recorder.observe(batch) before each step",
             "unknown",
         )
-
-    def _or_give_up(self, measure: Callable[[], _Measured], step: int, *, others: bool = False) -> _Measured | None:
-        """What a probe measures; where it fails in any process, the training goes on without curvature in all.
-
-        Unless there are ``others``, of which the step may be.
-        """
-        measured, reason = None, "measuring failed in another process"
-        try:
-            measured = None if self.failed else measure()
-        except Exception as error:
-            advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
-            reason = f"the objective failed on this step's batch with {named(error)}. {advice}, or curvature_every=0"
-        if self._all_agree(measured is not None):
-            return measured
-        if others:
-            return None
-        self.stop()
-        if not self.failed:  # which was said
-            warnings.warn(f"curvature is not recorded from step {step} on: {reason}", stacklevel=2)
-        return None
-
-    def _all_agree(self, fine: bool) -> bool:
-        """Whether it is fine in every process that measures."""
-        return self._processes.all_agree(fine, next(self._model.parameters()).device)

@@ -1,0 +1,60 @@
+"""Measurements that the objective can make fail: they are taken in all processes, or in none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import named
+from ..loop.processes import Processes
+
+_Measured = TypeVar("_Measured")
+_OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., objective=lambda model, batch: <scalar loss>)"
+_MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
+
+
+class AllOrNone:
+    """Takes measurements as long as none fails; where one does, it calls ``stop``, with one warning, in all processes.
+
+    Attributes:
+        failed: whether measuring failed in this process, and the others are not told yet.
+    """
+
+    def __init__(self, model: nn.Module, processes: Processes, stop: Callable[[], None]) -> None:
+        self._model, self._processes, self._stop = model, processes, stop
+        self.failed = False
+
+    def fail(self) -> None:
+        """Measure no more; replicas, which would wait for this one, are told when they all come together next."""
+        if self._processes.replicated:
+            self.failed = True
+        else:
+            self._stop()
+
+    def measured(self, measure: Callable[[], _Measured], step: int, *, others: bool = False) -> _Measured | None:
+        """What is measured; None where it fails in any process: the training goes on without curvature in all.
+
+        Unless there are ``others``, of which the step may be.
+        """
+        measured, reason = None, "measuring failed in another process"
+        try:
+            measured = None if self.failed else measure()
+        except Exception as error:
+            advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
+            reason = f"the objective failed on this step's batch with {named(error)}. {advice}, or curvature_every=0"
+        if self.all_agree(measured is not None):
+            return measured
+        if others:
+            return None
+        self._stop()
+        if not self.failed:  # which was said
+            warnings.warn(f"curvature is not recorded from step {step} on: {reason}", stacklevel=2)
+        return None
+
+    def all_agree(self, fine: bool) -> bool:
+        """Whether it is fine in every process that measures."""
+        return self._processes.all_agree(fine, next(self._model.parameters()).device)

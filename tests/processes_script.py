@@ -247,6 +247,24 @@ def replicas_of_which_one_cannot_keep_a_batch(path: Path) -> None:
             plain_step(of.model, of.optimizer, batch)
 
 
+def replicas_of_which_one_has_no_loss_of_its_batches(path: Path) -> None:
+    """It only evaluates every other batch, so it knows two that a step may be of; it has no loss of the step's."""
+    of = training(batches=vectors(6))
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        if of.rank and any(torch.equal(batch[0], used) for used, _ in of.batches[1::2]):
+            raise LookupError("no loss of this batch")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with Recorder(path, of.model, of.optimizer, objective=objective, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(of.batches if of.rank else of.batches[1::2])):
+            if number % 2 or not of.rank:
+                plain_step(of.model, of.optimizer, batch)
+            else:
+                with torch.no_grad():
+                    of.model.module(batch[0])
+
+
 def replicas_of_which_one_is_told_of_batches(path: Path) -> None:
     of = training()
     with Recorder(path, of.model, of.optimizer, curvature_every=1) as recorder:

@@ -227,6 +227,16 @@ def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_p
     assert said.count("what the step starts from cannot be kept") == 1
 
 
+def test_where_one_process_has_no_loss_of_its_batches_all_go_on_without_curvature(
+    tmp_path: Path, together: Processes
+) -> None:
+    run, said = together(tmp_path / "run", "replicas_of_which_one_has_no_loss_of_its_batches")
+    assert_same(run, alone(tmp_path / "alone", vectors(6)[1::2]), "steps")
+    assert "step" not in run["curvature"].sizes
+    assert said.count("curvature is not recorded from step 0 on: measuring failed in another process") == 1
+    assert said.count("no loss of this batch") == 1
+
+
 def test_batches_that_one_process_alone_is_told_of_have_no_curvature_and_nothing_waits(
     tmp_path: Path, together: Processes
 ) -> None:

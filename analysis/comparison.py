@@ -62,7 +62,7 @@ def final(run: xr.DataTree) -> xr.Dataset:
 
 
 def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
-    """``mean`` over ``seed``, and the bounds ``low`` and ``high`` of its 95 % interval, NaN for one seed.
+    """``mean`` over ``seed``, and the bounds ``low`` and ``high`` of its 95% interval, NaN for one seed.
 
     Where a seed's value is NaN, so is the mean: without diverged seeds it would be the mean of something else. The
     interval is Student's: :func:`analysis.intervals.half_width`.
@@ -98,7 +98,7 @@ def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
 def title(label: str, runs: Runs) -> str:
     """One of several runs in print, with every setting in which they differ.
 
-    ``VGG-13, digits, 70 % pruned in 5 rounds, magnitude, seed 0``; where its model was not said, its measure.
+    ``VGG-13, digits, 70% pruned in 5 rounds, magnitude, seed 0``; where its model was not said, its measure.
     """
     table = conditions(runs)
     of = table.loc[label]

@@ -97,7 +97,7 @@ def comparisons(runs: Runs) -> pd.DataFrame:
 
 
 def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Rows of :func:`comparisons` by their condition in print: ``VGG-13, digits, 70 % pruned in 5 rounds``."""
+    """Rows of :func:`comparisons` by their condition in print: ``VGG-13, digits, 70% pruned in 5 rounds``."""
     names = names_of_conditions(table)
     return dict(iter(table.groupby(names, sort=False)))
 
@@ -169,7 +169,7 @@ def names_of_conditions(table: pd.DataFrame) -> pd.Series:
 
 def _in_print(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
-    extent = "" if pd.isna(sparsity) else f"{sparsity} % "
+    extent = "" if pd.isna(sparsity) else f"{sparsity}% "
     pruned = f"{extent}pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
     settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())

@@ -173,7 +173,7 @@ def effect_prediction(runs: Runs) -> str:
     removed = max((values.removed_share for values in pooled.values()), key=np.size)
     low, high = (f"{100 * float(share):.0f}" for share in (removed.min(), removed.max()))
     share = f"{low} to " * (low != high) + high
-    extent = f", {'each ' * (removed.size != 1)}removing {share} % of the remaining parameters"
+    extent = f", {'each ' * (removed.size != 1)}removing {share}% of the remaining parameters"
     counted = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
     return (
         f"Loss: median relative error {known(first, '.0%')} in first and {known(second, '.0%')} in second order"

@@ -10,13 +10,13 @@ CONFIDENCE = 0.95
 
 
 def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
-    """Half the width of Student's 95 % interval of the mean along ``axis``: t₀.₉₇₅(n−1) s/√n.
+    """Half the width of Student's 95% interval of the mean along ``axis``: t₀.₉₇₅(n−1) s/√n.
 
     NaN for n < 2, and where a value is not finite.
 
     Student's rather than the bootstrap's: the three seeds that runs usually have allow only ten different bootstrap
     samples, and no interval from them extends beyond the range of the data. That range misses the true mean whenever
-    all three seeds err to the same side, one time in four. Student's interval covers 95 % at every n, provided that
+    all three seeds err to the same side, one time in four. Student's interval covers 95% at every n, provided that
     seeds scatter about normally, which three of them cannot show.
     """
     values = np.asarray(values, float)
@@ -39,7 +39,7 @@ def p_value(values: ArrayLike) -> float:
 
 
 def stand(p: ArrayLike) -> np.ndarray:
-    """Which of several tests reject their nulls, at a false discovery rate of 5 % (Benjamini and Hochberg 1995).
+    """Which of several tests reject their nulls, at a false discovery rate of 5% (Benjamini and Hochberg 1995).
 
     Of those that do, one in twenty is expected to be wrong. A test whose p is NaN is none, and does not count.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 _PROPER = {
     "none": "not pruned",
+    "gradient_norm_increase": "gradient-norm increase",
+    "gradient_norm_preservation": "gradient-norm preservation",
     "vgg13": "VGG-13", "mobilenet_v1": "MobileNet-V1", "resnet56": "ResNet-56",
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST",
 }  # fmt: skip

@@ -23,10 +23,10 @@ Parts = dict[str, Part]
 
 _OUTCOME = "Outcome of the runs"
 _UNTESTED = "No test results were logged: call recorder.log_epoch(test_accuracy=..., test_loss=...) after each epoch."
-_ACCURACY = "Accuracy: mean ± half of its 95 % interval over seeds"
-_TEST_LOSS = "Test loss: mean ± half of its 95 % interval over seeds"
+_ACCURACY = "Accuracy: mean ± half of its 95% interval over seeds"
+_TEST_LOSS = "Test loss: mean ± half of its 95% interval over seeds"
 _CONVERGENCE = (
-    "Convergence after the last pruning: training loss, mean ± half of its 95 % interval over seeds; steps to a share "
+    "Convergence after the last pruning: training loss, mean ± half of its 95% interval over seeds; steps to a share "
     "of the first loss, median over seeds (and how many runs reached it)"
 )
 _AGREEMENT = "Theory against measurement: medians over runs"
@@ -103,7 +103,7 @@ def _of_claims(runs: Runs, brief: bool) -> Parts:
     if brief or known.empty:
         return counts
     return counts | {
-        "Claims: effect with its 95 % interval over seeds": seed_tables.claims_table(known),
+        "Claims: effect with its 95% interval over seeds": seed_tables.claims_table(known),
         "What the claims compare, and why": [
             *(f"{name}: {claim.definition}" for name, claim in CLAIMS.items()),
             seed_tables.chance(found),

@@ -55,8 +55,8 @@ def curve_errors(runs: Runs) -> str:
     )  # fmt: skip
     fewest, most = (f"{float(value):.2g}" for value in (curve.fraction[0] * 100, curve.fraction[-1] * 100))
     return (
-        f"Relative error of ΔL in first and second order, with {fewest} % of the filters removed: {few[0]} and "
-        f"{few[1]} from the output, {few[2]} and {few[3]} from all parameters; with {most} % removed: {many[0]} and "
+        f"Relative error of ΔL in first and second order, with {fewest}% of the filters removed: {few[0]} and "
+        f"{few[1]} from the output, {few[2]} and {few[3]} from all parameters; with {most}% removed: {many[0]} and "
         f"{many[1]}, {many[2]} and {many[3]}."
     )
 
@@ -102,4 +102,4 @@ def filters_invariant(runs: Runs) -> str:
         f"−‖g‖² is {known(rank.sel(mode=mode), '.2f')}"
         for mode, name in (("train", "training mode"), ("eval", "eval mode"))
     ]
-    return f"Both identities hold to 1 % {said[0]}, and {said[1]}."
+    return f"Both identities hold to 1% {said[0]}, and {said[1]}."

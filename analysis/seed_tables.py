@@ -28,7 +28,7 @@ VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdi
 
 
 def accuracy_table(runs: Runs) -> pd.DataFrame:
-    """Test accuracy by model, data, rounds and measure: mean ± half of its 95 % interval over seeds.
+    """Test accuracy by model, data, rounds and measure: mean ± half of its 95% interval over seeds.
 
     If no run logged an accuracy, the test loss. If any run was pruned, also what pruning removed: filters or weights,
     parameters and multiply-adds, means over seeds. Runs that did not end, or whose accuracy is not a number, are left
@@ -59,7 +59,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
 def convergence_table(runs: Runs) -> pd.DataFrame:
     """:func:`analysis.convergence` by model, data, rounds and measure, from the last pruning on.
 
-    Area and final loss: mean ± half of its 95 % interval over seeds. Steps to a share of the first loss: median over
+    Area and final loss: mean ± half of its 95% interval over seeds. Steps to a share of the first loss: median over
     seeds, with the number of runs that reached it if not all did. Networks that were not pruned start with the others.
 
     Raises:

@@ -23,12 +23,12 @@ def claims(runs: Runs) -> pd.DataFrame:
 
     Runs of one seed start from the same initialisation and see the same batches, so they are compared within each seed:
     ln a − mean ln b for ratios (``value`` is its exponential), or a − mean b for accuracies. ``low`` and ``high`` bound
-    Student's 95 % interval of its mean over seeds (:func:`analysis.intervals.half_width` says why Student's).
+    Student's 95% interval of its mean over seeds (:func:`analysis.intervals.half_width` says why Student's).
 
     ==============  ===================================================================
     supported       the interval lies on the side of ``null`` that the claim states
     contradicted    it lies on the other side
-    negligible      it lies within 1 % of ``null`` (0.1 % of accuracy), on whichever side
+    negligible      it lies within 1% of ``null`` (0.1% of accuracy), on whichever side
     inconclusive    it contains ``null`` and is wider than that
     no verdict ...  fewer than two seeds have ended runs of all the measures; or nothing shows how much seeds vary,
                     because all have the same runs, to the bit, or because accuracies, which are whole numbers of

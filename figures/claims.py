@@ -36,7 +36,7 @@ _TICKS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of ratios
 def claims(runs: Runs) -> Figure:
     """The abstract's claims hold for some networks and fail for others; for many, these seeds cannot tell.
 
-    Each claim's effect with its 95 % interval over seeds (Student's), which may extend beyond the panel; one marker per
+    Each claim's effect with its 95% interval over seeds (Student's), which may extend beyond the panel; one marker per
     number of rounds. Effects right of the line are as claimed, those left of it the opposite. Top: ratios, inverted
     where the claim says less; arrows are ratios beyond a factor of 30. Bottom: points of accuracy. Filled markers: the
     verdict stands after correction for the number of intervals.
@@ -72,7 +72,7 @@ def claims(runs: Runs) -> Figure:
 def _networks(found: pd.DataFrame) -> list[str]:
     """Model, data and sparsity of each row, in the lines of a title."""
     names = zip(found.model.map(name_of), found["data"].map(name_of), strict=True)
-    pruned = ["" if pd.isna(share) else f"{share} % pruned" for share in percentages(found.sparsity)]
+    pruned = ["" if pd.isna(share) else f"{share}% pruned" for share in percentages(found.sparsity)]
     titles = (wrapped(", ".join(filter(None, name)), _TITLE) for name in names)
     return ["\n".join(filter(None, lines)) for lines in zip(titles, pruned, strict=True)]
 

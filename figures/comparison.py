@@ -27,7 +27,7 @@ from .style import named_styles
 def accuracy(runs: Runs) -> Figure:
     """Which measure gives the best network depends on model, data and rounds; measures often differ less than seeds.
 
-    Final test accuracy, one panel per condition. Small markers: single seeds; large: their mean with its 95 % interval
+    Final test accuracy, one panel per condition. Small markers: single seeds; large: their mean with its 95% interval
     (Student's), which may extend beyond the panel. Grey line: the mean of the networks that were not pruned.
     """
     found = comparison.compare(runs, comparison.final)
@@ -53,8 +53,8 @@ def convergence(runs: Runs) -> Figure:
     half an epoch at either end; median over seeds, with a band between the quartiles. Middle: the mean training loss of
     these steps, the area under the curve. Right: steps until the mean loss of an epoch, hence at least one epoch, falls
     to the given share of the first loss: the smallest share that all runs of the condition reached or, if there is
-    none, 75 %, with the runs that reached it, and a mean where all of a measure did. Not drawn where all runs took the
-    same number. Small markers: single seeds; large: their mean with its 95 % interval (Student's).
+    none, 75%, with the runs that reached it, and a mean where all of a measure did. Not drawn where all runs took the
+    same number. Small markers: single seeds; large: their mean with its 95% interval (Student's).
     """
     found = comparison.compare_convergence(runs)
     alone = _is_one_run(found)
@@ -129,7 +129,7 @@ def filters_left(runs: Runs) -> Figure:
     """Which layers each measure takes its filters from, at the same sparsity.
 
     Share of each layer's filters that is left after the last pruning, one panel per condition. Mean over seeds with its
-    95 % interval (Student's); with too many layers for points, the mean as a colour.
+    95% interval (Student's); with too many layers for points, the mean as a colour.
     """
     found = comparison.compare(runs, lambda run: analysis.filters_left(run).isel(event=-1, drop=True))
     layers = {name: max(values.sizes["layer"] for values in measures.values()) for name, measures in found.items()}

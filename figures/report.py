@@ -129,7 +129,7 @@ def _done(runs: Runs) -> str:
     )
     pruned = [one for one in settings if one["measure"] != "none"]
     shares = percentages(pd.Series([1 - one["sparsity"] for one in pruned], dtype=float))
-    left = _listed((f"{share} %" for share in shares), " or ")
+    left = _listed((f"{share}%" for share in shares), " or ")
     rounds = _listed((str(one["rounds"]) for one in pruned), " or ")
     units = _listed((f"{one.get('granularity', 'filter')}s" for one in pruned), " or ")
     how = f" Pruned to {left} of the {units}, in {rounds} round{'s' * (rounds != '1')}." if pruned else ""

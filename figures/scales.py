@@ -49,7 +49,7 @@ def fit_axis(axis: Axis, values: np.ndarray) -> None:
 
 
 def percent(axis: Axis) -> None:
-    """Shares in per cent, with as many decimals as they need; none below 0 or above 100 %."""
+    """Shares in per cent, with as many decimals as they need; none below 0 or above 100%."""
     axis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%" if -1e-9 < share < 1 + 1e-9 else "")
     if axis.get_scale() != "log":
         low, high = axis.get_view_interval()

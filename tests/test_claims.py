@@ -52,7 +52,7 @@ def test_interval_and_test_are_scipys() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_the_interval_covers_the_mean_nineteen_times_in_twenty(count: int) -> None:
-    """Three standard errors of the share of 20000 intervals; a normal's 1.96 s/√n covers 70 to 87 %, far outside."""
+    """Three standard errors of the share of 20000 intervals; a normal's 1.96 s/√n covers 70 to 87%, far outside."""
     values = np.random.default_rng(2).normal(0.3, 2, (20000, count))
     covered = (np.abs(values.mean(1) - 0.3) <= half_width(values)).mean()
     assert covered == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / 20000))

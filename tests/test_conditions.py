@@ -99,7 +99,7 @@ def test_a_sparsity_that_nobody_asked_for_is_not_in_a_conditions_name() -> None:
     own = {"/": xr.Dataset(attrs={"model": "net", "data": "images"}), "/pruning": kinds}
     runs = {"masked": xr.DataTree.from_dict(own), "asked": record()}
     names = names_of_conditions(analysis.comparisons(runs))
-    assert sorted(names) == ["VGG-13, digits, 50 % pruned in 3 rounds", "net, images, pruned in 2 rounds"]
+    assert sorted(names) == ["VGG-13, digits, 50% pruned in 3 rounds", "net, images, pruned in 2 rounds"]
 
 
 def test_the_mode_of_the_prunings_is_said() -> None:

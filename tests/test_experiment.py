@@ -185,7 +185,7 @@ def test_studies_are_made_before_the_first_and_the_last_pruning(tmp_path: Path, 
         assert np.isfinite(found(with_studies).to_array()).any()
     curve, events = (with_studies[node].to_dataset().load() for node in ("curve", "pruning"))
     assert np.isfinite(curve.to_array()).all()
-    # 30 % in 3 rounds: the first pruning, by the highest scores, takes an eighth, and is a point of the curve
+    # 30% in 3 rounds: the first pruning, by the highest scores, takes an eighth, and is a point of the curve
     np.testing.assert_array_equal(curve.removed.sel(event=0, fraction=1 / 8), events.removed.sel(event=0))
     for stage, fraction in (("before", 1 / 32), ("after", 1 / 8)):
         found, expected = (one.sel(event=0, stage=stage) for one in (curve.sel(fraction=fraction), events))

@@ -196,9 +196,9 @@ def test_a_title_tells_its_sparsity_from_that_of_other_runs() -> None:
         name: xr.DataTree(xr.Dataset(attrs={"model": "m", "measure": "taylor", "rounds": 50, "sparsity": sparsity}))
         for name, sparsity in (("one", 0.781935), ("other", 0.78212))
     }
-    assert side_by_side({"one": runs["one"]})[0] == "m, 78.2 % pruned in 50 rounds"
-    assert side_by_side(runs)[0] == "m, 78.19 % pruned in 50 rounds"
-    assert [*by_condition(comparisons(runs))] == [f"m, {share} % pruned in 50 rounds" for share in ("78.19", "78.21")]
+    assert side_by_side({"one": runs["one"]})[0] == "m, 78.2% pruned in 50 rounds"
+    assert side_by_side(runs)[0] == "m, 78.19% pruned in 50 rounds"
+    assert [*by_condition(comparisons(runs))] == [f"m, {share}% pruned in 50 rounds" for share in ("78.19", "78.21")]
 
 
 def test_conditions_are_told_by_short_numbers() -> None:
@@ -214,5 +214,5 @@ def test_lines_of_a_label_are_short() -> None:
 
 
 def test_a_seed_does_not_stand_alone_in_a_line() -> None:
-    assert wrapped("70 % pruned in 1 round, seed 0", 28) == "70 % pruned in 1 round,\nseed 0"
+    assert wrapped("70% pruned in 1 round, seed 0", 28) == "70% pruned in 1 round,\nseed 0"
     assert wrapped("short 0", 28) == "short 0"

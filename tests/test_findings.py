@@ -93,11 +93,11 @@ def test_momentum_and_smaller_steps_are_said_where_there_are_any() -> None:
 def test_layers_are_compared_under_one_condition(runs: dict[str, xr.DataTree]) -> None:
     del runs["broken"]
     assert findings.layer_choice(runs) == (
-        "VGG-13, digits, 50 % pruned in 1 round: the measures differ most in layer a, where loss preservation leaves "
+        "VGG-13, digits, 50% pruned in 1 round: the measures differ most in layer a, where loss preservation leaves "
         "0% of the filters and magnitude 75%."
     )
     assert findings.layer_choice({"m1": runs["m1"]}) == (
-        "VGG-13, digits, 50 % pruned in 1 round: layer a keeps the smallest share of its filters, 50%."
+        "VGG-13, digits, 50% pruned in 1 round: layer a keeps the smallest share of its filters, 50%."
     )
 
 

@@ -121,7 +121,7 @@ def test_measures_without_a_rank_correlation_are_not_said_to_agree(tmp_path: Pat
     study.score[0] = 1.0  # the same for all filters
     said = pruning_findings.measures_agree({"run": recorded(tmp_path / "run", study)})
     assert "nan" not in said
-    assert said.startswith("Most alike are gradient norm increase and loss preservation")
+    assert said.startswith("Most alike are gradient-norm increase and loss preservation")
     few = recorded(tmp_path / "few", study.isel(unit=[0, 1]))
     with pytest.raises(MissingQuantityError, match="three filters"):
         pruning_findings.measures_agree({"few": few})

@@ -230,7 +230,7 @@ def test_runs_that_said_the_same_are_told_apart_by_their_labels() -> None:
 
 
 def test_what_a_stranger_said_in_another_kind_is_not_compared_by() -> None:
-    table = analysis.conditions({"odd": of(sparsity="70 %", rounds=[1], model=3)})
+    table = analysis.conditions({"odd": of(sparsity="70%", rounds=[1], model=3)})
     assert table.model.tolist() == [""]
     assert table.rounds.tolist() == [0]
     assert table.sparsity.isna().all()

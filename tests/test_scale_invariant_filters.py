@@ -139,9 +139,7 @@ def test_a_dead_network_has_no_rank_among_its_filters(tmp_path: Path) -> None:
     figure = draw("scale_invariance", {"dead": run})
     assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["no finite value"] * 2
     assert (
-        FIGURES["scale_invariance"]
-        .finding({"dead": run})
-        .startswith("Both identities hold to 1 % for – of the filters")
+        FIGURES["scale_invariance"].finding({"dead": run}).startswith("Both identities hold to 1% for – of the filters")
     )
 
 

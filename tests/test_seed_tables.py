@@ -28,7 +28,7 @@ def unpruned(seed: int, *, accuracy: float) -> xr.DataTree:
 
 @pytest.fixture
 def some() -> dict[str, xr.DataTree]:
-    """Magnitude at 80, 82, 84 % and a run without pruning at 90 %, all of 1 round; one more of 2 rounds."""
+    """Magnitude at 80, 82, 84% and a run without pruning at 90%, all of 1 round; one more of 2 rounds."""
     found = {f"magnitude {seed}": record("magnitude", seed, accuracy=0.8 + 0.02 * seed, area=0.25) for seed in range(3)}
     found |= {"none": unpruned(0, accuracy=0.9), "more": record("magnitude", 0, rounds=2, accuracy=0.5, area=2.0)}
     return found
@@ -107,7 +107,7 @@ def test_where_no_accuracy_was_logged_test_losses_are_the_outcome() -> None:
     assert table.columns.tolist() == ["test loss", "seeds"]  # nothing was pruned
     assert table.index.names == ["model", "data", "decay", "measure"]
     assert table["test loss"].tolist() == ["2.05 ± 0.635", "2.55 ± 0.635"]  # Student's 12.706 · 0.0707 / √2
-    assert next(iter(overview(runs))) == "Test loss: mean ± half of its 95 % interval over seeds"
+    assert next(iter(overview(runs))) == "Test loss: mean ± half of its 95% interval over seeds"
     assert next(iter(overview(runs))) in SUMMARY
     known = runs | {"accurate": unpruned(0, accuracy=0.5)}
     assert "test loss" not in analysis.accuracy_table(known)
@@ -176,8 +176,8 @@ def test_claims_that_need_a_measure_of_no_run_are_one_sentence() -> None:
         for table in judged:
             assert list(table.index.unique("claim")) == ["i.a", "i.b", "i.c", "ii.c"]
         (said,) = next(of for name, of in parts.items() if name.startswith("Claims without a verdict"))
-        assert "i.d, iii.b need gradient norm increase; i.e needs gradient norm preservation; " in said
-        assert "i.f, ii.a, ii.b, iii.d, iii.f need gradient norm increase, gradient norm preservation; " in said
+        assert "i.d, iii.b need gradient-norm increase; i.e needs gradient-norm preservation; " in said
+        assert "i.f, ii.a, ii.b, iii.d, iii.f need gradient-norm increase, gradient-norm preservation; " in said
         assert said.count("need") == 5
     assert not any("without a verdict" in name for name in overview(every))
     alone = overview({label: run for label, run in every.items() if label.startswith("gradient_norm_p")}, brief=True)
@@ -199,7 +199,7 @@ def test_verdicts_are_corrected_for_their_number(others: float, count: int) -> N
 
 
 def test_of_several_tests_one_needs_more_than_if_it_were_alone() -> None:
-    """Benjamini and Hochberg: the k smallest of n stand if the k-th is ≤ 5 % k/n, 0.0031, 0.00625, ... of sixteen."""
+    """Benjamini and Hochberg: the k smallest of n stand if the k-th is ≤ 5% k/n, 0.0031, 0.00625, ... of sixteen."""
     assert stand([0.04, 0.002, 0.006, *[0.9] * 13]).tolist() == [False, True, True, *[False] * 13]
     assert stand([0.04]).tolist() == [True]
 
@@ -262,7 +262,7 @@ def test_markdown_is_a_table() -> None:
     "name",
     [
         "<lambda>", "<b>bold</b>", "*starred* and **more**", "supported *", "_x_ __init__ a_b_c", "`code`",
-        r"\alpha \n |x|", "~~gone~~", "p < 2 > 1", "0.2 [0.1, 0.3]", "100 % & #1", "שלום",
+        r"\alpha \n |x|", "~~gone~~", "p < 2 > 1", "0.2 [0.1, 0.3]", "100% & #1", "שלום",
     ],
 )  # fmt: skip
 def test_a_name_in_markdown_is_read_as_it_is(name: str) -> None:

@@ -133,12 +133,21 @@ def test_what_is_averaged_over_other_dimensions_is_mixed(dims: int | tuple[int, 
 
 
 FORMULAS = {
+    "magnitude": lambda theta, grad, hess_grad: theta.square().sum(1).sqrt(),
+    "magnitude_l1": lambda theta, grad, hess_grad: theta.abs().sum(1),
     "loss_preservation": lambda theta, grad, hess_grad: (theta * grad).abs().sum(1),
     "loss_preservation_times_magnitude": lambda theta, grad, hess_grad: (theta**2 * grad).abs().sum(1),
     "gradient_norm_increase": lambda theta, grad, hess_grad: (theta * hess_grad).sum(1),
     "gradient_norm_preservation": lambda theta, grad, hess_grad: (theta * hess_grad).sum(1).abs(),
+    "grasp": lambda theta, grad, hess_grad: -(theta * hess_grad).sum(1),
     "taylor": lambda theta, grad, hess_grad: (theta * grad).sum(1).abs(),
 }
+# Of something else than a layer's θ, g and Hg, each in tests of its own; the first two are sums of what is positive.
+ELSEWHERE = ("loss_preservation_times_distance", "synflow", "bn_scale", "fisher", "snip", "random")
+
+
+def test_every_measure_is_computed_in_another_way() -> None:
+    assert {*FORMULAS, *ELSEWHERE} == {*MEASURES}, "write a measure's formula in FORMULAS, or a test of its own"
 
 
 @pytest.mark.parametrize("granularity", ["filter", "weight"])
@@ -339,9 +348,7 @@ def test_random_scores_are_uniform_whatever_the_kernel_s_size() -> None:
     assert all(kstest(values.numpy(), "uniform").pvalue > 1e-3 for values in found.values())
 
 
-@pytest.mark.parametrize(
-    "measure", [name for name, row in MEASURES.items() if not (row.per_filter or row.normalised or name == "random")]
-)
+@pytest.mark.parametrize("measure", [*FORMULAS, *ELSEWHERE[:2]])
 def test_a_single_weight_is_a_filter_of_one(measure: str) -> None:
     """Of one that its measure takes an absolute value of, too: by hand, and as filters of one weight are scored."""
     model, batches = convolutional_network(), images(2)
@@ -355,15 +362,10 @@ def test_a_single_weight_is_a_filter_of_one(measure: str) -> None:
     grad = torch.autograd.grad(loss, theta, create_graph=True)
     (hess_grad,) = torch.autograd.grad(sum(part.square().sum() for part in grad) / 2, theta[:1])
     first = [theta[0].detach(), grad[0].detach(), hess_grad]
-    by_hand = FORMULAS | {
-        "magnitude": lambda theta, grad, hess_grad: theta.square().sum(1).sqrt(),
-        "magnitude_l1": lambda theta, grad, hess_grad: theta.abs().sum(1),
-        "grasp": lambda theta, grad, hess_grad: -(theta * hess_grad).sum(1),
-    }
-    if measure in by_hand:
-        each = by_hand[measure](*(part.reshape(-1, 1) for part in first)).view(theta[0].shape)
+    if measure in FORMULAS:
+        each = FORMULAS[measure](*(part.reshape(-1, 1) for part in first)).view(theta[0].shape)
         torch.testing.assert_close(weights, each, rtol=1e-9, atol=1e-13)
-        whole = by_hand[measure](*(part.flatten(1) for part in first))
+        whole = FORMULAS[measure](*(part.flatten(1) for part in first))
         torch.testing.assert_close(filters, whole, rtol=1e-9, atol=1e-13)
     else:  # sums of what is positive
         torch.testing.assert_close(weights.flatten(1).sum(1), filters)

@@ -30,6 +30,7 @@ def test_statistics_done_by_hand() -> None:
         "training_area": 1.0,
         "accuracy": 0.9,
     }
+    assert by_hand.keys() == analysis.STATISTICS.keys(), "write what each statistic is of this record"
     assert row[list(analysis.STATISTICS)].to_dict() == pytest.approx(by_hand)
 
 

@@ -22,7 +22,7 @@ from analysis import (
 from dynamics.data import Data
 from dynamics.experiments.experiment import Experiment
 from dynamics.experiments.running import run
-from dynamics.models import build
+from dynamics.models import MODELS, build
 from dynamics.pruning import MEASURES, PROTOCOLS, Pruner, share_left
 
 TINY = Experiment(
@@ -245,7 +245,7 @@ def test_a_share_of_the_training_set_is_the_same_for_every_measure(tmp_path: Pat
     assert other["steps"].loss.values[0] != losses[0]
 
 
-@pytest.mark.parametrize("model", ["mobilenet_v1", "resnet56"])
+@pytest.mark.parametrize("model", [name for name in MODELS if name != TINY.model])
 def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> None:
     small = replace(TINY, model=model, epochs=(1, 0), rounds=1, curvature_every=0, measure="loss_preservation")
     record = recorded(tmp_path / "run.zarr", small, data)
@@ -255,7 +255,7 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "vgg"}, "unknown model 'vgg': choose one of vgg13, mobilenet_v1, resnet56"),
+        ({"model": "vgg"}, f"unknown model 'vgg': choose one of {', '.join(MODELS)}"),
         ({"data": "mnist"}, "unknown data 'mnist': choose one of digits"),
         ({"measure": "magic"}, "unknown measure 'magic': choose one of none, magnitude"),
         ({"sparsity": 1.5}, r"sparsity must be in \[0, 1\), got 1.5"),

@@ -21,7 +21,7 @@ from test_experiment_resumes import TINY, killed
 from test_recording_is_invisible import CASES, state_after
 from torch import Tensor, nn
 
-from dynamics import Recorder, open_run
+from dynamics import Recorder, models, open_run
 from dynamics.experiments.passes import Passes
 from dynamics.experiments.running import run
 from dynamics.probing.objective import cross_entropy_objective
@@ -289,7 +289,7 @@ def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
     assert_agree(open_run(tmp_path / "run.zarr"), whole, ["steps", "curvature", "pruning"])
 
 
-@pytest.mark.parametrize("model", ["vgg13", "mobilenet_v1", "resnet56"])
+@pytest.mark.parametrize("model", models.MODELS)
 def test_measures_of_one_seed_prune_the_same_network(tmp_path: Path, model: str) -> None:
     """Bit for bit, as wide and in the precision in which networks are trained."""
     torch.backends.cudnn.deterministic = False  # the experiment asks for it by itself

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import fx, nn
 
+from analysis.names import name_of
+from dynamics.data import DATASETS
 from dynamics.models import MODELS, VGG, MobileNet, ResNet, build
 
 
@@ -26,19 +28,27 @@ def followers(model: nn.Module) -> list[list[object]]:
     return operations
 
 
-@pytest.mark.parametrize(
-    ("name", "num_classes", "parameters"),
-    [
-        ("vgg13", 10, 9_413_066),
-        ("vgg13", 100, 9_459_236),
-        ("mobilenet_v1", 10, 3_217_226),
-        ("mobilenet_v1", 100, 3_309_476),
-        ("resnet56", 10, 855_770),
-        ("resnet56", 100, 861_620),
-    ],
-)
-def test_parameter_counts_are_the_published_ones(name: str, num_classes: int, parameters: int) -> None:
-    assert sum(p.numel() for p in build(name, num_classes=num_classes).parameters()) == parameters
+PARAMETERS = {  # of 10 and of 100 classes
+    "vgg13": (9_413_066, 9_459_236),
+    "mobilenet_v1": (3_217_226, 3_309_476),
+    "resnet56": (855_770, 861_620),
+}
+
+
+def test_every_model_has_a_published_count() -> None:
+    assert {*PARAMETERS} == {*MODELS}, "write how many parameters the model has where it was published"
+
+
+def test_every_model_and_data_set_has_its_name_in_print() -> None:
+    unnamed = [name for name in (*MODELS, *DATASETS) if name_of(name) == name]
+    assert unnamed == ["digits"], "analysis/names.py is to have what models and data sets are called in print"
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_published_ones(name: str, place: int) -> None:
+    model = build(name, num_classes=(10, 100)[place])
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name][place]
 
 
 @pytest.mark.parametrize(
@@ -72,11 +82,14 @@ def test_width_scales_every_inner_channel_count(name: str, width: float) -> None
         published, scaled = (
             build(name, num_classes=7, in_channels=5, width=factor).state_dict() for factor in (1, width)
         )
-    kept = {1, 3, 5, 7}  # a depthwise filter's one input, kernel sizes, input channels, classes
     assert list(published) == list(scaled)
-    for key, before in published.items():
-        for was, now in zip(before.shape, scaled[key].shape, strict=True):
-            assert now == (was if was in kept else max(1, round(width * was))), key
+    *inside, _, _ = [key for key, before in published.items() if before.dim()]  # the last two are the head's
+    for key in inside:
+        (was, *_), (now, *_) = published[key].shape, scaled[key].shape
+        assert now == max(1, round(width * was)), key
+        assert published[key].shape[2:] == scaled[key].shape[2:], key
+    with torch.device("meta"):
+        assert build(name, num_classes=7, in_channels=5, width=width)(torch.empty(2, 5, 32, 32)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("in_channels", [1, 3])
@@ -142,7 +155,7 @@ def test_small_networks_follow_their_configuration() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"name": "vgg16"}, "^unknown model 'vgg16': choose one of vgg13, mobilenet_v1, resnet56$"),
+        ({"name": "vgg16"}, f"^unknown model 'vgg16': choose one of {', '.join(MODELS)}$"),
         ({"num_classes": 0}, "^num_classes is 0: it must be 1 or more$"),
         ({"in_channels": -3}, "^in_channels is -3: it must be 1 or more$"),
         ({"width": 0}, "^width is 0: it must be a positive factor"),

@@ -4,6 +4,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from operator import is_
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer, efficientnet_b0, resnet18
 
 from dynamics import Recorder, open_run
-from dynamics.models import build
+from dynamics.models import MODELS, build
 from dynamics.network.masks import apply_masks, filters_left, parameter_masks
 from dynamics.pruning import Pruner, latency, network_cost, scores, shrink
 
@@ -39,9 +40,9 @@ class GrayResNet18(nn.Module):
 
 
 WHOLE: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(build, name, num_classes=4, in_channels=1, width=0.25) for name in MODELS},
     "vgg13": NETWORKS["vgg13"],
     "mobilenet_v1": NETWORKS["mobilenet_v1"],
-    "resnet56": lambda: build("resnet56", num_classes=4, in_channels=1, width=0.25),
     "resnet18": GrayResNet18,
 }
 

@@ -32,7 +32,7 @@ class Comparison:
     Those that score augmented samples see the same ones shifted, and mirrored where that keeps their class.
 
     Args:
-        model: Network: vgg13, mobilenet_v1 or resnet56.
+        model: Network: one of those of `run`.
         data: Data set whose training samples the measure looks at.
         measure: Importance measure to prune by: one of those of `run`, but for loss_preservation_times_distance.
         sparsity: Share of all filters that is to be gone after the last round.

@@ -78,6 +78,11 @@ def weights(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def weights_of(model: nn.Module) -> list[Tensor]:
+    """Those of its convolutions and linear layers."""
+    return [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
 def assert_same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
@@ -112,7 +117,7 @@ def test_it_computes_and_trains_as_the_masked_network(name: str, optimizer_name:
 @pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1"])
 def test_it_is_the_network_cut_by_hand(name: str) -> None:
     model, optimizer = trained(name)
-    alive = Pruner(model, optimizer, "magnitude").prune(0.4).alive
+    alive, before = Pruner(model, optimizer, "magnitude").prune(0.4).alive, weights_of(model)
     by_hand = cut(model, alive)
     shrunk = shrink(model, optimizer)
     assert {key: value.shape for key, value in model.state_dict().items()} == {
@@ -121,6 +126,8 @@ def test_it_is_the_network_cut_by_hand(name: str) -> None:
     assert all(map(torch.equal, model.state_dict().values(), by_hand.state_dict().values()))
     for layer, kept in alive.items():
         assert torch.equal(shrunk.units[layer], kept.nonzero().flatten())
+    (left, whole), count = (sum(map(len, of)) for of in (weights_of(by_hand), before)), len(before)
+    assert repr(shrunk) == f"<Shrunk: {left} of {whole} units left, in {count} layers>"
     assert str(model) == str(by_hand)  # the modules say their new sizes
     assert not parameter_masks(model)
     assert not any(module._forward_pre_hooks for module in model.modules())

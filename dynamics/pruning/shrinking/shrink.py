@@ -31,6 +31,10 @@ class Shrunk:
     totals: dict[str, int]
     kept: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        left, whole = sum(map(len, self.units.values())), sum(self.totals.values())
+        return f"<Shrunk: {left} of {whole} units left, in {len(self.units)} layers>"
+
     def expand(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the units left, (unit,) by layer → of all original units: False or NaN for those that are gone.
 

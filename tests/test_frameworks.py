@@ -1,8 +1,10 @@
 """Frameworks are imported when they are asked for, and settings are checked when they are given."""
 
 import copy
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,25 @@ from networks import plain_step, smooth_network, vectors
 from dynamics import frameworks, open_run
 from dynamics.frameworks.common import recorder_factory, simple_scalars
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_nothing_is_imported_unless_asked_for() -> None:
-    code = "import dynamics, dynamics.recording.recorder, dynamics.frameworks, sys; sys.exit(bool({'lightning', "
-    code += "'pytorch_lightning', 'transformers', 'accelerate'} & set(sys.modules)))"
+    imported = {name for _, names, _ in frameworks._HOMES.values() for name in names}
+    assert imported >= {"lightning", "pytorch_lightning", "transformers", "accelerate"}
+    code = f"import dynamics, dynamics.recording.recorder, dynamics.frameworks, sys; found = {imported} & "
+    code += "set(sys.modules); sys.exit(bool(found))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_recorder_is_told_of_and_its_framework_installed_for_tests() -> None:
+    assert frameworks.__all__ == [*frameworks._HOMES]
+    page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["frameworks"]
+    installed = {re.match(r"[\w-]+", requirement)[0] for requirement in extra}
+    for name, (_, _, packages) in frameworks._HOMES.items():
+        assert f"from dynamics.frameworks import {name}" in page
+        assert {*packages.split()} <= installed
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,17 @@ def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def dense(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """θ, g and the dense Hessian H of the mean cross-entropy, by torch.func on the flattened parameters."""
+    theta, loss = flat(list(model.parameters())), flat_loss(model, batch)
+    return theta, torch.func.grad(loss)(theta), torch.func.hessian(loss)(theta)
+
+
+def flat_loss(model: nn.Module, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """The mean cross-entropy as a function of the flattened parameters."""
     names, shapes = zip(*((name, parameter.shape) for name, parameter in model.named_parameters()), strict=True)
-    theta = flat(list(model.parameters()))
 
     def loss(vector: Tensor) -> Tensor:
         parts = vector.split([shape.numel() for shape in shapes])
         values = {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
         return F.cross_entropy(torch.func.functional_call(model, values, (batch[0],)), batch[1])
 
-    return theta, torch.func.grad(loss)(theta), torch.func.hessian(loss)(theta)
+    return loss

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from networks import dense, flat, plain_step, smooth_network, vectors
+from networks import dense, flat, flat_loss, plain_step, smooth_network, vectors
 
 from dynamics import Recorder, open_run
+from dynamics.network.masks import apply_masks
 from dynamics.quantities import FORMULAS
+
+SAY_IT = "write what each quantity is of the whole network, from the dense vectors"
 
 
 def test_layers_add_up(tmp_path: Path) -> None:
@@ -38,11 +41,53 @@ def test_layers_add_up(tmp_path: Path) -> None:
         "update_hess_update": update @ hessian @ update,
     }
     asked = {name for name in FORMULAS for node in ("steps", "curvature") if name in run[node]}
-    assert asked == set(oracle), "write what each quantity is of the whole network, from the dense vectors"
+    assert asked == set(oracle), SAY_IT
     for node in ("steps", "curvature"):
         dataset = run[node].to_dataset().isel(step=1)
         for name in (name for name in FORMULAS if name in dataset):
             np.testing.assert_allclose(dataset[name].sum("layer"), oracle[name], rtol=1e-9, err_msg=name)
+
+
+def test_layers_of_an_event_add_up(tmp_path: Path) -> None:
+    model, (batch,) = smooth_network(), vectors(1)
+    theta, grad, hessian = dense(model, batch)
+    third = torch.func.jacfwd(torch.func.hessian(flat_loss(model, batch)))(theta)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=[batch]):
+            apply_masks(model, {"0.weight": (torch.arange(5) != 1).view(5, 1).expand(5, 4)})
+    kept = torch.ones(43)
+    kept[4:8] = 0
+    removed, removal = 1 - kept, -theta * (1 - kept)
+    new_theta, new_grad, new_hessian = dense(model, batch)
+    new_grad *= kept  # what is pruned is a constant
+    hess_removal = hessian @ removal
+    curved = (third @ removal) @ removal
+    hess_grad = hessian @ grad
+    new_hess_grad = hess_grad + hessian @ (kept * hess_removal - removed * grad) + (third @ removal) @ (kept * grad)
+    oracle = {
+        "param_sqnorm": [theta @ theta, new_theta @ new_theta],
+        "param_sqnorm_rate": [-2 * theta @ grad, -2 * new_theta @ new_grad],
+        "grad_sqnorm": [grad @ grad, new_grad @ new_grad],
+        "param_grad": [theta @ grad, new_theta @ new_grad],
+        "abs_param_grad": [(theta * grad).abs().sum(), (new_theta * new_grad).abs().sum()],
+        "grad_hess_grad": [grad @ hess_grad, new_grad @ new_hessian @ new_grad],
+        "param_hess_grad": [theta @ hess_grad, new_theta @ new_hessian @ new_grad],
+        "remaining": [43, 39],
+        "grad_removal": grad @ removal,
+        "removal_hess_removal": removal @ hess_removal,
+        "grad_hess_removal": grad @ hess_removal,
+        "kept_grad_hess_removal": (kept * grad) @ hess_removal,
+        "grad_sqnorm_second_order": kept @ (hess_removal.square() + grad * curved),
+        "param_grad_first_order": (kept * theta) @ (grad + hess_removal) - theta @ grad,
+        "param_grad_second_order": (kept * theta) @ curved / 2,
+        "param_hess_grad_first_order": (kept * theta) @ new_hess_grad - theta @ hess_grad,
+        "removed_grad_sqnorm": removed @ grad.square(),
+        "removed": 4,
+    }
+    events = open_run(tmp_path / "run")["pruning"].to_dataset().isel(event=0)
+    assert {name for name in FORMULAS if name in events} == set(oracle), SAY_IT
+    for name, expected in oracle.items():
+        np.testing.assert_allclose(events[name].sum("layer"), expected, rtol=1e-9, err_msg=name)
 
 
 def test_blocks_are_of_the_full_product(tmp_path: Path) -> None:

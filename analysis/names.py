@@ -8,6 +8,8 @@ _PROPER = {
     "gradient_norm_preservation": "gradient-norm preservation",
     "vgg13": "VGG-13", "mobilenet_v1": "MobileNet-V1", "resnet56": "ResNet-56",
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST",
+    "bn_scale": "BatchNorm scale", "magnitude_l1": "L1 magnitude", "taylor": "Taylor", "fisher": "Fisher",
+    "snip": "SNIP", "grasp": "GraSP", "synflow": "synaptic flow",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from prunable import NETWORKS, batch, goes_with, train, trained
 from scipy.stats import kstest
 from torch import Tensor, nn
 
+from analysis.names import name_of
 from dynamics.models import ResNet, build
 from dynamics.network.masks import apply_masks, filters_left, parameter_masks
 from dynamics.pruning import MEASURES, Pruner, resampled_scores, scores
@@ -144,6 +145,11 @@ FORMULAS = {
 }
 # Of something else than a layer's θ, g and Hg, each in tests of its own; the first two are sums of what is positive.
 ELSEWHERE = ("loss_preservation_times_distance", "synflow", "bn_scale", "fisher", "snip", "random")
+
+
+def test_acronyms_and_names_are_printed_as_such() -> None:
+    assert [name_of(name) for name in ("snip", "grasp", "taylor")] == ["SNIP", "GraSP", "Taylor"]
+    assert not any("_" in name_of(name) for name in MEASURES)
 
 
 def test_every_measure_is_computed_in_another_way() -> None:

@@ -202,7 +202,7 @@ def test_it_says_in_a_line_what_it_is() -> None:
     pruning = pruner.prune(0.25)
     assert repr(pruning) == "<Pruning by magnitude: 6 of 8 filters left, in 1 layer, 25.0% gone>"
     assert repr(pruner) == "<Pruner by magnitude: 6 of 8 filters left, in 1 layer>"
-    assert repr(MEASURES["loss_preservation"]) == "<Loss preservation: Σ|θg|>"
+    assert repr(MEASURES["loss_preservation"]) == "<loss_preservation: Σ|θg|>"
 
 
 def test_of_a_loss_that_it_cannot_evaluate_importance_says_what_it_is_of() -> None:

@@ -50,7 +50,6 @@ class Measure:
     """
 
     name: str
-    label: str
     formula: str
     order: int
     temperature: float
@@ -73,7 +72,7 @@ class Measure:
         return self.name in HIGHEST_FIRST
 
     def __repr__(self) -> str:
-        return f"<{self.label}: {self.formula}>"
+        return f"<{self.name}: {self.formula}>"
 
 
 def _sum(entries: Tensor) -> Tensor:
@@ -87,31 +86,31 @@ def _abs_sum(entries: Tensor) -> Tensor:
 MEASURES: dict[str, Measure] = {
     row.name: row
     for row in (
-        Measure("magnitude", "Magnitude", "‖θ_f‖₂", 0, 1.0, None,
+        Measure("magnitude", "‖θ_f‖₂", 0, 1.0, None,
                 lambda e: e.theta.square(), lambda s: s.sum(1).sqrt()),
-        Measure("loss_preservation", "Loss preservation", "Σ|θg|", 1, 5.0, "grad",
+        Measure("loss_preservation", "Σ|θg|", 1, 5.0, "grad",
                 lambda e: (e.theta * e.grad).abs(), _sum),
-        Measure("loss_preservation_times_magnitude", "Loss preservation × magnitude", "Σ|θ²g|", 1, 5.0, "grad",
+        Measure("loss_preservation_times_magnitude", "Σ|θ²g|", 1, 5.0, "grad",
                 lambda e: (e.theta.square() * e.grad).abs(), _sum),
-        Measure("loss_preservation_times_distance", "Loss preservation × distance", "Σ|θ−θ₀||θg|", 1, 5.0, "grad",
+        Measure("loss_preservation_times_distance", "Σ|θ−θ₀||θg|", 1, 5.0, "grad",
                 lambda e: ((e.theta - e.initial) * e.theta * e.grad).abs(), _sum, needs_initial=True),
-        Measure("gradient_norm_increase", "Gradient-norm increase (GraSP)", "Σθ(Hg)", 2, 200.0, "hess_grad",
+        Measure("gradient_norm_increase", "Σθ(Hg)", 2, 200.0, "hess_grad",
                 lambda e: e.theta * e.hess_grad, _sum, class_balanced=True),
-        Measure("gradient_norm_preservation", "Gradient-norm preservation", "|Σθ(Hg)|", 2, 1.0, "hess_grad",
+        Measure("gradient_norm_preservation", "|Σθ(Hg)|", 2, 1.0, "hess_grad",
                 lambda e: e.theta * e.hess_grad, _abs_sum, class_balanced=True),
-        Measure("magnitude_l1", "Magnitude, L1", "‖θ_f‖₁", 0, 1.0, None, lambda e: e.theta.abs(), _sum),
-        Measure("bn_scale", "BatchNorm scale", "|γ_f|", 0, 1.0, "scale",
+        Measure("magnitude_l1", "‖θ_f‖₁", 0, 1.0, None, lambda e: e.theta.abs(), _sum),
+        Measure("bn_scale", "|γ_f|", 0, 1.0, "scale",
                 lambda e: e.scale.abs(), _sum, per_filter=True),
-        Measure("taylor", "Taylor", "|Σθg|", 1, 1.0, "grad", lambda e: e.theta * e.grad, _abs_sum),
-        Measure("fisher", "Fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0, "squared_sample_grad",
+        Measure("taylor", "|Σθg|", 1, 1.0, "grad", lambda e: e.theta * e.grad, _abs_sum),
+        Measure("fisher", "½⟨(θ_fᵀgₙ)²⟩ₙ", 1, 1.0, "squared_sample_grad",
                 lambda e: e.squared_sample_grad / 2, _sum, per_filter=True),
-        Measure("snip", "SNIP", "Σ_f|θg| / Σ|θg|", 1, 1.0, "grad",
+        Measure("snip", "Σ_f|θg| / Σ|θg|", 1, 1.0, "grad",
                 lambda e: (e.theta * e.grad).abs(), _sum, normalised=True),
-        Measure("grasp", "GraSP, original", "−Σθ(Hg)", 2, 200.0, "hess_grad",
+        Measure("grasp", "−Σθ(Hg)", 2, 200.0, "hess_grad",
                 lambda e: -e.theta * e.hess_grad, _sum, class_balanced=True),
-        Measure("synflow", "Synaptic flow", "Σ|θ|∂R/∂|θ|", 0, 1.0, "flow_grad",
+        Measure("synflow", "Σ|θ|∂R/∂|θ|", 0, 1.0, "flow_grad",
                 lambda e: e.theta.abs() * e.flow_grad, _sum),
-        Measure("random", "Random", "uniform", 0, 1.0, "uniform", lambda e: e.uniform, _sum),
+        Measure("random", "uniform", 0, 1.0, "uniform", lambda e: e.uniform, _sum),
     )
 }  # fmt: skip
 

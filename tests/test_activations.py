@@ -106,7 +106,8 @@ def test_a_checkpoint_none_of_whose_inputs_has_a_gradient_is_a_constant(tmp_path
 
 
 def test_hooks_around_the_whole_loop_cost_the_curvature_and_say_why(tmp_path: Path) -> None:
-    with save_on_cpu(), pytest.warns(UserWarning, match=r"saved_tensors_hooks around the whole loop: put them around"):
+    said = r"saved_tensors_hooks around the whole loop: put these hooks around"
+    with save_on_cpu(), pytest.warns(UserWarning, match=said):
         assert record(tmp_path / "run", network(keeping))["steps"].sizes["step"] == 3
 
 

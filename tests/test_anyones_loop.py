@@ -706,7 +706,7 @@ def test_a_part_of_a_parametrized_weight_that_is_pruned_by_torch_stays_itself(tm
 def test_an_optimizer_that_never_steps_is_said(tmp_path: Path, watched: bool) -> None:
     model, batches = smooth_network(), vectors(2)
     recorded, trains = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
-    with pytest.warns(UserWarning, match="batches or gradients were seen, but no step of the optimizer"):
+    with pytest.warns(UserWarning, match="batches or gradients were seen, but the optimizer took no step"):
         with Recorder(tmp_path / "run", model, recorded) as recorder:
             for batch in recorder.watch(batches) if watched else batches:
                 plain_step(model, trains, batch)

@@ -71,7 +71,7 @@ def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: 
                     recorder.log(loss=loss.item())
 
     if case == "label smoothing":
-        with pytest.warns(UserWarning, match=r"the loss of step \d+ was logged as .* and the objective is .* cosine 0"):
+        with pytest.warns(UserWarning, match=r"the loss of step \d+ was logged as .* but the objective is .* cosine 0"):
             train()
     else:
         with warnings.catch_warnings():
@@ -103,8 +103,8 @@ def test_a_loss_that_is_logged_after_it_was_divided_by_the_number_of_micro_batch
                 optimizer.step()
                 optimizer.zero_grad()
     expected = (
-        f"the loss that was logged at step 0, {logged:.4g}, is 1/{parts} of the objective's, {first:.4g}: log the loss "
-        "before it is divided by the number of micro-batches"
+        f"the loss logged at step 0, {logged:.4g}, is 1/{parts} of the objective's, {first:.4g}: log the loss before "
+        "dividing it by the number of micro-batches"
     )
     assert [str(one.message) for one in recwarn] == [expected] * (divided and parts > 1)
 
@@ -116,7 +116,7 @@ def test_a_loss_that_differs_by_autocast_alone_may_be_rounding_is_said(tmp_path:
     with torch.no_grad():
         model.bias.add_(1000)
     optimizer, y = torch.optim.SGD(model.parameters(), 0.1), model(x).argmax(1)
-    said = r"logged as 1\.099.* cosine 0\.98.* training that rounds to half precision, by autocast say, may differ so"
+    said = r"logged as 1\.099.* cosine 0\.98.* half precision, with autocast for example, rounding alone may explain"
     with Recorder(tmp_path / "run", model, optimizer) as recorder, pytest.warns(UserWarning, match=said):
         for x_, y_ in recorder.watch([(x, y)]):
             with torch.autocast("cpu", torch.bfloat16):

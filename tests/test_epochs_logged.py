@@ -79,7 +79,7 @@ def test_what_was_logged_before_a_training_that_is_resumed_ends_no_epoch(tmp_pat
 def test_an_accuracy_is_a_share_and_what_was_recorded_before_another_stays(tmp_path: Path, accuracy: object) -> None:
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"takes test_accuracy as a share .*, from 0 to 1, got (87|-0.5)$"):
+    with pytest.raises(ValueError, match=r"takes test_accuracy as a fraction .*, from 0 to 1, got (87|-0.5)$"):
         with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
             plain_step(model, optimizer, vectors(1)[0])
             recorder.log_epoch(test_accuracy=1, train_accuracy=float("nan"), train_loss=9.0)

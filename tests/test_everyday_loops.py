@@ -147,7 +147,7 @@ def test_what_a_forward_pass_moves_is_measured_as_the_step_had_it(tmp_path: Path
     optimizer = torch.optim.SGD(model.query.parameters(), 0.1)
     lost = "large" in name or "second" in name  # the first step that moves it; once that is known it is kept
     with (
-        pytest.warns(match="not trained move within a step") if lost else nullcontext(),
+        pytest.warns(match="not trained change within a step") if lost else nullcontext(),
         Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder,
     ):
         for inputs, labels in recorder.watch(vectors(6)):

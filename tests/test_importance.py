@@ -280,7 +280,7 @@ def test_the_temperature_is_of_the_cross_entropy_alone() -> None:
     with pytest.raises(ValueError, match="leave it out"):
         Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "taylor", objective=regression, temperature=5.0)
     with pytest.raises(
-        ValueError, match=r"batches \(inputs, labels\), got a dict of 2: of another loss give objective="
+        ValueError, match=r"batches \(inputs, labels\), got a dict of 2: for another loss pass objective="
     ):
         scores(model, batches, "taylor")
 

@@ -239,7 +239,7 @@ class Making(nn.Module):
 
 def test_a_module_that_the_first_forward_pass_makes_stays_the_models(tmp_path: Path) -> None:
     one = trained(None, Making(), cross_entropy, lambda: 0)
-    with pytest.warns(UserWarning, match="parameters that came after recording began are not recorded"):
+    with pytest.warns(UserWarning, match="parameters that were added after recording began are not recorded"):
         other = trained(tmp_path / "run", Making(), cross_entropy, lambda: 0)
     assert one == other
 

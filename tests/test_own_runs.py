@@ -162,10 +162,10 @@ def test_settings_of_several_kinds_can_be_compared() -> None:
 @pytest.mark.parametrize(
     ("attributes", "error"),
     [
-        ({"resumed": 1}, "attributes cannot say 'resumed'"),
-        ({"schema_version": 2}, "attributes cannot say 'schema_version'"),
-        ([("lr", 1)], "attributes is a dictionary of names and what they say"),
-        ({3: 1}, "attributes is a dictionary"),
+        ({"resumed": 1}, "attributes cannot contain 'resumed', which the recorder writes itself"),
+        ({"schema_version": 2}, "attributes cannot contain 'schema_version'"),
+        ([("lr", 1)], "attributes must be a dictionary whose keys are strings"),
+        ({3: 1}, "attributes must be a dictionary"),
         ({"path": object()}, "an attribute of a record is a number, a text or a list of them, got object"),
     ],
 )
@@ -236,11 +236,11 @@ def test_what_a_stranger_said_in_another_kind_is_not_compared_by() -> None:
     assert table.sparsity.isna().all()
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [("rounds", "3", "a number"), ("data", ["a", "b"], "a text")])
+@pytest.mark.parametrize(("name", "value", "said"), [("rounds", "3", "a number"), ("data", ["a", "b"], "a string")])
 def test_what_runs_cannot_be_compared_by_is_said_and_kept(tmp_path, name: str, value: object, said: str) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=rf"runs are compared by '{name}' if it is {said}; by .* they are not"):
+    with pytest.warns(UserWarning, match=rf"attribute '{name}' is .*, so runs are not compared by it: give {said}$"):
         Recorder(tmp_path / "run.zarr", model, optimizer, attributes={name: value, "model": "m"}).close()
     run = open_run(tmp_path / "run.zarr")
     assert run.attrs[name] == value

@@ -110,7 +110,7 @@ def test_a_loss_of_parameters_that_were_taken_out_of_the_model_is_refused(tmp_pa
     if case == "model":
         model.all = [model.weight]
     objective = cross_entropy if case == "model" else Penalty(model)
-    with pytest.warns(UserWarning, match=r"the loss refers to a parameter of the model, of shape .* taken out of it"):
+    with pytest.warns(UserWarning, match=r"the loss uses a parameter of the model, of shape .* taken out of it"):
         found, _ = record(tmp_path / "run.zarr", model, objective)
     assert not found
     assert open_run(tmp_path / "run.zarr")["steps"].sizes["step"] == 4
@@ -212,7 +212,7 @@ def test_an_optimizer_that_was_not_given_is_said_where_it_steps_in_between(tmp_p
     first, last = (torch.optim.SGD(model[place].parameters(), 0.3) for place in (0, 2))
     optimizers = {"both": [first, last], "the one that steps last": last, "the one that steps first": first}[given]
     losses = []
-    said = pytest.warns(match="'0.weight' first, .*all optimizers that train the model, as a list")
+    said = pytest.warns(match="first '0.weight', .*Pass all optimizers that train the model, as a list")
     with said if given.endswith("last") else nullcontext():
         with Recorder(tmp_path / "run", model, optimizers, curvature_every=1) as recorder:
             for inputs, labels in recorder.watch(batches()):

@@ -72,7 +72,7 @@ def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1
 
 def test_replicas_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
     run, said = together(tmp_path / "run", "replicas")
-    assert "is within what DistributedDataParallel returned" in said  # of the one that each gave by itself
+    assert "is inside what DistributedDataParallel returned" in said  # of the one that each gave by itself
     expected = alone(tmp_path / "alone", vectors(3))
     assert_same(run, expected, "steps")
     assert_same(run, expected, "curvature")
@@ -81,10 +81,11 @@ def test_replicas_record_what_one_process_would(tmp_path: Path, together: Proces
     (other,) = told(tmp_path, "own")
     assert "the model that DistributedDataParallel" in other
     failed = told(tmp_path, "failed")
-    assert failed[0] == "event(): the objective failed on the probe's batches, in mode 'eval', in another process"
+    assert failed[0] == "event(): the objective failed on the probe's batches in mode 'eval' in another process"
     assert "shapes cannot be multiplied" in failed[1]
     unlike = told(tmp_path, "unlike")
-    assert [text.startswith("inside event() the processes' networks came to differ") for text in unlike] == [True, True]
+    said = "inside event() the networks of the processes became different"
+    assert [text.startswith(said) for text in unlike] == [True, True]
 
 
 def test_a_replica_that_is_a_part_of_the_model_trains_as_without_a_record(tmp_path: Path, together: Processes) -> None:
@@ -204,7 +205,7 @@ def test_where_processes_end_apart_first_order_is_recorded_and_nothing_waits(
     run, said = together(tmp_path / "run", "replicas_that_end_apart")
     assert run["steps"].sizes["step"] == 3
     assert "step" not in run["curvature"].sizes
-    assert said.count("inside DDP's join() processes end apart") == 2
+    assert said.count("inside DDP's join() processes end at different times") == 2
     whole = alone(tmp_path / "alone", vectors(3))
     xr.testing.assert_allclose(run["steps"].grad_sqnorm[:2], whole["steps"].grad_sqnorm[:2])
 
@@ -224,7 +225,7 @@ def test_where_one_process_cannot_keep_a_batch_all_go_on_without_curvature(tmp_p
     assert run["steps"].sizes["step"] == 3
     assert run["curvature"].step.values.tolist() == [0]
     assert said.count("curvature is not recorded from step 1 on: measuring failed in another process") == 1
-    assert said.count("what the step starts from cannot be kept") == 1
+    assert said.count("the state from which the step starts cannot be kept") == 1
 
 
 def test_where_one_process_has_no_loss_of_its_batches_all_go_on_without_curvature(
@@ -243,14 +244,14 @@ def test_batches_that_one_process_alone_is_told_of_have_no_curvature_and_nothing
     run, said = together(tmp_path / "run", "replicas_of_which_one_is_told_of_batches")
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
-    assert said.count("curvature is not recorded at step 0, whose batches other processes do not know") == 1
+    assert said.count("curvature is not recorded at step 0, whose batches are not known in other processes") == 1
 
 
 def test_a_recorder_that_waits_for_other_processes_says_so(tmp_path: Path, together: Processes) -> None:
     """It may be made in the first alone, and would wait in vain."""
     run, said = together(tmp_path / "run", "replicas_of_which_one_comes_late")
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
-    assert said.count("UserWarning: Recorder() waits for other processes: make it in all") == 1
+    assert said.count("UserWarning: Recorder() is waiting for other processes: create it in all") == 1
 
 
 def test_shards_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
@@ -260,9 +261,9 @@ def test_shards_record_what_one_process_would(tmp_path: Path, together: Processe
     assert_same(run, alone(tmp_path / "alone", vectors(3)), "steps")
     assert "step" not in run["curvature"].sizes
     of_size, of_event, of_pruning = (told(tmp_path, what) for what in ("size", "event", "prune"))
-    assert all(text.startswith("log() cannot take 'size', of which every process holds a part") for text in of_size)
-    assert all(text.startswith("event() needs all parameters in one process, and FSDP2") for text in of_event)
-    assert all(text.endswith("(FSDP2): prune the model before it is sharded") for text in of_pruning)
+    assert all(text.startswith("log() cannot take 'size', of which each process holds only a part") for text in of_size)
+    assert all(text.startswith("event() needs all parameters in one process, but FSDP2") for text in of_event)
+    assert all(text.endswith("(FSDP2): prune the model before sharding it") for text in of_pruning)
     assert len(of_size) == len(of_event) == len(of_pruning) == 2
 
 

@@ -169,7 +169,9 @@ def test_bad_arguments_are_said() -> None:
         [torch.zeros(2, 1, 32, 32)],
         (torch.zeros(3, 1, 32, 32), torch.zeros(3)),
     ):
-        with pytest.raises(ValueError, match=r"batches \(inputs, labels\), got a Tensor: give them in a list; of"):
+        with pytest.raises(
+            ValueError, match=r"\(inputs, labels\), got a Tensor: pass a list of such batches; for another"
+        ):
             Pruner(model, optimizer, "taylor").plan(0.5, batches)
     one, other = (Pruner(model, optimizer, "magnitude", protected=names) for names in ("features.0", ["features.0"]))
     assert one.alive.keys() == other.alive.keys() != Pruner(model, optimizer, "magnitude").alive.keys()

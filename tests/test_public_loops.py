@@ -440,7 +440,8 @@ class SAM(torch.optim.Optimizer):
 def test_sam_steps_by_its_base_optimizer(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    with pytest.warns(UserWarning, match="of one that steps by another, such as SAM, give that: its base_optimizer"):
+    said = "of one that steps through another, as SAM does, pass the inner one, its base_optimizer"
+    with pytest.warns(UserWarning, match=said):
         with Recorder(tmp_path / "run", model, optimizer) as recorder:
             for inputs, labels in recorder.watch(vectors(2)):
                 F.cross_entropy(model(inputs), labels).backward()
@@ -517,7 +518,7 @@ def encoder_and_decoder(tmp_path: Path) -> list[float]:
 
 
 def test_another_network_that_has_stepped_before_is_as_it_was_in_the_forward_pass(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="a network outside the model, which the objective runs, moves between"):
+    with pytest.warns(UserWarning, match="a network outside the model that the objective runs changes between"):
         losses = encoder_and_decoder(tmp_path)
     found = {name: open_run(tmp_path / name)["curvature"] for name in ("encoder", "decoder")}
     np.testing.assert_allclose(found["encoder"].loss_before, losses, rtol=1e-12)

@@ -350,7 +350,7 @@ def test_an_optimizer_that_goes_on_with_parameters_that_came_later_is_not_said_t
         model.requires_grad_(False)
         model.append(nn.Linear(3, 3))
         optimizer.param_groups[0]["params"] = list(model[-1].parameters())
-        with pytest.warns(UserWarning, match="came after recording began") as said:
+        with pytest.warns(UserWarning, match="added after recording began") as said:
             for batch in batches[1:]:
                 plain_step(model, optimizer, batch)
     assert len(said) == 1
@@ -363,7 +363,7 @@ def test_an_optimizer_whose_parameters_were_replaced_is_named_once(tmp_path: Pat
         plain_step(model, optimizer, batches[0])
         model.load_state_dict(smooth_network().state_dict(), assign=True)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.warns(UserWarning, match="holds none of the model's parameters any more") as said:
+        with pytest.warns(UserWarning, match="no longer holds any of the model's parameters") as said:
             for batch in batches[1:]:
                 plain_step(model, optimizer, batch)
         assert len(said) == 1
@@ -379,7 +379,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
     other = torch.optim.SGD(smooth_network().parameters(), 0.1)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         Recorder(path, "model", optimizer)
-    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, or a list of them, got float"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer or a list of them, got float"):
         Recorder(path, model, 0.1)
     with pytest.raises(TypeError, match="objective must be a function"):
         Recorder(path, model, optimizer, objective=1)
@@ -387,7 +387,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
         Recorder(path, model, optimizer, every=0)
     with pytest.raises(ValueError, match="holds none of the model's parameters"):
         Recorder(path, model, other)
-    with pytest.raises(ValueError, match=r"'0\.weight' has no values yet, on the meta device"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device and has no values yet"):
         Recorder(path, smooth_network().to("meta"), optimizer)
     with pytest.raises(ValueError, match=r"unknown quantities \['norm'\]: choose from \['"):
         Recorder(path, model, optimizer, quantities=["norm"])
@@ -400,18 +400,18 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
             recorder.log(grad_sqnorm=1.0)
         with pytest.raises(ValueError, match="cannot take the name 'val/loss'"):
             recorder.log(**{"val/loss": 1.0})
-        with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, 'note' is 'good'"):
+        with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, but 'note' is 'good'"):
             recorder.log_epoch(note="good")
         with pytest.raises(ValueError, match=r"log_epoch\(\) cannot take 'epoch'"):
             recorder.log_epoch(epoch=3)
         model(vectors(1)[0][0]).square().mean().backward()
         optimizer.step()
         for value in (10**400, 1j, torch.tensor(1j), torch.tensor(1.0, device="meta")):  # no float in memory
-            with pytest.raises(ValueError, match=r"log\(\) takes real numbers, 'a'"):
+            with pytest.raises(ValueError, match=r"log\(\) takes real numbers, but 'a'"):
                 recorder.log(a=value)
-            with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, 'a'"):
+            with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, but 'a'"):
                 recorder.log_epoch(a=value)
-            with pytest.raises(ValueError, match=r"event\(\) takes numbers and texts, 'a'"):
+            with pytest.raises(ValueError, match=r"event\(\) takes numbers and strings, but 'a'"):
                 with recorder.event("look", probe=vectors(1), a=value):
                     pass
     assert open_run(path)["steps"].sizes["step"] == 1
@@ -610,7 +610,7 @@ def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path
         loss = F.cross_entropy(model(probe[0][0]), probe[0][1])
         recorder.log_epoch(one=torch.tensor([0.5]), with_a_graph=loss)
         with recorder.event("look", probe=probe, number=loss, text="a") as event:
-            with pytest.raises(ValueError, match=r"one score a filter.*\(5,\), \(3,\)"):
+            with pytest.raises(ValueError, match=r"one score per filter.*\(5,\), \(3,\)"):
                 event.units(alive={"0": five}, scores={"0": torch.ones(3)})
             with pytest.raises(ValueError, match=r"layer '2' has 3 filters, got 5 booleans"):
                 event.units(alive={"0": five, "2": five})

@@ -86,7 +86,7 @@ def test_going_back_is_refused_unless_asked_for(tmp_path: Path) -> None:
     train(tmp_path / "run", loaded(early), batches[4:7], resume=True)
     files = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(
-        ValueError, match=r"model is at step 4 of .*, the record goes on to step 7 .* resume=\"rewind\""
+        ValueError, match=r"model is at step 4 of .*, but the record continues to step 7 .* resume=\"rewind\""
     ):
         train(tmp_path / "run", loaded(early), batches[4:], resume=True)
     assert files == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
@@ -115,7 +115,7 @@ def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, whe
         state["after"] = checkpoint(pair)
     if when == "before":
         with pytest.raises(
-            ValueError, match=r"at step 3 .* with 0 events behind it, the record goes on to step 3 with 1"
+            ValueError, match=r"at step 3 .* with 0 events before it, but the record continues to step 3 with 1"
         ):
             Recorder(tmp_path / "run", *loaded(state[when]), resume=True)
     pair = loaded(state[when])
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_is_later_than_the_record_needs_its_step(tmp_path: Pat
     train(tmp_path / "run", pair, batches[:4])
     for batch in batches[4:6]:
         plain_step(*pair, batch)  # what a kill took from the record
-    with pytest.raises(ValueError, match=r"those of no step in .*, which ends at step 4: .* give step=<the step"):
+    with pytest.raises(ValueError, match=r"match no step of .*, which ends at step 4: .* pass step=<the step"):
         train(tmp_path / "run", pair, batches[6:], resume=True)
     train(tmp_path / "run", pair, batches[6:], resume=True, step=6)
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1, 2, 3, 6, 7]
@@ -153,7 +153,7 @@ def test_what_cannot_be_gone_on_with_is_refused_in_a_line(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match='resume must be False, True or "rewind", got 2'):
         Recorder(tmp_path / "run", *pair, resume=2)
     with pytest.raises(
-        ValueError, match="step is the whole number of steps at which a resumed training goes on, got 3"
+        ValueError, match=r"step must be the step at which training continues, .* got step=3 with resume="
     ):
         Recorder(tmp_path / "run", *pair, step=3)
     (tmp_path / "thesis").mkdir()
@@ -202,7 +202,7 @@ def test_distances_from_what_is_not_known_any_more_are_said(tmp_path: Path) -> N
     state = train(tmp_path / "run", fresh(), batches[:2])
     for kept in (tmp_path / "run").glob(".start-*"):
         kept.unlink()
-    with pytest.warns(UserWarning, match=r"‖θ−θ₀‖² \(distance_sqnorm\) is NaN from step 2 on: .*run keeps no θ₀"):
+    with pytest.warns(UserWarning, match=r"‖θ−θ₀‖² \(distance_sqnorm\) is NaN from step 2 on: .*run holds no θ₀"):
         train(tmp_path / "run", loaded(state), batches[2:], resume=True)
     assert np.isnan(distances(tmp_path / "run")).tolist() == [False, False, True]
 
@@ -237,7 +237,7 @@ def test_a_training_that_goes_on_with_another_optimizer_is_told_so(tmp_path: Pat
     batches = vectors(3)
     model, optimizer = loaded(train(tmp_path / "run", fresh(), batches[:2]))
     given = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="no step of the optimizer: the one that trains is not the one"):
+    with pytest.warns(UserWarning, match="the optimizer took no step: the one that trains the model is not the one"):
         with Recorder(tmp_path / "run", model, given, resume=True) as recorder:
             for batch in recorder.watch(batches[2:]):
                 plain_step(model, optimizer, batch)
@@ -256,9 +256,9 @@ def look(path: Path, *, note: float | str = 1.0, layers: Sequence[str] = ("0", "
 
 def test_what_events_say_is_of_one_kind_over_a_resumption_too(tmp_path: Path) -> None:
     pair = look(tmp_path / "run")
-    with pytest.raises(ValueError, match="event\\(\\) takes 'note' as a number, as in the event before, got 'three'"):
+    with pytest.raises(ValueError, match="event\\(\\) takes 'note' as a number, as in the events before, got 'three'"):
         look(tmp_path / "run", note="three", pair=pair)
-    with pytest.raises(ValueError, match=r"takes the same units in all events of a record, \('2', 0\) is in some only"):
+    with pytest.raises(ValueError, match=r"the same units in all events of a record, but \('2', 0\) is only in some"):
         look(tmp_path / "run", layers=["0"], pair=pair)
     look(tmp_path / "run", layers=["2", "0"], pair=pair)  # in another order
     run = open_run(tmp_path / "run")
@@ -400,7 +400,7 @@ def test_epochs_logged_behind_the_last_recorded_step_are_taken_back_as_well(tmp_
             recorder.log_epoch(test_accuracy=epoch / 10)
             states.append(checkpoint(pair))
     settings = {"every": 100, "curvature_every": 0, "step": 10}
-    with pytest.raises(ValueError, match=r"model is at step 10 of .*, the record goes on to step 30 with 0"):
+    with pytest.raises(ValueError, match=r"model is at step 10 of .*, but the record continues to step 30 with 0"):
         Recorder(tmp_path / "run", *loaded(states[0]), resume=True, **settings)
     Recorder(tmp_path / "run", *loaded(states[0]), resume="rewind", **settings).close()
     run = open_run(tmp_path / "run")
@@ -430,7 +430,7 @@ def test_where_parameters_stood_still_the_step_is_asked_for(tmp_path: Path) -> N
     pair = fresh()
     pair[1].param_groups[0]["lr"] = 0.0
     state = train(tmp_path / "run", pair, vectors(4))
-    with pytest.raises(ValueError, match=r"are those of the steps 0 to 4 in .*give step="):
+    with pytest.raises(ValueError, match=r"match all steps from 0 to 4 of .*pass step="):
         Recorder(tmp_path / "run", *loaded(state), resume="rewind")
     Recorder(tmp_path / "run", *loaded(state), resume=True).close()  # what is at the end goes on from there
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 4

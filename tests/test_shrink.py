@@ -323,9 +323,9 @@ def test_a_later_event_is_recorded_in_the_original_units(tmp_path: Path) -> None
     assert score[1][alive[0]].tolist() == torch.cat(list(second.scores.values())).tolist()
     np.testing.assert_array_equal(alive[2], alive[1])  # given for the units it has, they are the same
     np.testing.assert_array_equal(score[2], score[1])
-    with pytest.raises(ValueError, match=r"layer 'features.0' was given values of shape \(1,\), but: \d+ units"):
+    with pytest.raises(ValueError, match=r"layer 'features.0' was given values of shape \(1,\), but it has \d+ units"):
         shrunk.expand({"features.0": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"layer 'conv' was given values of shape .* but: known are .*'features.0'"):
+    with pytest.raises(ValueError, match=r"layer 'conv' was given values of shape .* but layers are .*'features.0'"):
         shrunk.expand({"conv": torch.zeros(1)})
 
 

@@ -403,7 +403,7 @@ def test_a_thread_that_reads_ahead_changes_nothing(tmp_path: Path, trains: str) 
     assert run["steps"].sizes["step"] == 40
     if trains == "here":
         assert "curvature" not in run.children or not run["curvature"].data_vars
-        assert ["read in another thread than that of the steps" in str(one.message) for one in said] == [True]
+        assert ["read in a thread other than that of the steps" in str(one.message) for one in said] == [True]
     else:
         assert not said
         np.testing.assert_allclose(run["curvature"].loss_before, losses[::2], rtol=1e-12)

@@ -202,7 +202,7 @@ def _gradient(loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: 
         with HigherOrder() if create_graph else nullcontext():
             loss = loss_of(theta)
         if not loss.requires_grad:
-            raise ValueError("the loss depends on no parameter that is trained")
+            raise ValueError("the loss depends on no trainable parameter")
         with on_the_way_back(loss, leaves) as way:
             grad = torch.autograd.grad(
                 loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True

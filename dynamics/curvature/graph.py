@@ -17,9 +17,9 @@ _LENT = "_lent_on_the_way_back"
 _KNOWN = ("torch", __package__.partition(".")[0])  # whose functions never run a network again
 
 _FOREIGN = (
-    "the loss refers to a parameter of the model, of shape {shape}, that was taken out of it beforehand (in a list, a "
-    "dictionary, an object): take parameters from the model whenever the loss is evaluated, by their modules' "
-    "attributes or model.named_parameters()"
+    "the loss uses a parameter of the model, of shape {shape}, that was taken out of it beforehand "
+    "(into a list, a dictionary, an object): take parameters from the model each time the loss is "
+    "evaluated, as attributes of their modules or from model.named_parameters()"
 )
 
 

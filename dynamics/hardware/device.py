@@ -20,6 +20,6 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device {name!r} cannot be used: {first_line(error)}; choose auto, cpu, or cuda where there is one"
+            f"device {name!r} cannot be used: {first_line(error)}; choose auto, cpu, or cuda if there is a GPU"
         ) from error
     return device

@@ -132,8 +132,8 @@ class Batches:
         if (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
             if not self._idle:
                 warnings.warn(
-                    f"the gradients of {_IDLE} batches in a row led to no step of the optimizer: is it still the one "
-                    "that was given?",
+                    f"the gradients of {_IDLE} batches in a row led to no optimizer step: check that the recorder was "
+                    "given the optimizer that trains the model",
                     stacklevel=3,
                 )
             self._idle = True
@@ -166,8 +166,8 @@ class Batches:
         self._backward.choose()
         if self._reader != threading.get_ident():
             raise RuntimeError(
-                "the batches are read in another thread than that of the steps: watch what the loop itself iterates, "
-                "recorder.watch(...) around what reads ahead"
+                "batches are read in a thread other than that of the steps: watch what the loop itself iterates "
+                "over, with recorder.watch(...) around what reads ahead"
             )
         self.moments.look_back(self._seen)
         of_epoch = self._of_epoch if self._backward else 0

@@ -79,8 +79,9 @@ class Groups:
         held = {id(parameter): parameter for group in groups for parameter in group["params"]}
         if known is not None and not (any(self._group_of) or self._layers.has_any(held.values())):
             warnings.warn(
-                "the optimizer that was given holds none of the model's parameters any more, so it trains nothing: "
-                "they were replaced, as load_state_dict(assign=True) does. Make the optimizer after that",
+                "the optimizer that the recorder was given no longer holds any of the model's parameters, so it "
+                "trains nothing: they were replaced, as load_state_dict(assign=True) does. Create the optimizer "
+                "after that",
                 stacklevel=5,
             )
         every = list(range(len(self._layers.parameters)))

@@ -71,17 +71,17 @@ class LoggedLoss:
             if _agree(batches * logged, objective):
                 yield (
                     "divided",
-                    f"the loss that was logged at step {doubt.step}, {logged:.4g}, is 1/{batches} of the objective's, "
-                    f"{objective:.4g}: log the loss before it is divided by the number of micro-batches",
+                    f"the loss logged at step {doubt.step}, {logged:.4g}, is 1/{batches} of the objective's, "
+                    f"{objective:.4g}: log the loss before dividing it by the number of micro-batches",
                 )
             elif self._is_another(doubt.cosine, logged, objective):
                 yield (
                     "doubtful",
-                    f"the loss of step {doubt.step} was logged as {logged:.4g}, and the objective is {objective:.4g} "
-                    f"on its batch; the gradients have cosine {doubt.cosine:.3f}. A training that rounds to half "
-                    "precision, by autocast say, may differ so by rounding alone. If this one does not, and it was the "
-                    "loop's loss that was logged, /curvature is of another: give the recorder the same, Recorder(..., "
-                    "objective=lambda model, batch: <the loss>)",
+                    f"the loss of step {doubt.step} was logged as {logged:.4g}, but the objective is {objective:.4g} "
+                    f"on its batch; their gradients have cosine {doubt.cosine:.3f}. In half precision, with autocast "
+                    "for example, rounding alone may explain this. Otherwise, if the logged value is the loss that "
+                    "the loop minimises, /curvature is of another loss: give the recorder the same one, "
+                    "Recorder(..., objective=lambda model, batch: <the loss>)",
                 )
 
     def _is_another(self, cosine: float, logged: float, objective: float) -> bool:

@@ -20,8 +20,8 @@ from .forward_passes import trains
 from .seen import Seen
 
 _SCRIPTED = (
-    "a ScriptModule hides what it computes, and rounds otherwise when it runs more often; train the module that it was "
-    "made of"
+    "a ScriptModule hides what it computes, and rounds differently once it has run several times; "
+    "train the module that it was made from"
 )
 
 

@@ -53,8 +53,8 @@ class Processes:
             self._meet()
         elif self._apart and replica_of(model) is not None:
             warnings.warn(
-                "the model is within what DistributedDataParallel returned, whose gradients are of all processes' "
-                "batches, and what the recorder evaluates would be of this process's own. Give it what "
+                "the model is inside what DistributedDataParallel returned: its gradients are of the batches of "
+                "all processes, but the recorder would evaluate those of this process only. Pass what "
                 "DistributedDataParallel returned, in all processes",
                 stacklevel=3,
             )
@@ -62,8 +62,8 @@ class Processes:
     def _meet(self) -> None:
         """Wait for the others for the first time; where they do not come, say why that may be."""
         text = (
-            "Recorder() waits for other processes: make it in all that train the model together, and not in the first "
-            "alone, which writes the record for all of them"
+            "Recorder() is waiting for other processes: create it in all processes that train the model "
+            "together, not only in the first, which writes the record for all of them"
         )
         waits = threading.Timer(_LONG, warnings.warn, [text])
         waits.daemon = True
@@ -89,8 +89,8 @@ class Processes:
         error = self.told(error)
         if isinstance(error, OSError) and self._apart:
             error.add_note(
-                "This is one of several processes, and each has a recorder of its own: for one record of all of them, "
-                "give the model that DistributedDataParallel returned."
+                "This is one of several processes, each with a recorder of its own: for one record of all of "
+                "them, pass the model that DistributedDataParallel returned."
             )
         if error is not None:
             raise error

@@ -68,8 +68,8 @@ def expand(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> dict[
     expanded = {}
     for layer, value in values.items():
         if layer not in known or value.shape != known[layer].index.shape:
-            count = f"{len(known[layer].index)} units" if layer in known else f"known are {sorted(known)}"
-            raise ValueError(f"layer {layer!r} was given values of shape {tuple(value.shape)}, but: {count}")
+            needed = f"it has {len(known[layer].index)} units" if layer in known else f"layers are {sorted(known)}"
+            raise ValueError(f"layer {layer!r} was given values of shape {tuple(value.shape)}, but {needed}")
         fill = False if value.dtype == torch.bool else torch.nan
         expanded[layer] = torch.full((known[layer].total,), fill, dtype=value.dtype, device=value.device)
         expanded[layer][known[layer].index.to(value.device)] = value.detach()

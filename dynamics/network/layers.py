@@ -110,7 +110,7 @@ class Layers:
         self._plain = _plain_names(named)
         found = {self._plain[name]: (name, parameter) for name, parameter in _held(named).items()}
         if added := [name for name in found if name not in self._known]:
-            warnings.warn(f"parameters that came after recording began are not recorded: {added}", stacklevel=5)
+            warnings.warn(f"parameters that were added after recording began are not recorded: {added}", stacklevel=5)
         absent = (None, torch.empty(0, device=next(iter(named.values()), torch.empty(0)).device))
         self._found = [found.get(name, absent) for name in self._known]
         self.parameters = [parameter for _, parameter in self._found]

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import CheckpointFunction
 _ONE_AT_A_TIME = threading.RLock()  # what one thread exchanges in torch for a while, another must not take for torch's
 
 _PACKED = (
-    "what backward passes need is packed, by torch.autograd.graph.saved_tensors_hooks around the whole loop: put them "
-    "around forward passes only, or into the model"
+    "what backward passes need is packed by torch.autograd.graph.saved_tensors_hooks around the "
+    "whole loop: put these hooks around forward passes only, or inside the model"
 )
 
 

@@ -21,16 +21,16 @@ def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temp
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
-        got, listed = f"{type(batch).__name__}{many}", "give them in a list; " * isinstance(batch, Tensor)
+        got, listed = f"{type(batch).__name__}{many}", "pass a list of such batches; " * isinstance(batch, Tensor)
         raise ValueError(
-            f"the cross-entropy is of batches (inputs, labels), got a {got}: {listed}of another loss give objective="
+            f"the cross-entropy needs batches (inputs, labels), got a {got}: {listed}for another loss pass objective="
         )
     inputs, labels = batch
     outputs = model(inputs)
     if outputs.ndim > 1 and outputs.shape[1] < 2:
         raise ValueError(f"the cross-entropy of one class is always 0, got outputs of shape {tuple(outputs.shape)}")
     if labels.is_floating_point() and _is_negative(labels):
-        raise ValueError("labels hold negative numbers, and so no probabilities of classes")
+        raise ValueError("labels hold negative numbers, so they are not class probabilities")
     return F.cross_entropy(outputs / temperature, labels)
 
 

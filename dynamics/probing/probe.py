@@ -169,7 +169,7 @@ class Probe:
                 self.repeatable = not moment.drawn() and not any(map(_keeps, self.others))
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
-                raise ValueError(f"an objective returns a scalar loss, got {what}: take its mean, say")
+                raise ValueError(f"an objective must return a scalar loss, got {what}: return its mean, for example")
             loss = loss.reshape(())
             if may_run_again(loss, self._model.parameters()):
                 self.repeatable, self.own_operations = False, True

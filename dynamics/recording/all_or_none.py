@@ -13,8 +13,11 @@ from ..errors import named
 from ..loop.processes import Processes
 
 _Measured = TypeVar("_Measured")
-_OBJECTIVE = "Give the recorder what fits model and loader: Recorder(..., objective=lambda model, batch: <scalar loss>)"
-_MEMORY = "A second derivative takes several times a step's memory: give smaller batches"
+_OBJECTIVE = (
+    "Give the recorder an objective that fits model and loader, Recorder(..., objective=lambda "
+    "model, batch: <scalar loss>)"
+)
+_MEMORY = "A second derivative takes several times the memory of a step: use smaller batches"
 
 
 class AllOrNone:
@@ -45,7 +48,9 @@ class AllOrNone:
             measured = None if self.failed else measure()
         except Exception as error:
             advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
-            reason = f"the objective failed on this step's batch with {named(error)}. {advice}, or curvature_every=0"
+            reason = (
+                f"the objective failed on this step's batch with {named(error)}. {advice}, or set curvature_every=0"
+            )
         if self.all_agree(measured is not None):
             return measured
         if others:

@@ -36,17 +36,18 @@ def check_arguments(model: nn.Module, objective: Any, every: int, curvature_ever
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if sharded := [type(module).__name__ for module in model.modules() if type(module).__name__ in _SHARDING]:
         raise TypeError(
-            f"model is sharded by {sharded[0]}, whose parameters are not the network's: use FSDP2's "
-            "fully_shard, or data parallelism"
+            f"model is sharded by {sharded[0]}, whose parameters are not those of the network: use FSDP2 "
+            "(fully_shard) or data parallelism instead"
         )
     check_initialised(model)
     if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{meta[0]!r} has no values yet, on the meta device: make the recorder when there are some")
+        raise ValueError(f"{meta[0]!r} is on the meta device and has no values yet: create the Recorder once it has")
     if not callable(objective):
         raise TypeError(f"objective must be a function (model, batch) -> scalar loss, got {objective!r:.60}")
     if not all(isinstance(count, Integral) for count in (every, curvature_every)) or every < 1 or curvature_every < 0:
         raise ValueError(
-            f"every must be a whole number >= 1 and curvature_every one >= 0, got {every!r} and {curvature_every!r}"
+            f"every must be a whole number >= 1 and curvature_every a whole number >= 0, got {every!r} and "
+            f"{curvature_every!r}"
         )
 
 
@@ -55,7 +56,9 @@ def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) ->
     ours = {id(parameter) for parameter in model.parameters()}
     held = [group["params"] for one in optimizers for group in one.param_groups]
     if not any(id(parameter) in ours for parameters in held for parameter in parameters):
-        raise ValueError("the optimizer holds none of the model's parameters: pass the pair that trains together")
+        raise ValueError(
+            "the optimizer holds none of the model's parameters: pass the optimizer that trains this model"
+        )
 
 
 def as_plain(attributes: Any) -> Any:
@@ -75,15 +78,17 @@ def _plain(value: Any) -> Any:
 def check_attributes(attributes: Any) -> None:
     """Raise TypeError or ValueError where a record cannot carry them; warn where runs could not be compared by them."""
     if not isinstance(attributes, Mapping) or not all(isinstance(name, str) for name in attributes):
-        raise TypeError(f"attributes is a dictionary of names and what they say, got {attributes!r:.60}")
+        raise TypeError(f"attributes must be a dictionary whose keys are strings, got {attributes!r:.60}")
     if kept := sorted(attributes.keys() & set(_KEPT)):
-        raise ValueError(f"attributes cannot say {kept[0]!r}: the recorder says it itself; choose another name")
+        raise ValueError(
+            f"attributes cannot contain {kept[0]!r}, which the recorder writes itself: choose another name"
+        )
     for name, kind in schema.COMPARED_BY.items():
         value = attributes.get(name)
         if value is not None and not isinstance(value, kind):
-            said = "a text" if kind is str else "a number"
+            said = "a string" if kind is str else "a number"
             warnings.warn(
-                f"attributes: runs are compared by {name!r} if it is {said}; by {value!r:.60} they are not",
+                f"attribute {name!r} is {value!r:.60}, so runs are not compared by it: give {said}",
                 stacklevel=3,
             )
 
@@ -94,8 +99,8 @@ def check_resume(resume: Any, step: Any) -> None:
         raise ValueError(f'resume must be False, True or "rewind", got {resume!r:.60}')
     if step is not None and (not isinstance(step, Integral) or step < 0 or not resume):
         raise ValueError(
-            f"step is the whole number of steps at which a resumed training goes on, got {step!r:.60} "
-            f"with resume={resume!r}"
+            "step must be the step at which training continues, a whole number >= 0, and needs resume; got "
+            f"step={step!r:.60} with resume={resume!r}"
         )
 
 
@@ -107,7 +112,7 @@ def optimizers(given: Any) -> list[torch.optim.Optimizer]:
     """
     found = [_stepping(one) for one in as_given(given)]
     if not found:
-        raise TypeError("optimizer must be a torch.optim.Optimizer, or a list of them, got an empty list")
+        raise TypeError("optimizer must be a torch.optim.Optimizer or a list of them, got an empty list")
     return found
 
 
@@ -125,9 +130,9 @@ def _stepping(optimizer: Any) -> torch.optim.Optimizer:
         within = [one for one in named if isinstance(one, torch.optim.Optimizer)]
         within = within[:1] or [one for one in held if isinstance(one, torch.optim.Optimizer)]
         if len(within) != 1:
-            advice = f", which steps by {len(within)}: give these" if within else ""
+            advice = f", which wraps {len(within)} optimizers: pass these as a list" if within else ""
             kind = type(given).__name__
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {kind}{advice}")
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {kind}{advice}")
         (optimizer,) = within
     return optimizer
 
@@ -142,28 +147,28 @@ def check_scalar(name: str, value: float | Tensor) -> None:
     _check_name("log", name)
     row = schema.QUANTITIES.get(name)
     if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
-        raise ValueError(f"log() cannot take {name!r}: the recorder measures it itself; choose another name")
+        raise ValueError(f"log() cannot take {name!r}, which the recorder measures itself: choose another name")
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"log() takes scalars, {name!r} has shape {tuple(value.shape)}: log its mean, say")
+        raise ValueError(f"log() takes scalars, but {name!r} has shape {tuple(value.shape)}: log its mean, for example")
     _check_whole("log", name, value)
     if not _is_number(value):
-        raise ValueError(f"log() takes real numbers, {name!r} is {value!r:.60}")
+        raise ValueError(f"log() takes real numbers, but {name!r} is {value!r:.60}")
 
 
 def _check_whole(method: str, name: str, value: Any) -> None:
     """Raise ValueError where processes hold parts of a value: only all of them together can say it."""
     if not all(place.is_replicate() for place in getattr(value, "placements", ())):
         raise ValueError(
-            f"{method}() cannot take {name!r}, of which every process holds a part, as of what FSDP2 spreads: give its "
-            "full_tensor(), which all of them have to call"
+            f"{method}() cannot take {name!r}, of which each process holds only a part, as FSDP2 does it: "
+            "pass its full_tensor(), which all processes must call"
         )
 
 
 def _check_name(method: str, name: str) -> None:
     if not name or name.startswith(".") or set(name) & set("/\\") or len(name) > LONGEST_TEXT:
         raise ValueError(
-            f"{method}() cannot take the name {name!r:.80}: a name has up to {LONGEST_TEXT} characters, no slash and "
-            "no '.' first; val_loss, say"
+            f"{method}() cannot take the name {name!r:.80}: a name has 1 to {LONGEST_TEXT} characters, no "
+            "slash, and no '.' at the start, as val_loss"
         )
 
 
@@ -173,16 +178,18 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
         _check_name("log_epoch", name)
         _check_whole("log_epoch", name, value)
         if not _is_number(value):
-            raise ValueError(f"log_epoch() takes numbers, {name!r} is {value!r:.60}")
+            raise ValueError(f"log_epoch() takes numbers, but {name!r} is {value!r:.60}")
         waits = isinstance(value, Tensor) and value.is_cuda  # for the GPU, which it is not worth
         if name in _SHARES and not waits and abs(float(value) - 0.5) > 0.5 + _ROUNDING:
-            raise ValueError(f"log_epoch() takes {name} as a share of right answers, from 0 to 1, got {float(value):g}")
+            raise ValueError(
+                f"log_epoch() takes {name} as a fraction of correct answers, from 0 to 1, got {float(value):g}"
+            )
         near = [one for one in _READ if "_" in name and one.startswith(name)]  # as "test_acc" is short
         near = near or difflib.get_close_matches(name, [one for one in _READ if one[:2] == name[:2]], 1, _CLOSE)
         if near and near[0] not in scalars:
             warnings.warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}", stacklevel=3)
     if counted := sorted({"epoch", "step"} & scalars.keys()):
-        raise ValueError(f"log_epoch() cannot take {counted[0]!r}: it counts steps and epochs itself")
+        raise ValueError(f"log_epoch() cannot take {counted[0]!r}: the recorder counts steps and epochs itself")
 
 
 def _is_number(value: Any) -> bool:
@@ -206,17 +213,17 @@ def check_description(kind: str, attributes: Mapping[str, Any], texts: Mapping[s
     measured = {"event", "kind", "mode", "step", "epoch", "layer", "stage"}
     measured |= {row.name for row in schema.quantities("pruning") if row.over}  # what is one number is described
     if taken := sorted(measured & attributes.keys()):
-        raise ValueError(f"event() cannot take {taken}: the recorder measures them itself; choose other names")
+        raise ValueError(f"event() cannot take {taken}, which the recorder measures itself: choose other names")
     for name, value in {"kind": kind, **attributes}.items():
         _check_name("event", name)
         _check_whole("event", name, value)
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
-            raise ValueError(f"event() takes texts of up to {LONGEST_TEXT} characters, {name!r} has {len(value)}")
+            raise ValueError(f"event() takes strings of up to {LONGEST_TEXT} characters, but {name!r} has {len(value)}")
         if not isinstance(value, str) and not _is_number(value):
-            raise ValueError(f"event() takes numbers and texts, {name!r} is {value!r:.60}")
+            raise ValueError(f"event() takes numbers and strings, but {name!r} is {value!r:.60}")
         if texts.get(name, isinstance(value, str)) != isinstance(value, str):
-            was = "a text" if texts[name] else "a number"
-            raise ValueError(f"event() takes {name!r} as {was}, as in the event before, got {value!r:.60}")
+            was = "a string" if texts[name] else "a number"
+            raise ValueError(f"event() takes {name!r} as {was}, as in the events before, got {value!r:.60}")
 
 
 def wanted(node: str, names: Iterable[str] | None) -> list[str]:

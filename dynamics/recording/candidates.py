@@ -82,7 +82,7 @@ class Candidates:
             RuntimeError: what it starts from cannot be kept.
         """
         if (failure := self._batches.moments.failure) is not None:
-            raise RuntimeError(f"what the step starts from cannot be kept: {failure}")
+            raise RuntimeError(f"the state from which the step starts cannot be kept: {failure}")
         candidates = enumerate(self._batches.candidates())
         if self._batches.moments.lost:
             return []

@@ -81,7 +81,8 @@ class CapturedCurvature:
             self._refused = True
             self._kind = None
             warnings.warn(
-                f"curvature cannot be captured ({named(error)}): its kernels are launched one by one", stacklevel=2
+                f"curvature cannot be captured as CUDA graphs ({named(error)}): its kernels are launched one by one",
+                stacklevel=2,
             )
             return None
 

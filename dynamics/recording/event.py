@@ -43,26 +43,27 @@ class Event:
         for layer, kept in alive.items():
             if kept.ndim != 1:
                 raise ValueError(
-                    f"event.units() takes one boolean a filter, (unit,), got shape {tuple(kept.shape)} for {layer!r}: "
-                    "single weights are counted by layer in /pruning, as removed and remaining"
+                    f"event.units() takes one boolean per filter, (unit,), got shape {tuple(kept.shape)} for "
+                    f"{layer!r}: single weights are counted by layer in /pruning, as removed and remaining"
                 )
             if layer in scores and scores[layer].shape != kept.shape:
                 shapes = tuple(kept.shape), tuple(scores[layer].shape)
                 raise ValueError(
-                    f"event.units() takes one score a filter, layer {layer!r} has masks and scores {shapes}"
+                    f"event.units() takes one score per filter, but the masks and scores of layer {layer!r} have "
+                    f"shapes {shapes}"
                 )
         known = identities(self._model)
         for layer, identity in known.items():
             if layer in alive and len(alive[layer]) not in (len(identity.index), identity.total):
                 raise ValueError(
-                    f"event.units() takes one boolean a filter, layer {layer!r} has {len(identity.index)} filters, got "
-                    f"{len(alive[layer])} booleans"
+                    f"event.units() takes one boolean per filter: layer {layer!r} has {len(identity.index)} filters, "
+                    f"got {len(alive[layer])} booleans"
                 )
         found = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
         before = self._past.units
         if before and (other := sorted(set(_labels(found)) ^ set(before))):
             raise ValueError(
-                f"event.units() takes the same units in all events of a record, {other[0]} is in some only"
+                f"event.units() takes the same units in all events of a record, but {other[0]} is only in some"
             )
         self.alive = {layer: found[layer] for layer in dict.fromkeys(layer for layer, _ in before)} or found
         self.scores = {layer: score.detach().cpu() for layer, score in as_original(scores, known).items()}
@@ -75,18 +76,21 @@ class Event:
                 measures, draws, fractions or units than that of an event before.
         """
         if node not in schema.STUDIES:
-            raise ValueError(f"an event takes studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
+            raise ValueError(f"event.add() takes one of the studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
         dims = {row.name: row.dims(node)[1:] for row in schema.quantities(node)}
         for name, values in study.data_vars.items():
             if set(values.dims) != set(dims.get(name, ("nothing",))):
-                raise ValueError(f"/{node} takes {dims}, got {name!r:.60} over {values.dims}")
+                raise ValueError(
+                    f"event.add({node!r}) takes variables over the dimensions {dims}, got {name!r:.60} over "
+                    f"{values.dims}"
+                )
         before, now = self._past.studied.get(node, {}), coordinates(study)
         for name in (name for name in before if name in now):
             if not np.array_equal(before[name], now[name]):
                 was, has = (f"{values[name].tolist()!r:.60}" for values in (before, now))
                 raise ValueError(
-                    f"event.add({node!r}) takes the same {name!r} in all events of a record: before it was {was}, now "
-                    f"it is {has}"
+                    f"event.add({node!r}) takes the same {name!r} in all events of a record: it was {was} before, and "
+                    f"is {has} now"
                 )
         self.studies[node] = study.map(lambda values: values.transpose(*dims[values.name]))
 
@@ -161,8 +165,9 @@ class Stage:
         size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
         if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + self._rounding * size:
             warnings.warn(
-                f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the other): "
-                "an operation of the network has a wrong derivative, and what an event predicts by it is wrong",
+                f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the "
+                "other): an operation of the network has a wrong derivative, so the predictions of this event "
+                "that use it are wrong",
                 stacklevel=2,
             )
             return False
@@ -189,8 +194,8 @@ def effect(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
         name = changed[0]
         raise ValueError(
             f"inside event() {name!r} changed its shape from {tuple(before.shapes[name])} to "
-            f"{tuple(after.shapes[name])}, so before and after cannot be compared: mask what is pruned inside, and "
-            "make the network smaller after the event"
+            f"{tuple(after.shapes[name])}, so before and after cannot be compared: mask what is pruned inside "
+            "event(), and shrink the network after it"
         )
     return measured(layers, before, after) | predicted(layers, before, after, after.theta - before.theta)
 
@@ -214,8 +219,9 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
     removed = before.kept * (1 - after.kept)
     if frozen := before.frozen_in(removal):
         warnings.warn(
-            f"frozen parameters are removed or changed, {frozen[0]!r} first: what that does is not predicted, for they "
-            "have no gradient, and predictions are NaN; requires_grad_() before that, if they are wanted",
+            f"frozen parameters are removed or changed, first {frozen[0]!r}: they have no gradient, so the "
+            "predictions of this event are NaN. Call requires_grad_() on them before the event if you need "
+            "predictions",
             stacklevel=2,
         )
         counted = layers.evaluate(_COUNTED, before.vectors(removed=removed))

@@ -47,11 +47,11 @@ class Events:
     def check(self, kind: str, probe: Any, mode: str | None, attributes: Mapping[str, Any]) -> None:
         """Raise ValueError where an event cannot be measured or described so."""
         if mode not in ("train", "eval", None):
-            raise ValueError(f"event() measures in mode 'train' or 'eval', got {mode!r:.60}")
+            raise ValueError(f"event() needs mode 'train' or 'eval', got {mode!r:.60}")
         if not isinstance(probe, list | tuple) or not probe:
-            raise ValueError(f"event() needs a list of batches as probe, got {probe!r:.60}")
+            raise ValueError(f"event() needs a list of batches as its probe, got {probe!r:.60}")
         if self._processes.sharded:
-            raise ValueError("event() needs all parameters in one process, and FSDP2 spreads them: record steps only")
+            raise ValueError("event() needs all parameters in one process, but FSDP2 shards them: record steps only")
         check_description(kind, attributes, self._past.texts)
 
     @contextmanager
@@ -69,14 +69,14 @@ class Events:
         after = self._stage(probe, mode, [moment.later()] * len(probe))
         if not self._processes.alike(after.theta):
             raise ValueError(
-                "inside event() the processes' networks came to differ, and would stay so: plan a pruning on the same "
-                "batches in all of them"
+                "inside event() the networks of the processes became different, and would stay so: plan the "
+                "pruning on the same batches in all processes"
             )
         idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing was to go
         if kind == "prune" and not idle and before.is_as(after):
             warnings.warn(
-                f"the pruning before step {self._steps.number} changed nothing in the model: prune the model that the "
-                "recorder was given, not a copy, and by masks or in place",
+                f"the pruning before step {self._steps.number} changed nothing in the model: prune the model that "
+                "the recorder was given, not a copy of it, with masks or in place",
                 stacklevel=5,  # behind two context managers
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
@@ -99,7 +99,7 @@ class Events:
             if not self._processes.all_agree(failure is None, self._layers.device):
                 what = "in another process" if failure is None else f"with {named(failure)}"
                 raise ValueError(
-                    f"event(): the objective failed on the probe's batches, in mode {mode!r}, {what}"
+                    f"event(): the objective failed on the probe's batches in mode {mode!r} {what}"
                 ) from failure
             return Stage(self._layers, self._processes, expansion)
 

@@ -35,9 +35,9 @@ class FiniteGradients:
         self._said = True
         step, layer = self._found
         warnings.warn(
-            f"‖g‖² of layer {layer} is not finite at step {step}: the optimizer was given a gradient that is infinite "
-            "or no number there, and it is recorded as it is. If the training has not diverged, "
-            "torch.autograd.set_detect_anomaly(True) tells where that comes from; a loop may skip such a step, as a "
-            "gradient scaler does",
+            f"‖g‖² of layer {layer} is not finite at step {step}: the optimizer was given an infinite or NaN "
+            "gradient there, which is recorded as it is. If the training has not diverged, "
+            "torch.autograd.set_detect_anomaly(True) shows where it comes from; a loop may skip such a step, "
+            "as a gradient scaler does",
             stacklevel=2,
         )

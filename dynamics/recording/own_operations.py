@@ -41,19 +41,19 @@ def doubt(probe: Probe, theta: _Theta, grad: _Theta, grad_hess_grad: Tensor) -> 
     if _differ(passed_on, slope, 0.05, noise * rounded + bent):
         return Doubt(
             True,
-            "an operation or hook of your own passes on another gradient than that of what it computes, as do "
-            f"gradient reversal and straight-through estimators: along g the loss changes by {slope:.4g}, and by "
-            f"{passed_on:.4g} as g says. Predictions of how the loss changes are by the gradient that is passed "
-            "on, not of the loss that is measured, and it has no curvature",
+            "an operation or hook of your own passes on a gradient other than that of what it computes, as "
+            f"gradient reversal and straight-through estimators do: along g the loss changes by {slope:.4g}, "
+            f"but by {passed_on:.4g} according to g. Predictions of the change of the loss use the gradient "
+            "that is passed on, not that of the measured loss, and it has no curvature",
         )
     if _differ(exact, change, 0.1, noise * length**2 + 3 * bent / epsilon):
         return Doubt(
             False,
-            "curvature of an operation of your own is not the change of its gradient: gᵀHg is "
-            f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. One that passes on "
-            "another gradient than its own has none; one whose backward pass, or hook on a tensor, autograd cannot "
-            "differentiate says so as a function with @torch.autograd.function.once_differentiable, and "
-            "differences are recorded",
+            "the curvature of an operation of your own is not the change of its gradient: gᵀHg is "
+            f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. An operation "
+            "that passes on a gradient other than its own has no curvature; if autograd cannot differentiate "
+            "its backward pass, or a hook on a tensor, write it as a function with "
+            "@torch.autograd.function.once_differentiable, and differences are recorded",
         )
     return None
 

@@ -142,9 +142,9 @@ class ProbedStep:
             return values
         name = next(name for name, moves in moved.items() if moves)
         self._warn_once(
-            f"curvature along steps that move frozen parameters, {name!r} first, is NaN: they have no gradient. By "
-            "momentum or weight decay an optimizer moves them on where .grad is zero and not None; zero_grad() makes "
-            "it None",
+            f"curvature along steps that change frozen parameters, first {name!r}, is NaN, because these have "
+            "no gradient. Momentum or weight decay changes them where .grad is zero instead of None; "
+            "zero_grad() sets it to None",
             "frozen",
         )
         unknown = [name for name in ("grad_update", "update_hess_update") if name in values]
@@ -179,7 +179,8 @@ class ProbedStep:
         except RuntimeError as error:
             if not lacks_derivative(error):
                 self._warn_once(
-                    f"curvature by gates failed with {named(error)}; Hessian products, slower, take their place",
+                    f"curvature by gates failed with {named(error)}; Hessian products, which are slower, are used "
+                    "instead",
                     "gates",
                 )
             return self._by_products(probe, grad, vectors, names)

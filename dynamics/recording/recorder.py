@@ -304,21 +304,21 @@ class Recorder:
             return
         if steps.taken and wasted > _WASTED:
             warnings.warn(
-                f"{wasted} backward passes after step {steps.number - 1} led to no step of the optimizer: if another "
-                "one took over, give both from the start: Recorder(..., [first, second])",
+                f"{wasted} backward passes after step {steps.number - 1} led to no optimizer step: if another "
+                "optimizer took over, pass both from the start, Recorder(..., [first, second])",
                 stacklevel=2,
             )
         if self._curvature.unseen and not self._batches.told:
             warnings.warn(
-                "no batch was seen, so no curvature was recorded: watch the loader (recorder.watch(loader)), observe "
-                "each batch, or give curvature_every=0",
+                "no batch was seen, so no curvature was recorded: iterate over recorder.watch(loader), call "
+                "recorder.observe(batch) for each batch, or set curvature_every=0",
                 stacklevel=2,
             )
         if trained and not steps.taken:
             warnings.warn(
-                "batches or gradients were seen, but no step of the optimizer: the one that trains is not the one that "
-                "was given (a copy of an optimizer has no hooks; of one that steps by another, such as SAM, give that: "
-                "its base_optimizer)",
+                "batches or gradients were seen, but the optimizer took no step: the one that trains the model "
+                "is not the one that the recorder was given. A copy of an optimizer has no hooks; of one that "
+                "steps through another, as SAM does, pass the inner one, its base_optimizer",
                 stacklevel=2,
             )
 

@@ -117,8 +117,8 @@ class Record:
         taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
         if taken > 1 and abs(last - self._present.flow_step) > 1e-9 * abs(last):
             warnings.warn(
-                f"flow_time is not known from step {step} on, for the learning rate changed between recorded steps: "
-                "call recorder.flush() before a checkpoint is saved, or record with every=1",
+                f"flow_time is not known from step {step} on, because the learning rate changed between recorded "
+                "steps: call recorder.flush() before saving a checkpoint, or record with every=1",
                 stacklevel=2,
             )
             return float("nan")
@@ -209,8 +209,9 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
     end, met = record.end, _meeting(record, step, rewind, path)
     if met < end and not rewind:
         raise ValueError(
-            f"the model is at step {met[0]} of {path} with {met[1]} events behind it, the record goes on to step "
-            f'{end[0]} with {end[1]}: give resume="rewind" to drop what lies beyond, or load a later checkpoint'
+            f"the model is at step {met[0]} of {path} with {met[1]} events before it, but the record "
+            f'continues to step {end[0]} with {end[1]}: pass resume="rewind" to drop everything after the '
+            "model's step, or load a later checkpoint"
         )
     place = record.place(*met)
     _check_masks(record, present, met[1])
@@ -232,14 +233,14 @@ def _meeting(record: Record, step: int | None, rewind: bool, path: Path) -> tupl
         return step or 0, 0
     if step is None and met is None:
         raise ValueError(
-            f"the model's parameters are those of no step in {path}, which ends at step {end[0]}: load the checkpoint "
-            "that belongs to it, or give step=<the step at which training goes on>"
+            f"the model's parameters match no step of {path}, which ends at step {end[0]}: load the "
+            "checkpoint that belongs to it, or pass step=<the step at which training continues>"
         )
     if step is None and rewind and len(record.exact) > 1:
         first, *_, last = record.exact
         raise ValueError(
-            f"the model's parameters are those of the steps {first} to {last} in {path}, for they did not move: give "
-            "step=<the step at which training goes on>"
+            f"the model's parameters match all steps from {first} to {last} of {path}, because they did not "
+            "change: pass step=<the step at which training continues>"
         )
     if step is not None and (met is None or met[0] != step):
         return step, int(np.searchsorted(record.events, step, side="right")) if step < end[0] else end[1]
@@ -255,9 +256,9 @@ def _check_masks(record: Record, present: Present, events: int) -> None:
     if freed := [name for name, then, now in zip(present.layers, left, present.remaining, strict=True) if now > then]:
         free = int(present.remaining.sum() - left.sum())
         warnings.warn(
-            f"{free} parameters that were pruned when event {events - 1} was recorded have no mask now and will move, "
-            f"in layer {freed[0]!r} first: dynamics.pruning.apply_masks(model, masks), with the checkpoint's masks, "
-            "before the recorder is made",
+            f"{free} parameters that were pruned when event {events - 1} was recorded have no mask now and "
+            f"will change, first in layer {freed[0]!r}: call dynamics.pruning.apply_masks(model, masks) with "
+            "the checkpoint's masks before creating the Recorder",
             stacklevel=2,
         )
 

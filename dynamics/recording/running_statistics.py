@@ -34,7 +34,8 @@ class RunningStatistics:
         self._said = True
         warnings.warn(
             f"the probe's loss is {evaluated:.4g} in eval mode, in which event() measures by default, and "
-            f"{training:.4g} in training mode: running statistics, of BatchNorm say, lag behind the weights. What "
-            'training sees is measured by event(..., mode="train"); mode="eval" says that eval mode is meant',
+            f"{training:.4g} in training mode: running statistics, such as BatchNorm's, lag behind the "
+            'weights. Use event(..., mode="train") to measure what training sees, or mode="eval" to confirm '
+            "eval mode",
             stacklevel=2,
         )

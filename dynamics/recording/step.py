@@ -60,8 +60,8 @@ class Measurement:
             self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
             if store is not None and not known:
                 warnings.warn(
-                    f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {place.step} on: "
-                    f"{store.path} keeps no θ₀ of such layers",
+                    f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {place.step} on: {store.path} holds no θ₀ of these "
+                    "layers",
                     stacklevel=3,
                 )
 

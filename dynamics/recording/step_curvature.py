@@ -57,8 +57,8 @@ class StepCurvature:
         if every and processes.sharded:
             self.stop()
             warnings.warn(
-                "curvature is not recorded: it needs all parameters in one process, and FSDP2 spreads them; "
-                "give curvature_every=0 to record first-order quantities only",
+                "curvature is not recorded: it needs all parameters in one process, but FSDP2 shards them; set "
+                "curvature_every=0 to record first-order quantities only",
                 stacklevel=3,
             )
 
@@ -92,8 +92,9 @@ class StepCurvature:
         if self._processes.may_end_apart:
             self.stop()
             self._warn_once(
-                f"curvature is not recorded from step {step} on: inside DDP's join() processes end apart, and all of "
-                "them would have to measure it; give curvature_every=0 to record first-order quantities only",
+                f"curvature is not recorded from step {step} on: inside DDP's join() processes end at different "
+                "times, and all of them are needed to measure it; set curvature_every=0 to record first-order "
+                "quantities only",
                 "apart",
             )
         elif (known := self._all_or_none.measured(self._known, step)) is not None:
@@ -103,8 +104,8 @@ class StepCurvature:
                 self._say_lost()
             elif known:
                 self._warn_once(
-                    f"curvature is not recorded at step {step}, whose batches other processes do not know: watch the "
-                    "loader, or observe each batch, in all of them",
+                    f"curvature is not recorded at step {step}, whose batches are not known in other processes: watch "
+                    "the loader, or observe each batch, in all processes",
                     "known here",
                 )
             elif self._batches.told and not self._batches:
@@ -140,12 +141,13 @@ class StepCurvature:
         self._say_beside(best.grad)
         if best.cosine < _DOUBTFUL:
             self._warn_once(
-                f"/curvature may be of another loss or of other batches than step {step} was: the objective's "
-                f"gradient and the one applied have cosine {best.cosine:.2f} (grad_applied_grad tells at each step). "
-                "Unless the loop itself changes gradients before they are applied, or rounds to half precision, give "
-                "the recorder its own loss: Recorder(..., objective=lambda model, batch: <scalar loss>). If it has "
-                "that, something that the loss uses changed between forward pass and step: with several networks, call "
-                "observe() right before the forward pass of each, and give all optimizers that step meanwhile",
+                f"/curvature may be of another loss or of other batches than step {step} was: the gradient of the "
+                f"objective and the gradient applied have cosine {best.cosine:.2f} (grad_applied_grad shows it at "
+                "each step). Unless the loop itself changes gradients before they are applied, or rounds to half "
+                "precision, give the recorder the loop's own loss: Recorder(..., objective=lambda model, batch: "
+                "<scalar loss>). If it already has that loss, something that the loss uses changed between "
+                "forward pass and step: with several networks, call observe() right before the forward pass of "
+                "each, and pass all optimizers that step in between",
                 "doubtful",
             )
         if values.get("approximate"):
@@ -174,16 +176,17 @@ class StepCurvature:
             return False
         self._batches.bystanders.keep(moved)
         self._warn_once(
-            "a network outside the model, which the objective runs, moves between a forward pass and its step: "
-            "curvature is measured from the next step on that is due, when its parameters are kept",
+            "a network outside the model that the objective runs changes between a forward pass and its "
+            "step: curvature is measured from the next due step on, for which the parameters of that network "
+            "are kept",
             "others lost",
         )
         return True
 
     def _say_lost(self) -> None:
         self._warn_once(
-            "parameters of the model that are not trained move within a step: curvature is measured from the next "
-            "step on that is due, when they are kept",
+            "parameters of the model that are not trained change within a step: curvature is measured from "
+            "the next due step on, for which they are kept",
             "lost",
         )
 
@@ -191,15 +194,16 @@ class StepCurvature:
         """Say which parameters the loss depends on that another optimizer has moved, which was not given."""
         if name := next((one for one in self._batches.moments.beside if one in grad and grad[one].any()), None):
             self._warn_once(
-                f"parameters that no optimizer holds which the recorder was given, {name!r} first, move between a "
-                "forward pass and its step: curvature and loss are of where they are at the step. Give it all "
-                "optimizers that train the model, as a list",
+                f"parameters that are in no optimizer that the recorder was given, first {name!r}, change between "
+                "a forward pass and its step, so curvature and loss are measured where they are at the step. "
+                "Pass all optimizers that train the model, as a list",
                 "beside",
             )
 
     def _say_unknown(self, step: int) -> None:
         self._warn_once(
-            f"curvature is not recorded at step {step}, whose batch is not known. Watch what the loop reads, say "
-            "itertools.cycle(loader) as a whole, or call recorder.observe(batch) before each step",
+            f"curvature is not recorded at step {step}, whose batch is not known: watch everything that the "
+            "loop reads, such as itertools.cycle(loader) as a whole, or call recorder.observe(batch) before "
+            "each step",
             "unknown",
         )

@@ -203,7 +203,7 @@ def test_what_takes_more_than_an_image_is_pruned_without_a_count(measure: str) -
         )
         assert pruning.cost is pruning.dense is None
         assert not {"parameters_left", "multiply_adds_left"} & pruning.attributes.keys()
-        with pytest.raises(ValueError, match=r"synflow runs the model on one input of ones, .*8, 8\), and that failed"):
+        with pytest.raises(ValueError, match=r"synflow runs the model on one input of ones, .*8, 8\), which failed"):
             scores(model, [images], "synflow", objective=objective)
 
 

@@ -326,7 +326,7 @@ def test_more_than_can_be_pruned_is_refused_before_anything_is_trained(
     tmp_path: Path, data: Data, protocol: str
 ) -> None:
     settings = replace(TINY, protocol=protocol, sparsity=0.999)
-    with pytest.raises(ValueError, match=r"asks for \d+ units more to go, but only \d+ can"):
+    with pytest.raises(ValueError, match=r"asks for \d+ more units to be pruned, but only \d+ can be"):
         run(settings, tmp_path / "run.zarr", data=data)
     assert not (tmp_path / "run.zarr").exists()
 

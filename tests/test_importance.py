@@ -191,17 +191,17 @@ def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list) 
 def test_where_training_began_has_to_be_said() -> None:
     model, batches, measure = convolutional_network(), images(1), "loss_preservation_times_distance"
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    needs = r"needs θ₀ of '0.weight', of shape \(4, 1, 3, 3\), got {}: pass initial= a copy"
+    needs = r"needs θ₀ of '0.weight', of shape \(4, 1, 3, 3\), got {}: pass initial=, a copy"
     cases = (
         (None, "nothing"),
         ({"0.bias": torch.zeros(4)}, "nothing"),
         ({"0.weight": torch.zeros(3, 1, 3, 3)}, r"shape \(3, 1, 3, 3\)"),
-        (model.state_dict(), "the model's own memory"),
+        (model.state_dict(), "the model's own tensor"),
     )
     for initial, got in cases:
         with pytest.raises(ValueError, match=needs.format(got)):
             scores(model, batches, measure, initial=initial)
-        if got != "the model's own memory":  # a Pruner copies it
+        if got != "the model's own tensor":  # a Pruner copies it
             with pytest.raises(ValueError, match=needs.format(got)):
                 Pruner(model, optimizer, measure, initial=initial)
     with pytest.raises(ValueError, match=needs.format("nothing")):
@@ -290,7 +290,10 @@ def test_the_temperature_is_of_the_cross_entropy_alone() -> None:
 def test_what_is_frozen_has_no_gradient_to_be_ranked_by(measure: str, granularity: str) -> None:
     model, batches = convolutional_network(), images(2)
     model[0].weight.requires_grad_(False)
-    refused = rf"^{measure} is made of gradients, and '0.weight' is frozen .* it would go first: name .* in protected="
+    refused = (
+        rf"^{measure} is computed from gradients, but '0.weight' is frozen .* it would be pruned first. "
+        r"Name .* in protected="
+    )
     with pytest.raises(ValueError, match=refused):
         Pruner(model, None, measure, granularity=granularity).plan(0.3, batches)
     with pytest.raises(ValueError, match=refused):
@@ -333,7 +336,7 @@ class Frames(nn.Module):
 
 def test_fisher_says_that_it_needs_the_samples_one_by_one() -> None:
     films = [(torch.randn(3, 5, 1, 6, 6), torch.arange(3) % 2)]
-    with pytest.raises(ValueError, match=r"^fisher .* layer 'image' puts out 15 for a batch of 3: choose another"):
+    with pytest.raises(ValueError, match=r"^fisher .* layer 'image' gives 15 outputs for a batch of 3: choose another"):
         scores(Frames(), films, "fisher")
     assert scores(Frames(), films, "taylor").keys() == {"image"}
 
@@ -439,7 +442,7 @@ def test_bad_arguments_are_said() -> None:
         scores(model, batches, "taylor", mode="test")
     with pytest.raises(ValueError, match="no score for single weights"):
         scores(model, batches, "fisher", granularity="weight")
-    with pytest.raises(ValueError, match=r"bn_scale needs a normalisation.*after '3' there is none"):
+    with pytest.raises(ValueError, match=r"bn_scale needs a normalisation.*but '3' has none after it"):
         scores(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3)), None, "bn_scale")
     for lazy in (nn.LazyConv2d(2, 3), nn.LazyBatchNorm2d()):
         for granularity in ("filter", "weight"):

@@ -178,7 +178,7 @@ def test_a_pruned_filter_has_no_score() -> None:
 def test_what_cannot_be_resampled_is_refused() -> None:
     model = convolutional_network()
     for batches, measures, draws in ((images(1), MEASURES, 5), (images(2), [], 5), (images(2), MEASURES, 1)):
-        with pytest.raises(ValueError, match="needs two batches, draws and a measure at least, got"):
+        with pytest.raises(ValueError, match="needs at least two batches, two draws and one measure, got"):
             resampled_scores(model, batches, measures, draws=draws)
     with pytest.raises(ValueError, match="unknown measure 'size'"):
         resampled_scores(model, images(2), ["size"])

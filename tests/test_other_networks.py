@@ -125,17 +125,20 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "untraceable": (Branching, r"Branching cannot be traced by torch\.fx"),
     "grouped": (lambda: chain(nn.Conv2d(4, 4, 1, groups=2)), r"layer '1' has 2 groups: only plain and depthwise"),
     "transposed": (lambda: chain(nn.ConvTranspose2d(4, 4, 1)), "layer '1' is a transposed convolution"),
-    "sigmoid": (lambda: chain(nn.Sigmoid()), r"layer '0' runs into '1' \(Sigmoid\), which makes something of"),
-    "group norm": (lambda: chain(nn.GroupNorm(2, 4)), r"layer '0' runs into '1' \(GroupNorm\)"),
-    "no γ and β": (lambda: chain(nn.BatchNorm2d(4, affine=False)), "layer '0' runs into '1', which has no γ and β"),
-    "one norm for two": (OneNorm, "layer 'first' runs into 'norm', and so do other channels; layer 'second' runs into"),
+    "sigmoid": (lambda: chain(nn.Sigmoid()), r"layer '0' feeds into '1' \(Sigmoid\), which does not map zero to zero"),
+    "group norm": (lambda: chain(nn.GroupNorm(2, 4)), r"layer '0' feeds into '1' \(GroupNorm\)"),
+    "no γ and β": (lambda: chain(nn.BatchNorm2d(4, affine=False)), "layer '0' feeds into '1', which has no γ and β"),
+    "one norm for two": (
+        OneNorm,
+        "layer 'first' feeds into 'norm', and so do other channels; layer 'second' feeds into",
+    ),
     "a norm again after a sum": (
         lambda: RunAgain(nn.BatchNorm2d(4)),
-        "layer 'first' runs into 'shared', and so do other channels; to leave",
+        "layer 'first' feeds into 'shared', and so do other channels; to leave",
     ),
     "depthwise again after a sum": (
         lambda: RunAgain(nn.Conv2d(4, 4, 1, groups=4)),
-        "layer 'first' runs into 'shared', and so do other channels; to",
+        "layer 'first' feeds into 'shared', and so do other channels; to",
     ),
     "tied": (tied, "layer '1' shares its weight with '2'"),
     "parametrized": (
@@ -171,7 +174,7 @@ def test_a_refused_layer_may_be_left_as_it_is() -> None:
 
 
 def test_what_shares_a_normalisation_with_a_layer_that_is_left_as_it_is_is_refused_too() -> None:
-    with pytest.raises(ValueError, match=r"^layer 'first' runs into 'norm', and so do other channels; to leave it as"):
+    with pytest.raises(ValueError, match=r"^layer 'first' feeds into 'norm', and so do other channels; to leave it as"):
         unit_layers(OneNorm(), protected=["second"])
     assert [layer.name for layer in unit_layers(OneNorm(), protected=["first", "second"])] == ["head"]
 
@@ -267,10 +270,10 @@ def test_what_training_alone_runs_is_not_ranked_in_whichever_mode_the_network_is
     [
         (1.0, None, "magnitude", r"sparsity must be in \[0, 1\), got 1.0"),
         (-0.5, None, "magnitude", r"sparsity must be in \[0, 1\), got -0.5"),
-        (0.9999, None, "magnitude", r"asks for \d+ units more to go, but only \d+ can: every layer keeps"),
+        (0.9999, None, "magnitude", r"asks for \d+ more units to be pruned, but only \d+ can be: every layer keeps"),
         (0.5, None, "snip", r"snip needs data: pass batches of \(inputs, labels\), got none"),
         (0.5, [], "grasp", r"grasp needs data: pass batches"),
-        (0.5, "meta", "magnitude", "the model is on 2 devices .* move it with"),
+        (0.5, "meta", "magnitude", "the model is on 2 devices .*: move it with"),
     ],
 )
 def test_bad_input_leaves_the_model_as_it_is(

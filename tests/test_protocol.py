@@ -273,7 +273,7 @@ def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol()
 )
 def test_what_every_layer_keeps_is_said_as_it_is(name: str, protocol: str, keeps: str) -> None:
     model, optimizer = trained(name, steps=1)
-    with pytest.raises(ValueError, match=f"only \\d+ can: every layer keeps {keeps} and protected layers keep all"):
+    with pytest.raises(ValueError, match=f"only \\d+ can be: every layer keeps {keeps} and protected layers keep all"):
         Pruner(model, optimizer, "magnitude", protocol=protocol).prune(0.99)
 
 

@@ -141,7 +141,7 @@ def test_as_many_go_as_by_a_pruner(share: float) -> None:
 def test_impossible_curves_are_refused() -> None:
     model, batches, ranking = alike(), images(1), {"0": torch.arange(FILTERS)}
     for fractions in ([], [0.2, 0.1], [0.0, 0.5], [0.5, 1.0]):
-        with pytest.raises(ValueError, match=r"fractions must ascend within \(0, 1\), got \["):
+        with pytest.raises(ValueError, match=r"fractions must increase within \(0, 1\), got \["):
             removal_curve(model, batches, ranking, fractions)
-    with pytest.raises(ValueError, match="asks for 64 filters to go, only 63 can"):
+    with pytest.raises(ValueError, match="asks for 64 filters to be pruned, but only 63 can be"):
         removal_curve(model, batches, ranking, [0.999])

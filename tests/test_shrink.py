@@ -337,7 +337,7 @@ def test_a_pruner_or_plan_of_before_says_so_and_leaves_all_alone(granularity: st
     Pruner(model, optimizer, "magnitude").prune(0.4)
     shrink(model, optimizer)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), parameter_masks(model)))
-    stale = r"^layer 'features.\d+' had units of shape \(.*\) when .* was made, and has \(.*\) now: make a new Pruner"
+    stale = r"^layer 'features.\d+' had units of shape \(.*\) when .* was made, and now has \(.*\): make a new Pruner"
     for use in (lambda: old.plan(0.6), lambda: old.prune(0.6), lambda: old.apply(plan)):
         with pytest.raises(ValueError, match=stale):
             use()
@@ -505,18 +505,18 @@ UNKNOWN = {
     "'between' \\(GroupNorm": lambda: Odd(nn.GroupNorm(2, 4)),
     "'between' \\(ConvTranspose2d": lambda: Odd(nn.ConvTranspose2d(4, 4, 3, padding=1)),
     "'between' \\(Conv2d.*groups=2": lambda: Odd(nn.Conv2d(4, 4, 3, padding=1, groups=2)),
-    "meet SigmoidBackward0": lambda: Odd(torch.sigmoid),
-    "meet FlipBackward0": lambda: Odd(lambda hidden: hidden.flip(1)),
-    "meet PermuteBackward0": lambda: Odd(lambda hidden: hidden.permute(0, 1, 3, 2)),
-    "meet ChannelShuffleBackward0": lambda: Odd(nn.ChannelShuffle(2)),
-    "meet SplitOp": lambda: Odd(lambda hidden: torch.cat(hidden.split(2, 1)[::-1], 1)),
+    "feed into SigmoidBackward0": lambda: Odd(torch.sigmoid),
+    "feed into FlipBackward0": lambda: Odd(lambda hidden: hidden.flip(1)),
+    "feed into PermuteBackward0": lambda: Odd(lambda hidden: hidden.permute(0, 1, 3, 2)),
+    "feed into ChannelShuffleBackward0": lambda: Odd(nn.ChannelShuffle(2)),
+    "feed into SplitOp": lambda: Odd(lambda hidden: torch.cat(hidden.split(2, 1)[::-1], 1)),
     "first in layer 'second': before it, channels are shifted": lambda: Odd(lambda hidden: hidden + 1),
     "first in layer 'second': before it, channels": lambda: Odd(lambda hidden: hidden - hidden.mean(1, keepdim=True)),
-    "does not run: its code may name a number of channels .*invalid for input": lambda: Odd(
+    "does not run: its code may contain a fixed number of channels .*invalid for input": lambda: Odd(
         lambda hidden: hidden.view(-1, 4, 32, 32)
     ),
-    "does not run in training mode: what runs there alone .*to have 4 channels, but got 3": OnlyInTraining,
-    "second.weight and between.weight are one parameter": tied,
+    "does not run in training mode: .* what runs only there; .*to have 4 channels, but got 3": OnlyInTraining,
+    "second.weight and between.weight are one parameter, which cannot shrink": tied,
 }
 
 
@@ -622,17 +622,19 @@ def test_what_is_in_the_way_is_said() -> None:
         silence(model, optimizer, {"first": [1]})
         return model, optimizer
 
-    _is_left_alone(*fresh(torch.optim.Adafactor), r"Adafactor keeps 'row_var' of first.weight not in their own shape")
+    _is_left_alone(
+        *fresh(torch.optim.Adafactor), r"Adafactor keeps 'row_var' of first.weight in a shape other than theirs"
+    )
     _is_left_alone(*fresh(torch.optim.LBFGS), "LBFGS keeps 'al' of .* not in their own|LBFGS keeps '.*' of")
     model, optimizer = fresh()
-    _is_left_alone(model, optimizer, "does not run on the inputs: give shrink.* inputs", inputs=torch.zeros(2, 3, 8, 8))
+    _is_left_alone(model, optimizer, "does not run on the inputs: pass shrink.* inputs", inputs=torch.zeros(2, 3, 8, 8))
     prune.random_unstructured(model.second, "weight", 0.5)
-    _is_left_alone(model, optimizer, r"second.weight_orig is made into the layer's own .*utils.prune.remove")
-    with pytest.raises(ValueError, match="it has no 2D convolution: give inputs=a batch it takes"):
+    _is_left_alone(model, optimizer, r"second.weight_orig is turned into the layer's own .*utils.prune.remove")
+    with pytest.raises(ValueError, match=r"which has no 2D convolution .*: pass inputs=<a batch that it takes>"):
         shrink(nn.Linear(3, 2), None)
     with pytest.warns(FutureWarning, match="deprecated"):
         normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1)))
-    with pytest.raises(ValueError, match=r"^0.weight_g is made into the layer's own"):
+    with pytest.raises(ValueError, match=r"^0.weight_g is turned into the layer's own"):
         shrink(normed, None)
 
 
@@ -641,7 +643,7 @@ def test_a_transformer_is_refused() -> None:
     model = VisionTransformer(image_size=32, patch_size=16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     silence(model, optimizer, {"conv_proj": [0]})
-    _is_left_alone(model, optimizer, "filters of layer 'conv_proj' meet PermuteBackward0")
+    _is_left_alone(model, optimizer, "filters of layer 'conv_proj' feed into PermuteBackward0")
 
 
 def test_torch_pruning_is_asked_for_by_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ def test_a_layer_is_never_emptied() -> None:
         model[0].weight.mul_(1e-6)
     pruner = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude", granularity="weight")
     before = [weight.clone() for weight in model.parameters()]
-    with pytest.raises(ValueError, match=r"asks for 9 units more to go, but only 8 can: every layer keeps .* weights"):
+    with pytest.raises(
+        ValueError, match=r"asks for 9 more units to be pruned, but only 8 can be: every layer keeps .* weights"
+    ):
         pruner.prune(0.9)
     assert all(map(torch.equal, model.parameters(), before))
     assert not parameter_masks(model)
@@ -106,7 +108,7 @@ def test_layers_may_be_left_out() -> None:
     model, optimizer = trained("vgg13")
     pruner = Pruner(model, optimizer, "magnitude", granularity="weight", protected=["classifier", "features.0"])
     assert not {"classifier", "features.0"} & pruner.prune(0.9).alive.keys()
-    with pytest.raises(ValueError, match=r"protected names no module of VGG: \['classifer'\]"):
+    with pytest.raises(ValueError, match=r"protected names what is no module of VGG: \['classifer'\]"):
         Pruner(model, optimizer, "magnitude", protected=["classifer"])
 
 

@@ -1,4 +1,4 @@
-"""What pruning would do to a network, over the share of its filters that goes: pruned copies at one fixed probe."""
+"""What pruning would do to a network, by the share of its filters that is pruned: copies at one fixed probe."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def removal_curve(
     mode: str = "eval",
     protected: Iterable[str] = (),
 ) -> xr.Dataset:
-    """The quantities of ``/pruning`` for prunings of several extents: for each, the filters of lowest score go.
+    """The quantities of ``/pruning`` for several shares of filters: for each, those of lowest score are pruned.
 
     Both directions δ lead to the same pruned network, so they share what is measured:
 
     ============  ==================================================================================
-    "parameters"  −θ on all parameters that go with a filter: its weights, its bias, γ and β
+    "parameters"  −θ on all parameters pruned with a filter: its weights, its bias, γ and β
     "output"      −θ on the last normalisation's γ and β alone, where the filter has one; else as above
     ============  ==================================================================================
 
     A filter's output is γ·(w·x) + β: linear along γ and β, so that a first-order prediction becomes exact as fewer
-    filters go. Along all parameters w and γ shrink together, the output twice as fast at first: the first order then
-    counts it twice, however few go.
+    filters are pruned. Along all parameters, w and γ shrink together and the output at first shrinks twice as fast: the
+    first order then counts it twice, however few are pruned.
 
     Args:
         model: see :func:`scores`; it is left as it is.
@@ -55,23 +55,25 @@ def removal_curve(
         objective: the loss.
         mode: "eval" or "train", the mode of BatchNorm and dropout.
         protected: names of layers that are left out: neither counted nor pruned.
-        fractions: shares of the filters left that go, each in (0, 1), ascending. The best filter of a layer stays.
+        fractions: shares of the remaining filters to prune, each in (0, 1), ascending. Each layer keeps its best.
 
     Returns:
         Dims (direction, fraction, stage, layer), to be added to an event: ``event.add("curve", ...)``.
 
     Raises:
-        ValueError: a fraction outside (0, 1), none at all, or more filters than can go.
+        ValueError: a fraction outside (0, 1), none at all, or more filters than can be pruned.
     """
     if not fractions or sorted(set(fractions)) != list(fractions) or not 0 < fractions[0] <= fractions[-1] < 1:
-        raise ValueError(f"fractions must ascend within (0, 1), got {list(fractions)}")
+        raise ValueError(f"fractions must increase within (0, 1), got {list(fractions)}")
     model = unwrap(model)
     units = units_of(model, "filter", protected)
     ranked = {name: _ranked(model, layer, scores[name]) for name, layer in units.items()}
     left = sum(int(layer.standing.sum()) for layer in ranked.values())
     counts = [left - round(left * (1 - fraction)) for fraction in fractions]  # as a Pruner counts
     if counts[-1] > capacity(ranked):
-        raise ValueError(f"fraction {fractions[-1]} asks for {counts[-1]} filters to go, only {capacity(ranked)} can")
+        raise ValueError(
+            f"fraction {fractions[-1]} asks for {counts[-1]} filters to be pruned, but only {capacity(ranked)} can be"
+        )
     whole = {name: torch.ones(layer.filters, dtype=torch.bool) for name, layer in units.items()}
     layers, before = Layers(model), _stage(model, objective, probe, mode)
     outputs, points = _outputs(model, layers, units), []

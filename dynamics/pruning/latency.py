@@ -1,4 +1,4 @@
-"""How long a network takes: what silenced filters still cost, and shrunk ones no more."""
+"""How long a forward pass takes: silenced filters still cost time, shrunk ones do not."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..probing.mode import mode_of
 
 @torch.no_grad()
 def latency(model: nn.Module, inputs: Any, *, repeats: int = 20, warm_up: int = 3) -> float:
-    """Seconds that a forward pass in eval mode takes: the median of ``repeats``, after ``warm_up`` that do not count.
+    """Seconds of a forward pass in eval mode: the median of ``repeats``, after ``warm_up`` passes that do not count.
 
-    On a GPU each pass is waited for, so what is measured is one batch at a time. ``inputs`` are on the model's device.
-    Compare networks in turns, in one process: other programs and the clock change what a machine can do.
+    On a GPU each pass is waited for, so one batch at a time is measured. ``inputs`` must be on the model's device.
+    Compare networks alternately, in one process: other programs and clock rates change the speed of a machine.
 
     Raises:
         ValueError: fewer than one repeat.

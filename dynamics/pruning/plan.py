@@ -1,4 +1,4 @@
-"""A pruning, planned or done: what it ranks by, what it leaves, what that costs."""
+"""A pruning, planned or done: its scores, the units it leaves, and what the network then costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .selection import count_left
 class Pruning:
     """What one pruning does, before or after it is done.
 
-    ``scores`` it ranks by and what is ``alive`` after it, both by layer; the sparsity asked for (``target``) and
-    reached; the :class:`Cost` of the network before anything was pruned (``dense``) and after this pruning, where a
-    batch said what an input looks like and the model takes it alone. ``attributes`` is what an event's record says of
-    it.
+    The ``scores`` it ranks by and the units ``alive`` after it, both by layer; the sparsity asked for (``target``) and
+    reached; the :class:`Cost` of the network before anything was pruned (``dense``) and after this pruning, or None
+    unless a batch shows the shape of an input, and the model takes that input alone. ``attributes`` describes it in an
+    event's record.
     """
 
     scores: dict[str, Tensor]
@@ -35,7 +35,7 @@ class Pruning:
 
     @property
     def attributes(self) -> dict[str, str | float]:
-        """Numbers and texts for ``recorder.event("prune", ..., **pruning.attributes)``."""
+        """Numbers and strings for ``recorder.event("prune", ..., **pruning.attributes)``."""
         costs = {} if self.cost is None else {f"{name}_left": count for name, count in asdict(self.cost).items()}
         costs |= {} if self.dense is None else {f"dense_{name}": count for name, count in asdict(self.dense).items()}
         return {**self.settings, "target": self.target, "sparsity": self.sparsity, **costs}

@@ -33,32 +33,32 @@ _FLOOR = {"filter": 0.05, "weight": 0.0}
 class Pruner:
     """Prunes filters or weights by one global ascending ranking of raw scores across layers (the paper's protocol).
 
-    Exactly as many go as asked; ties are broken by layer, then index. A unit once silenced never revives. Every layer
-    keeps its best units down to ``floor`` of its size, at least one. Filters of the model's ``protected`` layers, and
-    of a convolution that is the network's output, count in the whole but never go. The whole is the network as it is
-    when the Pruner is made, where masked units are gone and shrunk ones no longer count.
+    Exactly as many units are pruned as asked; ties are broken by layer, then index. A unit once silenced never revives.
+    Every layer keeps its best units down to ``floor`` of its size, at least one. Filters of the model's ``protected``
+    layers, and of a convolution that is the network's output, count towards the total but are never pruned. The total
+    is the network as it is when the Pruner is made: masked units count as pruned, shrunk ones no longer count.
 
     Args:
         model: see :func:`scores`.
-        optimizer: one, or a list of several: their state is masked along with the parameters; None where nothing trains
-            on. What is pruned stays at zero if they leave zeros alone whose gradient and state are zero: torch's do,
-            but for LBFGS, and for Muon where single weights are pruned.
+        optimizer: one, or a list of several, whose state is masked along with the parameters; None if nothing is
+            trained afterwards. What is pruned stays at zero if the optimizer leaves zeros alone whose gradient and
+            state are zero: torch's do, except LBFGS, and Muon where single weights are pruned.
         measure: a name from :data:`MEASURES`.
         granularity: "filter", or "weight" for single weights of all convolutions and linear layers.
-        objective: ``objective(model, batch) -> scalar loss`` that importance is of; see :func:`scores`.
+        objective: ``objective(model, batch) -> scalar loss`` that importance refers to; see :func:`scores`.
         temperature: T of the cross-entropy; None means the paper's for this measure.
-        mode: "eval" or "train", for the measure.
-        floor: share of each layer's units that always stays; None means 5 % of filters, and one weight.
+        mode: "eval" or "train", in which importance is scored.
+        floor: share of each layer's units that is always kept; None means 5 % of filters, and one weight.
         protected: names of layers, or of modules with all their layers, that are neither counted nor pruned.
-        keep_state: whether momentum and moments of what remains are kept, or all of the optimizer's state is dropped
-            (the paper's habit).
+        keep_state: True keeps the momentum and moments of what remains; False drops all of the optimizer's state, as
+            the paper's code does.
         protocol: a name from :data:`PROTOCOLS`: "default", or "reference" for the quirks of the paper's code.
-        initial: parameters at initialisation by name, for a measure of θ₀; they are copied: ``model.state_dict()`` of a
-            fresh model will do.
-        seed: of the measure "random".
+        initial: parameters at initialisation by name, for a measure that uses θ₀; they are copied, so
+            ``model.state_dict()`` of a fresh model will do.
+        seed: seed of the measure "random".
 
     Raises:
-        ValueError: an unknown measure, granularity or protocol, floor outside [0, 1], a temperature of another loss
+        ValueError: an unknown measure, granularity or protocol, floor outside [0, 1], a temperature with a loss other
             than the cross-entropy, an optimizer of another model, or a model that cannot be pruned safely; the message
             names the layers.
     """
@@ -83,8 +83,8 @@ class Pruner:
         self._measure, self._protocol = find_measure(measure), find_protocol(protocol)
         if granularity not in _FLOOR or (granularity == "weight" and protocol != "default"):
             raise ValueError(
-                f"granularity is 'filter' or 'weight', and the paper's code has none but filters; got {granularity!r} "
-                f"with protocol {protocol!r}"
+                f"granularity must be 'filter', or 'weight' with protocol 'default'; got {granularity!r} with "
+                f"protocol {protocol!r}"
             )
         floor = _FLOOR[granularity] if floor is None else floor
         if not 0 <= floor <= 1:
@@ -130,8 +130,8 @@ class Pruner:
             shape = getattr(getattr(layers.get(name), "weight", None), "shape", torch.Size())
             if shape[: kept.ndim] != kept.shape:
                 raise ValueError(
-                    f"layer {name!r} had units of shape {tuple(kept.shape)} when this Pruner or plan was made, and has "
-                    f"{tuple(shape[: kept.ndim])} now: make a new Pruner after a shrink"
+                    f"layer {name!r} had units of shape {tuple(kept.shape)} when this Pruner or plan was made, and "
+                    f"now has {tuple(shape[: kept.ndim])}: make a new Pruner after a shrink"
                 )
 
     @property
@@ -140,7 +140,7 @@ class Pruner:
         return any(layer is not None and layer.summed for layer in self._units.values())
 
     def prune(self, sparsity: float, batches: Iterable[Any] | None = None) -> Pruning:
-        """:meth:`plan` and :meth:`apply`: remove units until the share ``sparsity`` of all is gone.
+        """:meth:`plan` and :meth:`apply`: remove units until the share ``sparsity`` of all is pruned.
 
         Raises:
             ValueError: as :meth:`plan`. The model is then untouched.
@@ -152,22 +152,22 @@ class Pruner:
             and all(map(torch.equal, pruning.alive.values(), self.alive.values()))
         ):
             warnings.warn(
-                f"nothing goes: {sparsity:.1%} are asked to be gone of all, and {pruning.sparsity:.1%} are. The share "
-                "counts what was pruned before: of several rounds, share_left(sparsity, rounds, round) says what is to "
-                "be left after each",
+                f"nothing is pruned: a sparsity of {sparsity:.1%} was asked for, and {pruning.sparsity:.1%} of "
+                "all units are already gone. Sparsity includes earlier prunings: share_left(sparsity, rounds, "
+                "round) says what is to be left after each of several rounds",
                 stacklevel=2,
             )
         self.apply(pruning)
         return pruning
 
     def plan(self, sparsity: float, batches: Iterable[Any] | None = None) -> Pruning:
-        """Score, and say which units are to go so that the share ``sparsity`` is gone; nothing is changed.
+        """Score all units, and say which to prune so that the share ``sparsity`` is pruned; the model is not changed.
 
-        Nothing goes where as much is gone already.
+        If as much is already pruned, nothing more is.
 
         Raises:
-            ValueError: sparsity outside [0, 1), more than the floors allow, a measure without the data it needs,
-                scores that are not numbers, or a model that was made smaller since this Pruner was made.
+            ValueError: sparsity outside [0, 1), or more than the floors allow; a measure without the data it needs;
+                scores that are not finite; or a model that was shrunk since this Pruner was made.
         """
         check_sparsity(sparsity)
         self._check_sizes(self.alive)
@@ -190,10 +190,10 @@ class Pruner:
         self._possible({name: self._ranked(name, zeros) for name, zeros in unscored.items()}, sparsity)
 
     def apply(self, pruning: Pruning) -> None:
-        """Silence what a plan says is to go, for good, and mask or drop the optimizer's state.
+        """Silence for good the units that a plan prunes, and mask or drop the optimizer's state.
 
         Raises:
-            ValueError: the model was made smaller since. It is then untouched.
+            ValueError: the model was shrunk since the plan was made. It is then untouched.
         """
         self._check_sizes(pruning.alive)
         model = unwrap(self._model)
@@ -210,8 +210,8 @@ class Pruner:
         quota = self._quota(ranked, sparsity)
         if quota > (most := capacity(ranked)):
             raise ValueError(
-                f"sparsity {sparsity} asks for {quota} units more to go, but only {most} can: every layer keeps "
-                f"{self._kept_anyway()}, and protected layers keep all; ask for less"
+                f"sparsity {sparsity} asks for {quota} more units to be pruned, but only {most} can be: every "
+                f"layer keeps {self._kept_anyway()}, and protected layers keep all; choose a lower sparsity"
             )
         return quota
 
@@ -229,7 +229,8 @@ class Pruner:
             standing = torch.ones_like(standing)
         if not torch.isfinite(values[standing]).all():
             raise ValueError(
-                f"{self._measure.name} has scores that are not finite in layer {name!r}: has the training diverged?"
+                f"the scores of {self._measure.name} are not finite in layer {name!r}: check whether the training "
+                "has diverged"
             )
         by_index = self._protocol.floor_by_index and not self.residual
         return Ranked(
@@ -285,8 +286,8 @@ def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:
     held = {id(parameter) for group in groups for parameter in group["params"]}
     if groups and held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
-            "the optimizer holds no parameter of the model, so another one would move what is pruned: give the one "
-            "that trains this model, made of its present parameters"
+            "the optimizer holds none of the model's parameters, so another one would move what is pruned: "
+            "pass the optimizer that trains this model, created with its present parameters"
         )
 
 

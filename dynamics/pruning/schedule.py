@@ -52,10 +52,10 @@ def _check(sparsity: float, rounds: int, round_number: int) -> None:
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     if not 0 <= round_number <= rounds:
-        raise ValueError(f"a round must be in 0 … rounds, got round {round_number} of {rounds}")
+        raise ValueError(f"round must be from 0 to rounds, got round {round_number} of {rounds}")
 
 
 def check_sparsity(sparsity: float) -> None:
     """Raise ValueError where a sparsity is not in [0, 1)."""
     if not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}: 0.75 removes three units of four")
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}: 0.75 removes three of every four units")

@@ -93,7 +93,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         for node in calls[name]:
             _follow(model, node, module, way)
         for shared in (one for one in way.modules if not way.nodes.issuperset(calls[one])):
-            way.refusal = f"runs into {shared!r}, and so do other channels"
+            way.refusal = f"feeds into {shared!r}, and so do other channels"
         if refusal := _refusal(model, name, module) or (None if head else way.refusal):
             refusals.append(f"layer {name!r} {refusal}")
             continue
@@ -109,7 +109,9 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
     if refusals:
         raise ValueError(f"{'; '.join(refusals)}; {LEAVE}")
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no convolution or hidden linear layer whose filters could go")
+        raise ValueError(
+            f"{type(model).__name__} has no convolution or hidden linear layer whose filters could be pruned"
+        )
     return layers
 
 
@@ -167,7 +169,7 @@ def _traced(model: nn.Module) -> fx.Graph:
             return fx.symbolic_trace(model, concrete_args=settings or None).graph
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, which shows pruning what goes with a filter: "
+            f"{type(model).__name__} cannot be traced by torch.fx, which shows what belongs to a filter: "
             f"{first_line(error)}; granularity='weight' needs no tracing"
         ) from error
 
@@ -190,7 +192,7 @@ def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, lai
             if (module.out_channels if is_depthwise(module) else module.num_features) != filters:
                 continue  # something reshaped on the way: its channels are not the filters'
             if isinstance(module, NORMALISATIONS) and module.weight is None:
-                way.refusal = f"runs into {user.target!r}, which has no γ and β: a silenced filter is not silent"
+                way.refusal = f"feeds into {user.target!r}, which has no γ and β: a silenced filter would not be silent"
             way.modules.append(user.target)
             way.nodes.add(user)
             _follow(model, user, layer, way, laid_out=laid_out)
@@ -200,7 +202,9 @@ def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, lai
             if effect == "lifts":
                 what = user.target if isinstance(user.target, str) else user.target.__name__
                 kind = f" ({type(module).__name__})" if module is not None else ""
-                way.refusal = f"runs into {what!r}{kind}, which makes something of a silenced filter"
+                way.refusal = (
+                    f"feeds into {what!r}{kind}, which does not map zero to zero: a silenced filter would not be silent"
+                )
             else:
                 _follow(model, user, layer, way, laid_out=laid_out or lays_out(user, module))
         elif isinstance(module, LAYERS):
@@ -240,5 +244,7 @@ def _unseen(model: nn.Module, calls: Iterable[str], protected: Iterable[str]) ->
         layers = [leaf for leaf, part in inner if isinstance(part, LAYERS) and part not in called]
         if layers:
             kind = type(module).__name__
-            refusals.append(f"torch.fx does not look into {name!r} ({kind}), where layers are, such as {layers[0]!r}")
+            refusals.append(
+                f"torch.fx does not look into {name!r} ({kind}), which contains layers such as {layers[0]!r}"
+            )
     return refusals

@@ -28,7 +28,7 @@ def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
     if refusals := [f"layer {name!r} {refusal}" for name in layers if (refusal := not_plain(model, name))]:
         raise ValueError(f"{'; '.join(refusals)}; {LEAVE}")
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weights could go")
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weights could be pruned")
     return layers
 
 
@@ -55,7 +55,9 @@ def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """
     names, known = (names,) if isinstance(names, str) else tuple(names), dict(model.named_modules())
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"protected names no module of {type(model).__name__}: {unknown}; give qualified names")
+        raise ValueError(
+            f"protected names what is no module of {type(model).__name__}: {unknown}; give qualified names"
+        )
     return tuple(inner for name in names for inner, _ in known[name].named_modules(prefix=name))
 
 
@@ -63,7 +65,10 @@ def not_plain(model: nn.Module, name: str) -> str | None:
     """Why a layer's weight cannot be masked by its name; None where it can."""
     module = model.get_submodule(name)
     if module._parameters.get("weight") is None:
-        return "has a weight that is computed from others (a parametrization, torch.nn.utils.prune): remove that first"
+        return (
+            "has a weight that is computed from others (by a parametrization or torch.nn.utils.prune): "
+            "remove that first"
+        )
     owners = [other for other, one in model.named_modules() if one._parameters.get("weight") is module.weight]
     if len(owners) > 1:
         return f"shares its weight with {next(other for other in owners if other != name)!r}"

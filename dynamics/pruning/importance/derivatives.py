@@ -74,7 +74,7 @@ def derivatives(
             add(found.squares, squared_sample_grads(model, layers, count, passing, mode), 1)
         found.samples += count
     if not found.samples:
-        raise ValueError("there is not one batch to score by: pass batches of (inputs, labels), got none")
+        raise ValueError("scores need at least one batch: pass batches of (inputs, labels), got none")
     found.loss = found.loss / found.samples
     for total in (*found.grad.values(), *found.squares.values()):
         total.div_(found.samples)
@@ -101,8 +101,8 @@ def _hessian_product(passing: Passing, batches: Iterable[Any], first: Derivative
         again.loss += count * expansion.loss
     if again.samples != first.samples or _differs(again.loss / again.samples, first.loss):
         raise ValueError(
-            "second-order measures pass over the batches twice, and these were others the second time: pass a list of "
-            "batches, or a loader that does not shuffle or augment"
+            "second-order measures iterate over the batches twice, and the second time these were others: "
+            "pass a list of batches, or a loader that neither shuffles nor augments"
         )
     return {name: total / again.samples for name, total in again.hess_grad.items()}
 

@@ -1,8 +1,8 @@
-"""The importance measures: one score a filter (or a weight); the lowest are pruned first.
+"""The importance measures: one score per filter (or weight); the lowest are pruned first.
 
 All measures see a layer's weights θ and, as far as they use them, the gradient g and the Hessian product Hg, where g
-and H are those of the mean loss over *all* trainable parameters. Whether a score has a sign, and whether an absolute
-value stands inside or outside the sum over a filter, is the difference between some of them; the formulas say it:
+and H are those of the mean loss over *all* trainable parameters. Some differ only in whether a score has a sign, and
+whether the absolute value is taken before or after the sum over a filter:
 
 ================================  =============  ========================================================
 absolute before the sum           Σ|θg|          loss_preservation, snip, loss_preservation_times_magnitude,
@@ -25,7 +25,7 @@ from ...schema import HIGHEST_FIRST
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a measure may look at, for one layer. What no measure that was asked for uses is None."""
+    """What a measure may use, for one layer. What none of the requested measures uses is None."""
 
     theta: Tensor  # θ, shape (filter, ...), zero where it is pruned, or reads a channel that is
     initial: Tensor | None = None  # θ₀, θ at initialisation
@@ -34,19 +34,19 @@ class Evidence:
     squared_sample_grad: Tensor | None = None  # mean over samples n of (θ_fᵀ g_n)², (filter,)
     flow_grad: Tensor | None = None  # ∂R/∂|θ| of synaptic flow R
     scale: Tensor | None = None  # γ of the normalisation that follows, (filter,)
-    uniform: Tensor | None = None  # independent uniform numbers, one a unit
+    uniform: Tensor | None = None  # independent uniform numbers, one per unit
 
 
 @dataclass(frozen=True)
 class Measure:
     """One row of :data:`MEASURES`.
 
-    ``uses`` names the fields of :class:`Evidence` it looks at beside θ. ``order`` is the highest derivative of the loss
-    it needs, ``temperature`` the one that its paper uses. ``entries`` gives a number for every weight, ``combine``
-    makes a filter's score from its weights' (filter, weights), a single weight's as that of a filter of one; a measure
-    that is ``per_filter`` has none for single weights.
-    ``needs_initial``: it looks at θ₀. ``normalised``: divided by the sum over the whole network. ``class_balanced``:
-    its paper takes as many samples of each class.
+    ``uses`` names the field of :class:`Evidence` that it uses besides θ. ``order`` is the highest derivative of the
+    loss it needs, ``temperature`` the one that its paper uses. ``entries`` gives a number for every weight, and
+    ``combine`` the score of each filter from those of its weights, (filter, weights); a single weight is scored as a
+    filter of one weight, and not at all by a measure that is ``per_filter``. ``needs_initial``: it uses θ₀.
+    ``normalised``: divided by the sum over the whole network. ``class_balanced``: its paper takes equally many samples
+    of each class.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Measure:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it looks at batches; synflow only at the shape of an input."""
+        """Whether it needs batches; synflow only uses the shape of an input."""
         return self.uses in ("grad", "hess_grad", "squared_sample_grad", "flow_grad")
 
     @property

@@ -66,7 +66,9 @@ def _check_one_device(model: nn.Module) -> None:
         places.setdefault(tensor.device, name)
     if len(places) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in places.items())
-        raise ValueError(f"the model is on {len(places)} devices ({where}): scores need it on one; move it with .to()")
+        raise ValueError(
+            f"the model is on {len(places)} devices ({where}), but scores need it on one: move it with .to()"
+        )
 
 
 def _check_request(
@@ -76,7 +78,7 @@ def _check_request(
     check_settings(temperature, mode, granularity)
     for row in rows:
         if granularity == "weight" and row.per_filter:
-            raise ValueError(f"{row.name} scores whole filters; it has no score for single weights")
+            raise ValueError(f"{row.name} scores whole filters and has no score for single weights")
         if row.needs_data and (batches is None or (isinstance(batches, Sequence) and not batches)):
             raise ValueError(f"{row.name} needs data: pass batches of (inputs, labels), got none")
 
@@ -85,7 +87,7 @@ def check_settings(temperature: float, mode: str, granularity: str) -> None:
     """Raise ValueError where there is no such granularity, mode or temperature."""
     if granularity not in ("filter", "weight") or mode not in ("eval", "train"):
         raise ValueError(
-            f"granularity is 'filter' or 'weight' and mode 'eval' or 'train'; got {granularity!r}, {mode!r}"
+            f"granularity must be 'filter' or 'weight' and mode 'eval' or 'train', got {granularity!r}, {mode!r}"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -96,8 +98,9 @@ def _check_not_frozen(model: nn.Module, layers: Iterable[str], rows: Sequence[Me
     frozen = [name for name in map(weight_of, layers) if not model.get_parameter(name).requires_grad]
     if frozen and (needing := [row.name for row in rows if row.uses in ("grad", "hess_grad")]):
         raise ValueError(
-            f"{needing[0]} is made of gradients, and {frozen[0]!r} is frozen (requires_grad=False): its own is "
-            "0, so that it would go first: name what is frozen in protected=(...), or choose another measure"
+            f"{needing[0]} is computed from gradients, but {frozen[0]!r} is frozen (requires_grad=False): its "
+            "gradient is 0, so it would be pruned first. Name what is frozen in protected=(...), or choose "
+            "another measure"
         )
 
 
@@ -111,8 +114,8 @@ def _gammas(model: nn.Module, layers: Iterable[UnitLayer], rows: Sequence[Measur
     lacking = [name for name, norm in followers.items() if norm is None]
     if lacking and (needing := [row.name for row in rows if row.uses == "scale"]):
         raise ValueError(
-            f"{needing[0]} needs a normalisation with a scale γ after every layer that is pruned, and after "
-            f"{lacking[0]!r} there is none: name what has none in protected=(...)"
+            f"{needing[0]} needs a normalisation with a scale γ after every layer that is pruned, but "
+            f"{lacking[0]!r} has none after it: name layers without one in protected=(...)"
         )
     return {name: model.get_submodule(norm).weight for name, norm in followers.items() if norm is not None}
 
@@ -131,10 +134,10 @@ def initial_weights(
             theta, start = model.get_parameter(weight_of(name)), (initial or {}).get(weight_of(name))
             if start is None or start.shape != theta.shape or start.data_ptr() == theta.data_ptr():
                 got = "nothing" if start is None else f"shape {tuple(start.shape)}"
-                got = "the model's own memory" if start is not None and start.shape == theta.shape else got
+                got = "the model's own tensor" if start is not None and start.shape == theta.shape else got
                 raise ValueError(
                     f"{row.name} needs θ₀ of {weight_of(name)!r}, of shape {tuple(theta.shape)}, got {got}: pass "
-                    "initial= a copy.deepcopy(model.state_dict()) taken before the training"
+                    "initial=, a copy.deepcopy(model.state_dict()) taken before training"
                 )
             found[name] = start.detach().to(theta)
     return found

@@ -33,11 +33,11 @@ def resampled_scores(
 ) -> xr.Dataset:
     """Scores of all filters by each measure, on all batches and on ``draws`` bootstrap samples of them.
 
-    A bootstrap sample has as many batches, drawn with replacement (Efron 1979). A measure takes absolute values or
-    products after the mean over batches, so per-batch scores do not average to it: each sample's g and Hg are put
-    together from those of the batches, at a cost that hardly depends on ``draws``. The same samples serve all measures,
-    so that differences between measures can be compared draw by draw. Each measure is at its paper's temperature, if
-    the objective is the cross-entropy; a class-balanced one is scored on the same batches as the others.
+    A bootstrap sample has equally many batches, drawn with replacement (Efron 1979). Measures take absolute values or
+    products after the mean over batches, so per-batch scores do not average to theirs: each sample's g and Hg are
+    combined from those of the batches, at a cost that hardly depends on ``draws``. The same samples serve all measures,
+    so that their differences can be compared draw by draw. Each measure has its paper's temperature if the objective is
+    the cross-entropy; a class-balanced one is scored on the same batches as the others.
     ``objective``, ``initial``: see :func:`scores`.
 
     Returns:
@@ -50,7 +50,8 @@ def resampled_scores(
     batches, measures = list(batches), list(measures)
     if len(batches) < 2 or draws < 2 or not measures:
         raise ValueError(
-            f"the bootstrap needs two batches, draws and a measure at least, got {len(batches)}, {draws}, {measures}"
+            f"the bootstrap needs at least two batches, two draws and one measure, got {len(batches)}, "
+            f"{draws}, {measures}"
         )
     asked = request(model, batches, measures, 1.0, mode, "filter", protected, initial)
     found = _scored(asked, batches, _shares(batches, draws, seed), objective, mode)

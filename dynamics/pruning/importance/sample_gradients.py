@@ -50,8 +50,8 @@ def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str
     def gated(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if len(output) != count:
             raise ValueError(
-                f"fisher takes the gradients of single samples, and along its first dimension layer {name!r} puts out "
-                f"{len(output)} for a batch of {count}: choose another measure"
+                f"fisher needs the gradients of single samples, but layer {name!r} gives {len(output)} outputs "
+                f"for a batch of {count}: choose another measure"
             )
         gate = gates[name]
         filters_at = output.ndim - 1 if isinstance(module, nn.Linear) else 1

@@ -1,4 +1,4 @@
-"""Scores of a network's filters or weights by one measure or several, from data that streams by in bounded memory."""
+"""Scores of a network's filters or weights by one measure or several, from streamed data, in bounded memory."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ def scores(
 
     Args:
         model: convolutions, linear layers and BatchNorm that torch.fx can trace. It is left as it is.
-        batches: of ``(inputs, labels)``, or whatever the objective takes. They are looked at one at a time; where H is
-            needed, twice. A measure that looks at none takes None; synflow looks at nothing but the first input's
-            shape.
+        batches: of ``(inputs, labels)``, or whatever the objective takes. They are read one at a time; where H is
+            needed, twice. A measure that needs no data takes None; synflow uses only the shape of the first input.
         measure: a name from :data:`MEASURES`, which holds each one's formula: whether it is signed, and whether an
             absolute value stands before or after the sum over a filter.
         objective: ``objective(model, batch) -> scalar loss``, a mean over the batch's samples; the loss is its mean
@@ -47,20 +46,20 @@ def scores(
         granularity: "filter" (of :func:`unit_layers`), or "weight" for a score of every weight of every convolution and
             linear layer, in the weight's shape.
         protected: names of layers that are left out.
-        initial: parameters at initialisation by name, for a measure of θ₀: ``copy.deepcopy(model.state_dict())`` of
-            then.
-        seed: of the measure "random", for numbers of its own; None draws them from torch's generator.
+        initial: parameters at initialisation by name, for a measure that uses θ₀: a
+            ``copy.deepcopy(model.state_dict())`` from then.
+        seed: seed of the measure "random"; None draws its numbers from torch's generator.
 
-    Depthwise convolutions have no scores of their own as filters: they go with the layer that feeds them. A filter is
-    scored by its weights that are left: those that read a pruned filter's channel have gone with it, as in the paper's
-    code, which cuts both out; those that read several layers' channels, added up or side by side, stay. Source:
+    Filters of depthwise convolutions have no scores of their own: they are pruned with the layer that feeds them. A
+    filter is scored by its remaining weights: those that read a pruned filter's channel are pruned with it, as in the
+    paper's code, which cuts both out; those that read channels of several layers, summed or concatenated, stay. Source:
     Lubana & Dick, ICLR 2021, sections 3 and 4; Molchanov et al. 2019 for taylor and fisher; Lee et al. 2019, eq. 4, for
-    snip; Wang et al. 2020, eq. 8, for grasp, where g and H are here those of all trainable parameters (freeze biases
-    and normalisations for its code's, which takes weights only); Tanaka et al. 2020 for synflow.
+    snip; Wang et al. 2020, eq. 8, for grasp, with g and H of all trainable parameters here (its code uses weights only:
+    freeze biases and normalisations for the same); Tanaka et al. 2020 for synflow.
 
     Raises:
-        ValueError: unknown measure, mode or granularity, a temperature that is not positive, no data or no ``initial``
-            where the measure needs some, a frozen layer where it needs gradients, a model on several devices, or one
+        ValueError: unknown measure, mode or granularity; a temperature that is not positive; no data or no ``initial``
+            where the measure needs it; a frozen layer where it needs gradients; a model on several devices, or one
             with a layer that cannot be pruned safely.
     """
     found = scores_by_measure(
@@ -103,8 +102,8 @@ def at_temperature(objective: Objective, temperature: float) -> Objective:
         return partial(cross_entropy_objective, temperature=temperature)
     if temperature != 1:
         raise ValueError(
-            f"a temperature, {temperature}, divides the logits of the cross-entropy: of an objective of your own leave "
-            "it out"
+            f"a temperature, {temperature}, divides the logits of the cross-entropy: leave it out with an "
+            "objective of your own"
         )
     return objective
 
@@ -124,9 +123,9 @@ def _derivatives(
         if own or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
-            "importance is of the mean cross-entropy of model(inputs) and labels over (inputs, labels) batches, and "
-            f"that failed with {named(error)}. Of another loss, give it: objective=lambda model, batch: <scalar loss>; "
-            "or prune by magnitude"
+            "importance is measured with the mean cross-entropy of model(inputs) and labels over batches "
+            f"(inputs, labels), which failed with {named(error)}. For another loss pass objective=lambda "
+            "model, batch: <scalar loss>, or prune by magnitude"
         ) from error
 
 

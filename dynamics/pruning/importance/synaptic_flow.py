@@ -44,6 +44,6 @@ def _flow(model: nn.Module, ones: Tensor) -> Tensor:
         return model(ones).sum()
     except Exception as error:
         raise ValueError(
-            f"synflow runs the model on one input of ones, in float64 and of shape {tuple(ones.shape[1:])}, and that "
-            f"failed with {named(error)}: choose another measure"
+            f"synflow runs the model on one input of ones, in float64 and of shape {tuple(ones.shape[1:])}, "
+            f"which failed with {named(error)}: choose another measure"
         ) from error

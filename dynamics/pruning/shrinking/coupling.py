@@ -143,8 +143,8 @@ def _check_known(graph: Any, group: Any, name: str, operations: Set[str]) -> Non
         met, known = _met(graph, dependency.target, operations)
         if not known:
             raise ValueError(
-                f"the silenced filters of layer {name!r} meet {met}, and shrink() cannot tell what becomes of a "
-                "channel there. The model is left as it was"
+                f"the silenced filters of layer {name!r} feed into {met}, where shrink() cannot tell what becomes "
+                "of a channel. The model is left as it was"
             )
 
 

@@ -44,7 +44,7 @@ def find_cut(model: nn.Module, inputs: Any) -> Cut:
         ValueError: the model does not run on the inputs, or has something that cannot be cut for sure.
     """
     small, inputs = _bare_copy(model), mapped(inputs, lambda one: precise(one) if one.is_floating_point() else one)
-    before = _run(small, inputs, "the model does not run on the inputs: give shrink() inputs that it takes")
+    before = _run(small, inputs, "the model does not run on the inputs: pass shrink() inputs that it takes")
     graph = dependency_graph(small, inputs)
     sizes = {name: _sizes(module) for name, module in small.named_modules()}
     kept = _carry_out(plan(graph, silent_units(model)), small)
@@ -54,9 +54,9 @@ def find_cut(model: nn.Module, inputs: Any) -> Cut:
         value = precise(values[name].detach())
         tensor.data = take(value, kept[name]) if name in kept else value.clone()
     after = _run(
-        small, inputs, "the smaller network does not run: its code may name a number of channels",
-        "the smaller network does not run in training mode: what runs there alone is not followed; take it out first, "
-        "if it is an auxiliary head",
+        small, inputs, "the smaller network does not run: its code may contain a fixed number of channels",
+        "the smaller network does not run in training mode: shrink() does not follow what runs only "
+"there; remove it first if it is an auxiliary head",
     )  # fmt: skip
     rows = {
         name.removesuffix(".weight"): rows_left(index, values[name]) for name, index in kept.items() if index.ndim > 1
@@ -117,7 +117,10 @@ def _check_shared(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
         names.setdefault(id(parameter), []).append(name)
     for shared in names.values():
         if len(shared) > 1 and any(name in kept for name in shared):
-            raise ValueError(f"{' and '.join(shared)} are one parameter: it cannot get smaller in one place alone")
+            raise ValueError(
+                f"{' and '.join(shared)} are one parameter, which cannot shrink in one place only: give each its "
+                "own first"
+            )
 
 
 def _sizes(module: nn.Module) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Shrinking: a network whose silenced filters are zeros becomes a smaller one that computes and trains the same."""
+"""Shrinking: a network with silenced filters becomes a smaller one that computes the same and trains the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Shrunk:
 
     ``units`` holds, for every convolution and linear layer, the original indices of its units, (unit,): those in the
     network as it was before it was ever shrunk, where it had ``totals`` of them. ``kept`` holds, for every parameter
-    that got smaller this time, which of its entries are left: flat indices into the one before, in the new shape.
+    that got smaller this time, which of its entries are left: flat indices into the old one, in the new shape.
     """
 
     units: dict[str, Tensor]
@@ -36,10 +36,10 @@ class Shrunk:
         return f"<Shrunk: {left} of {whole} units left, in {len(self.units)} layers>"
 
     def expand(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of the units left, (unit,) by layer → of all original units: False or NaN for those that are gone.
+        """Values of the units left, (unit,) by layer → of all original units, with False or NaN for those removed.
 
-        So ``event.units(alive=shrunk.expand(pruned.alive), scores=shrunk.expand(pruned.scores))`` records an event on
-        the smaller network in rows of the original one.
+        ``event.units(alive=shrunk.expand(pruned.alive), scores=shrunk.expand(pruned.scores))`` records an event of the
+        smaller network in rows of the original one.
         """
         return expand(values, {name: Identity(index, self.totals[name]) for name, index in self.units.items()})
 
@@ -51,21 +51,21 @@ def shrink(
 ) -> Shrunk:
     """Remove silenced filters from a model, in place, and what belongs to them from the optimizer.
 
-    Logits, gradients and the next updates of what is left are those of the masked network, within rounding, for
-    optimizers that update every entry by itself (SGD, Adam, AdamW, ...). Parameter objects that get smaller are new
-    ones: in the model, in the optimizer's groups, and with their gradients and optimizer state; the optimizer itself
-    and its hooks stay. What is silenced but cannot go, since something else puts out through the same channel (a
+    Logits, gradients and the next updates of what is left are those of the masked network, up to rounding, for
+    optimizers that update every entry independently (SGD, Adam, AdamW, ...). Parameters that get smaller become new
+    objects, in the model and in the optimizer's groups, with their gradients and optimizer state; the optimizer itself
+    and its hooks stay. A silenced filter that cannot be removed, because another layer writes to the same channel (in a
     residual sum), stays with its mask.
 
     Args:
-        model: convolutions, linear layers and BatchNorm, pruned by :class:`Pruner`. Compiled is fine.
+        model: convolutions, linear layers and BatchNorm, pruned by :class:`Pruner`. It may be compiled.
         optimizer: the one that trains it, or a list of several.
-        inputs: something that the model takes, to follow its channels. By default two 32 × 32 images of noise.
+        inputs: inputs that the model takes, to follow its channels. By default two 32 × 32 images of noise.
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.
-        ValueError: something that a silenced filter's channel meets cannot be shrunk, by its name; or the model does
-            not run on the inputs. Model and optimizer are then untouched.
+        ValueError: a silenced filter's channel feeds into something that cannot be shrunk, which is named; or the model
+            does not run on the inputs. Model and optimizer are then untouched.
     """
     optimizers = [] if optimizer is None else as_given(optimizer)
     _check_plain(model)
@@ -94,14 +94,15 @@ def shrink(
 def _check_plain(model: nn.Module) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
-            "DistributedDataParallel keeps its own list of parameters: shrink model.module, then wrap anew"
+            "DistributedDataParallel keeps its own list of parameters: shrink model.module, then wrap it again"
         )
     check_whole(unwrap(model), "shrink")
     for name, _ in unwrap(model).named_parameters():
         if "parametrizations." in name or name.endswith(("_orig", "weight_g", "weight_v")):
             raise ValueError(
-                f"{name} is made into the layer's own by torch.nn.utils (prune, parametrize, weight_norm): make that "
-                "permanent, with torch.nn.utils.prune.remove(module, name), say"
+                f"{name} is turned into the layer's own parameter by torch.nn.utils (prune, parametrize, "
+                "weight_norm): make that permanent first, with torch.nn.utils.prune.remove(module, name) for "
+                "example"
             )
 
 
@@ -110,7 +111,8 @@ def _noise(model: nn.Module) -> Tensor:
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise ValueError(
-            "shrink() has to see the model run, and it has no 2D convolution: give inputs=a batch it takes"
+            "shrink() has to run the model, which has no 2D convolution to take an input's shape from: pass "
+            "inputs=<a batch that it takes>"
         )
     noise = torch.randn(2, first.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
     return noise.to(first.weight)
@@ -124,9 +126,9 @@ def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
             of_all = isinstance(value, list | tuple | dict)  # LBFGS has the history of all parameters in one list
             if names and (of_all or (parameter in names and shape.numel() != 1 and shape != parameter.shape)):
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key!r} of {names.get(parameter, 'its parameters')} not in "
-                    "their own shape, so it cannot be carried over: optimizer.state.clear() drops what it keeps. "
-                    "Model and optimizer are left as they were"
+                    f"{type(optimizer).__name__} keeps {key!r} of {names.get(parameter, 'its parameters')} in a shape "
+                    "other than theirs, so it cannot be carried over: optimizer.state.clear() drops it. Model and "
+                    "optimizer are left as they were"
                 )
 
 

@@ -206,8 +206,10 @@ def _check(path: Path) -> Metadata:
     found = checked_metadata(path, text)
     version = found.get(".zattrs", {}).get("schema_version", "none")
     if version != SCHEMA_VERSION:
-        raise RecordError(f"{path} has schema version {version!s:.20}, this thetadot reads version {SCHEMA_VERSION}: "
-                          "condense the records again")  # fmt: skip
+        raise RecordError(
+            f"{path} has schema version {version!s:.20}, but this thetadot reads version {SCHEMA_VERSION}: condense "
+            "the records again"
+        )
     for key, entry in found.items():
         folder, _, leaf = key.rpartition("/")
         if leaf == ".zarray":

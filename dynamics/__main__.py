@@ -1,4 +1,4 @@
-"""``python -m dynamics run | sweep | show``: train, prune and record from the command line."""
+"""``python -m dynamics run | sweep | protocols | show``: train, prune and record from the command line."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("run", _run_parser(), help="run one experiment and record it")
     commands.add_subcommand("sweep", _sweep_parser(), help="run many experiments")
     commands.add_subcommand("protocols", _protocols_parser(), help="prune a fresh network under every protocol")
-    show = ArgumentParser(description="Say in a few lines what a record holds.", exit_on_error=False)
+    show = ArgumentParser(description="Print what a record holds, in a few lines.", exit_on_error=False)
     show.add_argument("record", help="a record, e.g. out/run.zarr")
-    commands.add_subcommand("show", show, help="say what a record holds")
+    commands.add_subcommand("show", show, help="print what a record holds")
     for name, command in commands.choices.items():  # there are no options before its name
         command.prog = f"{parser.prog} {name}"
     return parser
@@ -42,8 +42,8 @@ def _parser() -> ArgumentParser:
 
 def _run_parser() -> ArgumentParser:
     one = ArgumentParser(description="Run one experiment: train, prune in rounds, train on.", exit_on_error=False)
-    one.add_argument("--config", action=_File, help="YAML file with any of the settings below; flags win over it.")
-    one.add_argument("-o", "--output", required=True, help="where the record goes: a new folder, say out/run.zarr")
+    one.add_argument("--config", action=_File, help="YAML file with any of the settings below; flags override it.")
+    one.add_argument("-o", "--output", required=True, help="where the record goes: a new folder, such as out/run.zarr")
     one.add_argument(
         "--download", type=bool, nargs="?", const=True, default=False,
         help="Let torchvision download a data set that is not on disk.",
@@ -54,30 +54,34 @@ def _run_parser() -> ArgumentParser:
 
 def _protocols_parser() -> ArgumentParser:
     several = ArgumentParser(
-        description="Prune the same fresh network in rounds, without training, by the protocol done right, with each "
-        "quirk alone, and as the paper's code does. `python -m analysis protocol-diff` prints what differs.",
+        description="Prune the same fresh network in rounds, without training: by the default protocol, with each "
+        "quirk of the paper's code alone, and as the paper's code does it. `python -m analysis "
+        "protocol-diff` prints what differs.",
         exit_on_error=False,
     )
-    several.add_argument("-o", "--output", required=True, help="folder for the records, one a protocol")
+    several.add_argument("-o", "--output", required=True, help="folder for the records, one per protocol")
     several.add_class_arguments(Comparison, help="settings of the comparison")
     return several
 
 
 def _sweep_parser() -> ArgumentParser:
     many = ArgumentParser(
-        description="Run the grid of experiments that a YAML file spans with its lists, on Dask. What is recorded "
-        "already is skipped, what was interrupted goes on from its last epoch.",
+        description="Run the grid of experiments that the lists in a YAML file span, on Dask. What is already "
+        "recorded is skipped; what was interrupted continues from its last epoch.",
         exit_on_error=False,
     )
-    many.add_argument("configuration", help="YAML file: settings of `run`, where a list stands for each of its values")
+    many.add_argument(
+        "configuration", help="YAML file with settings of `run`, where a list stands for each of its values in turn"
+    )
     many.add_argument("-o", "--output", required=True, help="folder for the records")
     many.add_argument(
         "--workers", type=int | None, default=None,
-        help="Processes on this machine, of one thread; 0 runs all in this one. By default one a GPU, else one a core.",
+        help="Processes on this machine, with one thread each; 0 runs everything in this one. The default is "
+"one per GPU, else one per core.",
     )  # fmt: skip
     many.add_argument(
         "--scheduler", type=str | None, default=None,
-        help="Address of a Dask scheduler whose workers run the experiments, say tcp://10.0.0.1:8786.",
+        help="Address of a Dask scheduler whose workers run the experiments, such as tcp://10.0.0.1:8786.",
     )  # fmt: skip
     return many
 
@@ -196,7 +200,7 @@ def _protocols(settings: Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 if some of several runs failed."""
-    said = "interrupted; what was recorded until now is kept, the same command goes on"
+    said = "interrupted; what was recorded so far is kept, and the same command continues it"
     return exit_status(partial(_execute, arguments), mistakes=(DataError,), interrupted=said)
 
 

@@ -1,4 +1,4 @@
-"""What commands say: to a reader who may have enough of it, and of what is wrong, in one line."""
+"""What commands print: to a reader that may stop early, and errors in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import one_line
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """What is printed inside goes out at once; a reader that stops before its end, ``head`` say, is no error."""
+    """What is printed inside is written at once; a reader that stops early, such as ``head``, is no error."""
     try:
         yield
         sys.stdout.flush()
@@ -29,12 +29,12 @@ def exit_status(
     mistakes: tuple[type[Exception], ...] = (),
     interrupted: str = "interrupted",
 ) -> int:
-    """Of a command: what it returns, or 0; 2 with one line on stderr for what the user can mend, 130 if interrupted.
+    """Exit status of a command: what it returns, or 0; 2 with one line on stderr for a user error, 130 if interrupted.
 
     Args:
         execute: the command.
-        mistakes: what the user can mend, beside wrong arguments, values and files.
-        interrupted: what is said then, behind the notes that the interruption has.
+        mistakes: exceptions that are user errors, besides wrong arguments, values and files.
+        interrupted: what is printed then, after the notes of the interruption.
     """
     try:
         return execute() or 0
@@ -47,7 +47,7 @@ def exit_status(
 
 
 def mistake(error: Exception) -> str:
-    """The message; jsonargparse's in the words of the command line, and where to look."""
+    """The message; jsonargparse's in the words of the command line, with a pointer to --help."""
     if not isinstance(error, ArgumentError):
         return one_line(error)
     said = re.sub(r"<class '(\w+)'>", r"\1", one_line(error).rstrip(".")).replace("Parser key", "setting")
@@ -55,4 +55,4 @@ def mistake(error: Exception) -> str:
     said = re.sub(r"Does not validate against any.*? - (Expected a \w+).*Given value: ", r"\1. Got value: ", said)
     said = re.sub(r"(arguments are required: .*)\boutput\b", r"\1-o/--output", said)
     said = re.sub(r"(Expected a tuple)\. Got value: ([\d.]+(?:,[\d.]+)*)$", r'\1, "[\2]" say, got \2', said)
-    return f"{said}; --help says what there is"
+    return f"{said}; see --help"

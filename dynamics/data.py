@@ -93,8 +93,8 @@ class ImageSet(Dataset[Batch]):
         """Iterate over (inputs, labels) on `device`: inputs (B, C, 32, 32) in [−1, 1], labels (B,); B ≤ batch_size.
 
         shuffle: a new order in each pass. augment: `crop_and_flip` of every image. Both draw from `generator`
-        (None: torch's global one); without them nothing is drawn. The last batch may be smaller. Inputs lie
-        channels-last in memory, as the weights of `dynamics.models` do.
+        (None: torch's global one); without them nothing is drawn. The last batch may be smaller. Inputs are
+        channels-last in memory, as are the weights of `dynamics.models`.
         The set moves to `device` here, once, as bytes; batches are then cut there, and training never waits for a copy.
         """
         resident = replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -115,21 +115,21 @@ class ImageSet(Dataset[Batch]):
         )
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> ImageSet:
-        """n images drawn without replacement, all of them (in a random order) where there are fewer.
+        """n images drawn without replacement, or all of them (in a random order) if there are fewer.
 
         Raises ValueError for n below 1.
         """
         if n < 1:
-            raise ValueError(f"n is {n}: a sample has 1 image or more")
+            raise ValueError(f"n is {n}: a sample has at least 1 image")
         return self._subset(torch.randperm(len(self), generator=generator)[:n])
 
     def class_balanced(self, per_class: int, generator: torch.Generator | None = None) -> ImageSet:
-        """`per_class` images of each class drawn without replacement, class after class; all where a class has fewer.
+        """`per_class` images of each class drawn without replacement, class after class; all if a class has fewer.
 
         Raises ValueError for per_class below 1.
         """
         if per_class < 1:
-            raise ValueError(f"per_class is {per_class}: a balanced sample has 1 image of each class or more")
+            raise ValueError(f"per_class is {per_class}: a balanced sample has at least 1 image of each class")
         order = torch.randperm(len(self), generator=generator)
         shuffled = self.labels[order]
         return self._subset(torch.cat([order[shuffled == label][:per_class] for label in shuffled.unique()]))
@@ -149,7 +149,7 @@ class Data:
     test: ImageSet
 
     def balanced(self, count: int, generator: torch.Generator | None = None) -> ImageSet:
-        """About `count` of the training images, as many of each class, one at least: see `ImageSet.class_balanced`."""
+        """About `count` training images, equally many of each class and at least one: see `ImageSet.class_balanced`."""
         return self.train.class_balanced(max(count // self.num_classes, 1), generator)
 
 
@@ -157,10 +157,10 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None, download: boo
     """The data set `name`, a key of `DATASETS`, read into memory.
 
     root: folder of the files in torchvision's layout; None: environment variable THETADOT_DATA, else ~/.cache/thetadot.
-    download: fetch into root what is not on this machine.
+    download: download into root what is not on this machine.
 
-    Raises ValueError for an unknown name, FileNotFoundError for a data set that is not on disk and not to be
-    downloaded, DataError for damaged files or a failed download.
+    Raises ValueError for an unknown name, FileNotFoundError for a data set that is not on disk if `download` is false,
+    DataError for damaged files or a failed download.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -213,7 +213,7 @@ def read_stored(root: Path, download: bool, *, kind: str, files: str, elsewhere:
         with as_data_error(f"cannot download {kind} to {root}", f"check the network, or delete {root / files}"):
             return splits(kind, root, download=True)
     if not any(root.glob(files)):
-        advice = "download it with --download, or name its folder with --root (in a file: `download: true`, `root:`)"
+        advice = "download it with --download, or give its folder with --root (in a file: `download: true`, `root:`)"
         raise FileNotFoundError(f"{kind} is not on disk: found no {root / files}{elsewhere}; {advice}")
     with as_data_error(f"{root / files} is damaged or incomplete", "delete it and run again with --download"):
         return splits(kind, root, download=False)

@@ -1,4 +1,4 @@
-"""What an exception said, in one line."""
+"""The message of an exception, in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The message's first line, or the exception's type where it says nothing."""
+    """The message's first line, or the exception's type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

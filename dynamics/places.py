@@ -15,6 +15,6 @@ def check_folder(folder: Path, what: str, example: str) -> None:
     place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     said = place if folder.is_absolute() else Path(os.path.relpath(place))
     if not place.is_dir():
-        raise NotADirectoryError(f"{said} is a file: {what} go into a folder, say {example}")
+        raise NotADirectoryError(f"{said} is a file: {what} need a folder, such as {example}")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"you may not write into {said}: {what} go into a folder of your own, say {example}")
+        raise PermissionError(f"you may not write into {said}: {what} need a folder of your own, such as {example}")

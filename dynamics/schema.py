@@ -1,7 +1,7 @@
 """What a record is: the one table of recorded quantities.
 
 Every name, symbol, unit and dimension that appears in a record, an axis label, a documentation table or a test
-comes from :data:`QUANTITIES`. Nothing here needs torch, so a record is read where no GPU and no torch is at hand.
+comes from :data:`QUANTITIES`. Nothing here needs torch, so records can be read without a GPU and without torch.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Quantity:
 
     ``unit`` holds the powers (p, q) of the unit θᵖLᵠ: under L(θ) → b L(θ/a) the quantity scales by aᵖbᵠ. Time has the
     unit θ²/L. ``order`` is the highest derivative of the loss that the quantity needs. ``nodes`` says in which groups
-    of the record it stands, and ``over`` which of the group's dimensions it spans beyond the first.
+    of the record it is, and ``over`` which of the group's dimensions it spans besides the first.
     """
 
     name: str

@@ -295,7 +295,7 @@ def test_memory_is_bounded_when_the_disk_stays_full(
     store = Memory()
     store.full = True
     rows = Buffer(store)
-    with pytest.warns(UserWarning, match=r"into run\.zarr stops \(No space left on device\); training goes on"):
+    with pytest.warns(UserWarning, match=r"into run\.zarr stopped \(No space left on device\): training continues"):
         for step in range(100):  # 1000 bytes each
             rows.add("steps", {"value": torch.full((125,), float(step))})
             rows.flush(wait=True)
@@ -315,7 +315,7 @@ def test_a_disk_that_hangs_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPa
     store, hanging = Memory(), threading.Event()
     monkeypatch.setattr(store, "commit", lambda: hanging.wait(60))
     rows = Buffer(store)
-    with pytest.warns(UserWarning, match="the disk does not keep up"):
+    with pytest.warns(UserWarning, match="the disk cannot keep up"):
         for step in range(100):
             rows.add("steps", {"value": torch.full((125,), float(step))})
             rows.flush()

@@ -72,7 +72,7 @@ def test_help_names_every_command_and_every_setting(capsys: pytest.CaptureFixtur
     said = set(re.split(r"[\s,:.\"]+", shown.replace("- ", "-")))  # fashion-mnist may be broken
     unsaid = {*MODELS, *DATASETS, *MEASURES, *PROTOCOLS} - said
     assert not unsaid, "the docstring of Experiment is to name them"
-    assert "a list stands for each of its values" in shown_help(["sweep"], capsys)
+    assert "a list stands for each of its values in turn" in shown_help(["sweep"], capsys)
     assert "out/run.zarr" in shown_help(["show"], capsys)
 
 
@@ -190,12 +190,12 @@ MISTAKES = {
     ),
     "not a number": ("dynamics", ["run", "-o", "{new}", "--temperature", "nan"], "temperature"),
     "not a list": ("dynamics", ["run", "-o", "{new}", "--epochs", "3"], "epochs"),
-    "no output": ("dynamics", ["run"], "required: -o/--output; --help says"),
+    "no output": ("dynamics", ["run"], "required: -o/--output; see --help"),
     "no path after -o": ("dynamics", ["run", "-o"], "-o/--output: expected one argument"),
     "no command": ("dynamics", [], "{run,sweep,protocols,show}"),
     "unknown command": ("dynamics", ["fly"], "invalid choice: 'fly' (choose from 'run', 'sweep', 'protocols', 'show')"),
     "word too many": ("dynamics", ["show", "{record}", "more"], "unrecognized arguments: more"),
-    "rounds": ("dynamics", ["run", "-o", "{new}", "--rounds", "99"], "rounds=99 needs as many epochs"),
+    "rounds": ("dynamics", ["run", "-o", "{new}", "--rounds", "99"], "rounds=99 needs at least as many epochs"),
     "seed": ("dynamics", ["run", "-o", "{new}", "--seed", "-1"], "seed must not be negative, got -1"),
     "sparsity": ("dynamics", ["run", "-o", "{new}", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
     "device": ("dynamics", ["run", "-o", "{new}", "--device", "abacus"], "device 'abacus' cannot be used"),
@@ -268,7 +268,7 @@ MISTAKES = {
     "broken grid": ("dynamics", ["sweep", "{broken}", "-o", "{new}"], "is not YAML"),
     "show a text": ("dynamics", ["show", "{broken}"], "is not a thetadot record"),
     "show a folder": ("dynamics", ["show", "{data}"], "is not a thetadot record"),
-    "show a folder of records": ("dynamics", ["show", "{folder}"], "is a folder of records, not one itself: give"),
+    "show a folder of records": ("dynamics", ["show", "{folder}"], "is a folder of records, not a record: give"),
     "show without a record": ("dynamics", ["show"], "required: record"),
     "show nothing": ("dynamics", ["show", "{new}"], "no record at"),
     "other version": ("dynamics", ["show", "{future}"], "has schema version 99"),
@@ -277,13 +277,17 @@ MISTAKES = {
         ["sweep", "{seed}", "-o", "{new}", "--workers", "x"],
         "Expected a int. Got value: x",
     ),
-    "run in a file": ("dynamics", ["run", "-o", "{broken}/run.zarr", *TINY], "broken.yaml is a file: records go into"),
-    "compare in a file": ("dynamics", ["protocols", "-o", "{broken}"], "broken.yaml is a file: records go into"),
+    "run in a file": (
+        "dynamics",
+        ["run", "-o", "{broken}/run.zarr", *TINY],
+        "broken.yaml is a file: records need a folder",
+    ),
+    "compare in a file": ("dynamics", ["protocols", "-o", "{broken}"], "broken.yaml is a file: records need a folder"),
     "show condensed": ("dynamics", ["show", "{zip}"], "`python -m analysis` read condensed records, named *.zarr.zip"),
     "analyse a zip": ("analysis", ["{zip}"], "read condensed records, named *.zarr.zip"),
     "analyse half a zip": ("analysis", ["{half}"], "or is damaged (File is not a zip file); copy it again"),
-    "analyse with what": ("analysis", ["{record}", "--colour"], "unrecognized arguments: --colour; --help says"),
-    "draw with what": ("figures", ["{record}", "--colour"], "--help says"),
+    "analyse with what": ("analysis", ["{record}", "--colour"], "unrecognized arguments: --colour; see --help"),
+    "draw with what": ("figures", ["{record}", "--colour"], "; see --help"),
     "condense into a folder": (
         "analysis",
         ["condense", "{record}", "-o", "{folderzip}"],
@@ -292,7 +296,7 @@ MISTAKES = {
     "condense into a file": (
         "analysis",
         ["condense", "{record}", "-o", "{broken}/x.zarr.zip"],
-        "broken.yaml is a file: condensed records go into",
+        "broken.yaml is a file: condensed records need a folder",
     ),
     "analyse nothing": ("analysis", ["{new}"], "no record at"),
     "analyse no runs": ("analysis", [], "required: runs"),
@@ -301,8 +305,12 @@ MISTAKES = {
     "analyse emptiness": ("analysis", ["{empty}"], "the record holds nothing yet"),
     "draw nothing": ("figures", ["{new}", "-o", "{folder}"], "no record at"),
     "draw nowhere": ("figures", ["{record}"], "output"),
-    "draw on a file": ("figures", ["{record}", "-o", "{broken}"], "broken.yaml is a file: figures and report go into"),
-    "draw in a file": ("figures", ["{record}", "-o", "{broken}/new"], "broken.yaml is a file: figures and report go"),
+    "draw on a file": (
+        "figures",
+        ["{record}", "-o", "{broken}"],
+        "broken.yaml is a file: figures and report need a folder",
+    ),
+    "draw in a file": ("figures", ["{record}", "-o", "{broken}/new"], "broken.yaml is a file: figures and report need"),
     "draw emptiness": ("figures", ["{empty}", "-o", "{folder}"], "the record holds nothing yet"),
 }
 
@@ -390,7 +398,7 @@ def test_a_folder_that_may_not_be_written_is_said_before_anything_is_computed(
     assert MAINS[package]([argument.format(**places) for argument in arguments]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert f"error: you may not write into {tmp_path}: {what} go into a folder of your own, say out/" in said[0]
+    assert f"error: you may not write into {tmp_path}: {what} need a folder of your own, such as out/" in said[0]
     assert contents(tmp_path) == before
 
 

@@ -265,5 +265,5 @@ def test_parameters_that_are_spread_over_processes_are_refused(tmp_path: Path, m
     training = trainer(language_model(), tmp_path, [])
     state = SimpleNamespace(distributed_type=accelerate.DistributedType.FSDP)
     monkeypatch.setattr("dynamics.frameworks.trainer_callback.AcceleratorState", lambda: state)
-    with pytest.raises(ValueError, match="needs all parameters in one process, and FSDP spreads them: train with"):
+    with pytest.raises(ValueError, match="needs all parameters in one process, but FSDP shards them: train with"):
         recorder.on_train_begin(training.args, training.state, training.control)

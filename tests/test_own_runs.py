@@ -166,7 +166,7 @@ def test_settings_of_several_kinds_can_be_compared() -> None:
         ({"schema_version": 2}, "attributes cannot contain 'schema_version'"),
         ([("lr", 1)], "attributes must be a dictionary whose keys are strings"),
         ({3: 1}, "attributes must be a dictionary"),
-        ({"path": object()}, "an attribute of a record is a number, a text or a list of them, got object"),
+        ({"path": object()}, "an attribute of a record must be a number, a string or a list of these, got object"),
     ],
 )
 def test_what_no_table_could_read_is_refused_and_nothing_written(tmp_path, attributes, error) -> None:

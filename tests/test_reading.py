@@ -75,7 +75,9 @@ def consolidate(record: Path) -> None:
 def test_a_stranger_s_code_does_not_run(record: Path, codecs: dict) -> None:
     poison(record, codecs)
     consolidate(record)
-    with pytest.raises(RecordError, match=r"steps/loss is stored with codecs .*'pickle'.*, a record only with 'blosc'"):
+    with pytest.raises(
+        RecordError, match=r"steps/loss is stored with codecs .*'pickle'.*, but a record uses only 'blosc'"
+    ):
         open_run(record)["steps"].loss.load()
     with pytest.raises(RecordError, match="stored with codecs"):
         Store.reopen(record)
@@ -110,10 +112,10 @@ def test_a_format_3_store_beside_it_is_refused(record: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "|O"}, "steps/loss has the type '|O', a record only numbers and texts of fixed size"),
+        ({"dtype": "|O"}, "steps/loss has the type '|O', but a record holds only numbers and fixed-size strings"),
         ({"dtype": [["a", "<f8"]]}, "steps/loss has the type [['a', '<f8']]"),
         ({"filters": [{"id": "pickle"}]}, "steps/loss is stored with codecs ['blosc', 'pickle']"),
-        ({"compressor": None}, "steps/loss is stored with codecs [], a record only with 'blosc'"),
+        ({"compressor": None}, "steps/loss is stored with codecs [], but a record uses only 'blosc'"),
         ({"compressor": {"id": "zstd"}}, "steps/loss is stored with codecs ['zstd']"),
         ({"shape": [-1]}, "steps/loss has shape [-1]"),
         ({"shape": [10**15]}, "is damaged: steps/loss/3 is missing; copy the record again"),

@@ -284,12 +284,12 @@ def test_notes_and_kept_arrays(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.kept("start"), start)
     assert again.attributes["resumes"][1] == {"step": 4}
     with pytest.raises(
-        TypeError, match="an attribute of a record is a number, a text or a list of them, got PosixPath"
+        TypeError, match="an attribute of a record must be a number, a string or a list of these, got PosixPath"
     ):
         again.note("path", path)
     again.commit()
     assert "path" not in open_run(path).attrs
-    with pytest.raises(TypeError, match="an attribute of a record is"):
+    with pytest.raises(TypeError, match="an attribute of a record must be"):
         Store(tmp_path / "other.zarr", {"path": path})
     assert os.listdir(tmp_path) == ["run.zarr"]
 
@@ -299,7 +299,7 @@ def test_rows_must_have_the_shape_of_those_before(tmp_path: Path) -> None:
     target.append("steps", rows(0, 3))
     with pytest.raises(ValueError, match=r"a row of /steps/grad_sqnorm has shape \(2,\), got \(3,\)"):
         target.append("steps", {"step": np.array([3]), "grad_sqnorm": np.zeros((1, 3))})
-    with pytest.raises(ValueError, match=r"a variable's name is a folder's .* got '\.\./loss'"):
+    with pytest.raises(ValueError, match=r"a variable's name becomes a folder .* got '\.\./loss'"):
         target.append("steps", {"step": np.array([3]), "../loss": np.zeros(1)})
     target.append("steps", rows(3, 4))
     target.commit()

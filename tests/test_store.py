@@ -100,7 +100,7 @@ def test_an_existing_path_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "run.zarr" / "thesis.txt").write_text("mine")
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(FileExistsError, match=r"run\.zarr exists already: choose another path, .*, or go on"):
+    with pytest.raises(FileExistsError, match=r"run\.zarr exists already: choose another path, .*, or continue it"):
         Recorder(tmp_path / "run.zarr", model, optimizer)
     assert [path.name for path in tmp_path.rglob("*")] == ["run.zarr", "thesis.txt"]
     assert not optimizer._optimizer_step_pre_hooks
@@ -279,7 +279,7 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"file\.txt is not a thetadot record"):
         open_run(tmp_path / "file.txt")
     Store(tmp_path / "future", {"schema_version": 99})
-    with pytest.raises(RecordError, match="has schema version 99, this thetadot reads version 1: open it with"):
+    with pytest.raises(RecordError, match="has schema version 99, but this thetadot reads version 1: open it with"):
         open_run(tmp_path / "future")
     Store(tmp_path / "foreign", {})
     with pytest.raises(RecordError, match="has schema version none"):

@@ -1,8 +1,8 @@
-"""What the frameworks' recorders share: a recorder whose model comes later, and metrics as a record can name them.
+"""What the frameworks' recorders share: a recorder whose model comes later, and metrics under names a record allows.
 
-Each makes its recorder when model and optimizer are there and a checkpoint is loaded. It tells it where an epoch begins
-(``begin_epoch``), what is trained on before the forward pass (``observe``), the loss of a step and the metrics of an
-epoch; it flushes before a checkpoint is saved, and closes when the training ends, by an exception, too.
+Each creates its recorder once model and optimizer exist and a checkpoint is loaded. It tells the recorder where an
+epoch begins (``begin_epoch``), each batch before its forward pass (``observe``), the loss of a step and the metrics of
+an epoch; it flushes before a checkpoint is saved, and closes when the training ends, also by an exception.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..recording.resuming import Counted
 def recorder_factory(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:
     """A function ``(model, optimizer, step) -> Recorder``; the step counts where a record does not know the parameters.
 
-    Called with ``again=True``, it goes on with the record at ``path``, as after a training that did not end.
+    Called with ``again=True``, it continues the record at ``path``, as after a training that did not end.
 
     Raises:
-        TypeError: a setting that :class:`Recorder` does not have; now, not when the training begins.
+        TypeError: a setting that :class:`Recorder` does not have; raised now, not when the training begins.
     """
     signature(Recorder).bind(path, None, None, **settings)
 
@@ -39,7 +39,7 @@ def recorder_factory(path: str | os.PathLike, **settings: Any) -> Callable[..., 
 
 
 def simple_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars among metrics, ``val/loss`` as ``val_loss``; but for epoch and step, which the recorder counts."""
+    """The scalars among metrics, ``val/loss`` as ``val_loss``, except epoch and step, which the recorder counts."""
     scalars = {
         re.sub(r"\W", "_", name): float(value)
         for name, value in metrics.items()

@@ -18,9 +18,9 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _callbacks() -> list[type]:
-    """The class Callback, which exists twice: the Trainer of each package wants its own.
+    """The class Callback, which exists twice: the Trainer of each package needs its own.
 
-    That of the package which the user has imported, else of the first that is installed.
+    It is that of the package that the user has imported, or else of the first one installed.
     """
     if loaded := [name for name in _PACKAGES if name in sys.modules]:
         return [import_module(name).Callback for name in loaded]
@@ -37,10 +37,10 @@ class LightningRecorder(*_callbacks()):
 
         trainer = L.Trainer(callbacks=[LightningRecorder("run.zarr", curvature_every=64)])
 
-    ``loss`` in ``/steps`` is what ``training_step`` returns, for LBFGS the first time of several, and ``/epochs`` holds
-    what came to ``trainer.callback_metrics`` in each training epoch. Curvature is that of ``objective(module, batch)``:
-    Lightning offers no way to ask ``training_step`` for a loss outside its loop, so the default is the cross-entropy of
-    ``(inputs, labels)`` with ``module(inputs)`` as logits. While a fit lasts, ``recorder`` is its
+    ``loss`` in ``/steps`` is what ``training_step`` returns (with LBFGS, the first of several times), and ``/epochs``
+    holds what each training epoch added to ``trainer.callback_metrics``. Curvature is that of
+    ``objective(module, batch)``: Lightning cannot run ``training_step`` outside its loop, so the default is the
+    cross-entropy of ``(inputs, labels)`` with ``module(inputs)`` as logits. During a fit, ``recorder`` is its
     :class:`dynamics.Recorder`.
 
     Args:
@@ -58,7 +58,7 @@ class LightningRecorder(*_callbacks()):
         self._epoch_ended = False
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Begin: the optimizers are there, and a checkpoint has been loaded."""
+        """Begin recording: the optimizers exist, and a checkpoint has been loaded."""
         self.recorder = self._make_recorder(
             trainer.model, trainer.optimizers, trainer.global_step // len(trainer.optimizers)
         )
@@ -68,23 +68,23 @@ class LightningRecorder(*_callbacks()):
         self._metrics, self._epoch_ended = {}, False
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Log the epoch before."""
+        """Log the previous epoch."""
         self._log_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        """Observe the batch; the first one begins an epoch, which may have no other start after a checkpoint."""
+        """Observe the batch; the first one begins an epoch: after a checkpoint, nothing else may tell of its start."""
         if batch_idx == 0:
             self.recorder.begin_epoch()
         self._evaluated = []
         self.recorder.observe(batch)
 
     def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
-        """Keep the loss at the parameters that the step starts from: the first, if the optimizer asks for several."""
+        """Keep the loss at the parameters from which the step starts: the first, if the optimizer asks for several."""
         if pl_module.automatic_optimization:
             self._evaluated = [*self._evaluated[:1], loss.detach()]
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After a step, log the mean loss of its batches; each comes divided by the number of batches of a step."""
+        """After a step, log the mean loss of its batches; each arrives divided by the number of batches per step."""
         if outputs and outputs.get("loss") is not None:
             loss = self._evaluated[0] if len(self._evaluated) > 1 else outputs["loss"].detach()
             self._losses.append(loss * trainer.accumulate_grad_batches)
@@ -94,11 +94,11 @@ class LightningRecorder(*_callbacks()):
             self._losses, self._stepped = [], trainer.global_step
 
     def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """It is logged later: the module's own hook comes after this one, and may have metrics, too."""
+        """Note that the epoch ended; it is logged later, because the module's own hook runs after this one."""
         self._epoch_ended = True
 
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Write what was recorded, which a training that goes on from there needs."""
+        """Write what was recorded: a training that resumes from the checkpoint needs it."""
         if self.recorder:
             self._log_epoch(trainer)
             self.recorder.flush()
@@ -112,7 +112,7 @@ class LightningRecorder(*_callbacks()):
         self._close(trainer)
 
     def _log_epoch(self, trainer: Any) -> None:
-        """Log what the epoch that has ended led to; what was validated in an epoch before is left out."""
+        """Log the metrics of the epoch that has ended, without those left over from earlier epochs."""
         if self._epoch_ended:
             before, self._metrics, self._epoch_ended = self._metrics, dict(trainer.callback_metrics), False
             new = {name: value for name, value in self._metrics.items() if value is not before.get(name)}

@@ -23,22 +23,23 @@ _SPREAD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 
 class TrainerRecorder(TrainerCallback):
-    """Records a training; of several processes, among which data is parallel, the first writes one record of all.
+    """Records a training. With data parallelism over several processes, the first writes one record for all.
 
     ::
 
         Trainer(..., callbacks=[TrainerRecorder("run.zarr")]).train()
 
     A batch is what the Trainer gives the model. ``loss`` in ``/steps`` is the one that the Trainer logs (every step's
-    with ``logging_steps=1``); the metrics of an evaluation stand in the row of the step before it. While a training
-    lasts, ``recorder`` is its :class:`dynamics.Recorder`. The Trainer tells no callback of an exception: then
-    :meth:`close` or ``with TrainerRecorder(...) as callback`` closes the record, or the next training goes on with it.
+    with ``logging_steps=1``); the metrics of an evaluation are in the row of the step before it. During a training,
+    ``recorder`` is its :class:`dynamics.Recorder`. The Trainer does not tell callbacks of exceptions: after one,
+    :meth:`close` or ``with TrainerRecorder(...) as callback`` closes the record; otherwise the next training continues
+    it.
 
     Args:
         path: where the record goes, a new folder.
         objective: ``objective(model, batch) -> scalar loss``, the batch a mapping; by default the loss that the model
             returns for it.
-        settings: the further keyword arguments of :class:`dynamics.Recorder`.
+        settings: further keyword arguments of :class:`dynamics.Recorder`.
     """
 
     def __init__(self, path: str | os.PathLike, *, objective: Objective | None = None, **settings: Any) -> None:
@@ -50,17 +51,17 @@ class TrainerRecorder(TrainerCallback):
         self._began = 0  # after so many steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
-        """Begin: the optimizer is there, and a checkpoint has been loaded.
+        """Begin recording: the optimizer exists, and a checkpoint has been loaded.
 
         Raises:
-            ValueError: no process holds all parameters.
+            ValueError: parameters are sharded, so that no process holds all of them.
         """
         again = self.recorder is not None  # as auto_find_batch_size does
         self.close()
         if (kind := AcceleratorState().distributed_type) in _SPREAD:
             raise ValueError(
-                f"TrainerRecorder needs all parameters in one process, and {kind.value} spreads them: "
-                "train with data parallelism, or without this callback"
+                f"TrainerRecorder needs all parameters in one process, but {kind.value} shards them: train with "
+                "data parallelism, or without this callback"
             )
         self._within_epoch = bool((state.epoch or 0) % 1)  # the checkpoint's
         self._began = state.global_step
@@ -88,7 +89,7 @@ class TrainerRecorder(TrainerCallback):
             self.recorder.observe(batch)
 
     def _share_of_the_step(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The loss that the model returns for a batch, so scaled that the recorder's mean over batches is the step's.
+        """The loss that the model returns for a batch, scaled so that the recorder's mean over batches is the step's.
 
         A loss that is given ``num_items_in_batch``, the number of the whole step's items, is the batch's share of the
         step's loss, and the Trainer adds these up.
@@ -98,8 +99,8 @@ class TrainerRecorder(TrainerCallback):
         if loss is None:
             raise ValueError(
                 f"the model returned no loss for a batch of {sorted(batch)}. Curvature needs the labels, which "
-                "label_smoothing_factor, compute_loss_func or a compute_loss that pops them keep from the model: "
-                "override Trainer.compute_loss so that they stay in what the model is given"
+                "label_smoothing_factor, compute_loss_func, or a compute_loss that pops them keeps from the "
+                "model: override Trainer.compute_loss so that the labels stay in what the model is given"
             )
         if "num_items_in_batch" not in batch:
             return loss
@@ -111,12 +112,12 @@ class TrainerRecorder(TrainerCallback):
             self.recorder.log(loss=logs["loss"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **training: Any) -> None:
-        """Log what an evaluation found; one before the first step has no row."""
+        """Log the metrics of an evaluation; one before the first step has no row."""
         if self.recorder and state.global_step > self._began:
             self.recorder.log(**simple_scalars(metrics))
 
     def on_save(self, args: Any, state: Any, control: Any, **training: Any) -> None:
-        """Write what was recorded, which a training that goes on from the checkpoint needs."""
+        """Write what was recorded: a training that resumes from the checkpoint needs it."""
         if self.recorder:
             self.recorder.flush()
 
@@ -125,7 +126,7 @@ class TrainerRecorder(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Close the record and leave nothing attached. Closed already, nothing happens."""
+        """Close the record and detach everything; nothing happens if it is already closed."""
         recorder, self.recorder = self.recorder, None
         if recorder:
             self._hook.remove()

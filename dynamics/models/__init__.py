@@ -12,7 +12,7 @@ from .vgg import VGG, vgg13
 
 __all__ = ["MODELS", "VGG", "MobileNet", "ResNet", "build"]
 
-# A builder takes the number of classes, the number of input channels and the scaling of published channel counts.
+# A builder takes the number of classes, the number of input channels and a function that scales channel counts.
 MODELS: dict[str, Callable[[int, int, Callable[[int], int]], nn.Module]] = {
     "vgg13": vgg13,
     "mobilenet_v1": mobilenet_v1,
@@ -24,8 +24,8 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, width: float = 1
     """A freshly initialised network for 32 × 32 images, (N, in_channels, 32, 32) → logits (N, num_classes).
 
     name: a key of `MODELS`. width: factor on every channel count inside, c → max(1, round(width · c)).
-    The network's class attribute `protected` names the convolutions that are never pruned. Weights lie channels-last in
-    memory, and so do activations then: convolutions are faster like that, on GPUs and on processors.
+    The network's class attribute `protected` names the convolutions that are never pruned. Weights, and so activations,
+    are channels-last in memory, which makes convolutions faster on GPUs and CPUs.
 
     Raises ValueError for an unknown name, a count below 1 or a width that is not a positive number.
     """

@@ -16,7 +16,7 @@ BLOCKS: tuple[tuple[int, int], ...] = (
 class SeparableBlock(nn.Module):
     """Depthwise 3 × 3, then pointwise 1 × 1; each convolution without bias → batch normalisation → ReLU.
 
-    The depthwise convolution has one filter per incoming channel: they live and die with the layer that feeds it.
+    The depthwise convolution has one filter per input channel, which is pruned with the filter that feeds it.
     Modules in order: `depthwise`, `norm1`, `pointwise`, `norm2`.
     """
 

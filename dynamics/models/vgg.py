@@ -16,7 +16,7 @@ class VGG(nn.Module):
     """A chain of (convolution without bias → ReLU → batch normalisation), max-pooled by 2 at each `POOL`.
 
     widths: output channels of each convolution, with "M" for a pooling. Five poolings bring 32 × 32 down to 1 × 1,
-    which `classifier` reads, so its inputs are as many as the last width.
+    which `classifier` reads, so it has as many inputs as the last width.
     Modules: `features` (numbered in order) and `classifier`.
     Source: Simonyan & Zisserman, ICLR 2015, with the order conv → ReLU → BN of Lubana & Dick, ICLR 2021.
     """

@@ -1,10 +1,10 @@
-"""Masks: which parameters are pruned, and what keeps them at exactly zero while training goes on.
+"""Masks: which parameters are pruned, and what keeps them at exactly zero while training continues.
 
-The masks of a module's own parameters are a dictionary in an attribute of the module: copied with it, and out of the
-state dict. They are no buffers, since an averaged copy of a model (torch.optim.swa_utils) pairs those by position.
-While a mask is there, three things hold a pruned parameter at zero under any optimizer whose update of a parameter with
+The masks of a module's own parameters are a dictionary in an attribute of the module: copied with it, but not part of
+the state dict. They are not buffers, since an averaged copy of a model (torch.optim.swa_utils) pairs those by position.
+While there is a mask, three things hold a pruned parameter at zero under any optimizer whose update of a parameter with
 zero value, gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...): its value is zero, its
-gradient is masked as it arrives, and its optimizer state is masked once. Values that the module loads are masked, too.
+gradient is masked as it arrives, and its optimizer state is masked once. Values that the module loads are masked too.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Mask of each pruned parameter by the parameter's name: True where it is kept, same shape.
+    """Mask of each pruned parameter by the parameter's name: True where it is kept, in the parameter's shape.
 
-    Those of ``torch.nn.utils.prune`` as well, whose parameters are called ``<parameter>_orig``.
+    This includes the masks of ``torch.nn.utils.prune``, whose parameters are called ``<parameter>_orig``.
     """
     buffers, modules, found = dict(model.named_buffers()), dict(model.named_modules()), {}
     for name, _ in model.named_parameters():
@@ -116,7 +116,7 @@ def _mask_loaded(owner: nn.Module, keys: tuple) -> None:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch.optim.Optimizer) -> None:
-    """Prune: set parameters to zero where ``keep`` is False, for good, with their gradient and optimizers' state.
+    """Prune: set parameters to zero for good where ``keep`` is False, with their gradients and optimizer state.
 
     ``keep`` maps parameter names to boolean tensors of the parameter's shape. A later call can only prune more.
     """
@@ -137,7 +137,7 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
 
 
 def lift_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
-    """Unprune: where ``keep`` is True a parameter is free again. It goes on from zero; its mask stays where it was."""
+    """Unprune: where ``keep`` is True a parameter is free again. It continues from zero; its mask stays in place."""
     masks = parameter_masks(model)
     for name, kept in keep.items():
         if name in masks:

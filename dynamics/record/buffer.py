@@ -128,7 +128,7 @@ class Buffer:
     def _send(self, entries: list[Entry]) -> None:
         waiting = self._sent - self._writer.written
         if waiting > _BOUND:
-            self._stop(self._writer.failure or OSError("the disk does not keep up"), entries)
+            self._stop(self._writer.failure or OSError("the disk cannot keep up"), entries)
             return
         said = [dict(entry.row) for entry in entries]
         try:
@@ -161,7 +161,9 @@ class Buffer:
         self._dropped += len(lost)
         self._lost = {entry.node: entry.row for entry in lost}
         self._log.clear()
-        message = f"recording into {self._store.path} stops ({error}); training goes on, and its later rows are lost"
+        message = (
+            f"recording into {self._store.path} stopped ({error}): training continues, but its later rows are lost"
+        )
         _LOG.error(message)
         warnings.warn(message, stacklevel=2)
 

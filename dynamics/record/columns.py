@@ -1,4 +1,4 @@
-"""Rows to columns: what waits on the device is stacked there and leaves it in one asynchronous copy a variable."""
+"""Rows to columns: what waits on the device is stacked there and copied off it once per variable, asynchronously."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a path that is no record, or a damaged one."""
+"""Errors for a path that is not a record, or holds a damaged one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class RecordError(ValueError):
 
 
 def foreign(path: Path, reason: str) -> RecordError:
-    """Nothing that the recorder wrote: why not."""
+    """The error for a path that the recorder did not write, with the reason."""
     return RecordError(f"{path} is not a thetadot record (a folder written by Recorder): {reason}")
 
 
 def damaged(chunk: Path, error: Exception) -> RecordError:
-    """A chunk cannot be decoded: what to say, and to do."""
+    """The error for a chunk that cannot be decoded."""
     return RecordError(f"{chunk} is damaged ({said(error)}); {AGAIN}")
 
 

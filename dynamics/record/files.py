@@ -1,4 +1,4 @@
-"""Files that many processes see: each is whole at every moment, and those of one writer are locked."""
+"""Files that many processes see: each is complete at every moment, and those of a writer are locked."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def locked(file: Path, taken: str) -> filelock.BaseFileLock:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        advice = "a record has one writer by a lock; record on another disk, or have this one mounted with locks"
+        advice = "a lock keeps a second writer out of a record; record on another disk, or mount this one with locks"
         raise OSError(f"{file.parent} is on a file system without locks ({error.strerror}): {advice}") from error
     return lock

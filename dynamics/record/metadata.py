@@ -37,12 +37,12 @@ def read_metadata(path: Path) -> Metadata:
     if path.is_file() and path.suffix == ".zip":
         raise foreign(path, "analysis.open_runs and `python -m analysis` read condensed records, named *.zarr.zip")
     if (path / "zarr.json").exists():
-        raise foreign(path, "it is a Zarr format 3 store, a record is format 2")
+        raise foreign(path, "it is a Zarr format 3 store, but records are format 2")
     try:
         text = (path / METADATA).read_bytes()
     except OSError as error:
         if any(path.glob(f"*/{METADATA}")):
-            raise RecordError(f"{path} is a folder of records, not one itself: give {path}/*.zarr") from error
+            raise RecordError(f"{path} is a folder of records, not a record: give {path}/*.zarr") from error
         raise foreign(path, f"it has no {METADATA} ({error.strerror})") from error
     return checked_metadata(path, text)
 
@@ -72,9 +72,11 @@ def _check_array(path: Path, name: str, entry: dict[str, Any]) -> None:
     compressor, filters, dtype = entry["compressor"], entry["filters"], entry["dtype"]
     if filters or not isinstance(compressor, dict) or compressor["id"] != CODEC.codec_id:
         codecs = [codec.get("id") for codec in (compressor, *(filters or ())) if codec]
-        raise foreign(path, f"{name} is stored with codecs {codecs!r:.80}, a record only with {CODEC.codec_id!r}")
+        raise foreign(path, f"{name} is stored with codecs {codecs!r:.80}, but a record uses only {CODEC.codec_id!r}")
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
-        raise foreign(path, f"{name} has the type {dtype!r:.60}, a record only numbers and texts of fixed size")
+        raise foreign(
+            path, f"{name} has the type {dtype!r:.60}, but a record holds only numbers and fixed-size strings"
+        )
     shape, chunks = entry["shape"], entry["chunks"]
     whole = isinstance(shape, list) and isinstance(chunks, list) and all(type(n) is int for n in [*shape, *chunks])
     if not whole or not shape or shape[0] < 0 or chunks[0] < 1 or shape[1:] != chunks[1:]:
@@ -129,4 +131,6 @@ def _plain(value: Any) -> Any:
     """A number of numpy's as Python's."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
-    raise TypeError(f"an attribute of a record is a number, a text or a list of them, got {type(value).__name__}")
+    raise TypeError(
+        f"an attribute of a record must be a number, a string or a list of these, got {type(value).__name__}"
+    )

@@ -1,4 +1,4 @@
-"""Opening a record: what is in its one file of metadata is checked first, so that opening never runs a stranger's code.
+"""Opening a record: its one file of metadata is checked first, so that opening never runs a stranger's code.
 
 Nothing here needs torch.
 """
@@ -21,13 +21,13 @@ from .metadata import Metadata, chunk_keys, read_metadata
 
 
 def open_run(path: str | os.PathLike) -> xr.DataTree:
-    """Open a record as an :class:`xarray.DataTree`, lazily, also while it is written.
+    """Open a record as an :class:`xarray.DataTree`, lazily, also while it is being written.
 
-    The same as ``xr.open_datatree(path)`` after checks: that the path holds a record of this schema version, complete
-    as far as names and sizes of files tell, which names no codec but a record's own.
+    The same as ``xr.open_datatree(path)``, after checks that the path holds a record of this schema version, that it is
+    complete as far as names and sizes of files tell, and that it names no codec other than a record's own.
 
     Raises:
-        RecordError: nothing there, not a record, one of another schema version, or a damaged one.
+        RecordError: there is nothing, something else, a record of another schema version, or a damaged one.
     """
     path = Path(path)
     check(path)
@@ -41,7 +41,7 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
 
 @contextmanager
 def named_damage(runs: Iterable[xr.DataTree]) -> Iterator[None]:
-    """Inside, what is opened is read. Where that fails for damage, it is looked for in which file of which record.
+    """Inside, records are read. Where that fails because of damage, the error names the file and the record.
 
     Raises:
         RecordError: a chunk cannot be decoded.
@@ -57,7 +57,7 @@ def named_damage(runs: Iterable[xr.DataTree]) -> Iterator[None]:
 
 
 def experiment(run: xr.DataTree) -> dict[str, Any]:
-    """Configuration of the experiment that wrote the record; empty for a loop that someone instrumented."""
+    """Configuration of the experiment that wrote the record; empty for any other training loop."""
     found = configured(run, "experiment")
     return found if found.keys() >= set(COMPARED_BY) else {}
 
@@ -82,8 +82,8 @@ def check(path: Path) -> Metadata:
         version = found.get(".zattrs", {}).get("schema_version", "none")
         if version != SCHEMA_VERSION:
             raise RecordError(
-                f"{path} has schema version {version!s:.20}, this thetadot reads version "
-                f"{SCHEMA_VERSION}: open it with the thetadot that wrote it, or, if you trust it, with xr.open_datatree"
+                f"{path} has schema version {version!s:.20}, but this thetadot reads version {SCHEMA_VERSION}: "
+                "open it with the thetadot that wrote it, or, if you trust it, with xr.open_datatree"
             )
         damage = next(_damage(path, found), None)
         if damage is None:

@@ -131,7 +131,9 @@ class Store:
             self._declare(node, name, values, len(values), [dim])
             self._coordinates[node][name] = values
         elif not np.array_equal(self._coordinates[node][name], values):
-            raise ValueError(f"coordinate {name!r} of /{node} changed; a record's {dim}s are fixed at their first use")
+            raise ValueError(
+                f"coordinate {name!r} of /{node} changed, but a record's {dim}s are fixed at their first use"
+            )
 
     def append(self, node: str, rows: Mapping[str, np.ndarray]) -> None:
         """Append rows to a node: name → values whose first dimension is the node's index. Invisible until commit.
@@ -222,8 +224,8 @@ class Store:
     def _take(self) -> None:
         """Lock the folder, and know it again by the lock's file: no other is the same while it is held."""
         taken = (
-            f"{self.path} is being written by another recorder: close that one, if need be with its process (a "
-            "notebook's kernel, say), or choose another path"
+            f"{self.path} is being written by another recorder: close that one, if necessary with its process "
+            "(such as a notebook's kernel), or choose another path"
         )
         self._lock = locked(self.path / _LOCK, taken)
         self._place = (self.path / _LOCK).stat()
@@ -231,7 +233,7 @@ class Store:
     def _check_still_there(self) -> None:
         """Raise FileNotFoundError where the folder was removed, and another record may have come to stand there."""
         if not os.path.samestat((self.path / _LOCK).stat(), self._place):
-            raise FileNotFoundError(f"the record was removed, and {self.path} is another one now")
+            raise FileNotFoundError(f"the record was removed, and {self.path} is now another one")
 
     def _load(self, metadata: Metadata) -> None:
         """Take lengths, coordinates and the rows of open chunks from what is committed."""
@@ -306,7 +308,10 @@ class Store:
 
     def _write_chunk(self, node: str, name: str, number: int, values: np.ndarray) -> None:
         if not is_name(name):
-            raise ValueError(f"a variable's name is a folder's in the record: no '/', no '.' first; got {name!r}")
+            raise ValueError(
+                "a variable's name becomes a folder in the record, so it has no '/' and no '.' at the start, got "
+                f"{name!r}"
+            )
         (self.path / node / name).mkdir(exist_ok=True)
         self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", CODEC.encode(np.ascontiguousarray(values)))
 
@@ -330,7 +335,7 @@ class Store:
 def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     """Make an empty record beside its path, and move it there whole."""
     taken = FileExistsError(
-        f"{path} exists already: choose another path, remove it first, or go on with it (resume=True)"
+        f"{path} exists already: choose another path, remove it first, or continue it (resume=True)"
     )
     if path.exists():
         raise taken

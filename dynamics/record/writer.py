@@ -155,5 +155,7 @@ class Writer:
         except Exception as error:
             if self.failure is None:
                 self.failing_since = time.strftime("%H:%M:%S")
-                _LOG.warning("cannot write %s (%s): rows are kept in memory and tried again", self._store.path, error)
+                _LOG.warning(
+                    "cannot write %s (%s): its rows stay in memory, and writing is tried again", self._store.path, error
+                )
             self.failure = error

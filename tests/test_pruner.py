@@ -205,8 +205,8 @@ def test_it_says_in_a_line_what_it_is() -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
     pruner = Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude")
     pruning = pruner.prune(0.25)
-    assert repr(pruning) == "<Pruning by magnitude: 6 of 8 filters left, in 1 layer, 25.0% gone>"
-    assert repr(pruner) == "<Pruner by magnitude: 6 of 8 filters left, in 1 layer>"
+    assert repr(pruning) == "<Pruning by magnitude: 6 of 8 filters left in 1 layer, 25.0% pruned>"
+    assert repr(pruner) == "<Pruner by magnitude: 6 of 8 filters left in 1 layer>"
     assert repr(MEASURES["loss_preservation"]) == "<loss_preservation: Σ|θg|>"
 
 

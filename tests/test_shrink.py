@@ -127,7 +127,7 @@ def test_it_is_the_network_cut_by_hand(name: str) -> None:
     for layer, kept in alive.items():
         assert torch.equal(shrunk.units[layer], kept.nonzero().flatten())
     (left, whole), count = (sum(map(len, of)) for of in (weights_of(by_hand), before)), len(before)
-    assert repr(shrunk) == f"<Shrunk: {left} of {whole} units left, in {count} layers>"
+    assert repr(shrunk) == f"<Shrunk: {left} of {whole} units left in {count} layers>"
     assert str(model) == str(by_hand)  # the modules say their new sizes
     assert not parameter_masks(model)
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -1,4 +1,4 @@
-"""The operations of which more is known than autograd's own derivatives, recognised while a loss is evaluated."""
+"""The operations of which more is known than autograd's own derivatives, recognised as a loss is evaluated."""
 
 from __future__ import annotations
 

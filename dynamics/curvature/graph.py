@@ -1,4 +1,4 @@
-"""The graph of a loss: whether it goes by the tensors that the loss was evaluated with, and by them alone."""
+"""The graph of a loss: whether it depends on the tensors with which the loss was evaluated, and on them alone."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a device asks for: full precision, its order of memory, CUDA graphs, and sums that come out the same again."""
+"""What a device needs: full precision, its memory order, CUDA graphs, and reproducible sums."""

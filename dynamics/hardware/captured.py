@@ -1,4 +1,4 @@
-"""Work on a GPU as a CUDA graph: all its kernels are launched at once, in microseconds, not one after the other."""
+"""GPU work as a CUDA graph: all its kernels are launched at once, in microseconds, instead of one after the other."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Repeated:
     """Work that comes again and again: captured when it comes to the same places in memory twice in a row.
 
     It is done one kernel after the other on a processor, within a capture of somebody else's, where places keep
-    changing, and where it cannot be captured, for want of memory say.
+    changing, and where it cannot be captured, for example for lack of memory.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How tensors lie in memory while they are measured: on a GPU with channels first, whatever the model's order is."""
+"""How tensors lie in memory while they are measured: channels first on a GPU, whatever the model's order is."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a training loop does, seen from outside: its passes, batches, optimizers' settings, logged values, processes."""
+"""What a training loop does, seen from outside: passes, batches, optimizer settings, logged values, processes."""

@@ -1,4 +1,4 @@
-"""Counts backward passes: how many there were, and of how many the gradients that are there now have added up."""
+"""Counts backward passes: how many there were, and how many have added up in the present gradients."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _IDLE = 128  # batches in a row whose gradients come to nothing
 
 
 class Waiting(NamedTuple):
-    """Batches that wait for their step, the one that stays, and how many of them are of earlier passes."""
+    """Batches that wait for their step, the one that stays, and how many of them came from earlier passes."""
 
     seen: list[Seen]
     staying: list[Any]
@@ -33,12 +33,12 @@ class Waiting(NamedTuple):
 
 
 class Batches:
-    """The batches seen since the last step, as far as their gradients have not been thrown away.
+    """The batches seen since the last step whose gradients have not been discarded.
 
-    Gradients accumulate over micro-batches, but that of a batch which was skipped (by ``continue``, or by a gradient
+    Gradients accumulate over micro-batches, but the gradient of a skipped batch (by ``continue``, or by a gradient
     scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
-    the gradient decides. A batch that stays is that of all further steps until the next one is seen. ``asleep()`` says
-    whether a recorder evaluates a model right now, so that what runs is not the loop's.
+    the gradient decides. A batch that stays is used by all further steps until the next one is seen. ``asleep()`` says
+    whether a recorder is evaluating a model, so that what runs is not the loop.
 
     Attributes:
         moments: those of the batches.
@@ -77,7 +77,7 @@ class Batches:
         return len(self._seen)
 
     def await_forward(self) -> None:
-        """Until the step is taken, keep the moments of forward passes; not of a compiled model: hooks slow it down."""
+        """Keep moments of forward passes until the step is taken; not of a compiled model: hooks slow it."""
         self._awaits = True
         for seen in self._seen:
             self.moments.keep(seen)
@@ -101,13 +101,13 @@ class Batches:
                 self.moments.pass_begins(self._seen, module)
 
     def _evaluation_begins(self) -> None:
-        """The model runs without gradients: it evaluates the present batch, unless that is trained on after all."""
+        """The model runs without gradients: it evaluates the present batch, unless that batch is trained on later."""
         if (present := self._present) is not None and not (present.passed or present.ran):
             present.only_evaluated = True
 
     @property
     def _present(self) -> Seen | None:
-        """The batch that the loop is at: the last, but for those that it reads ahead; None if that had its step."""
+        """The loop's present batch: the last before those that it reads ahead; None if that had its step."""
         return self._seen[-1 - self._ahead] if len(self._seen) > self._ahead else None
 
     def _moment_of_last(self) -> Moment | None:
@@ -121,7 +121,7 @@ class Batches:
         return ours[-1].source if ours else None
 
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
-        """One more batch; with what its step needs if it is ``due`` to be measured."""
+        """Add a batch, with what its step needs if it is ``due`` to be measured."""
         self.told, self._reader = True, threading.get_ident()
         if self._seen and self._seen[0].again and not self._backward.pending:  # a forward pass that led to nothing
             self._seen = []
@@ -146,7 +146,7 @@ class Batches:
             self._see(*self._staying, due=due, again=True)
 
     def leave(self, *, whole: bool = True) -> None:
-        """No batch stays any longer; or, where the loop let go of a pass over the data, perhaps its last one."""
+        """No batch stays any longer, or perhaps the last one of a pass that the loop abandoned."""
         self._stays_surely = False
         if whole:
             self._staying = []
@@ -177,7 +177,7 @@ class Batches:
         return self._candidates
 
     def chosen(self, candidate: int) -> None:
-        """It is this candidate, says the gradient. Where that is not the likeliest, what follows it was read ahead."""
+        """The gradient has chosen this candidate. If it is not the likeliest, the batches after it were read ahead."""
         if candidate:
             batches = self._candidates[candidate]
             end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
@@ -195,7 +195,7 @@ class Batches:
 
     @property
     def wasted(self) -> int:
-        """How many backward passes since the last step led to nothing."""
+        """How many backward passes since the last step did not lead to a step."""
         return self._backward.wasted
 
     @property
@@ -237,7 +237,7 @@ class Batches:
         self.leave()
 
     def clear(self) -> None:
-        """Forget the batches whose step is taken: all but those that were read ahead."""
+        """Forget the batches whose step is taken: all except those that were read ahead."""
         self.moments.steps_here()
         self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
         self._backward.stepped()

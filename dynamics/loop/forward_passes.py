@@ -1,4 +1,4 @@
-"""When a model's forward pass begins, by hooks that neither copies of the model nor what compiles it ever meet."""
+"""When a model's forward pass begins, by hooks that copies of the model and compilers never see."""
 
 from __future__ import annotations
 

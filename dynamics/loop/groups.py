@@ -1,4 +1,4 @@
-"""What the optimizers say of each parameter: whether it is theirs, its learning rate, flow time and weight decay."""
+"""What the optimizers hold for each parameter: whether it is theirs, its learning rate, flow time, weight decay."""
 
 from __future__ import annotations
 

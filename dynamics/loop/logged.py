@@ -1,4 +1,4 @@
-"""What a loop logs, and of which step it is: of the one to come, or of the one that was."""
+"""What a loop logs, and to which step it belongs: the one to come, or the one before."""
 
 from __future__ import annotations
 

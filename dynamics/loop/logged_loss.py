@@ -29,11 +29,10 @@ class _Doubt:
 
 
 class LoggedLoss:
-    """Compares both at steps of several micro-batches, by which a loop may have divided what it logs.
+    """Compares the two at steps of several micro-batches, by whose number a loop may have divided what it logs.
 
-    And where the gradient that was applied is not the objective's either.
-
-    What is logged comes later, and on a GPU would have to be waited for: it is looked at when it may be.
+    And at steps where the applied gradient differs from the objective's too. What is logged comes later, and reading
+    it from a GPU would mean waiting: it is read when that costs nothing.
 
     Attributes:
         trusted: whether it surely is the loss that is trained on. Then it is compared at every step, for one of which
@@ -56,9 +55,9 @@ class LoggedLoss:
                 doubt.logged = loss
 
     def differing(self, step: int) -> Iterator[tuple[str, str]]:
-        """Of the steps up to this one, which difference there is, and what is to be said; then they are forgotten.
+        """Differences at the steps up to this one, with the texts of their warnings; then the steps are forgotten.
 
-        The loss of the last may be logged yet.
+        The loss of the last one may still be logged.
         """
         known = [one for one in self._doubts if one.step <= step and one.logged is not None]
         self._doubts = [one for one in self._doubts if one.step > step or (one.step == step and one.logged is None)]

@@ -1,4 +1,4 @@
-"""The moments from which the losses of batches may be evaluated again: kept as these are seen, and as they pass."""
+"""The moments from which the losses of batches can be evaluated again, kept when batches are seen and run."""
 
 from __future__ import annotations
 

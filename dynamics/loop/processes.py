@@ -1,4 +1,4 @@
-"""The processes that train one model together: which of them writes the record, and what they add up or average."""
+"""The processes that train one model together: which of them writes the record, and what they sum or average."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Processes:
     batches; so losses and Hessian products are averaged. ``sharded`` (FSDP2): every process holds a part of each
     parameter; so inner products are added up. Any other model is this process's own.
 
-    They are those among which DistributedDataParallel averages or FSDP2 spreads; others of the job, such as actors
-    beside learners, have no part. What FSDP2 has gathered for a forward pass without a gradient, and would leave so
-    until the next, is sharded again.
+    They are the processes among which DistributedDataParallel averages or FSDP2 shards; others of the job, such as
+    actors beside learners, take no part. Parameters that FSDP2 has gathered for a forward pass without gradients, and
+    would leave gathered until the next, are sharded again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +60,7 @@ class Processes:
             )
 
     def _meet(self) -> None:
-        """Wait for the others for the first time; where they do not come, say why that may be."""
+        """Wait for the other processes for the first time; warn with a likely reason if they do not come."""
         text = (
             "Recorder() is waiting for other processes: create it in all processes that train the model "
             "together, not only in the first, which writes the record for all of them"
@@ -97,7 +97,7 @@ class Processes:
         return made
 
     def told(self, value: _Made) -> _Made:
-        """What the process that writes was given, in all of them."""
+        """The value that the writing process was given, in all processes."""
         if not self.together:
             return value
         told = [value]
@@ -151,7 +151,7 @@ class Processes:
 
 
 def replica_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """What DistributedDataParallel made of a model, or of one that it is in: of that the model knows nothing itself."""
+    """The DistributedDataParallel wrapper around a model, directly or not; the model itself does not know it."""
     if not (dist.is_available() and dist.is_initialized()):  # to look at all objects takes a while
         return None
     made = [one for one in gc.get_objects() if issubclass(type(one), nn.parallel.DistributedDataParallel)]

@@ -24,7 +24,7 @@ class Seen:
     first_moment: Moment | None = None  # it was seen
     gradient_moment: Moment | None = None  # the last further forward pass before its gradient was there begins, if any
     last_moment: Moment | None = None  # the last further forward pass begins, if any
-    next_moment: Moment | None = None  # the first forward pass begins after it was seen, whosever that is
+    next_moment: Moment | None = None  # the first forward pass begins after it was seen, of whatever batch
     later: Moment | None = None  # modules outside the model run after its gradient was there
     changed_since: Callable[[], Any] | None = None  # gives the batch where the loop has changed it by then
     changed: Any = None  # the batch as its forward pass began, if it had been changed by then

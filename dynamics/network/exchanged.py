@@ -1,4 +1,4 @@
-"""A model with other tensors in the places of its parameters and buffers, for a while."""
+"""A model with other tensors in place of its parameters and buffers, for a while."""
 
 from __future__ import annotations
 

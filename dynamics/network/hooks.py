@@ -1,4 +1,4 @@
-"""Hooks on a model's modules that collect statistics of a training: what measures the model is not theirs to see."""
+"""Hooks on a model's modules that collect statistics of a training: they must not see the recorder's evaluations."""
 
 from __future__ import annotations
 

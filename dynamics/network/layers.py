@@ -1,4 +1,4 @@
-"""A network seen as layers: its parameters by name, θ and g as vectors over all of them, sums over each layer's."""
+"""A network as layers: its parameters by name, θ and g as vectors over all of them, and sums over each layer's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network is made of: its modules, their parameters, buffers and hooks, to be put together again as it was."""
+"""What a network is made of: its modules, their parameters, buffers and hooks, so that it can be restored."""
 
 from __future__ import annotations
 

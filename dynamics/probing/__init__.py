@@ -1,1 +1,1 @@
-"""Evaluating a user's objective without a trace: on other parameters, from the same moment, and nothing is changed."""
+"""Evaluating a user's objective at other parameters, from the same moment, without changing anything."""

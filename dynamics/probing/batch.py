@@ -1,4 +1,4 @@
-"""One batch, of whatever collections and objects: its tensors, its size, copies of it."""
+"""One batch, whatever collections and objects it is made of: its tensors, its size, copies of it."""
 
 from __future__ import annotations
 

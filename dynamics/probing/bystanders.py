@@ -1,4 +1,4 @@
-"""Modules outside the model: what a loss, a teacher or another network has as it runs is part of a step's moment."""
+"""Modules outside the model, such as a loss, a teacher or another network: their state is part of a step's moment."""
 
 from __future__ import annotations
 

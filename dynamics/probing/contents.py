@@ -1,4 +1,4 @@
-"""How the contents of an object are kept, and put back in place, by what kind of object it is."""
+"""How the contents of an object are kept, and put back in place, by kind of object."""
 
 from __future__ import annotations
 

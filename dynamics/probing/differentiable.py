@@ -1,4 +1,4 @@
-"""Inside, what a network computes has a second derivative: plain kernels, nothing compiled or computed again."""
+"""Inside, what a network computes has second derivatives: plain kernels, nothing compiled or recomputed."""
 
 from __future__ import annotations
 

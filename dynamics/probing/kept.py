@@ -1,4 +1,4 @@
-"""What Python objects keep besides parameters and buffers, and how it is put back: in place, as what it was."""
+"""What Python objects hold besides parameters and buffers, and how it is put back, in place and as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose an object is: the user's own, a library's, or this package's; and what it holds and refers to."""
+"""Whose an object is: the user's, a library's, or this package's; and what it holds and refers to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluate an objective at any parameters without a trace: buffers, random numbers, mode and gradients stay."""
+"""Evaluates an objective at any parameters without a trace: buffers, random numbers, mode and gradients stay."""
 
 from __future__ import annotations
 

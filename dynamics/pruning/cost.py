@@ -1,12 +1,12 @@
-"""What a pruned network costs: its parameters and multiply-adds, as if what is silent were not there.
+"""What a pruned network costs: its parameters and multiply-adds, as if silent channels were not there.
 
-Counted are the multiply-adds of one sample that torch's own counter sees (half its FLOPs: convolutions, linear layers,
-matrix products; no normalisations, activations or sums). A convolution's or linear layer's count shrinks to the share
-of its weights that are kept and read a channel that is not silent, so a silenced filter is gone, and so is the slice of
-weights that would have read it. A channel is silent where only silenced filters feed it: a residual stream stays as
-wide as the filters, together, that add to it. Parameters are those weights, and all kept parameters of other kinds.
+Multiply-adds are those of one sample that torch's own counter sees (half its FLOPs: convolutions, linear layers, matrix
+products; no normalisations, activations or sums). The count of a convolution or linear layer shrinks to the share of
+its weights that are kept and read a channel that is not silent: neither a silenced filter counts, nor the weights that
+would have read it. A channel is silent if only silenced filters feed it: a residual stream stays as wide as all the
+filters that add to it, taken together. Parameters are those weights, and all kept parameters of other kinds.
 
-Filters that are masked but still in memory save no time; :mod:`dynamics.pruning` says what goes, not how fast it runs.
+Filters that are masked but still in memory save no time: this is the cost of what is left, not how fast it runs.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Cost:
 
 @torch.no_grad()
 def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tensor] | None = None) -> Cost:
-    """The cost of a model for inputs of ``shape`` (without the batch), as its pruning masks make it.
+    """The cost of a model for inputs of ``shape`` (without the batch dimension), given its pruning masks.
 
-    ``keep`` maps parameter names to masks that are to be there in place of the model's. To see which channels are
-    silent, a sample of ones runs through the network of silence: weights that are kept are positive, and pruned ones
-    zero, so that hardly anything but pruning makes a zero; what is zero without masks, too, is not silent.
+    ``keep`` maps parameter names to masks that replace the model's. To find silent channels, a sample of ones runs
+    through the network of silence: kept weights are positive and pruned ones zero, so that hardly anything but pruning
+    makes a zero; what is zero even without masks is not silent.
     """
     model = unwrap(model)
     keep = dict(parameter_masks(model) if keep is None else keep)

@@ -31,7 +31,7 @@ class Pruning:
 
     def __repr__(self) -> str:
         left = units_left(self.alive, self.settings["granularity"])
-        return f"<Pruning by {self.settings['measure']}: {left}, {self.sparsity:.1%} gone>"
+        return f"<Pruning by {self.settings['measure']}: {left}, {self.sparsity:.1%} pruned>"
 
     @property
     def attributes(self) -> dict[str, str | float]:
@@ -44,4 +44,4 @@ class Pruning:
 def units_left(alive: Mapping[str, Tensor], unit: str) -> str:
     """How many units are left in how many layers, in words."""
     whole = sum(kept.numel() for kept in alive.values())
-    return f"{count_left(alive)} of {whole} {unit}s left, in {len(alive)} layer{'s' * (len(alive) != 1)}"
+    return f"{count_left(alive)} of {whole} {unit}s left in {len(alive)} layer{'s' * (len(alive) != 1)}"

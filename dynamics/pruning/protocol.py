@@ -13,7 +13,7 @@ class Protocol:
     """Which quirks of the paper's published code are reproduced. By default none is.
 
     Args:
-        whole_percent: in residual networks each round rounds the percentage of filters left down to a whole number, so
+        whole_percent: in residual networks each round truncates the percentage of filters left to a whole number, so
             that more is pruned than was asked: 75 % in 25 rounds leave 18 %.
         floor_by_index: a layer always keeps its last filters by index, ⌊5 %⌋ + 1 of its size, instead of its best;
             residual networks have no such rule, except that each layer keeps its one best filter.

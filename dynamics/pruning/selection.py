@@ -1,4 +1,4 @@
-"""Which units go: one global ascending ranking of raw scores across layers, with a floor in each layer. Pure functions.
+"""Which units to prune: one global ascending ranking of raw scores, with a floor in each layer. Pure functions.
 
 Units of a layer are (unit,), booleans and scores in float64 on the CPU.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranked:
-    """One layer in the ranking: its units' scores, those that stand in it, how much one counts, how many stay.
+    """One layer in the ranking: its units' scores, which are not pruned, how much one counts, how many always stay.
 
-    ``keep`` is the number of units that stay in any case: the best, or, ``by_index``, the last. ``movable`` says
-    whether any may go.
+    ``keep`` is the number of units that always stay: the best or, ``by_index``, the last. ``movable`` says whether any
+    may be pruned.
     """
 
     scores: Tensor
@@ -28,7 +28,7 @@ class Ranked:
     movable: bool = True
 
     def candidates(self) -> Tensor:
-        """Indices of the units that may go, ascending: those that stand, less those that stay in any case."""
+        """Indices of the units that may be pruned, ascending: those not pruned yet, less those that always stay."""
         standing = self.standing.nonzero().flatten()
         if not self.movable:
             return standing[:0]
@@ -37,14 +37,14 @@ class Ranked:
 
 
 def capacity(layers: Mapping[str, Ranked]) -> int:
-    """Sum of the weights of all units that may go."""
+    """Sum of the weights of all units that may be pruned."""
     return sum(layer.weight * len(layer.candidates()) for layer in layers.values())
 
 
 def lowest(layers: Mapping[str, Ranked], quota: int, *, ties: bool = False) -> dict[str, Tensor]:
-    """Indices of the units to go, by layer: of the candidates the lowest whose weights add up to at most ``quota``.
+    """Indices of the units to prune, by layer: the lowest candidates whose weights add up to at most ``quota``.
 
-    Ties are broken by layer, then index; with ``ties`` all that score no more than the last one to go, go with it.
+    Ties are broken by layer, then index; with ``ties`` all that score no more than the last one are pruned with it.
     """
     candidates = {name: layer.candidates() for name, layer in layers.items()}
     ranking = torch.cat([layers[name].scores[indices] for name, indices in candidates.items()])
@@ -60,7 +60,7 @@ def lowest(layers: Mapping[str, Ranked], quota: int, *, ties: bool = False) -> d
 
 
 def without(standing: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What stands, less the units of the given indices."""
+    """The units that are left once those of the given indices are pruned."""
     left = {name: kept.clone() for name, kept in standing.items()}
     for name, indices in gone.items():
         left[name][indices] = False

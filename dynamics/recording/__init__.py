@@ -1,1 +1,1 @@
-"""Recording a training loop: attached to its optimizers, measuring around its steps and events, making rows of them."""
+"""Recording a training loop: attached to its optimizers, measuring around its steps and events, writing rows."""

@@ -1,4 +1,4 @@
-"""What a user asks of a recorder, checked before anything is touched."""
+"""Checks of what a user passes to a recorder, before anything is touched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attaches to optimizers by their own hooks: says when a step's gradient is there, and when the step is done."""
+"""Attaches to optimizers by their own hooks: tells when a step's gradient is ready, and when the step is done."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Attachment:
     """Hooks on one optimizer or on several that train one model, which tell ``steps`` of each step.
 
     A step is one step of each optimizer; it also ends where one of them steps again, or at :meth:`end`. A closure is
-    wrapped: its gradient is there when it first returns. A step that an exception ends is none, but for those of other
-    optimizers that were through. Other hooks on an optimizer come before these, from the next step or :meth:`end` on.
-    While ``steps`` is busy, hooks do nothing. ``given`` are the optimizers as they were given: what a wrapper does
-    around the step of the one within, such as to look ahead, is a part of the step.
+    wrapped: its gradient is ready when it first returns. A step that ends in an exception does not count, except for
+    the other optimizers that had already stepped. Other hooks on an optimizer run before these, from the next step or
+    :meth:`end` on. While ``steps`` is busy, hooks do nothing. ``given`` are the optimizers as the user passed them:
+    what a wrapper does around the step of the inner one, such as to look ahead, is part of the step.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], given: Sequence[Any], steps: Steps) -> None:
@@ -94,7 +94,7 @@ class Attachment:
             self._through(number)
 
     def _wrapper_done(self, number: int, *, within: bool) -> None:
-        """The step of a wrapper is done, and the one within has stepped, or has begun to and failed, or has not."""
+        """The step of a wrapper is done; ``within``: whether the inner one has stepped, or has begun to and failed."""
         if within:
             self._through(number)
         elif self._stepping == number:
@@ -122,7 +122,7 @@ class Attachment:
         return sorted(self._stepped) if self._stepping is None else []
 
     def end(self, *, alone: bool = False) -> None:
-        """End the step of those that have stepped, if any has; not inside a step.
+        """End the step of the optimizers that have stepped, if any; not during a step.
 
         If perhaps ``alone`` among several processes, it ends later, for they have to agree on what a step is.
         """
@@ -132,14 +132,14 @@ class Attachment:
             self._come_last()
 
     def _finish(self, *, late: bool = False) -> None:
-        """End the step of those that are through. One that has begun was ended by an exception."""
+        """End the step of the optimizers that are done. One that had only begun was ended by an exception."""
         self._stepping, self._nested = None, 0
         if self._stepped:
             stepped, self._stepped = sorted(self._stepped), set()
             self._steps.end(stepped, late=late)
 
     def _come_last(self) -> None:
-        """Take gradients when all other hooks are through: they may change them."""
+        """Take gradients after all other hooks, which may change them."""
         for one, hook in zip(self._optimizers, self._pre_hooks, strict=True):
             hooks = one._optimizer_step_pre_hooks
             if hook.id in hooks and hook.id != next(reversed(hooks)):
@@ -156,11 +156,11 @@ class Attachment:
 
 
 class _Wrapper:
-    """What steps by another optimizer: ``done(within=...)`` is called when its step is done, or has failed.
+    """An optimizer that steps through another: ``done(within=...)`` is called when its step is done, or has failed.
 
     Attributes:
         steps: whether it is stepping right now.
-        within: whether the one within has stepped meanwhile.
+        within: whether the inner one has stepped meanwhile.
     """
 
     def __init__(self, wrapper: Any, done: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""What a step may be of: which batches, from which moments on, in what proportions. The gradient applied decides."""
+"""Which batches a step may be of, from which moments, in what proportions: the applied gradient decides."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
 
 
 class _Way(NamedTuple):
-    """How a step may be of its batches: from which of :data:`_MOMENTS` on, counted by their samples or equally.
+    """How a step may use its batches: from which of :data:`_MOMENTS` on, weighted by their samples or equally.
 
     And as they were seen, or as the loop had ``changed`` them by their forward pass.
     """
@@ -62,7 +62,7 @@ class Found(NamedTuple):
 
     @property
     def sure(self) -> bool:
-        """Whether the gradient is the one applied, but for its length."""
+        """Whether the gradient is the one applied, except for its length."""
         return self.cosine > _SURE
 
 
@@ -74,12 +74,12 @@ class Candidates:
         self._way: _Way | None = None  # the likeliest, as far as a step has told
 
     def known(self) -> list[tuple[int, list[Seen]]]:
-        """Which batches the step that is about to be taken may be of, by number, the likeliest first.
+        """Which batches the next step may be of, by number, the likeliest first.
 
-        None if what it starts from is lost.
+        None if the state it starts from is lost.
 
         Raises:
-            RuntimeError: what it starts from cannot be kept.
+            RuntimeError: that state cannot be kept.
         """
         if (failure := self._batches.moments.failure) is not None:
             raise RuntimeError(f"the state from which the step starts cannot be kept: {failure}")
@@ -138,7 +138,7 @@ class Candidates:
         return Candidate(number, way, probe, _is_certain(seen))
 
     def choose(self, found: Sequence[Found]) -> Found | None:
-        """What the step is of: the last, if that is surely so, else the one that is nearest; None if none can tell."""
+        """The candidate that the step is of: the last if surely right, else the nearest; None if none can tell."""
         best = _nearest(found)
         if not (best.candidate.certain or best.sure):
             return None

@@ -1,4 +1,4 @@
-"""The curvature of a step by two CUDA graphs: one of the loss and its gradient, one of what is measured with them."""
+"""The curvature of a step by two CUDA graphs: one for the loss and its gradient, one for what is measured with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Epochs: which passes over the data the steps are of, and which passes only look."""
+"""Epochs: to which passes over the data the steps belong, and which passes only evaluate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .resuming import Place
 
 
 class Epochs:
-    """Counts the passes over watched data that steps are of, unless the loop counts them itself.
+    """Counts the passes over watched data in which steps are taken, unless the loop counts them itself.
 
-    Without watched data, what is logged of epochs parts them.
+    Without watched data, ``log_epoch`` separates epochs.
 
-    A step is of the pass that gave a batch last. A pass in which the model only ran, without a backward pass or a step,
-    was an evaluation, and leaves no trace: what waited for its step before it, batches and what was logged, waits on.
+    A step belongs to the pass that gave the last batch. A pass in which the model only ran, without a backward pass or
+    a step, was an evaluation and leaves no trace: batches and logged values that waited for a step before it still do.
 
     Attributes:
-        present: the epoch that it is, from 0: that of the last step.
+        present: the present epoch, from 0: that of the last step.
     """
 
     def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
@@ -30,7 +30,7 @@ class Epochs:
         self._ended = self._stepped and place.ended
 
     def begin(self) -> None:
-        """One begins, says the loop: it counts them itself."""
+        """An epoch begins, as the loop says, which counts epochs itself."""
         self.batches.begin_epoch()
         self.present += int(self._by_hand or self._stepped)
         self._by_hand = True
@@ -76,7 +76,7 @@ class Pass:
         self._sees(batch, source=self)
 
     def ends(self, *, whole: bool) -> None:
-        """It is through, or if not ``whole``, the loop has let go of it."""
+        """The pass is complete, or if not ``whole``, the loop has abandoned it."""
         batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
         self._before = self._waiting = None  # else each pass would hold the one before, and its batches
         idle = self._epochs.number() == step and batches.mark.backwards == backwards

@@ -1,4 +1,4 @@
-"""An event in a training, such as a pruning: what it did to loss, gradient and curvature, measured before and after."""
+"""An event in a training, such as a pruning: its effect on loss, gradient and curvature, measured before and after."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Event:
         self.studies: dict[str, xr.Dataset] = {}
 
     def units(self, *, alive: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> None:
-        """Record which units (filters) of each layer are left, boolean (unit,), and the scores where there are any.
+        """Record which units (filters) of each layer are left, as booleans (unit,), and their scores if there are any.
 
-        Where the network was made smaller before, they may be given for the units it has now: they are recorded as
-        those of the original network that they were, with False and NaN for those that are gone.
+        If the network was shrunk before, they may be given for the units it has now: they are recorded as the units of
+        the original network that they were, with False and NaN for those removed.
 
         Raises:
-            ValueError: masks of single weights: how many of them are left, ``/pruning`` counts by layer. Or not as many
-                as the layer has, other units than in an event before, or scores of another shape.
+            ValueError: masks of single weights (``/pruning`` counts those by layer), another number of units than the
+                layer has, other units than in an earlier event, or scores of another shape.
         """
         alive = {layer: torch.as_tensor(kept).bool() for layer, kept in alive.items()}
         scores = {layer: torch.as_tensor(score) for layer, score in (scores or {}).items()}
@@ -72,8 +72,8 @@ class Event:
         """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.
 
         Raises:
-            ValueError: another name, a dataset with other variables or dimensions than the node's, or of other
-                measures, draws, fractions or units than that of an event before.
+            ValueError: another name, a dataset with other variables or dimensions than the node's, or with other
+                measures, draws, fractions or units than in an earlier event.
         """
         if node not in schema.STUDIES:
             raise ValueError(f"event.add() takes one of the studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
@@ -124,7 +124,7 @@ class Stage:
         self._hess_grad = self.hessian_product(self.grad)
 
     def is_as(self, other: Stage) -> bool:
-        """Whether parameters, what is kept of them, and the loss are the same: masks may lie in buffers."""
+        """Whether parameters, masks and loss are the same: masks may be in buffers, which the loss shows."""
         pairs = [(self.theta, other.theta), (self.kept, other.kept), (self.loss, other.loss)]
         return all(torch.equal(*pair) for pair in pairs)
 
@@ -138,7 +138,7 @@ class Stage:
     def third_products(self, removal: Tensor, *others: Tensor) -> list[Tensor]:
         """T[δ,v] at this stage for each v, T the derivative of H, for vectors and as vectors.
 
-        NaN where T is not symmetric, for then it is wrong.
+        NaN if T is not symmetric, because then it is wrong.
         """
         direction, *vectors = (self._layers.tensors(blocks, self._names) for blocks in (removal, *others))
         products = [self._vector(product) for product in self._expansion.third_products(direction, vectors)]
@@ -160,7 +160,7 @@ class Stage:
         return product
 
     def _is_symmetric(self, which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-        """Whether uᵀ(Av) = vᵀ(Au), but for rounding, for (u, Au) and (v, Av): else a derivative of torch's is wrong."""
+        """Whether uᵀ(Av) = vᵀ(Au), up to rounding, for (u, Au) and (v, Av): if not, a derivative of torch is wrong."""
         forth, back = (one[0] * other[1]).sum(), (other[0] * one[1]).sum()
         size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
         if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + self._rounding * size:
@@ -211,9 +211,9 @@ def measured(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node: str = "pruning") -> dict[str, Tensor]:
-    """The quantities of a node that are of a removal δ, (layer,): from the network before, and R.
+    """The quantities of a node that belong to a removal δ, (layer,): from the network before, and R.
 
-    Predictions are NaN where δ moves frozen parameters, of whose gradient nothing is known.
+    Predictions are NaN where δ moves frozen parameters, whose gradient is not known.
     """
     names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
     removed = before.kept * (1 - after.kept)

@@ -1,4 +1,4 @@
-"""Whether the gradients of a training are finite: looked at where rows arrive in the host's memory."""
+"""Whether the gradients of a training are finite: checked when rows arrive in the host's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flow time where no row tells it, kept beside the record: a training goes on at steps that were not recorded."""
+"""The flow time that no row holds, kept beside the record: a training may resume at a step that was not recorded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FlowTimes:
         self._store, self._process = store, os.getpid()
 
     def keep(self, step: int, flow_time: float) -> None:
-        """One more, of the latest so many; where it cannot be written, it is not known later."""
+        """Keep one more of the latest few; one that cannot be written is unknown later."""
         if self._store is not None and self._process == os.getpid():
             with suppress(OSError, RecordError):
                 latest = sorted((self._known() | {step: flow_time}).items())[-_MOST:]
@@ -32,7 +32,7 @@ class FlowTimes:
         return self._known().get(step)
 
     def forget_from(self, step: int) -> None:
-        """A training goes on at a step: what comes later comes anew."""
+        """A training resumes at a step: forget what was kept after it."""
         known = self._known()
         left = {one: time for one, time in known.items() if one <= step}
         if len(left) < len(known):

@@ -1,4 +1,4 @@
-"""Whether operations of one's own pass on the gradient of what they compute, and have its derivative."""
+"""Whether a user's own operations pass on the gradient of what they compute, and its derivative."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def doubt(probe: Probe, theta: _Theta, grad: _Theta, grad_hess_grad: Tensor) -> 
             True,
             "an operation or hook of your own passes on a gradient other than that of what it computes, as "
             f"gradient reversal and straight-through estimators do: along g the loss changes by {slope:.4g}, "
-            f"but by {passed_on:.4g} according to g. Predictions of the change of the loss use the gradient "
-            "that is passed on, not that of the measured loss, and it has no curvature",
+            f"but by {passed_on:.4g} according to g. Predicted changes of the loss use the gradient that is "
+            "passed on, which is not that of the measured loss and has no curvature",
         )
     if _differ(exact, change, 0.1, noise * length**2 + 3 * bent / epsilon):
         return Doubt(

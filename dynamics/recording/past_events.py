@@ -1,4 +1,4 @@
-"""What the events of a record have said so far: later ones keep to its types and extents, which are for good."""
+"""What earlier events of a record contain: later ones must have the same types and sizes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Coordinates = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class PastEvents:
-    """The events of a record until now.
+    """The events of a record so far.
 
     Attributes:
         count: how many there are.
-        texts: of what described them, by name, whether it was a text.
-        units: layer and index of each unit that one told of.
+        texts: for each attribute that described them, by name, whether it was a string.
+        units: layer and index of each unit that one recorded.
         studied: the coordinates of each study that was added to one.
-        sparsity: what the last pruning that says so has reached, a number or a text as it was given.
+        sparsity: what the last pruning that gave one has reached, a number or a string as given.
     """
 
     count: int = 0
@@ -38,7 +38,7 @@ class PastEvents:
 
     @classmethod
     def of(cls, store: Store, count: int) -> PastEvents:
-        """Those of a record that goes on behind so many: what was taken back has fixed its types and extents, too."""
+        """Those of a record that resumes after so many events: dropped ones have fixed its types and sizes too."""
         units = store.coordinates("units")
         labels = zip(units["layer"].tolist(), units["index"].tolist(), strict=True) if units else ()
         studied = {node: found for node in STUDIES if (found := store.coordinates(node))}

@@ -1,4 +1,4 @@
-"""Where a record and a model meet again: the place in the record at which the model's parameters are."""
+"""Resuming: the step of the record at which the model's parameters are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAME = 16  # roundings: what is left of a squared norm's precision after a step
 
 @dataclass(frozen=True)
 class Place:
-    """The point between two steps at which recording goes on, and how much of the record lies before it.
+    """The point between two steps at which recording resumes, and how much of the record lies before it.
 
     ``ended``: whether that is where an epoch was logged. ``rows``: how many recorded steps lie before it.
     """
@@ -57,7 +57,7 @@ class Present:
 
 
 class Counted(int):
-    """A step as a framework counts it, which need not be as the recorder does: of no account where θ is found."""
+    """A step as a framework counts it, perhaps unlike the recorder: it is ignored where θ is found in the record."""
 
 
 class Record:
@@ -79,7 +79,7 @@ class Record:
 
     @property
     def end(self) -> tuple[int, int]:
-        """Step and number of events after all that is recorded; epochs may end behind the last step that is."""
+        """Step and number of events at the end of the record; epochs may end after its last step."""
         last = [*self.steps[-1:] + 1, *self.events[-1:], *self.column("epochs", "step")[-1:], 0]
         return int(max(last)), len(self.events)
 
@@ -127,7 +127,7 @@ class Record:
     def meets(self) -> tuple[int, int] | None:
         """Step and number of events at which ‖θ‖² of every layer was what it is now; None if nowhere.
 
-        Where a row says so to the bit, there; else at the record's end, which is known by a sum only; else the nearest.
+        Where a row matches to the bit; else the record's end, which is known only by a sum; else the nearest.
         """
         found = [
             (
@@ -167,9 +167,9 @@ def begin(
     mode: bool | str,
     step: int | None,
 ) -> tuple[Store, Place, PastEvents]:
-    """A store to write to, where its record goes on, and behind which events.
+    """A store to write to, the place at which its record resumes, and the events before it.
 
-    It is a new one, or with ``mode`` True or "rewind" what is there.
+    It is a new one or, with ``mode`` True or "rewind", the existing one.
 
     Raises:
         FileExistsError, BlockingIOError, RecordError: as :class:`~dynamics.record.store.Store`.
@@ -187,7 +187,7 @@ def begin(
 
 
 def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Place:
-    """Find where the model is in the record, and take back what lies beyond, if that was asked for.
+    """Find where the model is in the record, and drop what lies beyond, if that was asked for.
 
     Args:
         store: the record, open for writing.
@@ -196,7 +196,7 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
         rewind: whether rows beyond that step may be dropped.
 
     Raises:
-        ValueError: another network's record, a model that is nowhere in the record, or rows beyond and no ``rewind``.
+        ValueError: the record of another network, a model that is nowhere in it, or rows beyond it without ``rewind``.
     """
     record, path = Record(store, present), store.path
     if not sum(store.lengths.values()):
@@ -225,7 +225,7 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
 
 
 def _meeting(record: Record, step: int | None, rewind: bool, path: Path) -> tuple[int, int]:
-    """Step and number of events at which the model goes on: where it is found, else at the step that was given."""
+    """Step and number of events at which the model resumes: where it is found, else at the given step."""
     end, met = record.end, record.meets()
     if isinstance(step, Counted) and met is not None and not (rewind and len(record.exact) > 1):
         step = None
@@ -248,7 +248,7 @@ def _meeting(record: Record, step: int | None, rewind: bool, path: Path) -> tupl
 
 
 def _check_masks(record: Record, present: Present, events: int) -> None:
-    """Warn where parameters that the record's last event left pruned are free to move."""
+    """Warn if parameters that were pruned after the record's last event are free to change."""
     remaining = record.column("pruning", "remaining")
     if not events or len(remaining) < events:
         return
@@ -264,7 +264,7 @@ def _check_masks(record: Record, present: Present, events: int) -> None:
 
 
 def _truncate(store: Store, record: Record, step: int, events: int) -> None:
-    """Take back all rows from a step on."""
+    """Drop all rows from a step on."""
     before = int(np.searchsorted(record.steps, step))
     lengths = {"steps": before, "pruning": events}
     lengths["curvature"] = int(np.searchsorted(record.column("curvature", "step"), step))

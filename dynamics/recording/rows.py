@@ -1,4 +1,4 @@
-"""The rows of a record on their way: a step's row waits for what is logged after it."""
+"""The rows of a record before they are written: the row of a step waits for what is logged after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .finite_gradients import FiniteGradients
 class Rows:
     """Rows for a store; without one, in a process that does not write, they go nowhere.
 
-    The row of a step gets what is ``logged`` of it, and its ``gradients`` are looked at on their way.
+    The row of a step gets what is ``logged`` of it, and its ``gradients`` are checked on the way.
     """
 
     def __init__(self, store: Store | None, layers: list[str]) -> None:
@@ -43,7 +43,7 @@ class Rows:
             self.gradients.say()
 
     def add_told(self, number: int, event: Event) -> None:
-        """Send what an event was told: its row of ``/units``, if there are any, and one of each study."""
+        """Send what was added to an event: its row of ``/units``, if any, and one of each study."""
         for node, study in event.studies.items():
             for name, values in study.coords.items():
                 self._coordinate(node, name, *values.dims, values.values)
@@ -104,7 +104,7 @@ class Rows:
             self.gradients.say()
 
     def close(self) -> None:
-        """Write everything and let the record go."""
+        """Write everything and close the record."""
         self.finish(ends=True)
         self._step = {}
         if self._buffer is not None:

@@ -1,4 +1,4 @@
-"""Running statistics that lag behind the weights: with them an event sees another network than training does."""
+"""Running statistics that lag behind the weights: with them an event measures another network than training does."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class RunningStatistics:
-    """Compares what events in eval mode measure with what training sees, and says, once, where these are far apart."""
+    """Compares what events in eval mode measure with what training sees; warns once if they are far apart."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._said = model, False
 
     @property
     def may_lag(self) -> bool:
-        """Whether normalisations of torch's train by each batch, are evaluated by others, and nothing was said yet.
+        """Whether normalisations of torch train by batch statistics and evaluate by others, and no warning was given.
 
         Those that stay in eval mode while the model trains do not. SyncBatchNorm would wait for other processes.
         """
@@ -27,7 +27,7 @@ class RunningStatistics:
     def compare(self, evaluated: Tensor, training: Tensor) -> None:
         """The loss before an event in eval mode and in training mode.
 
-        They are far apart where most of it is not there in training. Dropout raises the loss in training alone.
+        They are far apart if most of the loss in eval mode is absent in training. Dropout raises only training loss.
         """
         if not evaluated - training > abs(evaluated) / 2:
             return

@@ -21,7 +21,7 @@ from .resuming import Place, Present
 
 
 class Measurement:
-    """Measures steps. Its vectors are made once and used at every step, so memory does not grow with their number.
+    """Measures steps. Its vectors are allocated once and reused at every step, so memory does not grow.
 
     Attributes:
         theta: θ before the step.
@@ -75,7 +75,7 @@ class Measurement:
         self._repeated = Repeated()
 
     def _adapt(self) -> None:
-        """The model changed: vectors of its new shapes. θ₀ is unknown (NaN) where a shape is new."""
+        """After a change of the model: vectors of its new shapes. θ₀ is unknown (NaN) where a shape is new."""
         self._make_vectors()
         if self._first_start is not None:
             self._start = self._layers.zeros()
@@ -106,7 +106,7 @@ class Measurement:
         self._layers.theta(self.theta)
 
     def take_gradient(self, optimizer: int) -> None:
-        """Keep g as an optimizer is about to apply it: the step may overwrite it."""
+        """Keep g as the optimizer is about to apply it, because the step may overwrite it."""
         self._groups.gradient(optimizer, self.grad)
 
     def take_update(self, optimizer: int) -> None:
@@ -119,7 +119,7 @@ class Measurement:
             torch._foreach_sub_(*([vector.views[index] for index in held] for vector in (self.update, self.theta)))
 
     def end(self, stepped: Sequence[int]) -> None:
-        """Δθ and g are what the optimizers changed that stepped, and were given; nothing else is their doing."""
+        """Keep in Δθ and g only what belongs to the optimizers that have stepped."""
         self.rest = self._groups.rest(stepped)
         for vector in (self.update, self.grad) if self.rest else ():
             vector.take([None] * len(self.rest), among=self.rest)

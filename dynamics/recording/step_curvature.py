@@ -1,4 +1,4 @@
-"""The curvature of a step, on the step's own batches: when it is measured, and what to say where there is none."""
+"""The curvature of a step, on the step's own batches: when it is measured, and what to warn of where it cannot be."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
 
 
 class StepCurvature:
-    """Measures the curvature of every so-manieth step, 0 for none; of the ``first`` only which batches it is of.
+    """Measures the curvature of steps whose number ``every`` divides (0: of none).
 
-    For how far a loop reads ahead shows when it begins. Where batches were skipped or read ahead there are several
-    candidates for those that a step is of; they are the ones whose gradient points where the applied one does. Whatever
-    the objective does wrong costs the curvature, with one warning, not the training.
+    Of the ``first`` step it at least finds the batches, because how far a loop reads ahead shows when it begins. Where
+    batches were skipped or read ahead, there are several candidates for a step's batches: those are chosen whose
+    gradient points where the applied one does. If the objective fails, curvature ends with one warning; the training
+    continues.
     """
 
     def __init__(

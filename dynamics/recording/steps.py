@@ -1,4 +1,4 @@
-"""The steps of a training as they are recorded: when to measure around each, and what its row is."""
+"""The steps of a training as they are recorded: when to measure around each, and what is in its row."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def anyone_measures() -> bool:
 
 
 class Steps:
-    """Measures steps, and sends the rows of every so-manieth.
+    """Measures steps, and sends the row of every ``every``-th one.
 
     Args:
         groups, measurement, curvature, batches: of the training.
-        asleep: inside, hooks that the optimizers have put on the model, as K-FAC does, are not there.
+        asleep: a context in which hooks that the optimizers have put on the model, as K-FAC does, are absent.
         rows: where the rows go.
         epochs: which epoch it is.
-        place: where the training is: ``number`` is the step to come.
-        flow_times: what is known of the flow time where it may go on.
+        place: where the training is; ``number`` is the next step.
+        flow_times: the flow time at steps from which a training may resume, as far as it is known.
         names: quantities of ``/steps`` that a row has.
         every: record at every such step.
     """
@@ -77,11 +77,11 @@ class Steps:
 
     @property
     def taken(self) -> int:
-        """How many steps were taken since recording began, or went on."""
+        """How many steps were taken since recording began, or was resumed."""
         return self.number - self._first
 
     def see(self, batch: Any, *, stays: bool, source: Any) -> None:
-        """A batch of the step to come, from a pass over the data; one that stays is also that of further steps."""
+        """A batch of the next step, from a pass over the data; one that stays also serves further steps."""
         self._batches.add(batch, due=self._curvature.due(self.number), stays=stays, source=source)
         self._rows.logged.batch(first=len(self._batches) == 1, watched=source is not None)
 
@@ -90,9 +90,9 @@ class Steps:
         self._rows.logged.add(name, value, self._batches.mark)
 
     def begin(self, *, waits: bool) -> None:
-        """Keep θ as it is before the step, and what the curvature needs of this moment, or of that of the gradient.
+        """Keep θ as it is before the step, and what the curvature needs of this moment.
 
-        That of a closure is there, and the batches are that it may read itself, when it has returned.
+        If a closure computes the gradient (``waits``), it may read batches itself: that part is kept when it returns.
         """
         self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
@@ -105,7 +105,7 @@ class Steps:
             self._begin_curvature()
 
     def _begin_curvature(self) -> None:
-        """Also where measuring failed in this process, for others wait to be told."""
+        """Begin even if measuring failed in this process, because the others wait to be told."""
         if self._curvature.due(self.number):
             with self._or_stop("curvature"), self._busy():
                 self._curvature.begin(self.number)

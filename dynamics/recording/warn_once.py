@@ -1,4 +1,4 @@
-"""Warnings that are said once: what is so at one step mostly is at all that follow."""
+"""Warnings that are given once: what holds at one step usually holds at all later ones."""
 
 from __future__ import annotations
 

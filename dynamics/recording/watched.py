@@ -1,4 +1,4 @@
-"""A loader under watch: it yields what the loader yields, and each batch is told of."""
+"""A watched loader: it yields what the loader yields, and reports each batch."""
 
 from __future__ import annotations
 

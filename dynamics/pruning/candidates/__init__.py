@@ -1,1 +1,1 @@
-"""What a pruning may remove: filters with what goes with each of them, or single weights."""
+"""What a pruning may remove: filters with all that belongs to them, or single weights."""

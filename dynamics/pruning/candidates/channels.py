@@ -49,7 +49,7 @@ _SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, to
 
 
 def is_depthwise(module: nn.Module | None) -> bool:
-    """Whether a module is a convolution with one filter a channel, though it has but one left."""
+    """Whether a module is a convolution with one filter a channel, even if only one is left."""
     of_one_each = isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels
     return of_one_each and identity(module).depthwise
 

@@ -25,10 +25,10 @@ from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading
 
 @dataclass(frozen=True)
 class UnitLayer:
-    """A layer whose filters are ranked; ``modules`` are those its channels run through alone, itself first.
+    """A layer whose filters are ranked; ``modules`` are those that its channels alone run through, itself first.
 
     ``copies`` of the modules are depthwise, ``summed`` says whether the channels end in a sum with others, ``head``
-    whether they may be the network's output: nothing goes from there. ``readers`` are the layers that read these
+    whether they may be the network's output, from which nothing is pruned. ``readers`` are the layers that read these
     channels and no others.
     """
 
@@ -116,7 +116,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
 
 
 def units_of(model: nn.Module, granularity: str, protected: Iterable[str] = ()) -> dict[str, UnitLayer | None]:
-    """Layer → what is known of its filters, None where single weights are pruned: by :func:`weight_layers`."""
+    """Layer → what is known of its filters; None if single weights are pruned, as :func:`weight_layers` has them."""
     if granularity == "weight":
         return dict.fromkeys(weight_layers(model, protected))
     return {layer.name: layer for layer in unit_layers(model, protected)}
@@ -133,7 +133,7 @@ def masks_of(
 ) -> dict[str, Tensor]:
     """Parameter name → which of its entries are ``alive``, from that of the units by layer.
 
-    ``layers`` says what goes with a layer's filters; None: its units are single weights, in the weight's shape.
+    ``layers`` says what is pruned with a layer's filters; None: its units are single weights, in the weight's shape.
     """
     masks = {}
     for name, kept in alive.items():
@@ -175,7 +175,7 @@ def _traced(model: nn.Module) -> fx.Graph:
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Why a layer's own filters cannot go."""
+    """Why a layer's own filters cannot be pruned; None if they can."""
     if isinstance(module, TRANSPOSED):
         return "is a transposed convolution: only plain and depthwise convolutions are pruned"
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:

@@ -13,7 +13,7 @@ LEAVE = "to leave it as it is, name it in protected=(...)"
 
 
 def weight_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[str]:
-    """Names of all convolutions and linear layers, but for ``protected``, in the order of the model's modules.
+    """Names of all convolutions and linear layers except ``protected`` ones, in the order of the model's modules.
 
     Biases, normalisations and embeddings are not pruned weight by weight.
 
@@ -48,7 +48,7 @@ def weights_reading(module: nn.Module, alive: Tensor) -> Tensor:
 
 
 def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """The modules of these names, or of one, and all that are in them.
+    """The modules of these names, or of one, and all modules inside them.
 
     Raises:
         ValueError: one of them is no module of the model.
@@ -62,7 +62,7 @@ def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def not_plain(model: nn.Module, name: str) -> str | None:
-    """Why a layer's weight cannot be masked by its name; None where it can."""
+    """Why a layer's weight cannot be masked by its name; None if it can."""
     module = model.get_submodule(name)
     if module._parameters.get("weight") is None:
         return (

@@ -1,1 +1,1 @@
-"""Importance measures: what they look at, gathered from data that streams by, and the scores they make of it."""
+"""Importance measures: what they need, gathered from streamed data, and the scores computed from it."""

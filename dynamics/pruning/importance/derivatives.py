@@ -53,10 +53,10 @@ def derivatives(
 ) -> Derivatives:
     """What ``uses`` names of grad, hess_grad, squared_sample_grad (for ``layers``) and flow_grad, over the batches.
 
-    For Hg the batches pass twice, so those of an iterator are kept; a loader has to yield the same samples again.
+    For Hg the batches are read twice, so those of an iterator are kept; a loader must yield the same samples again.
 
     Raises:
-        ValueError: there are no batches, or others at the second pass.
+        ValueError: there are no batches, or different ones at the second pass.
     """
     if "hess_grad" in uses and iter(batches) is batches:
         batches = list(batches)

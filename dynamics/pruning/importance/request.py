@@ -1,4 +1,4 @@
-"""What scores are asked for: refused before any data is looked at, where there are none."""
+"""The scores that are asked for: impossible requests are refused before any data is read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def request(
 
 
 def _check_one_device(model: nn.Module) -> None:
-    """Raise ValueError where the model's parameters and buffers are not all on one device."""
+    """Raise ValueError if the model's parameters and buffers are not all on one device."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     places: dict[torch.device, str] = {}
     for name, tensor in tensors.items():
@@ -74,7 +74,7 @@ def _check_one_device(model: nn.Module) -> None:
 def _check_request(
     rows: Sequence[Measure], batches: Iterable[Any] | None, temperature: float, mode: str, granularity: str
 ) -> None:
-    """Raise ValueError where scores are asked for that cannot be: see :func:`scores`."""
+    """Raise ValueError if the requested scores are impossible: see :func:`scores`."""
     check_settings(temperature, mode, granularity)
     for row in rows:
         if granularity == "weight" and row.per_filter:
@@ -84,7 +84,7 @@ def _check_request(
 
 
 def check_settings(temperature: float, mode: str, granularity: str) -> None:
-    """Raise ValueError where there is no such granularity, mode or temperature."""
+    """Raise ValueError if there is no such granularity, mode or temperature."""
     if granularity not in ("filter", "weight") or mode not in ("eval", "train"):
         raise ValueError(
             f"granularity must be 'filter' or 'weight' and mode 'eval' or 'train', got {granularity!r}, {mode!r}"
@@ -94,7 +94,7 @@ def check_settings(temperature: float, mode: str, granularity: str) -> None:
 
 
 def _check_not_frozen(model: nn.Module, layers: Iterable[str], rows: Sequence[Measure]) -> None:
-    """Raise ValueError where a measure looks at the gradient of a weight that is frozen."""
+    """Raise ValueError if a measure uses the gradient of a frozen weight."""
     frozen = [name for name in map(weight_of, layers) if not model.get_parameter(name).requires_grad]
     if frozen and (needing := [row.name for row in rows if row.uses in ("grad", "hess_grad")]):
         raise ValueError(
@@ -108,7 +108,7 @@ def _gammas(model: nn.Module, layers: Iterable[UnitLayer], rows: Sequence[Measur
     """γ of the normalisation that follows each layer, where there is one.
 
     Raises:
-        ValueError: a measure looks at it, and it is not there.
+        ValueError: a measure needs it, and a layer has none.
     """
     followers = {layer.name: layer.normalisation(model) for layer in layers}
     lacking = [name for name, norm in followers.items() if norm is None]
@@ -123,10 +123,10 @@ def _gammas(model: nn.Module, layers: Iterable[UnitLayer], rows: Sequence[Measur
 def initial_weights(
     model: nn.Module, layers: Iterable[str], rows: Sequence[Measure], initial: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """θ₀ of each layer's weight, where a measure looks at it.
+    """θ₀ of each layer's weight, if a measure needs it.
 
     Raises:
-        ValueError: it is not there, of another shape, or the model's own memory.
+        ValueError: it is missing, of another shape, or the model's own tensor.
     """
     found = {}
     for row in (row for row in rows if row.needs_initial):

@@ -1,1 +1,1 @@
-"""A network without its silenced filters: what can be taken away unchanged, and the smaller network."""
+"""Removing silenced filters: what can be cut without changing what a network computes, and the smaller network."""

@@ -1,4 +1,4 @@
-"""A cut: what of a network can be taken away without a change of what it computes, tried and checked on a copy."""
+"""A cut: what can be taken out of a network without changing what it computes, tried and checked on a copy."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_single_weights_are_pruned_too(tmp_path: Path, data: Data) -> None:
     assert not record["units"].data_vars
     assert weights.name == "vgg13-digits-snip-0.8-2r-weight-seed0"
     for changes in ({"protocol": "reference"}, {"measure": "bn_scale"}):
-        with pytest.raises(ValueError, match=r"single weights are not pruned by protocol .* choose granularity filter"):
+        with pytest.raises(ValueError, match=r"prunes filters, not single weights: choose granularity filter"):
             replace(weights, **changes)
 
 
@@ -259,12 +259,12 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
         ({"data": "mnist"}, "unknown data 'mnist': choose one of digits"),
         ({"measure": "magic"}, "unknown measure 'magic': choose one of none, magnitude"),
         ({"sparsity": 1.5}, r"sparsity must be in \[0, 1\), got 1.5"),
-        ({"rounds": 3}, "rounds=3 needs as many epochs in the first stage, got 2"),
-        ({"epochs": (1, 2, 3)}, "epochs and learning_rates need one entry a stage"),
+        ({"rounds": 3}, "rounds=3 needs at least as many epochs in the first stage, got 2"),
+        ({"epochs": (1, 2, 3)}, "epochs and learning_rates need one entry per stage"),
         ({"batch_size": 0}, "batch_size must be positive, got 0"),
         ({"momentum": -1.0}, "momentum must not be negative, got -1.0"),
-        ({"epochs": (-1, 2)}, r"epochs and learning_rates need one entry a stage, got \(-1, 2\)"),
-        ({"epochs": (), "learning_rates": ()}, "epochs and learning_rates need one entry a stage"),
+        ({"epochs": (-1, 2)}, r"need one entry per stage, and epochs of 0 or more, got \(-1, 2\)"),
+        ({"epochs": (), "learning_rates": ()}, "epochs and learning_rates need one entry per stage"),
         ({"learning_rates": (0.1, 0.0)}, r"learning_rates must be positive, got \(0.1, 0.0\)"),
         ({"rounds": 0}, "rounds must be 1 or more, got 0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
@@ -279,8 +279,8 @@ def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> N
         ({"augment": 1}, "augment must be true or false, got 1"),
         ({"compile": "yes"}, "compile must be true or false, got 'yes'"),
         ({"precision": "float16"}, "unknown precision 'float16': choose one of float32, bfloat16"),
-        ({"root": 3}, "root must be a text, got 3"),
-        ({"studies": True, "granularity": "weight"}, "studies are of filters, at 8 probe samples at least; got gran"),
+        ({"root": 3}, "root must be a string, got 3"),
+        ({"studies": True, "granularity": "weight"}, "studies need filters and at least 8 probe samples, got gran"),
         ({"studies": True, "probe_samples": 7}, "got granularity 'filter' and 7 probe samples"),
     ],
 )
@@ -335,7 +335,7 @@ def test_more_than_can_be_pruned_is_refused_before_anything_is_trained(
 @pytest.mark.parametrize("measure", ["none", "magnitude"])
 def test_a_training_that_diverges_fails_and_says_when(tmp_path: Path, data: Data, measure: str) -> None:
     settings = replace(TINY, measure=measure, rounds=1, learning_rates=(0.1, 1e300))
-    with pytest.raises(ValueError, match="the training diverged in epoch 3: parameters are not finite any more"):
+    with pytest.raises(ValueError, match="the training diverged in epoch 3: parameters are no longer finite"):
         run(settings, tmp_path / "run.zarr", data=data)
     record = xr.open_datatree(tmp_path / "run.zarr")
     assert record["epochs"].sizes["epoch"] == 3

@@ -162,7 +162,7 @@ def test_where_and_how_it_would_prune_make_no_other_experiment() -> None:
 def test_another_experiment_is_refused_by_name(data: Data, whole: Path) -> None:
     before = contents(whole)
     with pytest.raises(
-        FileExistsError, match=r"another experiment's, with rounds 2, not 1, width 0.05, not 0.1; choose"
+        FileExistsError, match=r"holds another experiment, with rounds 2, not 1, width 0.05, not 0.1; choose"
     ):
         run(replace(TINY, width=0.1, rounds=1), whole, data=data, progress=False)
     assert contents(whole) == before
@@ -178,7 +178,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, data: Data, monkeypatch: pyte
     killed(TINY, tmp_path / "run.zarr", data, 3)
     with (tmp_path / "run.zarr" / ".checkpoint").open("wb") as file:
         torch.save({"epochs": Trap()}, file)
-    with pytest.raises(ValueError, match=r"\.checkpoint cannot be read .* remove it, and the run begins anew"):
+    with pytest.raises(ValueError, match=r"\.checkpoint cannot be read .* remove it to start the run anew"):
         run(TINY, tmp_path / "run.zarr", data=data, progress=False)
     assert not Path("trapped").exists()
 
@@ -197,15 +197,15 @@ def test_a_checkpoint_that_does_not_fit_its_record_is_refused(tmp_path: Path, da
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     for content, said in (
-        (late, r"is of step 4, and the record ends at step 3: copy both again, or remove .*checkpoint"),
-        (bytes(flipped), "cannot be read .*sum of .* is wrong"),
+        (late, r"is from step 4, but the record ends at step 3: copy both again, or remove .*checkpoint"),
+        (bytes(flipped), "cannot be read .*checksum of .* is wrong"),
     ):
         (path / ".checkpoint").write_bytes(content)
         with pytest.raises(ValueError, match=said):
             run(TINY, path, data=data, progress=False)
     with (path / ".checkpoint").open("wb") as file:
         torch.save({"epochs": 1, "model": {}}, file)
-    with pytest.raises(ValueError, match=r"of another training .* remove .*, and the run begins anew"):
+    with pytest.raises(ValueError, match=r"from another training .* remove .* to start the run anew"):
         run(TINY, path, data=data, progress=False)
     assert open_run(path).steps.sizes["step"] == 3
 
@@ -250,7 +250,7 @@ def test_a_record_of_a_later_version_is_named_as_such(tmp_path: Path, data: Data
     store = Store.reopen(path)
     store.note("experiment", json.dumps(dataclasses.asdict(TINY) | {"invented": 1}))
     store.close()
-    with pytest.raises(FileExistsError, match=r"of no experiment that this version knows .*invented"):
+    with pytest.raises(FileExistsError, match=r"this version does not know its experiment .*invented"):
         run(TINY, path, data=data, progress=False)
 
 

@@ -148,7 +148,7 @@ def test_a_worker_that_dies_while_it_is_started(tmp_path: Path, capsys: pytest.C
     write(tmp_path / "grid.yaml", TINY.identity)
     with dask.config.set({"distributed.worker.preload": ["import os; os._exit(9)"]}):
         assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "1"]) == 2
-    assert capsys.readouterr().err.startswith("error: one of 1 workers ended while it was started, for want of memory")
+    assert capsys.readouterr().err.startswith("error: one of 1 workers died while starting, perhaps for lack of memory")
     assert not (tmp_path / "out").exists()
 
 
@@ -176,7 +176,7 @@ def test_a_scheduler_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             failed = sweep([TINY, replace(TINY, seed=1)], tmp_path / "swept", scheduler=address)
         finally:
             logging.getLogger("distributed.client").removeHandler(listening)
-    assert set(failed.values()) == {"the scheduler has lost it"}
+    assert set(failed.values()) == {"the scheduler lost this run"}
     assert len(failed) == 2
     assert [record.getMessage() for record in said] == []
 
@@ -269,7 +269,7 @@ def test_interrupted_it_goes_on_later(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate()[1]
     assert process.returncode == 130
-    assert "interrupted; what was recorded until now is kept, the same command goes on" in said.splitlines()
+    assert "interrupted; what was recorded so far is kept, and the same command continues it" in said.splitlines()
     assert "Traceback" not in said
     assert 0 < open_run(path)["epochs"].sizes["epoch"] < 40
 

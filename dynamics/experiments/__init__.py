@@ -1,1 +1,1 @@
-"""The paper's experiments: one of them as a dataclass, its training, its resumption, and many as a sweep on Dask."""
+"""The paper's experiments: one as a dataclass, its training, its resumption, and many as a sweep on Dask."""

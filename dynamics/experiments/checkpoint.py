@@ -1,4 +1,4 @@
-"""The state of a training between two epochs, in one file inside its record: where a killed run goes on."""
+"""The state of a training between two epochs, in one file inside its record: from there a killed run continues."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NAME = ".checkpoint"
 
 
 def save(record: Path, state: Mapping[str, Any]) -> None:
-    """Keep a state of tensors, numbers and texts in place of the last one; a kill leaves either.
+    """Save a state of tensors, numbers and strings in place of the last one; a kill leaves one or the other.
 
     Raises:
-        OSError: it could not be written, for a full disk say. The last one stays.
+        OSError: it could not be written, for example because the disk is full. The last one stays.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)  # into memory: torch says nothing of a disk that is full
@@ -28,10 +28,10 @@ def save(record: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(record: Path) -> dict[str, Any] | None:
-    """The state that was kept last, on the CPU; None if there is none. No code of the file is run.
+    """The state that was saved last, on the CPU; None if there is none. No code from the file is run.
 
     Raises:
-        ValueError: the file is damaged, or holds more than tensors, numbers and texts.
+        ValueError: the file is damaged, or holds more than tensors, numbers and strings.
     """
     path = place(record)
     if not path.exists():
@@ -39,11 +39,11 @@ def load(record: Path) -> dict[str, Any] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch does not look at the sums that it writes
-                raise ValueError(f"the sum of {damaged} is wrong")
+                raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = named(error)[:120]
-        raise ValueError(f"{path} cannot be read ({reason}); remove it, and the run begins anew") from error
+        raise ValueError(f"{path} cannot be read ({reason}): remove it to start the run anew") from error
 
 
 def place(record: Path) -> Path:
@@ -52,11 +52,11 @@ def place(record: Path) -> Path:
 
 
 def saved_at(record: Path) -> int | None:
-    """When a state was kept last, in nanoseconds; None if there is none."""
+    """When a state was saved last, in nanoseconds; None if there is none."""
     path = place(record)
     return path.stat().st_mtime_ns if path.exists() else None
 
 
 def remove(record: Path) -> None:
-    """Let the state go."""
+    """Delete the saved state."""
     place(record).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A model compiled for the steps of a training: the same model, by faster code."""
+"""A model compiled for the training steps: the same model, by faster code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     Pruning by masks compiles nothing again.
 
     Raises:
-        ValueError: torch cannot compile on this machine, for want of a compiler say. It is tried here, on one number.
+        ValueError: torch cannot compile on this machine, for example for lack of a compiler: tried here, on one number.
     """
     try:
         torch.compile(lambda number: 2 * number)(torch.zeros(1, device=device))
     except Exception as error:
         raise ValueError(
-            f"torch cannot compile here: {first_line(error)}; install a C++ compiler, such as g++, or leave compile off"
+            f"torch cannot compile here: {first_line(error)}; install a C++ compiler such as g++, or leave compile off"
         ) from error
     return torch.compile(model, dynamic=False)

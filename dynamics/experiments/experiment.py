@@ -17,8 +17,8 @@ from .studies import PARTS
 
 # What a setting of each type takes, and how a message says it.
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "str": (lambda value: isinstance(value, str), "a text"),
-    "str | None": (lambda value: value is None or isinstance(value, str), "a text"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+    "str | None": (lambda value: value is None or isinstance(value, str), "a string"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "int": (lambda value: type(value) is int, "a whole number"),
     "float": (lambda value: type(value) is int or (isinstance(value, float) and math.isfinite(value)), "a number"),
@@ -30,7 +30,7 @@ _PLACES = ("device", "root", "download")
 
 
 def configuration(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of the settings that it was made by, and of the protocol that they name."""
+    """Attributes of a record: the settings of its experiment, and the protocol that they name."""
     protocol = dataclasses.asdict(PROTOCOLS[settings["protocol"]])
     return {"experiment": json.dumps(settings), "protocol": json.dumps(protocol), "seed": settings["seed"]}
 
@@ -43,8 +43,8 @@ def _all_are(kind: str, values: object) -> bool:
 class Experiment:
     """One training with pruning, by the protocol of Lubana & Dick (ICLR 2021).
 
-    In each of the first ``rounds`` epochs the network trains for one epoch at the first learning rate, is scored and
-    pruned, and the optimizer starts afresh. These epochs come out of the first stage of the schedule.
+    In each of the first ``rounds`` epochs the network is trained for one epoch at the first learning rate, then scored
+    and pruned, and the optimizer starts afresh. These epochs are part of the first stage of the schedule.
 
     Args:
         model: Network: vgg13, mobilenet_v1 or resnet56.
@@ -52,41 +52,41 @@ class Experiment:
         measure: Importance measure to prune by, or "none" to train without pruning: magnitude, loss_preservation,
             loss_preservation_times_magnitude, loss_preservation_times_distance, gradient_norm_increase,
             gradient_norm_preservation, magnitude_l1, bn_scale, taylor, fisher, snip, grasp, synflow or random.
-        sparsity: Share of all filters that is gone after the last round.
+        sparsity: Share of all filters that is pruned after the last round.
         rounds: Number of rounds of pruning.
         granularity: What is pruned: "filter", or "weight" for single weights.
-        protocol: "default", "reference" for the quirks of the paper's code, or one quirk's name: whole_percent,
+        protocol: "default", "reference" for the quirks of the paper's code, or one quirk by name: whole_percent,
             floor_by_index, revive_silenced, count_copies, prune_ties, score_augmented or select_on_test.
-        width: Factor on the network's numbers of channels.
+        width: Factor on the network's channel counts.
         epochs: Epochs in each stage of the learning-rate schedule.
         learning_rates: Learning rate of each stage.
-        batch_size: Samples in a training batch.
+        batch_size: Samples per training batch.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD, on every parameter.
-        temperature: T of the training loss, the cross-entropy of logits / T, and of the probes. Importance has the T of
-            its measure's paper, whatever this is: 5 for loss preservation, 200 for gradient_norm_increase and grasp,
-            else 1.
+        temperature: T of the training loss, the cross-entropy of logits / T, and of the probes. Importance is always
+            measured with the T of its measure's paper: 5 for loss preservation, 200 for gradient_norm_increase and
+            grasp, otherwise 1.
         augment: Shift the training images by up to 4 pixels at random, and mirror them where that keeps their class.
-            Importance looks at them as they are, but by the protocols reference and score_augmented.
-        keep_momentum: Keep the optimizer's momentum over a pruning; by default it is dropped, as in the paper.
-        importance_samples: Training samples that an importance measure looks at.
-        probe_samples: Training samples at which everything is measured before and after each pruning.
-        probe_mode: Mode in which that is done: "eval", in which importance is scored, or "train", where BatchNorm
+            Importance is measured on unaugmented images, except under the protocols reference and score_augmented.
+        keep_momentum: Keep the optimizer's momentum across a pruning; by default it is dropped, as in the paper.
+        importance_samples: Training samples on which importance is measured.
+        probe_samples: Training samples on which everything is measured before and after each pruning.
+        probe_mode: Mode of these measurements: "eval", in which importance is scored, or "train", in which BatchNorm
             normalises each batch by itself, as in training.
-        studies: Study the network before the first and the last pruning, at those samples: what pruning 1/32 to 1/4 of
-            the filters would do, how far the paper's measures agree, which filters are scale-invariant.
-        train_samples: Training samples, as many of each class, that there are at all; 0 means the whole set.
-        curvature_every: Measure curvature and the loss decrease at every such step; 0 means never.
-        seed: Seed of initialisation, data order and augmentation.
-        precision: Precision of the training's passes: "float32", or "bfloat16" by autocast. Parameters, evaluation,
-            importance and what the recorder evaluates itself stay in full precision.
-        compile: Run the training's steps compiled by torch, which takes a C++ compiler, and minutes at the first step.
+        studies: Study the network before the first and the last pruning, on the probe samples: what pruning 1/32 to 1/4
+            of the filters would do, how well the paper's measures agree, and which filters are scale-invariant.
+        train_samples: Number of training samples, with equally many of each class; 0 means the whole set.
+        curvature_every: Measure curvature and the loss decrease every so many steps; 0 means never.
+        seed: Seed for initialisation, data order and augmentation.
+        precision: Precision of the forward and backward passes: "float32", or "bfloat16" by autocast. Parameters,
+            evaluation, importance and what the recorder evaluates itself stay in full precision.
+        compile: Compile the training steps with torch, which needs a C++ compiler and takes minutes at the first step.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        root: Folder of the data sets; by default $THETADOT_DATA, else ~/.cache/thetadot.
+        root: Folder of the data sets; by default $THETADOT_DATA, or else ~/.cache/thetadot.
         download: Let torchvision download a data set that is not on disk.
 
     Raises:
-        ValueError: a field has an impossible value; the message says which, what it got and what it can be.
+        ValueError: a field has an impossible value; the message names it, its value and the values it can have.
     """
 
     model: str = "vgg13"
@@ -146,23 +146,26 @@ class Experiment:
                 raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(options)}")
         if self.granularity == "weight" and (self.protocol != "default" or getattr(row, "per_filter", False)):
             raise ValueError(
-                f"single weights are not pruned by protocol {self.protocol!r} and measure {self.measure!r}: these know "
-                "filters only; choose granularity filter"
+                f"protocol {self.protocol!r} with measure {self.measure!r} prunes filters, not single weights: "
+                "choose granularity filter"
             )
         if self.studies and (self.granularity == "weight" or self.probe_samples < PARTS):
             raise ValueError(
-                f"studies are of filters, at {PARTS} probe samples at least; got granularity {self.granularity!r} and "
-                f"{self.probe_samples} probe samples"
+                f"studies need filters and at least {PARTS} probe samples, got granularity {self.granularity!r} "
+                f"and {self.probe_samples} probe samples"
             )
 
     def _check_ranges(self) -> None:
         if len(self.epochs) != len(self.learning_rates) or not self.epochs or min(self.epochs) < 0:
             raise ValueError(
-                f"epochs and learning_rates need one entry a stage, got {self.epochs}, {self.learning_rates}"
+                f"epochs and learning_rates need one entry per stage, and epochs of 0 or more, got {self.epochs}, "
+                f"{self.learning_rates}"
             )
         share_left(self.sparsity, self.rounds, 0)
         if self.measure != "none" and self.rounds > self.epochs[0]:
-            raise ValueError(f"rounds={self.rounds} needs as many epochs in the first stage, got {self.epochs[0]}")
+            raise ValueError(
+                f"rounds={self.rounds} needs at least as many epochs in the first stage, got {self.epochs[0]}"
+            )
         for field in ("batch_size", "importance_samples", "probe_samples", "learning_rates", "temperature", "width"):
             value = getattr(self, field)
             if min(value if isinstance(value, tuple | list) else (value,)) <= 0:

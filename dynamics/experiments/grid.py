@@ -17,9 +17,9 @@ _LISTS = ("epochs", "learning_rates")
 def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
     """All experiments of a configuration: a mapping of Experiment's fields, where a list stands for each of its values.
 
-    ``grids`` may hold a list of such mappings: each is a grid of its own, with the other settings in common. What would
-    compute the same, e.g. measure "none" with several sparsities, is one experiment. What is listed first varies
-    slowest; so do, over all grids, the common settings up to the first that a grid has anew.
+    ``grids`` may hold a list of such mappings: each is a grid of its own, with the other settings in common. Points
+    that would compute the same, e.g. measure "none" with several sparsities, are one experiment. What is listed first
+    varies slowest; so do, over all grids, the common settings up to the first one that a grid sets itself.
 
     Raises:
         ValueError: a field that Experiment does not have, or an impossible value.

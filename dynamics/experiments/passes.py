@@ -20,11 +20,11 @@ class Passes:
     """The forward and the backward pass of a classifier on a batch, into the parameters' ``grad``.
 
     On a GPU the kernels of both are captured at the first batch, and launched all at once from then on, for batches of
-    its shape; others run one by one. Networks of CIFAR's size are so small that a GPU computes faster than Python
-    launches. The gradients are those of the capture, written over by each pass: ``zero_grad`` has nothing to do.
+    its shape; others run one by one. Networks for CIFAR are so small that a GPU computes faster than Python launches
+    kernels. The gradients are those of the capture, overwritten by each pass: ``zero_grad`` has nothing to do.
 
     Args:
-        model: what maps inputs to logits; its parameters are stepped in place.
+        model: maps inputs to logits; its parameters are updated in place.
         temperature: T of the loss, the cross-entropy of logits / T.
         low: run both passes in bfloat16, by autocast.
     """
@@ -35,7 +35,7 @@ class Passes:
         self._refused = False
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and how many of it are classified right; valid until the next."""
+        """The loss of a batch, and how many of its samples are classified correctly; valid until the next call."""
         if inputs.is_cuda and self._captured is None and not self._refused:
             self._captured = self._capture(inputs, labels)
         if self._captured is not None and self._captured.fits(inputs):
@@ -43,7 +43,7 @@ class Passes:
         return self._run(inputs, labels)
 
     def forget(self) -> None:
-        """The network's masks, hooks or mode have changed: what was captured is of no use any more."""
+        """Drop the captured passes: the network's masks, hooks or mode have changed."""
         self._captured = None
         release_memory()
 
@@ -69,7 +69,9 @@ class Passes:
                 passes = Captured(partial(self._run, inputs, labels), device)
         except RuntimeError as error:
             self._refused = True
-            warnings.warn(f"training steps cannot be captured ({named(error)}): they run as they are", stacklevel=3)
+            warnings.warn(
+                f"training steps cannot be captured as CUDA graphs ({named(error)}): they run uncaptured", stacklevel=3
+            )
             return None
         finally:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The protocol and each quirk of the paper's code on the same fresh network, in seconds: rounds without training."""
+"""The default protocol and each quirk of the paper's code on one fresh network: rounds without training, in seconds."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _MEASURES = [name for name, row in MEASURES.items() if not row.needs_initial]  #
 class Comparison:
     """Rounds of pruning of a fresh network under every protocol, from the same weights and on the same samples.
 
-    Those that score augmented samples see the same ones shifted, and mirrored where that keeps their class.
+    Protocols that score augmented samples see the same ones shifted, and mirrored where that keeps their class.
 
     Args:
         model: Network: one of those of `run`.
-        data: Data set whose training samples the measure looks at.
-        measure: Importance measure to prune by: one of those of `run`, but for loss_preservation_times_distance.
-        sparsity: Share of all filters that is to be gone after the last round.
+        data: Data set on whose training samples importance is measured.
+        measure: Importance measure to prune by: one of those of `run`, except loss_preservation_times_distance.
+        sparsity: Share of all filters that is to be pruned after the last round.
         rounds: Number of rounds of pruning.
-        width: Factor on the network's numbers of channels.
-        samples: Training samples that the measure looks at.
-        seed: Seed of initialisation and samples.
+        width: Factor on the network's channel counts.
+        samples: Training samples on which importance is measured.
+        seed: Seed for initialisation and the choice of samples.
 
     Raises:
         ValueError: a field has an impossible value.
@@ -68,11 +68,11 @@ class Comparison:
 def compare(comparison: Comparison, folder: Path) -> list[Path]:
     """Record the rounds under each protocol at ``folder / PROTOCOL.zarr``; returns the paths, "default" first.
 
-    A record holds ``/pruning`` with what was asked and reached, and ``/units``; ``python -m analysis protocol-diff``
-    prints them side by side.
+    A record holds ``/pruning``, with the sparsity asked for and reached, and ``/units``; ``python -m analysis
+    protocol-diff`` prints them side by side.
 
     Raises:
-        FileExistsError: one of the records exists; then nothing is computed. Whatever else is raised, none is left.
+        FileExistsError: one of the records exists; then nothing is computed. After other errors no record is left.
         DataError: the data set is not there.
     """
     names = [name for name in PROTOCOLS if name != "select_on_test"]  # that needs a training
@@ -102,7 +102,7 @@ def compare(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def rounds(model: nn.Module, batches: list[Any], protocol: str, comparison: Comparison) -> Iterable[Pruning]:
-    """Prune a model in rounds by a protocol, without training; the prunings, one a round."""
+    """Prune a model in rounds by a protocol, without training: the prunings, one per round."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     pruner = Pruner(model, optimizer, comparison.measure, protocol=protocol, seed=comparison.seed)
     for number in range(1, comparison.rounds + 1):

@@ -1,4 +1,4 @@
-"""Running an experiment: its record is begun, gone on with where it was left, or known to be finished."""
+"""Running an experiment: its record is begun, continued where it ended, or already finished."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def run(
 ) -> Path:
     """Run an experiment and record it at ``path``; returns the path.
 
-    What is there of the same experiment is gone on with, from the end of its last epoch, as if it had never been
-    interrupted: the record is the same, bit for bit, on the same machine; on a GPU but for the rounding of sums. A
+    An unfinished record of the same experiment is continued from the end of its last epoch, as if it had never been
+    interrupted: on the same machine the record is the same bit for bit; on a GPU, up to the rounding of sums. A
     finished record is left as it is.
 
     Args:
         experiment: what to run.
         path: where the record goes.
-        data: the data set, if it is loaded already.
-        progress: say on stderr what is trained, and show a bar, one tick a step.
-        report: called with the number of steps that are done, at the start and after each.
+        data: the data set, if it is already loaded.
+        progress: print to stderr what is trained, and show a bar with one tick per step.
+        report: called with the number of steps done, at the start and after each step.
 
     Raises:
         FileExistsError: something else is at ``path``. BlockingIOError: another process runs the experiment there.
@@ -110,16 +110,18 @@ def _restore(training: Training, state: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: it is of another network, or of a longer training than the record.
     """
-    advice = f"remove {checkpoint.place(path)}, and the run begins anew"
+    advice = f"remove {checkpoint.place(path)} to start the run anew"
     try:
         training.restore(state)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint in {path} is of another training ({named(error)[:120]}); {advice}") from error
+        raise ValueError(
+            f"the checkpoint in {path} is from another training ({named(error)[:120]}); {advice}"
+        ) from error
     recorded = read_metadata(path).get("steps/step/.zarray", {"shape": [0]})["shape"][0]
     if recorded < training.steps:
         raise ValueError(
-            f"the checkpoint in {path} is of step {training.steps}, and the record ends at step {recorded}: copy both "
-            f"again, or {advice}"
+            f"the checkpoint in {path} is from step {training.steps}, but the record ends at step {recorded}: "
+            f"copy both again, or {advice}"
         )
 
 
@@ -128,7 +130,7 @@ def _alone(path: Path) -> Iterator[None]:
     """While no other process runs the experiment; the lock lies beside a record that is begun and not finished.
 
     The record's own is not enough: between a look at the record and the recorder that takes its lock another process
-    may have gone on with it, or finished it.
+    may have continued it, or finished it.
     """
     check_folder(path.parent, "records", "out/run.zarr")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,14 +165,14 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
     try:
         recorded = Experiment(**json.loads(attributes["experiment"])).identity
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # not an experiment's, or of another version
-        unknown = f", and is of no experiment that this version knows ({one_line(error)})"
+        unknown = f", and this version does not know its experiment ({one_line(error)})"
         reason = unknown if "experiment" in attributes else ""
         raise FileExistsError(f"{path} exists already{reason}: choose another path, or remove it first") from error
     asked = experiment.identity
     differing = [name for name in asked if recorded.get(name) != asked[name]]
     if other := [f"{name} {recorded.get(name)!r}, not {asked[name]!r}" for name in differing]:
         raise FileExistsError(
-            f"{path} is another experiment's, with {', '.join(other)}; choose another path, or remove it first"
+            f"{path} holds another experiment, with {', '.join(other)}; choose another path, or remove it first"
         )
     return bool(attributes.get("finished"))
 

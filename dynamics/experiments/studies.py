@@ -1,4 +1,4 @@
-"""The studies of an event: what else a network says of the pruning that is about to be done to it."""
+"""The studies of an event: further measurements of a network that is about to be pruned."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 def add_studies(
     event: Event, model: nn.Module, pruning: Pruning, probe: Sequence[tuple[Tensor, Tensor]], objective: Objective
 ) -> None:
-    """Add "curve", "scores" and "invariance" to the event of a pruning of filters that is planned, not done.
+    """Add "curve", "scores" and "invariance" to the event of a planned pruning of filters, before it is applied.
 
     ============  ============================================================================
-    "curve"       prunings by the same scores, of 1/32 to 1/4 of the filters left, where as many can go
+    "curve"       prunings by the same scores, of 1/32 to 1/4 of the filters left, if as many can be pruned
     "scores"      the paper's measures and their sampling noise, over :data:`PARTS` parts of the probe
     "invariance"  which filters are scale-invariant
     ============  ============================================================================

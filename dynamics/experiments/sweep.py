@@ -1,4 +1,4 @@
-"""Many experiments, each recorded once: what is finished is skipped, what was interrupted goes on."""
+"""Many experiments, each recorded once: finished ones are skipped, interrupted ones continue."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def sweep(
 
     Args:
         experiments: see :func:`~dynamics.experiments.grid.grid`.
-        folder: where the records go; on several machines a folder that all of them have.
-        workers: processes on this machine, each with one thread; 0: this process; None: as many as it has GPUs, or
-            cores if the runs are on none.
+        folder: where the records go; with several machines, a folder that all of them share.
+        workers: processes on this machine, each with one thread; 0: this process; None: one per GPU, or one per core if
+            the runs use no GPU.
         scheduler: address of a Dask scheduler whose workers run the experiments instead, e.g. ``tcp://10.0.0.1:8786``.
 
     Returns:
-        What went wrong, by the name of the run; the others went on. Empty if all are recorded.
+        What went wrong, by the name of the run; the other runs continued. Empty if all are recorded.
 
     Raises:
         FileExistsError, NotADirectoryError: something else is at one of the paths; then none is run.
@@ -40,7 +40,10 @@ def sweep(
         FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
     """
     if workers is not None and (workers < 0 or scheduler is not None):
-        raise ValueError(f"workers must be 0 or more, and a scheduler has its own; got workers {workers}, {scheduler=}")
+        raise ValueError(
+            "workers must be 0 or more, and not be given with a scheduler, which has its own; got workers "
+            f"{workers}, {scheduler=}"
+        )
     experiments = list(experiments)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
     _check_names(experiments)
@@ -81,8 +84,9 @@ def _check_names(experiments: Iterable[Experiment]) -> None:
             first, other = named[experiment.name].identity, experiment.identity
             differing = [f"{name} {first[name]!r} and {other[name]!r}" for name in first if first[name] != other[name]]
             raise ValueError(
-                f"{', '.join(differing) or 'one experiment twice'} would write the same record {experiment.name}.zarr: "
-                "sweep each value into a folder of its own; `python -m analysis` compares the records of several"
+                f"{', '.join(differing) or 'one experiment twice'} would write the same record "
+                f"{experiment.name}.zarr: sweep each value into a folder of its own; `python -m analysis` "
+                "compares the records of several folders"
             )
         named[experiment.name] = experiment
 

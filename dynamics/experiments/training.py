@@ -44,7 +44,7 @@ def chosen(data: Data, experiment: Experiment) -> Data:
 
 
 def steps_of(experiment: Experiment, data: Data) -> int:
-    """Steps of a whole run, with all the data there is."""
+    """Number of steps of a whole run on the given data."""
     return len(experiment.schedule()) * -(-len(chosen(data, experiment).train) // experiment.batch_size)
 
 
@@ -88,7 +88,7 @@ class Training:
         return self._epochs * len(self._train)
 
     def state(self) -> dict[str, Any]:
-        """All that the epochs to come depend on."""
+        """Everything on which the remaining epochs depend."""
         on_gpu = self.device.type == "cuda"
         return {
             "epochs": self._epochs,
@@ -103,7 +103,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to where a :meth:`state` was taken."""
+        """Go back to the moment of a :meth:`state`."""
         self._epochs = state["epochs"]
         self.model.load_state_dict(state["model"])
         apply_masks(self.model, state["masks"])
@@ -117,7 +117,7 @@ class Training:
             torch.cuda.set_rng_state(state["random_on_gpu"], self.device)
 
     def run(self, recorder: Recorder, path: Path, report: Callable[[int], object], *, progress: bool) -> None:
-        """The epochs that are left, with the rounds of pruning in the first ones; a checkpoint after each."""
+        """Run the remaining epochs, with a round of pruning in each of the first ones and a checkpoint after each."""
         self.recorder, schedule, done = recorder, self.experiment.schedule(), count(self.steps + 1)
         total = len(schedule) * len(self._train)
         report(self.steps)
@@ -146,16 +146,16 @@ class Training:
                     self._save(path)
 
     def _save(self, path: Path) -> None:
-        """Keep a checkpoint; where that cannot be, go on: the last one costs an epoch more if the run is killed."""
+        """Save a checkpoint; if that fails, continue: a killed run then loses one epoch more."""
         try:
             checkpoint.save(path, self.state())
         except OSError as error:
             warnings.warn(f"{path} has no checkpoint after epoch {self._epochs}: {one_line(error)}", stacklevel=2)
 
     def _check_finite(self, epoch: int) -> None:
-        """Raise ValueError where parameters are no numbers any more: they will never be again."""
+        """Raise ValueError if parameters are no longer finite: they never will be again."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise ValueError(f"the training diverged in epoch {epoch}: parameters are not finite any more")
+            raise ValueError(f"the training diverged in epoch {epoch}: parameters are no longer finite")
 
     def _epoch(self, tick: Callable[[], object]) -> tuple[float, float]:
         """Train for one epoch; mean loss and accuracy over its steps."""
@@ -185,7 +185,7 @@ class Training:
         return (loss_sum / samples).item(), (right / samples).item()
 
     def _prune(self, round_number: int) -> None:
-        """A round; the record's target is what the schedule asks for, also where a quirk makes it more."""
+        """Prune one round; the record's target is what the schedule asks for, even where a quirk prunes more."""
         self._passes.forget()
         chosen = self.experiment
         target = 1 - share_left(chosen.sparsity, chosen.rounds, round_number)
@@ -200,7 +200,7 @@ class Training:
         release_memory()  # several times a step's, and others may share the GPU
 
     def _sparsity(self, round_number: int) -> float:
-        """What the protocol asks of a round."""
+        """Sparsity that the protocol asks for in a round."""
         chosen, protocol = self.experiment, PROTOCOLS[self.experiment.protocol]
         return 1 - protocol.share_left(chosen.sparsity, chosen.rounds, round_number, residual=self._pruner.residual)
 

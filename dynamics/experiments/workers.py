@@ -1,4 +1,4 @@
-"""Runs on Dask's workers: each goes on where it was when its worker dies, and says how far it is."""
+"""Runs on Dask workers: each continues where it was when its worker dies, and reports its progress."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def data_of(name: str, root: str | None, download: bool) -> Data:
 
 
 def here(runs: Runs, report: Report) -> Iterator[tuple[Experiment, str]]:
-    """Run one after the other in this process; yields each with what went wrong, "" if nothing did."""
+    """Run one after the other in this process; yields each with its error, "" if there was none."""
     for experiment, path in runs.items():
         yield experiment, _attempt(experiment, path, lambda steps, experiment=experiment: report(experiment, steps))
 
 
 @contextmanager
 def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """A client of a scheduler, or of a new one with workers on this machine, as many as it has GPUs or cores.
+    """A client of a scheduler, or of a new one with one worker per GPU or core of this machine.
 
     Raises:
         OSError: there is no scheduler at the address, or a worker died before it was there.
@@ -71,8 +71,8 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
                 cluster = stack.enter_context(_cluster(count))
             except RuntimeError as error:
                 raise OSError(
-                    f"one of {count} workers ended while it was started, for want of memory say: ask for fewer, or for "
-                    "workers 0, which run all in this process"
+                    f"one of {count} workers died while starting, perhaps for lack of memory: ask for fewer, or use "
+                    "workers 0 to run everything in this process"
                 ) from error
             client = stack.enter_context(Client(cluster))
             client.register_plugin(_Uninterrupted())
@@ -92,7 +92,7 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
 def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experiment, str]]:
     """Run on a scheduler's workers; as :func:`here`, in any order.
 
-    A run whose worker dies goes on at another, as long as it gets an epoch further each time, or only waited there.
+    A run whose worker dies continues on another, as long as it gets an epoch further each time, or was only waiting.
     """
     topic, by_name = f"thetadot-{uuid.uuid4().hex}", {experiment.name: experiment for experiment in runs}
     submitted: dict[Future, tuple[Experiment, int | None]] = {}
@@ -128,15 +128,15 @@ def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experi
         elif future.status == "finished":
             yield experiment, future.result()
         else:
-            yield experiment, "the scheduler has lost it" if error is None else named(error)
+            yield experiment, "the scheduler lost this run" if error is None else named(error)
 
 
 @contextmanager
 def _cluster(workers: int) -> Iterator[LocalCluster]:
-    """Processes on this machine, of one thread each. No limit on memory: a network's is not Dask's to manage.
+    """Processes on this machine, with one thread each. No memory limit: Dask cannot manage the memory of a network.
 
-    Dask has them give freed memory back to the system at once, and a training would ask for it again at each step. Runs
-    wait at the scheduler, not at a worker that may die with them.
+    Dask makes workers return freed memory to the system at once, and a training would ask for it again at each step.
+    Runs wait at the scheduler, not at a worker, with which they would die.
     """
     trim = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"
     with (
@@ -153,7 +153,7 @@ def _cluster(workers: int) -> Iterator[LocalCluster]:
 
 
 class _Uninterrupted(WorkerPlugin):
-    """Ctrl-C in the terminal reaches all processes, and is for the first of them to hear."""
+    """Ctrl-C in the terminal reaches all processes, but only the first should handle it."""
 
     def setup(self, worker: Worker) -> None:
         """Called in each worker's main thread."""
@@ -161,13 +161,13 @@ class _Uninterrupted(WorkerPlugin):
 
 
 def _fitting(runs: Runs) -> int:
-    """One worker a GPU if that is where the runs go, else one a core; not more than runs."""
+    """One worker per GPU if the runs use GPUs, else one per core; no more than there are runs."""
     on_gpu = any(find_device(name).type == "cuda" for name in {experiment.device for experiment in runs})
     return min(len(runs), torch.cuda.device_count() if on_gpu else CPU_COUNT)
 
 
 def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
-    """A task: run, and end when nobody waits for it any more."""
+    """A task: run, and end when it is cancelled."""
     worker, said = get_worker(), 0.0
     key = worker.get_current_task()
 
@@ -175,7 +175,7 @@ def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
         nonlocal said
         task = worker.state.tasks.get(key)
         if task is None or task.state == "cancelled" or worker.status not in _OPEN:
-            raise CancelledError("nobody waits for this run any more")
+            raise CancelledError("this run was cancelled")
         if time.monotonic() - said > _SECONDS:
             worker.log_event(topic, {"run": experiment.name, "steps": steps})
             said = time.monotonic()
@@ -193,7 +193,7 @@ def _placed(experiment: Experiment, worker: object, gpus: int) -> Experiment:
 
 
 def _attempt(experiment: Experiment, path: Path, report: Callable[[int], object], *, patience: float = 0.0) -> str:
-    """Run; returns what went wrong in one line, "" if nothing did. For so many seconds it waits for another writer."""
+    """Run; returns the error in one line, "" if there was none. It waits some seconds for another writer to finish."""
     until = time.monotonic() + patience
     try:
         data = data_of(experiment.data, experiment.root, experiment.download)

@@ -45,7 +45,7 @@ def keep_units(module: nn.Module, left: Tensor) -> None:
 
 
 def identity(module: nn.Module) -> Identity:
-    """Identity of a layer's units: those it has, as long as it was not made smaller."""
+    """Identity of a layer's units: those it has, unless it was shrunk."""
     count, groups = len(module.weight), getattr(module, "groups", 1)
     whole = Identity(torch.arange(count), count, depthwise=groups == count > 1)
     return getattr(module, _ATTRIBUTE, whole)
@@ -60,7 +60,7 @@ def as_original(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> 
 
 
 def expand(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> dict[str, Tensor]:
-    """Values of the units of now, (unit,) by layer → of all original units: False or NaN for those that are gone.
+    """Values of the present units, (unit,) by layer → of all original units, with False or NaN for those removed.
 
     Raises:
         ValueError: a layer is not known, or has another number of units.

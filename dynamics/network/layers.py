@@ -64,7 +64,7 @@ class Layers:
 
     Parameters are known by name, so a pruning may replace Parameter objects; :meth:`refresh` looks them up again. A
     parameter that several modules share counts once, in the first of them. One that is added later is not recorded,
-    one that is gone counts as zero.
+    and one that is removed counts as zero.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -43,14 +43,14 @@ class Structure:
 
 
 def check_initialised(model: nn.Module) -> None:
-    """Raise ValueError where a lazy module has no parameters yet."""
+    """Raise ValueError if a lazy module has no parameters yet."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run a batch through the model first")
 
 
 def check_whole(model: nn.Module, what: str) -> None:
-    """Raise ValueError where processes hold parts of a model; ``what`` is to be done before it is spread."""
+    """Raise ValueError if a model is sharded over processes; ``what`` has to be done before that."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "to_local"):
             raise ValueError(f"{name} is sharded over processes (FSDP2): {what} the model before sharding it")

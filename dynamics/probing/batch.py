@@ -66,7 +66,7 @@ def changes(batch: Any, seen: Any) -> Callable[[], Any]:
 def _contents(batch: Any) -> dict[tuple, Tensor | np.ndarray]:
     """The tensors and arrays in a batch, its collections and objects, by their places.
 
-    None of the batch's own code runs: what it would load or compute is not looked at. Each collection and object is
+    None of the batch's own code runs: what it would load or compute is ignored. Each collection and object is
     looked into once. Objects may refer to anything, so that behind them only so much is looked at.
     """
     found: dict[tuple, Tensor | np.ndarray] = {}
@@ -130,7 +130,7 @@ def layout(batch: Any) -> Hashable:
     """What a batch consists of: everything but the numbers in its tensors.
 
     Raises:
-        TypeError: it holds what is neither a dense tensor, nor a collection of such, nor a text or a number.
+        TypeError: it holds something other than dense tensors, collections of them, strings and numbers.
     """
     if type(batch) in (Tensor, nn.Parameter) and batch.layout is torch.strided:
         return batch.shape, batch.stride(), batch.dtype

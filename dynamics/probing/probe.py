@@ -31,13 +31,13 @@ Theta = Mapping[str, Tensor]
 class Probe:
     """An objective on fixed batches as a function of the parameters.
 
-    Buffers, pruning masks and what modules keep in plain attributes are those of the moment when the probe is made, or
-    of the given ``moments``, one a batch, whatever happens to the model later. Every evaluation leaves them and the
-    random numbers as they are (a BatchNorm in training mode moves no running statistics), draws the moment's random
-    numbers (the same dropout mask as the training step's), and masks the gradients: a pruned parameter is a constant,
-    zero unless something moves it all the same, so it has no gradient; nor has a frozen one (``requires_grad=False``),
-    or one that the forward pass itself replaces by another. Batches count by their number of samples, or equally, or
-    :meth:`in_shares`. Nothing runs compiled: that has no second derivative.
+    Buffers, pruning masks and plain attributes of modules are those of the moment when the probe is made, or of the
+    given ``moments``, one per batch, whatever happens to the model later. Every evaluation leaves them and the random
+    generators as they are (BatchNorm in training mode updates no running statistics), draws the moment's random numbers
+    (the dropout mask of the training step), and masks the gradients: a pruned parameter is a constant, zero unless
+    something moves it all the same, so it has no gradient; nor has a frozen one (``requires_grad=False``), or one that
+    the forward pass itself replaces by another. Batches are weighted by their number of samples, or equally, or
+    :meth:`in_shares`. Nothing runs compiled, because compiled code has no second derivative.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Probe:
 
     @property
     def trained(self) -> set[str]:
-        """Names of the parameters that are no constants."""
+        """Names of the parameters that are not constants."""
         return self._trained
 
     @property

@@ -33,12 +33,12 @@ class Buffer:
     """Rows for a store: a block is due every 256 rows or 5 seconds, whichever comes first.
 
     If the store cannot be written, a warning is logged, and the rows stay in memory and are tried again. When 256 MiB
-    of them wait, recording stops with a warning, and training goes on. In a forked process, e.g. a loader's worker,
-    nothing happens. What is left when the program ends is written then.
+    of them wait, recording stops with a warning, and training continues. In a forked process, such as a loader's
+    worker, nothing happens. What is left when the program ends is written then.
 
     Args:
         store: where the rows go.
-        look: is shown the columns of each node as they are written, in the thread that writes them.
+        look: called with the columns of each node as they are written, in the writing thread.
     """
 
     def __init__(self, store: Store, look: Look | None = None) -> None:
@@ -69,10 +69,10 @@ class Buffer:
     def add(self, node: str, row: Row) -> None:
         """Keep one row of a node: name → number, string, or tensor over the node's further dimensions.
 
-        A tensor of several variables, one after the other, comes by the tuple of their names.
+        A tensor of several variables, one after the other, is given under the tuple of their names.
 
-        The same object again is the same row of the node, so whoever was interrupted here may try again. Until the node
-        has another row, it may say more then, or otherwise, also when it is on the disk.
+        The same object again is the same row of the node, so a call that was interrupted may be repeated. Until the
+        node has another row, it may then have more values or other ones, even when the row is on the disk.
 
         Raises:
             ValueError: the buffer is closed.
@@ -93,7 +93,7 @@ class Buffer:
         """Send the rows of all nodes, one consistent cut, on their way to the disk.
 
         Args:
-            wait: return when they are there, or when writing them has failed; :attr:`failure` says which.
+            wait: return when they are written, or when writing has failed; :attr:`failure` says which.
         """
         if self._process != os.getpid():
             return
@@ -110,7 +110,7 @@ class Buffer:
             self._ask(Request())
 
     def close(self) -> None:
-        """Write what is left, wait for it, and let the store go. What cannot be written is lost, with a warning."""
+        """Write what is left, wait for it, and close the store. What cannot be written is lost, with a warning."""
         if self._process != os.getpid() or not self._thread.is_alive():
             return
         self._closed = True

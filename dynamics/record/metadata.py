@@ -27,7 +27,7 @@ Metadata = dict[str, dict[str, Any]]
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What was last committed, after a check that it is harmless to obey.
+    """What was last committed, after a check that it is safe to use.
 
     Raises:
         RecordError: it is missing, damaged, or holds what no record holds.
@@ -48,7 +48,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def checked_metadata(path: Path, text: bytes) -> Metadata:
-    """What a file of metadata says, after a check that it is harmless to obey.
+    """The contents of a metadata file, after a check that it is safe to use.
 
     Raises:
         RecordError: it is damaged, or holds what no record holds.
@@ -68,7 +68,7 @@ def checked_metadata(path: Path, text: bytes) -> Metadata:
 
 
 def _check_array(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Let through only what a record is written with: numbers and texts of fixed size, compressed by Blosc."""
+    """Accept only what a record is written with: numbers and fixed-size strings, compressed by Blosc."""
     compressor, filters, dtype = entry["compressor"], entry["filters"], entry["dtype"]
     if filters or not isinstance(compressor, dict) or compressor["id"] != CODEC.codec_id:
         codecs = [codec.get("id") for codec in (compressor, *(filters or ())) if codec]
@@ -108,7 +108,7 @@ def array_entry(values: np.ndarray, chunk: int) -> dict[str, Any]:
 
 
 def empty_nodes() -> Metadata:
-    """The descriptions of a record's groups, in which nothing is."""
+    """The descriptions of a record's groups, all empty."""
     leaves = {".zgroup": {"zarr_format": 2}, ".zattrs": {}}
     return {f"{node}/{leaf}": dict(entry) for node in NODES for leaf, entry in leaves.items()}
 

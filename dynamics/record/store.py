@@ -56,7 +56,7 @@ class Store:
     Not for several threads at once; while a :mod:`~dynamics.record.buffer` has it, only the buffer's thread calls it.
 
     Raises:
-        FileExistsError: something is at ``path`` already. Nothing of it is touched.
+        FileExistsError: there is something at ``path``, which is left untouched.
         OSError: the folder cannot be created.
     """
 
@@ -68,7 +68,7 @@ class Store:
 
     @classmethod
     def reopen(cls, path: str | os.PathLike) -> Store:
-        """Go on writing a record as if it had never been closed; what was not committed is discarded.
+        """Continue writing a record as if it had never been closed; what was not committed is discarded.
 
         Raises:
             RecordError: there is no record, or not one of this schema version.
@@ -114,14 +114,14 @@ class Store:
         return {dim: of for dim, of in positions.items() if dim != NODES[node][0]} | self._coordinates[node]
 
     def texts(self, node: str) -> dict[str, bool]:
-        """Of each variable of a node that grows, by name, whether it holds texts."""
+        """For each variable of a node that grows, by name, whether it holds strings."""
         return {name: values.dtype.kind == "U" for name, values in self._open[node].items()}
 
     def write_coordinate(self, node: str, name: str, dim: str, values: np.ndarray) -> None:
-        """Write a coordinate that does not grow, e.g. the layers' names. One that is there already stays.
+        """Write a coordinate that does not grow, e.g. the layers' names. An existing one stays as it is.
 
         Raises:
-            ValueError: it is there with other values.
+            ValueError: it exists with other values.
         """
         if not len(values):
             return
@@ -138,16 +138,16 @@ class Store:
     def append(self, node: str, rows: Mapping[str, np.ndarray]) -> None:
         """Append rows to a node: name → values whose first dimension is the node's index. Invisible until commit.
 
-        A variable that is new or absent this time is missing (NaN) in the rows that do not have it. One that was there
-        before keeps its type.
+        A variable that is new, or absent this time, is missing (NaN) in the rows without it. An existing one keeps its
+        type.
         """
         start = self._length[node]
         self._write(node, rows, self._open[node].keys() | rows.keys(), start, start + len(next(iter(rows.values()))))
 
     def amend(self, node: str, row: Mapping[str, np.ndarray]) -> None:
-        """Let the last row of a node say more, or otherwise: name → its one value.
+        """Add to the last row of a node, or change it: name → its one value.
 
-        Of a row that is committed, readers see at once what a variable that they know says of it.
+        If the row is committed, readers see new values of existing variables at once.
         """
         length = self._length[node]
         self._write(node, row, row.keys(), length - 1, length)
@@ -165,17 +165,17 @@ class Store:
         self._length[node] = length
 
     def commit(self) -> None:
-        """Let readers see all that was appended, at once."""
+        """Make everything that was appended visible to readers, at once."""
         self._check_still_there()
         self._replace(METADATA, consolidated(self._metadata))
 
     def truncate(self, lengths: Mapping[str, int]) -> None:
-        """Take back all rows from a length on, of several nodes at once. Whoever opens the record sees all or none.
+        """Drop all rows from a length on, of several nodes at once. Whoever opens the record sees all of it or nothing.
 
         The chunks stay until they are written again or the store is closed, for those who opened the record before.
 
         Raises:
-            ValueError: a node has fewer rows than it is to keep.
+            ValueError: a node has fewer rows than it should keep.
         """
         for node, length in lengths.items():
             if not 0 <= length <= self._length[node]:
@@ -208,12 +208,12 @@ class Store:
             raise RecordError(f"{path} cannot be read ({one_line(error)}): copy it again, or remove it") from error
 
     def drop_kept(self) -> None:
-        """Let all go that was kept: nobody goes on with the record."""
+        """Delete all that was kept, which only a resumed recording needs."""
         for path in self.path.glob(".*.npy"):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let the next writer in. What was not committed is lost."""
+        """Release the record for the next writer. What was not committed is lost."""
         with contextlib.suppress(OSError, RecordError):
             self._check_still_there()
             self._make_good(read_metadata(self.path))
@@ -222,7 +222,7 @@ class Store:
     # what is on disk and what is in memory
 
     def _take(self) -> None:
-        """Lock the folder, and know it again by the lock's file: no other is the same while it is held."""
+        """Lock the folder, and remember the lock's file, by which the folder is recognised while it is held."""
         taken = (
             f"{self.path} is being written by another recorder: close that one, if necessary with its process "
             "(such as a notebook's kernel), or choose another path"
@@ -231,7 +231,7 @@ class Store:
         self._place = (self.path / _LOCK).stat()
 
     def _check_still_there(self) -> None:
-        """Raise FileNotFoundError where the folder was removed, and another record may have come to stand there."""
+        """Raise FileNotFoundError if the folder was removed, and perhaps replaced by another record."""
         if not os.path.samestat((self.path / _LOCK).stat(), self._place):
             raise FileNotFoundError(f"the record was removed, and {self.path} is now another one")
 
@@ -257,7 +257,7 @@ class Store:
         return [(node, name) for node, name in found if node in NODES]
 
     def _make_good(self, metadata: Metadata) -> None:
-        """Make the folder what is committed: that, and nothing else.
+        """Make the folder hold what is committed, and nothing else.
 
         Groups and arrays get descriptions of their own, for tools that do not read METADATA. What a killed writer left
         is removed: arrays and chunks that were never committed, and files half written.

@@ -75,7 +75,7 @@ class Request:
 
 
 class Writer:
-    """Writes blocks to a store, in order. What fails stays and is tried again with the next block or in 10 seconds.
+    """Writes blocks to a store, in order. What fails is kept and tried again with the next block or in 10 seconds.
 
     Attributes:
         failure: why writing failed when it was last tried; None if it did not.

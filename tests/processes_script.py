@@ -273,8 +273,8 @@ def replicas_of_which_one_is_told_of_batches(path: Path) -> None:
 
 
 def replicas_of_which_one_comes_late(path: Path) -> None:
-    processes._LONG, of = 0.1, training()
-    time.sleep(of.rank)
+    processes._LONG, of = 1.0, training()
+    time.sleep(2 * of.rank)
     train(path, of)
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,11 @@ class Payload:
 
 
 @pytest.fixture(autouse=True)
-def _old_numcodecs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Older numcodecs unpickled without being asked to."""
+def _unpickling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Older numcodecs and zarr unpickled without being asked to; from 0.17 and 3.4 on each has to be asked."""
     monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    with zarr.config.set({"array.allow_unsafe_pickle_decode": True}):
+        yield
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def training_area(run: xr.DataTree) -> float:
 
 
 def accuracy(run: xr.DataTree) -> float:
-    """Final test accuracy: the share of right answers on the test set."""
+    """Final test accuracy: the fraction of correct answers on the test set."""
     return float(epoch_that_counts(run).get("test_accuracy", np.nan))
 
 

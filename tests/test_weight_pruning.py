@@ -108,7 +108,7 @@ def test_layers_may_be_left_out() -> None:
     model, optimizer = trained("vgg13")
     pruner = Pruner(model, optimizer, "magnitude", granularity="weight", protected=["classifier", "features.0"])
     assert not {"classifier", "features.0"} & pruner.prune(0.9).alive.keys()
-    with pytest.raises(ValueError, match=r"protected names what is no module of VGG: \['classifer'\]"):
+    with pytest.raises(ValueError, match=r"protected contains names that are no modules of VGG: \['classifer'\]"):
         Pruner(model, optimizer, "magnitude", protected=["classifer"])
 
 

@@ -14,7 +14,7 @@ class Protocol:
 
     Args:
         whole_percent: in residual networks each round truncates the percentage of filters left to a whole number, so
-            that more is pruned than was asked: 75 % in 25 rounds leave 18 %.
+            that more is pruned than was asked: 75% in 25 rounds leave 18%.
         floor_by_index: a layer always keeps its last filters by index, ⌊5 %⌋ + 1 of its size, instead of its best;
             residual networks have no such rule, except that each layer keeps its one best filter.
         revive_silenced: filters whose channels end in a sum are ranked again in every round, even when silenced; with a
@@ -25,7 +25,7 @@ class Protocol:
         score_augmented: if the training samples are augmented, so are those on which an experiment scores.
         select_on_test: the epoch that counts is the best on the test set, not the last.
 
-    No switch reproduces how the paper's code rounds: it rounds down the number to prune in each round, so that 75 % in
+    No switch reproduces how the paper's code rounds: it rounds down the number to prune in each round, so that 75% in
     25 rounds leave 744 of VGG-13's 2944 filters and not 736; and where it leaves a layer of a residual network its last
     filter, no other is pruned instead.
 

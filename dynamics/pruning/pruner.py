@@ -48,7 +48,7 @@ class Pruner:
         objective: ``objective(model, batch) -> scalar loss`` that importance refers to; see :func:`scores`.
         temperature: T of the cross-entropy; None means the paper's for this measure.
         mode: "eval" or "train", in which importance is scored.
-        floor: share of each layer's units that is always kept; None means 5 % of filters, and one weight.
+        floor: share of each layer's units that is always kept; None means 5% of filters, and one weight.
         protected: names of layers, or of modules with all their layers, that are neither counted nor pruned.
         keep_state: True keeps the momentum and moments of what remains; False drops all of the optimizer's state, as
             the paper's code does.
@@ -88,7 +88,7 @@ class Pruner:
             )
         floor = _FLOOR[granularity] if floor is None else floor
         if not 0 <= floor <= 1:
-            raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5 % of every layer")
+            raise ValueError(f"floor must be in [0, 1], got {floor}: 0.05 keeps at least 5% of every layer")
         self._model, self._keep_state = model, keep_state
         self._floor = 0 if self._protocol.floor_by_index else floor
         self._optimizers = [] if optimizer is None else as_given(optimizer)

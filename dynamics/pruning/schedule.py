@@ -34,7 +34,7 @@ def exponential_share_left(sparsity: float, rounds: int, round_number: int) -> f
 def share_left_in_whole_percent(sparsity: float, rounds: int, round_number: int) -> float:
     """:func:`share_left` where each round cuts the percentage that is left down to a whole number.
 
-    c_k = ⌊c_{k−1} (1 − r_k)⌋ with c_0 = 100. What is cut adds up: 75 % in 25 rounds leave 18 % and not 25 %. Source:
+    c_k = ⌊c_{k−1} (1 − r_k)⌋ with c_0 = 100. What is cut adds up: 75% in 25 rounds leave 18% and not 25%. Source:
     the paper's code for residual networks, as facts.
 
     Raises:

@@ -56,7 +56,7 @@ def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     names, known = (names,) if isinstance(names, str) else tuple(names), dict(model.named_modules())
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
-            f"protected names what is no module of {type(model).__name__}: {unknown}; give qualified names"
+            f"protected contains names that are no modules of {type(model).__name__}: {unknown}; give qualified names"
         )
     return tuple(inner for name in names for inner, _ in known[name].named_modules(prefix=name))
 

@@ -376,7 +376,8 @@ def test_an_optimizer_whose_parameters_were_replaced_is_named_once(tmp_path: Pat
 def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     model, path = smooth_network(), tmp_path / "run"
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    other = torch.optim.SGD(smooth_network().parameters(), 0.1)
+    copied = torch.optim.SGD(smooth_network().parameters(), 0.1)
+    other = torch.optim.SGD([*smooth_network().parameters()][:1], 0.1)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         Recorder(path, "model", optimizer)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer or a list of them, got float"):
@@ -385,8 +386,10 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
         Recorder(path, model, optimizer, objective=1)
     with pytest.raises(ValueError, match="got 0 and 64"):
         Recorder(path, model, optimizer, every=0)
-    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+    with pytest.raises(ValueError, match="holds none of the model's parameters: pass the optimizer that trains"):
         Recorder(path, model, other)
+    with pytest.raises(ValueError, match="but others of the same shapes: pass the model that the optimizer was"):
+        Recorder(path, model, copied)
     with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device and has no values yet"):
         Recorder(path, smooth_network().to("meta"), optimizer)
     with pytest.raises(ValueError, match=r"unknown quantities \['norm'\]: choose from \['"):

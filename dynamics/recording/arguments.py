@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -54,11 +55,16 @@ def check_arguments(model: nn.Module, objective: Any, every: int, curvature_ever
 def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Raise ValueError where the optimizers train another model."""
     ours = {id(parameter) for parameter in model.parameters()}
-    held = [group["params"] for one in optimizers for group in one.param_groups]
-    if not any(id(parameter) in ours for parameters in held for parameter in parameters):
+    held = [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
+    if any(id(parameter) in ours for parameter in held):
+        return
+    if Counter(parameter.shape for parameter in held) == Counter(parameter.shape for parameter in model.parameters()):
         raise ValueError(
-            "the optimizer holds none of the model's parameters: pass the optimizer that trains this model"
+            "the optimizer holds none of the model's parameters, but others of the same shapes: pass the model that "
+            "the optimizer was created with, not a copy of it. Master weights that a loop copies into its model are "
+            "not recorded: keep the model itself in float32, and train it under autocast"
         )
+    raise ValueError("the optimizer holds none of the model's parameters: pass the optimizer that trains this model")
 
 
 def as_plain(attributes: Any) -> Any:

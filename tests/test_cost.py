@@ -235,6 +235,16 @@ def test_what_torch_prunes_is_counted_as_gone() -> None:
     assert cost.multiply_adds == 36 * 16 + 116 * 4 + 72
 
 
+def test_a_parameter_named_as_torch_names_what_it_prunes_is_one_of_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False))
+    model[2].weight_orig = nn.Parameter(torch.ones_like(model[2].weight))  # no forward pass reads it
+    first = {"0.weight": torch.ones(4, 1, 3, 3, dtype=torch.bool)}
+    first["0.weight"][0] = False
+    cost = network_cost(model, (1, 8, 8), first)
+    assert cost.parameters == 3 * 9 + 2 * 3 * 9 + 2 * 4 * 9
+    assert cost.multiply_adds == 3 * 9 * 36 + 2 * 3 * 9 * 16
+
+
 def test_a_weight_that_is_computed_from_another_reads_no_silent_channel() -> None:
     model = bare()
     nn.utils.parametrizations.spectral_norm(model[2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter, is_
@@ -14,29 +13,7 @@ from torch import Tensor, nn
 from ..quantities import Vectors, sums
 from .blocks import Layout, Vector
 from .masks import parameter_masks
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name before compilation, a parametrization or torch.nn.utils.prune made it ``conv.weight_orig``."""
-    return _plainer(_uncompiled(name))[0]
-
-
-def _plainer(name: str) -> list[str]:
-    """The plain name, and that of what was pruned before it was parametrized."""
-    pruned = name.removesuffix("_orig")
-    plain = re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", pruned)
-    return [plain if plain == pruned else plain.removesuffix("_orig"), plain]
-
-
-def _uncompiled(name: str) -> str:
-    return name.replace("_orig_mod.", "")
-
-
-def _plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The plain name of each parameter of a model; where that is another's own name, both keep their own."""
-    own = {name: _uncompiled(name) for name in names}
-    taken = set(own.values())
-    return {name: next((one for one in _plainer(own[name]) if one not in taken), own[name]) for name in own}
+from .parameter_names import plain_name, plain_names
 
 
 def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -69,7 +46,7 @@ class Layers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._known = list(_plain_names(name for name, _ in model.named_parameters()).values())
+        self._known = list(plain_names(name for name, _ in model.named_parameters()).values())
         owners = [name.rpartition(".")[0] or "(root)" for name in self._known]
         self.names = list(dict.fromkeys(owners))
         self.layer_of_parameter = [self.names.index(owner) for owner in owners]
@@ -107,7 +84,7 @@ class Layers:
         slots = [(table, key, value) for table in self._tables for key, value in table.items()]
         self._slots = [[slot[part] for slot in slots] for part in range(3)]  # tables, keys, values
         named = dict(self._model.named_parameters())
-        self._plain = _plain_names(named)
+        self._plain = plain_names(named)
         found = {self._plain[name]: (name, parameter) for name, parameter in _held(named).items()}
         if added := [name for name in found if name not in self._known]:
             warnings.warn(f"parameters that were added after recording began are not recorded: {added}", stacklevel=5)

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..network.exchanged import exchanged
-from ..network.layers import plain_name
 from ..network.masks import parameter_masks
+from ..network.parameter_names import plain_names
 from ..network.wrappers import unwrap
 from ..probing.mode import mode_of
 from ..probing.moment import random_numbers_untouched
@@ -59,9 +59,10 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
             read.clear()
             _count(model, shape, _silence(model, keep))
     total, parameters, layers = counts[""], 0, {weight_of(layer): layer for layer in read}
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())
+    for (name, parameter), plain in zip(named.items(), plain_names(named).values(), strict=True):
         kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
-        layer = layers.get(plain_name(name))
+        layer = layers.get(plain)
         if layer is not None and parameter.shape == model.get_submodule(layer).weight.shape:
             kept = kept & weights_reading(model.get_submodule(layer), read[layer] | ~whole[layer])
             total -= counts[layer] * (1 - kept.sum().item() / kept.numel())

@@ -168,7 +168,7 @@ def test_a_measure_has_one_style_in_all_panels_and_in_the_legend(runs: dict[str,
             text.get_text(): {(to_hex(handle.get_color()), handle.get_marker())}
             for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
         }
-        assert styles.keys() - {"pruning"} == {"random", "taylor", "fisher"}
+        assert styles.keys() - {"pruning"} == {"random", "Taylor", "Fisher"}
         styles.pop("pruning", None)
         for line in (line for ax in figure.axes for line in ax.lines if line.get_label() in styles):
             styles[line.get_label()].add((to_hex(line.get_color()), line.get_marker()))

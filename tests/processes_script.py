@@ -43,8 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dynamics import Recorder
 from dynamics.loop import processes
 from dynamics.loop.moments import Moments
+from dynamics.measuring.step import Measurement
 from dynamics.pruning import Pruner
-from dynamics.recording.step import Measurement
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)

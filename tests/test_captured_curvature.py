@@ -16,9 +16,9 @@ from networks import Batch, convolutional_network, images, plain_step, recorded,
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
+from dynamics.measuring.captured_curvature import CapturedCurvature
 from dynamics.network.masks import apply_masks
 from dynamics.probing.objective import cross_entropy_objective
-from dynamics.recording.captured_curvature import CapturedCurvature
 
 
 class Again:

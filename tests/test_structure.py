@@ -29,6 +29,7 @@ FLOORS = {  # from the ground: whatever stands on one may import what stands bel
         {"curvature"},
         {"probing"},
         {"loop"},
+        {"measuring"},
         {"recording"},
         {"pruning"},
         {"experiments", "frameworks"},

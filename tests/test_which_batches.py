@@ -15,8 +15,8 @@ from networks import Batch, convolutional_network, images, one_ahead, smooth_net
 from torch import nn
 
 from dynamics import Recorder, open_run
+from dynamics.measuring.probed_step import ProbedStep
 from dynamics.probing.probe import Probe
-from dynamics.recording.probed_step import ProbedStep
 
 
 def halves(model: nn.Module, batch: Batch) -> list[torch.Tensor]:

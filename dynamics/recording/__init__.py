@@ -1,1 +1,1 @@
-"""Recording a training loop: attached to its optimizers, measuring around its steps and events, writing rows."""
+"""Recording a training loop: attached to its optimizers, writing rows of its steps, events and epochs."""

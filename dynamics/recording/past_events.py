@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
 from ..record.store import Store
 from ..schema import STUDIES
-
-if TYPE_CHECKING:
-    from .event import Event
 
 Coordinates = Mapping[str, np.ndarray]
 
@@ -44,14 +40,21 @@ class PastEvents:
         studied = {node: found for node in STUDIES if (found := store.coordinates(node))}
         return cls(count, store.texts("pruning"), list(labels), studied, _sparsity(store, count))
 
-    def and_now(self, described: Mapping[str, float | str], event: Event, *, pruned: bool) -> PastEvents:
+    def and_now(
+        self,
+        described: Mapping[str, float | str],
+        units: Sequence[tuple[str, int]],
+        studies: Mapping[str, xr.Dataset],
+        *,
+        pruned: bool,
+    ) -> PastEvents:
         """These and one more."""
         return replace(
             self,
             count=self.count + 1,
             texts={**self.texts, **{name: isinstance(value, str) for name, value in described.items()}},
-            units=event.unit_labels() or self.units,
-            studied={**self.studied, **{node: coordinates(study) for node, study in event.studies.items()}},
+            units=units or self.units,
+            studied={**self.studied, **{node: coordinates(study) for node, study in studies.items()}},
             sparsity=described.get("sparsity", self.sparsity) if pruned else self.sparsity,
         )
 

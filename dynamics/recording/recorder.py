@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from ..loop.batches import Batches
 from ..loop.groups import Groups
 from ..loop.processes import Processes
+from ..measuring.probed_step import ProbedStep
+from ..measuring.step import Measurement
+from ..measuring.step_curvature import StepCurvature
 from ..network.hooks import hooks_asleep
 from ..network.layers import Layers
 from ..network.wrappers import unwrap
@@ -45,11 +48,8 @@ from .epochs import Epochs, Pass
 from .event import Event
 from .events import Events
 from .flow_times import FlowTimes
-from .probed_step import ProbedStep
 from .resuming import begin
 from .rows import Rows
-from .step import Measurement
-from .step_curvature import StepCurvature
 from .steps import Steps, anyone_measures
 from .termination import on_termination
 from .watched import Watched, watched
@@ -136,7 +136,7 @@ class Recorder:
         store, *known = processes.first(lambda: begin(path, origin, present, resume, step)) or (None,)
         place, past = processes.told(known)
         try:
-            measurement.start_from(store, place)
+            measurement.start_from(store, place.step, begins=place.begins)
         except BaseException:
             if store is not None:
                 store.close()

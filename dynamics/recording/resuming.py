@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..measuring.present import Present
 from ..record.store import Store
 from ..schema import STUDIES
 from .flow_times import FlowTimes
@@ -38,22 +39,6 @@ class Place:
     def begins(self) -> bool:
         """Whether the record begins here: no step and no event is before it."""
         return not (self.rows or self.events)
-
-
-@dataclass(frozen=True)
-class Present:
-    """What the model is now: names of its layers, ‖θ‖² of each, (layer,), and the rounding error of its type.
-
-    ``first`` is the layer of the first parameter group, ``flow_step`` the flow time of that group's step; ``remaining``
-    counts the parameters of each layer that are not pruned, (layer,).
-    """
-
-    layers: list[str]
-    sqnorm: np.ndarray
-    rounding: float
-    first: int
-    flow_step: float
-    remaining: np.ndarray
 
 
 class Counted(int):

@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import named
 from ..loop.batches import Batches
 from ..loop.groups import Group, Groups
+from ..measuring.step import Measurement
+from ..measuring.step_curvature import StepCurvature
 from .epochs import Epochs
 from .flow_times import FlowTimes
 from .resuming import Place
 from .rows import Rows
-from .step import Measurement
-from .step_curvature import StepCurvature
 
 _FIRST_ORDER = "first-order quantities"
 

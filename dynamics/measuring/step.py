@@ -17,7 +17,7 @@ from ..network.blocks import Vector
 from ..network.layers import Layers
 from ..quantities import FORMULAS, Vectors
 from ..record.store import Store
-from .resuming import Place, Present
+from .present import Present
 
 
 class Measurement:
@@ -46,22 +46,21 @@ class Measurement:
         first, flow_step = self._groups.first()
         return Present(self._layers.names, sqnorm, rounding, first, flow_step, self._layers.remaining())
 
-    def start_from(self, store: Store | None, place: Place) -> None:
+    def start_from(self, store: Store | None, step: int, *, begins: bool) -> None:
         """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
         if "distance_sqnorm" not in self._names:
             return
         self._start = self._first_start = self._layers.theta(self._layers.zeros())
         alone = store is not None and not self._processes.sharded
-        if place.begins and alone:
+        if begins and alone:
             store.keep(self._name_of_start(), self._start.blocks.cpu().numpy())
-        elif not place.begins:
+        elif not begins:
             kept = store.kept(self._name_of_start()) if alone else None
             known = kept is not None and kept.shape == tuple(self._start.blocks.shape)
             self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
             if store is not None and not known:
                 warnings.warn(
-                    f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {place.step} on: {store.path} holds no θ₀ of these "
-                    "layers",
+                    f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {step} on: {store.path} holds no θ₀ of these layers",
                     stacklevel=3,
                 )
 

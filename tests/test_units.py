@@ -1,5 +1,6 @@
 """What goes with a filter: all that its channel runs through alone, and nothing that it shares."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ from prunable import NETWORKS, goes_with, parameters_with
 from torch import Tensor, nn
 
 from dynamics.models import build
+from dynamics.pruning import Pruner, network_cost
 from dynamics.pruning.candidates.units import unit_layers
 
 PUBLISHED = {"vgg13": (10, 2944), "mobilenet_v1": (14, 5984), "resnet56": (57, 2128)}
@@ -23,6 +25,23 @@ def test_the_published_networks_have_so_many_filters(name: str) -> None:
 def test_modules_that_go_with_a_filter(name: str) -> None:
     model = NETWORKS[name]() if name in NETWORKS else build(name, num_classes=10, width=0.1)
     assert {layer.name: list(layer.modules) for layer in unit_layers(model)} == goes_with(model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_normalisation_over_processes_goes_with_a_filter_as_any_other(name: str) -> None:
+    plain = NETWORKS[name]()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter += 0.1 * torch.rand_like(parameter)  # β is no zero
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    assert {layer.name: list(layer.modules) for layer in unit_layers(synchronised)} == goes_with(plain)
+    costs, outputs = [], []
+    for model in (plain, synchronised.eval()):
+        Pruner(model, None, "bn_scale").prune(0.5)
+        costs.append(network_cost(model, (1, 32, 32)))
+        outputs.append(model.eval()(torch.ones(2, 1, 32, 32)))
+    assert costs[0] == costs[1]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet56"])

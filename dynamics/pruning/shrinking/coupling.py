@@ -20,7 +20,6 @@ from ...network.masks import parameter_masks
 from ...probing.batch import mapped
 from ..candidates.channels import NORMALISATIONS, is_depthwise
 
-_NORMALISATIONS = (*NORMALISATIONS, nn.SyncBatchNorm)
 _POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdaptiveAvg") for dims in (1, 2, 3)]
 _ACTIVATIONS = ["Relu", "LeakyRelu", "RreluWithNoise", "Hardtanh", "Elu", "Celu", "Gelu", "Silu", "Mish", "Hardswish"]
 _ACTIVATIONS += ["Tanh", "Abs", "Softshrink", "Hardshrink"]
@@ -80,7 +79,7 @@ def silent_units(model: nn.Module) -> dict[str, Tensor]:
     masks = parameter_masks(model)
     silent = {}
     for name, module in model.named_modules():
-        if is_layer(module) or isinstance(module, _NORMALISATIONS):
+        if is_layer(module) or isinstance(module, NORMALISATIONS):
             prefix = f"{name}." if name else ""
             leaves = [f"{prefix}{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
             pruned = [~masks[leaf].reshape(len(masks[leaf]), -1).any(1) if leaf in masks else None for leaf in leaves]
@@ -155,7 +154,7 @@ def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
         return f"the parameter {graph._param_to_name[module]!r}", False
     if module in graph._module2name:
         plain = is_layer(module) and (getattr(module, "groups", 1) == 1 or is_depthwise(module))
-        known = plain or isinstance(module, (*_NORMALISATIONS, nn.PReLU))
+        known = plain or isinstance(module, (*NORMALISATIONS, nn.PReLU))
         return f"{graph._module2name[module]!r} ({module})", known
     operation = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
     of_a_weight = operation == "TBackward0" and not node.inputs  # as a linear layer transposes its own

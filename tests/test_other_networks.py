@@ -207,6 +207,66 @@ def test_a_convolution_called_twice_goes_with_all_that_follows_it() -> None:
     assert layer.summed
 
 
+class Separable(nn.Module):
+    """A depthwise convolution that reads what ``between`` makes of normalised channels."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], count: int = 6) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, count, 1), nn.BatchNorm2d(count)
+        self.depthwise, self.after = nn.Conv2d(count, count, 3, groups=count, padding=1), nn.BatchNorm2d(count)
+        self.last, self.head = nn.Conv2d(count, 4, 1), nn.Linear(4, 2)
+        self.between = between
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.after(self.depthwise(self.between(self.norm(self.first(inputs)))))
+        return self.head(F.relu(self.last(F.relu(hidden))).mean((2, 3)))
+
+
+ZERO_STAYS_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
+    "padded by zeros": lambda x: F.pad(F.relu(x), (0, 1, 0, 1)),
+    "padded by its own": lambda x: F.pad(x, [1, 1, 1, 1], mode="reflect"),
+    "a reflecting layer": nn.ReflectionPad2d(1),
+    "a layer of zeros": nn.ConstantPad2d(1, 0.0),
+    "hard swish by hand": lambda x: x * F.relu6(x + 3) / 6,
+    "a multiple": lambda x: torch.div(-0.5 * x, 3),
+    "ReLU6 by hand": lambda x: x.clamp(0, 6),
+    "ReLU by hand": lambda x: torch.clamp(x, min=0),
+    "gated by others": lambda x: x * x.mean((2, 3), keepdim=True),
+    "another type": lambda x: x.double(),
+    "a function": lambda x: F.celu(F.dropout3d(x.abs())),
+}
+
+
+@pytest.mark.parametrize("case", ZERO_STAYS_ZERO)
+def test_a_depthwise_filter_goes_with_its_channel_through_all_that_leaves_zero_zero(case: str) -> None:
+    model, inputs = Separable(ZERO_STAYS_ZERO[case]), torch.randn(4, 3, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    outputs: list[Tensor] = []
+    model.after.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+
+    def step() -> None:
+        F.cross_entropy(model(inputs), torch.arange(4) % 2).backward()
+        optimizer.step()
+
+    step()
+    gone = ~Pruner(model, optimizer, "magnitude").prune(0.4).alive["first"]
+    step()
+    model.eval()(inputs)
+    assert gone.any()
+    assert (outputs[-1][:, gone] == 0).all()
+    assert (outputs[-1][:, ~gone] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda x: F.pad(x, (1, 1), value=1.0), lambda x: 1 / x, lambda x: x.clamp(0.1, 6), lambda x: F.pad(x, [0] * 6)],
+    ids=["padded by ones", "a divisor", "clamped above zero", "padded channels"],
+)
+def test_what_makes_something_of_zero_ends_what_goes_with_a_filter(between: Callable[[Tensor], Tensor]) -> None:
+    first, last = unit_layers(Separable(between))
+    assert (first.modules, last.modules) == (("first", "norm"), ("last",))
+
+
 class Optional(nn.Module):
     """A network that can do else than it does, if asked."""
 

@@ -26,25 +26,36 @@ _ALONE = (
     nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d,
     nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d,
-    nn.ZeroPad3d, nn.Flatten,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.Flatten, nn.ReflectionPad1d,
+    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _LIFTS = (
     nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin,
     nn.AlphaDropout, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
     nn.InstanceNorm3d, nn.RMSNorm,
 )  # fmt: skip
 _ALONE_FUNCTIONS: frozenset[Callable] = frozenset({
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.hardtanh, F.tanh,
-    F.dropout, F.dropout2d, F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, torch.relu, torch.relu_, torch.tanh, torch.flatten,
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.rrelu, F.prelu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish,
+    F.hardswish, F.hardtanh, F.tanh, F.softsign, F.tanhshrink, F.softshrink, F.hardshrink, F.dropout, F.dropout1d,
+    F.dropout2d, F.dropout3d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d, F.interpolate, operator.neg, torch.neg, torch.abs, torch.square, torch.relu, torch.relu_,
+    torch.tanh, torch.flatten,
 })  # fmt: skip
 _LIFTING_FUNCTIONS: frozenset[Callable] = frozenset({
     F.sigmoid, F.hardsigmoid, F.logsigmoid, F.softplus, F.softmax, F.log_softmax, F.group_norm, F.layer_norm,
     F.batch_norm, F.instance_norm, torch.sigmoid, torch.softmax, torch.exp, torch.cos,
 })  # fmt: skip
-_ALONE_METHODS = ("relu", "relu_", "tanh", "contiguous", "clone", "flatten")
+_ALONE_METHODS = (
+    "relu", "relu_", "tanh", "neg", "abs", "square", "contiguous", "clone", "flatten", "to", "float", "double", "half",
+    "bfloat16",
+)  # fmt: skip
 _LIFTING_METHODS = ("sigmoid", "softmax", "exp")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
+_QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide")
+_CLAMPS = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
 _SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
 
 
@@ -56,6 +67,8 @@ def is_depthwise(module: nn.Module | None) -> bool:
 
 def does(node: fx.Node, module: nn.Module | None) -> str:
     """ "alone", "ends" or "lifts": what an operation that is neither depthwise nor BatchNorm does to a channel."""
+    if isinstance(module, _CONSTANT_PADS):
+        return "lifts" if module.value else "alone"
     if node.op == "call_module":
         return "alone" if isinstance(module, _ALONE) else "lifts" if isinstance(module, _LIFTS) else "ends"
     if node.op == "call_function":
@@ -63,6 +76,24 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     else:
         alone, lifts = node.target in _ALONE_METHODS, node.target in _LIFTING_METHODS
     return "alone" if alone else "lifts" if lifts else "ends"
+
+
+def scales(node: fx.Node, source: fx.Node) -> bool:
+    """Whether an operation multiplies each channel of the source by something, or divides it, or clamps it around 0."""
+    if node.target in _CLAMPS:
+        ends = _given(node, "min", "max")
+        low, high = ends.get("min") or 0, ends.get("max") or 0
+        return all(isinstance(end, int | float) for end in (low, high)) and low <= 0 <= high
+    return node.target in _PRODUCTS or (
+        node.target in _QUOTIENTS and source not in (*node.args[1:], *node.kwargs.values())
+    )
+
+
+def pads(node: fx.Node, layer: nn.Module) -> bool:
+    """Whether an operation pads the pixels of a convolution's channels, by zeros or their own."""
+    given = _given(node, "pad", "mode", "value") if node.target is F.pad else {}
+    widths = given.get("pad")
+    return isinstance(widths, tuple | list) and len(widths) <= 2 * (layer.weight.ndim - 2) and not given.get("value")
 
 
 def pools(node: fx.Node, layer: nn.Module) -> bool:

@@ -19,7 +19,19 @@ from ...network.masks import filters_left
 from ...network.structure import check_initialised, check_whole
 from ...probing.activations import activations_stay
 from ...probing.mode import mode_of
-from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, does, is_depthwise, is_sum, lays_out, pools
+from .channels import (
+    CONVOLUTIONS,
+    LAYERS,
+    NORMALISATIONS,
+    TRANSPOSED,
+    does,
+    is_depthwise,
+    is_sum,
+    lays_out,
+    pads,
+    pools,
+    scales,
+)
 from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading, within
 
 
@@ -198,7 +210,7 @@ def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, lai
             _follow(model, user, layer, way, laid_out=laid_out)
         elif is_sum(user):
             way.summed = True
-        elif user.op != "output" and (effect := "alone" if pools(user, layer) else does(user, module)) != "ends":
+        elif user.op != "output" and (effect := _effect(user, node, module, layer, laid_out=laid_out)) != "ends":
             if effect == "lifts":
                 what = user.target if isinstance(user.target, str) else user.target.__name__
                 kind = f" ({type(module).__name__})" if module is not None else ""
@@ -209,6 +221,12 @@ def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, lai
                 _follow(model, user, layer, way, laid_out=laid_out or lays_out(user, module))
         elif isinstance(module, LAYERS):
             way.readers[user.target] = laid_out
+
+
+def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Module, *, laid_out: bool) -> str:
+    """What the user of a node does to each of a layer's channels that come from there: see :func:`does`."""
+    alone = pools(user, layer) or scales(user, node) or (not laid_out and pads(user, layer))
+    return "alone" if alone else does(user, module)
 
 
 def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:

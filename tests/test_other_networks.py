@@ -57,6 +57,35 @@ def test_the_classes_of_a_convolutional_head_never_go() -> None:
     assert alive["classifier.1"].all()
 
 
+class Cosine(nn.Linear):
+    """A classifier with a forward pass of its own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self.weight.dtype)
+        return 5 * F.linear(F.normalize(inputs), F.normalize(self.weight))
+
+
+class Projected(nn.Module):
+    """A classifier that is a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.normalize(inputs) @ F.normalize(self.matrix, dim=0)
+
+
+@pytest.mark.parametrize("head", [lambda: Cosine(6, 3), Projected], ids=["a function", "a matrix"])
+def test_what_a_classifier_of_its_own_code_reads_may_go(head: Callable[[], nn.Module]) -> None:
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *pooled, nn.Linear(8, 6), nn.ReLU(), head())
+    alive = Pruner(model, None, "magnitude").prune(0.5).alive
+    assert {name: len(kept) for name, kept in alive.items()} == {"0": 8, "4": 6}
+    convolutional = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *pooled, head())
+    assert Pruner(convolutional, None, "magnitude").prune(0.5).alive["0"].sum() == 3
+
+
 def test_hidden_neurons_are_filters_and_the_classes_are_not() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     one = [(torch.randn(7, 4), torch.arange(7) % 3)]
@@ -121,6 +150,24 @@ def tied() -> nn.Sequential:
     return model
 
 
+class Standardised(nn.Conv2d):
+    """A convolution with a forward pass of its own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.conv2d(inputs, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Autoencoder(nn.Module):
+    """The weight of its encoder is the decoder's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(5, 4), nn.Linear(5, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(F.linear(torch.tanh(self.encoder(inputs)), self.encoder.weight.t()))
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "untraceable": (Branching, r"Branching cannot be traced by torch\.fx"),
     "grouped": (lambda: chain(nn.Conv2d(4, 4, 1, groups=2)), r"layer '1' has 2 groups: only plain and depthwise"),
@@ -141,6 +188,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "layer 'first' feeds into 'shared', and so do other channels; to",
     ),
     "tied": (tied, "layer '1' shares its weight with '2'"),
+    "tied by its code": (Autoencoder, "^layer 'encoder' has a weight that the model's own code uses: what goes"),
+    "of its own code": (lambda: chain(Standardised(4, 4, 1)), "^layer '1' has a weight that the model's own code uses"),
     "parametrized": (
         lambda: chain(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))),
         "layer '1' has a weight that is computed from others",

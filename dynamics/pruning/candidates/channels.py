@@ -7,7 +7,7 @@ operation is not known here; zeros go in. ``lifts``: zero becomes something else
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -59,6 +59,12 @@ _CLAMPS = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
 _SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
 
 
+_LAYER_FUNCTIONS = (
+    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    operator.matmul, torch.matmul, torch.mm, "matmul", "mm",
+)  # fmt: skip
+
+
 def is_depthwise(module: nn.Module | None) -> bool:
     """Whether a module is a convolution with one filter a channel, even if only one is left."""
     of_one_each = isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels
@@ -76,6 +82,18 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     else:
         alone, lifts = node.target in _ALONE_METHODS, node.target in _LIFTING_METHODS
     return "alone" if alone else "lifts" if lifts else "ends"
+
+
+def is_layer_of(node: fx.Node, weights: Collection[fx.Node]) -> bool:
+    """Whether an operation is a layer as a function, of one of these weights and something that is none of them."""
+    inputs = node.all_input_nodes
+    return node.target in _LAYER_FUNCTIONS and 0 < sum(one in weights for one in inputs) < len(inputs)
+
+
+def is_about(node: fx.Node) -> bool:
+    """Whether an operation asks for a tensor's type, device or shape, and not for its numbers."""
+    asked = node.args[1] if node.target is getattr else node.target
+    return asked in ("dtype", "device", "shape", "ndim", "size", "dim", "numel")
 
 
 def scales(node: fx.Node, source: fx.Node) -> bool:

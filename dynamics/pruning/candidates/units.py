@@ -9,7 +9,7 @@ layer are filters too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -25,7 +25,9 @@ from .channels import (
     NORMALISATIONS,
     TRANSPOSED,
     does,
+    is_about,
     is_depthwise,
+    is_layer_of,
     is_sum,
     lays_out,
     pads,
@@ -81,10 +83,10 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
 
     Raises:
         ValueError: the model cannot be traced, has nothing to prune, ``protected`` names no layer of it, or a layer
-            cannot be pruned safely: one with groups, a transposed one, one whose weight is shared or computed from
-            others, or one whose channels run into what would not be silent for a silenced filter (a sigmoid, a
-            normalisation other than BatchNorm, a BatchNorm without γ and β or one shared with other channels), or that
-            is inside a module which tracing does not open (torch's TransformerEncoder).
+            cannot be pruned safely: one with groups, a transposed one, one whose weight is shared, computed from others
+            or used by the model's own code, or one whose channels run into what would not be silent for a silenced
+            filter (a sigmoid, a normalisation other than BatchNorm, a BatchNorm without γ and β or one shared with
+            other channels), or that is inside a module which tracing does not open (torch's TransformerEncoder).
     """
     check_initialised(model)
     check_whole(model, "prune")
@@ -94,12 +96,22 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(node.target, []).append(node)
+    weights = _weights(graph)
+    taken = {node.target: node for node in weights if node.op == "get_attr" and not all(map(is_about, node.users))}
     layers, refusals = [], []
     for name, module in model.named_modules():
-        if not isinstance(module, LAYERS) or name not in calls or name in protected or is_depthwise(module):
+        by_itself = taken.get(weight_of(name)) if name else None
+        if not isinstance(module, LAYERS) or name in protected or not (name in calls or by_itself):
             continue
-        head = any(_reaches_output(model, node) for node in calls[name])
-        if isinstance(module, nn.Linear) and head:
+        head = any(_reaches_output(model, node, weights) for node in calls.get(name, [by_itself]))
+        if head and (isinstance(module, nn.Linear) or name not in calls):
+            continue
+        if by_itself:
+            refusals.append(
+                f"layer {name!r} has a weight that the model's own code uses: what goes with it is not known"
+            )
+            continue
+        if is_depthwise(module):
             continue
         way = _Way()
         for node in calls[name]:
@@ -237,20 +249,30 @@ def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
     return type(reader) is type(layer) and inputs == filters
 
 
-def _reaches_output(model: nn.Module, node: fx.Node) -> bool:
+def _reaches_output(model: nn.Module, node: fx.Node, weights: Collection[fx.Node]) -> bool:
     """Whether what the node gives comes out of the network without another layer in between."""
-    waiting, seen = list(node.users), set()
+    waiting, seen = [(node, user) for user in node.users], set()
     while waiting:
-        user = waiting.pop()
-        if user in seen:
+        source, user = waiting.pop()
+        if user in seen or (source not in weights and is_layer_of(user, weights)):
             continue
         seen.add(user)
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         if user.op == "output":
             return True
         if not isinstance(module, LAYERS) or is_depthwise(module):
-            waiting.extend(user.users)
+            waiting.extend((user, after) for after in user.users)
     return False
+
+
+def _weights(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes that are made of the network's own tensors alone, in their order."""
+    weights: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        made = bool(node.all_input_nodes) and all(one in weights for one in node.all_input_nodes)
+        if node.op == "get_attr" or (made and node.op != "output"):
+            weights[node] = None
+    return weights
 
 
 def _unseen(model: nn.Module, calls: Iterable[str], protected: Iterable[str]) -> list[str]:

@@ -306,6 +306,34 @@ def test_a_depthwise_filter_goes_with_its_channel_through_all_that_leaves_zero_z
     assert (outputs[-1][:, ~gone] != 0).any()
 
 
+class Product(nn.Module):
+    """Two convolutions whose product is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.last, self.head = nn.Conv2d(6, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        product = self.norm(self.first(inputs) * torch.tanh(self.second(inputs)))
+        return self.head(F.relu(self.last(product)).mean((2, 3)))
+
+
+def test_a_channel_that_is_a_product_goes_with_the_filters_of_either_factor() -> None:
+    model, batches = Product(), data(8)
+    with torch.no_grad():
+        model.norm.bias.fill_(1.0)
+    alive = Pruner(model, None, "random", seed=0).prune(0.5, batches).alive
+    left = alive["first"] & alive["second"]
+    assert not torch.equal(left, alive["first"])
+    assert not torch.equal(left, alive["second"])
+    assert torch.equal(parameter_masks(model)["norm.bias"], left)
+    assert torch.equal(model.norm.bias != 0, left)
+    weights = model.last.weight.detach() * left.view(1, 6, 1, 1)  # those that read a channel that is left
+    found = scores(model, None, "magnitude")["last"]
+    torch.testing.assert_close(found, weights.square().sum((1, 2, 3)).sqrt(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     "between",
     [lambda x: F.pad(x, (1, 1), value=1.0), lambda x: 1 / x, lambda x: x.clamp(0.1, 6), lambda x: F.pad(x, [0] * 6)],

@@ -165,7 +165,8 @@ def masks_of(
         for owned in [weight_of(name)] if layer is None else layer.parameter_names(model):
             parameter = model.get_parameter(owned)
             per_unit = kept.to(parameter.device).view(*kept.shape, *[1] * (parameter.ndim - kept.ndim))
-            masks[owned] = per_unit.expand_as(parameter)
+            mask = per_unit.expand_as(parameter)
+            masks[owned] = masks[owned] & mask if owned in masks else mask  # a product has its filters of two layers
     return masks
 
 
@@ -180,7 +181,8 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
         left = filters_left(model, layer.name)
         for reader in layer.readers if not left.all() else ():
             module = model.get_submodule(reader)
-            found[reader] = weights_reading(module, left.repeat_interleave(module.weight.shape[1] // len(left)))
+            weights = weights_reading(module, left.repeat_interleave(module.weight.shape[1] // len(left)))
+            found[reader] = found[reader] & weights if reader in found else weights
     return found
 
 

@@ -123,10 +123,9 @@ class Stage:
         self.grad = self._vector(expansion.grad)
         self._hess_grad = self.hessian_product(self.grad)
 
-    def is_as(self, other: Stage) -> bool:
-        """Whether parameters, masks and loss are the same: masks may be in buffers, which the loss shows."""
-        pairs = [(self.theta, other.theta), (self.kept, other.kept), (self.loss, other.loss)]
-        return all(torch.equal(*pair) for pair in pairs)
+    def has_parameters_of(self, other: Stage) -> bool:
+        """Whether the parameters, and which of their entries are not pruned, are the same."""
+        return torch.equal(self.theta, other.theta) and torch.equal(self.kept, other.kept)
 
     def _vector(self, tensors: list[Tensor]) -> Tensor:
         return self._layers.vector(dict(zip(self._names, self._processes.mean(tensors), strict=True)))

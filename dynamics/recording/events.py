@@ -73,10 +73,12 @@ class Events:
                 "pruning on the same batches in all processes"
             )
         idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing was to go
-        if kind == "prune" and not idle and before.is_as(after):
+        if kind == "prune" and not idle and before.has_parameters_of(after):
             warnings.warn(
-                f"the pruning before step {self._steps.number} changed nothing in the model: prune the model that "
-                "the recorder was given, not a copy of it, with masks or in place",
+                f"the pruning before step {self._steps.number} changed no parameter, so nothing counts as removed and "
+                "predictions are 0: prune the model that the recorder was given, not a copy of it, with "
+                "torch.nn.utils.prune, apply_masks or in place; a mask that the forward pass itself applies is not "
+                "seen",
                 stacklevel=5,  # behind two context managers
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}

@@ -1,4 +1,4 @@
-"""Counts backward passes: how many there were, and how many have added up in the present gradients."""
+"""Counts backward passes: how many there were, and how many are accumulated in the present gradients."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.autograd import Variable
 
 
 class BackwardPasses:
-    """The backward passes that arrive at parameters, counted at few of them: to count at each would cost time.
+    """The backward passes that arrive at parameters, counted at a few of these, because hooks on all would cost time.
 
-    ``parameters`` says which are trained now: gradients of others are nobody's, and never set to zero, say. Those that
-    are ``averaged`` over replicas change once more as a backward pass ends.
+    ``parameters`` lists those that are trained now: nobody need ever set the gradients of others to zero. Gradients
+    that are ``averaged`` over replicas are written once more when a backward pass ends.
 
-    From the first step on these are the first and the last to which gradients came. Where none came to either, for
-    they are frozen or of another part of the network, all are looked at once more, and one of those that have is added.
+    From the first step on, the first and the last parameter that got gradients are counted at. When neither gets any,
+    because both are frozen or in another part of the network, all are watched for one more step, and one that gets
+    gradients is added.
     """
 
     def __init__(self, parameters: Callable[[], Sequence[nn.Parameter]], *, averaged: bool = False) -> None:
         self._parameters, self._averaged = parameters, averaged
-        self._before = 0  # the last step
+        self._before = 0  # backward passes until the last step
         self._counters: list[_Counter] = []
         self._chosen: list[_Counter] = []
         self._look_at_all()
@@ -33,23 +34,23 @@ class BackwardPasses:
 
     @property
     def total(self) -> int:
-        """How many there were so far."""
+        """How many backward passes there were so far."""
         return self._before + max((counter.arrived for counter in self._counters), default=0)
 
     @property
     def count(self) -> int:
-        """How many the gradients that are there now come from; 0 where that is not known, or there are none."""
+        """How many backward passes are accumulated in the present gradients; 0 if unknown, or if there are none."""
         arrived = [counter.count for counter in self._counters if counter.arrived and counter.count]
         return max(arrived, default=next((counter.count for counter in self._counters if counter.count), 0))
 
     @property
     def wasted(self) -> int:
-        """How many came since the last step whose gradients are gone."""
+        """How many backward passes since the last step had their gradients discarded."""
         return max(self.total - self._before - self.count, 0)
 
     @property
     def pending(self) -> bool:
-        """Whether one came since the last step."""
+        """Whether a backward pass came since the last step."""
         return any(counter.arrived for counter in self._counters)
 
     @property
@@ -58,7 +59,7 @@ class BackwardPasses:
         return all(counter.parameter.grad is None for counter in self._counters)
 
     def stepped(self) -> None:
-        """A step is taken of the gradients that are there."""
+        """A step is taken with the present gradients."""
         self.choose()
         self._before = self.total
         for counter in self._counters:
@@ -67,7 +68,7 @@ class BackwardPasses:
             self._look_at_all()
 
     def choose(self) -> None:
-        """Count at few parameters from now on, if gradients have come."""
+        """Count at few parameters from now on, if gradients have arrived."""
         if len(self._counters) <= len(self._chosen):
             return
         arrived = [counter for counter in self._counters if counter.arrived]
@@ -87,13 +88,13 @@ class BackwardPasses:
         ]
 
     def close(self) -> None:
-        """Count no more."""
+        """Remove all hooks."""
         for counter in self._counters:
             counter.remove()
 
 
 class _Counter:
-    """Counts the backward passes that have added up in a parameter's gradient; ``arrived``: since the last step."""
+    """Counts the backward passes accumulated in a parameter's gradient; ``arrived`` counts all since the last step."""
 
     def __init__(self, parameter: nn.Parameter, *, averaged: bool) -> None:
         self.parameter, self._averaged = parameter, averaged
@@ -104,19 +105,19 @@ class _Counter:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the parameter has no part in what is trained right now."""
+        """Whether the parameter is not being trained: it is frozen, or has no gradient."""
         return self.parameter.grad is None or not self.parameter.requires_grad
 
     def _arrived(self, parameter: Tensor) -> None:
         grad: Any = parameter.grad
         self.arrived += 1
         if grad is None or grad.layout is not torch.strided or grad.requires_grad:
-            self.count = 0  # gone already, or a new tensor at each pass: it does not tell
+            self.count = 0  # set to None already, or a new tensor at each pass: impossible to tell
             return
         gone = self._before is None or self._before[0]() is not grad or self._before[1] + 1 != grad._version
         self.count = 1 if gone else self.count + 1
         self._has_come()
-        if self._averaged:  # by what begins to wait for the pass's end later than this, so that it waits once more
+        if self._averaged:  # DDP queues the callback that averages after ours, so ours queues itself again, behind it
             at_the_end = Variable._execution_engine.queue_callback
             at_the_end(lambda: at_the_end(self._has_come))
 

@@ -1,4 +1,4 @@
-"""Which batches a step is made of: those whose gradients are in ``.grad`` when the optimizer steps."""
+"""The batches that a step is made of: those whose gradients are in ``.grad`` when the optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .moments import Moments
 from .seen import Mark, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
-_IDLE = 128  # batches in a row whose gradients come to nothing
+_IDLE = 128  # batches in a row whose gradients lead to no step
 
 
 class Waiting(NamedTuple):
-    """Batches that wait for their step, the one that stays, and how many of them came from earlier passes."""
+    """A snapshot of :class:`Batches`: the batches that wait for their step, and the one that stays, if one does."""
 
     seen: list[Seen]
     staying: list[Any]
@@ -36,13 +36,13 @@ class Batches:
     """The batches seen since the last step whose gradients have not been discarded.
 
     Gradients accumulate over micro-batches, but the gradient of a skipped batch (by ``continue``, or by a gradient
-    scaler that found an infinity) is set to zero again. :meth:`candidates` says which batches the step may be made of;
-    the gradient decides. A batch that stays is used by all further steps until the next one is seen. ``asleep()`` says
-    whether a recorder is evaluating a model, so that what runs is not the loop.
+    scaler that found an infinity) is set to zero again. :meth:`candidates` lists the batches that the step may be made
+    of; the applied gradient decides among them. A batch that stays is used by all further steps until the next one is
+    seen. ``asleep()`` says whether a recorder is evaluating a model, so that forward passes are not the loop's.
 
     Attributes:
-        moments: those of the batches.
-        bystanders: the modules outside the model.
+        moments: the moments of the batches.
+        bystanders: the modules outside the model that run.
         told: whether any batch was seen so far.
     """
 
@@ -60,8 +60,8 @@ class Batches:
         self._seen: list[Seen] = []
         self._staying: list[Any] = []  # the batch that stays, if one does
         self._stays_surely = True
-        self._after_step: Moment | None = None  # from which a further step of the batch that stays may begin
-        self._of_epoch = 0
+        self._after_step: Moment | None = None  # from which a further step on the batch that stays may begin
+        self._of_epoch = 0  # how many of the batches seen came from earlier passes over the data
         self._ahead = 0  # how many batches the loop reads before it uses them
         self._stepped_at = 0  # the number of backward passes until the last step
         self._candidates: list[list[Seen]] = []
@@ -77,7 +77,7 @@ class Batches:
         return len(self._seen)
 
     def await_forward(self) -> None:
-        """Keep moments of forward passes until the step is taken; not of a compiled model: hooks slow it."""
+        """Keep the moments of forward passes until the step is taken; not of a compiled model, which hooks slow."""
         self._awaits = True
         for seen in self._seen:
             self.moments.keep(seen)
@@ -107,7 +107,7 @@ class Batches:
 
     @property
     def _present(self) -> Seen | None:
-        """The loop's present batch: the last before those that it reads ahead; None if that had its step."""
+        """The loop's present batch: the last before those that it reads ahead; None if its step was taken."""
         return self._seen[-1 - self._ahead] if len(self._seen) > self._ahead else None
 
     def _moment_of_last(self) -> Moment | None:
@@ -116,16 +116,16 @@ class Batches:
 
     @property
     def source(self) -> Any:
-        """The pass over the data that the step's last batch came from; None if that is not known."""
+        """The pass over the data that the step's last batch came from; None if unknown."""
         ours = [seen for seen in self._seen if not seen.only_evaluated] or self._seen
         return ours[-1].source if ours else None
 
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
-        """Add a batch, with what its step needs if it is ``due`` to be measured."""
+        """Add a batch; if its step is ``due`` to be measured, keep a copy of it and its moment."""
         self.told, self._reader = True, threading.get_ident()
-        if self._seen and self._seen[0].again and not self._backward.pending:  # a forward pass that led to nothing
+        if self._seen and self._seen[0].again and not self._backward.pending:  # without a backward pass
             self._seen = []
-        if self._backward.pending:  # it was that of the batch that stays
+        if self._backward.pending:  # the backward pass was that of the batch that stays
             self.repeat(due=False)
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
         without = len(self._seen) - self._ahead - self._backward.count
@@ -141,12 +141,12 @@ class Batches:
         self._see(batch, due=due, source=source)
 
     def repeat(self, *, due: bool) -> None:
-        """A further step of the batch that stays, if one does."""
+        """A further step on the batch that stays, if one does."""
         if self._staying and not self._seen:
             self._see(*self._staying, due=due, again=True)
 
     def leave(self, *, whole: bool = True) -> None:
-        """No batch stays any longer, or perhaps the last one of a pass that the loop abandoned."""
+        """No batch stays any longer; if the pass was not ``whole``, as the loop abandoned it, its last one may."""
         self._stays_surely = False
         if whole:
             self._staying = []
@@ -162,7 +162,7 @@ class Batches:
             self.bystanders.watch(self._moment_of_last, self._asleep)
 
     def candidates(self) -> list[list[Seen]]:
-        """What the step that is about to be taken may be made of, the likeliest first."""
+        """The lists of batches that the step about to be taken may be made of, the likeliest first."""
         self._backward.choose()
         if self._reader != threading.get_ident():
             raise RuntimeError(
@@ -177,30 +177,30 @@ class Batches:
         return self._candidates
 
     def chosen(self, candidate: int) -> None:
-        """The gradient has chosen this candidate. If it is not the likeliest, the batches after it were read ahead."""
+        """The gradient has chosen this candidate. If it was not the first, the batches after it were read ahead."""
         if candidate:
             batches = self._candidates[candidate]
             end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
             for seen in batches:
                 seen.passed, seen.only_evaluated = True, False
-            for seen in self._seen[end:]:  # the forward passes were the others'
+            for seen in self._seen[end:]:  # the forward passes belonged to the step's batches
                 seen.passed = False
             self._ahead = sum(not seen.only_evaluated for seen in self._seen[end:])
 
     @property
     def _used(self) -> list[int]:
-        """Behind how many batches, of those since the last step, each gradient came that is still there."""
+        """What :func:`~dynamics.loop.seen.used` returns for the batches and backward passes since the last step."""
         starts = [seen.seen_at for seen in self._seen] or [self._stepped_at] * len(self._staying)
         return used(starts, self._backward.total, self._backward.count)
 
     @property
     def wasted(self) -> int:
-        """How many backward passes since the last step did not lead to a step."""
+        """How many backward passes since the last step had their gradients discarded."""
         return self._backward.wasted
 
     @property
     def all_used(self) -> bool:
-        """Whether gradients are there of as many batches as wait for their step."""
+        """Whether each batch that waits for its step has had a backward pass whose gradient is still there."""
         return self._backward.pending and len(self._used) == len(self._seen)
 
     @property
@@ -212,23 +212,23 @@ class Batches:
 
     @property
     def mark_of_step(self) -> Mark:
-        """Where it is when it steps, and of which batches."""
+        """Where the loop is when it steps, and on which batches."""
         return self.mark._replace(used=self._used)
 
     @property
     def waiting(self) -> Waiting:
-        """Which batches wait for their step now, to :meth:`wait_again`."""
+        """The batches that wait for their step now; :meth:`wait_again` restores them."""
         return Waiting(list(self._seen), self._staying, self._of_epoch, stays_surely=self._stays_surely)
 
     def look_for_evaluation(self) -> Callable[[], bool]:
-        """From now on; what is returned says whether the model has run since, as far as that can be known."""
+        """Watch forward passes from now on; the returned function says whether any was seen (none if compiled)."""
         if not self._compiled and self.moments.failure is None:
             self._watch_passes()
         before = self._forward.count
         return lambda: self._forward.count > before
 
     def wait_again(self, waiting: Waiting) -> None:
-        """The batches that did wait for their step, and none that came since."""
+        """Restore the batches that waited for their step, and forget those that came since."""
         self._seen, self._staying, self._of_epoch, self._stays_surely = waiting
 
     def begin_epoch(self) -> None:
@@ -237,7 +237,7 @@ class Batches:
         self.leave()
 
     def clear(self) -> None:
-        """Forget the batches whose step is taken: all except those that were read ahead."""
+        """Forget the batches whose step was taken: all except those that were read ahead."""
         self.moments.steps_here()
         self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
         self._backward.stepped()
@@ -247,7 +247,7 @@ class Batches:
         self.bystanders.leave()
 
     def close(self) -> None:
-        """Remove the hooks, and let the batches go."""
+        """Remove the hooks and drop the batches."""
         self.clear()
         self.leave()
         self._backward.close()

@@ -1,4 +1,4 @@
-"""When a model's forward pass begins, by hooks that copies of the model and compilers never see."""
+"""Notices when a model's forward pass begins, by hooks that copies of the model and compilers never see."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ForwardPasses:
-    """Calls ``begins`` with the module whose forward pass begins, if gradients may come of it, else ``evaluates``.
+    """Calls ``begins`` when a forward pass with gradients begins, ``evaluates`` when one without gradients does.
 
-    The module is the model. Of one that cannot be called, a ModuleDict say, or that is trained by methods of other
-    names, it is the part that runs first. The hooks are there from :meth:`watch` to :meth:`leave`: who scripts the
-    model otherwise meets none.
+    ``begins`` gets the module that runs: the model or, if that has no ``forward``, as a ModuleDict has none, the
+    submodule that runs first. Hooks are on the model only from :meth:`watch` to :meth:`leave`, so that it can be
+    scripted at other times.
     """
 
     def __init__(self, model: nn.Module, begins: Callable[[nn.Module], None], evaluates: Callable[[], None]) -> None:
         self._model, self._begins, self._evaluates = model, begins, evaluates
         self._hook = _OfOneModel(torch.compiler.disable(self._run))
         self._hooks: list[RemovableHandle] = []
-        self.count = 0  # of all that were seen, with gradients or without
+        self.count = 0  # of all forward passes that were seen, with gradients or without
 
     def watch(self) -> None:
-        """From now on.
+        """Watch from now on.
 
         Raises:
             RuntimeError: the model is a ScriptModule.
@@ -43,30 +43,30 @@ class ForwardPasses:
         if not torch.is_grad_enabled():
             self._evaluates()
             return
-        if len(self._hooks) > 1:  # from now on this part stands for the model
+        if len(self._hooks) > 1:  # from now on this submodule stands for the model
             self.leave()
             self._hook_on(module)
         self._begins(module)
 
     def leave(self) -> None:
-        """No more."""
+        """Watch no longer."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
 
 class _OfOneModel:
-    """A hook before forward passes that copies of the module, and what is saved of it, have no part in."""
+    """A forward pre-hook that is not copied or pickled with the module."""
 
     def __init__(self, runs: Callable[[nn.Module, tuple], None]) -> None:
         self._runs = runs
 
     def __call__(self, module: nn.Module, inputs: tuple) -> None:
-        if not torch.compiler.is_compiling():  # what is compiled with it would go without it, or not be compiled at all
+        if not torch.compiler.is_compiling():  # compiled code would leave the hook out, or fail to compile
             self._runs(module, inputs)
 
     def __reduce__(self) -> tuple:
-        return getattr, ({}, "get")  # a copy's gives the inputs back as they are
+        return getattr, ({}, "get")  # a copy becomes dict.get of an empty dict, which returns the inputs unchanged
 
 
 def _can_be_called(module: nn.Module) -> bool:
@@ -74,5 +74,5 @@ def _can_be_called(module: nn.Module) -> bool:
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether a part of it is in training mode."""
+    """Whether any of its modules is in training mode."""
     return any(part.training for part in module.modules())

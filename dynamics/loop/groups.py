@@ -1,4 +1,4 @@
-"""What the optimizers hold for each parameter: whether it is theirs, its learning rate, flow time, weight decay."""
+"""The optimizers' parameter groups: which parameters they hold, and the learning rate, flow time and decay of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Group = Mapping[str, Any]
 
 
 class _Said(NamedTuple):
-    """What an optimizer said of a group right before it stepped: a scheduler may say otherwise right after."""
+    """A group's settings right before its optimizer stepped: a scheduler may change them right after."""
 
     rate: float
     flow_step: float
@@ -27,7 +27,7 @@ class _Said(NamedTuple):
 
 
 class _Spread(NamedTuple):
-    """A number for each group of what is trained, and spread over layers or blocks: kept, for it seldom changes."""
+    """One setting of each group that is trained, and the same per layer or block: cached, because it seldom changes."""
 
     trained: Mapping[int, Group]
     groups: list[Group]
@@ -38,7 +38,7 @@ class _Spread(NamedTuple):
 class Groups:
     """The parameter groups of one or more optimizers, by parameter and by layer; looked up again when they change.
 
-    A parameter is trained in a step if an optimizer that took it holds the parameter and was given a gradient for it.
+    A parameter is trained in a step if an optimizer that stepped holds it and was given a gradient for it.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], layers: Layers) -> None:
@@ -46,7 +46,7 @@ class Groups:
         self._of: tuple | None = None
         self._rest: dict[tuple[int, ...], list[int]] = {}
         self._rescaled: set[int] = set()  # groups, by id, of optimizers that do not step along the gradient
-        self.outside: list[torch.nn.Parameter] = []  # what they train beside the model: a loss's own parameters, say
+        self.outside: list[torch.nn.Parameter] = []  # parameters that are not the model's, such as a loss's own
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
         self._said: dict[int, _Said] = {}  # by the group's id
         self._known: dict[str, _Spread] = {}  # the last of each kind
@@ -60,7 +60,7 @@ class Groups:
 
     def refresh(self) -> None:
         """Look up which group each parameter is in, if a group or the model changed."""
-        groups = [group for one in self._optimizers for group in one.param_groups]  # others, if a state was loaded
+        groups = [group for one in self._optimizers for group in one.param_groups]  # load_state_dict replaces them
         now = (self._layers.version, *((id(group), *map(id, group["params"])) for group in groups))
         if now == self._of:
             return
@@ -99,19 +99,19 @@ class Groups:
         return self._held[number]
 
     def rest(self, stepped: Sequence[int]) -> list[int]:
-        """Indices of the parameters that none of the optimizers which stepped holds."""
+        """Indices of the parameters that no optimizer which stepped holds."""
         if tuple(stepped) not in self._rest:
             held = {index for number in stepped for index in self._group_of[number]}
             self._rest[tuple(stepped)] = [i for i in range(len(self._layers.parameters)) if i not in held]
         return self._rest[tuple(stepped)]
 
     def listen(self, number: int) -> None:
-        """An optimizer is about to step: what it says of its groups now is what it steps by."""
+        """Note the settings of an optimizer's groups; it is about to step by these."""
         for group in self._optimizers[number].param_groups:
             self._said[id(group)] = _Said(_rate(group), self._flow_step(group), _decay(group))
 
     def gradient(self, number: int, into: Vector) -> None:
-        """Copy g of the parameters that an optimizer holds as it will apply it, without a gradient scaler's factor."""
+        """Copy g of an optimizer's parameters, as it will be applied: without a gradient scaler's factor."""
         groups, held, parameters = self._group_of[number], self._held[number], self._layers.parameters
         grads = [one.grad for one in (parameters if held is None else [parameters[index] for index in held])]
         into.take(grads, among=held)
@@ -124,12 +124,12 @@ class Groups:
             torch._foreach_div_(into.views if held is None else [into.views[index] for index in held], scale)
 
     def skips(self, number: int) -> Tensor | None:
-        """1 where a gradient scaler makes an optimizer skip its step, else 0; known during a fused step only."""
+        """1 if a gradient scaler makes an optimizer skip its step, else 0; None if unknown, as outside a fused step."""
         found = getattr(self._optimizers[number], "found_inf", None)
         return None if found is None else found.detach().reshape(()).to(sums_dtype(self._layers.device))
 
     def trained(self, stepped: Sequence[int]) -> dict[int, Group]:
-        """Group of each parameter that the optimizers which stepped have trained, by the parameter's index."""
+        """The group of each parameter that the optimizers trained when they ``stepped``, by the parameter's index."""
         if len(stepped) == 1:
             return self._trained[stepped[0]]
         return {index: group for number in stepped for index, group in self._trained[number].items()}
@@ -137,16 +137,16 @@ class Groups:
     def learning_rate(self, trained: Mapping[int, Group]) -> np.ndarray:
         """η of each layer, (layer,): 0 where nothing is trained, NaN where a layer's parameters differ in it.
 
-        NaN, too, where the optimizer has none to tell.
+        It is NaN, too, where the optimizer's groups have no learning rate.
         """
         return self._spread(trained, "rate", self._by_layer)
 
     def flow_step(self, trained: Mapping[int, Group]) -> np.ndarray:
-        """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`; NaN where there is none."""
+        """Flow time of a step in each layer, (layer,), as :meth:`learning_rate`; NaN where the optimizer has none."""
         return self._spread(trained, "flow_step", self._by_layer)
 
     def decay(self, trained: Mapping[int, Group]) -> Tensor:
-        """Weight decay λ of each block, (block,); 0 for what is not trained. Sent to the device when it changes."""
+        """Weight decay λ of each block, (block,); 0 where nothing is trained. Sent to the device only on a change."""
         return self._spread(trained, "decay", self._by_block)
 
     def _spread(
@@ -155,7 +155,7 @@ class Groups:
         number: str,
         over: Callable[[Mapping[int, float]], Any],
     ) -> Any:
-        """What ``over`` makes of a group's number, by index of what is trained: made when a number changes."""
+        """``over`` of the setting called ``number``, by index of each trained parameter; computed anew on a change."""
         known = self._known.get(number)
         if known is None or known.trained is not trained:
             known = _Spread(trained, list({id(group): group for group in trained.values()}.values()))
@@ -180,19 +180,22 @@ class Groups:
         return self._decay
 
     def first(self) -> tuple[int, float]:
-        """Layer of the first parameter of the first group that the model knows, and the flow time of its step."""
+        """Layer of the first optimizer's first parameter in the model, and flow time of a step in its first group."""
         self.refresh()
         first = next(iter(self._group_of[0]), 0)
         return self._layers.layer_of_parameter[first], self._flow_step(self._optimizers[0].param_groups[0])
 
     def first_flow_step(self) -> float:
-        """Flow time of a step in the first group of the first optimizer, when that last stepped."""
+        """Flow time of the last step in the first optimizer's first group; before any step, of the next one."""
         group = self._optimizers[0].param_groups[0]
         said = self._said.get(id(group))
         return self._flow_step(group) if said is None else said.flow_step
 
     def _flow_step(self, group: Group) -> float:
-        """Flow time of a step: η, and with SGD's momentum β its long-run sum η(1−dampening)/(1−β); ascent goes back."""
+        """Flow time of a step: η, or with SGD's momentum β its long-run sum η(1−dampening)/(1−β).
+
+        It is negative for gradient ascent, and NaN for optimizers that do not step along the gradient.
+        """
         if id(group) in self._rescaled:
             return np.nan
         momentum = _number(group.get("momentum"))
@@ -200,7 +203,7 @@ class Groups:
         return rate * (1 - _number(group.get("dampening"))) / (1 - momentum) if 0 < momentum < 1 else rate
 
     def ascend(self) -> bool:
-        """Whether an optimizer steps uphill."""
+        """Whether a group maximizes the objective."""
         return any(group.get("maximize") for one in self._optimizers for group in one.param_groups)
 
 
@@ -213,7 +216,7 @@ def _decay(group: Group) -> float:
 
 
 def _number(value: Any, absent: float = 0.0) -> float:
-    """What an optimizer says as a number; NaN where it is none."""
+    """A setting as a float: ``absent`` if it is None, NaN if it is not a number."""
     try:
         return absent if value is None else float(value)
     except (TypeError, ValueError, RuntimeError):
@@ -221,5 +224,5 @@ def _number(value: Any, absent: float = 0.0) -> float:
 
 
 def _rescales(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its steps may not go along the gradient: those of SGD do, and of who has its step from SGD."""
+    """Whether its steps may leave the gradient's direction: only SGD, and subclasses with SGD's own step, never do."""
     return inspect.unwrap(type(optimizer).step) is not inspect.unwrap(torch.optim.SGD.step)

@@ -1,4 +1,4 @@
-"""What a loop logs, and to which step it belongs: the one to come, or the one before."""
+"""What a loop logs, and to which step it belongs: the next one or the last one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Scalar = float | Tensor
 
 
 class _Entry(NamedTuple):
-    """A scalar, where the loop was when it came, and whether a batch was waiting for its step then."""
+    """A scalar, where the loop was when it was logged, and whether a batch was waiting for its step then."""
 
     value: Scalar
     mark: Mark
@@ -21,7 +21,7 @@ class _Entry(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """Scalars that wait for their step, by name, and how things were then."""
+    """A snapshot of :class:`Logged`: the scalars that wait for their step, by name, and its flags."""
 
     upcoming: dict[str, list[_Entry]]
     announced: bool
@@ -32,33 +32,34 @@ class Waiting(NamedTuple):
 class Logged:
     """Scalars by name, averaged over the micro-batches of a step.
 
-    They are of the step to come where a batch is waiting for one, else of the step that was. What comes before all
-    training is of the first step, unless that has the name, too. Without a batch backward passes tell: a name that
-    comes before the first of all always comes before its own; another comes after it, and is of the step to come if one
-    came since the last step. Where that then has no part in the step, for it was for another network's sake, the scalar
-    is of the step that was, if that still lacks it. Of batches that are said before each step, and not watched, a name
-    that comes before the first always comes before its own, too.
+    A scalar belongs to the next step if a batch is waiting for that, else to the last step. What is logged before all
+    training belongs to the first step, unless that step logs the same name itself. Without batches, backward passes
+    tell: a name that was first logged before the first backward pass is taken to come before its own every time. Any
+    other name comes after its own, and so belongs to the next step if a backward pass came since the last step. If that
+    pass turns out to have no part in the step, because it trained another network, the scalar goes to the last step if
+    that still lacks the name. Where batches are observed one by one and not watched, a name that was first logged
+    before the first batch is likewise taken to come before its own batch every time.
     """
 
     def __init__(self) -> None:
         self._of_last: dict[str, list[Scalar]] = {}
-        self._initial: set[str] = set()  # names that the first step has from before all training
+        self._initial: set[str] = set()  # names whose scalar of the first step was logged before all training
         self._upcoming: dict[str, list[_Entry]] = {}
-        self._before: set[str] = set()  # names that come before the backward pass, or the batch, of their step
+        self._before: set[str] = set()  # names that are logged before the backward pass, or the batch, of their step
         self._announced = self._watched = self._waits = self._stepped = False
         self._pass_ended = False  # whether a pass over the data has ended since the last batch
         self._paused: tuple[int, dict[str, int]] = 0, {}  # backward passes, and entries by name, at :meth:`pause`
-        self._first: int | None = None  # the first backward pass of the step under way, as it paused first
+        self._first: int | None = None  # first backward pass of the step under way, as known at its first pause
 
     def so_far(self, mark: Mark) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
-        """The scalars of the step that was and of the one under way, as if that were done since it paused."""
+        """The scalars of the last step and of the one under way, as if that had been done when it paused."""
         other = copy(self)
         other._of_last, other._initial = dict(self._of_last), set(self._initial)
         other._upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
         return other.step(mark, late=True), other._means()
 
     def add(self, name: str, value: Scalar, mark: Mark) -> None:
-        """Keep a scalar."""
+        """Keep a scalar for the step that it belongs to."""
         known = not self._announced or self._waits
         if not (self._stepped or self._under_way) and known and not mark.backwards:
             self._before.add(name)
@@ -69,23 +70,26 @@ class Logged:
 
     @property
     def _under_way(self) -> bool:
-        """Whether some of several optimizers have stepped."""
+        """Whether some, but not all, of several optimizers have stepped."""
         return self._first is not None
 
     def _add_to_last(self, name: str, values: list[Scalar]) -> None:
         if name in self._initial:
             self._initial.remove(name)
             del self._of_last[name]
-        self._of_last[name] = [*self._of_last.get(name, ()), *values]  # at once, for a signal's handler may flush
+        self._of_last[name] = [*self._of_last.get(name, ()), *values]  # one assignment: a signal handler may flush
 
     @property
     def waiting(self) -> Waiting:
-        """What waits for its step now, to :meth:`wait_again`."""
+        """What waits for its step now; :meth:`wait_again` restores it."""
         upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
         return Waiting(upcoming, announced=self._announced, waits=self._waits, pass_ended=self._pass_ended)
 
     def wait_again(self, waiting: Waiting) -> None:
-        """As if no batch had been observed since. What was logged meanwhile is of the step that was, if one was."""
+        """Restore ``waiting``, as if no batch had been observed since.
+
+        What was logged meanwhile goes to the last step, if there was one and no batch was waiting; else it waits.
+        """
         since = self._upcoming
         known = {id(one) for entries in waiting.upcoming.values() for one in entries}
         given = {id(value) for values in self._of_last.values() for value in values}
@@ -101,9 +105,9 @@ class Logged:
         _, self._announced, self._waits, self._pass_ended = waiting
 
     def batch(self, *, first: bool, watched: bool) -> None:
-        """A batch was observed, the first since a step or a further one; ``watched``: as a part of a pass."""
+        """A batch was observed, the first since a step or a further one; ``watched``: by iterating over a loader."""
         if watched and not self._announced:
-            self._before.clear()  # what was logged before all training says nothing of how the loop logs
+            self._before.clear()  # what was logged before all training says nothing about the order within a step
         self._announced = self._waits = True
         self._watched = watched
         if first or self._pass_ended:
@@ -118,24 +122,25 @@ class Logged:
         self._pass_ended = False
 
     def pass_over(self, *, unused: bool) -> None:
-        """A pass has ended. No batch waits for a step any more, or none but those whose gradients are there.
+        """A pass over the data has ended: no batch waits for a step any more, except those whose gradients are there.
 
-        If there is an ``unused`` one, it waits if it was read ahead, and does not if it was skipped: the next tells.
+        An ``unused`` batch still waits if it was read ahead, but not if it was skipped; what the loop does next tells.
         """
         self._waits, self._pass_ended = self._waits and unused, True
 
     def pause(self, mark: Mark) -> None:
-        """Of several optimizers some are through; if one of them is the next to step, that is a step of its own."""
+        """Some of several optimizers have stepped; if one of these is the next to step, that is another step."""
         self._paused = mark.backwards, {name: len(entries) for name, entries in self._upcoming.items()}
         self._first = mark.first_backward if self._first is None else self._first
 
     def step(self, mark: Mark, *, late: bool = False) -> dict[str, Scalar]:
-        """A step is done: the scalars of the one before. What came for a batch that no step is of is dropped.
+        """A step is done; returns the scalars of the one before. Those logged for a batch that got no step are dropped.
 
-        If ``late``, it was done when it paused, and the next is under way: that has what came before it since.
+        If ``late``, the step was done when it paused and the next one is under way: what was logged since, and belongs
+        to the next, is kept for it.
         """
         later = self._take_later() if late else {}
-        if self._first is not None:  # since when other gradients may have been set to zero
+        if self._first is not None:  # gradients of optimizers that stepped since may have been set to zero
             mark = mark._replace(first_backward=min(mark.first_backward, self._first))
         kept: dict[str, list[Scalar]] = {}
         for name, entries in self._upcoming.items():
@@ -163,7 +168,7 @@ class Logged:
         return later
 
     def of_last(self, *, ends: bool = False) -> dict[str, Scalar]:
-        """The scalars of the step that was; if the training ``ends``, with those of a step that will not be."""
+        """The scalars of the last step; if the training ``ends``, with those that waited for a step that never came."""
         self._give_back(ends=ends)
         return self._means()
 
@@ -171,14 +176,14 @@ class Logged:
         return {name: _mean(values) for name, values in self._of_last.items()}
 
     def _comes_before(self, name: str) -> bool:
-        """Whether a name comes before the batch of its step is said."""
+        """Whether a name is logged before the batch of its step is observed."""
         return name in self._before and not self._watched
 
     def _counts(self, name: str, entry: _Entry, step: Mark) -> bool:
         if self._announced and step.batches:
             used = entry.mark.batches in step.used if step.used else entry.mark.batches > 0
-            last = entry.mark.pending and entry.mark.backwards == step.backwards  # after all gradients of the step
-            read = last and entry.mark.batches == step.batches  # and after what was read ahead then
+            last = entry.mark.pending and entry.mark.backwards == step.backwards  # after its last backward pass
+            read = last and entry.mark.batches == step.batches  # and after all batches that were read ahead
             return used or read or (self._comes_before(name) and not entry.waited)
         return entry.mark.backwards >= step.first_backward - (name in self._before)
 

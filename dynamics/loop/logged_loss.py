@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_EXPLAINED = 0.99  # a cosine of gradients that is nearer to 1 may come of rounding to half precision
-_AGREE = 0.02
-_PARTS = 16  # a loss may be logged as its part in so many micro-batches, or as their sum
+_EXPLAINED = 0.99  # rounding to half precision explains a cosine between gradients that is nearer to 1
+_AGREE = 0.02  # relative difference
+_PARTS = 16  # a loss may be logged divided by the number of micro-batches, or as their sum, for up to so many
 
 
 @dataclass
 class _Doubt:
     """A step, the cosine of its gradient with the objective's, and its loss: by the objective, and as it was logged.
 
-    Among replicas the objective is their mean, this one's part of that, or this one's own: loops log any of them.
+    Among replicas ``objectives`` holds the mean, this one's term in it, and this one's own: loops log any of them.
     """
 
     step: int
@@ -29,14 +29,15 @@ class _Doubt:
 
 
 class LoggedLoss:
-    """Compares the two at steps of several micro-batches, by whose number a loop may have divided what it logs.
+    """Compares the logged loss with the objective where the two may differ.
 
-    And at steps where the applied gradient differs from the objective's too. What is logged comes later, and reading
-    it from a GPU would mean waiting: it is read when that costs nothing.
+    That is at steps of several micro-batches, by whose number a loop may have divided what it logs, and at steps where
+    the applied gradient differs from the objective's. The loss is logged after that, and reading it from a GPU would
+    mean waiting, so it is compared only when that costs nothing.
 
     Attributes:
-        trusted: whether it surely is the loss that is trained on. Then it is compared at every step, for one of which
-            the objective is a part or a multiple has a gradient that points alike.
+        trusted: whether what is logged surely is the loss that is trained on. Then it is compared at every step,
+            because the gradient of a multiple of the objective has the same direction, and so gives no reason to doubt.
     """
 
     def __init__(self) -> None:
@@ -44,20 +45,20 @@ class LoggedLoss:
         self._doubts: list[_Doubt] = []
 
     def measured(self, step: int, cosine: float, objectives: Sequence[Tensor], batches: int) -> None:
-        """The objective of a step on so many batches, and the cosine of its gradient with the one applied."""
+        """Note the objective of a step on so many batches, and the cosine of its gradient with the applied one."""
         if self.trusted or cosine < _EXPLAINED or batches > 1:
             self._doubts.append(_Doubt(step, cosine, torch.stack([one.detach() for one in objectives]), batches))
 
     def logged(self, step: int, loss: float | Tensor | None) -> None:
-        """What was logged as the loss of a step that is done, or None."""
+        """Note what was logged as the loss of a finished step, or None."""
         for doubt in self._doubts:
             if doubt.step == step:
                 doubt.logged = loss
 
     def differing(self, step: int) -> Iterator[tuple[str, str]]:
-        """Differences at the steps up to this one, with the texts of their warnings; then the steps are forgotten.
+        """Kind and warning text of each difference at the steps up to this one, which are then forgotten.
 
-        The loss of the last one may still be logged.
+        Only this last step is kept if its loss has not been logged yet.
         """
         known = [one for one in self._doubts if one.step <= step and one.logged is not None]
         self._doubts = [one for one in self._doubts if one.step > step or (one.step == step and one.logged is None)]
@@ -90,7 +91,7 @@ class LoggedLoss:
 
 
 def _distance(objective: float, logged: float, batches: int) -> float:
-    """From what was logged, or from so many times that."""
+    """Distance of the objective from what was logged or, if that is nearer, from ``batches`` times it."""
     return min(abs(objective - logged), abs(objective - batches * logged))
 
 

@@ -26,16 +26,16 @@ _SCRIPTED = (
 
 
 class Moments:
-    """Keeps the moments of the batches that wait for a step: always of those in the order in which they were ``seen``.
+    """Keeps the moments of the batches that wait for a step; ``seen`` always lists these in the order of reading.
 
-    The moment of a batch is that of the first forward pass with gradients after it was seen. Which pass is whose the
-    ``backward`` passes tell.
+    The moment of a batch is when the first forward pass with gradients began after the batch was seen. The ``backward``
+    passes tell which forward pass belongs to which batch.
 
     Attributes:
         failure: why moments are not kept any more, if they are not.
-        beside: names of parameters that no optimizer holds which was given, and that moved since the last forward pass.
-        lost: whether the step cannot be measured: parameters that are not trained have moved, unexpectedly. From the
-            next step on they are kept.
+        beside: names of parameters that moved since the last forward pass although no given optimizer holds them.
+        lost: whether the step cannot be measured, because frozen parameters have moved unexpectedly. From the next step
+            on, copies of them are kept.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Moments:
         trained, frozen = (
             sum(one.numel() for one in model.parameters() if one.requires_grad == wanted) for wanted in (True, False)
         )
-        self._keeps_frozen = frozen <= trained  # until a step tells whether its forward pass moves them
+        self._keeps_frozen = frozen <= trained  # a first guess, until a step tells whether they move
         self._moves_frozen = self.lost = False
         self._held = held
         self.beside: list[str] = []
@@ -60,22 +60,22 @@ class Moments:
 
     @contextmanager
     def not_in_the_loop(self) -> Iterator[None]:
-        """What cannot be kept is noted for the step, instead of an exception in the user's loop."""
+        """Inside, an exception does not reach the user's loop: it is noted as the ``failure``."""
         try:
             yield
         except Exception as error:
             self.failure = self.failure or named(error)
 
     def steps_here(self) -> None:
-        """The loop steps in this thread; in others there are no moments."""
+        """The loop steps in this thread; batches that other threads read get no moment."""
         self._thread = threading.get_ident()
 
     def now(self) -> Moment:
-        """As things are."""
+        """The present moment."""
         return Moment(self._model, self._device, self._objective, keep_frozen=self._keeps_frozen)
 
     def keep(self, seen: Seen, moment: Moment | None = None) -> None:
-        """Keep a copy of a batch, and the moment it is: random generators are the loop's, which runs meanwhile."""
+        """Keep a copy of a batch, and the present or given moment; the loop's random generators stay as they are."""
         if threading.get_ident() != self._thread:
             seen.batch = copied(seen.batch)
             return
@@ -85,10 +85,10 @@ class Moments:
                 own, seen.batch = seen.batch, copied(seen.batch)
                 seen.changed_since = changes(own, seen.batch)
             seen.moment = seen.first_moment = moment
-            seen.next_moment = None  # passes until now were of steps before
+            seen.next_moment = None  # forward passes until now belonged to earlier steps
 
     def pass_begins(self, seen: Sequence[Seen], module: nn.Module) -> None:
-        """A forward pass, of the batch that waits for one; a further one of the last batch if none does."""
+        """A forward pass begins: of the batch that waits for one or, if none does, a further one of the last batch."""
         if (waiting := self._next_to_pass(seen, module)) is not None:
             self._first_pass_begins(seen, waiting, module)
             seen[-1].next_moment = seen[-1].next_moment or waiting.moment
@@ -98,7 +98,8 @@ class Moments:
     def _next_to_pass(self, seen: Sequence[Seen], module: nn.Module) -> Seen | None:
         """The batch whose forward pass begins: the first that had none.
 
-        Passes in eval mode before one in training mode were none, if no gradient came of them, or none that is left.
+        When a pass in training mode begins, earlier passes in eval mode do not count if no backward pass followed them,
+        or all gradients are gone.
         """
         if trains(module):
             gone = self._backward.are_gone
@@ -117,12 +118,12 @@ class Moments:
         waiting.gradient_moment = waiting.last_moment = None
         waiting.passed_at = self._backward.total
         waiting.passed_in_eval_at = None if trains(module) else self._backward.total
-        for other in (one for one in seen if not one.passed):  # perhaps it is of one of them
+        for other in (one for one in seen if not one.passed):  # the pass may be one of theirs instead
             other.gradient_moment = other.last_moment = waiting.moment
             other.changed = self._changed(other) if other.changed_since is not None else None
 
     def _changed(self, seen: Seen) -> Any:
-        """A copy of the batch if the loop has changed it; what is copied may draw random numbers."""
+        """A copy of the batch if the loop has changed it, else None; copying may draw random numbers."""
         with random_numbers_untouched(self._device):
             return seen.changed_since()
 
@@ -133,13 +134,16 @@ class Moments:
         again.others = last.moment.others | (last.later.others if last.later else {})
 
     def _of_pass(self, seen: Seen) -> Moment:
-        """Now; but where torch.func runs the model, what it has put into it is none of its own: that of before."""
+        """The present moment; under torch.func, which puts batched tensors into the model, the batch's earlier one."""
         if seen.moment and is_batched():
             return seen.moment.with_present_numbers()
         return self.now().of_pass(seen.first_moment)
 
     def of_last(self, seen: Sequence[Seen]) -> Moment | None:
-        """Of the batch that a module outside the model runs on: the last that passed, until its gradient is there."""
+        """The moment of the batch that a module outside the model runs on.
+
+        That is the last batch whose forward pass has begun, until its backward pass comes; then the next that waits.
+        """
         last = next((one for one in reversed(seen) if one.passed), None)
         if last is None or last.passed_at != self._backward.total:
             waiting = next((one for one in seen if not one.passed), None)
@@ -150,10 +154,11 @@ class Moments:
         return None if last is None else last.moment
 
     def look_back(self, seen: Sequence[Seen]) -> None:
-        """See whether parameters that are not trained have moved since the batches came: if so, they are kept later on.
+        """See which parameters have moved although none of the given optimizers did it.
 
-        The step is ``lost`` where they were not kept before. And whether others, which optimizers may have trained
-        that were not given, have moved ``beside`` since the last forward pass began.
+        If frozen parameters have moved since the batches came, copies of them are kept from now on; the step is
+        ``lost`` if they were not kept before. Trained ones that no given optimizer holds, and that moved since the last
+        forward pass began, are listed in ``beside``: another optimizer may train them.
         """
         last = next((one.last_moment or one.moment for one in reversed(seen) if one.passed), None)
         changed = last.changed if last else {}
@@ -163,5 +168,6 @@ class Moments:
         since = first and (first.moment if first.again else first.first_moment)
         moved = since is not None and since.moved
         self.lost = moved and not self._keeps_frozen
-        touched = self._keeps_frozen and since is not None and since.touched  # a key encoder begins as the query's copy
+        # a momentum encoder that begins as a copy of the trained network is first written with the numbers it has
+        touched = self._keeps_frozen and since is not None and since.touched
         self._moves_frozen = self._keeps_frozen = self._moves_frozen or moved or touched

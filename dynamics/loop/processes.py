@@ -1,4 +1,4 @@
-"""The processes that train one model together: which of them writes the record, and what they sum or average."""
+"""The processes that train one model together: which one writes the record, and what they sum or average."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Processes:
     """How the parameters of a model are spread over processes.
 
     ``replicated`` (DistributedDataParallel): every process holds all parameters and the mean gradient, but sees its own
-    batches; so losses and Hessian products are averaged. ``sharded`` (FSDP2): every process holds a part of each
-    parameter; so inner products are added up. Any other model is this process's own.
+    batches; so losses and Hessian products are averaged. ``sharded`` (FSDP2): every process holds a shard of each
+    parameter; so inner products are summed. Any other model belongs to this process alone.
 
-    They are the processes among which DistributedDataParallel averages or FSDP2 shards; others of the job, such as
-    actors beside learners, take no part. Parameters that FSDP2 has gathered for a forward pass without gradients, and
-    would leave gathered until the next, are sharded again.
+    The group is that over which DistributedDataParallel averages or FSDP2 shards; other processes of the job, such as
+    actors beside learners, take no part. Parameters that FSDP2 has unsharded for a forward pass without gradients, and
+    would leave so until the next one, are sharded again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,7 +79,7 @@ class Processes:
         return self.replicated and any(one._join_config.enable for one in self._wrappers)
 
     def first(self, make: Callable[[], _Made]) -> _Made | None:
-        """What ``make`` gives in the process that writes, None in the others; its exception is raised in all."""
+        """Call ``make`` in the writing process: its result there, None in the others; all raise its exception."""
         made, error = None, None
         if self.writes:
             try:
@@ -97,7 +97,7 @@ class Processes:
         return made
 
     def told(self, value: _Made) -> _Made:
-        """The value that the writing process was given, in all processes."""
+        """Broadcast the writing process's value to all processes."""
         if not self.together:
             return value
         told = [value]
@@ -105,7 +105,7 @@ class Processes:
         return told[0]
 
     def gathered(self, value: _Made) -> list[_Made]:
-        """What each of the replicas has, the first one's first."""
+        """The values of all replicas, in the order of their ranks."""
         if not self.replicated:
             return [value]
         found = [None] * dist.get_world_size(self._group)
@@ -113,7 +113,7 @@ class Processes:
         return found
 
     def all_agree(self, fine: bool, device: torch.device) -> bool:
-        """Whether it is fine in every process."""
+        """Whether ``fine`` is true in every process."""
         if not self.together:
             return fine
         said = torch.tensor(float(fine), device=device)
@@ -121,7 +121,7 @@ class Processes:
         return bool(said)
 
     def alike(self, tensor: Tensor) -> bool:
-        """Whether it is the same in every replica."""
+        """Whether the tensor is the same in every replica; NaN counts as 0."""
         if not self.replicated:
             return True
         first = tensor.clone()
@@ -138,7 +138,7 @@ class Processes:
         return list(tensors)
 
     def total(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The sum over shards of each value."""
+        """The sum of each value over the sharding processes."""
         if not self.sharded or not values:
             return values
         stacked = torch.stack(list(values.values()))
@@ -151,15 +151,18 @@ class Processes:
 
 
 def replica_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The DistributedDataParallel wrapper around a model, directly or not; the model itself does not know it."""
-    if not (dist.is_available() and dist.is_initialized()):  # to look at all objects takes a while
+    """The DistributedDataParallel wrapper around a model or around a module that contains it; None if there is none.
+
+    The model holds no reference to its wrapper, so all live objects are searched.
+    """
+    if not (dist.is_available() and dist.is_initialized()):  # the search takes a while
         return None
     made = [one for one in gc.get_objects() if issubclass(type(one), nn.parallel.DistributedDataParallel)]
     return next((one for one in made if any(module is model for module in one.modules())), None)
 
 
 def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """All processes of a mesh; None for all that there are."""
+    """The group of all processes of a mesh; None if these are all processes of the job."""
     if mesh.ndim == 1:
         return mesh.get_group()
     ranks = mesh.mesh.flatten().tolist()

@@ -1,6 +1,6 @@
-"""What a loop was seen to read, and which of it a step may be made of: those batches whose gradients are there.
+"""The batches that a loop was seen to read, and which of them a step may be made of: those with accumulated gradients.
 
-A gradient is of the batch that was read last when its backward pass came; where a loop reads ahead, of an earlier one.
+A gradient belongs to the batch that was read last before its backward pass or, where a loop reads ahead, to an earlier.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from ..probing.moment import Moment
 class Seen:
     """A batch that a loop has read, with the moments from which its loss may be evaluated again.
 
-    Of what began at which backward pass (``seen_at``, ``passed_at``): how many of them there were before.
+    The fields in ``_at`` count the backward passes that had come before the batch was seen, or its forward pass began.
     """
 
     batch: Any
-    moment: Moment | None  # its forward pass begins; until then, it was seen
-    first_moment: Moment | None = None  # it was seen
-    gradient_moment: Moment | None = None  # the last further forward pass before its gradient was there begins, if any
-    last_moment: Moment | None = None  # the last further forward pass begins, if any
-    next_moment: Moment | None = None  # the first forward pass begins after it was seen, of whatever batch
-    later: Moment | None = None  # modules outside the model run after its gradient was there
-    changed_since: Callable[[], Any] | None = None  # gives the batch where the loop has changed it by then
-    changed: Any = None  # the batch as its forward pass began, if it had been changed by then
+    moment: Moment | None  # when its forward pass began; before that, when it was seen
+    first_moment: Moment | None = None  # when it was seen
+    gradient_moment: Moment | None = None  # when the last further forward pass before its backward pass began, if any
+    last_moment: Moment | None = None  # when the last further forward pass began, if any
+    next_moment: Moment | None = None  # when the first forward pass after it was seen began, whichever batch's it was
+    later: Moment | None = None  # when the first module outside the model ran after its backward pass
+    changed_since: Callable[[], Any] | None = None  # returns a copy of the batch if the loop has changed it, else None
+    changed: Any = None  # a copy from when its forward pass began, if the loop had changed the batch by then
     source: Any = None  # the pass over the data that it came from
     seen_at: int = 0
     passed: bool = False  # whether its forward pass, with gradients, has begun
     passed_at: int = 0
     passed_in_eval_at: int | None = None  # as passed_at, if that pass was in eval mode
-    ran: bool = False  # whether the model ran with gradients when it was the last
-    only_evaluated: bool = False  # the model ran without gradients when it was the last, and not with them since
-    again: bool = False  # a step of it has been taken already
-    certain: bool = True  # else the loop may have gone on to other batches
+    ran: bool = False  # whether the model ran with gradients while this was the latest batch
+    only_evaluated: bool = False  # while this was the latest batch, the model ran without gradients and never with them
+    again: bool = False  # whether a step on it has been taken already
+    certain: bool = True  # False where the loop may have gone on to other batches
 
 
 class Mark(NamedTuple):
     """Where a loop is between its batches and backward passes."""
 
-    batches: int = 0  # since the last step
-    backwards: int = 0  # so far
-    first_backward: int = 0  # the first whose gradient is still there
-    pending: bool = False  # whether one came since the last step
-    used: Sequence[int] = ()  # of a step: behind how many batches each gradient came that is there, if it is known
+    batches: int = 0  # seen since the last step
+    backwards: int = 0  # backward passes so far
+    first_backward: int = 0  # number, from 1, of the first backward pass whose gradient has not been discarded
+    pending: bool = False  # whether a backward pass came since the last step
+    used: Sequence[int] = ()  # of a step, where known: what `used` returns
 
 
 def used(starts: Sequence[int], total: int, count: int) -> list[int]:
-    """Behind how many batches each gradient came that is still there.
+    """How many batches had been seen when the backward passes came whose gradients are still there, each number once.
 
     Args:
         starts: the number of backward passes before each batch was seen.
-        total: how many there were in all.
-        count: of how many the gradients are still there: the last.
+        total: how many backward passes there were in all.
+        count: how many of them, the last ones, have left gradients that are still there.
     """
     gone, found = total - count, []
     for place, start in reversed(list(enumerate(starts, 1))):
@@ -68,20 +68,21 @@ def used(starts: Sequence[int], total: int, count: int) -> list[int]:
 
 
 def trained_on(seen: list[Seen]) -> list[Seen]:
-    """The batches without those that the model only evaluated, where that is known."""
+    """The batches without those that were only evaluated; all of them if no forward pass with gradients was seen."""
     if any(one.passed for one in seen):
         return [one for one in seen if one.passed or not one.only_evaluated]
     return seen
 
 
 def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int, of_epoch: int) -> list[list[Seen]]:
-    """What a step may be made of, the likeliest first.
+    """The lists of batches that a step may be made of, the likeliest first.
 
-    With m = ``count`` backward passes whose gradients are there: the batches behind which these came or, where a loop
-    reads ``ahead``, as many before those; the m before those that were read ahead; the last m; the first m; the last
-    one, with m backward passes; the first behind which these may have come; all of this pass over the data, which
-    begins behind ``of_epoch`` of them; all; the last one, whatever is known of m. Then those behind which gradients
-    came and the first m, of all that were read: what was evaluated need not be what was read last.
+    With m = ``count`` backward passes whose gradients are there: the batches after which these passes came or, where a
+    loop reads ``ahead`` so many batches, the batches that much earlier; the m before those that were read ahead; the
+    last m; the first m; the last one, if it had all m backward passes; the batches after which the passes came if
+    reading ahead shifts them to the first batch; all of this pass over the data, which begins after the first
+    ``of_epoch``; all; the last one, whatever is known of m. Then, with evaluated batches counted too, because these
+    need not have been read last: the batches after which the passes came, and the first m.
     """
     known = trained_on(seen)
     total = len(known)
@@ -101,7 +102,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
 
 
 def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) -> list[Seen]:
-    """The batches that are left when a loop steps: read behind the last of its gradients, or before that, ``ahead``."""
+    """The batches that a step leaves for later: those read after its last backward pass or, before it, ``ahead``."""
     if not ahead:
         return [one for one in seen[used[-1] :] if not one.only_evaluated] if used else []
     known = trained_on(seen) if count else []
@@ -109,11 +110,11 @@ def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) ->
 
 
 def _behind(seen: list[Seen], used: Sequence[int], ahead: int) -> list[Seen]:
-    """The batches of gradients that came behind so many, if these were read so far ahead."""
+    """The batches of the backward passes that came at ``used``, if the loop had read so many batches ahead by then."""
     return [seen[place - 1 - ahead] for place in used] if used and used[0] > ahead else []
 
 
 def _window(total: int, count: int, ahead: int) -> tuple[int, int]:
-    """Where the batches of the last ``count`` backward passes are among all, before those that were read ahead."""
+    """Start and end, among all batches, of the last ``count`` before those that were read ahead."""
     start = max(total - ahead - count, 0)
     return start, start + count

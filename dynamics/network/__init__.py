@@ -1,1 +1,1 @@
-"""What a network is: layers of parameters, as vectors in blocks; its masks, its units' identities, its structure."""
+"""What a network consists of: layers of parameters, as vectors in blocks; masks, identities of units, structure."""

@@ -1,7 +1,7 @@
 """Vectors over all parameters at once: blocks of 1024 numbers, so that one operation serves a whole network.
 
-Each parameter starts a new block, the rest of its last one is zero; so sums over blocks add up to sums over parameters
-and over layers, whatever the number of parameters, their shapes, memory formats and types.
+Each parameter starts a new block, and the rest of its last block is zero; so sums over blocks add up to sums over
+parameters and over layers, whatever the number of parameters, their shapes, memory formats and types.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ _OWN, _STRIDED = {Tensor, torch.nn.Parameter}, {torch.strided}
 
 
 def is_any_missing(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether one is None."""
+    """Whether any of the tensors is None."""
     return type(None) in set(map(type, tensors))
 
 
 def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Tensors as this process holds them: dense, the local shard of a distributed one; one that repeats counts once.
+    """The part of each tensor that this process accounts for, dense; of a distributed tensor, its local shard.
 
-    Of a tensor that is replicated over processes only the first holds it. Where each holds a term of a sum, as of a
-    gradient under sequence parallelism, the terms are added up, and all processes have to come here.
+    A tensor that is replicated over processes counts in the first of them only; in the others its part is empty. Where
+    each process holds a term of a sum (a partial placement), as of a gradient under sequence parallelism, the terms are
+    added up, which all processes have to call together.
     """
-    # asked of every parameter and gradient at every step, so without a line of Python for each
+    # called for every parameter and gradient at every step, so the usual case runs no Python code for each tensor
     if _OWN.issuperset(map(type, tensors)) and _STRIDED.issuperset(map(attrgetter("layout"), tensors)):
         return tensors
     return [_plain(tensor) for tensor in tensors]
@@ -36,7 +37,7 @@ def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def _plain(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "to_local"):
         if any(place.is_partial() for place in tensor.placements):
-            from torch.distributed.tensor import Replicate  # there already, and slow to import where there is none
+            from torch.distributed.tensor import Replicate  # imported already where tensors are distributed; slow else
 
             whole = [Replicate() if place.is_partial() else place for place in tensor.placements]
             tensor = tensor.redistribute(placements=whole)
@@ -47,7 +48,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 class Layout:
-    """Where the entries of each parameter stand among the blocks: in the parameter's own order in memory.
+    """Where the entries of each parameter are in the blocks; there they keep the parameter's own order in memory.
 
     A complex parameter counts as pairs of real numbers, so that ‖θ‖² = Σ|θᵢ|² and θᵀg = Re Σ θ̄ᵢgᵢ.
     """
@@ -85,7 +86,10 @@ class Vector:
         self.blocks, self.views = blocks, views
 
     def take(self, tensors: Sequence[Tensor | None], among: Sequence[int] | None = None) -> Vector:
-        """Copy tensors, one a parameter, into the vector; None counts as zero. ``among`` names the parameters."""
+        """Copy tensors, one per parameter, into the vector; None counts as zero.
+
+        ``among`` holds the parameters' indices, by default all.
+        """
         views = self.views if among is None else [self.views[index] for index in among]
         if is_any_missing(tensors):
             torch._foreach_zero_([view for view, tensor in zip(views, tensors, strict=True) if tensor is None])

@@ -1,4 +1,4 @@
-"""A model with other tensors in place of its parameters and buffers, for a while."""
+"""Puts other tensors in place of a model's parameters and buffers, for a while."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the model has ``tensors``, by their names there, instead of its own; afterwards its own again.
+    """Inside, the model has ``tensors``, by parameter and buffer name, instead of its own; afterwards its own again.
 
-    So are its modules, whichever a forward pass makes or replaces inside.
+    Submodules that a forward pass adds or replaces inside are reset afterwards, too.
 
-    A parameter that stands in several places is exchanged in all of them, also where a module itself does: with
+    A parameter that occurs in several places is exchanged in all of them, also where its module occurs twice: with
     ``torch.func.functional_call`` (PyTorch 2.14), a module that a model holds twice keeps the other tensors for good.
     """
     named = [*model.named_parameters(), *model.named_buffers()]

@@ -1,4 +1,4 @@
-"""Hooks on a model's modules that collect statistics of a training: they must not see the recorder's evaluations."""
+"""Hooks on a model's modules that collect statistics of the training must not see the recorder's evaluations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_back
 
 @contextmanager
 def hooks_asleep(model: nn.Module, theirs: Callable[[Any], bool]) -> Iterator[None]:
-    """Inside, those are not there that are methods of objects of which ``theirs`` says yes.
+    """Inside, those hooks are removed that are methods of objects for which ``theirs`` is true.
 
-    Backward passes from what was evaluated inside go by without them later, too.
+    They do not run in backward passes through what was evaluated inside either, even if these come later.
     """
     tables = [vars(module).get(name) or {} for module in model.modules() for name in _TABLES]
     tables = [table for table in tables if any(theirs(_owner(hook)) for hook in table.values())]
@@ -33,7 +33,7 @@ def hooks_asleep(model: nn.Module, theirs: Callable[[Any], bool]) -> Iterator[No
 
 
 def _owner(hook: Any) -> Any:
-    """Whose method a hook is."""
+    """The object whose method a hook is, behind any ``partial``; None for a function."""
     while isinstance(hook, partial):
         hook = hook.func
     return getattr(hook, "__self__", None)

@@ -1,6 +1,6 @@
-"""Identities of units: which of the original network's units the units of a smaller network are.
+"""Identities of units: which units of the original network the units of a shrunk network are.
 
-A module that was made smaller carries the original indices of the outputs it has left. They are copied and pickled with
+A shrunk module carries the original indices of its remaining outputs in an attribute. They are copied and pickled with
 it, stay out of the state dict, and compose over any number of rounds.
 """
 
@@ -19,7 +19,7 @@ _ATTRIBUTE = "original_units"
 class Identity:
     """Original indices of a layer's units, (unit,), ascending, how many it had at first, and whether it is depthwise.
 
-    A depthwise convolution with one channel left looks like any other.
+    The last is kept because a depthwise convolution with one channel left looks like any other.
     """
 
     index: Tensor
@@ -34,25 +34,25 @@ def identities(model: nn.Module) -> dict[str, Identity]:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is a convolution or a linear layer: its weight's rows are its units."""
+    """Whether a module is a convolution or a linear layer, whose units are the rows of its weight."""
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
 
 
 def keep_units(module: nn.Module, left: Tensor) -> None:
-    """Note that of a layer's units only those at the indices ``left``, (unit,), are left."""
+    """Note that only the units at the indices ``left``, (unit,), of a layer's present units remain."""
     before = identity(module)
     setattr(module, _ATTRIBUTE, replace(before, index=before.index[left.cpu()]))
 
 
 def identity(module: nn.Module) -> Identity:
-    """Identity of a layer's units: those it has, unless it was shrunk."""
+    """Identity of a layer's units; if it was never shrunk, all that it has."""
     count, groups = len(module.weight), getattr(module, "groups", 1)
     whole = Identity(torch.arange(count), count, depthwise=groups == count > 1)
     return getattr(module, _ATTRIBUTE, whole)
 
 
 def as_original(values: Mapping[str, Tensor], known: Mapping[str, Identity]) -> dict[str, Tensor]:
-    """:func:`expand` for those layers that have as many units as are given; the others' values are as they are."""
+    """Apply :func:`expand` to layers with one value per present unit; the values of other layers stay as they are."""
     of_now = {
         layer: value for layer, value in values.items() if layer in known and len(value) == len(known[layer].index)
     }

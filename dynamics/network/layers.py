@@ -1,4 +1,4 @@
-"""A network as layers: its parameters by name, θ and g as vectors over all of them, and sums over each layer's."""
+"""A network as layers: its parameters by name, θ and g as vectors over all of them, and sums over each layer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .parameter_names import plain_name, plain_names
 
 
 def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Of parameters of which some are sharded, those that count here: what every process holds, in the first alone.
+    """The parameters that count in this process; if some are sharded, unsharded ones count in the first process only.
 
-    A parameter that is spread over some of the processes only, as FSDP2 does with one that tensor parallelism leaves
-    out, is spread over others as well: it counts in those of the first.
+    A parameter may be sharded over several groups of processes, each of which holds all of it, as FSDP2 does with one
+    that tensor parallelism leaves out: it counts in the group of the first process.
     """
     sharded = {name: parameter for name, parameter in named.items() if hasattr(parameter, "to_local")}
     if not sharded:
@@ -39,8 +39,8 @@ _kind = attrgetter("shape", "dtype", "device")
 class Layers:
     """The layers of a model: the modules that own its parameters, by qualified name.
 
-    Parameters are known by name, so a pruning may replace Parameter objects; :meth:`refresh` looks them up again. A
-    parameter that several modules share counts once, in the first of them. One that is added later is not recorded,
+    Parameters are identified by name, so a pruning may replace Parameter objects; :meth:`refresh` looks them up again.
+    A parameter that several modules share counts once, in the first of them. One that is added later is not recorded,
     and one that is removed counts as zero.
     """
 
@@ -58,7 +58,7 @@ class Layers:
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors are."""
+        """Device of the vectors."""
         return self._layout.device
 
     @property
@@ -67,7 +67,7 @@ class Layers:
         return self._layout.on_one_gpu
 
     def refresh(self) -> None:
-        """Look the parameters up again if one, or a module, was replaced, added, removed or given another type."""
+        """Look the parameters up again if one, or a module, was replaced, added, removed or converted."""
         tables, keys, values = self._slots
         if (
             list(map(len, self._tables)) != self._sizes
@@ -95,18 +95,18 @@ class Layers:
         self._layout = Layout(self.parameters)
         layer_of = torch.tensor(self.layer_of_parameter)
         self.layer_of_block = layer_of.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
-        # torch.nn.utils.prune leaves its parameter as it was, and multiplies by the mask in the forward pass
+        # torch.nn.utils.prune leaves the parameter as it is and multiplies it by the mask in the forward pass
         self._elsewhere = [
             (index, name) for index, (name, _) in enumerate(self._found) if (name or "").endswith("_orig")
         ]
 
     def has_any(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether one of these is the model's, be it recorded or not."""
+        """Whether any of these is a parameter of the model, recorded or not."""
         own = {id(parameter) for parameter in self._model.parameters()}
         return any(id(parameter) in own for parameter in parameters)
 
     def _plain_name(self, name: str) -> str:
-        """Of a parameter that the model has, or had before it was pruned, say."""
+        """The plain name of a parameter, from a name that the model has, or had before it was pruned, say."""
         return self._plain.get(name, plain_name(name))
 
     @property
@@ -116,7 +116,7 @@ class Layers:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the vectors."""
+        """Data type of the vectors."""
         return self._layout.dtype
 
     def zeros(self) -> Vector:
@@ -124,13 +124,13 @@ class Layers:
         return self._layout.zeros()
 
     def per_block(self, values: Sequence[float]) -> Tensor:
-        """One number a parameter → one a block, (block,)."""
+        """One number per parameter → one per block, (block,)."""
         per_parameter = torch.tensor(values, dtype=self._layout.dtype)
         return per_parameter.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
 
     @torch.no_grad()
     def theta(self, into: Vector, among: Sequence[int] | None = None) -> Vector:
-        """Copy θ into a vector, zero where it is pruned; ``among`` names the parameters, by default all."""
+        """Copy θ into a vector, zero where it is pruned; ``among``: indices of the parameters, by default all."""
         into.take(self.parameters if among is None else [self.parameters[index] for index in among], among)
         masks = parameter_masks(self._model) if self._elsewhere else {}
         for index, name in self._elsewhere:
@@ -139,7 +139,7 @@ class Layers:
         return into
 
     def vector(self, tensors: Mapping[str, Tensor], *, without: Collection[int] = ()) -> Tensor:
-        """Tensors by parameter name → the blocks of their vector; zero where there is none, or at these indices."""
+        """Tensors by parameter name → blocks of a vector, zero for parameters without one or at indices ``without``."""
         plainly = {self._plain_name(name): tensor for name, tensor in tensors.items()}
         known = enumerate(self._known)
         return self.zeros().take([None if index in without else plainly.get(name) for index, name in known]).blocks
@@ -152,13 +152,13 @@ class Layers:
         return [views[self._plain_name(name)] for name in names]
 
     def named(self, vector: Vector) -> dict[str, Tensor]:
-        """The vector's part of each parameter that the model has, by the name it has there."""
+        """The vector's part of each parameter, in its shape, by the name that the model has for it now."""
         parts = zip(self._found, vector.views, strict=True)
         return {name: view for (name, _), view in parts if name is not None}
 
     @property
     def frozen(self) -> set[str]:
-        """The parameters that have no gradient, by the name that the model has for each."""
+        """The parameters with ``requires_grad=False``, by the name that the model has for each."""
         return {name for name, parameter in self._found if name is not None and not parameter.requires_grad}
 
     @property
@@ -168,7 +168,7 @@ class Layers:
         return {name: layer for (name, _), layer in parts if name is not None}
 
     def kept(self) -> Tensor:
-        """1 where a parameter is not pruned, else 0, as the blocks of a vector."""
+        """1 where a parameter is not pruned, 0 where it is, as blocks of a vector."""
         masks, vector = parameter_masks(self._model), self.zeros()
         for (name, _), view in zip(self._found, vector.views, strict=True):
             view.copy_(masks[name]) if name in masks else view.fill_(1)

@@ -1,10 +1,10 @@
 """Masks: which parameters are pruned, and what keeps them at exactly zero while training continues.
 
 The masks of a module's own parameters are a dictionary in an attribute of the module: copied with it, but not part of
-the state dict. They are not buffers, since an averaged copy of a model (torch.optim.swa_utils) pairs those by position.
-While there is a mask, three things hold a pruned parameter at zero under any optimizer whose update of a parameter with
-zero value, gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...): its value is zero, its
-gradient is masked as it arrives, and its optimizer state is masked once. Values that the module loads are masked too.
+the state dict. They are not buffers, because an averaged copy of a model (torch.optim.swa_utils) pairs buffers by
+position. Three things keep a pruned parameter at zero: its value is set to zero, its gradient is masked as it arrives,
+and its optimizer state is masked once. That suffices for any optimizer whose update of a parameter with zero value,
+gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...). Loaded values are masked, too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def filters_left(model: nn.Module, layer: str) -> Tensor:
 
 
 def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
-    """A parameter's own mask, which follows it to its device."""
+    """A parameter's own mask, moved to the parameter's device; None if it has none."""
     masks, device = owner.__dict__.get(_MASKS, {}), getattr(owner, leaf).device
     if leaf in masks and masks[leaf].device != device:
         masks[leaf] = masks[leaf].to(device)
@@ -61,7 +61,7 @@ def _register(model: nn.Module, name: str, mask: Tensor) -> None:
     owner.__dict__.setdefault(_MASKS, {})[leaf] = mask
     _mask_gradient(owner, leaf)
     above = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-    # attention takes its projection's weight, and never calls it
+    # attention uses its output projection's weight without calling that module, so the hook goes on attention, too
     for module in (owner, above) if isinstance(above, nn.MultiheadAttention) else (owner,):
         if not any(hook is _mask_gradients for hook in module._forward_pre_hooks.values()):
             module.register_forward_pre_hook(_mask_gradients)
@@ -70,7 +70,7 @@ def _register(model: nn.Module, name: str, mask: Tensor) -> None:
 
 
 class _Masking:
-    """The hook on a parameter's gradient. Tensors lose their hooks when they are copied; this one's type tells."""
+    """The gradient hook of a pruned parameter. Copying a parameter drops its hooks; this type shows if one is left."""
 
     def __init__(self, owner: nn.Module, leaf: str) -> None:
         self._owner, self._leaf = owner, leaf
@@ -78,15 +78,15 @@ class _Masking:
     def __call__(self, grad: Tensor) -> Tensor:
         mask = _mask(self._owner, self._leaf)
         if grad.layout is not torch.sparse_coo:
-            return torch.where(mask, grad, 0)  # not multiplied: what is not finite goes, too
-        grad = grad.coalesce()  # an embedding's
+            return torch.where(mask, grad, 0)  # unlike a product, this removes NaN and infinity, too
+        grad = grad.coalesce()  # a sparse embedding's
         places, values = grad.indices(), grad.values()
         kept = torch.where(mask[tuple(places)], values, 0)
         return torch.sparse_coo_tensor(places, kept, grad.shape, is_coalesced=True, check_invariants=False)
 
 
 def _mask_gradient(owner: nn.Module, leaf: str) -> None:
-    parameter = getattr(owner, leaf)  # one that is frozen gets its hook in the first forward pass when it is no more
+    parameter = getattr(owner, leaf)  # a frozen one gets its hook in the first forward pass after it is unfrozen
     if parameter.requires_grad and not any(
         isinstance(hook, _Masking) for hook in (parameter._backward_hooks or {}).values()
     ):
@@ -94,20 +94,20 @@ def _mask_gradient(owner: nn.Module, leaf: str) -> None:
 
 
 def _mask_gradients(owner: nn.Module, inputs: tuple) -> None:
-    """Before each forward pass: a copy of the module, or a parameter that was replaced, gets its hook back."""
+    """Forward pre-hook: restores the gradient hook of a copied or replaced parameter."""
     if not torch.compiler.is_compiling():
         for module in (owner, *owner.children()):
             for leaf in module.__dict__.get(_MASKS, {}):
-                if isinstance(module._parameters.get(leaf), nn.Parameter):  # not what functional_call puts in its place
+                if isinstance(module._parameters.get(leaf), nn.Parameter):  # not a tensor from functional_call
                     _mask_gradient(module, leaf)
 
 
 @torch.no_grad()
 def _mask_loaded(owner: nn.Module, keys: tuple) -> None:
-    """After each load_state_dict: a rewound module, say, is as pruned as it was."""
+    """Hook after load_state_dict: what a module loads, such as its initial weights, is pruned as the module is."""
     for leaf in owner.__dict__.get(_MASKS, {}):
         parameter, mask = getattr(owner, leaf), _mask(owner, leaf)
-        if hasattr(parameter, "to_local"):  # one that is sharded (FSDP2) since has its mask whole
+        if hasattr(parameter, "to_local"):  # sharded (FSDP2) after it was pruned: its mask is still whole
             mesh, placements = parameter.device_mesh, parameter.placements
             mask = torch.distributed.tensor.distribute_tensor(mask, mesh, placements, src_data_rank=None).to_local()
             parameter = parameter.to_local()
@@ -145,12 +145,12 @@ def lift_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
 
 
 def _zero(tensor: Tensor, mask: Tensor) -> None:
-    """Zero where not kept; assigned, not multiplied: no −0, and NaN goes too."""
+    """Set to zero where the mask is False; unlike a product, this leaves no −0 and no NaN."""
     tensor.masked_fill_(~mask, 0)
 
 
 def replace_mask(model: nn.Module, name: str, kept: Tensor | None) -> None:
-    """Put a mask in place of a parameter's own, after the parameter got another shape, say; None takes it away."""
+    """Replace a parameter's mask, after the parameter's shape changed, say; None removes it and its hooks."""
     owner, leaf = _owner(model, name)
     if kept is not None:
         _register(model, name, kept)

@@ -1,4 +1,4 @@
-"""What parameters are called: as before torch compiled their module, parametrized them, or pruned them."""
+"""Plain names of parameters: those they had before torch compiled their module, parametrized or pruned them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The plain name of each parameter of a model; where that is another's own name, both keep their own."""
+    """Plain name of each parameter of a model; where that is another parameter's own name, both keep their own."""
     own = {name: _uncompiled(name) for name in names}
     taken = set(own.values())
     return {name: next((one for one in _plainer(own[name]) if one not in taken), own[name]) for name in own}
@@ -19,7 +19,7 @@ def plain_name(name: str) -> str:
 
 
 def _plainer(name: str) -> list[str]:
-    """The plain name, and that of what was pruned before it was parametrized."""
+    """The plain name; then, for one that was pruned before it was parametrized, its name with ``_orig``."""
     pruned = name.removesuffix("_orig")
     plain = re.sub(r"parametrizations\.(\w+)\.original(\d*)$", r"\1\2", pruned)
     return [plain if plain == pruned else plain.removesuffix("_orig"), plain]

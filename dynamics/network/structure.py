@@ -1,4 +1,4 @@
-"""What a network is made of: its modules, their parameters, buffers and hooks, so that it can be restored."""
+"""The structure of a network (modules, parameters, buffers and hooks), kept so that it can be restored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TABLES = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forwar
 
 
 class Structure:
-    """The structure of a network as it is now, whatever is replaced in it later, by ``torch.nn.utils.prune`` say."""
+    """The present structure of a network, whatever ``torch.nn.utils.prune``, say, replaces in it later."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if all(name in vars(module) for name in _TABLES)]
@@ -24,7 +24,7 @@ class Structure:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, the network is made of what it was made of; afterwards it is as it was before."""
+        """Inside, the network has the kept structure; afterwards again the one it had before."""
         now = [self._of(module) for module in self._modules]
         try:
             self._put(self._kept)
@@ -34,7 +34,7 @@ class Structure:
 
     def _put(self, kept: list[tuple[type, dict[str, dict[Any, Any]]]]) -> None:
         for module, (kind, tables) in zip(self._modules, kept, strict=True):
-            if type(module) is not kind:  # as a parametrization changes it
+            if type(module) is not kind:  # a parametrization changes the class
                 module.__class__ = kind
             for name, content in tables.items():
                 table = vars(module)[name]

@@ -1,4 +1,4 @@
-"""What compilation, data parallelism and libraries put around a module, or around its forward pass."""
+"""Looks behind what compilation, data parallelism and libraries wrap around a module, or around its forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .hooks import hooks_asleep
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that compilation, data parallelism and Fabric wrap: second derivatives exist only there."""
+    """The module inside the wrappers of compilation, data parallelism and Fabric: only it has second derivatives."""
     while hasattr(model, "_orig_mod") or _is_wrapper(model):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
@@ -29,9 +29,9 @@ def is_compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def forward_unwrapped(model: nn.Module) -> Iterator[None]:
-    """Inside, the forward pass is without what libraries put around it.
+    """Inside, the forward pass runs without what libraries wrap around it.
 
-    Accelerate an autocast, for mixed precision, and Opacus hooks that collect the gradients of samples.
+    Accelerate wraps it in an autocast, for mixed precision; Opacus adds hooks that collect the gradients of samples.
     """
     wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
     try:

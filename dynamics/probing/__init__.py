@@ -1,1 +1,1 @@
-"""Evaluating a user's objective at other parameters, from the same moment, without changing anything."""
+"""Evaluates a user's objective at other parameters, from the same moment, without changing anything."""

@@ -1,7 +1,7 @@
-"""While a network is probed its activations stay: nothing of them is computed again, moved or packed.
+"""Keeps activations in memory while a network is probed: none is recomputed, offloaded or packed.
 
-What torch.utils.checkpoint computes again on the way back it computes with the network's own parameters, which may not
-be those of the probe. A checkpoint says how much memory is taken, not what is computed.
+In a backward pass torch.utils.checkpoint recomputes activations with the network's own parameters, which may not be the
+probe's. Without checkpoints the result is the same; only more memory is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
-_ONE_AT_A_TIME = threading.RLock()  # what one thread exchanges in torch for a while, another must not take for torch's
+_ONE_AT_A_TIME = threading.RLock()  # else a second thread would take the first one's patches of torch for the originals
 
 _PACKED = (
     "what backward passes need is packed by torch.autograd.graph.saved_tensors_hooks around the "
@@ -30,7 +30,7 @@ def activations_stay() -> Iterator[None]:
     """Inside, checkpoints and hooks on saved tensors do nothing in this thread; one thread at a time is inside.
 
     Raises:
-        RuntimeError: hooks are in force already.
+        RuntimeError: hooks on saved tensors are active already.
     """
     with _ONE_AT_A_TIME, torch.autograd.graph.disable_saved_tensors_hooks(_PACKED), _idle_here():
         yield
@@ -65,9 +65,9 @@ def _idle_here() -> Iterator[None]:
 
 
 def _once(function: Callable[..., Any], *inputs: Any) -> Any:
-    """In place of the checkpoints that begin a backward pass within a backward pass.
+    """Runs a function in place of a reentrant checkpoint, whose backward pass would start another one inside itself.
 
-    It gives a constant, as it is in training, if none of the inputs has a gradient.
+    Like that checkpoint, it returns a constant if no input requires a gradient.
     """
     trained = any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):

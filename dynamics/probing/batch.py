@@ -1,4 +1,4 @@
-"""One batch, whatever collections and objects it is made of: its tensors, its size, copies of it."""
+"""One batch, whatever collections and objects it consists of: its tensors, its size, copies of it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..hardware.memory_order import channels_first
 from .contents import are_equal
 from .ownership import OF_OTHERS, held
 
-_MOST = 10_000  # values that are looked at behind a batch's objects
+_MOST = 10_000  # values that are examined inside a batch's objects
 _COLLECTIONS = (dict, MappingProxyType, list, tuple)
 _PLAIN = frozenset({str, bytes, int, float, complex, bool, type(None)})
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in its tuples, lists and mappings on the device, and what else can be sent there."""
+    """The batch with all tensors in its tuples, lists and mappings on the device, and all else that has a ``to``."""
 
     def sent(other: Any) -> Any:
         return other.to(device) if callable(getattr(type(other), "to", None)) else other
@@ -33,21 +33,22 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def as_measured(batch: Any, device: torch.device) -> Any:
-    """The batch on the device, in the order in memory in which a loss is evaluated there."""
+    """The batch on the device, in the memory format in which losses are evaluated."""
     return mapped(to_device(batch, device), channels_first)
 
 
 def copied(batch: Any) -> Any:
-    """The batch with a copy of every tensor, and of what else a loop may change in place."""
+    """A copy of the batch: of every tensor, and of all else that a loop may change in place."""
     return mapped(batch, _copy_of_tensor, _copy)
 
 
 def changes(batch: Any, seen: Any) -> Callable[[], Any]:
-    """What gives, when it is called, a copy of the batch if the loop has changed it meanwhile, else None.
+    """A function that returns a copy of the batch if the loop has changed it by then, else None.
 
-    By changing a tensor in place, or by putting another there. What it only took out is as in the copy ``seen``.
+    A change is a tensor written in place, or another one put in its place. Entries that the loop only took out of a
+    mapping do not count; a copy has them as they are in ``seen``, the copy from before.
     """
-    own = _contents(batch)  # these tensors stay alive, so that no other is taken for one of them
+    own = _contents(batch)  # keeps these tensors alive, so that no new one gets the identity of one of them
     copies = _contents(seen) if any(isinstance(one, np.ndarray) for one in own.values()) else {}
     before = {place: (one, _state(one, copies.get(place))) for place, one in own.items()}
 
@@ -64,10 +65,10 @@ def changes(batch: Any, seen: Any) -> Callable[[], Any]:
 
 
 def _contents(batch: Any) -> dict[tuple, Tensor | np.ndarray]:
-    """The tensors and arrays in a batch, its collections and objects, by their places.
+    """The tensors and arrays in a batch, its collections and objects, by the path to each.
 
     None of the batch's own code runs: what it would load or compute is ignored. Each collection and object is
-    looked into once. Objects may refer to anything, so that behind them only so much is looked at.
+    searched once. Objects may refer to anything, so inside them at most ``_MOST`` values are examined.
     """
     found: dict[tuple, Tensor | np.ndarray] = {}
     known: dict[int, Any] = {}
@@ -89,7 +90,7 @@ def _contents(batch: Any) -> dict[tuple, Tensor | np.ndarray]:
 
 
 def _inner(value: Any) -> Iterable[tuple[Hashable, Any]]:
-    """The entries of a collection, or the attributes of an object that is no network, data, function or module."""
+    """Entries of a collection, or attributes of an object other than a network, data set, function or Python module."""
     kind = type(value)
     if issubclass(kind, dict | MappingProxyType):
         return list((dict if issubclass(kind, dict) else kind).items(value))
@@ -101,10 +102,10 @@ def _inner(value: Any) -> Iterable[tuple[Hashable, Any]]:
 
 
 def _state(value: Tensor | np.ndarray, copy: Any) -> Any:
-    """What tells whether a tensor or an array is changed: its version, or its numbers, of which there is a copy."""
+    """What shows whether a tensor or array has changed: a tensor's version counter, an array's copy."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
-    return copy if isinstance(copy, np.ndarray) else value.copy()  # itself if it could not be copied: it has no other
+    return copy if isinstance(copy, np.ndarray) else value.copy()  # without a copy, "copy" is the array
 
 
 def _is_as(before: Any, state: Any, now: Any) -> bool:
@@ -114,12 +115,12 @@ def _is_as(before: Any, state: Any, now: Any) -> bool:
 
 
 def _copy_of_tensor(tensor: Tensor) -> Tensor:
-    """A copy; one that gradients are taken by, such as a point where a derivative enters the loss, stays one."""
+    """A copy, which is a leaf that requires gradients if the tensor is one: a loss may differentiate by its inputs."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def _copy(value: Any) -> Any:
-    """A copy of an array or an object; itself where it cannot be copied."""
+    """A copy of an array or an object; the object itself if it cannot be copied."""
     try:
         return copy.deepcopy(value)
     except Exception:  # it may be anything

@@ -1,4 +1,4 @@
-"""Modules outside the model, such as a loss, a teacher or another network: their state is part of a step's moment."""
+"""Modules outside the model, such as a loss, a teacher or another network: a step's moment includes their state."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .objective import Objective, cross_entropy_objective
 
 
 class Bystanders:
-    """Keeps what modules outside the model have as they run, in the moment of the batch that they run on.
+    """Keeps the state of modules outside the model as they run, in the moment of the batch that they run on.
 
-    The first time all that run are kept, afterwards those that the objective was found to run: what others have is none
-    of its business. Their parameters are kept where they are no more than those that the model trains, or were found to
-    move between a forward pass and its step.
+    The first time, every module that runs is kept; afterwards only those that the objective was found to run. The
+    parameters of a module are kept if they are no more than those that the model trains, or if they were found to move
+    between a forward pass and its step.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -33,7 +33,7 @@ class Bystanders:
         self._hook: RemovableHandle | None = None
 
     def watch(self, moment: Callable[[], Moment | None], asleep: Callable[[], bool]) -> None:
-        """From now until :meth:`leave`; ``moment()`` is that of the batch in question, if there is one."""
+        """Watch until :meth:`leave`; ``moment()`` returns the moment of the batch that a module runs on, or None."""
         if self._hook is not None or not (self._known is None or len(self._known)):
             return
         ours = set(self._model.modules())
@@ -41,14 +41,14 @@ class Bystanders:
         def runs(module: nn.Module, inputs: tuple) -> None:
             if torch.compiler.is_compiling() or is_batched() or module in ours or asleep():
                 return
-            if getattr(module, "_orig_mod", None) is self._model:  # compiled with the hook, it would be compiled twice
+            if getattr(module, "_orig_mod", None) is self._model:  # a global hook would make torch compile it again
                 self._known = weakref.WeakSet()
                 self.leave()
                 return
             if not (self._known is None or module in self._known):
                 return
             if (at := moment()) is not None:
-                with suppress(Exception):  # it may be anything; then what it has by the time of the probe has to do
+                with suppress(Exception):  # a module may be anything; then its state when the probe runs has to do
                     at.keep_another(module, parameters=module in self._moving or self._are_few(module))
 
         self._hook = register_module_forward_pre_hook(runs)
@@ -57,15 +57,15 @@ class Bystanders:
         return sum(one.numel() for one in module._parameters.values() if one is not None) <= self._most
 
     def of_objective(self, modules: Iterable[nn.Module]) -> None:
-        """Say which ones the objective runs."""
+        """Note which modules the objective runs; only these are kept from now on."""
         self._known = weakref.WeakSet(modules)
 
     def keep(self, modules: Iterable[nn.Module]) -> None:
-        """Say which ones move: from now on their parameters are kept."""
+        """Note which modules move between a forward pass and its step: from now on their parameters are kept."""
         self._moving.update(modules)
 
     def leave(self) -> None:
-        """Look no more."""
+        """Watch no longer."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

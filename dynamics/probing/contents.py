@@ -1,4 +1,4 @@
-"""How the contents of an object are kept, and put back in place, by kind of object."""
+"""How the contents of an object are saved, and later put back in place, for each kind of object."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from .ownership import content_of, is_users_module, slots
 
 PutBack = Callable[[], None]
-Taken = tuple[PutBack, list[Any]]  # what puts contents back, and the numbers among them
+Taken = tuple[PutBack, list[Any]]  # a function that puts the contents back, and the numbers among them
 Take = Callable[[], Taken]
 
-_REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # which frameworks replace for a while
+_REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # "forward": frameworks replace it for a while
 _MISSING = object()
-_AT_ONCE = 2**20  # bytes
+_AT_ONCE = 2**20  # bytes compared at a time
 
 
 def takes_of_variables(function: FunctionType) -> list[Take]:
-    """What keeps which objects a function's variables of elsewhere are, as far as these are numbers or arrays."""
+    """Savers of a function's global and closure variables that are numbers, tensors or arrays; none if not the user's.
+
+    They save which object each variable holds, not the object's contents.
+    """
     if not is_users_module(function.__globals__.get("__name__")):
         return []
     of_module = {
@@ -53,7 +56,7 @@ def _take_cell(cell: CellType) -> Taken:
 
 
 def take_attributes(module: nn.Module) -> Taken:
-    """Of a module, but for its registries."""
+    """Save a module's attributes except its registries of parameters, buffers, submodules and hooks."""
     own = attributes_of(module)
 
     def put_back() -> None:
@@ -66,7 +69,7 @@ def take_attributes(module: nn.Module) -> Taken:
 
 
 def take_class(kind: type) -> Taken:
-    """Of a class: its data."""
+    """Save the data attributes of a class."""
     own = data_of(kind)
 
     def put_back() -> None:
@@ -81,13 +84,13 @@ def take_class(kind: type) -> Taken:
 
 
 def take_tensor(tensor: Tensor) -> Taken:
-    """Of a tensor: its numbers."""
+    """Save the values of a tensor."""
     with torch.no_grad():
         content, version = tensor.detach().clone(), tensor._version
 
     @torch.no_grad()
     def put_back() -> None:
-        # Torch's BatchNorm changes its statistics without a new version.
+        # Torch's BatchNorm changes its running statistics without raising their version.
         if tensor._version != version or not are_equal(tensor, content):
             tensor.detach().copy_(content)
 
@@ -95,13 +98,13 @@ def take_tensor(tensor: Tensor) -> Taken:
 
 
 def take_array(array: np.ndarray) -> Taken:
-    """Of an array: its numbers."""
+    """Save the values of an array."""
     content = array.copy()
     return lambda: np.copyto(array, content), [content]
 
 
 def take_container(value: Any) -> Taken:
-    """A dictionary, list, deque or set, by their own methods, whatever a class makes of these."""
+    """Save the entries of a dictionary, list, deque or set, by built-in methods even if a subclass overrides them."""
     kind = next(one for one in (OrderedDict, dict, list, deque, set) if isinstance(value, one))
     has_keys = issubclass(kind, dict)
     fill = {list: list.extend, deque: deque.extend}.get(kind) or kind.update
@@ -115,7 +118,7 @@ def take_container(value: Any) -> Taken:
     content = entries()
 
     def put_back() -> None:
-        if not _are_same(objects(entries()), objects(content)):  # another thread may be reading it
+        if not _are_same(objects(entries()), objects(content)):  # if unchanged, left alone: another thread may read it
             kind.clear(value)
             fill(value, content)
 
@@ -123,7 +126,7 @@ def take_container(value: Any) -> Taken:
 
 
 def take_object(value: Any) -> Taken:
-    """Of an object: its attributes and slots."""
+    """Save an object's attributes and slots."""
     own, members = dict(vars(value)) if hasattr(value, "__dict__") else {}, slots(value)
 
     def put_back() -> None:
@@ -144,7 +147,7 @@ def _take_generator(get: Callable[[], Any], put: Callable[[Any], None]) -> Taken
 
 
 def take_of_generator(value: Any) -> Take | None:
-    """What keeps a generator of random numbers; None of anything else."""
+    """A saver of a random generator's state; None for any other object."""
     if isinstance(value, torch.Generator):
         return partial(_take_generator, value.get_state, value.set_state)
     if isinstance(value, np.random.Generator):
@@ -163,14 +166,14 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
 
 def data_of(kind: type) -> dict[str, Any]:
-    """The attributes of a class that are neither functions, properties and their like, nor Python's own."""
+    """The attributes of a class except descriptors, such as functions and properties, and Python's own (``__x__``)."""
     return {
         name: one for name, one in vars(kind).items() if not (name.startswith("__") or hasattr(type(one), "__get__"))
     }
 
 
 def may_be_kept(tensor: Tensor) -> bool:
-    """Whether a tensor is dense and nobody's to train."""
+    """Whether a tensor is dense, not an inference tensor, and not a leaf that an optimizer may train."""
     trained = tensor.requires_grad and tensor.is_leaf
     return not trained and tensor.layout is torch.strided and not tensor.is_inference()
 
@@ -180,12 +183,12 @@ def _numbers(values: Iterable[Any]) -> list[Any]:
 
 
 def _are_same(values: list[Any], others: list[Any]) -> bool:
-    """Whether two lists are of the very same objects."""
+    """Whether two lists hold the identical objects."""
     return len(values) == len(others) and all(map(operator.is_, values, others))
 
 
 def are_equal(one: Any, other: Any) -> bool:
-    """Whether two numbers, arrays, or states of generators are the same; what is not a number is as any other."""
+    """Whether two numbers, tensors, arrays or generator states are equal; NaN equals NaN."""
     try:
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
@@ -197,12 +200,12 @@ def are_equal(one: Any, other: Any) -> bool:
         if isinstance(one, tuple) and isinstance(other, tuple):
             return len(one) == len(other) and all(map(are_equal, one, other))
         return type(one) is type(other) and bool(one == other or (one != one and other != other))
-    except Exception:  # of a type of its own
+    except Exception:  # a type whose comparison fails
         return False
 
 
 def _are_same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
-    """Of arrays of one shape and type; a megabyte at a time, for they may be large."""
+    """Compare arrays of one shape and type, a megabyte at a time because they may be large."""
     if not one.ndim or not one.size:
         return one.tobytes() == other.tobytes()
     rows = max(_AT_ONCE * len(one) // one.nbytes, 1)
@@ -211,8 +214,8 @@ def _are_same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def storage_of(tensor: Tensor | None) -> tuple[str, int]:
-    """Which memory a tensor lies in, as far as it can be told."""
+    """A key for the memory that a tensor occupies; its identity where the memory cannot be told."""
     try:
         return "storage", tensor.untyped_storage().data_ptr() or id(tensor)
-    except (AttributeError, NotImplementedError, RuntimeError):  # none, sparse, or one that only stands for others
+    except (AttributeError, NotImplementedError, RuntimeError):  # None, sparse, or a wrapper around other tensors
         return "storage", id(tensor)

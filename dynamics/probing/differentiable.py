@@ -1,4 +1,4 @@
-"""Inside, what a network computes has second derivatives: plain kernels, nothing compiled or recomputed."""
+"""A context in which what a network computes has second derivatives: plain kernels, nothing compiled or recomputed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .activations import activations_stay
 def differentiable_twice() -> Iterator[None]:
     """Inside, attention uses its plain kernel, the one with a second derivative, and what is compiled runs eagerly.
 
-    Nothing is computed again on the way back, and a replica that is a part of the model runs by itself. One thread at a
-    time is inside.
+    No activations are recomputed in backward passes, and a submodule wrapped in DistributedDataParallel runs without
+    its wrapper. One thread at a time is inside.
     """
     afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
     by_itself = mock.patch.object(nn.parallel.DistributedDataParallel, "forward", _by_itself)
-    unchosen = mock.patch("torch.nn.attention._sdpa_kernel", create=True)  # the model may choose a kernel itself
+    unchosen = mock.patch("torch.nn.attention._sdpa_kernel", create=True)  # overrules the model's own sdpa_kernel
     with activations_stay(), sdpa_kernel(SDPBackend.MATH), unchosen, afresh, by_itself:
-        if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled then, and importing it takes seconds
             yield
         else:
             unasked = mock.patch("torch.nn.modules.module._has_any_global_hook", return_value=False)  # they are ours
@@ -35,5 +35,5 @@ def differentiable_twice() -> Iterator[None]:
 
 
 def _by_itself(replica: nn.parallel.DistributedDataParallel, *inputs: Any, **named: Any) -> Any:
-    """In place of a replica's forward pass, which would expect a backward pass and add up that of the next batch."""
+    """Replaces a replica's forward pass, which would expect a backward pass, and add up that of the next batch."""
     return replica.module(*inputs, **named)

@@ -1,4 +1,4 @@
-"""What Python objects hold besides parameters and buffers, and how it is put back, in place and as it was."""
+"""Saves what Python objects hold besides parameters and buffers, and puts it back, in place."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from .contents import (
 )
 from .ownership import OF_OTHERS, OURS, held, is_users, manages, package, referred
 
-_MOST, _DEEPEST = 1000, 4  # objects that are looked into, where these may be anything
-_FEW = 2**20  # numbers that are kept in any case
+_MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
+_FEW = 2**20  # so many numbers are kept in any case
 
 
 class Kept:
@@ -41,36 +41,37 @@ class Kept:
     def __init__(self, takes: list[Take]) -> None:
         self._takes, self._put_backs, self._numbers = takes, [], []
         for take in takes:
-            with suppress(Exception):  # it may be anything
+            with suppress(Exception):  # an object may be anything
                 put_back, numbers = take()
                 self._put_backs.append(put_back)
                 self._numbers += numbers
 
     def put_back(self) -> None:
-        """Give each object the contents it had. What cannot be put back stops no other, and is raised in the end."""
+        """Give each object its contents back. If one fails, the others are put back before its error is raised."""
         with ExitStack() as all_of_them:
             for put_back in self._put_backs:
                 all_of_them.callback(put_back)
 
     def now(self) -> Kept:
-        """What the same objects have by now."""
+        """The present contents of the same objects."""
         return Kept(self._takes)
 
     def are_as(self, other: Kept) -> bool:
-        """Whether what is kept here and there holds the same numbers."""
+        """Whether both hold the same numbers."""
         return len(self._numbers) == len(other._numbers) and all(map(are_equal, self._numbers, other._numbers))
 
 
 def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept:
     """Keep the plain attributes of modules and of their classes, and what a function refers to.
 
-    Attributes are put back as the objects they were, and the contents of tensors, arrays, lists, dictionaries, sets,
-    deques and random generators, nested ones too, in place: whoever shares such an object goes on sharing it. So are
-    those of objects whose class comes from where a module's does, or is the user's own, but for networks, optimizers
-    and data, and for objects from elsewhere that hold these. Of the modules' forward passes it is the generators of
-    random numbers that they refer to, by themselves or by objects of the user's own. Of the function it is those, and
-    its variables of surrounding functions and of its module, if they are numbers, tensors, collections or the user's
-    own objects: not what is trained, nor many more numbers than the modules have parameters, such as a data set.
+    Attributes are put back as the same objects. The contents of tensors, arrays, lists, dictionaries, sets, deques and
+    random generators, nested ones too, are put back in place: whoever shares such an object goes on sharing it. So are
+    the contents of objects whose class comes from the same package as a module's. Those of other classes of the user's
+    own are, too, unless they hold networks, optimizers or data; these themselves are never kept. Of what the modules'
+    forward methods refer to, directly or through the user's own objects, only random generators are kept. Of the
+    function, these are kept and its closure and global variables, if they are numbers, tensors, collections or the
+    user's own objects; but not what is trained, nor many more numbers than the modules have parameters, as in a data
+    set.
     """
     modules = list(modules)
     keeper = _Keeper(modules)
@@ -83,7 +84,7 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
 
 
 class _Keeper:
-    """Finds what is to be kept, each object once; what cannot be looked at is left alone."""
+    """Finds what is to be kept, each object once; objects that cannot be examined are left alone."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.takes: list[Take] = []
@@ -107,8 +108,8 @@ class _Keeper:
         return self._visit(value)
 
     def _visit(self, value: Any) -> Iterable[Any]:
-        """Keep an object; what is in it."""
-        if isinstance(value, Tensor):  # one that shares a parameter's memory, as with spectral_norm, is the optimizer's
+        """Keep an object, and return what is inside it."""
+        if isinstance(value, Tensor):  # one that shares a parameter's memory, as in spectral_norm, is never put back
             if storage_of(value) not in self._seen and may_be_kept(value):
                 self.takes.append(partial(take_tensor, value))
         elif (generator := take_of_generator(value)) is not None:
@@ -135,14 +136,14 @@ class _Keeper:
         return package(kind) in self._packages or (is_users(kind) and not manages(value))
 
     def look_for_generators(self, functions: list[Any]) -> None:
-        """Keep the generators of random numbers that functions of the user's own refer to."""
+        """Keep the random generators that the user's own functions refer to."""
         _walk(functions, self._visit_generator, bounded=True)
 
     def _visit_generator(self, value: Any) -> Iterable[Any]:
         return referred(value) if take_of_generator(value) is None else self._visit_once(value)
 
     def look_into(self, function: Any) -> None:
-        """Keep what a function of the user's own refers to, and its variables."""
+        """Keep what a function of the user's own refers to: its closure and global variables, and objects in these."""
         _walk([function], self._visit_referred, bounded=True)
 
     def _visit_referred(self, value: Any) -> Iterable[Any]:
@@ -160,14 +161,17 @@ class _Keeper:
 
 
 def _walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded: bool) -> None:
-    """Look at values and at what a look finds in them, each object once; if ``bounded``, at so many and so deep."""
+    """Call ``look`` with values and with what it returns for them, each object once.
+
+    If ``bounded``, for at most ``_MOST`` objects, down to depth ``_DEEPEST``.
+    """
     waiting, known = deque((value, 0) for value in values), set()
     while waiting and not (bounded and len(known) == _MOST):
         value, depth = waiting.popleft()
         if id(value) in known:
             continue
         known.add(id(value))
-        with suppress(Exception):  # it may be anything
+        with suppress(Exception):  # an object may be anything
             inner = look(value)
             if not (bounded and depth == _DEEPEST):
                 waiting.extend((one, depth + 1) for one in inner)

@@ -1,4 +1,4 @@
-"""A network in training or eval mode for a while."""
+"""Puts a network into training or eval mode for a while."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .kept import kept
 def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
     """Inside, all modules are in ``mode`` ("train" or "eval"; None leaves them); afterwards each is as it was.
 
-    A module's own ``train`` may do more, such as merge an adapter into its weights: it does so to copies of these.
+    A module's own ``train`` may do more, such as merge an adapter into its weights: it does so with copies of these.
     """
     if mode not in ("train", "eval", None):
         raise ValueError(f"mode must be 'train' or 'eval', got {mode!r}")

@@ -1,4 +1,4 @@
-"""What a forward pass starts from besides parameters and batch, kept so that it can be run again without a trace."""
+"""What a forward pass starts from besides parameters and batch, kept to run it again without side effects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tensors = Mapping[str, Tensor | None]
 
 
 class RandomState:
-    """The state of the random number generators of torch, on CPU and one device, numpy and Python, to be set again."""
+    """A snapshot of the random generators of torch (CPU and one GPU), numpy and Python."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
@@ -30,7 +30,7 @@ class RandomState:
         self._cuda = torch.cuda.get_rng_state(device) if self._device else None
 
     def __eq__(self, other: object) -> bool:
-        """Whether they would draw the same numbers."""
+        """Whether both would draw the same numbers."""
         if not isinstance(other, RandomState):
             return NotImplemented
         pairs = ((self._cpu, other._cpu), (self._cuda, other._cuda))
@@ -51,7 +51,7 @@ class RandomState:
 
 @contextmanager
 def random_numbers_untouched(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the generators are afterwards as they were."""
+    """Whatever is drawn inside, the random generators are afterwards as they were before."""
     state = RandomState(device)
     try:
         yield
@@ -60,7 +60,10 @@ def random_numbers_untouched(device: torch.device) -> Iterator[None]:
 
 
 class _Other(NamedTuple):
-    """What a module outside the model had as it ran: its parameters, or what tells whether they have moved since."""
+    """A module outside the model as it ran: its attributes, buffers and parameters.
+
+    Of parameters that are not kept, ``norms`` tell whether they have moved since.
+    """
 
     attributes: PutBack
     buffers: Tensors
@@ -69,15 +72,16 @@ class _Other(NamedTuple):
 
 
 class Moment:
-    """Buffers, random numbers and what modules keep in plain attributes, such as a hidden state, as they are now.
+    """A snapshot of buffers, random generators and what modules keep in plain attributes, such as a hidden state.
 
-    So is what the ``objective`` refers to, such as a generator of its own: :mod:`~dynamics.probing.kept` says what.
+    It includes what the ``objective`` refers to, such as a generator of its own; :func:`~dynamics.probing.kept.kept`
+    says what.
 
     Attributes:
-        frozen: the parameters that are not trained, if they were to be kept: a forward pass may move them.
-        others: modules outside the model that have run since, with what they had when they last began to.
-        replaced: parameters in whose places others had been put by :meth:`look_for_replaced`, by a forward pass.
-        moved_others: of those whose parameters were not kept, the ones that then ran :meth:`again` with different ones.
+        frozen: copies of the parameters that are not trained, which a forward pass may move; only if ``keep_frozen``.
+        others: modules outside the model that have run since, each with its state when it last began to run.
+        replaced: parameters that a forward pass has replaced by others, as found by :meth:`look_for_replaced`.
+        moved_others: modules whose parameters were not kept, and had changed when they ran :meth:`again`.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class Moment:
         self._norms, self._places = _norms(frozen), _places(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.replaced: dict[str, Tensor] = {}
-        self._outside: dict[str, Tensor] = {}  # parameters as the pass's batch was seen, if the moment is a pass's
+        self._outside: dict[str, Tensor] = {}  # for a forward pass: parameters when its batch was seen
         self.others: dict[nn.Module, _Other] = {}
         self.moved_others: set[nn.Module] = set()
 
@@ -105,21 +109,21 @@ class Moment:
         return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
 
     def later(self) -> Moment:
-        """What there is by now, but with the random numbers of this moment."""
+        """The present moment, but with this one's random numbers."""
         moment = Moment(self._model, self._device, self._objective)
         moment._random = self._random
         return moment
 
     def with_present_numbers(self) -> Moment:
-        """The moment, but with the random numbers that there are by now."""
+        """This moment, but with the present random numbers."""
         moment = copy.copy(self)
         moment._random, moment.others, moment.moved_others = RandomState(self._device), dict(self.others), set()
         return moment
 
     def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
-        """Keep what a module outside the model has as it runs, with its parameters if they are few: it may be trained.
+        """Keep the state of a module outside the model as it runs; its ``parameters`` too if asked, for these may move.
 
-        What counts is the last time: a network may run for its own loss, step, and then run for this one.
+        The last run counts: a network may run for its own loss, step, and then run for this one.
         """
         own = _own(module._parameters)
         held = _copies(own) if parameters else {}
@@ -127,14 +131,15 @@ class Moment:
         self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)
 
     def of_pass(self, first: Moment | None) -> Moment:
-        """The moment; it is that of a pass of the batch that was seen at the first."""
+        """Note that this is the moment of a forward pass, whose batch was seen at ``first``; returns itself."""
         self._outside = first._parameters if first else {}
         return self
 
     def look_for_replaced(self) -> None:
-        """Which parameters of the moment are not the model's any more, as far as it has others in their places.
+        """Find the parameters of this moment that the model has replaced by others of the same shape since.
 
-        Not those that ``torch.func.functional_call`` had put there for a pass: the model has its own again.
+        Tensors that ``torch.func.functional_call`` had put there for a forward pass do not count: the model has its own
+        parameters again.
         """
         for name, now in self._model.named_parameters():
             was, lent = self._parameters.get(name, now), self._outside.get(name) is now
@@ -153,12 +158,12 @@ class Moment:
 
     @property
     def touched(self) -> bool:
-        """Whether a parameter that is not trained has been written to since, be it with the same numbers."""
+        """Whether a parameter that is not trained has been written to since, even if with the same numbers."""
         return self._places != _places(self._frozen())
 
     @property
     def changed(self) -> dict[str, nn.Parameter]:
-        """The parameters, of those that are trained, which have been changed in place since, by name."""
+        """The trained parameters that have been changed in place since, by name."""
         return {
             name: self._parameters[name]
             for name, version in self._versions.items()
@@ -166,7 +171,7 @@ class Moment:
         }
 
     def is_as(self, other: Moment) -> bool:
-        """Whether a forward pass from here on is one from the other on, as far as is kept of both."""
+        """Whether a forward pass starts from the same state at both moments, as far as both keep it."""
         theirs = other._buffers | other.frozen
         dense = {name: one for name, one in (self._buffers | self.frozen).items() if one.layout is torch.strided}
         same = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
@@ -179,7 +184,7 @@ class Moment:
         return {name: buffer.clone() for name, buffer in self._buffers.items()}
 
     def drawn(self) -> bool:
-        """Whether random numbers were drawn since."""
+        """Whether random numbers were drawn since this moment."""
         return RandomState(self._device) != self._random
 
     def layout(self) -> tuple[Hashable, ...]:
@@ -194,10 +199,11 @@ class Moment:
 
     @contextmanager
     def again(self) -> Iterator[set[nn.Module]]:
-        """Inside, random numbers and attributes are those of the moment; afterwards they are as they were before.
+        """Inside, random generators and attributes are those of the moment; afterwards they are as they were before.
 
-        So are the buffers and attributes of other modules that run inside, such as a teacher: those of the moment, if
-        they were kept. Yields the set that these modules are added to. What another thread runs meanwhile is its own.
+        The same holds for the state of other modules that run inside, such as a teacher, if it was kept; in any case
+        their buffers and attributes are restored afterwards. Yields the set to which these modules are added. Modules
+        that other threads run meanwhile are ignored.
         """
         put_back = [kept(self._model.modules(), self._objective).put_back, self._attributes.now().put_back]
         ours, others, here = set(self._model.modules()), set(), threading.get_ident()
@@ -205,7 +211,7 @@ class Moment:
         def keep_another(module: nn.Module, inputs: tuple) -> None:
             if threading.get_ident() == here and module not in ours and module not in others:
                 others.add(module)
-                if is_batched():  # what torch.func has put into it is none of its own
+                if is_batched():  # torch.func has put tensors into the module that are not its own
                     return
                 was = self.others.get(module, _Other(_nothing, module._buffers, {}, {}))
                 if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
@@ -222,14 +228,14 @@ class Moment:
                 yield others
             finally:
                 hook.remove()
-                with ExitStack() as all_of_them:  # one that fails stops no other
+                with ExitStack() as all_of_them:  # all run even if one fails
                     for one in put_back:
                         all_of_them.callback(one)
 
 
 @torch.no_grad()
 def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """By name what changes when a tensor does, as far as one look can tell."""
+    """The norm of each dense floating-point tensor, by name: it shows cheaply whether the tensor has changed."""
     told = {
         name: one
         for name, one in tensors.items()
@@ -241,18 +247,18 @@ def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _places(tensors: Tensors) -> dict[str, tuple]:
-    """By name what changes when a tensor is written to, or is given other memory."""
+    """Memory and version of each tensor, by name: one of them changes when the tensor is written to or replaced."""
     dense = {name: one for name, one in tensors.items() if one is not None and not one.is_inference()}
     return {name: (storage_of(one), one._version) for name, one in dense.items()}
 
 
 def _same(norms: Mapping[str, float], now: Mapping[str, float]) -> bool:
-    """Whether what was told of tensors is told of them now, or they are gone; what is no number stays none."""
+    """Whether norms are unchanged; tensors that are gone, or whose norm was NaN, count as unchanged."""
     return all(now.get(name, norm) == norm or norm != norm for name, norm in norms.items())
 
 
 def _own(tensors: Tensors) -> Tensors:
-    """Those that are a module's own, not results of others which torch.func.functional_call has put there."""
+    """A module's own tensors: leaves, not results of operations that torch.func.functional_call has put there."""
     return {name: one for name, one in tensors.items() if one is None or one.is_leaf}
 
 
@@ -266,7 +272,10 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
-    """Put copies of tensors into a module's table; what puts its own back. In place, a graph could not be gone back."""
+    """Put copies of tensors into a module's table; returns a function that puts its own back.
+
+    Copying into the module's own tensors would invalidate graphs that have saved them for their backward passes.
+    """
     present = _own(table)
     own = {name: present[name] for name in tensors if name in present}
     table.update({name: one for name, one in _copies(tensors).items() if name in own})

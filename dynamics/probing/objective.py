@@ -35,5 +35,5 @@ def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temp
 
 
 def _is_negative(values: Tensor) -> bool:
-    """Whether some are; not asked while a GPU's work is captured, which had run before."""
+    """Whether any value is negative; not checked during a CUDA graph capture, before which the batch ran eagerly."""
     return not (values.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((values < 0).any())

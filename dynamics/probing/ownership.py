@@ -1,4 +1,4 @@
-"""Whose an object is: the user's, a library's, or this package's; and what it holds and refers to."""
+"""Who owns an object: the user, a library, or this package; and what it holds and refers to."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def is_users(kind: type) -> bool:
 
 @functools.cache
 def is_users_module(module: str | None) -> bool:
-    """Whether a module, by name, is neither Python's, nor installed, nor of this package."""
+    """Whether a Python module, by name, is the user's own: not of Python, not installed, and not of this package."""
     name = str(module or "")
     if name == "__main__":
         return True
     try:
         file = sys.modules[name].__file__
-    except Exception:  # it may be anything
+    except Exception:  # sys.modules may hold any object
         file = None
     if file is None or name.partition(".")[0] == OURS:
         return False
@@ -51,17 +51,17 @@ def is_users_module(module: str | None) -> bool:
 
 
 def held(value: Any) -> list[Any]:
-    """The attributes of an object; none of its own code runs."""
+    """The values of an object's attributes and slots; none of its own code runs."""
     try:
         own = object.__getattribute__(value, "__dict__")
-    except Exception:  # it has none, or a property of that name
+    except Exception:  # no __dict__, or a property of that name
         own = {}
     attributes = own.values() if isinstance(own, Mapping) else ()
     return [*attributes, *(one for _, one in slots(value))]
 
 
 def slots(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
-    """The slots of an object of a class of Python's that have a value."""
+    """The slots of an object that have a value, each with that value."""
     members = (one for kind in type(value).__mro__ for one in vars(kind).values())
     found = []
     for member in members:
@@ -74,12 +74,12 @@ def slots(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
 
 
 def manages(value: Any) -> bool:
-    """Whether an object holds networks, optimizers or data: a trainer is none of the model's business."""
+    """Whether an object holds networks, optimizers or data, as a trainer does; that is no part of the model's state."""
     return any(isinstance(one, OF_OTHERS) for one in held(value))
 
 
 def referred(value: Any) -> Iterable[Any]:
-    """What a function refers to, or an object of the user's own."""
+    """The objects that a function, or an object of the user's own, refers to."""
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
@@ -92,7 +92,7 @@ def referred(value: Any) -> Iterable[Any]:
         contents = chain.from_iterable(map(content_of, value.__closure__ or ()))
         named = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
         return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
-    if package(type(value)) == OURS:  # a callback for a framework, which passes the user's objective on
+    if package(type(value)) == OURS:  # a framework callback, which passes on the user's objective
         return [getattr(value, "_objective", None)]
     if is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)):
         return held(value)
@@ -100,7 +100,7 @@ def referred(value: Any) -> Iterable[Any]:
 
 
 def content_of(cell: CellType) -> tuple[Any, ...]:
-    """Of a variable of a surrounding function, if it has a value yet."""
+    """The value of a closure variable, as a tuple; empty if it has none yet."""
     try:
         return (cell.cell_contents,)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Evaluates an objective at any parameters without a trace: buffers, random numbers, mode and gradients stay."""
+"""Evaluates an objective at any parameters without side effects on buffers, random numbers, mode or gradients."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Probe:
         self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
 
     def __len__(self) -> int:
-        """How many batches it is of."""
+        """Number of batches."""
         return len(self._at)
 
     @property
     def device(self) -> torch.device:
-        """Where it is evaluated."""
+        """Device on which the objective is evaluated."""
         return self._device
 
     @property
@@ -92,7 +92,7 @@ class Probe:
 
     @property
     def kind(self) -> Hashable:
-        """What decides, with model and objective, of which operations an evaluation consists; None if unknown."""
+        """All that determines, besides model and objective, which operations an evaluation runs; None if unknown."""
         try:
             batches = [(layout(batch), moment.layout()) for batch, moment in self._at]
         except TypeError:
@@ -103,7 +103,7 @@ class Probe:
 
     @property
     def share(self) -> float:
-        """What the shares of its batches in the mean sum to: 1, but for one of several replicas :meth:`in_shares`."""
+        """Sum of its batches' shares in the mean: 1, unless it is one of several replicas' probes :meth:`in_shares`."""
         return sum(self._weights)
 
     def in_shares(self, shares: Sequence[float]) -> Probe:
@@ -120,20 +120,20 @@ class Probe:
             yield probe
 
     def fixed(self) -> Probe:
-        """The probe, from now on with all it reads in fixed places on the device, and without the random numbers.
+        """The probe itself; from now on all it reads has fixed addresses on the device, and random numbers are ignored.
 
-        Its evaluations may be captured then, of a model that draws none and keeps nothing outside its buffers.
+        Its evaluations may be captured then, if the model draws none and keeps no state outside its buffers.
         """
         self._fixed = True
         self._at = [(to_device(batch, self._device), moment) for batch, moment in self._at]
         return self
 
     def free(self) -> None:
-        """Not :meth:`fixed` any more."""
+        """Undo :meth:`fixed`."""
         self._fixed = False
 
     def take(self, other: Probe) -> None:
-        """Copy what another probe of the same kind is evaluated at into the places of this one."""
+        """Copy batches, moments and masks of another probe of the same kind into this one's tensors, in place."""
         for (batch, moment), (from_batch, from_moment) in zip(self._at, other._at, strict=True):
             for into, tensor in zip(tensors_of(batch), tensors_of(from_batch), strict=True):
                 into.copy_(tensor, non_blocking=True)
@@ -143,11 +143,11 @@ class Probe:
 
     @property
     def _losses(self) -> list[LossFunction]:
-        """L_b as a function of θ, one a batch; not kept, for a probe that held itself would outlive its use."""
+        """L_b as a function of θ, one per batch; not cached, because a probe that refers to itself would live on."""
         return [partial(self._loss, batch, moment) for batch, moment in self._at]
 
     def _loss(self, batch: Any, moment: Moment, theta: Theta, *, zero: Collection[str] = ()) -> Tensor:
-        """The loss at θ; of the parameters in ``zero``, what is pruned is known to be zero."""
+        """The loss at θ; in the parameters named in ``zero``, pruned entries are known to be zero."""
         fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
         free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
         free |= {name: replaced.clone() for name, replaced in moment.replaced.items() if name in free}
@@ -181,14 +181,14 @@ class Probe:
 
     @contextmanager
     def _lent(self, values: Theta, moment: Moment) -> Iterator[None]:
-        """Inside, the model has the tensors that it was evaluated with, and is as it was after that."""
+        """Inside, the model has the tensors it was evaluated with, and the state after that: for backward passes."""
         with differentiable_twice(), moment.again(), exchanged(self._model, values), mode_of(self._model, self._mode):
             yield
 
     def _theta(self, theta: Theta | None) -> Theta:
-        """The model's present parameters, but for those that are given; each in the parameter's type.
+        """θ: the given parameters and, for the others, the model's present ones; each in the parameter's type.
 
-        Whole numbers, as of packed weights, are no coordinates: they stay where they are.
+        Integer parameters, such as packed weights, are no coordinates of θ: they stay as they are.
         """
         given = theta or {}
         own = [
@@ -212,10 +212,10 @@ class Probe:
         return loss, dict(zip(theta, grad, strict=True))
 
     def products(self, theta: Theta, directions: Sequence[Theta], layer_of: Mapping[str, int], layers: int) -> Products:
-        """Second derivatives of the mean loss at θ along directions, by layer, as ``gated_products`` has them.
+        """Second derivatives of the mean loss at θ along directions, by layer, as ``gated_products`` returns them.
 
-        A parameter that ``layer_of`` does not know is constant. What was pruned, and zero, as the probe was made is
-        zero at θ, too.
+        A parameter that is not in ``layer_of`` is constant. Entries that were pruned, and zero, when the probe was made
+        have to be zero at θ, too.
         """
         theta = self._theta(theta)
         frozen = {name for name in theta if name not in self._trained or name not in layer_of}
@@ -234,27 +234,30 @@ class Probe:
 
 
 def _off_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
-    """The parameters of which something has moved what is pruned; not those that the model itself masks, as torch's."""
+    """Names of the parameters whose pruned entries something has moved off zero.
+
+    Not of those that the model masks itself, as torch.nn.utils.prune does.
+    """
     parameters, own = dict(model.named_parameters()), [name for name in masks if not name.endswith("_orig")]
     moved = [((parameters[name] != 0) & ~masks[name]).any() for name in own]
     return [name for name, off in zip(own, _listed(moved), strict=True) if off]
 
 
 def _listed(booleans: Sequence[Tensor]) -> list[bool]:
-    """Scalars as they are in the host's memory, which waits but once."""
+    """Scalar tensors as Python booleans, with a single wait for the GPU."""
     return torch.stack([one.to(booleans[0].device) for one in booleans]).tolist() if booleans else []
 
 
 def _keeps(module: nn.Module) -> bool:
-    """Whether it may keep something from one forward pass to the next."""
+    """Whether a module may keep state from one forward pass to the next."""
     return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
 
 
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's own parameters have none, for the objective may set them to zero; afterwards they have."""
+    """Inside, the parameters' ``.grad`` is None, because the objective may zero them; afterwards they are restored."""
     owners = [one for one in model.parameters() if one.is_leaf and one.grad is not None]
-    alike = [one for one in owners if (one.shape, one.dtype) == (one.grad.shape, one.grad.dtype)]  # could be given back
+    alike = [one for one in owners if (one.shape, one.dtype) == (one.grad.shape, one.grad.dtype)]  # can be restored
     grads = [(parameter, parameter.grad) for parameter in alike]
     try:
         for parameter, _ in grads:

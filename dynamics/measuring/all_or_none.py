@@ -1,4 +1,4 @@
-"""Measurements that the objective can make fail: they are taken in all processes, or in none."""
+"""Measurements that fail if the user's objective fails: they are taken in all processes, or in none."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MEMORY = "A second derivative takes several times the memory of a step: use sma
 
 
 class AllOrNone:
-    """Takes measurements as long as none fails; where one does, it calls ``stop``, with one warning, in all processes.
+    """Takes measurements as long as none fails; if one does, it calls ``stop`` in all processes, with one warning.
 
     Attributes:
-        failed: whether measuring failed in this process, and the others are not told yet.
+        failed: whether measuring failed in this process and the others do not know yet.
     """
 
     def __init__(self, model: nn.Module, processes: Processes, stop: Callable[[], None]) -> None:
@@ -32,16 +32,16 @@ class AllOrNone:
         self.failed = False
 
     def fail(self) -> None:
-        """Measure no more; replicas, which would wait for this one, are told when they all come together next."""
+        """Stop measuring; replicas, which would wait for this one, are told when they next meet."""
         if self._processes.replicated:
             self.failed = True
         else:
             self._stop()
 
     def measured(self, measure: Callable[[], _Measured], step: int, *, others: bool = False) -> _Measured | None:
-        """What is measured; None where it fails in any process: the training goes on without curvature in all.
+        """The result of ``measure``; None if it fails in any process, and then all stop measuring curvature.
 
-        Unless there are ``others``, of which the step may be.
+        If there are ``others``, candidates still to try, a failure does not stop them.
         """
         measured, reason = None, "measuring failed in another process"
         try:
@@ -56,10 +56,10 @@ class AllOrNone:
         if others:
             return None
         self._stop()
-        if not self.failed:  # which was said
+        if not self.failed:  # else the user was warned already
             warnings.warn(f"curvature is not recorded from step {step} on: {reason}", stacklevel=2)
         return None
 
     def all_agree(self, fine: bool) -> bool:
-        """Whether it is fine in every process that measures."""
+        """Whether ``fine`` is true in every process that measures."""
         return self._processes.all_agree(fine, next(self._model.parameters()).device)

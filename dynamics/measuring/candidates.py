@@ -1,4 +1,4 @@
-"""Which batches a step may be of, from which moments, in what proportions: the applied gradient decides."""
+"""Which batches a step may be of, from which moments, and with what weights: the applied gradient decides."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _SURE = 1 - 1e-6  # a cosine
 # Which moment of a batch is the step's.
 _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
     "forward pass": lambda seen: seen.moment,
-    "seen": lambda seen: seen.first_moment or seen.moment,  # a loss may draw random numbers before it runs the network
+    "seen": lambda seen: seen.first_moment or seen.moment,  # a loss may draw random numbers before its forward pass
     "forward pass before the gradient": lambda seen: seen.gradient_moment or seen.moment,  # of several
-    "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not for the step's sake
-    "next forward pass": lambda seen: seen.next_moment or seen.moment,  # what was seen before it was skipped
+    "further forward pass": lambda seen: seen.last_moment or seen.moment,  # the first was not the step's
+    "next forward pass": lambda seen: seen.next_moment or seen.moment,  # batches seen before it were skipped
 }
 
 
 class _Way(NamedTuple):
-    """How a step may use its batches: from which of :data:`_MOMENTS` on, weighted by their samples or equally.
+    """How a step may use its batches: from which of :data:`_MOMENTS`, and weighted by their samples or equally.
 
-    And as they were seen, or as the loop had ``changed`` them by their forward pass.
+    ``changed``: as the loop had changed them by their forward pass, not as they were seen.
     """
 
     moment: str = "forward pass"
@@ -42,7 +42,10 @@ class _Way(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """Batches that a step may be of, by number, in one way; if not ``certain``, only the gradient can tell."""
+    """A probe of the batches that a step may be of, used in one way; ``number``: the rank of these batches.
+
+    If not ``certain``, only the gradient can tell whether the step is of them.
+    """
 
     number: int
     way: _Way
@@ -51,7 +54,10 @@ class Candidate(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A candidate's loss and gradient in its probe, its cosine with the one applied, and the mean of the layers'."""
+    """A candidate's loss and gradient, measured ``by`` one of two means, and how they align with the applied gradient.
+
+    ``cosine`` is that of the two gradients, ``in_layers`` the weighted mean of the layers' cosines.
+    """
 
     candidate: Candidate
     by: ProbedStep | CapturedCurvature
@@ -62,21 +68,21 @@ class Found(NamedTuple):
 
     @property
     def sure(self) -> bool:
-        """Whether the gradient is the one applied, except for its length."""
+        """Whether the gradient is the applied one, up to its length."""
         return self.cosine > _SURE
 
 
 class Candidates:
-    """The candidates of each step; how it was last chosen among them tells which are likely."""
+    """The candidates of each step; the one chosen last tells which are likely next time."""
 
     def __init__(self, model: nn.Module, objective: Objective, batches: Batches, processes: Processes) -> None:
         self._model, self._objective, self._batches, self._processes = model, objective, batches, processes
-        self._way: _Way | None = None  # the likeliest, as far as a step has told
+        self._way: _Way | None = None  # of the candidate chosen last
 
     def known(self) -> list[tuple[int, list[Seen]]]:
-        """Which batches the next step may be of, by number, the likeliest first.
+        """The lists of batches that the next step may be of, numbered, the likeliest first.
 
-        None if the state it starts from is lost.
+        It is empty if the state from which the step starts is lost.
 
         Raises:
             RuntimeError: that state cannot be kept.
@@ -89,10 +95,10 @@ class Candidates:
         return [(number, seen) for number, seen in candidates if all(one.moment for one in seen)]
 
     def of_step(self, known: list[tuple[int, list[Seen]]]) -> list[Candidate]:
-        """Of these batches, of which there are some in each of the processes, the candidates, the likeliest first.
+        """The candidates made of these batches, the likeliest first; every process has to know some.
 
-        The likeliest batches, at first all, are tried in all ways in which they differ, the others from the likeliest
-        moment on.
+        The likeliest batches are tried in all ways that make a difference, the others from the likeliest moment only;
+        before a first choice, all are tried in all ways.
         """
         if self._processes.replicated:
             return self._of_replicas(known)
@@ -107,12 +113,18 @@ class Candidates:
         return [self._candidate(*one) for one in tried]
 
     def _is_unlikely(self, way: _Way) -> tuple[bool, bool]:
-        """In its batches' moment or count, or in how they are: what a loop has changed it seldom means otherwise."""
+        """Sort key: whether a way differs from the likeliest in moment or weights, and whether in ``changed``.
+
+        At first ``changed`` is taken to be likely, because a loop that changes a batch usually trains on the result.
+        """
         likely = self._way or _Way(changed=True)
         return way._replace(changed=likely.changed) != likely, way.changed != likely.changed
 
     def _of_replicas(self, known: list[tuple[int, list[Seen]]]) -> list[Candidate]:
-        """As many in each of the processes, which measure together: in all ways in which they differ in any."""
+        """Candidates of replicas, which measure together and so need equally many: the likeliest and the last batches.
+
+        They are tried in all ways that make a difference in any process.
+        """
         (_, likeliest), *others = known
         ends = known[0], known[-1]
         certain = [_is_certain(seen) for _, seen in ends]
@@ -138,7 +150,7 @@ class Candidates:
         return Candidate(number, way, probe, _is_certain(seen))
 
     def choose(self, found: Sequence[Found]) -> Found | None:
-        """The candidate that the step is of: the last if surely right, else the nearest; None if none can tell."""
+        """The candidate that the step is of: the last if surely right, else the nearest; None if that is doubtful."""
         best = _nearest(found)
         if not (best.candidate.certain or best.sure):
             return None
@@ -148,10 +160,11 @@ class Candidates:
 
 
 def _nearest(found: Sequence[Found]) -> Found:
-    """Whose gradient the one applied is: the last's if that is sure, else that of one that is layer by layer.
+    """The candidate whose gradient is nearest to the applied one.
 
-    Else that of the likeliest batches, in the way that is nearest, unless those of other numbers are twice as near:
-    what clips or disturbs a gradient turns all of them away, and other batches' may happen to be the nearest then.
+    That is the last if it is sure; else one that is sure layer by layer, among those about as near as the nearest; else
+    the likeliest batches, in their nearest way, unless other batches are twice as near. The last rule is there because
+    clipping or noise turns the applied gradient away from all of them, and other batches may then be nearest by chance.
     """
     apart = np.nan_to_num([1 - one.cosine for one in found], nan=3.0)
     nearest = int(np.argmin(apart))
@@ -165,7 +178,7 @@ def _nearest(found: Sequence[Found]) -> Found:
 
 
 def _moments_that_differ(seen: list[Seen]) -> list[str]:
-    """Of :data:`_MOMENTS` those that are not the first, each once."""
+    """The names in :data:`_MOMENTS` that give different moments, each moment once; the first is always among them."""
     found: dict[str, list[Moment]] = {}
     for name, of in _MOMENTS.items():
         moments = [of(one) for one in seen]
@@ -180,10 +193,10 @@ def _is_certain(seen: list[Seen]) -> bool:
 
 
 def _weights_that_differ(seen: list[Seen]) -> list[bool]:
-    """Whether batches count by their samples, and whether that is not the same for all of them."""
+    """The values of ``by_samples`` to try: only True if all batches have the same number of samples."""
     return [True, False] if len({sample_count(one.batch) for one in seen}) > 1 else [True]
 
 
 def _changes_that_differ(seen: list[Seen]) -> list[bool]:
-    """Whether batches are as the loop had changed them by their forward pass, and whether it had."""
+    """The values of ``changed`` to try: only False if the loop has changed no batch by its forward pass."""
     return [True, False] if any(one.changed is not None for one in seen) else [False]

@@ -17,23 +17,23 @@ _Gradient = tuple[Tensor, dict[str, Tensor]]
 
 
 class CapturedCurvature:
-    """What a :class:`ProbedStep` says of probes, captured when the second of a kind comes.
+    """Measures probes as a :class:`ProbedStep` does, by CUDA graphs from the second probe of a kind on.
 
-    The graphs read the batches, buffers and masks of that probe, into which those of later ones are copied. One of
-    another kind, of a smaller batch say, is measured as if there were no graphs; so is one that draws random numbers,
-    runs modules with buffers outside the model, or has no second derivative. Where a capture fails there are no more.
+    The graphs read the batches, buffers and masks of that probe, into which those of later ones are copied. A probe of
+    another kind, such as of a smaller batch, is measured without graphs; so is one that draws random numbers, runs
+    modules with buffers outside the model, or has no second derivative. If a capture fails, no other is tried.
     """
 
     def __init__(self, probed: ProbedStep) -> None:
         self._probed = probed
         self._refused = False
-        self._kind: Hashable = None  # of what was measured last, if it may be captured
-        self._probe: Probe | None = None  # the one that is captured
+        self._kind: Hashable = None  # kind of the probe that was measured last, if it may be captured
+        self._probe: Probe | None = None  # the probe whose tensors the graphs read
         self._gradient: Captured[_Gradient] | None = None
         self._values: Captured[dict[str, Tensor]] | None = None
 
     def gradient(self, probe: Probe) -> _Gradient:
-        """The loss before the step and its own gradient, by parameter name; valid until the next."""
+        """The loss before the step and its own gradient, by parameter name; the next call overwrites them."""
         kind = probe.kind, self._probed.places
         if kind != self._kind:
             self.drop()
@@ -48,7 +48,7 @@ class CapturedCurvature:
         return self._probed.gradient(probe) if self._gradient is None else self._gradient()
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The quantities of ``/curvature`` at the probe whose gradient was asked for last."""
+        """The quantities of ``/curvature`` at the probe of the last call to :meth:`gradient`."""
         if self._gradient is None:
             values = self._probed.curvature_values(probe, loss, grad)
             if values.get("approximate"):
@@ -61,7 +61,7 @@ class CapturedCurvature:
         return {name: value.clone() for name, value in self._values().items()}
 
     def drop(self) -> None:
-        """Let the graphs go, and their memory."""
+        """Release the graphs and their memory."""
         captured = self._gradient is not None
         self._probe = self._gradient = self._values = self._kind = None
         if captured:

@@ -1,4 +1,4 @@
-"""Whether a user's own operations pass on the gradient of what they compute, and its derivative."""
+"""Checks whether a user's own operations pass on the true gradient of what they compute, and its derivative."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ _Theta = Mapping[str, Tensor]
 
 
 class Doubt(NamedTuple):
-    """That the ``gradient`` is none of the loss, or else the curvature none of the gradient; and what is to be said."""
+    """A doubt about the ``gradient`` (that it is not the loss's) or, if False, about the curvature; ``text`` warns."""
 
     gradient: bool
     text: str
 
 
 def doubt(probe: Probe, theta: _Theta, grad: _Theta, grad_hess_grad: Tensor) -> Doubt | None:
-    """Where the change of the loss along g is not what g says, or gᵀHg, by layer, not the change of g.
+    """A doubt if the loss does not change along g as g says, or g not as gᵀHg, (layer,), says; else None.
 
-    Some operations pass on another gradient than their own, and some backward passes have no derivative. By central
-    differences of losses and gradients; what lies within their error is no reason to doubt.
+    Some operations pass on a gradient other than their own, and some backward passes are not differentiable. The
+    changes are central differences of losses and gradients; a deviation within their error is no reason to doubt.
     """
     length, size = (float(torch.nn.utils.get_total_norm(list(one.values()))) for one in (grad, theta))
     if not length:  # nothing is passed on
         return None
     exact, bound = float(grad_hess_grad.sum()), float(grad_hess_grad.abs().sum())
     rounding = probe.rounding
-    # far enough for rounding, near enough for g to change by a part of it
+    # far enough to exceed rounding, near enough for g to change only by a fraction of itself
     epsilon = min(rounding ** (1 / 3) * (1 + size) / max(length, 1e-300), length**2 / max(100 * bound, 1e-300))
     losses, slopes = zip(*(_along(probe, theta, grad, far) for far in (-epsilon, 0.0, epsilon)), strict=True)
     noise, passed_on = 10 * rounding / epsilon, slopes[1]
     bent = abs(slopes[0] + slopes[2] - 2 * slopes[1]) / 2
     slope, change = (losses[2] - losses[0]) / (2 * epsilon), (slopes[2] - slopes[0]) / (2 * epsilon)
-    rounded = max(abs(losses[1]), 1.0)  # a loss near zero is what is left of numbers that are not
+    rounded = max(abs(losses[1]), 1.0)  # a loss near zero is a difference of larger numbers
     if _differ(passed_on, slope, 0.05, noise * rounded + bent):
         return Doubt(
             True,
@@ -59,7 +59,7 @@ def doubt(probe: Probe, theta: _Theta, grad: _Theta, grad_hess_grad: Tensor) -> 
 
 
 def _along(probe: Probe, theta: _Theta, direction: _Theta, distance: float) -> tuple[float, float]:
-    """The loss so far along a direction from θ, and its slope there as its gradient says."""
+    """The loss at θ + distance · direction, and its slope along the direction there, according to its gradient."""
     there = {name: one + distance * direction[name] if name in direction else one for name, one in theta.items()}
     loss, grad = probe.gradient(there)
     return loss.item(), sum((grad[name].double() * direction[name]).sum().item() for name in direction)

@@ -9,10 +9,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Present:
-    """What the model is now: names of its layers, ‖θ‖² of each, (layer,), and the rounding error of its type.
+    """The model as it is now: names of its layers, ‖θ‖² of each, (layer,), and the rounding error of its data type.
 
-    ``first`` is the layer of the first parameter group, ``flow_step`` the flow time of that group's step; ``remaining``
-    counts the parameters of each layer that are not pruned, (layer,).
+    ``first`` is the layer of the first group's first parameter, ``flow_step`` the flow time of a step in that group;
+    ``remaining`` counts the parameters of each layer that are not pruned, (layer,).
     """
 
     layers: list[str]

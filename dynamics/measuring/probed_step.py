@@ -1,4 +1,4 @@
-"""A step at a probe of its batches: the loss's own gradient, and curvature along that and along the step."""
+"""A step measured at a probe of its batches: the loss's own gradient, and curvature along that and along the step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .own_operations import doubt
 from .step import Measurement
 from .warn_once import WarnOnce
 
-_ENTRIES, _NUMBERS = 2**16, 2**22  # of gradients that are compared: of each, and of those of all batches at most
-_ROUNDING = 1e-4  # of shares
+_ENTRIES, _NUMBERS = 2**16, 2**22  # most gradient entries compared to fit shares: of each batch, and of all together
+_ROUNDING = 1e-4  # of shares, relative to the largest
 _SECOND = tuple(row.name for row in schema.quantities("curvature") if row.order == 2)
 
 
 class ProbedStep:
-    """What a probe says of the ``step`` that is measured: the quantities of ``/curvature`` that were asked for."""
+    """Measures the requested quantities of ``/curvature`` for the present ``step``, at a probe."""
 
     def __init__(
         self, step: Measurement, layers: Layers, groups: Groups, processes: Processes, names: Sequence[str]
@@ -37,13 +37,14 @@ class ProbedStep:
         self._others = [name for name in names if name not in FORMULAS]
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._warn_once = WarnOnce()
-        self._of_own_operations = 0  # how many steps were, so far
+        self._of_own_operations = 0  # number of steps so far whose loss went through the user's own operations
 
     @property
     def places(self) -> tuple[int, ...] | None:
-        """Where in memory a probe finds the parameters; None where these places do not tell all.
+        """Memory addresses at which a probe finds the parameters; None where these do not suffice.
 
-        The loss may have parameters of its own, which are put back each time, and sparse ones have several places.
+        They do not if the loss has parameters of its own, which are put back each time, or if parameters are sparse,
+        and so have several addresses.
         """
         if self._outside or any(parameter.layout is not torch.strided for parameter in self._layers.parameters):
             return None
@@ -60,7 +61,7 @@ class ProbedStep:
             return probe.gradient(self._layers.named(self._step.theta))
 
     def keep_outside(self) -> None:
-        """Keep what the optimizers train beside the model: the step moves it, and the loss may depend on it."""
+        """Keep the parameters outside the model that the optimizers train: a step moves them, the loss may use them."""
         self._outside = [(parameter, parameter.detach().clone()) for parameter in self._groups.outside]
 
     @contextmanager
@@ -79,12 +80,13 @@ class ProbedStep:
         return dict(zip(grad, self._processes.mean(list(grad.values())), strict=True))
 
     def alignment(self, grad: dict[str, Tensor]) -> tuple[float, float]:
-        """Cosine of a gradient with the one applied, over what was trained; 0 if it is zero in all of that.
+        """Cosine of a gradient with the applied one, over what was trained, and the mean of the layers' cosines.
 
-        And the mean of the layers' cosines, weighted by what was applied there, for layers may be clipped each by
-        itself. Each is that of the gradient as it is or, where that is nearer, clipped by value as the applied one is.
-        NaN where it is not finite, or nothing was applied. Its sign says nothing where an optimizer ascends: a loss may
-        have been turned around for that. Replicas that apply gradients of their own (local SGD) have the mean.
+        The mean is weighted by the norms of the applied gradient in the layers, because each layer may be clipped by
+        itself. Each number is that of the gradient as it is or, if that is larger, of the gradient clipped by value as
+        the applied one is. A cosine is 0 if the gradient is zero in all that was trained, and NaN if it is not finite
+        or nothing was applied. Where an optimizer maximizes, the absolute value is taken, because the loss may have
+        been negated for that. Over replicas that apply gradients of their own (local SGD), it is the mean.
         """
         own = self._layers.vector(grad, without=self._step.rest)
         found = torch.stack([self._cosines(own), self._cosines(_clipped_as(self._step.grad.blocks, own))])
@@ -92,7 +94,7 @@ class ProbedStep:
         return tuple(cosines.tolist())
 
     def _cosines(self, own: Tensor) -> Tensor:
-        """Of a gradient with the one applied: over all, and the mean over layers, (2,)."""
+        """The two cosines of :meth:`alignment` for a gradient as it is, (2,)."""
         names = ("grad_applied_grad", "grad_sqnorm", "applied_grad_sqnorm")
         vectors = Vectors(grad=own, applied=self._step.grad.blocks)
         product, square, applied = self._layers.evaluate(names, vectors).values()
@@ -102,13 +104,13 @@ class ProbedStep:
         return torch.stack([cosine, in_layers.sum() / applied.sqrt().sum()])
 
     def entries(self, probe: Probe, batches: int) -> tuple[Tensor, Tensor]:
-        """Some entries of the gradients of a probe's batches, (entry, batch), and of the one applied, (entry,).
+        """Some entries of the gradients of a probe's batches, (entry, batch), and of the applied one, (entry,).
 
-        So many that those of all ``batches`` together, of other processes', too, are not too many.
+        Their number is limited such that all ``batches``, those of other processes included, fit into memory together.
         """
         applied = self._step.grad.blocks
         most = min(_ENTRIES, _NUMBERS // batches)
-        some = slice(None, None, applied.numel() // most | 1)  # odd, for parameters begin at multiples of 1024
+        some = slice(None, None, applied.numel() // most | 1)  # odd, because parameters begin at multiples of 1024
         columns = []
         for one in probe.one_by_one():
             grad = self._layers.vector(self.gradient(one)[1], without=self._step.rest)
@@ -135,7 +137,7 @@ class ProbedStep:
         return {name: others[name]() for name in self._others} | values
 
     def unless_frozen_move(self, probe: Probe, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The quantities of ``/curvature``; those along the step are NaN where it moves what the probe holds fixed."""
+        """The quantities of ``/curvature``; those along the step are NaN if it moves what the probe holds constant."""
         update = self._layers.named(self._step.update)
         moved = {name: part.nan_to_num(0).any() for name, part in update.items() if name not in probe.trained}
         if not (moved and torch.stack(list(moved.values())).any()):
@@ -151,9 +153,9 @@ class ProbedStep:
         return values | {name: torch.full_like(values[name], torch.nan) for name in unknown}
 
     def _after(self) -> dict[str, Tensor] | None:
-        """θ + Δθ by parameter name; None where the model still has it.
+        """θ + Δθ by parameter name; None for a single optimizer, after whose step the model still has it.
 
-        A step of some of several optimizers ends when the next begins, and much may have happened until then.
+        A step of some of several optimizers only ends when the next begins, and the model may have changed by then.
         """
         if not self._groups.several:
             return None
@@ -186,12 +188,15 @@ class ProbedStep:
             return self._by_products(probe, grad, vectors, names)
 
     def _look_at_own_operations(self, probe: Probe, grad: dict[str, Tensor], grad_hess_grad: Tensor) -> None:
-        """Say, once, where there is a doubt: at the 1st step, 2nd, 4th..., as they may pass on more as time goes on."""
+        """Warn once if an own operation's derivatives are in doubt; checked at the 1st, 2nd, 4th, 8th... such step.
+
+        It is checked again because an operation may change what it passes on as training goes on.
+        """
         self._of_own_operations += 1
         if self._of_own_operations.bit_count() > 1:
             return
         found = None
-        with suppress(Exception):  # it only tells: what was measured stays
+        with suppress(Exception):  # only for the warning: a failure must not cost the measurement
             found = doubt(probe, self._layers.named(self._step.theta), grad, grad_hess_grad)
         if found and (found.gradient or self._of_own_operations == 1):
             self._warn_once(found.text, "own gradient" if found.gradient else "own operation")
@@ -225,12 +230,13 @@ class ProbedStep:
 
 
 def shares(grads: Tensor, applied: Tensor) -> list[float]:
-    """In what shares gradients, (entry, batch), add up to the one applied, (entry,), but for its length; or [].
+    """Least-squares shares in which gradients, (entry, batch), add up to the applied one, (entry,), up to its length.
 
-    By least squares. A step may be of other batches all the same: the gradient in these shares tells.
+    Empty if some are negative, or there are too few entries. The step may still be of other batches: only the gradient
+    in these shares shows that.
     """
     if grads.any(1).sum() < 2 * grads.shape[1] or not (grads.isfinite().all() and applied.isfinite().all()):
-        return []  # so few entries may add up to anything
+        return []  # so few entries fit any gradient
     found = torch.linalg.lstsq(grads, applied[:, None]).solution[:, 0]
     if found.max() <= 0 or found.min() < -_ROUNDING * found.max():
         return []
@@ -239,10 +245,10 @@ def shares(grads: Tensor, applied: Tensor) -> list[float]:
 
 
 def _clipped_as(applied: Tensor, own: Tensor) -> Tensor:
-    """A gradient with its entries cut where the applied one's are: at the largest size, which several have then."""
+    """A gradient clipped by value like the applied one, which was clipped if several entries share the largest size."""
     sizes = applied.abs()
     most = sizes.max()
     cut = sizes == most
     rest = own.where(~cut & (applied != 0), 0.0)
-    length = ((rest * applied).sum() / rest.square().sum()).abs().nan_to_num(1.0)  # cut in length before, perhaps
+    length = ((rest * applied).sum() / rest.square().sum()).abs().nan_to_num(1.0)  # may have been scaled before
     return torch.where(cut.sum() > 1, (own * length).clamp(-most, most), own)

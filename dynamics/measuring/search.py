@@ -1,4 +1,4 @@
-"""The search for what a step is of: the gradient of each candidate beside the one applied."""
+"""The search for the batches that a step is of: compares the gradient of each candidate with the applied one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .probed_step import ProbedStep, shares
 
 
 class Search:
-    """Tries the candidates for what a step is of until the gradient of one surely is the one applied."""
+    """Tries a step's candidates in turn until the gradient of one surely is the applied one."""
 
     def __init__(
         self,
@@ -25,19 +25,19 @@ class Search:
         all_or_none: AllOrNone,
     ) -> None:
         self._probed, self._captured, self._processes, self._all_or_none = probed, captured, processes, all_or_none
-        self._in_shares = False  # whether the last step's batches counted neither by their samples nor equally
+        self._in_shares = False  # whether the last step weighted its batches neither by samples nor equally
 
     def found(self, candidates: Sequence[Candidate], step: int) -> list[Found]:
-        """Those on which the objective did not fail, in turn: only of the last the gradient may surely be the applied.
+        """The candidates tried, in turn, without those on which the objective failed; only the last may be sure.
 
-        None where the training goes on without curvature.
+        It is empty if the training goes on without curvature.
         """
         if not candidates:
             return []
         likeliest = candidates[0]
         if self._in_shares and (shared := self._found_in_shares(likeliest, step)):
             return [shared]
-        by = self._captured if len(candidates) == 1 else self._probed  # graphs write over what they found before
+        by = self._captured if len(candidates) == 1 else self._probed  # a captured graph overwrites its last result
         found: list[Found] = []
         for one in candidates:
             others = bool(found) or one is not candidates[-1]
@@ -45,12 +45,12 @@ class Search:
                 found.append(tried)
                 if tried.sure:
                     return found
-        if found and self._is_left_out(likeliest, found):  # then it is said why
+        if found and self._is_left_out(likeliest, found):  # measured again, for its warning
             found = [again, *found] if (again := self._found(likeliest, by, step)) else []
         return [*found, *self._nearest_in_shares(found, step)]
 
     def _nearest_in_shares(self, found: Sequence[Found], step: int) -> list[Found]:
-        """Of the likeliest batches of which there is a gradient those in the nearest way, in shares, if that fits."""
+        """The likeliest batches that have a gradient, in their nearest way, with fitted shares; empty if none fit."""
         ways = [one for one in found if one.candidate.number == found[0].candidate.number]
         if not ways:
             return []
@@ -66,17 +66,17 @@ class Search:
     def _found(
         self, candidate: Candidate, by: ProbedStep | CapturedCurvature, step: int, *, others: bool = False
     ) -> Found | None:
-        """The candidate's gradient, beside the one applied; None where the objective fails on it."""
+        """The candidate with its gradient, compared with the applied one; None if the objective fails on it."""
         if (measured := self._all_or_none.measured(partial(by.gradient, candidate.probe), step, others=others)) is None:
             return None
         grad = self._probed.mean(measured[1])
         return Found(candidate, by, measured[0], grad, *self._probed.alignment(grad))
 
     def _found_in_shares(self, candidate: Candidate, step: int) -> Found | None:
-        """The candidate with its batches in the shares that the gradient applied has, if it surely is theirs then.
+        """The candidate with its batches in shares fitted to the applied gradient; None unless that is surely theirs.
 
-        Micro-batches may count by their tokens, say, also those of several replicas, each of which has the part of the
-        loss of which the mean over replicas is the loss.
+        Micro-batches may be weighted by their tokens, say, across replicas as well; then each replica's loss is scaled
+        so that the mean over replicas is the whole loss.
         """
         self._in_shares = False
         counts = self._processes.gathered(len(candidate.probe))

@@ -1,4 +1,4 @@
-"""One training step: θ and g before it, what it did, and its first-order quantities."""
+"""One training step: θ and g before it, Δθ, and its first-order quantities."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Measurement:
         theta: θ before the step.
         grad: g as the optimizers applied it.
         update: Δθ, of the optimizers that have stepped.
-        rest: indices of the parameters that no optimizer held which took the step.
+        rest: indices of the parameters held by none of the optimizers that have stepped.
     """
 
     def __init__(self, layers: Layers, groups: Groups, processes: Processes, names: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ class Measurement:
         self._names = tuple(name for name in names if name in FORMULAS)
         self._make_vectors()
         self._start: Vector | None = None
-        self._first_start: Vector | None = None  # θ₀ in the shapes that it had
+        self._first_start: Vector | None = None  # θ₀ in its original shapes
         self.rest: list[int] = []
 
     def present(self) -> Present:
@@ -47,7 +47,7 @@ class Measurement:
         return Present(self._layers.names, sqnorm, rounding, first, flow_step, self._layers.remaining())
 
     def start_from(self, store: Store | None, step: int, *, begins: bool) -> None:
-        """θ₀, for distances: θ as it is now where the record begins; later what was kept beside it, else NaN."""
+        """Set θ₀, for distances: the present θ if the record begins here, else the θ₀ kept beside it, else NaN."""
         if "distance_sqnorm" not in self._names:
             return
         self._start = self._first_start = self._layers.theta(self._layers.zeros())
@@ -65,7 +65,7 @@ class Measurement:
                 )
 
     def _name_of_start(self) -> str:
-        """What θ₀ is kept under: for these shapes alone."""
+        """The name under which θ₀ is kept, which depends on the parameters' shapes."""
         return f"start-{zlib.crc32(repr(self._layers.shapes).encode()):08x}"
 
     def _make_vectors(self) -> None:
@@ -74,7 +74,7 @@ class Measurement:
         self._repeated = Repeated()
 
     def _adapt(self) -> None:
-        """After a change of the model: vectors of its new shapes. θ₀ is unknown (NaN) where a shape is new."""
+        """Make vectors of the new shapes after the model changed; θ₀ becomes NaN where a shape is new."""
         self._make_vectors()
         if self._first_start is not None:
             self._start = self._layers.zeros()
@@ -83,7 +83,7 @@ class Measurement:
 
     @property
     def takes_part(self) -> bool:
-        """Whether this process is needed for first-order quantities: a replica is not, unless it writes."""
+        """Whether this process measures first-order quantities: of replicas, only the one that writes does."""
         return self._processes.writes or not self._processes.replicated
 
     @property
@@ -93,7 +93,7 @@ class Measurement:
 
     @property
     def sharded(self) -> bool:
-        """Whether every process holds a part of the parameters, so that only all of them can measure a step."""
+        """Whether every process holds a shard of the parameters, so that only all together can measure a step."""
         return self._processes.sharded
 
     def begin(self) -> None:
@@ -118,7 +118,7 @@ class Measurement:
             torch._foreach_sub_(*([vector.views[index] for index in held] for vector in (self.update, self.theta)))
 
     def end(self, stepped: Sequence[int]) -> None:
-        """Keep in Δθ and g only what belongs to the optimizers that have stepped."""
+        """Set Δθ and g to zero for parameters that no optimizer which has stepped holds."""
         self.rest = self._groups.rest(stepped)
         for vector in (self.update, self.grad) if self.rest else ():
             vector.take([None] * len(self.rest), among=self.rest)
@@ -134,6 +134,6 @@ class Measurement:
             start=None if self._start is None else self._start.blocks,
             decay=self._groups.decay(trained) if "decay_sqnorm" in self._names else None,
         )
-        places = [vectors.decay.data_ptr()] if vectors.decay is not None else []  # all others were made with the graph
+        places = [vectors.decay.data_ptr()] if vectors.decay is not None else []  # the other addresses are fixed
         sums = self._repeated(partial(self._layers.sums, self._names, vectors), places, self._layers.device)
         return self._processes.total({self._names: sums.clone()})

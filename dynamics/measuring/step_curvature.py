@@ -1,4 +1,4 @@
-"""The curvature of a step, on the step's own batches: when it is measured, and what to warn of where it cannot be."""
+"""The curvature of a step, on the step's own batches: when it is measured, and the warnings where it cannot be."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .probed_step import ProbedStep
 from .search import Search
 from .warn_once import WarnOnce
 
-_DOUBTFUL = 0.5  # cosine of the objective's gradient with the one applied
+_DOUBTFUL = 0.5  # cosine of the objective's gradient with the applied one
 
 
 class StepCurvature:
     """Measures the curvature of steps whose number ``every`` divides (0: of none).
 
-    Of the ``first`` step it at least finds the batches, because how far a loop reads ahead shows when it begins. Where
-    batches were skipped or read ahead, there are several candidates for a step's batches: those are chosen whose
-    gradient points where the applied one does. If the objective fails, curvature ends with one warning; the training
+    At the ``first`` step it at least finds the batches, because how far a loop reads ahead shows at its start. Where
+    batches were skipped or read ahead, there are several candidates for a step's batches: the one is chosen whose
+    gradient has the applied one's direction. If the objective fails, curvature ends with one warning; the training
     continues.
     """
 
@@ -54,7 +54,7 @@ class StepCurvature:
         self._probes: list[Candidate] = []
         self._warn_once = WarnOnce()
         self._loss = LoggedLoss()
-        self.unseen = 0  # steps that were due, and taken, before any batch was seen
+        self.unseen = 0  # steps at which curvature was due before any batch was seen
         if every and processes.sharded:
             self.stop()
             warnings.warn(
@@ -64,25 +64,25 @@ class StepCurvature:
             )
 
     def due(self, step: int) -> bool:
-        """Whether a step is to be looked at."""
+        """Whether a step's batches are to be found: curvature is recorded there, or it is the first."""
         return bool(self._every) and (step == self._first or self._records(step))
 
     def _records(self, step: int) -> bool:
         return step % self._every == 0
 
     def stop(self) -> None:
-        """Measure no more."""
+        """Stop measuring."""
         self._every, self._probes = 0, []
         if isinstance(self._captured, CapturedCurvature):
             self._captured.drop()
 
     @property
     def failed(self) -> bool:
-        """Whether measuring failed in this process, and the others are not told yet."""
+        """Whether measuring failed in this process and the others do not know yet."""
         return self._all_or_none.failed
 
     def fail(self) -> None:
-        """Measure no more, in no process."""
+        """Stop measuring, in all processes."""
         self._all_or_none.fail()
 
     def begin(self, step: int) -> None:
@@ -113,7 +113,7 @@ class StepCurvature:
                 self._say_unknown(step)
 
     def _known(self) -> list[tuple[int, list[Seen]]]:
-        """Which batches the step may be of, none if none was seen; what else its measurement starts from is kept."""
+        """The batches that the step may be of, none if none was seen; keeps what else the measurement starts from."""
         if not self._batches:
             return []
         self._probed.keep_outside()
@@ -160,18 +160,18 @@ class StepCurvature:
         return self._processes.mean_values(self._probed.unless_frozen_move(best.candidate.probe, values))
 
     def trust_loss(self) -> None:
-        """What is logged as the loss is surely the one that is trained on."""
+        """From now on, what is logged as the loss is known to be the one that is trained on."""
         self._loss.trusted = True
 
     def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
-        """What the loop logged as a step's loss; it is looked at when the next is measured, or in the end."""
+        """Note what the loop logged as a step's loss; it is checked before the next measured step, or at the end."""
         self._loss.logged(step, loss)
         if last or self.due(step + 1):
             for what, text in self._loss.differing(step):
                 self._warn_once(text, what)
 
     def _are_others_lost(self, probe: Probe) -> bool:
-        """Whether a network that the objective runs beside the model has stepped since, and nothing is left of it."""
+        """Whether a network that the objective runs beside the model has changed since, and no copy was kept."""
         moved = probe.moved_others
         if self._all_or_none.all_agree(not moved):
             return False
@@ -192,7 +192,7 @@ class StepCurvature:
         )
 
     def _say_beside(self, grad: Mapping[str, Tensor]) -> None:
-        """Say which parameters the loss depends on that another optimizer has moved, which was not given."""
+        """Warn if the loss depends on parameters that moved although no given optimizer holds them."""
         if name := next((one for one in self._batches.moments.beside if one in grad and grad[one].any()), None):
             self._warn_once(
                 f"parameters that are in no optimizer that the recorder was given, first {name!r}, change between "

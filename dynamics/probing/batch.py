@@ -105,7 +105,7 @@ def _state(value: Tensor | np.ndarray, copy: Any) -> Any:
     """What shows whether a tensor or array has changed: a tensor's version counter, an array's copy."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
-    return copy if isinstance(copy, np.ndarray) else value.copy()  # without a copy, "copy" is the array
+    return copy if isinstance(copy, np.ndarray) else value.copy()  # its own copy if deepcopy failed
 
 
 def _is_as(before: Any, state: Any, now: Any) -> bool:

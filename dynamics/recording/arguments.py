@@ -20,19 +20,19 @@ from .. import schema
 from ..network.structure import check_initialised
 from ..record.columns import LONGEST_TEXT
 
-_WITHIN = ("optimizer", "base_optimizer", "_base_optimizer", "optim")  # what wrappers call the one they step by
+_WITHIN = ("optimizer", "base_optimizer", "_base_optimizer", "optim")  # wrappers' attributes for the inner optimizer
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 _READ = [row.name for row in schema.quantities("epochs")]
 _SHARES = ("train_accuracy", "test_accuracy")
-_CLOSE = 0.85  # as "test_losses" is to "test_loss", and "train_lr" is not to "train_loss"; 1 is the same
+_CLOSE = 0.85  # similarity of names, 1 if equal: "test_losses" is close to "test_loss", "train_lr" not to "train_loss"
 _ROUNDING = 1e-6  # of a mean in single precision
 
-_KEPT = ("schema_version", "resumed", "finished")  # attributes by which a record is known
+_KEPT = ("schema_version", "resumed", "finished")  # attributes that the recorder writes itself
 
 
 def check_arguments(model: nn.Module, objective: Any, every: int, curvature_every: int) -> None:
-    """Raise TypeError or ValueError where a recorder cannot work with its arguments."""
+    """Raise TypeError or ValueError if a recorder cannot work with these arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if sharded := [type(module).__name__ for module in model.modules() if type(module).__name__ in _SHARDING]:
@@ -53,7 +53,7 @@ def check_arguments(model: nn.Module, objective: Any, every: int, curvature_ever
 
 
 def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raise ValueError where the optimizers train another model."""
+    """Raise ValueError if the optimizers train another model."""
     ours = {id(parameter) for parameter in model.parameters()}
     held = [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
     if any(id(parameter) in ours for parameter in held):
@@ -68,7 +68,7 @@ def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) ->
 
 
 def as_plain(attributes: Any) -> Any:
-    """Attributes with texts for paths and numbers for arrays and tensors of one; anything else as it is."""
+    """Attributes with paths as strings, and arrays and tensors of one element as numbers; anything else unchanged."""
     if not isinstance(attributes, Mapping):
         return attributes
     return {name: _plain(value) for name, value in attributes.items()}
@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_attributes(attributes: Any) -> None:
-    """Raise TypeError or ValueError where a record cannot carry them; warn where runs could not be compared by them."""
+    """Raise TypeError or ValueError if a record cannot hold them; warn of those by which runs cannot be compared."""
     if not isinstance(attributes, Mapping) or not all(isinstance(name, str) for name in attributes):
         raise TypeError(f"attributes must be a dictionary whose keys are strings, got {attributes!r:.60}")
     if kept := sorted(attributes.keys() & set(_KEPT)):
@@ -100,7 +100,7 @@ def check_attributes(attributes: Any) -> None:
 
 
 def check_resume(resume: Any, step: Any) -> None:
-    """Raise ValueError where they do not say how to go on with a record."""
+    """Raise ValueError if they do not say how to continue a record."""
     if resume not in (True, False, "rewind"):
         raise ValueError(f'resume must be False, True or "rewind", got {resume!r:.60}')
     if step is not None and (not isinstance(step, Integral) or step < 0 or not resume):
@@ -111,10 +111,10 @@ def check_resume(resume: Any, step: Any) -> None:
 
 
 def optimizers(given: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers of what was given: one, several, or those by which wrappers step.
+    """The torch optimizers in what was given (one or several): each itself, or the one that a wrapper steps through.
 
     Raises:
-        TypeError: something else.
+        TypeError: something given is neither.
     """
     found = [_stepping(one) for one in as_given(given)]
     if not found:
@@ -123,12 +123,12 @@ def optimizers(given: Any) -> list[torch.optim.Optimizer]:
 
 
 def as_given(given: Any) -> list[Any]:
-    """What was given, one or several, as a list."""
+    """The given optimizers, one or several, as a list."""
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _stepping(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer with hooks that this is, or that it wraps."""
+    """The optimizer itself if it has step hooks, else the one with hooks that it wraps."""
     given = optimizer
     while not _has_hooks(optimizer):
         named = [getattr(optimizer, name, None) for name in _WITHIN]
@@ -144,12 +144,12 @@ def _stepping(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _has_hooks(optimizer: Any) -> bool:
-    """Whether it was made as a torch optimizer: Accelerate's wrapper is an instance, but never called its __init__."""
+    """Whether it is an initialised torch optimizer: Accelerate's wrapper is an instance without calling __init__."""
     return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def check_scalar(name: str, value: float | Tensor) -> None:
-    """Raise ValueError where a value cannot be logged under the name."""
+    """Raise ValueError if the value cannot be logged under this name."""
     _check_name("log", name)
     row = schema.QUANTITIES.get(name)
     if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
@@ -162,7 +162,7 @@ def check_scalar(name: str, value: float | Tensor) -> None:
 
 
 def _check_whole(method: str, name: str, value: Any) -> None:
-    """Raise ValueError where processes hold parts of a value: only all of them together can say it."""
+    """Raise ValueError if the value is sharded over processes, so that no process alone knows it."""
     if not all(place.is_replicate() for place in getattr(value, "placements", ())):
         raise ValueError(
             f"{method}() cannot take {name!r}, of which each process holds only a part, as FSDP2 does it: "
@@ -179,18 +179,18 @@ def _check_name(method: str, name: str) -> None:
 
 
 def check_epoch(scalars: Mapping[str, Any]) -> None:
-    """Raise ValueError where a row of ``/epochs`` cannot hold the scalars; warn of a name nearly as tables read it."""
+    """Raise ValueError if a row of ``/epochs`` cannot hold the scalars; warn if a name looks like a misspelt one."""
     for name, value in scalars.items():
         _check_name("log_epoch", name)
         _check_whole("log_epoch", name, value)
         if not _is_number(value):
             raise ValueError(f"log_epoch() takes numbers, but {name!r} is {value!r:.60}")
-        waits = isinstance(value, Tensor) and value.is_cuda  # for the GPU, which it is not worth
+        waits = isinstance(value, Tensor) and value.is_cuda  # the check is not worth waiting for the GPU
         if name in _SHARES and not waits and abs(float(value) - 0.5) > 0.5 + _ROUNDING:
             raise ValueError(
                 f"log_epoch() takes {name} as a fraction of correct answers, from 0 to 1, got {float(value):g}"
             )
-        near = [one for one in _READ if "_" in name and one.startswith(name)]  # as "test_acc" is short
+        near = [one for one in _READ if "_" in name and one.startswith(name)]  # "test_acc"
         near = near or difflib.get_close_matches(name, [one for one in _READ if one[:2] == name[:2]], 1, _CLOSE)
         if near and near[0] not in scalars:
             warnings.warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}", stacklevel=3)
@@ -199,25 +199,25 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one real number, or a tensor that has one."""
+    """Whether a value is a real number, or a tensor with a single one."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not (value.is_complex() or value.is_meta)
     return isinstance(value, Real) and not sys.float_info.max < abs(value) < math.inf  # an int may be too large
 
 
 def as_number(value: Any) -> Any:
-    """A tensor of one number without its graph and dimensions, as this process has it; anything else as it is."""
+    """A tensor of one number as this process's scalar, without its graph; anything else unchanged."""
     value = value.to_local() if hasattr(value, "to_local") else value
     return value.detach().reshape(()) if isinstance(value, Tensor) else value
 
 
 def check_description(kind: str, attributes: Mapping[str, Any], texts: Mapping[str, bool]) -> None:
-    """Raise ValueError where an event's description cannot be recorded as it is given.
+    """Raise ValueError if an event's description cannot be recorded.
 
-    ``texts``: of what described events before, whether it was a text.
+    ``texts``: for each attribute of earlier events, by name, whether it was a string.
     """
     measured = {"event", "kind", "mode", "step", "epoch", "layer", "stage"}
-    measured |= {row.name for row in schema.quantities("pruning") if row.over}  # what is one number is described
+    measured |= {row.name for row in schema.quantities("pruning") if row.over}  # scalars are the user's description
     if taken := sorted(measured & attributes.keys()):
         raise ValueError(f"event() cannot take {taken}, which the recorder measures itself: choose other names")
     for name, value in {"kind": kind, **attributes}.items():
@@ -246,5 +246,5 @@ def wanted(node: str, names: Iterable[str] | None) -> list[str]:
         raise ValueError(f"unknown quantities {unknown}: choose from {sorted(set(known))}")
     chosen = [row.name for row in schema.quantities(node) if row.name in names]
     if node == "curvature" and all("steps" in schema.QUANTITIES[name].nodes for name in chosen):
-        return []  # what is also in /steps does not alone ask for a probe
+        return []  # quantities that /steps has, too, are no reason to evaluate a probe
     return chosen

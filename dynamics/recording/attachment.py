@@ -1,4 +1,4 @@
-"""Attaches to optimizers by their own hooks: tells when a step's gradient is ready, and when the step is done."""
+"""Attaches to optimizers by their own hooks, which tell when a step's gradient is ready and when the step is done."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _OF_TORCH = sys.modules[torch.optim.Optimizer.__module__].__file__
 
 
 class Attachment:
-    """Hooks on one optimizer or on several that train one model, which tell ``steps`` of each step.
+    """Hooks on one optimizer, or on several that train one model; they report each step to ``steps``.
 
     A step is one step of each optimizer; it also ends where one of them steps again, or at :meth:`end`. A closure is
     wrapped: its gradient is ready when it first returns. A step that ends in an exception does not count, except for
-    the other optimizers that had already stepped. Other hooks on an optimizer run before these, from the next step or
-    :meth:`end` on. While ``steps`` is busy, hooks do nothing. ``given`` are the optimizers as the user passed them:
-    what a wrapper does around the step of the inner one, such as to look ahead, is part of the step.
+    the other optimizers that had already stepped. Pre-step hooks that others add to an optimizer run before these from
+    the end of the next step, or :meth:`end`, on. While ``steps`` is busy, hooks do nothing. ``given`` are the
+    optimizers as the user passed them: what a wrapper does around the step of the inner one, such as Lookahead's
+    averaging, is part of the step.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], given: Sequence[Any], steps: Steps) -> None:
         self._optimizers, self._steps = list(optimizers), steps
         self._stepping: int | None = None  # the optimizer whose step has begun
-        self._nested = 0  # how many more times: a subclass may step by its parent's step
-        self._stepped: set[int] = set()  # those that are through
+        self._nested = 0  # how many steps of the same optimizer are inside it: a subclass may call its parent's step
+        self._stepped: set[int] = set()  # those that have stepped
         self._wrappers = {
             number: _Wrapper(outer, partial(self._wrapper_done, number))
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
@@ -94,21 +95,21 @@ class Attachment:
             self._through(number)
 
     def _wrapper_done(self, number: int, *, within: bool) -> None:
-        """The step of a wrapper is done; ``within``: whether the inner one has stepped, or has begun to and failed."""
+        """The step of a wrapper is done; ``within``: whether the inner optimizer has completed a step in it."""
         if within:
             self._through(number)
         elif self._stepping == number:
             self._finish()
 
     def _is_wrapped(self, number: int) -> bool:
-        """Whether what steps right now is a wrapper around the optimizer."""
+        """Whether a wrapper around the optimizer is stepping right now."""
         return number in self._wrappers and self._wrappers[number].steps
 
     def _through(self, number: int) -> None:
-        """An optimizer's step is done, if one has begun."""
+        """An optimizer's step is done, if one had begun."""
         if self._stepping is None:
             return
-        self._steps.take_update(number)  # before it counts: an interruption here must not end it with another's update
+        self._steps.take_update(number)  # before it counts: an interruption would end the step with an old update
         self._stepped.add(number)
         if len(self._stepped) < len(self._optimizers):
             self._steps.pause(sorted(self._stepped))
@@ -118,13 +119,13 @@ class Attachment:
 
     @property
     def under_way(self) -> list[int]:
-        """Those of several optimizers that have stepped, if the step has not ended, and none is stepping."""
+        """The optimizers that have stepped in a step that has not ended; none while one is stepping."""
         return sorted(self._stepped) if self._stepping is None else []
 
     def end(self, *, alone: bool = False) -> None:
-        """End the step of the optimizers that have stepped, if any; not during a step.
+        """End the step of the optimizers that have stepped, if any; does nothing while one is stepping.
 
-        If perhaps ``alone`` among several processes, it ends later, for they have to agree on what a step is.
+        If this process may be ``alone`` in calling it, the step ends later: all have to agree on what a step is.
         """
         if self._stepping is None:
             if not (alone and self._steps.together):
@@ -132,14 +133,14 @@ class Attachment:
             self._come_last()
 
     def _finish(self, *, late: bool = False) -> None:
-        """End the step of the optimizers that are done. One that had only begun was ended by an exception."""
+        """End the step of the optimizers that have stepped; one that had only begun was ended by an exception."""
         self._stepping, self._nested = None, 0
         if self._stepped:
             stepped, self._stepped = sorted(self._stepped), set()
             self._steps.end(stepped, late=late)
 
     def _come_last(self) -> None:
-        """Take gradients after all other hooks, which may change them."""
+        """Move the pre-step hooks behind all others, which may change the gradients."""
         for one, hook in zip(self._optimizers, self._pre_hooks, strict=True):
             hooks = one._optimizer_step_pre_hooks
             if hook.id in hooks and hook.id != next(reversed(hooks)):
@@ -156,17 +157,17 @@ class Attachment:
 
 
 class _Wrapper:
-    """An optimizer that steps through another: ``done(within=...)`` is called when its step is done, or has failed.
+    """Wraps the step of an optimizer that steps through another: ``done(within=...)`` is called when it ends or fails.
 
     Attributes:
-        steps: whether it is stepping right now.
-        within: whether the inner one has stepped meanwhile.
+        steps: whether the wrapper is stepping right now.
+        within: whether the inner optimizer has stepped in that step.
     """
 
     def __init__(self, wrapper: Any, done: Callable[..., None]) -> None:
         self.steps = self.within = False
         self._wrapper, self.is_open = wrapper, True
-        self.own = vars(wrapper).get("step")  # something else may have wrapped it, too
+        self.own = vars(wrapper).get("step")  # set on the object if something else, such as a scheduler, wrapped it
 
         @functools.wraps(type(wrapper).step if self.own is None else self.own)
         def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,18 +185,18 @@ class _Wrapper:
         self._step = vars(wrapper)["step"] = MethodType(step, wrapper)
 
     def _step_without(self, stepping: Any) -> Callable[..., Any]:
-        """The step that the wrapper, or a copy of it, would have without this."""
+        """The step that the wrapper, or a copy of it, would have if this had not replaced it."""
         if self.own is None:
             return type(stepping).step.__get__(stepping)
         return MethodType(self.own.__func__, stepping) if hasattr(self.own, "__func__") else self.own
 
     def close(self) -> None:
-        """Give the wrapper its own step back; where something else has wrapped that since, only pass it on."""
+        """Give the wrapper its own step back; if something else has wrapped the step since, just pass calls on."""
         self.is_open = False
         if vars(self._wrapper).get("step") is not self._step:
             return
         own = self.own
-        while (of := getattr(own, "of", None)) is not None and not of.is_open:  # closed in another order
+        while (of := getattr(own, "of", None)) is not None and not of.is_open:  # closed before this one
             own = of.own
         if own is None:
             del vars(self._wrapper)["step"]
@@ -204,16 +205,16 @@ class _Wrapper:
 
 
 def _does_more(wrapper: Any) -> bool:
-    """Whether a wrapper has a step of its own; that of a framework's does nothing but step."""
+    """Whether a wrapper's step may do more than step the inner optimizer, as frameworks' wrappers do not."""
     framework = type(wrapper).__module__.partition(".")[0] in ("accelerate", "lightning", "pytorch_lightning")
     own = inspect.getattr_static(type(wrapper), "step", None)
     return not framework and isinstance(own, FunctionType) and isinstance(getattr(wrapper, "__dict__", None), dict)
 
 
 def _is_within_a_step_of(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of the optimizer was begun before the one that is beginning and still runs.
+    """Whether another step of the optimizer is still running as this one begins, which the call stack shows.
 
-    Torch hooks the steps of a class and of its parent each, and both call an optimizer's hooks.
+    Torch wraps the step of a class and that of its parent, and both call the optimizer's hooks.
     """
     frame: FrameType | None = sys._getframe()
     running = 0

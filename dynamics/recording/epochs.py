@@ -1,4 +1,4 @@
-"""Epochs: to which passes over the data the steps belong, and which passes only evaluate."""
+"""Epochs: which pass over the data each step belongs to, and which passes only evaluate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Epochs:
 
     Without watched data, ``log_epoch`` separates epochs.
 
-    A step belongs to the pass that gave the last batch. A pass in which the model only ran, without a backward pass or
-    a step, was an evaluation and leaves no trace: batches and logged values that waited for a step before it still do.
+    A step belongs to the pass that yielded its last batch. A pass in which the model ran without any backward pass or
+    step was an evaluation and leaves no trace: batches and logged values that waited for a step before it still do.
 
     Attributes:
-        present: the present epoch, from 0: that of the last step.
+        present: the epoch of the last step, from 0.
     """
 
     def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
@@ -30,15 +30,15 @@ class Epochs:
         self._ended = self._stepped and place.ended
 
     def begin(self) -> None:
-        """An epoch begins, as the loop says, which counts epochs itself."""
+        """The loop, which counts epochs itself, says that one begins."""
         self.batches.begin_epoch()
         self.present += int(self._by_hand or self._stepped)
         self._by_hand = True
 
     def end(self) -> None:
-        """A row of ``/epochs`` was logged: an epoch of a loop that neither watches its data nor counts has ended.
+        """A row of ``/epochs`` was logged: in a loop that neither watches data nor counts epochs, this ends an epoch.
 
-        Before the first step none has.
+        Before the first step, no epoch ends.
         """
         self._ended = self._stepped
 
@@ -57,28 +57,28 @@ class Epochs:
 
 
 class Pass:
-    """A pass over watched data that has begun: ``sees`` is told of each of its batches, and of its end."""
+    """A pass over watched data that has begun; it calls ``sees`` with each of its batches."""
 
     def __init__(self, epochs: Epochs, sees: Callable[..., None]) -> None:
         self._epochs, self._sees = epochs, sees
         self.epoch: int | None = None
         self._given = 0
-        self.drawn = False  # a single batch was, as by next(iter(loader)): no pass in the sense of an epoch
+        self.drawn = False  # whether it only drew a single batch, as next(iter(loader)) does: that is no epoch
         self._before = epochs.last, epochs.number(), epochs.batches.mark.backwards
         self._waiting = epochs.batches.waiting, epochs.logged.waiting
         epochs.batches.begin_epoch()
         self._ran = epochs.batches.look_for_evaluation()
 
     def gives(self, batch: Any) -> None:
-        """The loop gets a batch from it."""
+        """The pass yields a batch to the loop."""
         self._epochs.last = self
         self._given += 1
         self._sees(batch, source=self)
 
     def ends(self, *, whole: bool) -> None:
-        """The pass is complete, or if not ``whole``, the loop has abandoned it."""
+        """The pass is complete or, if not ``whole``, the loop has abandoned it."""
         batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
-        self._before = self._waiting = None  # else each pass would hold the one before, and its batches
+        self._before = self._waiting = None  # else each pass would keep the one before, and its batches, alive
         idle = self._epochs.number() == step and batches.mark.backwards == backwards
         self.drawn = idle and not whole and self._given == 1
         if idle and self._ran():

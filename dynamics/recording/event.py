@@ -110,7 +110,7 @@ def _labels(alive: Mapping[str, Tensor]) -> list[tuple[str, int]]:
 
 
 class Stage:
-    """The network at one moment: its expansion at the probe, θ, g, Hg, and which parameters are not pruned."""
+    """The network before or after an event: its expansion at the probe, θ, g, Hg, and which parameters are kept."""
 
     def __init__(self, layers: Layers, processes: Processes, expansion: Expansion) -> None:
         self._layers, self._processes, self._expansion = layers, processes, expansion
@@ -131,13 +131,13 @@ class Stage:
         return self._layers.vector(dict(zip(self._names, self._processes.mean(tensors), strict=True)))
 
     def hessian_product(self, blocks: Tensor) -> Tensor:
-        """Hv at this stage, for a vector and as a vector."""
+        """Hv at this stage, from blocks of v to blocks of Hv."""
         return self._vector(self._expansion.hessian_product(self._layers.tensors(blocks, self._names)))
 
     def third_products(self, removal: Tensor, *others: Tensor) -> list[Tensor]:
-        """T[δ,v] at this stage for each v, T the derivative of H, for vectors and as vectors.
+        """T[δ,v] at this stage for each v, where T is the derivative of H; all are blocks of vectors.
 
-        NaN if T is not symmetric, because then it is wrong.
+        They are NaN if T is not symmetric, because then an operation's derivative is wrong.
         """
         direction, *vectors = (self._layers.tensors(blocks, self._names) for blocks in (removal, *others))
         products = [self._vector(product) for product in self._expansion.third_products(direction, vectors)]
@@ -152,14 +152,14 @@ class Stage:
         return [name for name, part in parts if name in self._frozen and part.any()]
 
     def removal_product(self, removal: Tensor) -> Tensor:
-        """Hδ at this stage."""
+        """Hδ at this stage; warns if H is exact but not symmetric."""
         product = self.hessian_product(removal)
         if self._expansion.exact:
             self._is_symmetric("second", (self.grad, self._hess_grad), (removal, product))
         return product
 
     def _is_symmetric(self, which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-        """Whether uᵀ(Av) = vᵀ(Au), up to rounding, for (u, Au) and (v, Av): if not, a derivative of torch is wrong."""
+        """Whether uᵀ(Av) = vᵀ(Au), up to rounding, for (u, Au) and (v, Av); warns if not: some derivative is wrong."""
         forth, back = (one[0] * other[1]).sum(), (other[0] * one[1]).sum()
         size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
         if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + self._rounding * size:
@@ -173,11 +173,11 @@ class Stage:
         return True
 
     def vectors(self, **others: Tensor) -> Vectors:
-        """θ, g, Hg and what is kept, with further vectors."""
+        """θ, g, Hg and the mask of kept parameters, with further vectors."""
         return Vectors(theta=self.theta, grad=self.grad, hess_grad=self._hess_grad, kept=self.kept, **others)
 
 
-_COUNTED = ("removed", "removed_grad_sqnorm")  # of a removal, but no prediction
+_COUNTED = ("removed", "removed_grad_sqnorm")  # quantities of a removal that are no predictions
 
 
 @torch.no_grad()
@@ -210,9 +210,9 @@ def measured(layers: Layers, before: Stage, after: Stage) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node: str = "pruning") -> dict[str, Tensor]:
-    """The quantities of a node that belong to a removal δ, (layer,): from the network before, and R.
+    """The quantities of a node that belong to a removal δ, (layer,), computed from the network before it and from R.
 
-    Predictions are NaN where δ moves frozen parameters, whose gradient is not known.
+    Predictions are NaN if δ moves frozen parameters, whose gradient is unknown.
     """
     names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
     removed = before.kept * (1 - after.kept)

@@ -1,4 +1,4 @@
-"""The events of a training: whatever changes the network, measured before and after."""
+"""The events of a training: the network is measured before and after whatever changes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .steps import Steps
 
 
 class Events:
-    """Measures a network around what changes it, and sends a row of each, behind those of the ``past``."""
+    """Measures a network before and after each change, and sends a row for it, after those of ``past`` events."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Events:
         self._statistics = RunningStatistics(model)
 
     def check(self, kind: str, probe: Any, mode: str | None, attributes: Mapping[str, Any]) -> None:
-        """Raise ValueError where an event cannot be measured or described so."""
+        """Raise ValueError if an event with these arguments cannot be measured or recorded."""
         if mode not in ("train", "eval", None):
             raise ValueError(f"event() needs mode 'train' or 'eval', got {mode!r:.60}")
         if not isinstance(probe, list | tuple) or not probe:
@@ -58,7 +58,7 @@ class Events:
     def measured(
         self, kind: str, probe: Sequence[Any], given: str | None, attributes: Mapping[str, Any]
     ) -> Iterator[Event]:
-        """Around an event; its row is sent if nothing is raised inside."""
+        """Measure before and after the body; the row is sent unless that raises. ``given``: the mode, if one was."""
         mode = given or "eval"
         described = {name: as_number(value) for name, value in attributes.items()}
         moment, structure = Moment(self._model, self._layers.device, self._objective), Structure(self._model)
@@ -72,7 +72,7 @@ class Events:
                 "inside event() the networks of the processes became different, and would stay so: plan the "
                 "pruning on the same batches in all processes"
             )
-        idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing was to go
+        idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing to prune
         if kind == "prune" and not idle and before.has_parameters_of(after):
             warnings.warn(
                 f"the pruning before step {self._steps.number} changed no parameter, so nothing counts as removed and "
@@ -83,7 +83,7 @@ class Events:
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._past.count, "kind": kind, "mode": mode, **now}
-        with structure.again():  # predictions are of the network before
+        with structure.again():  # predictions evaluate the network from before
             found = effect(self._layers, before, after)
         self._rows.add("pruning", row | described | found)
         self._rows.add_told(self._past.count, event)
@@ -106,10 +106,10 @@ class Events:
             return Stage(self._layers, self._processes, expansion)
 
     def _loss_in_training(self, batches: Sequence[Any], moments: Sequence[Moment], like: Tensor) -> Tensor:
-        """The probe's loss in training mode; NaN where there is none, as of one sample that is normalised by itself."""
+        """The probe's loss in training mode; NaN if it fails, as BatchNorm does on a single value per channel."""
         with self._steps.measuring():
             try:
                 loss = Probe(self._model, self._objective, batches, mode="train", moments=moments).loss()
-            except Exception:  # in eval mode all is well
+            except Exception:  # only for a warning: in eval mode, which is recorded, it did not fail
                 loss = torch.full_like(like, torch.nan)
             return self._processes.mean([loss])[0]

@@ -1,4 +1,4 @@
-"""Whether the gradients of a training are finite: checked when rows arrive in the host's memory."""
+"""Checks that the applied gradients are finite, when rows arrive in the host's memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class FiniteGradients:
-    """Says, once, where the first gradient is not finite that an optimizer applied.
+    """Warns once of the first applied gradient that is not finite.
 
-    The thread that writes rows finds it, the training's says it. Of a loop with a gradient scaler nothing is said: it
-    skips such steps.
+    The thread that writes rows finds it, and the training's thread warns. There is no warning in a loop with a gradient
+    scaler, which skips such steps.
     """
 
     def __init__(self, layers: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ class FiniteGradients:
         self.scaled = False  # whether a gradient scaler was seen
 
     def look(self, node: str, columns: Mapping[str, np.ndarray]) -> None:
-        """Look at rows of a node, by name."""
+        """Check rows of a node, given as columns by name."""
         if node != "steps" or "grad_sqnorm" not in columns or self._found:
             return
         for row, layer in np.argwhere(~np.isfinite(columns["grad_sqnorm"]))[:1]:

@@ -19,11 +19,11 @@ class PastEvents:
     """The events of a record so far.
 
     Attributes:
-        count: how many there are.
+        count: number of events.
         texts: for each attribute that described them, by name, whether it was a string.
-        units: layer and index of each unit that one recorded.
-        studied: the coordinates of each study that was added to one.
-        sparsity: what the last pruning that gave one has reached, a number or a string as given.
+        units: layer and index of each recorded unit.
+        studied: the coordinates of each study that was added to an event.
+        sparsity: that of the last pruning that gave one, a number or a string as given.
     """
 
     count: int = 0
@@ -34,7 +34,7 @@ class PastEvents:
 
     @classmethod
     def of(cls, store: Store, count: int) -> PastEvents:
-        """Those of a record that resumes after so many events: dropped ones have fixed its types and sizes too."""
+        """The events of a record that resumes after ``count`` of them; dropped ones fixed types and sizes, too."""
         units = store.coordinates("units")
         labels = zip(units["layer"].tolist(), units["index"].tolist(), strict=True) if units else ()
         studied = {node: found for node in STUDIES if (found := store.coordinates(node))}
@@ -48,7 +48,7 @@ class PastEvents:
         *,
         pruned: bool,
     ) -> PastEvents:
-        """These and one more."""
+        """These events and one more."""
         return replace(
             self,
             count=self.count + 1,
@@ -60,7 +60,7 @@ class PastEvents:
 
 
 def coordinates(study: xr.Dataset) -> Coordinates:
-    """What labels a study, as :meth:`Store.coordinates` has it."""
+    """The labels along each dimension of a study, in the form of :meth:`Store.coordinates`."""
     labels = {str(name): values.values for name, values in study.coords.items()}
     return {str(dim): np.arange(size) for dim, size in study.sizes.items()} | labels
 

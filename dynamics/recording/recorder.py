@@ -54,7 +54,7 @@ from .steps import Steps, anyone_measures
 from .termination import on_termination
 from .watched import Watched, watched
 
-_WASTED = 16  # backward passes in the end that led to nothing: a loop may skip a few
+_WASTED = 16  # backward passes at the end that led to no step: a loop may skip a few
 
 
 class Recorder:
@@ -289,7 +289,7 @@ class Recorder:
                 self._rows.close()
 
     def _leave(self) -> None:
-        """Close as the interpreter ends, for itself."""
+        """Close at the interpreter's exit, without waiting for other processes."""
         self._steps.part()
         self.close()
 

@@ -1,4 +1,4 @@
-"""Resuming: the step of the record at which the model's parameters are."""
+"""Resuming: finds the step of the record at which the model had its present parameters."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..schema import STUDIES
 from .flow_times import FlowTimes
 from .past_events import PastEvents
 
-_SAME = 16  # roundings: what is left of a squared norm's precision after a step is added up
+_SAME = 16  # rounding errors by which ‖θ‖² may differ where it is the sum of ‖θ‖², 2θᵀΔθ and ‖Δθ‖²
 
 
 @dataclass(frozen=True)
 class Place:
     """The point between two steps at which recording resumes, and how much of the record lies before it.
 
-    ``ended``: whether that is where an epoch was logged. ``rows``: how many recorded steps lie before it.
+    ``ended``: whether an epoch was logged at this point. ``rows``: number of recorded steps before it.
     """
 
     step: int = 0
@@ -46,17 +46,17 @@ class Counted(int):
 
 
 class Record:
-    """The columns of a record that say where its steps and events were."""
+    """The columns of a record that locate its steps and events, compared with the ``present`` model."""
 
     def __init__(self, store: Store, present: Present) -> None:
         self._store, self._present = store, present
         self.steps, self.epochs = self.column("steps", "step"), self.column("steps", "epoch")
         self.events = self.column("pruning", "step")
         self._sqnorm = self.column("steps", "param_sqnorm")
-        self.exact: list[int] = []  # steps at which ‖θ‖² was to the bit what it is now
+        self.exact: list[int] = []  # steps at which ‖θ‖² was, to the bit, what it is now
 
     def column(self, node: str, name: str) -> np.ndarray:
-        """A variable's committed values; none where there is no such variable."""
+        """A variable's committed values; empty if there is no such variable."""
         try:
             return self._store.read(node, name)
         except KeyError:
@@ -69,17 +69,17 @@ class Record:
         return int(max(last)), len(self.events)
 
     def place(self, step: int, events: int) -> Place:
-        """What the counters were at a step."""
+        """The place at a step, with the counters as they were there."""
         before = int(np.searchsorted(self.steps, step))
         of_rows = self.epochs[before - 1 : before].tolist() if before else []
-        count = self.logged_by(step) or 0  # steps may be recorded seldom
+        count = self.logged_by(step) or 0  # /epochs may know of a later epoch, if few steps are recorded
         logged = self.column("epochs", "epoch")[:count][-1:].tolist()
         epoch = int(max([0, *of_rows, *logged]))
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
         return Place(step, epoch, events, self._flow_time(step, before), ended, before)
 
     def logged_by(self, step: int) -> int | None:
-        """How many rows of ``/epochs`` there were at a step; None if they do not say of which step they are."""
+        """Number of rows of ``/epochs`` logged by a step; None if the rows do not have a step."""
         steps = self.column("epochs", "step")
         return int(np.searchsorted(steps, step, side="right")) if len(steps) else None
 
@@ -96,7 +96,7 @@ class Record:
         skipped = self.column("steps", "skipped")
         row = flow_steps[before - 1]
         last, others = row[self._present.first], np.unique(row[row != 0])
-        if last == 0 and len(others) == 1:  # the layer is frozen, the optimizer's group was stepped
+        if last == 0 and len(others) == 1:  # the layer is frozen, but its group was stepped
             last = others[0]
         last = self._present.flow_step if np.isnan(last) else last  # the layer's parameters differ in it
         taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
@@ -112,7 +112,8 @@ class Record:
     def meets(self) -> tuple[int, int] | None:
         """Step and number of events at which ‖θ‖² of every layer was what it is now; None if nowhere.
 
-        Where a row matches to the bit; else the record's end, which is known only by a sum; else the nearest.
+        That is the last point that matches to the bit; else the record's end, where ‖θ‖² is known only as a sum and so
+        inexactly; else the nearest match.
         """
         found = [
             (
@@ -136,7 +137,7 @@ class Record:
             change, square = self.column("steps", "param_update"), self.column("steps", "update_sqnorm")
             if len(change) and len(square):
                 events = np.searchsorted(self.events, self.steps + 1, side="left")
-                with np.errstate(invalid="ignore"):  # of a training that diverged
+                with np.errstate(invalid="ignore"):  # if the training diverged
                     after = self._sqnorm + 2 * change + square
                 moments += zip((self.steps + 1).tolist(), events.tolist(), after, strict=True)
         staged = self.column("pruning", "param_sqnorm")
@@ -152,9 +153,9 @@ def begin(
     mode: bool | str,
     step: int | None,
 ) -> tuple[Store, Place, PastEvents]:
-    """A store to write to, the place at which its record resumes, and the events before it.
+    """A store to write to, the place at which its record resumes, and the events before that.
 
-    It is a new one or, with ``mode`` True or "rewind", the existing one.
+    The store is new or, with ``mode`` True or "rewind", the existing one.
 
     Raises:
         FileExistsError, BlockingIOError, RecordError: as :class:`~dynamics.record.store.Store`.
@@ -203,18 +204,18 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
     FlowTimes(store).forget_from(place.step)
     store.note("resumed", [*store.attributes.get("resumed", []), trace])
-    ahead = record.column("curvature", "step") >= met[0]  # of a step that was not recorded any more
+    ahead = record.column("curvature", "step") >= met[0]  # curvature of a step whose own row was never written
     if met < end or ahead.any():  # after the trace, so that a kill in between loses neither
         _truncate(store, record, *met)
     return place
 
 
 def _meeting(record: Record, step: int | None, rewind: bool, path: Path) -> tuple[int, int]:
-    """Step and number of events at which the model resumes: where it is found, else at the given step."""
+    """Step and number of events at which the model resumes: where its ‖θ‖² is found, else at the given step."""
     end, met = record.end, record.meets()
     if isinstance(step, Counted) and met is not None and not (rewind and len(record.exact) > 1):
         step = None
-    if end == (0, 0):  # no step and no event: at most what was logged before them
+    if end == (0, 0):  # no step and no event, at most scalars logged before any
         return step or 0, 0
     if step is None and met is None:
         raise ValueError(
@@ -233,7 +234,7 @@ def _meeting(record: Record, step: int | None, rewind: bool, path: Path) -> tupl
 
 
 def _check_masks(record: Record, present: Present, events: int) -> None:
-    """Warn if parameters that were pruned after the record's last event are free to change."""
+    """Warn if parameters that were pruned at the last of the first ``events`` are free to change now."""
     remaining = record.column("pruning", "remaining")
     if not events or len(remaining) < events:
         return

@@ -1,4 +1,4 @@
-"""The rows of a record before they are written: the row of a step waits for what is logged after it."""
+"""The rows of a record before they are written: a step's row waits for what is logged after the step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .finite_gradients import FiniteGradients
 
 
 class Rows:
-    """Rows for a store; without one, in a process that does not write, they go nowhere.
+    """Sends rows to a store; without one, in a process that does not write, they are dropped.
 
-    The row of a step gets what is ``logged`` of it, and its ``gradients`` are checked on the way.
+    What is ``logged`` for a step joins its row, and ``gradients`` checks each row on the way.
     """
 
     def __init__(self, store: Store | None, layers: list[str]) -> None:
         self.gradients = FiniteGradients(layers)
         self._buffer = None if store is None else Buffer(store, self.gradients.look)
         self.logged = Logged()
-        self._step: dict[str, Any] = {}  # the row of the step that was
+        self._step: dict[str, Any] = {}  # the row of the last step
         self._so_far: dict[str, Any] = {}  # the row of the step that is under way, if it was sent
         for node in ("steps", "curvature", "pruning"):
             self._coordinate(node, "layer", "layer", layers)
@@ -43,7 +43,7 @@ class Rows:
             self.gradients.say()
 
     def add_told(self, number: int, event: Event) -> None:
-        """Send what was added to an event: its row of ``/units``, if any, and one of each study."""
+        """Send what was added to an event: its row of ``/units``, if any, and a row of each study."""
         for node, study in event.studies.items():
             for name, values in study.coords.items():
                 self._coordinate(node, name, *values.dims, values.values)
@@ -55,11 +55,11 @@ class Rows:
             self.add("units", {"event": number, **event.unit_row()})
 
     def step(self, row: Mapping[str, Any] | None, mark: Mark, *, late: bool) -> Mapping[str, Scalar]:
-        """A step is done: send the last one's row and keep this one's; None if it is not recorded.
+        """A step is done: send the row of the one before, and keep this one's, which is None if it is not recorded.
 
-        Returns what was logged of the last one.
+        Returns what was logged for the one before.
         """
-        last, self._step = self._step, {}  # out of reach of a signal's handler that flushes: the scalars change now
+        last, self._step = self._step, {}  # a signal handler that flushes must not send it while its scalars change
         logged = self.logged.step(mark, late=late)
         if not self._so_far:
             self._send(last, logged)
@@ -69,7 +69,7 @@ class Rows:
         return logged
 
     def so_far(self, row: Mapping[str, Any], mark: Mark) -> None:
-        """Send the row of a step that is under way as it is now, behind that of the last step."""
+        """Send the row of the step under way as it is now, after the row of the last step."""
         of_last, logged = self.logged.so_far(mark)
         if not self._so_far:
             self._send(self._step, of_last)
@@ -77,12 +77,12 @@ class Rows:
         self.add("steps", self._so_far)
 
     def finish(self, *, ends: bool = False) -> Mapping[str, Scalar]:
-        """Send the row of the step that was, and return what was logged of it; what is logged of it later comes after.
+        """Send the row of the last step, and return what was logged for it; what is logged later is still added.
 
-        If the training ``ends``, what waits for another step is this one's, unless it has the name.
+        If the training ``ends``, scalars that wait for another step join this row, unless it has the name already.
         """
         logged = self.logged.of_last(ends=ends)
-        if not self._so_far:  # else it is on its way, and another behind it
+        if not self._so_far:  # else it was sent already, and another row after it
             self._send(self._step, logged)
         return logged
 

@@ -1,4 +1,4 @@
-"""Running statistics that lag behind the weights: with them an event measures another network than training does."""
+"""Warns of running statistics that lag behind the weights: in eval mode an event then measures another network."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class RunningStatistics:
-    """Compares what events in eval mode measure with what training sees; warns once if they are far apart."""
+    """Compares an event's loss in eval mode with that in training mode; warns once if they are far apart."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._said = model, False
 
     @property
     def may_lag(self) -> bool:
-        """Whether normalisations of torch train by batch statistics and evaluate by others, and no warning was given.
+        """Whether torch's normalisations use batch statistics in training and others in eval mode, and no warning came.
 
-        Those that stay in eval mode while the model trains do not. SyncBatchNorm would wait for other processes.
+        Layers that stay in eval mode while the model trains do not count. With SyncBatchNorm nothing is compared,
+        because its training mode would wait for other processes.
         """
         layers = [one for one in self._model.modules() if isinstance(one, _NormBase) and one.running_mean is not None]
         waits = any(isinstance(one, nn.SyncBatchNorm) for one in layers)
         return any(one.training == self._model.training for one in layers) and not (waits or self._said)
 
     def compare(self, evaluated: Tensor, training: Tensor) -> None:
-        """The loss before an event in eval mode and in training mode.
+        """Compare the loss before an event in eval mode and in training mode.
 
-        They are far apart if most of the loss in eval mode is absent in training. Dropout raises only training loss.
+        They are far apart if the loss in training mode is less than half of that in eval mode. Dropout raises only the
+        former, and so causes no warning.
         """
         if not evaluated - training > abs(evaluated) / 2:
             return

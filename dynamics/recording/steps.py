@@ -1,4 +1,4 @@
-"""The steps of a training as they are recorded: when to measure around each, and what is in its row."""
+"""The steps of a training as they are recorded: when to measure around each, and what its row contains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIRST_ORDER = "first-order quantities"
 
 
 class _OfThread(threading.local):
-    """``measuring``: how many recorders evaluate a model right now in this thread."""
+    """``measuring``: how many recorders are evaluating a model in this thread right now."""
 
     measuring = 0
 
@@ -34,20 +34,20 @@ _of_thread = _OfThread()
 
 
 def anyone_measures() -> bool:
-    """Whether a recorder evaluates a model right now in this thread: it may be another one's model."""
+    """Whether any recorder is evaluating a model in this thread right now."""
     return _of_thread.measuring > 0
 
 
 class Steps:
-    """Measures steps, and sends the row of every ``every``-th one.
+    """Measures steps, and sends the row of every ``every``-th one; ``number`` is that of the next step.
 
     Args:
-        groups, measurement, curvature, batches: of the training.
-        asleep: a context in which hooks that the optimizers have put on the model, as K-FAC does, are absent.
+        groups, measurement, curvature, batches: those of the training.
+        asleep: a context without the hooks that the optimizers have put on the model, as K-FAC does.
         rows: where the rows go.
-        epochs: which epoch it is.
-        place: where the training is; ``number`` is the next step.
-        flow_times: the flow time at steps from which a training may resume, as far as it is known.
+        epochs: counts the epochs.
+        place: where in the record the training begins.
+        flow_times: keeps the flow time at steps from which a training may resume.
         names: quantities of ``/steps`` that a row has.
         every: record at every such step.
     """
@@ -72,7 +72,7 @@ class Steps:
         self._first = place.step
         self.busy = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
-        self._so_far: tuple[list[int], dict[str, Any] | None] = [], None  # the row of those that had stepped
+        self._so_far: tuple[list[int], dict[str, Any] | None] = [], None  # optimizers that have stepped, and their row
         self._await_forward()
 
     @property
@@ -81,18 +81,19 @@ class Steps:
         return self.number - self._first
 
     def see(self, batch: Any, *, stays: bool, source: Any) -> None:
-        """A batch of the next step, from a pass over the data; one that stays also serves further steps."""
+        """A batch of the next step was seen; one that ``stays`` serves further steps, too. ``source``: its pass."""
         self._batches.add(batch, due=self._curvature.due(self.number), stays=stays, source=source)
         self._rows.logged.batch(first=len(self._batches) == 1, watched=source is not None)
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """A scalar for a row."""
+        """Log a scalar for a row."""
         self._rows.logged.add(name, value, self._batches.mark)
 
     def begin(self, *, waits: bool) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment.
 
-        If a closure computes the gradient (``waits``), it may read batches itself: that part is kept when it returns.
+        If a closure computes the gradient (``waits``), it may read batches itself, so that the curvature's part is kept
+        only when the closure returns.
         """
         self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
@@ -105,13 +106,13 @@ class Steps:
             self._begin_curvature()
 
     def _begin_curvature(self) -> None:
-        """Begin even if measuring failed in this process, because the others wait to be told."""
+        """Begin even if measuring failed in this process, because the others wait to hear of it."""
         if self._curvature.due(self.number):
             with self._or_stop("curvature"), self._busy():
                 self._curvature.begin(self.number)
 
     def take_gradient(self, number: int) -> None:
-        """Keep g before an optimizer applies it: it may overwrite it."""
+        """Keep g before an optimizer applies it, because the step may overwrite it."""
         self._groups.listen(number)
         if self._begun:
             with self._or_stop(_FIRST_ORDER), self._busy():
@@ -121,7 +122,7 @@ class Steps:
             self._begin_curvature()
 
     def take_update(self, number: int) -> None:
-        """Take what an optimizer did, before anything else changes θ."""
+        """Take an optimizer's Δθ before anything else changes θ."""
         if (skips := self._groups.skips(number)) is not None:
             self._skips[number], self._rows.gradients.scaled = skips, True
         if self._begun:
@@ -130,26 +131,27 @@ class Steps:
 
     @property
     def together(self) -> bool:
-        """Whether several processes train together: what one does alone must not end a step, which all measure."""
+        """Whether several processes train together; then one alone must not end a step, which all measure."""
         return self._measurement.together
 
     def part(self) -> None:
-        """The other processes may come no more: nothing is measured with them from now on."""
+        """Measure nothing together with other processes from now on: these may have ended."""
         if self._measurement.sharded:
             self._every, self._begun = 0, False
         if self.together:
             self._curvature.stop()
 
     def pause(self, stepped: list[int]) -> None:
-        """Some of several optimizers have stepped: the others may, or one of these again.
+        """Some of several optimizers have stepped: next may be the others, or one of these again.
 
-        Where measuring takes all processes, which are here now, that of these is measured, for one may flush alone.
+        If measuring takes all processes (sharded parameters), the row so far is measured now, while all of them are
+        here, because one process may flush alone later.
         """
         self._rows.logged.pause(self._batches.mark)
         self._so_far = (stepped, self._measured(stepped)) if self._measurement.sharded else ([], None)
 
     def end(self, stepped: list[int], *, late: bool = False) -> None:
-        """All optimizers have stepped, or, if ``late``, a new step begins: measure what the step did."""
+        """All optimizers have stepped or, if ``late``, a new step is beginning: measure what the step did."""
         row = self._row(stepped)
         if self._curvature.due(self.number):
             with self._or_stop("curvature"), self.measuring():
@@ -164,7 +166,7 @@ class Steps:
         self._await_forward()
 
     def _row(self, stepped: list[int]) -> dict[str, Any] | None:
-        """The row of the step that is under way, if only these step in it; None if it has none."""
+        """The row of the step under way, in which these optimizers have stepped; None if it is not recorded."""
         known, row = self._so_far
         if known != stepped:
             row = self._measured(stepped)
@@ -185,15 +187,15 @@ class Steps:
         return self._flow_time + self._groups.first_flow_step() * (1 - self._skips.get(0, 0.0))
 
     def finish(self, under_way: list[int] | None = None, *, ends: bool = False) -> None:
-        """What was logged of the last step is all that will be; it ``ends`` the training, or only this row.
+        """Send the last step's row with what was logged for it so far; ``ends``: the training ends here.
 
-        A step that is ``under_way``, as some of several optimizers have stepped, has its row now, which says more when
-        it has ended.
+        The row of a step that is ``under_way``, in which only these optimizers have stepped, is sent as it is now, and
+        completed when the step has ended.
         """
         number, flow_time = self.number, self._flow_time
         if under_way and not self.busy:
             if (row := self._row(under_way)) is not None:
-                with self._busy():  # a signal's handler that flushes must not send it before the last step's
+                with self._busy():  # a signal handler that flushes must not send it before the last step's row
                     self._rows.so_far(row, self._batches.mark_of_step)
             number, flow_time = number + 1, self._flow_time_after(under_way)
         if number and "flow_time" in self._names:
@@ -202,16 +204,16 @@ class Steps:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Inside, the model may run: no graph is built but the probes' own, nor does an optimizer collect statistics.
+        """Inside, the model may be evaluated: only probes build graphs, and no optimizer's hook collects statistics.
 
-        Anomalies are not looked for, and hooks that a measurement sets off do nothing.
+        Autograd's anomaly detection is off, and the recorder's own hooks do nothing.
         """
         with self._busy(), torch.autograd.set_detect_anomaly(False), self._asleep():
             yield
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """Inside, no graph is built, and hooks that a measurement sets off do nothing."""
+        """Inside, no graph is built, and the recorder's hooks do nothing."""
         self.busy = True
         _of_thread.measuring += 1
         try:
@@ -223,7 +225,7 @@ class Steps:
 
     @contextmanager
     def _or_stop(self, what: str) -> Iterator[None]:
-        """Inside, an exception ends the recording of steps with a warning, not the training."""
+        """Inside, an exception ends the recording of steps with a warning, but not the training."""
         try:
             yield
         except Exception as error:
@@ -239,7 +241,7 @@ class Steps:
             self._batches.await_forward()
 
     def _records(self) -> bool:
-        """Whether this step has a row, and this process a part in it."""
+        """Whether this step has a row, and this process takes part in measuring it."""
         return bool(self._every) and self.number % self._every == 0 and self._measurement.takes_part
 
     def _scalars(self, trained: Mapping[int, Group], stepped: list[int]) -> dict[str, Any]:
@@ -248,7 +250,7 @@ class Steps:
             "learning_rate": lambda: self._groups.learning_rate(trained),
             "flow_step": lambda: self._groups.flow_step(trained),
             "flow_time": lambda: self._flow_time,
-            "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 where all were
+            "skipped": lambda: 0.0 if None in skips else torch.stack(skips).amin(),  # 1 if all were skipped
         }
         counted = {"step": self.number, "epoch": self._epochs.present}  # whole numbers, which are never missing
         return counted | {name: value() for name, value in scalars.items() if name in self._names}

@@ -1,4 +1,4 @@
-"""SIGTERM, which a scheduler sends before it kills: write what is left, then do what would have happened."""
+"""Handles SIGTERM, which a scheduler sends before it kills: writes what is left, then passes the signal on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _LOG = logging.getLogger("thetadot")
 
 
 class on_termination:  # noqa: N801, called like a function
-    """Call ``flush`` at SIGTERM until :meth:`close`, or as a context manager; then what was there before has its turn.
+    """Call ``flush`` at SIGTERM, then the previous handler or, by default, end the process by SIGTERM.
 
-    That is the handler found at the start, or the end of the process by SIGTERM. Several may be active at once, and
-    end in any order. Only Python's main thread may handle signals: elsewhere, nothing happens.
+    It is active until :meth:`close`, or as a context manager. Several may be active at once, and end in any order. Only
+    Python's main thread may handle signals: elsewhere, nothing happens.
     """
 
     def __init__(self, flush: Callable[[], object]) -> None:
         self._flush, self._process, self._active = flush, os.getpid(), True
         self._previous = signal.getsignal(signal.SIGTERM) if _is_main_thread() else None
-        if self._previous is not None:  # None: not installed from Python, and then it could not be put back
+        if self._previous is not None:  # a handler that was not installed from Python could not be put back
             signal.signal(signal.SIGTERM, self)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -40,7 +40,7 @@ class on_termination:  # noqa: N801, called like a function
             os.kill(os.getpid(), number)
 
     def close(self) -> None:
-        """Put the handler back that was there before, unless somebody has installed another since."""
+        """Put the previous handler back, unless somebody has installed another since."""
         self._active = False
         while _is_main_thread() and isinstance(current := signal.getsignal(signal.SIGTERM), on_termination):
             if current._active:

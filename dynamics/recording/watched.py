@@ -1,4 +1,4 @@
-"""A watched loader: it yields what the loader yields, and reports each batch."""
+"""A watched loader, which yields what the loader yields and reports each batch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _OWN = ("_loader", "_begins", "_taken")
 
 
 def watched(loader: Iterable, begins: Callable[[], Pass]) -> Watched:
-    """The loader, such that each pass over it ``begins``, and what that returns is told of batches and of the end.
+    """Wrap the loader: each pass over it calls ``begins``, and reports batches and its end to what that returns.
 
-    Of an iterator, an iterator. The loader is asked for an iterator, and for batches, when a loop asks for them, so
-    that random numbers are drawn in the order in which they would be drawn without.
+    An iterator is wrapped as an iterator. The loader is asked for an iterator, and for batches, only when the loop asks
+    for them, so that random numbers are drawn in the same order as without the wrapper.
     """
     kind = WatchedIterator if isinstance(loader, Iterator) else Watched
     return kind(loader, begins)
 
 
 class Watched:
-    """As long as the loader; what else the loader has is asked of it, and set there."""
+    """Yields the loader's batches; its length, and all other attributes, are read from and set on the loader."""
 
     def __init__(self, loader: Iterable, begins: Callable[[], Pass]) -> None:
         self._loader, self._begins = loader, begins
@@ -33,13 +33,13 @@ class Watched:
         return True
 
     def __getattr__(self, name: str) -> Any:
-        """The loader's own: its data set, say."""
-        if name.startswith("__") or name in _OWN:  # a copy that is being made has none yet
+        """An attribute of the loader, such as its data set."""
+        if name.startswith("__") or name in _OWN:  # a copy in the making has no attributes of its own yet
             raise AttributeError(name)
         return getattr(self._loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set the loader's own."""
+        """Set an attribute of the loader, except this object's own."""
         if name in _OWN:
             object.__setattr__(self, name, value)
         else:
@@ -56,7 +56,7 @@ class Watched:
 
 
 class _Pass:
-    """One pass over a loader; it goes on after an exception if the loader's own does."""
+    """One pass over a loader; after an exception it goes on if the loader's iterator does."""
 
     def __init__(self, batches: Iterator, begins: Callable[[], Pass]) -> None:
         self._batches, self._begins = batches, begins
@@ -79,7 +79,7 @@ class _Pass:
         return batch
 
     def _end(self, *, whole: bool = False) -> None:
-        one, self._open = self._open, None  # once: another pass may have begun since
+        one, self._open = self._open, None  # end only once: another pass may have begun since
         if one is not None:
             one.ends(whole=whole)
 
@@ -87,7 +87,7 @@ class _Pass:
 
 
 class WatchedIterator(Watched):
-    """One from which ``next()`` takes batches, too: all that are taken so are of one pass."""
+    """A watched iterator, on which ``next()`` works, too; all batches taken so belong to one pass."""
 
     _taken: Iterator | None = None
 
@@ -96,6 +96,6 @@ class WatchedIterator(Watched):
             self._taken = iter(self)
         try:
             return next(self._taken)
-        except StopIteration:  # some begin anew when they are asked again
+        except StopIteration:  # some iterators start again when asked for more
             self._taken = None
             raise

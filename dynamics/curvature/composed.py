@@ -1,9 +1,9 @@
-"""Operations put together of elementary ones, whose derivatives are right at every order.
+"""Operations composed of elementary ones, so that their derivatives are right at every order.
 
 Torch's own normalisations have two (BatchNorm, in training mode), a wrong third one (LayerNorm), a wrong second one
 (weight norm); its hard sigmoid has one. With m and v the mean and variance of x, y = γ(x − m)/√(v + ε) + β (Ioffe and
 Szegedy 2015, Ba et al. 2016); a weight is w = g v/‖v‖ (Salimans and Kingma 2016); a hard sigmoid is min(max(x + 3, 0),
-6)/6. Each takes what torch's function takes, and is NotImplemented for all that torch might refuse.
+6)/6. Each takes the arguments of torch's function, and returns NotImplemented for any that torch might refuse.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As ``F.instance_norm``, without running statistics: each sample's channels are normalised by themselves."""
+    """As ``F.instance_norm`` without running statistics: each channel of each sample is normalised by itself."""
     plain = input is not None and _is_plain(input, [], weight, bias, training=use_input_stats)
     if not plain or running_mean is not None or input.ndim < 3:
         return NotImplemented
@@ -81,7 +81,7 @@ def layer_norm(
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """As ``torch._weight_norm``: over all dimensions but ``dim``, or over all where it is −1."""
+    """As ``torch._weight_norm``: with norms over all dimensions but ``dim``, or over all if that is −1."""
     return v * (g / torch.norm_except_dim(v, 2, dim)) if is_ordinary(v, g) else NotImplemented
 
 
@@ -107,9 +107,9 @@ def _is_plain(input: Tensor, running: list[Tensor], weight: Tensor | None, bias:
 
 
 def _statistics(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x less a constant near its mean, that constant, its mean then, and its variance.
+    """x minus a constant near its mean, that constant, the mean of the difference, and the variance.
 
-    As y does not depend on a constant, nor do its derivatives; and with one no digits cancel.
+    The constant changes neither y nor its derivatives, and avoids cancellation.
     """
     near = input.detach().mean(over, keepdim=True)
     x = input - near
@@ -119,7 +119,7 @@ def _statistics(input: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor,
 def _affine(
     x: Tensor, mean: Tensor | None, scale: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """(x − mean) scale weight + bias, the numbers of each channel or sample first; None counts as nothing."""
+    """(x − mean) · scale · weight + bias, where the small factors are multiplied first; None leaves a term out."""
     factors = [one for one in (scale, weight) if one is not None]
     factor = factors[0] * factors[1] if len(factors) == 2 else factors[0] if factors else None
     shift = bias if mean is None else -mean * factor if bias is None else bias - mean * factor

@@ -1,4 +1,4 @@
-"""What a convolution is besides its two operands, and the three bilinear products that it and its derivatives are."""
+"""The geometry of a convolution, and the three bilinear products that make up the convolution and its derivatives."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Geometry(NamedTuple):
         return torch.convolution(x, W, bias, *self[:3], False, [0] * len(self.stride), self.groups)
 
     def transpose(self, d: Tensor, x: Tensor, W: Tensor) -> Tensor:
-        """∂⟨d, W ∗ x⟩/∂x, of x's shape; no value of x matters."""
+        """∂⟨d, W ∗ x⟩/∂x, in x's shape; the values of x do not matter."""
         return self._backward(d, x, W, (True, False, False))[0]
 
     def weight_gradient(self, d: Tensor, x: Tensor, W: Tensor) -> Tensor:
-        """∂⟨d, W ∗ x⟩/∂W, of W's shape; no value of W matters."""
+        """∂⟨d, W ∗ x⟩/∂W, in W's shape; the values of W do not matter."""
         return self._backward(d, x, W, (False, True, False))[1]
 
     def product(self, wanted: str, d: Tensor | None, W: Tensor, x: Tensor) -> Tensor:
-        """The derivative of ⟨d, W ∗ x⟩ by the ``wanted`` one of "d", "W" and "x", of which only the shape matters."""
+        """The derivative of ⟨d, W ∗ x⟩ by ``wanted``: "d", "W" or "x", of which only the shape matters."""
         if wanted == "d":
             return self.forward(x, W)
         return self.transpose(d, x, W) if wanted == "x" else self.weight_gradient(d, x, W)
@@ -48,9 +48,10 @@ def geometry(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> tuple[Geometry, Tensor] | None:
-    """The geometry of ``F.conv2d``'s arguments and its kin's, and the input, padded where "same" is not symmetric.
+    """The geometry given by the arguments of ``F.conv1d`` to ``F.conv3d``, and the input.
 
-    None for an input without a batch, and for arguments that torch might refuse.
+    The input is padded here where "same" padding is not symmetric. None for an input without a batch dimension, and for
+    arguments that torch might refuse.
     """
     size = weight.shape[2:]
     stride, dilation = _each(stride, size), _each(dilation, size)
@@ -70,9 +71,9 @@ def transposed_geometry(
     groups: int = 1,
     dilation: int | tuple[int, ...] = 1,
 ) -> tuple[Geometry, Tensor] | None:
-    """The geometry of the convolution whose transpose ``F.conv_transpose2d`` or one of its kin is, and an x of it.
+    """The geometry of the convolution whose transpose ``F.conv_transpose1d`` to ``3d`` computes, and an x of its shape.
 
-    None for an input without a batch, and for arguments that torch might refuse.
+    None for an input without a batch dimension, and for arguments that torch might refuse.
     """
     size = weight.shape[2:]
     stride, padding, more, dilation = (_each(given, size) for given in (stride, padding, output_padding, dilation))
@@ -91,14 +92,14 @@ def transposed_geometry(
 
 
 def _each(given: Any, size: torch.Size) -> list[int]:
-    """One number a dimension; empty where they are not given as torch takes them."""
+    """One number per dimension; empty if they are not given as torch takes them."""
     numbers = [given] if isinstance(given, int) else list(given) if isinstance(given, tuple | list) else []
     numbers = numbers * len(size) if len(numbers) == 1 else numbers
     return numbers if len(numbers) == len(size) else []
 
 
 def _same(x: Tensor, size: torch.Size, dilation: list[int]) -> tuple[list[int], Tensor]:
-    """Padding on both sides, and x with what is more on the right, so that y has the shape of x."""
+    """Padding on both sides, and x with any extra padding on the right, so that y has the shape of x."""
     total = [step * (length - 1) for step, length in zip(dilation, size, strict=True)]
     more = [number for one in reversed(total) for number in (0, one % 2)]
     return [one // 2 for one in total], F.pad(x, more) if any(more) else x

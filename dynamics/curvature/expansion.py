@@ -16,7 +16,7 @@ from ..hardware.precision import full_precision, precise
 from .graph import ONCE, WayBack, check_differentiable, on_the_way_back
 from .higher_order import HigherOrder
 
-_NOT_TWICE = (  # how autograd says that it has no derivative
+_NOT_TWICE = (  # parts of autograd's messages when an operation has no further derivative
     "is not implemented", "double backward", "once_differentiable", "support automatic differentiation",
 )  # fmt: skip
 
@@ -24,12 +24,12 @@ LossFunction = Callable[[dict[str, Tensor]], Tensor]
 
 
 def lacks_derivative(error: RuntimeError) -> bool:
-    """Whether it says that autograd has no further derivative of an operation."""
+    """Whether the error says that autograd has no further derivative of an operation."""
     return any(reason in str(error) for reason in _NOT_TWICE)
 
 
 def _say(which: str, error: RuntimeError) -> None:
-    """That a derivative failed, unless it is known not to be there."""
+    """Warn that a derivative failed, unless the error says that there is none."""
     if not lacks_derivative(error):
         warnings.warn(f"the {which} derivative of the loss failed with {named(error)}", stacklevel=4)
 
@@ -37,13 +37,13 @@ def _say(which: str, error: RuntimeError) -> None:
 class Expansion:
     """The second-order expansion L(θ+δ) ≈ L + gᵀδ + ½ δᵀHδ of a mean loss around θ.
 
-    ``losses`` are functions θ ↦ scalar loss, one a batch; ``weights`` their shares, which sum to 1. Over several
-    batches nothing is kept between products, so memory stays that of one batch. With one batch the graph of its
+    ``losses`` are functions θ ↦ scalar loss, one per batch; ``weights`` are their shares, which sum to 1. With several
+    batches nothing is kept between products, so that memory stays that of one batch. With one batch the graph of its
     gradient is kept, and a product costs one backward pass through it.
 
     Where autograd has no second derivative of an operation (some recurrent kernels), products are central differences
-    of gradients, and ``exact`` turns False. A parameter the loss does not use has g = 0 and Hv = 0. The parameters are
-    copied: what happens to the model's own tensors later changes nothing here.
+    of gradients, and ``exact`` becomes False. A parameter that the loss does not use has g = 0 and Hv = 0. The
+    parameters are copied, so later changes of the model's own tensors have no effect here.
     """
 
     def __init__(self, losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> None:
@@ -67,7 +67,7 @@ class Expansion:
         return total_loss, total_grad
 
     def _first(self, loss_of: LossFunction) -> _Gradient:
-        """A gradient with its graph; without, and not exact, where a backward pass cannot itself be recorded."""
+        """A gradient with its graph; if the backward pass is not differentiable, without a graph and not exact."""
         try:
             return _gradient(loss_of, self.theta, create_graph=True)
         except torch.OutOfMemoryError:
@@ -79,9 +79,9 @@ class Expansion:
 
     @full_precision()
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """Hv, one tensor a parameter, by a second backward pass: H v = ∂(gᵀv)/∂θ (Pearlmutter 1994).
+        """Hv, one tensor per parameter, by a second backward pass: H v = ∂(gᵀv)/∂θ (Pearlmutter 1994).
 
-        Where there is none, Hv ≈ (g(θ+εv) − g(θ−εv))/2ε with ε‖v‖ = ∛u (1+‖θ‖), u the rounding unit: error O(ε²).
+        If there is none, Hv ≈ (g(θ+εv) − g(θ−εv))/2ε with ε‖v‖ = ∛u (1+‖θ‖), where u is the rounding unit: error O(ε²).
         """
         vector = [channels_first(v) for v in vector]
         if self.exact:
@@ -96,9 +96,9 @@ class Expansion:
 
     @full_precision()
     def third_products(self, direction: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """T[u, v] = ∂(vᵀHu)/∂θ for a constant direction u and each v: how Hv changes along u, by a third backward pass.
+        """T[u, v] = ∂(vᵀHu)/∂θ for a constant direction u and each v, by a third backward pass: how Hv changes along u.
 
-        NaN where autograd has no third derivative of an operation.
+        It is NaN if autograd has no third derivative of an operation.
         """
         totals = [_no_sums(self._leaves) for _ in vectors]
         direction, *vectors = ([channels_first(v) for v in vector] for vector in (direction, *vectors))
@@ -126,23 +126,23 @@ class Expansion:
         return products
 
     def _twice(self, loss_of: LossFunction) -> _Gradient:
-        """A gradient with a graph of its own."""
+        """A gradient with its graph, computed anew; raises RuntimeError if the graph is not whole."""
         found = _gradient(loss_of, self.theta, create_graph=True)
         if not found.exact:
             raise RuntimeError(ONCE)
         return found
 
     def _check_whole(self, way: WayBack) -> None:
-        """Raise RuntimeError where a part of the network ran again, so that a derivative lacks some of it."""
+        """Raise RuntimeError if a part of the network ran again, so that the derivative is incomplete."""
         for leaf in self._leaves:
             leaf.grad = None
         way.check_whole()
 
     def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
-        """Gradient of the inner product of a vector that depends on θ with a constant one."""
+        """Gradient of the inner product of ``parts``, which depend on θ, with a constant vector."""
         check_differentiable(parts)
         slope = sum((part * v).sum() for part, v in zip(parts, vector, strict=True))
-        if not slope.requires_grad:  # a polynomial of lower degree
+        if not slope.requires_grad:  # constant in θ, as the loss is a polynomial of lower degree
             return [torch.zeros_like(leaf) for leaf in self._leaves]
         return list(torch.autograd.grad(slope, self._leaves, allow_unused=True, materialize_grads=True, **graph))
 
@@ -185,7 +185,7 @@ class Expansion:
 
 
 class _Gradient(NamedTuple):
-    """A loss and its gradient, and whether its graph holds all of it."""
+    """A loss and its gradient; ``exact``: whether the gradient's graph is complete."""
 
     loss: Tensor
     grad: list[Tensor]
@@ -193,9 +193,10 @@ class _Gradient(NamedTuple):
 
 
 def _gradient(loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: bool = False) -> _Gradient:
-    """Not exact is one for which a part of the network ran again on the way.
+    """Loss and gradient at θ; not exact if a part of the network ran again in the backward pass.
 
-    An operation that runs it again may give its parameters their gradients itself: in θ, for there they are then.
+    An operation that runs it again may accumulate its parameters' gradients itself: these are in the ``.grad`` of θ's
+    leaves then, and are added.
     """
     leaves = list(theta.values())
     with torch.enable_grad():
@@ -220,7 +221,7 @@ def _gradient(loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: 
 def mean_gradient(
     losses: Sequence[LossFunction], weights: Sequence[float], theta: Mapping[str, Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """L = Σ_b w_b L_b at θ and its gradient, one tensor a parameter."""
+    """L = Σ_b w_b L_b at θ and its gradient, one tensor per parameter."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
     total_loss, total_grad = 0.0, _no_sums(leaves.values())
     for loss_of, weight in zip(losses, weights, strict=True):
@@ -231,7 +232,7 @@ def mean_gradient(
 
 
 def _no_sums(leaves: Iterable[Tensor]) -> list[Tensor]:
-    """Zeros to which gradients may be added."""
+    """Zeros in the leaves' shapes, in float32 at least, to which gradients are added."""
     return [precise(torch.zeros_like(leaf)) for leaf in leaves]
 
 
@@ -242,8 +243,8 @@ def _norm(vector: Sequence[Tensor]) -> Tensor:
 
 @full_precision()
 def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> Tensor:
-    """Σ_b w_b L_b(θ), a scalar without graph; with gradients allowed, for a loss may take some itself."""
+    """Σ_b w_b L_b(θ), a scalar without graph; gradients are enabled inside, because a loss may take some itself."""
     with torch.enable_grad():
-        copies = {name: tensor.detach().clone() for name, tensor in theta.items()}  # which the loss may change
+        copies = {name: tensor.detach().clone() for name, tensor in theta.items()}  # the loss may write to them
         leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in copies.items()}
         return sum(weight * precise(loss_of(leaves).detach()) for loss_of, weight in zip(losses, weights, strict=True))

@@ -1,7 +1,7 @@
-"""What a parameter does, as a function of its layer's gates: p = θ + aθ + Σ_k b_k v_k at a = b = 0.
+"""Operations on gated parameters, p = θ + aθ + Σ_k b_k v_k at a = b = 0, differentiated by the layer's gates a and b.
 
 A convolution or a fully connected layer is linear in p, so its derivatives by the gates are inner products of
-activations with their cotangents, and nothing is shaped like its weight.
+activations with their cotangents, and no gradient of the weight's shape is formed.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..quantities import sums_dtype
 
-_PIECE = 1 << 18  # numbers that a processor adds up in single precision before the sum goes on in double
+_PIECE = 1 << 18  # so many numbers are summed in single precision on a CPU; the sums of pieces, in double
 
 
 class NestedGradientError(RuntimeError):
-    """The loss takes a gradient of its own: three derivatives are needed then, of which there are two here."""
+    """The loss takes a gradient itself, which makes three derivatives necessary; the operations here have two."""
 
 
 class Phase:
-    """Whether the loss is being evaluated."""
+    """Tells the evaluation of the loss apart from the backward passes after it."""
 
     evaluating = False
 
     def require_evaluated(self) -> None:
-        """Refuse gradients that the loss itself takes."""
+        """Raise NestedGradientError if a backward pass comes while the loss is being evaluated."""
         if self.evaluating:
             raise NestedGradientError
 
 
 class Gated(NamedTuple):
-    """A parameter θ, its directions v_k, and the gates of its layer: scalars a and b_k, all zero."""
+    """A parameter θ, its directions v_k (``moves``), and its layer's gates a (``scale``) and b_k (``steps``), all 0."""
 
     theta: Tensor
     moves: tuple[Tensor, ...]
@@ -42,7 +42,7 @@ class Gated(NamedTuple):
     steps: tuple[Tensor, ...]
 
     def slope(self, d: Tensor, p: Tensor) -> Tensor:
-        """⟨δ, p⟩, on the gates' device."""
+        """⟨δ, p⟩ on the gates' device."""
         return inner(d, p).to(self.scale.device)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Gated:
@@ -52,10 +52,10 @@ class Gated(NamedTuple):
 
 @torch.no_grad()
 def inner(p: Tensor, q: Tensor) -> Tensor:
-    """Re ⟨p, q⟩, a scalar in double precision where the device has it, without a temporary of their size."""
+    """Re ⟨p, q⟩, a scalar in double precision if the device has it, without a temporary of the operands' size."""
     if p.is_complex():
         p, q = torch.view_as_real(p), torch.view_as_real(q)
-    order = sorted(range(p.ndim), key=p.stride, reverse=True)  # as they lie in memory, so that neither is copied
+    order = sorted(range(p.ndim), key=p.stride, reverse=True)  # in memory order, so that neither is copied
     p, q = (tensor.permute(order).reshape(-1) for tensor in (p, q))
     if p.dtype in (torch.half, torch.bfloat16):
         p, q = p.float(), q.float()
@@ -66,7 +66,7 @@ def inner(p: Tensor, q: Tensor) -> Tensor:
 
 
 class _Inner(torch.autograd.Function):
-    """:func:`inner` with a constant, as an operation of autograd."""
+    """:func:`inner` with a constant, as a differentiable operation."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, d: Tensor, constant: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class _Inner(torch.autograd.Function):
 
 
 class Parameter(torch.autograd.Function):
-    """p = θ + aθ + Σ_k b_k v_k, for all operations of which nothing better is known."""
+    """p = θ + aθ + Σ_k b_k v_k, for all operations that have no cheaper derivatives here."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gated: Gated, scale: Tensor, *steps: Tensor) -> Tensor:
-        """θ, as a copy: an operation may change its parameter in place."""
+        """A copy of θ, because an operation may change its parameter in place."""
         ctx.gated = gated
         ctx.set_materialize_grads(False)
         return gated.theta.clone()
@@ -94,13 +94,13 @@ class Parameter(torch.autograd.Function):
         gated = ctx.gated
         if d is None:
             return (None,) * len(ctx.needs_input_grad)
-        # the first backward pass is by b alone, and the second is the last
+        # the first backward pass differentiates by b alone, and the second is the last, which records no graph
         by_scale = None if torch.is_grad_enabled() else gated.slope(d, gated.theta)
         return None, by_scale, *(_Inner.apply(d, move).to(gated.scale.device) for move in gated.moves)
 
 
 class Linear(NamedTuple):
-    """A linear operation: (x, W, bias) ↦ Wx + bias, and its transpose (δ, x, W) ↦ Wᵀδ, of which x gives the shape."""
+    """A linear operation, (x, W, bias) ↦ Wx + bias, and its transpose, (δ, x, W) ↦ Wᵀδ in the shape of x."""
 
     forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     transpose: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -110,8 +110,8 @@ class Linear(NamedTuple):
 class Affine(torch.autograd.Function):
     """y = (1+a)(Wx + β) + Σ_k b_k (V_k x + β_k).
 
-    By a, ∂L = ⟨δ, Wx + β⟩ = ⟨Wᵀδ, x⟩ + ⟨δ, β⟩; so y is not kept, and may be overwritten. The parameters are inputs
-    only so that a loss that asks for its own gradient by them is noticed.
+    ∂L/∂a = ⟨δ, Wx + β⟩ = ⟨Wᵀδ, x⟩ + ⟨δ, β⟩, so y is not saved and may be overwritten. The parameters are inputs only so
+    that a loss that takes its own gradient by them is noticed.
     """
 
     @staticmethod
@@ -124,7 +124,7 @@ class Affine(torch.autograd.Function):
         x: Tensor,
         *parameters_and_gates: Tensor | None,
     ) -> Tensor:
-        """Wx + β, and V_k x + β_k for later."""
+        """Wx + β; saves V_k x + β_k for the backward pass."""
         shifts = bias.moves if bias else [None] * len(weight.moves)
         moved = [operation.forward(x, move, shift) for move, shift in zip(weight.moves, shifts, strict=True)]
         ctx.save_for_backward(x, *moved)
@@ -134,7 +134,7 @@ class Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, d: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Wᵀδ, ⟨δ, V_k x + β_k⟩, and by a when it is the last pass."""
+        """Wᵀδ, ⟨δ, V_k x + β_k⟩ and, in the last backward pass only, ∂L/∂a."""
         ctx.phase.require_evaluated()
         none = (None,) * 4
         if d is None:
@@ -149,7 +149,7 @@ class Affine(torch.autograd.Function):
 
 
 def _by_scale(ctx: FunctionCtx, d: Tensor, x: Tensor, dx: Tensor | None) -> Tensor:
-    """⟨δ, Wx + β⟩."""
+    """∂L/∂a = ⟨δ, Wx + β⟩, from Wᵀδ if that is known."""
     weight, bias, operation = ctx.weight, ctx.bias, ctx.operation
     if dx is None:
         return weight.slope(d, operation.forward(x, weight.theta, bias and bias.theta))
@@ -161,7 +161,7 @@ def _by_scale(ctx: FunctionCtx, d: Tensor, x: Tensor, dx: Tensor | None) -> Tens
 
 
 class _AffineBackward(torch.autograd.Function):
-    """(δ, x, a, b) ↦ (1+a)Wᵀδ + Σ_k b_k V_kᵀδ and the slopes ⟨δ, V_k x⟩, of which one has a cotangent: the number 1."""
+    """(δ, x, a, b) ↦ (1+a)Wᵀδ + Σ_k b_k V_kᵀδ and the slopes ⟨δ, V_k x⟩, of which just one has a cotangent: 1."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""BatchNorm on a batch's own statistics, with a second derivative in two passes over the activations.
+"""BatchNorm in training mode, with a second derivative that takes two passes over the activations.
 
 Per channel, over n numbers: x̂ = s(x − μ), y = γx̂ + β. With Pδ = δ − m(δ) − x̂ m(x̂δ), where m is the mean,
 ∂x = γs Pδ, ∂γ = Σδx̂, ∂β = Σδ (Ioffe and Szegedy 2015). P is symmetric, so for cotangents u, u_γ, u_β of these
@@ -6,7 +6,7 @@ Per channel, over n numbers: x̂ = s(x − μ), y = γx̂ + β. With Pδ = δ �
     ∂δ = γs Pu + u_γ x̂ + u_β,    ∂γ = s⟨u, Pδ⟩,    ∂x = s Ph − γs² x̂ ⟨u, Pδ⟩ / n,
     h  = (u_γ − γs m(x̂u)) δ − γs m(x̂δ) u,         ⟨u, Pδ⟩ / n = m(uδ) − m(u) m(δ) − m(x̂u) m(x̂δ):
 
-sums of δ, u and x − μ with one number a channel each.
+sums of δ, u and x − μ, each times one number per channel.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_PIECE = 1 << 18  # numbers of each activation that are read at once: they stay in a processor's cache
+_PIECE = 1 << 18  # so many numbers of each activation are processed at once on a CPU, to stay in its cache
 _backward = torch.ops.aten.native_batch_norm_backward
 
 
 class BatchNorm(torch.autograd.Function):
-    """y = γx̂ + β; moves the running statistics as torch does. Differentiable twice."""
+    """y = γx̂ + β, differentiable twice; updates the running statistics as torch does."""
 
     @staticmethod
     def forward(
@@ -32,7 +32,7 @@ class BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        """Torch's own."""
+        """Torch's own forward pass."""
         y, mean, invstd = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.eps = eps
@@ -80,7 +80,7 @@ class _BatchNormBackward(torch.autograd.Function):
 
 
 def _sums(u: Tensor, d: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σu, Σux̂ and Σuδ of each channel: BatchNorm's own sums, for the last with δ in x̂'s place."""
+    """Σu, Σux̂ and Σuδ of each channel, as torch's BatchNorm backward computes them; for the last, δ replaces x̂."""
     sums, zero, one = (False, True, True), torch.zeros_like(mean), torch.ones_like(mean)
     _, normed, plain = _backward(u, x, None, None, None, mean, invstd, True, 0.0, sums)
     _, product, _ = _backward(u, d, None, None, None, zero, one, True, 0.0, sums)
@@ -90,7 +90,7 @@ def _sums(u: Tensor, d: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tupl
 def _coefficients(
     u: Tensor, xu: Tensor, ud: Tensor, d: Tensor, xd: Tensor, gamma: Tensor, s: Tensor, u_weight: Tensor, u_bias: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """∂δ as numbers times (1, u, x−μ), ∂x as numbers times (1, δ, u, x−μ), and ∂γ/n, from the means m(·)."""
+    """Coefficients of ∂δ for (1, u, x−μ) and of ∂x for (1, δ, u, x−μ), and ∂γ/n, from the means m(·)."""
     product = ud - u * d - xu * xd
     by_d, by_u = u_weight - gamma * s * xu, -gamma * s * xd
     h, xh = by_d * d + by_u * u, by_d * xd + by_u * xu
@@ -102,7 +102,7 @@ def _coefficients(
 def _combine(
     d: Tensor, x: Tensor, u: Tensor | None, mean: Tensor, of_d: tuple[Tensor, ...], of_x: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """∂δ and ∂x, piece by piece."""
+    """∂δ and ∂x from their coefficients, piece by piece."""
     channels = (1, -1) + (1,) * (x.ndim - 2)
     mean, *of_d = (number.view(channels) for number in (mean, *of_d))
     of_x = [number.view(channels) for number in of_x or ()]
@@ -120,7 +120,7 @@ def _combine(
 
 
 def _sum(into: Tensor, constant: Tensor, *terms: tuple[Tensor | None, Tensor]) -> None:
-    """The constant and the tensors times their numbers; None counts as zero."""
+    """Write the constant plus each tensor times its coefficient into ``into``; None counts as zero."""
     first, *others = (term for term in terms if term[0] is not None)
     torch.addcmul(constant, *first, out=into)
     for tensor, number in others:

@@ -1,4 +1,4 @@
-"""The operations of which more is known than autograd's own derivatives, recognised as a loss is evaluated."""
+"""Recognises, while a loss is evaluated, the operations that have cheaper or better derivatives than autograd's."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .ordinary import is_ordinary, is_transformed
 class Operations(TorchFunctionMode):
     """Inside, operations on gated parameters that have cheaper derivatives use them; all others are torch's own.
 
-    Nothing is changed under autocast, in checkpointed parts, under the transformations of torch.func, nor for
-    subclasses of tensors.
+    Nothing is replaced under autocast, in checkpointed parts, under the transformations of torch.func, or for tensor
+    subclasses.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], gated: Mapping[str, Gated]) -> None:
@@ -47,15 +47,15 @@ class Operations(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def find(self, tensor: Any) -> Gated | None:
-        """What a tensor is, if it is a gated parameter."""
+        """The gated parameter that a tensor stands for; None if it is none."""
         return self._known.get(id(tensor), (None, None))[1]
 
     def add(self, tensor: Tensor, gated: Gated) -> None:
-        """Remember what a tensor is; it is kept, and so is its id."""
+        """Note that a tensor is a gated parameter; it is kept alive, so that its id stays its own."""
         self._known[id(tensor)] = (tensor, gated)
 
     def affine(self, operation: Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Wx + bias; a bias with gates of another layer is added as any other tensor."""
+        """Wx + bias; a bias with another layer's gates, or with none, is added like any other tensor."""
         gated, shift = self.find(weight), self.find(bias)
         together = shift is not None and shift.scale is gated.scale
         inputs = (x, weight, bias if together else None, gated.scale, *gated.steps)
@@ -100,14 +100,14 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     own = (training or running_mean is None) and is_ordinary(input, weight, bias)
-    own = own and input.device.type == "cpu"  # where it was measured to be faster
+    own = own and input.device.type == "cpu"  # faster there only, as measured
     if not own or input.dtype not in (torch.float32, torch.float64) or input.numel() <= input.shape[1]:
         return NotImplemented
     return BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps)
 
 
 def _product(operations: Operations, function: Any, input: Any, other: Any) -> Any:
-    """A gated parameter times a constant, such as a mask, is one too."""
+    """A gated parameter times a constant, such as a mask, is a gated parameter, too."""
     gated, constant = operations.find(input), other
     if gated is None:
         gated, constant = operations.find(other), input
@@ -121,7 +121,7 @@ def _product(operations: Operations, function: Any, input: Any, other: Any) -> A
 
 
 def _restrided(operations: Operations, function: Any, input: Tensor, *how: Any) -> Any:
-    """A gated parameter that lies otherwise in memory is still one."""
+    """A gated parameter with other strides is still the same gated parameter."""
     gated = operations.find(input)
     if gated is None:
         return NotImplemented

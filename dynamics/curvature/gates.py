@@ -1,4 +1,4 @@
-"""Curvature of each layer along directions, without a Hessian product: by gates on what the layers do.
+"""Curvature of each layer along given directions, by gates on the layers instead of Hessian products.
 
 Every layer l gets scalars a_l and b_kl, and its parameters are p = θ + a_l θ + Σ_k b_kl v_k at a = b = 0. Then
 
@@ -6,9 +6,9 @@ Every layer l gets scalars a_l and b_kl, and its parameters are p = θ + a_l θ 
                                                                        ∂L̇_k/∂b_kl = (v_kᵀHv_k)_l,
 
 the gradient of a directional derivative (Pearlmutter 1994), taken by the gates alone. In linear operations these are
-inner products of activations with their cotangents: no gradient has the shape of a weight, which saves the products
-that would make it. For one direction there are six, Wx, Vx, Wᵀδ, Wu, Vᵀδ and Wᵀȳ, twice a gradient's three; for K
-directions 2 + 4K.
+inner products of activations with their cotangents: no gradient of a weight's shape is formed, which saves the matrix
+products that would compute it. For one direction six remain, Wx, Vx, Wᵀδ, Wu, Vᵀδ and Wᵀȳ, twice a gradient's three;
+for K directions 2 + 4K.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Direction = Mapping[str, Tensor] | Sequence[Tensor]
 
 
 class Products(NamedTuple):
-    """The loss, and (direction, layer): v_kᵀ∇L, θᵀHv_k and v_kᵀHv_k of each layer."""
+    """The loss, and v_kᵀ∇L, θᵀHv_k and v_kᵀHv_k of each layer, (direction, layer)."""
 
     loss: Tensor
     slope: Tensor
@@ -49,12 +49,12 @@ def gated_products(
     *,
     frozen: Collection[str] = (),
 ) -> Products:
-    """First and second derivatives of L along each direction v_k, split over the layers, exact; see above.
+    """Exact first and second derivatives of L along each direction v_k, split over the layers; see above.
 
-    ``directions`` are mappings by parameter name or lists in θ's order; ``layer_of`` says where a parameter counts.
-    Those in ``frozen`` are constants: they add nothing. A layer that L does not depend on has zeros. Nothing of the
-    graph is left afterwards, and θ stays as it is. Sums are in double precision where the device has it. A loss that
-    takes gradients itself is evaluated twice.
+    ``directions`` are mappings by parameter name or lists in θ's order; ``layer_of`` gives the layer that a parameter
+    counts in. Those in ``frozen`` are constants and add nothing. A layer that L does not depend on has zeros. No graph
+    is left afterwards, and θ stays as it is. Sums are in double precision if the device has it. A loss that takes
+    gradients itself is evaluated twice.
 
     Raises:
         RuntimeError: an operation of the loss has no second derivative.
@@ -78,7 +78,7 @@ def gated_products(
 
 
 def _gradient(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], **how: bool) -> list[Tensor | None]:
-    """The gradient of the sum of the outputs; None where it does not depend on an input."""
+    """The gradient of the sum of the outputs by each input; None for an input that they do not depend on."""
     outputs = [output for output in outputs if output is not None and output.requires_grad]
     if not outputs or not inputs:
         return [None] * len(inputs)
@@ -115,11 +115,11 @@ class _Gates:
 
     @property
     def all(self) -> list[Tensor]:
-        """Every gate."""
+        """All gates, a and then b_1, b_2, ..."""
         return [gate for gates in (self.scale, *self.steps) for gate in gates]
 
     def rows(self, values: Sequence[Sequence[Tensor | None]], layers: int) -> Tensor:
-        """Numbers by gate → (row, layer); 0 where there is none."""
+        """Numbers per gate → (row, layer); 0 for layers without gates and for numbers that are None."""
         zero = torch.zeros((), dtype=sums_dtype(self._device), device=self._device)
         rows = []
         for numbers in values:
@@ -131,7 +131,7 @@ class _Gates:
 
 
 def _evaluate(loss_of: LossFunction, theta: Mapping[str, Tensor], gated: Mapping[str, Gated]) -> Tensor:
-    """L(p), without cheaper derivatives where the loss takes gradients itself."""
+    """L(p); if the loss takes gradients itself, without the cheaper derivatives, which are only of second order."""
     parameters = {
         name: Parameter.apply(gated[name], gated[name].scale, *gated[name].steps)
         if name in gated

@@ -1,4 +1,4 @@
-"""The graph of a loss: whether it depends on the tensors with which the loss was evaluated, and on them alone."""
+"""Checks on the graph of a loss: whether it depends on the tensors the loss was evaluated with, and on no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 ONCE = "an operation of the loss is once_differentiable"
 _LENT = "_lent_on_the_way_back"
-_KNOWN = ("torch", __package__.partition(".")[0])  # whose functions never run a network again
+_KNOWN = ("torch", __package__.partition(".")[0])  # packages whose autograd functions never rerun a network
 
 _FOREIGN = (
     "the loss uses a parameter of the model, of shape {shape}, that was taken out of it beforehand "
@@ -25,18 +25,18 @@ _FOREIGN = (
 
 @dataclass
 class WayBack:
-    """Whether a part of the network ran again on the way back."""
+    """Whether a part of the network ran ``again`` in a backward pass."""
 
     again: bool = False
 
     def check_whole(self) -> None:
-        """Raise RuntimeError where one did: a derivative lacks some of it then."""
+        """Raise RuntimeError if one did, because the derivative is incomplete then."""
         if self.again:
             raise RuntimeError(ONCE)
 
 
 def nodes(results: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
-    """Every operation that the results come from, once."""
+    """Every node of the graphs that lead to the results, once."""
     seen: set[torch.autograd.graph.Node] = set()
     waiting = [result.grad_fn for result in results]
     while waiting:
@@ -48,18 +48,18 @@ def nodes(results: Iterable[Tensor]) -> Iterator[torch.autograd.graph.Node]:
 
 
 def check_differentiable(results: Iterable[Tensor]) -> None:
-    """Raise RuntimeError where a part has no derivative: autograd would pass it over in silence, as a constant."""
+    """Raise RuntimeError if a part has no derivative: autograd would silently treat it as a constant."""
     if any(node.name() == "torch::autograd::Error" for node in nodes(results)):
         raise RuntimeError(ONCE)
 
 
 def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether an operation of someone's own is in the graph, such as a reversible block or an adjoint equation.
+    """Whether the graph has a custom autograd function, such as a reversible block or an adjoint equation.
 
-    These run a part of the network again in a backward pass.
+    These may run a part of the network again in a backward pass.
 
     Raises:
-        ValueError: the loss depends on one of the model's own ``parameters``, in whose place others were.
+        ValueError: the loss depends on one of the model's own ``parameters``, although others were in their place.
     """
     own, found = {id(parameter) for parameter in parameters}, False
     for node in nodes([loss]):
@@ -71,14 +71,14 @@ def may_run_again(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def rounding(loss: Tensor) -> float:
-    """The unit of the coarsest type in which the loss was computed: autocast may round what lies between."""
+    """The rounding unit of the coarsest data type in the loss's graph; autocast may have rounded on the way."""
     types = {one.dtype for node in nodes([loss]) for one in node._input_metadata}
     return max((torch.finfo(one).eps for one in types if one.is_floating_point or one.is_complex), default=0.0)
 
 
 @contextmanager
 def hooks_on_tensors() -> Iterator[list[Callable]]:
-    """Those that are put on tensors inside: they may change gradients on the way back, by whatever computation."""
+    """Yields a list of the hooks registered on tensors inside; these may change gradients in any way."""
     hooks: list[Callable] = []
     own = Tensor.register_hook
 
@@ -94,15 +94,15 @@ def hooks_on_tensors() -> Iterator[list[Callable]]:
 
 
 def lend_on_the_way_back(loss: Tensor, lent: Callable[[], AbstractContextManager]) -> None:
-    """Have ``lent()`` around backward passes from the loss: what runs again there meets what it puts in place."""
+    """Have :func:`on_the_way_back` enter ``lent()`` for this loss, so that what runs again finds the probe's state."""
     setattr(loss, _LENT, lent)
 
 
 @contextmanager
 def on_the_way_back(loss: Tensor, leaves: Iterable[Tensor]) -> Iterator[WayBack]:
-    """Around backward passes from the loss; says afterwards whether a part of the network ran again in them.
+    """A context for backward passes from the loss; tells afterwards whether a part of the network ran again in them.
 
-    So it did where a module ran, or where leaves were given their gradients by someone else: those are left there.
+    It did if a module ran, or if something else accumulated gradients in the leaves; these gradients are left there.
     """
     way, lent = WayBack(), getattr(loss, _LENT, None)
     if lent is None:

@@ -1,7 +1,7 @@
-"""Convolutions, normalisations and others with derivatives of every order, each right, and as fast as a first one.
+"""Convolutions, normalisations and others whose derivatives of every order are right, and as fast as the first.
 
-Torch's own convolution in groups goes through them one by one at its second derivative, which is most of the time of a
-depthwise one, and has no third where it is transposed with an output padding; of others see :mod:`.composed`.
+The second derivative of torch's grouped convolution loops over the groups, which takes most of the time in a depthwise
+one; a transposed convolution with output padding has no third derivative. For the others see :mod:`.composed`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .ordinary import is_batched, is_ordinary, is_transformed, memory_format
 
 
 class HigherOrder(TorchFunctionMode):
-    """Inside, they are replaced where operands and surroundings are ordinary; all other operations are torch's own."""
+    """Inside, these operations replace torch's for ordinary operands and contexts; all others are torch's own."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         own = _OWN.get(function)
@@ -33,7 +33,7 @@ class HigherOrder(TorchFunctionMode):
 
 
 class _Product(torch.autograd.Function):
-    """One of a convolution's three products; they are each other's derivatives, for ⟨d, W ∗ x⟩ is linear in each."""
+    """One of a convolution's three products, each other's derivatives because ⟨d, W ∗ x⟩ is linear in each operand."""
 
     @staticmethod
     def forward(ctx: Any, how: Geometry, wanted: str, d: Tensor | None, W: Tensor, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        """The same form with the cotangent in the wanted one's place, by each of the two others."""
+        """Derivatives of ⟨d, W ∗ x⟩, with the cotangent in place of ``wanted``, by each of the two other operands."""
         operands = dict(zip("dWx", ctx.saved_tensors, strict=True)) | {ctx.wanted: cotangent}
         needed = dict(zip("dWx", ctx.needs_input_grad[2:], strict=True)) | {ctx.wanted: False}
         return None, None, *(_product(ctx.how, one, operands) if needed[one] else None for one in "dWx")

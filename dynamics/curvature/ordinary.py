@@ -1,4 +1,4 @@
-"""What is ordinary: operations that others may replace, and how their operands and results lie in memory."""
+"""Whether an operation is ordinary, so that another may replace it, and the memory layout of operands and results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._device import DeviceContext
 
 
 def is_transformed() -> bool:
-    """Whether something else sees this operation or its derivatives.
+    """Whether something else intercepts this operation or its derivatives, which then has to be torch's own.
 
-    Torch.func or forward-mode differentiation, a checkpoint that will repeat it, or anything that stores tensors, or a
-    mode around the whole evaluation.
+    This may be torch.func, forward-mode differentiation, hooks on saved tensors (as a checkpoint's, which will repeat
+    the operation), or a torch function mode around the whole evaluation.
     """
     return (
         torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -26,14 +26,14 @@ def is_transformed() -> bool:
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
-    """Whether derivatives are taken in many directions at once, of which a function of our own would see but one."""
+    """Whether torch.func or vmap may batch the tensors; a custom autograd function would see only one direction."""
     return torch._C._functorch.peek_interpreter_stack() is not None or any(
         tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors
     )
 
 
 def is_ordinary(x: Any, *others: Any) -> bool:
-    """Whether all are ordinary real tensors of one type, and stay so; others may be None, where nothing was given."""
+    """Whether all are plain dense real tensors of one data type, which autocast does not change; None is ignored."""
     given = [x, *(one for one in others if one is not None)]
     if not all(type(one) in (Tensor, nn.Parameter) for one in given):
         return False
@@ -43,7 +43,7 @@ def is_ordinary(x: Any, *others: Any) -> bool:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """How the results of torch's convolutions and BatchNorm lie in memory, by their input."""
+    """The memory format of the results of torch's convolutions and BatchNorm, which follows from the input's."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
     return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
 
@@ -54,15 +54,15 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def with_masked_gradient(x: Tensor, mask: Tensor) -> Tensor:
-    """x itself, whose gradient is masked, with x's own strides."""
+    """x itself, but with a masked gradient, and with x's own strides."""
     return _with_strides_of(x, x * mask + x.detach() * ~mask)
 
 
 def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
-    """y as x lies in memory.
+    """y with x's strides.
 
-    Where a dimension has one entry, a result has other strides, by which torch would choose another kernel for a
-    convolution.
+    Where a dimension has one entry, a result's strides may differ from x's, and torch would choose another kernel for a
+    convolution by them.
     """
     alike = y.stride() == x.stride() or not (y.is_contiguous() and x.is_contiguous())
     return y if alike else y.as_strided(x.shape, x.stride())

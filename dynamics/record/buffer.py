@@ -1,10 +1,10 @@
-"""Rows wait here until a block of them is due; a thread writes it.
+"""Rows wait here until a block of them is due, which a thread writes.
 
-The training loop never waits for the disk, nor for the device: :meth:`Buffer.add` only keeps references.
+The training loop waits neither for the disk nor for the device: :meth:`Buffer.add` only keeps references.
 
-Ctrl-C or a signal may interrupt the loop between any two bytecodes, and a signal's handler may itself flush or close.
-So whatever is shared changes by single calls that nothing interrupts, and a row leaves the log only after a block that
-has it is in the writer's queue. A row may thus be sent twice; the writer takes it once.
+Ctrl-C or a signal may interrupt the loop between any two bytecodes, and a signal handler may itself flush or close. So
+shared state changes only by single calls that nothing can interrupt, and a row leaves the log only after a block that
+contains it is in the writer's queue. A row may thus be sent twice; the writer takes it once.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _BOUND = 256 * 2**20  # bytes that may wait for the disk
 
 
 class Buffer:
-    """Rows for a store: a block is due every 256 rows or 5 seconds, whichever comes first.
+    """Buffers rows for a store: a block is due every 256 rows or 5 seconds, whichever comes first.
 
     If the store cannot be written, a warning is logged, and the rows stay in memory and are tried again. When 256 MiB
     of them wait, recording stops with a warning, and training continues. In a forked process, such as a loader's
-    worker, nothing happens. What is left when the program ends is written then.
+    worker, calls do nothing. Rows left when the program ends are written then.
 
     Args:
         store: where the rows go.
@@ -43,7 +43,7 @@ class Buffer:
 
     def __init__(self, store: Store, look: Look | None = None) -> None:
         self._store, self._process = store, os.getpid()
-        self._log: dict[tuple[str, int], Entry] = {}  # by the row's identity: the same again is no second one
+        self._log: dict[tuple[str, int], Entry] = {}  # by the row's identity: the same object is the same row
         self._since = time.monotonic()
         self._sent, self._dropped = 0, 0
         self._lost: dict[str, Row] = {}  # the last row of each node since recording stopped
@@ -61,7 +61,7 @@ class Buffer:
         return self._stopped or self._writer.failure
 
     def coordinate(self, node: str, name: str, dim: str, values: np.ndarray) -> None:
-        """Give a node a coordinate that does not grow. Given again, it must be the same, and nothing happens."""
+        """Give a node a coordinate that does not grow. It may be given again if it is the same."""
         given = {(node, name, dim): values}
         if self._process == os.getpid():
             self._log.setdefault(("", id(given)), Entry("", given))
@@ -69,10 +69,10 @@ class Buffer:
     def add(self, node: str, row: Row) -> None:
         """Keep one row of a node: name → number, string, or tensor over the node's further dimensions.
 
-        A tensor of several variables, one after the other, is given under the tuple of their names.
+        Several variables may share a tensor, stacked along its first dimension, under the tuple of their names.
 
-        The same object again is the same row of the node, so a call that was interrupted may be repeated. Until the
-        node has another row, it may then have more values or other ones, even when the row is on the disk.
+        The same object again is the same row of the node, so an interrupted call may be repeated. Until the node gets
+        another row, it may then have further or changed values, even if the row is on the disk.
 
         Raises:
             ValueError: the buffer is closed.
@@ -90,7 +90,7 @@ class Buffer:
             self.flush()
 
     def flush(self, wait: bool = False) -> None:
-        """Send the rows of all nodes, one consistent cut, on their way to the disk.
+        """Send the rows of all nodes, as one consistent cut, to the writing thread.
 
         Args:
             wait: return when they are written, or when writing has failed; :attr:`failure` says which.
@@ -133,7 +133,7 @@ class Buffer:
         said = [dict(entry.row) for entry in entries]
         try:
             block = _block(entries)
-        except Exception as error:  # rows that do not fit together: they never will
+        except Exception as error:  # rows that do not fit together never will
             self._stop(error, entries)
             return
         self._writer.queue.put(block)
@@ -142,7 +142,7 @@ class Buffer:
         self._sent += block.nbytes
 
     def _forget(self, entries: list[Entry]) -> None:
-        """Drop what was sent, but for each node's last row: only that one may still be given again."""
+        """Drop rows that were sent, except each node's last, the only one that may be given again."""
         last = {entry.node: entry for entry in entries}
         for entry in entries:
             if entry.sent is not None and entry is not last[entry.node]:
@@ -156,7 +156,7 @@ class Buffer:
                 return
 
     def _stop(self, error: Exception, lost: list[Entry]) -> None:
-        """End recording, not training."""
+        """Stop recording with a warning; training continues."""
         self._stopped, self._stopped_since = error, time.strftime("%H:%M:%S")
         self._dropped += len(lost)
         self._lost = {entry.node: entry.row for entry in lost}
@@ -169,7 +169,7 @@ class Buffer:
 
 
 def _block(entries: list[Entry]) -> Block:
-    """The rows of each node as columns, stacked where they are and on their way to the host's memory."""
+    """The rows of each node as columns, stacked on their device and being copied to the host's memory."""
     by_node: dict[str, list[Entry]] = {}
     for entry in entries:
         by_node.setdefault(entry.node, []).append(entry)

@@ -1,4 +1,4 @@
-"""Rows to columns: what waits on the device is stacked there and copied off it once per variable, asynchronously."""
+"""Rows to columns: tensors on the device are stacked there and copied to the host once per variable, asynchronously."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ LONGEST_TEXT = 64
 _COUNTS = ("step", "epoch", "event")
 
 Value = Tensor | np.ndarray | float | int | bool | str
-Row = Mapping[str | tuple[str, ...], Value]  # several names: their values one after the other, in one tensor
+Row = Mapping[str | tuple[str, ...], Value]  # several names share a tensor, stacked along its first dimension
 Columns = dict[str, Tensor | np.ndarray]
 
 
 def stack(rows: Iterable[Row]) -> tuple[Columns, list[torch.cuda.Event]]:
-    """Name → values over the rows, NaN where a row lacks the name; in the host's memory once the events have happened.
+    """Name → values over the rows, NaN where a row lacks the name; they are in host memory once the events have passed.
 
-    A variable's type is that of its first block for good, so only what counts rows is whole; a 1 may be followed by ½.
+    A variable keeps the type of its first block, so only step, epoch and event are integers: a 1 may be followed by ½.
     """
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
@@ -30,7 +30,7 @@ def stack(rows: Iterable[Row]) -> tuple[Columns, list[torch.cuda.Event]]:
 
 
 def arrays(columns: Columns) -> dict[str, np.ndarray]:
-    """The columns as numpy has them."""
+    """The columns as numpy arrays."""
     return {name: values if isinstance(values, np.ndarray) else values.numpy() for name, values in columns.items()}
 
 
@@ -56,7 +56,7 @@ def _column(name: str | tuple[str, ...], values: list[Value | None]) -> Tensor |
 
 
 def _like(sample: Tensor, value: Value) -> Tensor:
-    """The value as the sample is; a number is filled in on the device, for copying it there would wait."""
+    """The value as a tensor like the sample; a number is filled in on the device, because copying it would wait."""
     return value.to(sample) if isinstance(value, Tensor) else torch.full_like(sample, float(value))
 
 

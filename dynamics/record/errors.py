@@ -1,4 +1,4 @@
-"""Errors for a path that is not a record, or holds a damaged one."""
+"""Errors for a path that is not a record, or is a damaged one."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def damaged(chunk: Path, error: Exception) -> RecordError:
 
 
 def said(error: Exception) -> str:
-    """The beginning of an exception's message, in one line."""
+    """The beginning of an exception's message, on one line; its type if it has none."""
     return one_line(error)[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that many processes see: each is complete at every moment, and those of a writer are locked."""
+"""Files that several processes share: each is complete at every moment, and a writer's are locked."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import filelock
 
 PARTIAL = ".partial"
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a network's file system that is mounted without
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # a network file system mounted without locks
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that whoever looks finds the old one or the new one; one that is killed leaves a part beside it.
+    """Write a file so that readers find the old or the new one, whole; a killed writer leaves a partial file beside it.
 
     Raises:
-        OSError: it could not be written, for a full disk say. The old one stays.
+        OSError: it could not be written, because the disk is full, say. The old file stays.
     """
     half = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -30,11 +30,11 @@ def replace(path: Path, data: bytes | memoryview) -> None:
 
 
 def locked(file: Path, taken: str) -> filelock.BaseFileLock:
-    """A lock that one process has until it is released. The system takes it back from a process that dies.
+    """A lock that one process holds until it is released; the system releases that of a process that dies.
 
     Raises:
-        BlockingIOError: another has it; the message is ``taken``.
-        OSError: the file system has no locks, or the file cannot be made.
+        BlockingIOError: another process holds it; the message is ``taken``.
+        OSError: the file system has no locks, or the file cannot be created.
     """
     lock = filelock.FileLock(file, thread_local=False)
     try:

@@ -1,7 +1,7 @@
-"""What a record's one file of metadata says: attributes and arrays by name, and nothing that is harmful to obey.
+"""A record's single metadata file, attributes and arrays by name, checked so that opening the record is safe.
 
-A Zarr array names the codecs its bytes go through, and one of them unpickles. Only the codec and the types that a
-record is written with are let through.
+A Zarr array names the codecs that decode its bytes, and one of these unpickles. Only the codec and the data types that
+a record is written with are accepted.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .errors import AGAIN, RecordError, foreign, said
 METADATA = ".zmetadata"
 CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)  # as small as zstd on such numbers, three times as fast
 _DTYPE = re.compile(r"[<>|][biufU]\d+")
-_NAME = re.compile(r"(?!\.)[^/\\\0]+")  # a folder, inside the one it is looked for in
+_NAME = re.compile(r"(?!\.)[^/\\\0]+")  # a folder's name that cannot lead out of its parent
 
 Metadata = dict[str, dict[str, Any]]
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What was last committed, after a check that it is safe to use.
+    """The metadata that was last committed, after a check that it is safe to use.
 
     Raises:
-        RecordError: it is missing, damaged, or holds what no record holds.
+        RecordError: it is missing, damaged, or contains something that no record contains.
     """
     if not path.exists():
         raise RecordError(f"no record at {path}: give the path of a run, e.g. one that `python -m dynamics run` wrote")
@@ -51,7 +51,7 @@ def checked_metadata(path: Path, text: bytes) -> Metadata:
     """The contents of a metadata file, after a check that it is safe to use.
 
     Raises:
-        RecordError: it is damaged, or holds what no record holds.
+        RecordError: it is damaged, or contains something that no record contains.
     """
     try:
         found = json.loads(text)["metadata"]
@@ -89,17 +89,17 @@ def is_name(name: str) -> bool:
 
 
 def chunk_key(number: int, dimensions: int) -> str:
-    """Name of the file of an array's chunk: rows are cut into chunks, the other dimensions are not."""
+    """File name of an array's chunk; only the first dimension, the rows, is divided into chunks."""
     return ".".join([str(number), *["0"] * (dimensions - 1)])
 
 
 def chunk_keys(shape: list[int], chunks: list[int]) -> Iterator[str]:
-    """Names of the files of an array, in the array's order."""
+    """File names of an array's chunks, in order."""
     return (chunk_key(number, len(shape)) for number in range(-(-shape[0] // chunks[0])))
 
 
 def array_entry(values: np.ndarray, chunk: int) -> dict[str, Any]:
-    """The description of an array of which these are the first values, cut into chunks of so many rows."""
+    """The description of an array that begins with these values, in chunks of ``chunk`` rows."""
     return {
         "zarr_format": 2, "shape": list(values.shape), "chunks": [chunk, *values.shape[1:]],
         "dtype": values.dtype.str, "order": "C", "dimension_separator": ".", "filters": None,
@@ -114,21 +114,21 @@ def empty_nodes() -> Metadata:
 
 
 def consolidated(metadata: Metadata) -> bytes:
-    """What readers take every shape from. In order, for zarr loses arrays of a group that do not stand together."""
+    """The file from which readers take every shape; sorted, as zarr loses arrays of a group that are not adjacent."""
     return as_json({"zarr_consolidated_format": 1, "metadata": dict(sorted(metadata.items()))})
 
 
 def as_json(entry: Any) -> bytes:
-    """An entry as it stands in a file.
+    """An entry of the metadata as JSON.
 
     Raises:
-        TypeError: it is none that JSON holds.
+        TypeError: JSON cannot hold it.
     """
     return json.dumps(entry, default=_plain).encode()
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's."""
+    """A numpy number or array as Python's numbers."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(

@@ -13,7 +13,7 @@ from ..schema import SCHEMA_VERSION
 
 
 def _commit() -> str:
-    """Commit of the code that runs, with "+" where it was changed; empty outside a checkout."""
+    """Commit of the running code, with "+" if it was changed since; empty outside a checkout."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(

@@ -1,4 +1,4 @@
-"""Opening a record: its one file of metadata is checked first, so that opening never runs a stranger's code.
+"""Opening a record: its metadata file is checked first, so that opening never runs a stranger's code.
 
 Nothing here needs torch.
 """
@@ -41,14 +41,14 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
 
 @contextmanager
 def named_damage(runs: Iterable[xr.DataTree]) -> Iterator[None]:
-    """Inside, records are read. Where that fails because of damage, the error names the file and the record.
+    """A context for reading records: if that fails because of damage, the error names the file and the record.
 
     Raises:
         RecordError: a chunk cannot be decoded.
     """
     try:
         yield
-    except (RuntimeError, RecordError) as error:  # the codec raises the one, wherever a column is first looked at
+    except (RuntimeError, RecordError) as error:  # a RuntimeError is the codec's, when a column is first read
         cause = error if isinstance(error, RuntimeError) else error.__cause__
         for run in runs if isinstance(cause, RuntimeError) else ():
             if "source" in run.encoding and (chunk := _undecodable(Path(run.encoding["source"]))):
@@ -63,7 +63,7 @@ def experiment(run: xr.DataTree) -> dict[str, Any]:
 
 
 def configured(run: xr.DataTree, name: str) -> dict[str, Any]:
-    """What an experiment's record says under the name; empty where someone else's attribute has it."""
+    """The dictionary in an experiment's attribute of this name; empty if the attribute is someone else's or absent."""
     try:
         found = json.loads(run.attrs.get(name, "{}"))
     except (TypeError, ValueError):
@@ -88,12 +88,12 @@ def check(path: Path) -> Metadata:
         damage = next(_damage(path, found), None)
         if damage is None:
             return found
-        if read_metadata(path) == found:  # else a writer took rows back meanwhile
+        if read_metadata(path) == found:  # else a writer dropped rows meanwhile: check again
             raise RecordError(f"{path} is damaged: {damage}; {AGAIN}")
 
 
 def _damage(path: Path, metadata: Metadata) -> Iterator[str]:
-    """What names and sizes of files show: a chunk that is missing, or an array's last chunk cut short."""
+    """Damage that names and sizes of files show: a missing chunk, or an array's last chunk cut short."""
     for key in metadata:
         if key.endswith("/.zarray"):
             folder = path / key.removesuffix("/.zarray")
@@ -123,7 +123,7 @@ def _undecodable(path: Path) -> Path | None:
 
 
 def _cut_short(chunk: Path) -> tuple[int, int] | None:
-    """Bytes that a chunk has and should have, where the two differ: Blosc's header ends with its length."""
+    """Bytes that a chunk has and should have, or None if these agree; Blosc's header ends with the length."""
     with chunk.open("rb") as file:
         header, size = file.read(16), os.fstat(file.fileno()).st_size
     promised = int.from_bytes(header[12:16], "little")

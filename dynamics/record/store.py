@@ -1,11 +1,11 @@
 """The record on disk: rows appended to a plain Zarr directory that plain xarray opens, also while it is written.
 
-Readers take every shape from the consolidated metadata, one file that is replaced by one atomic rename. So an append
-first writes the chunks, and :meth:`Store.commit` at last lets readers see them; what a killed writer left half done
-lies beyond the committed shapes, invisible, and is discarded when the record is opened for writing again.
+Readers take every shape from the consolidated metadata, one file that is replaced by an atomic rename. So an append
+first writes the chunks, and only :meth:`Store.commit` lets readers see them. What a killed writer left half done lies
+beyond the committed shapes, invisible, and is discarded when the record is next opened for writing.
 
-The files are written here as Zarr's format 2 says, not by zarr: zarr writes several at once, and one still on its way
-when another fails may land after the retry, over newer rows.
+The files are written here in Zarr's format 2, but not by zarr: that writes several at once, and if one fails, another
+may still arrive after the retry and overwrite newer rows.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _LOCK = ".lock"
 class Store:
     """A new record at ``path``. One writer: the path is locked until :meth:`close`, or until the process ends.
 
-    Not for several threads at once; while a :mod:`~dynamics.record.buffer` has it, only the buffer's thread calls it.
+    It is not thread-safe; while a :mod:`~dynamics.record.buffer` has it, only the buffer's thread calls it.
 
     Raises:
         FileExistsError: there is something at ``path``, which is left untouched.
@@ -76,7 +76,7 @@ class Store:
         """
         store = cls.__new__(cls)
         store.path = Path(path)
-        check(store.path)  # before a lock file is put into somebody's folder
+        check(store.path)  # before creating a lock file in a folder that may be somebody else's
         store._take()
         try:
             committed = check(store.path)
@@ -89,7 +89,7 @@ class Store:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Rows of each node, with those appended but not committed."""
+        """Number of rows of each node, including those not committed yet."""
         return dict(self._length)
 
     @property
@@ -107,7 +107,7 @@ class Store:
         return np.asarray(group[f"{node}/{name}"][...])
 
     def coordinates(self, node: str) -> dict[str, np.ndarray]:
-        """The coordinates of a node that do not grow, by name; positions along a dimension that has none."""
+        """The coordinates of a node that do not grow, by name; for a dimension without one, the positions along it."""
         positions = {}
         for name, values in self._open[node].items():
             positions |= {dim: np.arange(size) for dim, size in zip(_dims(node, name), values.shape, strict=True)}
@@ -138,14 +138,14 @@ class Store:
     def append(self, node: str, rows: Mapping[str, np.ndarray]) -> None:
         """Append rows to a node: name → values whose first dimension is the node's index. Invisible until commit.
 
-        A variable that is new, or absent this time, is missing (NaN) in the rows without it. An existing one keeps its
+        A variable is missing (NaN) in rows without it, if it is new or absent this time. An existing one keeps its
         type.
         """
         start = self._length[node]
         self._write(node, rows, self._open[node].keys() | rows.keys(), start, start + len(next(iter(rows.values()))))
 
     def amend(self, node: str, row: Mapping[str, np.ndarray]) -> None:
-        """Add to the last row of a node, or change it: name → its one value.
+        """Add to the last row of a node, or change it: name → an array with the one value.
 
         If the row is committed, readers see new values of existing variables at once.
         """
@@ -153,10 +153,10 @@ class Store:
         self._write(node, row, row.keys(), length - 1, length)
 
     def _write(self, node: str, rows: Mapping[str, np.ndarray], names: Iterable[str], start: int, length: int) -> None:
-        """Write what variables say of the rows from ``start`` on, which are the last."""
+        """Write the variables' values in the last rows, from ``start`` on."""
         self._check_still_there()
         still_open = {name: self._write_rows(node, name, rows.get(name), start, length) for name in names}
-        # Only now: after a failure half way, the same can be tried again.
+        # only after all were written: if one fails, the whole call can be repeated
         for name, values in still_open.items():
             if name not in self._open[node]:
                 self._declare(node, name, values, self._chunk[node], list(_dims(node, name)))
@@ -170,9 +170,9 @@ class Store:
         self._replace(METADATA, consolidated(self._metadata))
 
     def truncate(self, lengths: Mapping[str, int]) -> None:
-        """Drop all rows from a length on, of several nodes at once. Whoever opens the record sees all of it or nothing.
+        """Drop the rows beyond the given lengths, of several nodes in one commit.
 
-        The chunks stay until they are written again or the store is closed, for those who opened the record before.
+        Their chunks stay until they are overwritten or the store is closed, for readers who opened the record before.
 
         Raises:
             ValueError: a node has fewer rows than it should keep.
@@ -191,7 +191,7 @@ class Store:
         """Set an attribute of the record, e.g. a list of its resumes: anything that JSON holds."""
         self._metadata[".zattrs"][key] = json.loads(as_json(value))
         self.commit()
-        self._replace(".zattrs", as_json(self._metadata[".zattrs"]))  # zarr reads the root's attributes here
+        self._replace(".zattrs", as_json(self._metadata[".zattrs"]))  # where zarr reads the root's attributes
 
     def keep(self, name: str, array: np.ndarray) -> None:
         """Keep an array beside the record's variables, where xarray does not see it."""
@@ -208,7 +208,7 @@ class Store:
             raise RecordError(f"{path} cannot be read ({one_line(error)}): copy it again, or remove it") from error
 
     def drop_kept(self) -> None:
-        """Delete all that was kept, which only a resumed recording needs."""
+        """Delete all kept arrays, which only resuming needs."""
         for path in self.path.glob(".*.npy"):
             path.unlink(missing_ok=True)
 
@@ -222,7 +222,7 @@ class Store:
     # what is on disk and what is in memory
 
     def _take(self) -> None:
-        """Lock the folder, and remember the lock's file, by which the folder is recognised while it is held."""
+        """Lock the folder, and remember the lock file's identity, by which the folder is recognised later."""
         taken = (
             f"{self.path} is being written by another recorder: close that one, if necessary with its process "
             "(such as a notebook's kernel), or choose another path"
@@ -236,7 +236,7 @@ class Store:
             raise FileNotFoundError(f"the record was removed, and {self.path} is now another one")
 
     def _load(self, metadata: Metadata) -> None:
-        """Take lengths, coordinates and the rows of open chunks from what is committed."""
+        """Take lengths, coordinates and the rows of the last, open chunks from committed metadata and files."""
         self._metadata = empty_nodes() | metadata
         self._length = dict.fromkeys(NODES, 0)
         self._chunk = {node: _CHUNK_ROWS.get(node, _OTHER_CHUNK_ROWS) for node in NODES}
@@ -257,10 +257,10 @@ class Store:
         return [(node, name) for node, name in found if node in NODES]
 
     def _make_good(self, metadata: Metadata) -> None:
-        """Make the folder hold what is committed, and nothing else.
+        """Make the folder contain what is committed, and nothing else.
 
-        Groups and arrays get descriptions of their own, for tools that do not read METADATA. What a killed writer left
-        is removed: arrays and chunks that were never committed, and files half written.
+        Groups and arrays get metadata files of their own, for tools that do not read METADATA. What a killed writer
+        left is removed: arrays and chunks that were never committed, and partial files.
         """
         for key, entry in (empty_nodes() | metadata).items():
             path, text = self.path / key, as_json(entry)
@@ -280,7 +280,7 @@ class Store:
                 (folder / name).unlink()
 
     def _write_rows(self, node: str, name: str, block: np.ndarray | None, start: int, length: int) -> np.ndarray:
-        """Write the chunks that a block falls into, whole, from memory; returns the last, which may say more yet."""
+        """Write the chunks that a block falls into, whole, from memory; returns the last, which may still be open."""
         values, chunk = self._open[node].get(name), self._chunk[node]
         if values is None:
             values = _missing(block, chunk)
@@ -298,7 +298,7 @@ class Store:
         return values
 
     def _declare(self, node: str, name: str, values: np.ndarray, chunk: int, dims: list[str]) -> None:
-        """Describe a new array, and tell xarray which are coordinates without being dimensions (CF's way)."""
+        """Describe a new array, and tell xarray by CF's convention which are coordinates without being dimensions."""
         self._metadata[f"{node}/{name}/.zarray"] = array_entry(values, chunk)
         row = QUANTITIES.get(name)
         self._metadata[f"{node}/{name}/.zattrs"] = (row.attributes if row else {}) | {"_ARRAY_DIMENSIONS": dims}
@@ -316,7 +316,7 @@ class Store:
         self._replace(f"{node}/{name}/{chunk_key(number, values.ndim)}", CODEC.encode(np.ascontiguousarray(values)))
 
     def _read_chunk(self, node: str, name: str, number: int, rows: int) -> np.ndarray:
-        """A whole chunk of which so many rows are committed; missing in the others."""
+        """A whole chunk, of which the first ``rows`` are committed; the others are set to missing."""
         entry = self._metadata[f"{node}/{name}/.zarray"]
         values = np.empty((entry["chunks"][0], *entry["shape"][1:]), entry["dtype"])
         if rows:
@@ -333,7 +333,7 @@ class Store:
 
 
 def _create(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Make an empty record beside its path, and move it there whole."""
+    """Create an empty record beside its path, and rename it into place."""
     taken = FileExistsError(
         f"{path} exists already: choose another path, remove it first, or continue it (resume=True)"
     )

@@ -1,4 +1,4 @@
-"""What a record holds, in a few lines."""
+"""A record's contents in a few lines of text."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def summary(run: xr.DataTree) -> str:
 
 
 def _outcome(run: xr.DataTree) -> list[str]:
-    """The last test accuracy and the last sparsity that are known, and how many steps and events there were."""
+    """The last known test accuracy and sparsity, and the numbers of steps and events."""
     said = []
     for node, name, words in (("epochs", "test_accuracy", "test accuracy"), ("pruning", "sparsity", "sparsity")):
         values = run[node][name].values if name in run.children.get(node, ()) else np.empty(0)
-        if values.dtype.kind == "f" and (known := values[np.isfinite(values)]).size:  # someone's own may be a text
+        if values.dtype.kind == "f" and (known := values[np.isfinite(values)]).size:  # a user's own may be text
             said.append(f"{words} {known[-1]:.1%}")
     if "step" in run.children.get("steps", ()) and (recorded := run["steps"].sizes["step"]):
         taken = _taken(run)
@@ -44,7 +44,7 @@ def _outcome(run: xr.DataTree) -> list[str]:
 
 
 def _taken(run: xr.DataTree) -> int:
-    """How many steps were taken: up to the last that was recorded, the last event or the last epoch that was logged."""
+    """How many steps were taken, judged by the last recorded step, event and logged epoch."""
     behind = [run[node].step.values for node in ("epochs", "pruning") if "step" in run.children.get(node, ())]
     return int(max([run["steps"].step.values[-1] + 1, *(steps.max() for steps in behind if steps.size)]))
 

@@ -1,4 +1,4 @@
-"""The thread that takes blocks of rows out of a queue and writes them, again and again if the disk fails."""
+"""The thread that takes blocks of rows from a queue and writes them, and tries again if the disk fails."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ _LOG = logging.getLogger("thetadot")
 _RETRY_SECONDS = 10.0
 
 Coordinate = tuple[str, str, str, np.ndarray]
-Look = Callable[[str, Mapping[str, np.ndarray]], object]  # at the columns of a node
+Look = Callable[[str, Mapping[str, np.ndarray]], object]  # called with a node's name and its columns
 
 
 @dataclass(eq=False)
 class Entry:
-    """A row of a node. Only the writer's thread sets ``taken``, only the training's ``sent``: what it said then."""
+    """A row of a node. ``taken``, set by the writer's thread alone: whether the writer has it.
+
+    ``sent``, set by the training's thread alone: a copy of the row as it was last sent.
+    """
 
     node: str
     row: Mapping[Any, Any]
@@ -35,16 +38,16 @@ class Entry:
 
     @property
     def late(self) -> dict[Any, Any]:
-        """What the row says, and did not when it was sent."""
+        """The values that are new or changed since the row was sent."""
         if self.sent is None:
             return {}
-        said = dict(self.row)  # in one call: a signal's handler may let the row say more meanwhile
+        said = dict(self.row)  # copied in one call, because a signal handler may add to the row meanwhile
         return {name: value for name, value in said.items() if self.sent.get(name) is not value}
 
 
 @dataclass(frozen=True)
 class Amendment:
-    """What a row says that is on its way, or on the disk; to be there once the events ``copied`` have happened."""
+    """New values of a row that was already sent; they are in host memory once the events ``copied`` have passed."""
 
     entry: Entry
     columns: Columns
@@ -53,7 +56,7 @@ class Amendment:
 
 @dataclass(frozen=True)
 class Block:
-    """A consistent cut: rows of all nodes, on their way to the disk once the events ``copied`` have happened."""
+    """A consistent cut: new rows of all nodes; they are in host memory once the events ``copied`` have passed."""
 
     coordinates: list[Coordinate]
     entries: dict[str, list[Entry]]
@@ -68,24 +71,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Request:
-    """Somebody waits until all that came before is written or has failed; then the thread may end."""
+    """Asks to be told when all before it is written or has failed; after the ``last`` one the thread ends."""
 
     last: bool = False
     done: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
 
 
 class Writer:
-    """Writes blocks to a store, in order. What fails is kept and tried again with the next block or in 10 seconds.
+    """Writes blocks to a store, in order. What fails is kept and tried again with the next block or after 10 seconds.
 
     Attributes:
-        failure: why writing failed when it was last tried; None if it did not.
+        failure: why the last attempt to write failed; None if it did not.
         failing_since: time of day of the first failure since writing last succeeded.
-        missing: how many rows of each node were taken, or said more, and are not committed so.
+        missing: how many rows of each node were taken, or amended, and are not committed so yet.
         written: bytes of all blocks that are committed.
     """
 
     def __init__(self, store: Store, look: Look | None = None) -> None:
-        # Its put may be interrupted by a put.
+        # a SimpleQueue, because a signal handler may interrupt one put with another
         self.queue: queue.SimpleQueue[Block | Amendment | Request] = queue.SimpleQueue()
         self.failure: Exception | None = None
         self.failing_since = ""
@@ -96,7 +99,7 @@ class Writer:
         self._tasks: deque[Callable[[], object]] = deque()
 
     def run(self) -> None:
-        """Write until the last request."""
+        """Write until the last request: the thread's main loop."""
         while True:
             try:
                 item = self.queue.get(timeout=_RETRY_SECONDS if self._tasks or self.failure else None)
@@ -115,7 +118,7 @@ class Writer:
                     return
 
     def _take(self, block: Block) -> None:
-        """Line up what of a block was not taken before: an interrupted flush may send a row twice."""
+        """Queue the tasks for a block, but no row that was taken before: an interrupted flush may send rows twice."""
         self._tasks += [event.synchronize for event in block.copied]
         self._tasks += [partial(self._store.write_coordinate, *coordinate) for coordinate in block.coordinates]
         for node, entries in block.entries.items():
@@ -129,12 +132,12 @@ class Writer:
         self._taken += block.nbytes
 
     def _take_amendment(self, amendment: Amendment) -> None:
-        """Line it up, unless an interrupted flush sent it before rows that were taken since, and now again."""
+        """Queue an amendment if its row is still the node's last: an interrupted flush may send one again, too late."""
         node = amendment.entry.node
         if amendment.entry is self._last[node]:
             self._tasks += [event.synchronize for event in amendment.copied]
             self._tasks.append(lambda: self._store.amend(node, arrays(amendment.columns)))
-            self.missing[node] = max(self.missing[node], 1)  # any that are missing include the last
+            self.missing[node] = max(self.missing[node], 1)  # if rows are missing, the last is among them
 
     def _append(self, node: str, columns: Columns, fresh: np.ndarray) -> None:
         values = {name: values[fresh] for name, values in arrays(columns).items()}

@@ -1,7 +1,8 @@
-"""What the operations of a traced network do to a channel: run it alone, mix it with others, or make it nothing's.
+"""What the operations of a traced network do to a channel: keep it separate, end it, or lift its zeros.
 
-``alone``: each channel by itself, and zero stays zero. ``ends``: it is mixed with others (a layer, a sum) or the
-operation is not known here; zeros go in. ``lifts``: zero becomes something else, so a silenced channel is not gone.
+``alone``: each channel is processed by itself, and zero stays zero. ``ends``: the channel is mixed with others (by a
+layer or a sum), or the operation is not known here; up to it, a silenced channel is zero. ``lifts``: zero becomes
+something else, so that a silenced channel still has an effect.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _LAYER_FUNCTIONS = (
 
 
 def is_depthwise(module: nn.Module | None) -> bool:
-    """Whether a module is a convolution with one filter a channel, even if only one is left."""
+    """Whether a module is a convolution with one filter per channel, even if only one channel is left."""
     of_one_each = isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels
     return of_one_each and identity(module).depthwise
 
@@ -124,12 +125,12 @@ def pools(node: fx.Node, layer: nn.Module) -> bool:
 
 
 def _given(node: fx.Node, *names: str) -> dict[str, Any]:
-    """The arguments of a function of one tensor that were given, by name."""
+    """The arguments given to a function besides its tensor, by name."""
     return dict(zip(names, node.args[1:], strict=False)) | node.kwargs
 
 
 def lays_out(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation lays a sample's channels one after the other, as a linear layer reads them."""
+    """Whether an operation flattens a sample's channels into one dimension, as a linear layer reads them."""
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (1, -1)
     if node.target in (torch.mean, "mean"):
@@ -139,5 +140,5 @@ def lays_out(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether an operation adds several tensors up."""
+    """Whether an operation adds or subtracts several tensors."""
     return node.target in _SUMS and len(node.all_input_nodes) > 1

@@ -1,9 +1,9 @@
-"""Units: the filters that pruning may remove, and the parameters that go with each of them.
+"""Units: the filters that pruning may remove, and the parameters that are pruned with each of them.
 
-A filter's channel runs alone through normalisations, activations, pooling and depthwise convolutions until another
-convolution, a linear layer or a sum mixes it with others. All parameters it meets on that way go with the filter: its
+A filter's channel stays separate through normalisations, activations, pooling and depthwise convolutions until another
+convolution, a linear layer or a sum mixes it with others. All parameters on that way are pruned with the filter: its
 bias, its normalisation's γ and β, and the depthwise layer's filter with its own normalisation. Neurons of a linear
-layer are filters too.
+layer count as filters, too.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading
 
 @dataclass(frozen=True)
 class UnitLayer:
-    """A layer whose filters are ranked; ``modules`` are those that its channels alone run through, itself first.
+    """A layer whose filters are ranked; ``modules``: itself first, then those that only its channels run through.
 
-    ``copies`` of the modules are depthwise, ``summed`` says whether the channels end in a sum with others, ``head``
-    whether they may be the network's output, from which nothing is pruned. ``readers`` are the layers that read these
-    channels and no others.
+    ``copies`` counts the depthwise ones among them. ``summed`` says whether the channels end in a sum with others, and
+    ``head`` whether they may be the network's output, from which nothing is pruned. ``readers`` are the layers that
+    read these channels and no others.
     """
 
     name: str
@@ -55,7 +55,7 @@ class UnitLayer:
     readers: tuple[str, ...] = ()
 
     def parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters whose first dimension is the filter."""
+        """Names of all parameters of its modules; their first dimension is the filter."""
         named = ((module, model.get_submodule(module)) for module in self.modules)
         return [f"{module}.{leaf}" for module, owner in named for leaf, _ in owner.named_parameters(recurse=False)]
 
@@ -66,10 +66,10 @@ class UnitLayer:
 
 @dataclass
 class _Way:
-    """Where a layer's channels run: what they meet alone, at which nodes, and what is the matter with it."""
+    """The way of a layer's channels: modules and nodes they run through separately, and why they cannot be pruned."""
 
     modules: list[str] = field(default_factory=list)
-    readers: dict[str, bool] = field(default_factory=dict)  # and whether the channels are laid out for them
+    readers: dict[str, bool] = field(default_factory=dict)  # layer → whether the channels were flattened before it
     nodes: set[fx.Node] = field(default_factory=set)
     summed: bool = False
     refusal: str | None = None
@@ -140,7 +140,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
 
 
 def units_of(model: nn.Module, granularity: str, protected: Iterable[str] = ()) -> dict[str, UnitLayer | None]:
-    """Layer → what is known of its filters; None if single weights are pruned, as :func:`weight_layers` has them."""
+    """Layer → its :class:`UnitLayer`; if single weights are pruned, None for each of :func:`weight_layers`."""
     if granularity == "weight":
         return dict.fromkeys(weight_layers(model, protected))
     return {layer.name: layer for layer in unit_layers(model, protected)}
@@ -155,9 +155,9 @@ def filter_coordinates(layers: Iterable[UnitLayer]) -> dict[str, tuple[str, list
 def masks_of(
     model: nn.Module, layers: Mapping[str, UnitLayer | None], alive: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Parameter name → which of its entries are ``alive``, from that of the units by layer.
+    """Parameter name → which of its entries are kept, given which units of each layer are ``alive``.
 
-    ``layers`` says what is pruned with a layer's filters; None: its units are single weights, in the weight's shape.
+    ``layers`` says what is pruned with a layer's filters; if None, its units are single weights, in the weight's shape.
     """
     masks = {}
     for name, kept in alive.items():
@@ -171,10 +171,10 @@ def masks_of(
 
 
 def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Tensor]:
-    """Layer → which of its weights read a channel that is left, in the weight's shape; of layers that read others, too.
+    """Layer → which of its weights read a channel that is left, in the weight's shape.
 
-    A channel is gone where the filter that it comes from is pruned. What reads several layers' channels, added up or
-    side by side, keeps its weights.
+    A channel is gone if its filter is pruned. Only layers that read a single, pruned layer's channels are listed: one
+    that reads several layers' channels, summed or concatenated, keeps all its weights.
     """
     found = {}
     for layer in layers:
@@ -187,7 +187,7 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
 
 
 def _traced(model: nn.Module) -> fx.Graph:
-    """Its graph in eval mode, with those settings of its forward pass that have a default."""
+    """The model's graph in eval mode; arguments of ``forward`` with a number or string as default are fixed to that."""
     try:
         arguments = inspect.signature(model.forward).parameters.values()
         settings = {one.name: one.default for one in arguments if isinstance(one.default, bool | int | float | str)}
@@ -210,13 +210,13 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 
 def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, laid_out: bool = False) -> None:
-    """Go with a layer's channels one by one from a node on, as far as nothing mixes them."""
+    """Follow a layer's channels from a node on until something mixes them, and note the way."""
     filters = len(layer.weight)
     for user in node.users:
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         if is_depthwise(module) or isinstance(module, NORMALISATIONS):
             if (module.out_channels if is_depthwise(module) else module.num_features) != filters:
-                continue  # something reshaped on the way: its channels are not the filters'
+                continue  # channels were reshaped on the way, so they are not the layer's filters any more
             if isinstance(module, NORMALISATIONS) and module.weight is None:
                 way.refusal = f"feeds into {user.target!r}, which has no γ and β: a silenced filter would not be silent"
             way.modules.append(user.target)
@@ -244,7 +244,7 @@ def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Mo
 
 
 def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
-    """Whether each input channel of a reader, or as many features where they are laid out, is one of a layer's."""
+    """Whether each input channel of a reader, or group of flattened features, comes from one filter of the layer."""
     filters, inputs = len(layer.weight), reader.weight.shape[1]
     if laid_out and not isinstance(layer, nn.Linear):
         return isinstance(reader, nn.Linear) and inputs % filters == 0
@@ -252,7 +252,7 @@ def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
 
 
 def _reaches_output(model: nn.Module, node: fx.Node, weights: Collection[fx.Node]) -> bool:
-    """Whether what the node gives comes out of the network without another layer in between."""
+    """Whether a node's result reaches the network's output without passing another layer."""
     waiting, seen = [(node, user) for user in node.users], set()
     while waiting:
         source, user = waiting.pop()
@@ -278,7 +278,7 @@ def _weights(graph: fx.Graph) -> dict[fx.Node, None]:
 
 
 def _unseen(model: nn.Module, calls: Iterable[str], protected: Iterable[str]) -> list[str]:
-    """Refusals of modules that run as one in the trace, and have layers in them."""
+    """Refusals of modules that tracing does not open and that contain layers."""
     refusals, called = [], {model.get_submodule(name) for name in calls}
     for name in (name for name in calls if name not in protected):
         module = model.get_submodule(name)

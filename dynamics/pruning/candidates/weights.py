@@ -1,4 +1,4 @@
-"""The layers whose single weights can be pruned, in any model: no tracing is needed."""
+"""The layers whose single weights can be pruned, in any model, without tracing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weight_of(layer: str) -> str:
 
 
 def weights_reading(module: nn.Module, alive: Tensor) -> Tensor:
-    """Of a layer's weights, in their shape: True where they read a channel that is alive, (channel,)."""
+    """True where a layer's weight reads a channel that is ``alive``, (channel,); in the weight's shape."""
     weight = module.weight
     if isinstance(module, TRANSPOSED):
         return alive.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
@@ -48,10 +48,10 @@ def weights_reading(module: nn.Module, alive: Tensor) -> Tensor:
 
 
 def within(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """The modules of these names, or of one, and all modules inside them.
+    """Names of the named modules (one name or several) and of all modules inside them.
 
     Raises:
-        ValueError: one of them is no module of the model.
+        ValueError: a name is not that of a module of the model.
     """
     names, known = (names,) if isinstance(names, str) else tuple(names), dict(model.named_modules())
     if unknown := [name for name in names if name not in known]:

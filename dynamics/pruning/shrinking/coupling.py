@@ -1,7 +1,7 @@
-"""Coupling: which slices of a network's parameters go together, by torch-pruning's dependency graph.
+"""Coupling: which slices of a network's parameters are removed together, by torch-pruning's dependency graph.
 
-A channel can go where everything that puts something into it is silenced; what reads it, reads zeros, and loses the
-slice that did.
+A channel can be removed if everything that writes to it is silenced. Whatever reads it then reads only zeros, so the
+slices of weights that read it are removed, too.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _OTHERS = [
 _OTHERS += [f"{kind}Pool{dims}DWithIndices" for kind in ("Max", "AdaptiveMax") for dims in (2, 3)]
 _OTHERS += ["AdaptiveMaxPool2D", "AdaptiveMaxPool3D", *(f"UpsampleNearest{dims}D" for dims in (1, 2, 3))]
 _OTHERS += ["UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleTrilinear3D"]
-# Operations that treat every channel alike and map 0 to 0, by autograd's name of them, less its number.
+# Operations that treat every channel alike and map 0 to 0: autograd's names without the number at the end.
 CHANNELWISE = frozenset(f"{name}Backward" for name in (*_POOLINGS, *_ACTIVATIONS, *_OTHERS))
-# These treat every channel alike, but map 0 to something: what reads them does not read zeros.
+# These treat every channel alike, but do not map 0 to 0: what reads their results does not read zeros.
 _LIFTING = frozenset(f"{name}Backward" for name in ("Sigmoid", "Hardsigmoid", "Softplus", "Exp"))
 
 
 def dependency_graph(model: nn.Module, inputs: Any) -> Any:
-    """torch-pruning's graph of the model, which it runs on the inputs, in eval mode.
+    """torch-pruning's dependency graph, for which it runs the model on the inputs, in eval mode.
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.
-        ValueError: it fails on the model.
+        ValueError: torch-pruning fails on the model.
     """
     tools, inputs = _torch_pruning(), mapped(inputs, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
     try:
@@ -54,7 +54,7 @@ def dependency_graph(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def _contiguous(model: nn.Module) -> Iterator[None]:
-    """Weights in torch's usual order: a global average of channels-last activations ends in a view of unknown kind."""
+    """Inside, parameters are contiguous: in channels-last format a global average ends in a view that is not known."""
     lent = {parameter: parameter.data for parameter in model.parameters()}
     for parameter, data in lent.items():
         parameter.data = data.clone(memory_format=torch.contiguous_format)
@@ -75,7 +75,7 @@ def _torch_pruning() -> ModuleType:
 
 
 def silent_units(model: nn.Module) -> dict[str, Tensor]:
-    """Which outputs of each layer and normalisation are pruned with all that makes them, (output,), by module name."""
+    """Outputs of each layer and normalisation whose parameters are all pruned, boolean (output,), by module name."""
     masks = parameter_masks(model)
     silent = {}
     for name, module in model.named_modules():
@@ -89,7 +89,7 @@ def silent_units(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plan(graph: Any, silent: Mapping[str, Tensor]) -> list[tuple[Callable, list[int]]]:
-    """Each cut of the graph's with all the indices that it takes away, in the coordinates of before."""
+    """torch-pruning's cuts, each a dependency with all the indices that it removes, counted before any cut."""
     cuts: dict[tuple[nn.Module, Callable], tuple[Callable, set[int]]] = {}
     layers = [(name, graph.model.get_submodule(name)) for name in silent]
     for name, module in layers:
@@ -101,9 +101,9 @@ def plan(graph: Any, silent: Mapping[str, Tensor]) -> list[tuple[Callable, list[
 
 
 def _removable(graph: Any, name: str, module: nn.Module, silent: Mapping[str, Tensor]) -> Any:
-    """The group of cuts that removes as many of a layer's silenced units as can go; empty if none can."""
+    """The group of cuts that removes as many of a layer's silenced units as possible; empty if none can be removed."""
     units = silent[name].nonzero().flatten().tolist()
-    units = units[len(units) == len(silent[name]) :]  # a layer keeps one unit, though it be silent
+    units = units[len(units) == len(silent[name]) :]  # a layer keeps one unit, even if all are silenced
     while units:
         group = _group(graph, name, module, units)
         _check_known(graph, group, name, CHANNELWISE | _LIFTING)
@@ -118,14 +118,14 @@ def _removable(graph: Any, name: str, module: nn.Module, silent: Mapping[str, Te
 def _group(graph: Any, name: str, module: nn.Module, units: list[int]) -> Any:
     try:
         return graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, units)
-    except Exception as error:  # it has no offsets of what is split twice, say
+    except Exception as error:  # it cannot follow channels that are split twice, for example
         raise ValueError(
             f"torch-pruning cannot follow the channels of layer {name!r}: {named(error)}. The model is left as it was"
         ) from error
 
 
 def _staying(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[int]:
-    """Units that stay since this member of their group does: it puts something out, or is the network's output."""
+    """Units that must stay because this member of their group is the network's output, or writes to them unsilenced."""
     node, puts_out = item.dep.target, graph.is_out_channel_pruning_fn(item.dep.handler)
     if puts_out and not node.outputs:
         yield from item.root_idxs
@@ -137,7 +137,7 @@ def _staying(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[in
 
 
 def _check_known(graph: Any, group: Any, name: str, operations: Set[str]) -> None:
-    """Raise ValueError where a layer's channels meet something that may mix, move or shift them."""
+    """Raise ValueError if a layer's channels meet something that may mix, move or shift them."""
     for dependency, _ in group.items:
         met, known = _met(graph, dependency.target, operations)
         if not known:
@@ -148,7 +148,7 @@ def _check_known(graph: Any, group: Any, name: str, operations: Set[str]) -> Non
 
 
 def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
-    """What stands at a node of the graph, and whether it is known to leave channels apart."""
+    """The parameter, module or operation at a node of the graph, and whether it is known to keep channels separate."""
     module = node.module
     if isinstance(module, nn.Parameter):
         return f"the parameter {graph._param_to_name[module]!r}", False
@@ -157,6 +157,6 @@ def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
         known = plain or isinstance(module, (*NORMALISATIONS, nn.PReLU))
         return f"{graph._module2name[module]!r} ({module})", known
     operation = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
-    of_a_weight = operation == "TBackward0" and not node.inputs  # as a linear layer transposes its own
+    of_a_weight = operation == "TBackward0" and not node.inputs  # a linear layer transposes its weight
     known = operation in ("ConcatOp", "ReshapeOp", "OutputOp") or operation.rstrip("0123456789") in operations
     return operation, known or of_a_weight

@@ -1,4 +1,4 @@
-"""A cut: what can be taken out of a network without changing what it computes, tried and checked on a copy."""
+"""A cut: what can be removed from a network without changing what it computes, tried and checked on a copy."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _OUTPUT = "the output"
 class Cut:
     """How a network gets smaller.
 
-    ``kept`` holds, for each parameter and buffer that changes, the entries that stay: in the new shape, their indices
-    into the old one, flattened. ``sizes`` holds the modules' attributes that change, such as ``out_channels``.
+    ``kept`` holds, for each parameter and buffer that changes, the entries that stay: an array in the new shape of flat
+    indices into the old one. ``sizes`` holds the modules' attributes that change, such as ``out_channels``.
     """
 
     kept: dict[str, Tensor]
@@ -35,13 +35,13 @@ class Cut:
 
 
 def find_cut(model: nn.Module, inputs: Any) -> Cut:
-    """What can be cut away from the model, which is left as it is. At least one unit of every layer stays.
+    """Find what can be cut from the model, which is left as it is. At least one unit of every layer stays.
 
-    The copy that is tried has float32 at least: in fewer digits another network looks much like this one.
+    The cut is tried on a copy in float32 at least: with fewer digits the check could not tell a wrong network apart.
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.
-        ValueError: the model does not run on the inputs, or has something that cannot be cut for sure.
+        ValueError: the model does not run on the inputs, or contains something that cannot be cut safely.
     """
     small, inputs = _bare_copy(model), mapped(inputs, lambda one: precise(one) if one.is_floating_point() else one)
     before = _run(small, inputs, "the model does not run on the inputs: pass shrink() inputs that it takes")
@@ -73,12 +73,12 @@ def take(tensor: Tensor, kept: Tensor) -> Tensor:
 
 
 def rows_left(kept: Tensor, old: Tensor) -> Tensor:
-    """Which rows of a matrix or filter bank are left, (row,), from the flat indices of what is left of ``old``."""
+    """Indices of the rows that are left of ``old``, a matrix or filter bank, (row,), from the flat indices ``kept``."""
     return kept.flatten(1)[:, 0] // old[0].numel()
 
 
 def _bare_copy(model: nn.Module) -> nn.Module:
-    """A copy without hooks, all of it open to autograd, which is how the graph is found."""
+    """A copy without hooks, in which all parameters require gradients: torch-pruning finds the graph by autograd."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
@@ -87,14 +87,14 @@ def _bare_copy(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(parameter.is_floating_point())
     for module in twin.modules():
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            module.weight.requires_grad_(False)  # a slope of all channels, which the graph would have as a branch
+            module.weight.requires_grad_(False)  # one slope for all channels, which the graph would take for a branch
     for _, tensor in _floating(twin):
         tensor.data = precise(tensor.data)
     return twin
 
 
 def _carry_out(cuts: list[tuple[Callable, list[int]]], small: nn.Module) -> dict[str, Tensor]:
-    """Cut the copy: the entries that each changed tensor kept, by name. Meanwhile each entry is its own index."""
+    """Cut the copy, with its entries first set to their own flat indices; returns those left in each changed tensor."""
     shapes = {name: tensor.shape for name, tensor in _floating(small)}
     with torch.no_grad():
         for _, tensor in _floating(small):
@@ -106,7 +106,7 @@ def _carry_out(cuts: list[tuple[Callable, list[int]]], small: nn.Module) -> dict
 
 
 def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that hold real numbers, by name; one that has several names, by each."""
+    """Floating-point parameters and buffers, by name; one that has several names, under each."""
     for listed in (model.named_parameters, model.named_buffers):
         yield from ((name, one) for name, one in listed(remove_duplicate=False) if one.is_floating_point())
 
@@ -132,16 +132,16 @@ def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, i
 
 
 def _run(model: nn.Module, inputs: Any, otherwise: str, in_training: str = "") -> dict[str, list[Tensor]]:
-    """What each layer puts out in eval mode, by name, in the order of their calls, and what the model does.
+    """Outputs in eval mode of each layer, by name and in the order of its calls, and of the model.
 
-    It has to run in training mode, too, which may call more of its modules.
+    The model has to run in training mode, too, where it may call more of its modules.
     """
     outputs: dict[str, list[Tensor]] = {}
     try:
         with torch.no_grad(), random_numbers_untouched(next(model.parameters()).device):
             with _noted(model, outputs):
                 outputs[_OUTPUT] = list(_tensors(model.eval()(inputs)))
-            model.train()(inputs)  # the last, for it moves statistics: by dropout's numbers, and so by the sizes
+            model.train()(inputs)  # last: it changes running statistics, with dropout by numbers that depend on sizes
             model.eval()
     except Exception as error:
         reason = one_line(error)[:200]
@@ -152,7 +152,7 @@ def _run(model: nn.Module, inputs: Any, otherwise: str, in_training: str = "") -
 
 @contextmanager
 def _noted(model: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Inside, what each layer puts out is appended to ``outputs``, by its name."""
+    """Inside, each layer's outputs are appended to ``outputs``, by the layer's name."""
 
     def note(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         outputs.setdefault(name, []).append(output)
@@ -175,7 +175,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _check_alike(
     before: Mapping[str, list[Tensor]], after: Mapping[str, list[Tensor]], rows: Mapping[str, Tensor]
 ) -> None:
-    """Raise ValueError where the units left of a layer, by index ``rows``, or the model put out something else."""
+    """Raise ValueError if the model, or a layer in the units left (``rows``), has other outputs than before."""
     for name, outputs in before.items():
         for one, other in zip(outputs, after[name], strict=True):
             if one.shape != other.shape and name in rows:
@@ -190,9 +190,9 @@ def _check_alike(
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs are equal to half the digits: rounding is far below, a channel gone wrong far above."""
+    """Whether two outputs agree in half their digits: rounding changes far fewer, a wrong channel far more."""
     if one.shape != other.shape:
         return False
     rtol = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0.0
-    largest = one.abs().nan_to_num(0, 0).max().item()  # of what is finite: a network may have diverged
+    largest = one.abs().nan_to_num(0, 0).max().item()  # finite values only: a network may have diverged
     return torch.allclose(one, other, rtol=rtol, atol=rtol * largest, equal_nan=True)

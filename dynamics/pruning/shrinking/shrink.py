@@ -107,7 +107,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _noise(model: nn.Module) -> Tensor:
-    """(2, C, 32, 32) for the first convolution's C; the generator is its own."""
+    """Noise, (2, C, 32, 32) for the C input channels of the first convolution, from a generator of its own."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise ValueError(
@@ -123,7 +123,7 @@ def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             shape = value.shape if isinstance(value, Tensor) else torch.Size()
-            of_all = isinstance(value, list | tuple | dict)  # LBFGS has the history of all parameters in one list
+            of_all = isinstance(value, list | tuple | dict)  # LBFGS keeps one history of all parameters
             if names and (of_all or (parameter in names and shape.numel() != 1 and shape != parameter.shape)):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {key!r} of {names.get(parameter, 'its parameters')} in a shape "
@@ -141,7 +141,7 @@ def _keep_identities(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _replace(model: nn.Module, name: str, kept: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Put a smaller tensor in place of a parameter or buffer, in the model and in all that optimizers have of it."""
+    """Put a smaller tensor in place of a parameter or buffer, in the model and in the optimizers' groups and state."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     old = getattr(owner, leaf)

@@ -1,7 +1,7 @@
 """The formulas of the recorded quantities: pure functions of θ, g, Δθ and of Hessian products.
 
-Each vector is a tensor (block, entry) that holds all parameters. A formula gives one number a block, and
-:func:`sums` adds them up over the layers; so every quantity adds up over ``layer`` to that of the whole network.
+Each vector is a tensor (block, entry) that holds all parameters. A formula gives one number per block, and
+:func:`sums` adds these up in each layer; so every quantity adds up over ``layer`` to that of the whole network.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-_CACHED_BLOCKS = 512  # 2 MB of each vector: what a processor's cache holds
-_GPU_BLOCKS = 2**16  # 256 MB of each vector: products of larger ones take memory, and launching pieces no time
+_CACHED_BLOCKS = 512  # 2 MB of each vector, which fit into a CPU's cache
+_GPU_BLOCKS = 2**16  # 256 MB of each vector: larger products would take memory, and a few more launches no time
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Vectors:
     hess_grad_change: Tensor | None = None  # first-order change of Hg by the removal
     removed: Tensor | None = None  # 1 on the coordinates that an event removes, else 0
     kept: Tensor | None = None  # 1 on the coordinates that are not pruned, else 0
-    scratch: Tensor | None = None  # room for a product, so that none is allocated: memory fresh from the system is slow
+    scratch: Tensor | None = None  # buffer for products: memory fresh from the system is slow
     _dots: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False)
 
     def dot(self, left: str, right: str) -> Tensor:
@@ -44,15 +44,15 @@ class Vectors:
         return self._dots[left, right]
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Entrywise product, until the next one."""
+        """Entrywise product; the next product or difference may overwrite it."""
         return torch.mul(left, right, out=self.scratch)
 
     def difference(self, left: Tensor, right: Tensor) -> Tensor:
-        """Entrywise difference, until the next product."""
+        """Entrywise difference; the next product or difference may overwrite it."""
         return torch.sub(left, right, out=self.scratch)
 
     def split(self, blocks: int) -> Iterator[Vectors]:
-        """Pieces of so many blocks, one after the other."""
+        """Yield pieces of ``blocks`` blocks, which share one scratch buffer."""
         given = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
         pieces = {name: vector.split(blocks) for name, vector in given.items() if vector is not None}
         shape = next(parts for parts in pieces.values() if parts[0].ndim == 2)[0]
@@ -62,13 +62,13 @@ class Vectors:
 
 
 def _param_grad_first_order(v: Vectors) -> Tensor:
-    """θᵀg over what is kept, with θ + δ and g + Hδ to first order, less θᵀg over all, (block,)."""
+    """θᵀg over what is kept, with θ + δ and g + Hδ to first order, minus θᵀg over all, (block,)."""
     kept = v.removal * v.grad + v.theta * v.hess_removal
     return (kept * (1 - v.removed) - v.theta * v.grad * v.removed).sum(-1)
 
 
 def _param_hess_grad_first_order(v: Vectors) -> Tensor:
-    """θᵀHg over what is kept, with θ + δ and Hg to first order, less θᵀHg over all, (block,)."""
+    """θᵀHg over what is kept, with θ + δ and Hg to first order, minus θᵀHg over all, (block,)."""
     kept = v.removal * v.hess_grad + v.theta * v.hess_grad_change
     return (kept * (1 - v.removed) - v.theta * v.hess_grad * v.removed).sum(-1)
 
@@ -111,7 +111,7 @@ def sums(names: Sequence[str], vectors: Vectors, layer_of: Tensor, layers: int) 
     """The named quantities, one or more, per layer: (name, layer).
 
     ``layer_of`` (block,) holds the index of the layer that owns each block's parameter. Blocks are added up in float64
-    where the device has it. On a processor all formulas read a piece of the vectors while it is in the cache.
+    if the device has it. On a CPU all formulas read a piece of the vectors while it is in the cache.
     """
     most = _GPU_BLOCKS if layer_of.is_cuda else _CACHED_BLOCKS
     pieces = [vectors] if len(layer_of) <= most else vectors.split(most)
@@ -121,5 +121,5 @@ def sums(names: Sequence[str], vectors: Vectors, layer_of: Tensor, layers: int) 
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:
-    """Precision of sums: double where the device has it."""
+    """Data type of sums: float64 if the device has it, else float32."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -10,15 +10,15 @@ from typing import Generic, TypeVar
 import torch
 
 _Result = TypeVar("_Result")
-_MOST = 16  # captures of a piece of work: one takes as long as several steps of what it saves
+_MOST = 16  # captures of one piece of work: each takes as long as it saves in several steps
 _ONE_AT_A_TIME = threading.RLock()
 
 
 class Captured(Generic[_Result]):
-    """Work that is captured here, and done at each call, on what is in the same places of memory then.
+    """Captures work as a CUDA graph, which each call replays on whatever is at the same memory addresses then.
 
-    It must have run once before, for kernels are loaded then, and neither wait for the GPU nor depend on what Python
-    decides anew each time. What it returns stays in one place, too: the next call writes it over.
+    The work must have run once before, which loads its kernels, and must neither wait for the GPU nor depend on
+    decisions that Python makes anew each time. Its result stays at one address, too: the next call overwrites it.
 
     Raises:
         Exception: what the work raised, if it cannot be captured.
@@ -35,23 +35,23 @@ class Captured(Generic[_Result]):
                 try:
                     self._result = work()
                 except BaseException:
-                    with contextlib.suppress(Exception):  # which would only say that the capture is not whole
+                    with contextlib.suppress(Exception):  # it would only say that the capture is incomplete
                         self._graph.capture_end()
                     raise
                 self._graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self) -> _Result:
-        """Do it."""
+        """Replay the work."""
         self._graph.replay()
         return self._result
 
 
 class Repeated:
-    """Work that comes again and again: captured when it comes to the same places in memory twice in a row.
+    """Runs work again and again; captures it once it uses the same memory addresses twice in a row.
 
-    It is done one kernel after the other on a processor, within a capture of somebody else's, where places keep
-    changing, and where it cannot be captured, for example for lack of memory.
+    Without a graph it runs on a CPU, within somebody else's capture, where addresses keep changing, and where it cannot
+    be captured, for lack of memory, for example.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Repeated:
         self._left = _MOST
 
     def __call__(self, work: Callable[[], _Result], places: list[Hashable], device: torch.device) -> _Result:
-        """What ``work()`` does, and returns; ``places`` says where it reads and writes whatever may ever move."""
+        """The result of ``work()``; ``places``: memory addresses of all that it uses and that may ever move."""
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return work()
         if places != self._places:
@@ -79,6 +79,6 @@ class Repeated:
 
 
 def release_memory() -> None:
-    """Give back what nobody uses any more, such as graphs that are gone: PyTorch would keep it, gigabytes each."""
+    """Return unused GPU memory, such as that of deleted graphs, which PyTorch would keep, gigabytes each."""
     with _ONE_AT_A_TIME:
         torch.cuda.empty_cache()

@@ -17,8 +17,8 @@ _lock, _undo, _inside = threading.Lock(), ExitStack(), 0
 def full_precision() -> Iterator[None]:
     """Inside, float32 convolutions, recurrent layers and matrix products are computed in float32, whatever autocasts.
 
-    PyTorch convolves in TF32 on a GPU unless told otherwise, with rounding errors of 2⁻¹¹ a factor: more than many a
-    step's decrease of the loss. The setting is the whole program's: it is as it was when nobody is inside any more.
+    PyTorch convolves in TF32 on a GPU unless told otherwise, with a rounding error of 2⁻¹¹ per factor, more than many a
+    step's decrease of the loss. The setting is global to the program; it is restored when no thread is inside any more.
     """
     global _inside
     with _lock:
@@ -38,7 +38,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _set() -> None:
-    """PyTorch keeps the setting twice, by older and by newer names, and some of its code asks whether they agree."""
+    """Change the older and the newer settings: PyTorch keeps both, and some of its code checks that they agree."""
     convolving = [kind for kind in (cudnn.conv, cudnn.rnn) if kind.fp32_precision == "tf32"]
     multiplying = [cuda.matmul] if cuda.matmul.fp32_precision == "tf32" else []
     for kind in (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.matmul):
@@ -56,5 +56,5 @@ def _set() -> None:
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """In float32 at least: of numbers with fewer digits many sums are the same, or do not grow any more."""
+    """The tensor in float32 at least: with fewer digits, different sums become equal, or stop growing."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The same training again, bit for bit: a GPU otherwise adds up gradients in whatever order its threads arrive."""
+"""Makes a training repeatable bit for bit: a GPU otherwise sums gradients in whatever order its threads arrive."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.backends import cudnn
 def reproducible() -> Iterator[None]:
     """Inside, cuDNN convolves by algorithms that give the same result each time, on the same machine.
 
-    Rounding errors grow to other networks within an epoch. So without it runs of one seed, which are compared by their
-    measures, would not be pruned from the same network.
+    Otherwise rounding differences grow into different networks within an epoch, and runs of one seed, whose measures
+    are compared, would not be pruned from the same network.
     """
     before, cudnn.deterministic = cudnn.deterministic, True
     try:

@@ -1,10 +1,10 @@
-"""What a pruned network costs: its parameters and multiply-adds, as if silent channels were not there.
+"""The cost of a pruned network: its parameters and multiply-adds, as if silent channels had been removed.
 
-Multiply-adds are those of one sample that torch's own counter sees (half its FLOPs: convolutions, linear layers, matrix
-products; no normalisations, activations or sums). The count of a convolution or linear layer shrinks to the share of
-its weights that are kept and read a channel that is not silent: neither a silenced filter counts, nor the weights that
-would have read it. A channel is silent if only silenced filters feed it: a residual stream stays as wide as all the
-filters that add to it, taken together. Parameters are those weights, and all kept parameters of other kinds.
+Multiply-adds are those of one sample, as torch's own counter sees them (half its FLOPs: convolutions, linear layers,
+matrix products; no normalisations, activations or sums). The count of a convolution or linear layer is scaled by the
+share of its weights that are kept and read a channel that is not silent: neither a silenced filter counts, nor the
+weights that would have read it. A channel is silent if only silenced filters feed it: a channel of a residual stream
+counts if any filter that adds to it is left. Parameters are those weights, and all kept parameters of other kinds.
 
 Filters that are masked but still in memory save no time: this is the cost of what is left, not how fast it runs.
 """
@@ -46,9 +46,9 @@ class Cost:
 def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tensor] | None = None) -> Cost:
     """The cost of a model for inputs of ``shape`` (without the batch dimension), given its pruning masks.
 
-    ``keep`` maps parameter names to masks that replace the model's. To find silent channels, a sample of ones runs
-    through the network of silence: kept weights are positive and pruned ones zero, so that hardly anything but pruning
-    makes a zero; what is zero even without masks is not silent.
+    ``keep`` maps parameter names to masks that replace the model's. Silent channels are found by running a sample of
+    ones through a copy in which kept weights are positive and pruned ones zero, so that hardly anything but pruning
+    makes a channel zero; one that is zero even without masks does not count as silent.
     """
     model = unwrap(model)
     keep = dict(parameter_masks(model) if keep is None else keep)
@@ -71,12 +71,12 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
 
 
 def _silence(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters and buffers of the network of silence, in float64: averages of what is kept, and no statistics."""
+    """Values that show silent channels, in float64: weights average what is kept, and BatchNorm changes nothing."""
     values = {name: tensor.double() for name, tensor in model.named_buffers() if tensor.is_floating_point()}
     for name, parameter in model.named_parameters():
         kept = keep[name].double() if name in keep else torch.ones_like(parameter, dtype=torch.float64)
         values[name] = kept * (len(kept) / max(kept.numel(), 1)) if kept.ndim > 1 else kept
-        if name.endswith("_orig"):  # torch.nn.utils.prune has its mask among the buffers
+        if name.endswith("_orig"):  # torch.nn.utils.prune keeps its mask as a buffer
             values[f"{name.removesuffix('_orig')}_mask"] = torch.ones_like(kept)
     for name, module in model.named_modules():
         if isinstance(module, NORMALISATIONS) and module.running_mean is not None:
@@ -87,9 +87,9 @@ def _silence(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yields layer → which of its input channels are not silent, (channel,), filled by a forward pass inside.
+    """Yields layer → which of its input channels are not silent, (channel,); a forward pass inside fills it in.
 
-    In it a layer is given ones for all that is not zero, so that what it puts out is positive.
+    In that pass each layer gets ones in place of all nonzero inputs, so that its outputs are positive.
     """
     read: dict[str, Tensor] = {}
 
@@ -110,17 +110,17 @@ def _reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _normalised(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """What a normalisation of single samples puts out in the network of silence, where its mean would make zeros.
+    """Replaces the output of a normalisation over single samples, which would turn equal inputs into zeros.
 
-    A silent channel comes out of it less the mean of others, or as its bias, and is silent no more, but where it is
-    scaled alone.
+    After it a silent channel is shifted by the mean of others, or by the bias, and so is not silent any more, unless
+    the normalisation only scales.
     """
     alone = isinstance(module, nn.RMSNorm) or (isinstance(module, _OF_INSTANCES) and not module.affine)
     return inputs[0] if alone else torch.ones_like(inputs[0])
 
 
 def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:
-    """FLOPs of a sample by the first name of each module, which may stand in several places; by "" all."""
+    """FLOPs of a sample by the first name of each module, which may occur in several places; under "" the total."""
     ones = torch.ones(1, *shape, dtype=torch.float64, device=next(model.parameters()).device)
     names = {module: name for name, module in model.named_modules()}
     with _plain_attention(), FlopCounterMode(display=False) as counter, exchanged(model, values):
@@ -134,7 +134,7 @@ def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) ->
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Inside, attention is made of matrix products, which the counter sees."""
+    """Inside, attention consists of matrix products, which the counter sees."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

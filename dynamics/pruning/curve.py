@@ -1,4 +1,4 @@
-"""What pruning would do to a network, by the share of its filters that is pruned: copies at one fixed probe."""
+"""What pruning would do to a network, as a function of the share of filters: measured on copies at a fixed probe."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def removal_curve(
 
 
 def _compared(layers: Layers, before: Stage, after: Stage, outputs: Tensor) -> xr.Dataset:
-    """One pruned copy and the network before: what is measured, and what is predicted along both directions."""
+    """Measured quantities of one pruned copy and the network before, and predictions along both directions."""
     removal = after.theta - before.theta
     rows = {row.name: row.dims("curve") for row in quantities("curve")}
     along = [predicted(layers, before, after, direction, "curve") for direction in (removal, removal * outputs)]
@@ -105,12 +105,12 @@ def _stage(model: nn.Module, objective: Objective, batches: Sequence[Any], mode:
 
 
 def _ranked(model: nn.Module, layer: UnitLayer, scores: Tensor) -> Ranked:
-    """A layer's filters in the ranking: those that stand; the best of them stays."""
+    """A layer's filters in the ranking: those that are not pruned; the best of them always stays."""
     return Ranked(scores.cpu().double(), filters_left(model, layer.name).cpu(), keep=1, movable=not layer.head)
 
 
 def _outputs(model: nn.Module, layers: Layers, units: Mapping[str, UnitLayer]) -> Tensor:
-    """1 on the parameters that alone silence a filter, else 0, as the blocks of a vector."""
+    """1 on the parameters along which "output" removes a filter, else 0, as blocks of a vector."""
     names = [name for layer in units.values() for name in _output_names(model, layer)]
     return layers.vector({name: torch.ones_like(model.get_parameter(name)) for name in names})
 

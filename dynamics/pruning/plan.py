@@ -1,4 +1,4 @@
-"""A pruning, planned or done: its scores, the units it leaves, and what the network then costs."""
+"""A pruning, planned or done: its scores, the units it leaves, and the network's cost then."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Pruner:
         return f"<Pruner by {self._measure.name}: {units_left(self.alive, self._settings['granularity'])}>"
 
     def _standing(self) -> dict[str, Tensor]:
-        """Which units of each layer are not pruned: as its weight's mask has them, if it has one."""
+        """Which units of each layer are not pruned, according to its weight's mask; all if it has none."""
         model = unwrap(self._model)
         if self._settings["granularity"] == "filter":
             return {name: filters_left(model, name).cpu() for name in self._units}
@@ -124,7 +124,7 @@ class Pruner:
         return {name: masks.get(weight_of(name), kept).cpu().clone() for name, kept in whole.items()}
 
     def _check_sizes(self, alive: Mapping[str, Tensor]) -> None:
-        """Raise ValueError where ``alive`` is of other units than the model has now."""
+        """Raise ValueError if ``alive`` has other units than the model has now."""
         layers = dict(unwrap(self._model).named_modules())
         for name, kept in alive.items():
             shape = getattr(getattr(layers.get(name), "weight", None), "shape", torch.Size())
@@ -206,7 +206,11 @@ class Pruner:
         self.alive = self._standing()
 
     def _possible(self, ranked: dict[str, Ranked], sparsity: float) -> int:
-        """How many units are to go; ValueError where the floors do not allow it."""
+        """How many units are to be pruned.
+
+        Raises:
+            ValueError: more than the floors allow.
+        """
         quota = self._quota(ranked, sparsity)
         if quota > (most := capacity(ranked)):
             raise ValueError(
@@ -243,13 +247,13 @@ class Pruner:
         )
 
     def _quota(self, ranked: dict[str, Ranked], sparsity: float) -> int:
-        """How many more units are to go, each counted as often as its layer's weight says."""
+        """How many more units are to be pruned, each counted with its layer's weight."""
         total = sum(layer.weight * len(layer.standing) for layer in ranked.values())
         left = sum(layer.weight * int(layer.standing.sum()) for layer in ranked.values())
         return max(left - round(total * (1 - sparsity)), 0)
 
     def _costs(self, alive: dict[str, Tensor], shape: Sequence[int] | None) -> tuple[Cost | None, Cost | None]:
-        """Of the network as it will be, and before anything was pruned; None where no input is known that it takes."""
+        """Cost of the network after the pruning, and before anything was pruned; None if no suitable input is known."""
         if shape is None:
             return None, None
         model = unwrap(self._model)
@@ -259,7 +263,7 @@ class Pruner:
             masks = {} if self._protocol.revive_silenced else parameter_masks(model)
             planned = {name: kept & masks.get(name, kept) for name, kept in self._touched(alive).items()}
             return network_cost(model, shape, masks | planned), self._dense
-        except Exception:  # it takes several inputs, or others than those of the batch: the objective knows
+        except Exception:  # the model takes other inputs than the batch's first tensor alone: only the objective knows
             return None, None
 
     def _described(self, batches: Iterable[Any] | None) -> dict[str, str | float]:
@@ -275,13 +279,13 @@ class Pruner:
         return described
 
     def _touched(self, alive: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameter name → which of its entries are alive; of layers that have lost some."""
+        """Parameter name → which of its entries are kept, for layers that have lost units."""
         lessened = {name: kept for name, kept in alive.items() if not kept.all()}
         return masks_of(unwrap(self._model), self._units, lessened)
 
 
 def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:
-    """Raise ValueError where no optimizer holds a parameter of the model."""
+    """Raise ValueError if no optimizer holds a parameter of the model."""
     groups = [group for one in optimizers for group in getattr(one, "param_groups", ())]  # a wrapper may have none
     held = {id(parameter) for group in groups for parameter in group["params"]}
     if groups and held.isdisjoint(map(id, model.parameters())):
@@ -292,7 +296,10 @@ def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:
 
 
 def _input_shape(batches: Iterable[Any] | None) -> tuple[torch.Size | None, Iterable[Any] | None]:
-    """The shape of an input without the batch, None where inputs are not images or the like; and all the batches."""
+    """The shape of an input without the batch dimension, and all batches.
+
+    The shape is None unless the first entry of the first batch is a floating-point tensor.
+    """
     if batches is None:
         return None, None
     iterator = iter(batches)

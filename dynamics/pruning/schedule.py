@@ -56,6 +56,6 @@ def _check(sparsity: float, rounds: int, round_number: int) -> None:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError where a sparsity is not in [0, 1)."""
+    """Raise ValueError if a sparsity is not in [0, 1)."""
     if not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}: 0.75 removes three of every four units")

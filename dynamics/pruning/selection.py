@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranked:
-    """One layer in the ranking: its units' scores, which are not pruned, how much one counts, how many always stay.
+    """One layer in the ranking: its units' ``scores``, and which of them are ``standing``, that is, not pruned.
 
-    ``keep`` is the number of units that always stay: the best or, ``by_index``, the last. ``movable`` says whether any
-    may be pruned.
+    ``keep`` units always stay: the best or, ``by_index``, the last. ``weight`` is how much a unit counts towards the
+    number to prune. ``movable`` says whether any may be pruned.
     """
 
     scores: Tensor
@@ -28,7 +28,7 @@ class Ranked:
     movable: bool = True
 
     def candidates(self) -> Tensor:
-        """Indices of the units that may be pruned, ascending: those not pruned yet, less those that always stay."""
+        """Indices of the units that may be pruned, ascending: those not pruned yet, except those that always stay."""
         standing = self.standing.nonzero().flatten()
         if not self.movable:
             return standing[:0]
@@ -60,7 +60,7 @@ def lowest(layers: Mapping[str, Ranked], quota: int, *, ties: bool = False) -> d
 
 
 def without(standing: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The units that are left once those of the given indices are pruned."""
+    """The units that are left after those at the given indices are pruned."""
     left = {name: kept.clone() for name, kept in standing.items()}
     for name, indices in gone.items():
         left[name][indices] = False

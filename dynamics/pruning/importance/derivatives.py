@@ -1,7 +1,7 @@
-"""What measures look at, gathered from batches that stream by: only one of them is in use at a time.
+"""The derivatives that measures use, gathered from streamed batches, of which only one is held at a time.
 
 The mean loss over the batches is L = Σ_b n_b L_b / Σ_b n_b. Its gradient g takes one pass, and so do the squared
-gradients of single samples; Hg takes a second pass, with the one product H v at v = g, which serves all measures.
+gradients of single samples; Hg takes a second pass, and serves all measures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SAME = 1e-4  # relative change of the mean loss between the passes that roundin
 
 @dataclass
 class Derivatives:
-    """Sums over batches while they stream, means once they have: θ's name → tensor, but for ``squares`` by layer."""
+    """Sums over batches while they stream, means afterwards: parameter name → tensor; ``squares`` by layer's name."""
 
     samples: int = 0
     loss: Tensor | float = 0.0
@@ -36,7 +36,7 @@ class Derivatives:
 
 
 class Passing:
-    """The loss at the batch that is passing by: one probe serves them all, and none is held once it has passed."""
+    """The loss at the present batch of a stream: one probe serves all batches, and none is held after its turn."""
 
     def __init__(self, model: nn.Module, objective: Objective, mode: str) -> None:
         self.batch: Any = None
@@ -44,14 +44,14 @@ class Passing:
         self.probe = Probe(model, self, [()], mode=mode)
 
     def __call__(self, model: nn.Module, nothing: Any) -> Tensor:
-        """The objective: the batch is the one that passes by."""
+        """The objective at the present batch."""
         return self._objective(model, as_measured(self.batch, self._device))
 
 
 def derivatives(
     model: nn.Module, layers: list[str], batches: Iterable[Any], uses: set[str], objective: Objective, mode: str
 ) -> Derivatives:
-    """What ``uses`` names of grad, hess_grad, squared_sample_grad (for ``layers``) and flow_grad, over the batches.
+    """What ``uses`` names among grad, hess_grad, squared_sample_grad (for ``layers``) and flow_grad, over the batches.
 
     For Hg the batches are read twice, so those of an iterator are kept; a loader must yield the same samples again.
 
@@ -62,7 +62,7 @@ def derivatives(
         batches = list(batches)
     passing = Passing(model, objective, mode)
     found = Derivatives()
-    for passing.batch in islice(batches, 1 if uses == {"flow_grad"} else None):  # of which it takes an input's shape
+    for passing.batch in islice(batches, 1 if uses == {"flow_grad"} else None):  # synflow only needs an input's shape
         count = sample_count(passing.batch)
         if "flow_grad" in uses and not found.flow_grad:
             found.flow_grad = flow_gradient(model, tensors_of(passing.batch)[0].shape[1:])
@@ -108,4 +108,4 @@ def _hessian_product(passing: Passing, batches: Iterable[Any], first: Derivative
 
 
 def _differs(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs() > _SAME * other.abs())  # not so where both are NaN: the network has diverged
+    return bool((one - other).abs() > _SAME * other.abs())  # False for NaN: the network has diverged

@@ -25,9 +25,9 @@ from ...schema import HIGHEST_FIRST
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a measure may use, for one layer. What none of the requested measures uses is None."""
+    """What a measure may use, for one layer; None where none of the requested measures uses it."""
 
-    theta: Tensor  # θ, shape (filter, ...), zero where it is pruned, or reads a channel that is
+    theta: Tensor  # θ, shape (filter, ...), zero where it is pruned or reads a pruned channel
     initial: Tensor | None = None  # θ₀, θ at initialisation
     grad: Tensor | None = None  # g
     hess_grad: Tensor | None = None  # Hg

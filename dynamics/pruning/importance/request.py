@@ -1,4 +1,4 @@
-"""The scores that are asked for: impossible requests are refused before any data is read."""
+"""Requests for scores, checked so that impossible ones are refused before any data is read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from .measures import Measure, find_measure
 
 @dataclass(frozen=True)
 class Request:
-    """Measures of a network, its layers as :func:`units_of` has them, and what measures see of these without data.
+    """The requested measures, a network with its layers from :func:`units_of`, and what measures use without data.
 
-    Of the layers that have them: γ, θ₀, and which weights are ``left``, as the channels that they read are.
+    By layer, for those that have it: γ (``scales``), θ₀ (``initial``), and which weights still read a channel that is
+    not pruned (``left``).
     """
 
     model: nn.Module
@@ -41,10 +42,10 @@ def request(
     protected: Iterable[str],
     initial: Mapping[str, Tensor] | None,
 ) -> Request:
-    """What :func:`scores` is asked for by several measures.
+    """The request that :func:`scores` makes, for several measures.
 
     Raises:
-        ValueError: see there.
+        ValueError: as :func:`scores`.
     """
     rows = [find_measure(name) for name in measures]
     _check_request(rows, batches, temperature, mode, granularity)

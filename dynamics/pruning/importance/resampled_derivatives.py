@@ -1,8 +1,8 @@
-"""What measures look at on samples of batches drawn again, from each batch once, however many samples are drawn.
+"""The derivatives that measures use, on bootstrap samples of batches; each batch is evaluated once for all samples.
 
-Over the batches b with shares w_b the mean gradient is g = Σ_b w_b g_b, and so are the squared gradients of single
-samples; Hg is a sum over pairs, Σ_a Σ_b w_a w_b H_a g_b. What depends on no share is computed once, and put together
-anew for each draw.
+Over the batches b with shares w_b the mean gradient is g = Σ_b w_b g_b, and the squared gradients of single samples
+likewise; Hg is a sum over pairs, Σ_a Σ_b w_a w_b H_a g_b. The terms do not depend on the shares, so they are computed
+once and combined anew for each draw.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def resampled_derivatives(
     objective: Objective,
     mode: str,
 ) -> list[Derivatives]:
-    """For each draw what ``uses`` names, as :func:`derivatives` gives it, for the weights of ``layers`` only.
+    """For each draw, what ``uses`` names, as :func:`derivatives` returns it, but only for the weights of ``layers``.
 
     ``shares`` (draw, batch): how much each batch counts in each draw; they sum to 1. For B batches Hg takes B² products
-    and memory for B gradients and one product a draw.
+    and memory for B gradients and one product per draw.
     """
     passing, weights = Passing(model, objective, mode), [weight_of(name) for name in layers]
     draws, grads = [Derivatives() for _ in shares], []
@@ -59,6 +59,6 @@ def resampled_derivatives(
 
 
 def _share(draws: list[Derivatives], field: str, terms: dict[str, Tensor], by_draw: list[float]) -> None:
-    """Add to each draw its share of what one batch, or one pair of them, contributes."""
+    """Add to each draw its share of the terms from one batch, or one pair of batches."""
     for draw, share in zip(draws, by_draw, strict=True):
         add(getattr(draw, field), terms, share)

@@ -68,7 +68,7 @@ def resampled_scores(
 
 
 def _shares(batches: list[Any], draws: int, seed: int) -> Tensor:
-    """How much each batch counts, by its samples: as it is, and in each draw; (1 + draw, batch)."""
+    """The share of each batch by its samples, in the original batches and in each draw: (1 + draw, batch)."""
     chosen = np.random.default_rng(seed).integers(len(batches), size=(draws, len(batches)))
     times = [np.ones(len(batches)), *(np.bincount(draw, minlength=len(batches)) for draw in chosen)]
     counted = torch.tensor(np.array(times) * [sample_count(batch) for batch in batches])

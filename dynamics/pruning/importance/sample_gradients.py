@@ -24,10 +24,9 @@ def squared_sample_grads(
 
     ``objective(model, None)`` is the mean loss of the batch's ``count`` samples.
 
-    A gate of ones on the layer's output (before its bias) has the gradient θ_fᵀ g_n, since the output is linear in the
-    filter; its samples are along the first dimension. They are independent in eval mode; in train mode BatchNorm
-    couples them, and g_n is then the gradient through sample n's own outputs. Source: Molchanov et al. 2019; Theis et
-    al. 2018.
+    The layer's output, before its bias, is linear in the filter; so the gradient by a gate of ones on it, (sample,
+    filter), is θ_fᵀ g_n. Samples are independent in eval mode; in train mode BatchNorm couples them, and g_n is then
+    the gradient through sample n's own outputs. Source: Molchanov et al. 2019; Theis et al. 2018.
     """
     device = next(model.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

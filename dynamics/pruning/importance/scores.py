@@ -93,10 +93,10 @@ def scores_by_measure(
 
 
 def at_temperature(objective: Objective, temperature: float) -> Objective:
-    """The loss that importance is of.
+    """The loss that importance refers to: the objective, with its logits divided by the temperature.
 
     Raises:
-        ValueError: there is a temperature, and the objective is no cross-entropy.
+        ValueError: the temperature is not 1, and the objective is not the cross-entropy.
     """
     if objective is cross_entropy_objective:
         return partial(cross_entropy_objective, temperature=temperature)
@@ -109,7 +109,7 @@ def at_temperature(objective: Objective, temperature: float) -> Objective:
 
 
 def paper_temperature(row: Measure, objective: Objective) -> float:
-    """The temperature that a measure's paper has; 1 where the objective is no cross-entropy."""
+    """The temperature of a measure's paper; 1 if the objective is not the cross-entropy."""
     return row.temperature if objective is cross_entropy_objective else 1.0
 
 
@@ -159,7 +159,7 @@ def _scores(
         if row.uses == "uniform":
             one = Evidence(one.theta, uniform=_uniform(one.theta, granularity, drawn))
         entries = row.entries(one)
-        if granularity == "weight":  # each is a filter of one
+        if granularity == "weight":  # each weight is scored as a filter of one weight
             found[name] = row.combine(entries.reshape(-1, 1)).view(entries.shape)
         else:
             found[name] = row.combine(entries.reshape(len(entries), -1))

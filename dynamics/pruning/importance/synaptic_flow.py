@@ -1,6 +1,6 @@
-"""Synaptic flow: what a network of absolute parameters makes of an input of ones. No data is looked at.
+"""Synaptic flow: the output of a network with absolute parameters for an input of ones. It uses no data.
 
-R = 1ᵀ f(1; |θ|), and a weight's share of it is |θ| ∂R/∂|θ|, which every layer of a network without biases conserves.
+R = 1ᵀ f(1; |θ|), and a weight's share of it is |θ| ∂R/∂|θ|; without biases, the shares of each layer add up to R.
 Source: Tanaka et al., NeurIPS 2020, section 5, algorithm 1.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy  # of which `stats` is loaded where it is first used
+import scipy  # scipy.stats is loaded on first use
 import xarray as xr
 
 from dynamics.schema import QUANTITIES
@@ -103,6 +103,6 @@ def _figures(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float,
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """Values that differ by their rounding alone, as overlapping windows' do, as the same: they have one rank."""
+    """Values rounded so that those which differ only by rounding, as overlapping windows' may, share one rank."""
     mantissa, exponent = np.frexp(values)
     return np.ldexp(np.round(mantissa, 12), exponent)

@@ -28,7 +28,7 @@ def compare(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[st
     are left out; an index value that some runs lack is kept, with NaN for these.
 
     Raises:
-        MissingQuantityError: every run lacks it.
+        MissingQuantityError: all runs lack what it needs.
     """
     return _compared(runs, {name: (rows, analyse) for name, rows in by_condition(comparisons(runs)).items()})
 
@@ -53,7 +53,7 @@ def final(run: xr.DataTree) -> xr.Dataset:
     """:func:`analysis.outcome` of a run that ended.
 
     Raises:
-        MissingQuantityError: it did not, or logged no accuracy.
+        MissingQuantityError: the run did not end, or logged no accuracy.
     """
     found = outcome(run)
     if not ended(run) or np.isnan(found.test_accuracy):
@@ -64,7 +64,7 @@ def final(run: xr.DataTree) -> xr.Dataset:
 def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
     """``mean`` over ``seed``, and the bounds ``low`` and ``high`` of its 95% interval, NaN for one seed.
 
-    Where a seed's value is NaN, so is the mean: without diverged seeds it would be the mean of something else. The
+    If a seed's value is NaN, so is the mean: without its diverged seeds it would be the mean of something else. The
     interval is Student's: :func:`analysis.intervals.half_width`.
     """
     mean = values.mean("seed", skipna=False)
@@ -81,7 +81,7 @@ def median_and_quartiles(values: xr.DataArray) -> xr.Dataset:
     """
     known = values.where(np.isfinite(values))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice")  # where no seed has a value there is no median
+        warnings.filterwarnings("ignore", "All-NaN slice")  # NaN is right where no seed has a value
         quartiles = known.quantile([0.25, 0.5, 0.75], "seed", skipna=bool(known.isnull().any()))
     low, median, high = quartiles.drop_vars("quantile")
     return xr.Dataset({"median": median, "low": low, "high": high, "seeds": known.count("seed")})
@@ -98,7 +98,7 @@ def side_by_side(runs: Runs) -> tuple[str, dict[str, xr.DataTree]]:
 def title(label: str, runs: Runs) -> str:
     """One of several runs in print, with every setting in which they differ.
 
-    ``VGG-13, digits, 70% pruned in 5 rounds, magnitude, seed 0``; where its model was not said, its measure.
+    ``VGG-13, digits, 70% pruned in 5 rounds, magnitude, seed 0``; if its model is unknown, its measure.
     """
     table = conditions(runs)
     of = table.loc[label]

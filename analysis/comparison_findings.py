@@ -1,4 +1,4 @@
-"""What was found about the measures side by side, in a sentence each, computed from the runs at hand."""
+"""Findings about the measures side by side: a sentence each, computed from the given runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fastest(runs: Runs) -> str:
 
 
 def norm_growth(runs: Runs) -> str:
-    """How far ‖θ‖² came from where it began, by measure."""
+    """By which factor ‖θ‖² changed over the training, by measure."""
     growth = {
         label: float(found.param_sqnorm[-1] / found.param_sqnorm[0])
         for label, found in each(runs, network_norm).items()
@@ -41,7 +41,7 @@ def norm_growth(runs: Runs) -> str:
 
 
 def moved_at_pruning(runs: Runs) -> str:
-    """What a pruning multiplied loss and ‖g‖² by: medians over all prunings of each measure."""
+    """The factors by which a pruning changed loss and ‖g‖²: medians over all prunings of each measure."""
     found = each(runs, loss_and_gradient_at_pruning)
     measure = conditions(runs).measure[list(found)]
     pooled = {
@@ -56,7 +56,7 @@ def moved_at_pruning(runs: Runs) -> str:
 
 
 def verdicts(runs: Runs) -> str:
-    """How many of the claims' intervals support them or not, and how many stand when corrected for their number."""
+    """How many of the claims' intervals support or contradict them, and how many stand after correction for number."""
     found = claims(runs)
     judged = found[found.low.notna()]
     counts = judged.verdict.value_counts()

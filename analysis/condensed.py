@@ -1,4 +1,4 @@
-"""Many records in one small file, which tables, claims and figures read as they read the records themselves."""
+"""Many records in one small file, from which tables, claims and figures are made as from the records themselves."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def condense(runs: Runs, path: str | Path) -> Path:
         for group in tree.children.values()
     }
     files: dict = {}
-    with zarr.config.set({"array.write_empty_chunks": True}):  # so that a chunk that is not there is one that was lost
+    with zarr.config.set({"array.write_empty_chunks": True}):  # so that an absent chunk is a lost one
         tree.to_zarr(zarr.storage.MemoryStore(files), zarr_format=2, consolidated=True, encoding=encoding)
     _write(path, {name: content.to_bytes() for name, content in files.items()})
     return path
@@ -96,7 +96,7 @@ def expand(path: str | Path) -> dict[str, xr.DataTree]:
 
 
 def _stacked(runs: Runs) -> dict[str, xr.Dataset]:
-    """``node.0``, ``node.1``, ...: the rows of all runs in which a node is laid out alike."""
+    """``node.0``, ``node.1``, ...: each the rows of a node, from all runs in which its arrays are alike."""
     whole, stacks = _whole(runs), {}
     for number, (label, run) in enumerate(runs.items()):
         for node, rows in _condensed(run, layers=label in whole):
@@ -113,12 +113,12 @@ def _stacked(runs: Runs) -> dict[str, xr.Dataset]:
 
 
 def _texts_of_fixed_size(rows: xr.Dataset) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """The texts among the coordinates as a record holds them: what concatenates them may have made objects of them."""
+    """The coordinates that hold text, as fixed-size strings: concatenation may have turned them into objects."""
     return {name: (of.dims, of.values.astype(str)) for name, of in rows.coords.items() if of.dtype.kind in "OTU"}
 
 
 def _whole(runs: Runs) -> set[str]:
-    """The runs whose layers and studies are kept: those that figures of one run draw."""
+    """Labels of the runs whose layers and studies are kept: those that figures of a single run show."""
     studies = {label: sum(bool(run[node].data_vars) for node in STUDIES if node in run.children)
                for label, run in runs.items()}  # fmt: skip
     pruned = [label for label, run in runs.items() if len(prunings(run))]
@@ -136,7 +136,7 @@ def _condensed(run: xr.DataTree, *, layers: bool) -> Iterator[tuple[str, xr.Data
 
 
 def _moves_as_one(run: xr.DataTree) -> bool:
-    """Whether all layers that move at all have one learning rate at every step, so that sums lose nothing."""
+    """Whether all layers that move have the same learning rate at every step, so that sums over layers lose nothing."""
     rows = run["steps"].to_dataset()
     moves = rows.update_sqnorm != 0 if "update_sqnorm" in rows else True
     for name in SPEEDS:
@@ -149,7 +149,7 @@ def _moves_as_one(run: xr.DataTree) -> bool:
 
 
 def _network(rows: xr.Dataset) -> xr.Dataset:
-    """The rows of the whole network, as those of its one layer."""
+    """The rows summed over layers, as those of a single layer, "network"."""
     summed = rows.map(
         lambda values: (
             values
@@ -172,7 +172,7 @@ def _rounded(values: xr.DataArray) -> xr.DataArray:
 
 
 def _layout(rows: xr.Dataset, index: str) -> str:
-    """What rows must have in common to stand in one array: names, types, and all dimensions but the first."""
+    """A key for rows that fit into one array: names, types, sizes and labels of all dimensions but the first."""
     variables = [(name, values.dtype.str, values.dims) for name, values in sorted(rows.variables.items())]
     sizes = [(dim, size) for dim, size in sorted(rows.sizes.items()) if dim != index]
     labels = [values.values.tolist() for _, values in sorted(rows.coords.items()) if index not in values.dims]
@@ -180,7 +180,7 @@ def _layout(rows: xr.Dataset, index: str) -> str:
 
 
 def _write(path: Path, files: Mapping[str, bytes]) -> None:
-    """A zip whose bytes depend on its content alone; complete or not there."""
+    """Write a zip file whose bytes depend on its content alone; it appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -190,7 +190,7 @@ def _write(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _check(path: Path) -> Metadata:
-    """The file's metadata, after a check that it is complete and harmless to obey."""
+    """The file's metadata, after a check that the file is complete and safe to read."""
     if not path.exists():
         raise RecordError(f"no records at {path}: give a file that `python -m analysis condense RUN... -o FILE` wrote")
     try:

@@ -1,4 +1,4 @@
-"""The conditions of runs: what is compared, what is paired, what is averaged over."""
+"""The conditions of runs, which decide what is compared, what is paired, and what is averaged over."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _MODES = {
     "eval": "eval mode, where BatchNorm normalises by its running statistics",
 }
 
-# What tables and claims have columns of their own for: a setting of such a name has another one there.
+# Names of the tables' and claims' own columns: a setting of such a name gets another column name.
 _TAKEN = (
     "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "stands", "seeds",
     "verdict", "relation", "order", "median relative error", "slope", "r squared", "rank correlation", "count",
     *STATISTICS,
 )  # fmt: skip
 
-# Where events do not say it, it is not known, which is no value.
+# Settings known only from events: if these do not give one, it is unknown, which does not count as a value.
 _OF_EVENTS = ("granularity",)
 
-# Whole numbers, of whatever type they are.
+# Whole numbers, whatever type they were given in.
 _COUNTED = ("rounds", "seed")
 
-# Settings that no network feels.
+# Settings that do not affect the network.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
 
@@ -103,10 +103,10 @@ def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def by_setting(runs: Runs) -> dict[str, xr.DataTree]:
-    """Runs of one measure by the setting that has most values: it stands in the measure's place, ``learning rate 0.1``.
+    """Runs of one measure, with their most varied setting in place of the measure, such as ``learning rate 0.1``.
 
-    So runs of several learning rates, say, are laid side by side as those of several measures are. Runs of several
-    measures, and those that differ in no setting of their own but what events say of them again, are as they were.
+    So runs with several learning rates, say, are compared as runs of several measures are. Runs of several measures are
+    returned unchanged, and so are runs that differ in no setting other than those known from events.
     """
     table = conditions(runs)
     settings = [name for name in table if name not in (*COMPARED_BY, *_OF_EVENTS, "record")]
@@ -120,14 +120,14 @@ def by_setting(runs: Runs) -> dict[str, xr.DataTree]:
 
 
 def _saying(run: xr.DataTree, said: dict) -> xr.DataTree:
-    """A run as if its author had said this of it, and nothing else."""
+    """A copy of a run whose attributes are these and those of its origin."""
     found = run.copy(deep=False)
     found.attrs = {name: value for name, value in run.attrs.items() if name in ORIGIN} | said
     return found
 
 
 def first_comparison(runs: Runs) -> pd.DataFrame:
-    """The rows of the first of :func:`comparisons` that has a network that was pruned, else of the first."""
+    """The rows of the first of :func:`comparisons` with a pruned network; if none has one, of the first."""
     table = comparisons(runs)
     groups = [group for _, group in table.groupby(compared_by(table), dropna=False)]
     return next((group for group in groups if (group.measure != "none").any()), groups[0])
@@ -160,7 +160,7 @@ def compared_by(table: pd.DataFrame) -> list[str]:
 
 
 def names_of_conditions(table: pd.DataFrame) -> pd.Series:
-    """What the runs of each row's comparison have in common, in print."""
+    """The printed name of each row's condition: what the runs of its comparison have in common."""
     by = compared_by(table)
     settings = table[by].drop(columns=["model", "data", "rounds", "sparsity"])
     printed = {name: told_apart(settings[name]) for name in settings} | {"sparsity": percentages(table.sparsity)}
@@ -178,7 +178,7 @@ def _in_print(condition: pd.Series) -> str:
 
 
 def probe_mode(runs: Runs) -> str:
-    """In which mode the prunings were measured, in a sentence; "" where nothing was pruned."""
+    """The mode in which the prunings were measured, as a sentence; "" if nothing was pruned."""
     pruned = [run for run in runs.values() if has(run, "pruning", "mode")]
     modes = {str(mode) for run in pruned for mode in columns(run, "pruning", ["mode"])["mode"].values[prunings(run)]}
     said = [_MODES[mode] for mode in _MODES if mode in modes]
@@ -186,7 +186,7 @@ def probe_mode(runs: Runs) -> str:
 
 
 def _varies(rows: pd.DataFrame, name: str, own: pd.Series) -> bool:
-    """Whether runs of one model and data set that depend on the setting differ in it; ``own``: of someone's loop."""
+    """Whether runs of one model and data set that depend on the setting differ in it; ``own``: of a user's own loop."""
     whole = rows.measure == "none"
     of_whole = rows[name].notna().where(whole, False).groupby([rows.model, rows["data"]]).transform("any")
     depends = rows[name].notna() | ((~whole | of_whole) & own & (name not in _OF_EVENTS))
@@ -194,7 +194,7 @@ def _varies(rows: pd.DataFrame, name: str, own: pd.Series) -> bool:
 
 
 def _repeated(whole: pd.DataFrame, pruned: pd.DataFrame) -> pd.DataFrame:
-    """The rows of runs that were not pruned, in each of the pruned runs' conditions to which they belong."""
+    """The rows of unpruned runs, repeated in each condition of pruned runs that they belong to."""
     own = [name for name in pruned if name not in PRUNING_SETTINGS]
     found = [whole.iloc[:0]]
     for number, row in whole.reset_index(drop=True).iterrows():
@@ -205,10 +205,10 @@ def _repeated(whole: pd.DataFrame, pruned: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tell_apart(rows: pd.DataFrame, runs: Runs, others: list[str]) -> None:
-    """Give instrumented loops that said the same of themselves a column ``record`` with their labels.
+    """Give instrumented loops with the same settings a column ``record`` with their labels.
 
     Raises:
-        ValueError: experiments are the same: their values would count twice.
+        ValueError: two experiments are the same, so that their values would count twice.
     """
     twice = rows[rows.duplicated([*COMPARED_BY, *others], keep=False)]
     refuse_as_same([label for label in twice.index if experiment(runs[label])])
@@ -217,7 +217,7 @@ def _tell_apart(rows: pd.DataFrame, runs: Runs, others: list[str]) -> None:
 
 
 def refuse_as_same(labels: Collection[str]) -> None:
-    """Raise ValueError for runs that are the same, if there are any: their values would count twice."""
+    """Raise ValueError if there are any ``labels`` of runs that are the same: their values would count twice."""
     if len(labels):
         same = ", ".join(map(str, labels))
         raise ValueError(f"give one run of each measure, seed and condition; these have the same: {same}")
@@ -236,13 +236,13 @@ def _row(label: str, run: xr.DataTree) -> dict:
 
 
 def _comparable(value: object) -> object:
-    """A value that can be compared: a list as a tuple, and what is nested as text."""
+    """A hashable form of a value: a tuple for a list, JSON text for anything nested."""
     nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, list | dict) for one in value))
     return json.dumps(value) if nested else tuple(value) if isinstance(value, list) else value
 
 
 def _of_one_kind(values: pd.Series) -> pd.Series:
-    """Settings as they are where they can be put in order, else as text: of lists pandas orders only what all have."""
+    """Settings unchanged if pandas can sort them, else as text; it sorts lists only if no run lacks one."""
     kinds = {str if isinstance(value, str) else type(value) if isinstance(value, tuple) else float
              for value in values.dropna()}  # fmt: skip
     ordered = len(kinds) < 2 and not (tuple in kinds and values.hasnans)
@@ -250,7 +250,7 @@ def _of_one_kind(values: pd.Series) -> pd.Series:
 
 
 def _said(label: str, run: xr.DataTree) -> dict:
-    """What the author of a loop said of the run, and its events of its pruning."""
+    """Settings of an instrumented loop: its attributes and, about pruning, its events."""
     said = {name: value for name, value in run.attrs.items() if name not in ORIGIN and value is not None}
     said = {name: value for name, value in said.items() if isinstance(value, COMPARED_BY.get(name, object))}
     unknown = {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": 0}
@@ -260,7 +260,7 @@ def _said(label: str, run: xr.DataTree) -> dict:
 
 
 def _pruned(run: xr.DataTree) -> dict:
-    """Measure, rounds and sparsity as the prunings of a run tell them; without any it was not pruned."""
+    """Measure, rounds and sparsity according to the run's prunings; measure "none" if there are none."""
     if not len(chosen := prunings(run)):
         return {"measure": "none"}
     pruned = run["pruning"].to_dataset().isel(event=chosen)

@@ -62,10 +62,10 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
 
 
 def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
-    """How many steps an epoch has, not more than there are ``after`` the start."""
+    """Number of steps in an epoch, but at most as many as there are ``after`` the start."""
     return min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
 
 
 def last_pruning(run: xr.DataTree) -> int:
-    """The step before which the last pruning was; 0 without any."""
+    """The step that followed the last pruning; 0 if there was none."""
     return next(reversed(in_steps(run)[0]), 0)

@@ -1,4 +1,4 @@
-"""What each pruning did to loss, gradient and flow, predicted and measured, and what it left."""
+"""The effect of each pruning on loss, gradient and flow, predicted and measured, and what it left."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _of_rows(events: xr.Dataset, *, per_layer: bool) -> xr.Dataset:
 
 
 def _changes(rows: xr.Dataset, *, per_layer: bool) -> xr.Dataset:
-    """Measured and predicted change of each quantity, from the rows of a pruning, for each layer or for all."""
+    """Measured and predicted change of each quantity, from rows of ``/pruning``, per layer or summed over them."""
     summed = [name for name in (*_NEEDS, _OF_EVENTS) if name != "loss" and name in rows]
     sums = rows[summed] if per_layer else rows[summed].sum("layer", skipna=False)
     sums["loss"] = rows.loss.where(False).broadcast_like(sums.removed) if per_layer else rows.loss

@@ -1,4 +1,4 @@
-"""What was logged of a training's epochs, as a curve over training, however often a loop logs."""
+"""The scalars logged for epochs as curves over training, however often a loop logs them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .record import node
 
 
 def logged(run: xr.DataTree) -> xr.Dataset:
-    """``/epochs`` over ``epoch``, the number that were over: 0 before training, 1 after the first, 1.5 amid the next.
+    """``/epochs`` over ``epoch``, the number completed: 0 before training, 1 after the first, 1.5 amid the second.
 
-    What several calls logged at one step is one row. Of records that do not say the steps, a row is of its epoch's end.
+    Several calls at one step make one row. In records without steps in ``/epochs``, a row belongs to its epoch's end.
 
     Raises:
         MissingQuantityError: no epochs were logged.
@@ -26,7 +26,7 @@ def logged(run: xr.DataTree) -> xr.Dataset:
 
 
 def over(epochs: xr.Dataset, steps: np.ndarray) -> np.ndarray:
-    """How many epochs were over at each step, from ``/epochs``: between their ends in proportion to the steps."""
+    """Number of epochs completed at each step, from ``/epochs``, interpolated linearly between the ends of epochs."""
     ends = pd.Series(epochs.step.values, epochs.epoch.values)
     ends = ends[ends > 0].groupby(level=0).max()
     return np.interp(steps, np.r_[0, ends], np.r_[0, ends.index + 1]).round(6)

@@ -1,4 +1,4 @@
-"""What was found, in a sentence each, computed from the runs at hand."""
+"""Findings: a sentence each, computed from the given runs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def norm_prediction(runs: Runs) -> str:
 
 
 def in_layers(runs: Runs) -> str:
-    """Label of the first run that was recorded layer by layer, of a pruned one if there is such.
+    """Label of the first run that was recorded layer by layer, preferably a pruned one.
 
     Raises:
         MissingQuantityError: there is none.
@@ -99,7 +99,7 @@ def in_layers(runs: Runs) -> str:
 
 
 def layer_spread(runs: Runs) -> str:
-    """How far apart the layers are in gradient, at the steps that give each one, and which of them moves the norm."""
+    """How far the layers' gradients differ, at steps at which each has one, and which layer moves the norm most."""
     run = runs[in_layers(runs)]
     gradients = columns(run, "steps", ["grad_sqnorm"]).grad_sqnorm
     typical = gradients.where(gradients > 0).median("step")
@@ -118,7 +118,7 @@ def layer_spread(runs: Runs) -> str:
 
 
 def final_accuracy(runs: Runs) -> str:
-    """Final accuracies, and how far pruning cost any: means of each measure, over seeds and conditions."""
+    """Final accuracies, and what pruning cost: means of each measure, over seeds and conditions."""
     found = {label: outcome(run) for label, run in runs.items() if ended(run)}
     if not found:
         raise MissingQuantityError("no run has ended: accuracies are final only after the last epoch of the experiment")
@@ -185,7 +185,7 @@ def effect_prediction(runs: Runs) -> str:
 
 
 def time_unstable(runs: Runs) -> str:
-    """Share of measured steps beyond the stability limit, and of those the share that lowered the loss."""
+    """The share of measured steps beyond the stability limit, and the share of these that lowered the loss."""
     found = each(runs, stability)
     ratios = np.concatenate([of.stability.values for of in found.values()])
     ratios = ratios[np.isfinite(ratios)]
@@ -197,7 +197,7 @@ def time_unstable(runs: Runs) -> str:
 
 
 def _decreases(run: xr.DataTree, steps: xr.DataArray) -> np.ndarray:
-    """By how much these steps lowered the loss on their own batch, as far as that was measured."""
+    """By how much these steps lowered the loss on their own batch, where that was measured."""
     try:
         return loss_decrease(run).measured.reindex(step=steps).dropna("step").values
     except MissingQuantityError:
@@ -205,7 +205,7 @@ def _decreases(run: xr.DataTree, steps: xr.DataArray) -> np.ndarray:
 
 
 def _has_momentum(run: xr.DataTree) -> bool:
-    """Whether some step's flow time differs from its learning rate, as it does with momentum alone."""
+    """Whether some step's flow time differs from its learning rate, which only momentum causes."""
     if not has(run, "steps", "flow_step", "learning_rate"):
         return False
     steps = columns(run, "steps", ["flow_step", "learning_rate"])
@@ -213,7 +213,7 @@ def _has_momentum(run: xr.DataTree) -> bool:
 
 
 def _slower(runs: Runs) -> bool:
-    """Whether the learning rate fell in every run: in the mean it is lower in the second half of the training."""
+    """Whether the learning rate fell in every run, that is, its mean is lower in the second half of the training."""
     rates = [columns(run, "steps", ["learning_rate"]).learning_rate.max("layer") for run in runs.values()
              if has(run, "steps", "learning_rate")]  # fmt: skip
     halves = [(rate[: rate.size // 2], rate[rate.size // 2 :]) for rate in rates if rate.size > 1]
@@ -231,7 +231,7 @@ def _pool(predictions: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
 
 def _ranks(correlations: xr.DataArray) -> str:
-    """The rank correlations, in brackets; nothing where there are too few points for one."""
+    """The rank correlations, in brackets; "" if there are too few points for any."""
     known = [f"{value:.2f}" for value in correlations.values if np.isfinite(value)]
     return f" (rank correlation {' and '.join(known)})" if known else ""
 
@@ -247,7 +247,7 @@ def _errors(pooled: xr.Dataset) -> str:
 
 
 def error_in_percent(share: float) -> str:
-    """A share in per cent, with a digit that is not 0 however small it is."""
+    """A share in per cent, with at least one digit other than 0 down to 0.001%."""
     if not np.isfinite(share):
         return "not finite"
     if 0 < share < 1e-5:
@@ -256,7 +256,7 @@ def error_in_percent(share: float) -> str:
 
 
 def _from_to(values: pd.Series) -> str:
-    """The lowest and the highest of some values by name."""
+    """The lowest and the highest of the values, as percentages with their names."""
     worst, best = values.idxmin(), values.idxmax()
     if len(values) == 1:
         return f"{values[best]:.1%}" + f" ({name_of(best)})" * (best != "none")

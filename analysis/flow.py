@@ -1,4 +1,4 @@
-"""Flow time: whether steps have one, and whether all layers have it in common."""
+"""Flow time: whether steps have one, and whether it is the same in all layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .record import MissingQuantityError
 
 
 def check_flow(steps: xr.Dataset) -> None:
-    """Raise MissingQuantityError where no step has a flow time: it is NaN in every layer that is trained, 0 in others.
+    """Raise MissingQuantityError if no step has a flow time: it is NaN in every trained layer, and 0 in the others.
 
-    Where it is 0 in all layers nothing was trained, which is no lack.
+    If it is 0 in all layers, nothing was trained, which is not an error.
     """
     unknown = steps.flow_step.isnull()
     if unknown.any() and (unknown | (steps.flow_step == 0)).all():
@@ -21,7 +21,7 @@ def check_flow(steps: xr.Dataset) -> None:
 
 
 def common_flow_step(flow_step: xr.DataArray, grad_sqnorm: xr.DataArray) -> xr.DataArray:
-    """The flow time Δt that all layers have in common which are trained or have a gradient, over ``step``; else NaN."""
+    """The flow time Δt that all layers with training or a gradient share, over ``step``; NaN where they differ."""
     counted = flow_step.where((flow_step != 0) | (grad_sqnorm != 0))
     common = counted.max("layer")
     return common.where((counted.min("layer") == common) & ~flow_step.isnull().any("layer"))

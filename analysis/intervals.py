@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy  # of which `stats` is loaded where it is first used
+import scipy  # scipy.stats is loaded on first use
 from numpy.typing import ArrayLike
 
 CONFIDENCE = 0.95
@@ -23,13 +23,13 @@ def half_width(values: ArrayLike, axis: int = -1) -> np.ndarray:
     count = values.shape[axis]
     if count < 2:
         return np.full(values.sum(axis).shape, np.nan)
-    with np.errstate(invalid="ignore"):  # an infinite value less an infinite mean
+    with np.errstate(invalid="ignore"):  # an infinite value minus an infinite mean
         deviation = values.std(axis, ddof=1)
     return scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * deviation / np.sqrt(count)
 
 
 def p_value(values: ArrayLike) -> float:
-    """Of Student's two-sided test that the mean is 0, which :func:`half_width`'s interval inverts; NaN for n < 2."""
+    """p of Student's two-sided test that the mean is 0, which matches :func:`half_width`'s interval; NaN for n < 2."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return np.nan
@@ -41,7 +41,7 @@ def p_value(values: ArrayLike) -> float:
 def stand(p: ArrayLike) -> np.ndarray:
     """Which of several tests reject their nulls, at a false discovery rate of 5% (Benjamini and Hochberg 1995).
 
-    Of those that do, one in twenty is expected to be wrong. A test whose p is NaN is none, and does not count.
+    Of the rejections, at most one in twenty is expected to be wrong. A test whose p is NaN does not count.
     """
     p = np.asarray(p, float)
     found = np.zeros(p.shape, bool)

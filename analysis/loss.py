@@ -78,10 +78,10 @@ def stability(run: xr.DataTree) -> xr.Dataset:
 
 
 def _flow_step(run: xr.DataTree, curvature: xr.Dataset) -> xr.DataArray:
-    """The flow time Δt that all layers with a gradient have in common, over ``step``; NaN where they have none.
+    """The flow time Δt that all layers with a gradient share, over ``step``; NaN where they differ.
 
-    Of the flow of the loss that was measured: where the gradient that was applied is a multiple of its gradient, such
-    as that of a sum over the batch or a clipped one, the step is as many times as long, gᵀĝ/‖g‖².
+    It refers to the flow of the measured loss: where the applied gradient ĝ is a multiple of that loss's gradient g,
+    because the loop sums over the batch or clips, say, the step is longer by the factor gᵀĝ/‖g‖².
     """
     flow_step = columns(run, "steps", ["flow_step"]).flow_step.reindex(step=curvature.step)
     common = common_flow_step(flow_step, curvature.grad_sqnorm)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import scipy  # of which `stats` is loaded where it is first used
+import scipy  # scipy.stats is loaded on first use
 import xarray as xr
 
 from dynamics.schema import HIGHEST_FIRST
@@ -86,26 +86,26 @@ def score_noise(run: xr.DataTree) -> xr.Dataset:
 
 
 def _lowest_first(scores: xr.Dataset) -> xr.Dataset:
-    """The scores with a sign by which every measure prunes the lowest."""
+    """The scores with signs chosen such that every measure prunes the lowest first."""
     sign = xr.where(scores.measure.isin(HIGHEST_FIRST), -1.0, 1.0)
     return scores.assign({name: sign * scores[name] for name in ("score", "resampled_score")})
 
 
 def _between_measures(scores: xr.Dataset, compare: Callable[[np.ndarray], np.ndarray], name: str) -> xr.Dataset:
-    """Compare every two measures on all batches and on each bootstrap sample."""
+    """Compare all pairs of measures, on all batches and on each bootstrap sample, which give the standard error."""
     resampled = _apply(scores.resampled_score, compare)
     return xr.Dataset({name: _apply(scores.score, compare), "standard_error": _standard_error(resampled)})
 
 
 def _standard_error(resampled: xr.DataArray) -> xr.DataArray:
-    """The standard deviation over the draws; NaN where all are."""
-    with warnings.catch_warnings():  # that this is so, says numpy before 2.4
+    """The standard deviation over the draws; NaN where all draws are NaN."""
+    with warnings.catch_warnings():  # numpy before 2.4 warns where all are NaN
         warnings.simplefilter("ignore", RuntimeWarning)
         return resampled.std("draw", ddof=1)
 
 
 def _apply(scores: xr.DataArray, compare: Callable[[np.ndarray], np.ndarray]) -> xr.DataArray:
-    """``compare`` makes a matrix (measure, other) of scores (measure, unit) of the units that have them."""
+    """Apply ``compare``, (measure, unit) → (measure, other), to the scores of the units that have them."""
 
     def of_those_scored(values: np.ndarray) -> np.ndarray:
         return compare(values[:, np.isfinite(values).all(0)])
@@ -118,9 +118,9 @@ def _apply(scores: xr.DataArray, compare: Callable[[np.ndarray], np.ndarray]) ->
 
 
 def rank_correlations(scores: np.ndarray) -> np.ndarray:
-    """Spearman's ρ of every two rows: the correlation of their ranks, ties at their mean.
+    """Spearman's ρ of every two rows: the correlation of their ranks, where ties get their mean rank.
 
-    NaN of fewer than three, and of a row that is constant.
+    It is NaN for rows of fewer than three values, and for a constant row.
     """
     if scores.shape[1] < 3:
         return np.full((len(scores), len(scores)), np.nan)
@@ -129,7 +129,7 @@ def rank_correlations(scores: np.ndarray) -> np.ndarray:
 
 
 def _overlaps(scores: np.ndarray, share: float) -> np.ndarray:
-    """Part that the lowest ``share`` of every two rows have in common."""
+    """The fraction that the lowest ``share`` of every two rows have in common."""
     count = round(share * scores.shape[1])
     if not count:
         return np.full((len(scores), len(scores)), np.nan)

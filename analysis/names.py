@@ -1,4 +1,4 @@
-"""What models, data and measures are called in print."""
+"""The printed names of models, data sets and measures."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ _PROPER = {
 
 
 def name_of(name: str) -> str:
-    """A model, a data set, a measure, or any label of a run in print, e.g. ``loss preservation × magnitude``."""
+    """The printed name of a model, data set, measure or label, such as ``loss preservation × magnitude``."""
     return _PROPER.get(name, str(name).replace("_times_", " × ").replace("_", " "))

@@ -59,7 +59,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
 def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
     """:func:`norm_rate` of the whole network over ``step``, averaged over 1/20 of the recorded steps, at least 10.
 
-    NaN where trained layers have different flow times, because their velocities cannot be added up.
+    It is NaN where trained layers have different flow times, because their velocities cannot be added up.
 
     Raises:
         MissingQuantityError: as :func:`norm_rate`, or the layers' flow times differ at every step.
@@ -78,7 +78,7 @@ def network_norm_rate(run: xr.DataTree) -> xr.Dataset:
 def network_norm(run: xr.DataTree) -> xr.Dataset:
     """‖θ‖² of the whole network and its measured velocity, :func:`network_norm_rate`, over ``step``.
 
-    Without the velocity where the record lacks what that needs.
+    The velocity is left out if the record lacks what it needs.
 
     Raises:
         MissingQuantityError: no ‖θ‖² was recorded.
@@ -92,7 +92,7 @@ def network_norm(run: xr.DataTree) -> xr.Dataset:
 
 
 def layer_norm_rate(run: xr.DataTree) -> xr.DataArray:
-    """The velocity of ‖θ‖² per step and layer that was measured, averaged like :func:`network_norm_rate`'s."""
+    """The measured velocity of ‖θ‖² per step and layer, averaged over the windows of :func:`network_norm_rate`."""
     return norm_rate(run, window=_window(run)).measured.rename("param_sqnorm_rate")
 
 
@@ -144,7 +144,7 @@ def _window(run: xr.DataTree) -> int:
 
 
 def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
-    """Means over windows of recorded steps between which nothing was pruned, and none is missing."""
+    """Means over windows of recorded steps; no window extends across an event or a gap in the record."""
     events = np.searchsorted(np.sort(event_steps(run)), rates.step, side="right")
     apart = np.diff(rates.step)
     gaps = np.cumsum(np.r_[0, apart > 2 * np.median(apart)] if apart.size else 0)
@@ -154,7 +154,7 @@ def _averaged(run: xr.DataTree, rates: xr.Dataset, window: int) -> xr.Dataset:
 
 
 def _rolled(values: xr.DataArray, window: int) -> xr.DataArray:
-    """Means over windows around each step, of half of its values at least; NaN where one of them is infinite."""
+    """Means over a window around each step; NaN if fewer than half of its values are known, or one is infinite."""
     rows = values.transpose("step", ...)
     table = rows.values.reshape(rows.sizes["step"], -1).astype(float)
     finite = np.isfinite(table)
@@ -166,10 +166,10 @@ def _rolled(values: xr.DataArray, window: int) -> xr.DataArray:
 
 
 def _sums(rows: np.ndarray, window: int) -> np.ndarray:
-    """Sums of the rows in a window around each, at a cost that does not grow with the window.
+    """Sums of the rows in a window around each row, at a cost that does not depend on the window's length.
 
-    A window is the end of one block of so many rows and the beginning of the next. Nothing is subtracted, as where a
-    sum slides along, so that what left the window leaves no rounding behind.
+    The rows are divided into blocks of the window's length, so that each window is the end of one block and the
+    beginning of the next. Unlike in a sliding sum nothing is subtracted, so no rounding error accumulates.
     """
     count = len(rows)
     padded = np.pad(rows, ((window // 2, 2 * window - (window // 2 + count) % window), (0, 0)))
@@ -181,16 +181,16 @@ def _sums(rows: np.ndarray, window: int) -> np.ndarray:
 
 
 def _have_one_time(run: xr.DataTree, step: xr.DataArray) -> xr.DataArray:
-    """True where all layers that are trained have the same flow time, or none is trained, over ``step``."""
+    """True where all trained layers have the same flow time, or no layer is trained, over ``step``."""
     steps = columns(run, "steps", ["flow_step", "grad_sqnorm"]).sel(step=step)
     still = ((steps.flow_step == 0) & (steps.grad_sqnorm == 0)).all("layer")
     return common_flow_step(steps.flow_step, steps.grad_sqnorm).notnull() | still
 
 
 def _rate(change: xr.DataArray, steps: xr.Dataset) -> xr.DataArray:
-    """Change over the flow time; where nothing is trained both are zero, and so is the rate.
+    """Change divided by flow time; 0 where a layer is not trained, so that both are zero.
 
-    Not of a layer that is trained at other steps, and has no flow time there: its rate is unknown.
+    If the layer has no flow time (NaN) at steps that do train it, its rate is unknown at the others, too.
     """
     still = (steps.flow_step == 0) & (steps.grad_sqnorm == 0) & (change == 0) & steps.flow_step.notnull().all("step")
     return (change / steps.flow_step.where(steps.flow_step != 0)).where(~still, 0.0)

@@ -41,7 +41,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
 
 
 def _matching(path: str) -> list[str]:
-    """The path itself, or in their order those that it matches."""
+    """The path itself, or the paths that its pattern matches, sorted."""
     if Path(path).exists() or not set(path) & set("*?["):
         return [path]
     if found := sorted(glob.glob(path)):

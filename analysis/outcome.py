@@ -48,8 +48,8 @@ def _pruned(run: xr.DataTree) -> dict[str, float]:
     for name in ("parameters", "multiply_adds"):
         if {f"{name}_left", f"dense_{name}"} <= set(last):
             values[f"removed_{name}"] = 1 - float(last[f"{name}_left"] / first[f"dense_{name}"])
-    smaller = len(networks(events)) > 1 and has(run, "units")  # whose units are those of the original network
-    if "sparsity" in events and not smaller:  # of weights, there is no row in /units
+    smaller = len(networks(events)) > 1 and has(run, "units")  # /units has the original network's units
+    if "sparsity" in events and not smaller:  # single weights have no rows in /units
         values["sparsity"] = compounded(events, "sparsity")
     elif has(run, "units"):
         filters = filters_left(run).isel(event=-1)
@@ -58,7 +58,7 @@ def _pruned(run: xr.DataTree) -> dict[str, float]:
 
 
 def pruned_units(runs: Iterable[xr.DataTree]) -> str:
-    """What sparsity is a share of: filters, where no event says otherwise."""
+    """The units that sparsity is a share of: filters, unless events say otherwise."""
     events = [columns(run, "pruning", ["granularity"]) for run in runs if has(run, "pruning", "granularity")]
     said = {unit for rows in events for unit in rows.granularity.values.tolist() if unit}
     return " or ".join(f"{unit}s" for unit in sorted(said)) or "filters"

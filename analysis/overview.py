@@ -40,7 +40,7 @@ _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
 _LACKING = "Claims without a verdict: the measures that they need and no run has"
 _DIVERGED = "Runs that diverged"
-SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # what a report begins with
+SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # parts at the beginning of a report
 
 
 @remembering()
@@ -68,13 +68,13 @@ def _of_runs(runs: Runs, brief: bool) -> Parts:
 
 
 def _agreement(title: str, table: Callable[[Runs], pd.DataFrame], runs: Runs) -> Parts:
-    """A table of agreement, and how it is read; the reason where there is none."""
+    """The table of agreement and how to read it, or the reason why there is none."""
     found = _or_why_not(table, runs)
     return {title: found} | ({_READING: [_READ]} if isinstance(found, pd.DataFrame) else {})
 
 
 def _or_why_not(table: Callable[[Runs], pd.DataFrame], runs: Runs) -> Part:
-    """A table; the reason, as a sentence, where the runs recorded too little for it."""
+    """A table, or the reason, as a sentence, if the runs recorded too little for it."""
     try:
         return table(runs)
     except MissingQuantityError as error:

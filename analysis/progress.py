@@ -1,4 +1,4 @@
-"""How far a command is: a bar on the terminal's stderr for each pass over runs or figures, gone when it is done."""
+"""Progress bars of a command on stderr, one for each pass over runs or figures, removed when the pass is done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN: ContextVar[bool] = ContextVar("_SHOWN", default=False)
 
 @contextmanager
 def progress_shown() -> Iterator[None]:
-    """Inside, :func:`with_progress` has a bar, where stderr is a terminal."""
+    """Inside, :func:`with_progress` shows a bar if stderr is a terminal."""
     token = _SHOWN.set(True)
     try:
         yield
@@ -25,5 +25,5 @@ def progress_shown() -> Iterator[None]:
 
 
 def with_progress(every: Collection[One], what: str, unit: str = "run") -> Iterable[One]:
-    """The runs or figures, one after the other, with a bar that is called ``what`` inside :func:`progress_shown`."""
+    """Yield the runs or figures, inside :func:`progress_shown` with a progress bar called ``what``."""
     return tqdm(every, desc=what, unit=unit, leave=False, disable=None) if _SHOWN.get() else every

@@ -1,4 +1,4 @@
-"""What a protocol makes of a pruning: sparsity asked for and reached, and which filters go, with and without quirks."""
+"""The effect of a protocol and its quirks on a pruning: the sparsity reached, and which filters are pruned."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _rounds(run: xr.DataTree) -> xr.Dataset:
 
 
 def protocol_table(runs: Runs) -> pd.DataFrame:
-    """:func:`protocol_diff` after the last round, one row a run, in per cent."""
+    """:func:`protocol_diff` after the last round, one row per run, in per cent."""
     last = protocol_diff(runs).isel(event=-1)
     table = last.to_dataframe().reset_index()[list(_LABELS)].rename(columns=_LABELS)
     for name in ("asked", "reached", "multiply-adds left", "least left of a layer"):
@@ -87,7 +87,7 @@ def protocol_table(runs: Runs) -> pd.DataFrame:
 
 
 def epoch_that_counts(run: xr.DataTree) -> xr.Dataset:
-    """The row of ``/epochs`` that counts: the last, or, where the protocol selects on the test set, the best there.
+    """The row of ``/epochs`` that counts: the last or, if the protocol selects on the test set, the best on that.
 
     The paper's code looks for the best among the epochs after the last round of pruning only.
 
@@ -105,10 +105,10 @@ def epoch_that_counts(run: xr.DataTree) -> xr.Dataset:
 def fresh_runs(settings: Sequence[str]) -> dict[str, xr.DataTree]:
     """Records of a fresh network pruned under every protocol, in memory.
 
-    Pruning needs torch, which is not loaded here: ``python -m dynamics protocols SETTINGS`` runs beside.
+    Pruning needs torch, which is not loaded here, so ``python -m dynamics protocols SETTINGS`` runs as a subprocess.
 
     Raises:
-        ValueError: it failed; the message is its own.
+        ValueError: the subprocess failed; the message is its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dynamics", "protocols", *settings, "-o", folder]

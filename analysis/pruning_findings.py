@@ -1,4 +1,4 @@
-"""What was found about the prunings, in a sentence each, computed from the runs at hand."""
+"""Findings about the prunings: a sentence each, computed from the given runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def layers_moved(runs: Runs) -> str:
 
 
 def decrease_removed(runs: Runs) -> str:
-    """Each measure's removed share of ‖g‖² beside that of the parameters, over all prunings of its runs."""
+    """The share of ‖g‖² that each measure removed, against its share of the parameters, over all its prunings."""
     found = {
         label: shares[["decrease", "parameters"]].sum("layer", skipna=False).mean("event", skipna=False)
         for label, shares in each(runs, removed_decrease).items()
@@ -45,7 +45,7 @@ def decrease_removed(runs: Runs) -> str:
 
 
 def curve_errors(runs: Runs) -> str:
-    """Error of the predicted change of the loss along both directions, where the fewest and the most filters go."""
+    """Error of the predicted change of the loss along both directions, for the fewest and the most filters pruned."""
     curve = next(iter(each(runs, removal_curve).values())).isel(event=0).sel(quantity="loss")
     error = np.abs(residuals(curve) / curve.measured)
     few, many = (
@@ -62,7 +62,7 @@ def curve_errors(runs: Runs) -> str:
 
 
 def comparing(runs: Runs) -> str:
-    """Label of the first run whose events have scores by two measures at least.
+    """Label of the first run whose events have scores by at least two measures.
 
     Raises:
         MissingQuantityError: there is none.
@@ -93,7 +93,7 @@ def measures_agree(runs: Runs) -> str:
 
 
 def filters_invariant(runs: Runs) -> str:
-    """How many filters are scale-invariant in either mode, and how far GraSP's score is minus their ‖g‖² there."""
+    """How many filters are scale-invariant in each mode, and how nearly GraSP's score is minus their ‖g‖² there."""
     label = next(iter(each(runs, scale_invariance)))
     share = scale_invariance(runs[label]).invariant.mean(("event", "unit"))
     rank = grasp_and_gradient(runs[label]).rank_correlation.mean("event")

@@ -1,4 +1,4 @@
-"""Which events of a run are prunings, when they were, and how they add up where the network was made smaller."""
+"""Which events of a run are prunings, when they happened, and how sparsities compound if the network was shrunk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .record import HOW_TO_RECORD, MissingQuantityError, columns, has, length
 
 
 def prunings(run: xr.DataTree) -> np.ndarray:
-    """Positions of the prunings among the events of a run: those of kind "prune", and those that removed parameters.
+    """Positions of the prunings among a run's events: those of kind "prune", and those that removed parameters.
 
-    Other events, such as a new learning rate, are not prunings. If a record says neither of which kind its events are
-    nor what they removed, all of them are.
+    Other events, such as a new learning rate, are not prunings. If a record gives neither the kind of its events nor
+    what they removed, all of them count.
     """
     said = []
     if has(run, "pruning", "kind"):
@@ -36,10 +36,10 @@ def at_prunings(run: xr.DataTree, needs: Iterable[str]) -> xr.Dataset:
 
 
 def of_prunings(run: xr.DataTree, events: xr.Dataset) -> xr.Dataset:
-    """Those of a run's events that are prunings.
+    """The rows of the given events that are prunings.
 
     Raises:
-        MissingQuantityError: none is.
+        MissingQuantityError: no event is a pruning.
     """
     if not len(chosen := prunings(run)):
         raise MissingQuantityError(f"no event in /pruning is a pruning. {HOW_TO_RECORD['pruning']}")
@@ -47,20 +47,20 @@ def of_prunings(run: xr.DataTree, events: xr.Dataset) -> xr.Dataset:
 
 
 def event_steps(run: xr.DataTree) -> list[int]:
-    """The step to come at each event of a run."""
+    """For each event of a run, the step that followed it."""
     return columns(run, "pruning", ["step"]).step.values.tolist() if has(run, "pruning", "step") else []
 
 
 def in_steps(run: xr.DataTree) -> tuple[list[int], list[int]]:
-    """The step to come at each pruning of a run, and at each of its other events."""
+    """The steps that followed the prunings of a run, and those that followed its other events."""
     return _of_prunings_and_others(run, event_steps(run))
 
 
 def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
-    """How many epochs were over at each pruning of a run, and at each of its other events: 1.5 is amid the second.
+    """Number of epochs completed at each pruning of a run, and at each of its other events: 1.5 is amid the second.
 
-    By the steps that were taken before it and before each epoch was logged; of records that do not say these, by the
-    epoch that it was in, as if at its end.
+    It is found from the steps taken before the event and before each epoch was logged; in records without these, an
+    event counts as at the end of its epoch.
     """
     if has(run, "epochs", "step", "epoch") and has(run, "pruning", "step"):
         return _of_prunings_and_others(run, over(columns(run, "epochs", ["step", "epoch"]), event_steps(run)))
@@ -69,16 +69,16 @@ def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
 
 
 def _of_prunings_and_others(run: xr.DataTree, times: Sequence[float]) -> tuple[list, list]:
-    """Of the times of all events those of the prunings and those of the others; none where they are not known."""
+    """Split the times of all events into those of prunings and those of others; both are empty if times are unknown."""
     pruned = np.isin(np.arange(len(times)), prunings(run))
     return np.array(times)[pruned].tolist(), np.array(times)[~pruned].tolist()
 
 
 def compounded(events: xr.Dataset, name: str) -> float:
-    """A sparsity after all prunings, as a share of the units of the network as it was before the first.
+    """The sparsity after all prunings, as a share of the units that the network had before the first.
 
-    1 − Π(1 − s), over the networks that were pruned one after the other, each the smaller one that was made of that
-    before; s is the last known of a network. NaN where none is known.
+    1 − Π(1 − s), over the successive networks, each shrunk from the one before, where s is a network's last known
+    sparsity. NaN if none is known.
     """
     known = events[name].values
     last = [known[part][np.isfinite(known[part])][-1:] for part in networks(events)]
@@ -89,9 +89,10 @@ def compounded(events: xr.Dataset, name: str) -> float:
 
 
 def networks(events: xr.Dataset) -> list[np.ndarray]:
-    """Positions of the prunings of each network: of one that was made smaller, fewer parameters are there before it.
+    """Positions of the prunings, split by network: a new one begins if the network was shrunk since the last pruning.
 
-    By the parameters before anything was pruned; where they were not counted, by those that went between two prunings.
+    That shows in the number of parameters before anything was pruned or, if these were not counted, in parameters that
+    vanished between two prunings.
     """
     every = np.arange(events.sizes["event"])
     if "dense_parameters" in events and events.dense_parameters.notnull().any():

@@ -1,4 +1,4 @@
-"""Reading a record: its nodes as datasets, with an error that says what is missing and how to record it."""
+"""Reads the nodes of a record as datasets, with errors that say what is missing and how to record it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MissingQuantityError(RecordError):
 
 
 def node(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
-    """A node of the record as a dataset, in memory, with whatever else there is in it than what is needed.
+    """A node of the record as a dataset in memory, with all its variables.
 
     Raises:
         MissingQuantityError: the node lacks one of the variables in ``needs``.
@@ -38,7 +38,7 @@ def node(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
 
 
 def columns(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
-    """These variables alone of a node, in memory: of a long record they are read at a fraction of the node's cost.
+    """Only these variables of a node, in memory: in a long record this takes a fraction of the time for all.
 
     Raises:
         MissingQuantityError: the node lacks one of them.
@@ -50,7 +50,7 @@ def columns(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
 def _loaded(rows: xr.Dataset, name: str) -> xr.Dataset:
     try:
         return rows.load()
-    except RuntimeError as error:  # of the codec
+    except RuntimeError as error:  # from the codec
         raise RecordError(f"/{name} is damaged ({error}): copy the record again") from error
 
 
@@ -62,13 +62,13 @@ def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:
     if missing := [quantity for quantity in needs if quantity not in found]:
         if missing == ["loss"] and name == "steps":
             raise MissingQuantityError("no loss was logged. Call recorder.log(loss=...) at each step.")
-        how = HOW_TO_RECORD["steps" if name == "curvature" else name]  # of both Recorder(quantities=...) chooses some
+        how = HOW_TO_RECORD["steps" if name == "curvature" else name]  # Recorder(quantities=...) chooses for both
         raise MissingQuantityError(f"/{name} needs {missing}; this run recorded {sorted(found)} there. {how}")
     return run[name].to_dataset()
 
 
 def check_begun(*runs: xr.DataTree) -> None:
-    """Raise MissingQuantityError where nothing was recorded in any of the runs."""
+    """Raise MissingQuantityError if nothing was recorded in any of the runs."""
     if not any(has(run, name) for run in runs for name in NODES):
         raise MissingQuantityError(
             "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`"
@@ -76,7 +76,7 @@ def check_begun(*runs: xr.DataTree) -> None:
 
 
 def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
-    """The rows, over ``step``, of steps that were taken: not those that a gradient scaler had the optimizer skip."""
+    """The rows, over ``step``, of steps that were taken, without those that a gradient scaler skipped."""
     if not has(run, "steps", "skipped"):
         return rows
     skipped = columns(run, "steps", ["skipped"]).skipped.reindex(step=rows.step)
@@ -84,15 +84,15 @@ def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
 
 
 def length(run: xr.DataTree, name: str) -> int:
-    """How many rows a node of the record has: steps, events or epochs."""
+    """Number of rows in a node of the record: steps, events or epochs."""
     return run[name].sizes.get(NODES[name][0], 0) if name in run.children else 0
 
 
 def has(run: xr.DataTree, name: str, *variables: str) -> bool:
-    """Whether a node of the record has rows, which one that begins anew has not, and all of these variables.
+    """Whether a node of the record has any rows, and all of these variables.
 
     Raises:
-        ValueError: it is no record.
+        ValueError: ``run`` is not a record.
     """
     if not isinstance(run, xr.DataTree):
         raise ValueError(f"an analysis needs a record, open_run(path), got {run!r:.60}")
@@ -102,13 +102,13 @@ def has(run: xr.DataTree, name: str, *variables: str) -> bool:
 
 
 def layers(run: xr.DataTree) -> list[str]:
-    """Names of the layers whose quantities were recorded over the steps; of sums over them, "network"."""
+    """Names of the layers recorded over the steps; "network" alone if only sums over layers were kept."""
     names = [run[name].layer.values.tolist() for name in ("steps", "curvature") if has(run, name, "layer")]
     return list(dict.fromkeys(chain.from_iterable(names)))
 
 
 def ended(run: xr.DataTree) -> bool:
-    """Whether all epochs of the experiment are there; nobody knows how many a loop of someone's own should have."""
+    """Whether all epochs of the experiment were recorded; True for a user's own loop, whose number is unknown."""
     return length(run, "epochs") >= sum(experiment(run).get("epochs", ()))
 
 

@@ -1,4 +1,4 @@
-"""What was found of a run, remembered while several analyses, figures and tables ask for it."""
+"""Caches the analyses of a run while several figures and tables ask for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MEMORY: ContextVar[dict[tuple, tuple[xr.DataTree, Any]] | None] = ContextVar("_
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Inside, what is :func:`remembered` is computed once of each run: nobody changes the runs meanwhile."""
+    """Inside, each :func:`remembered` analysis of a run is computed only once; the runs must not change meanwhile."""
     token = _MEMORY.set({} if (memory := _MEMORY.get()) is None else memory)
     try:
         yield
@@ -27,7 +27,7 @@ def remembering() -> Iterator[None]:
 
 
 def remembered(analyse: Callable[..., Found]) -> Callable[..., Found]:
-    """An analysis of a run that is asked for again and again; each is given a copy of its own, of the same arrays."""
+    """Decorates an analysis so that :func:`remembering` caches it; each caller gets a shallow copy of the result."""
 
     @functools.wraps(analyse)
     def once(run: xr.DataTree, **settings: Any) -> Found:
@@ -36,7 +36,7 @@ def remembered(analyse: Callable[..., Found]) -> Callable[..., Found]:
             return analyse(run, **settings)
         key = analyse, id(run), *settings.items()
         if key not in memory:
-            memory[key] = run, analyse(run, **settings)  # with the run, or another one might get its number
+            memory[key] = run, analyse(run, **settings)  # the run stays alive, so that no other gets its id
         return copy.copy(memory[key][1])
 
     return once

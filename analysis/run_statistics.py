@@ -31,10 +31,10 @@ def statistics(runs: Runs) -> pd.DataFrame:
 
 
 def trained_unevenly(runs: Runs) -> pd.Series:
-    """Whether each run trained for another number of steps after its last pruning than most runs of its seed.
+    """Whether each run trained for a different number of steps after its last pruning than most runs of its seed.
 
-    Compared are the pruned runs of a condition and seed that ended and logged their loss; all of them are uneven where
-    no number of steps is the most common.
+    The comparison is among the pruned runs of a condition and seed that ended and logged their loss; if no number of
+    steps is the most common one, all of them are uneven.
     """
     table = conditions(runs)
     table = table[table.measure != "none"]
@@ -45,13 +45,13 @@ def trained_unevenly(runs: Runs) -> pd.Series:
 
 
 def _most(values: pd.Series) -> float:
-    """The value that is there most often; NaN where several are."""
+    """The most frequent value; NaN if several are equally frequent."""
     found = values.mode()
     return found[0] if len(found) == 1 else np.nan
 
 
 def _steps_after_pruning(run: xr.DataTree) -> float:
-    """How many steps there are after the last pruning; NaN where it is not known."""
+    """Number of steps after the last pruning; NaN if it is unknown."""
     with suppress(MissingQuantityError):
         return convergence(run).attrs["steps"] if ended(run) else np.nan
     return np.nan

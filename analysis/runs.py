@@ -1,4 +1,4 @@
-"""Runs by label, as every analysis of several records takes them, and an analysis of one record applied to each."""
+"""Runs by label, the form in which analyses take several records, and applying an analysis of one record to each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Runs = Mapping[str, xr.DataTree]
 
 
 def check_runs(runs: object) -> None:
-    """Refuse what is no mapping of labels to records: one record alone, whose groups would pass for runs, or a list.
+    """Check that runs are a mapping of labels to records, not a single record, whose groups would pass for runs.
 
     Raises:
-        ValueError: it is none.
+        ValueError: they are not.
     """
     if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
         raise ValueError(f"give runs by label, such as {{'my run': open_run(path)}}, got a {type(runs).__name__}")

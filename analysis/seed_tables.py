@@ -82,7 +82,7 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
 
 
 def pruned_last(runs: Runs) -> str:
-    """How many runs were pruned after their last step, in a sentence on :func:`convergence_table`; "" if none was."""
+    """A sentence for :func:`convergence_table` on how many runs were pruned after their last step; "" if none was."""
     trained = [run for run in runs.values() if ended(run) and has(run, "steps")]
     last = [run for run in trained if last_pruning(run) > columns(run, "steps", ["step"]).step[-1]]
     if not last:
@@ -94,7 +94,7 @@ def pruned_last(runs: Runs) -> str:
 
 
 def uneven(runs: Runs) -> str:
-    """How many runs trained for other times than what they are compared with, in a sentence; "" if none did."""
+    """A sentence on how many runs trained for longer or shorter than those they are compared with; "" if none did."""
     count = int(trained_unevenly(runs).sum())
     if not count:
         return ""
@@ -135,7 +135,7 @@ def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def lacking(found: pd.DataFrame, measures: Collection[str]) -> dict[str, list[str]]:
-    """The measures that claims of :func:`analysis.claims` need and that are none of these, by the claim's name."""
+    """The measures that claims need but ``measures`` lacks, by the claim's name; ``found`` lists the claims."""
     needs = {name: (CLAIMS[name].measure, *CLAIMS[name].others) for name in found.claim.unique()}
     others = {
         name: [one for one in MEASURES if one in needed and one not in measures] for name, needed in needs.items()
@@ -144,7 +144,7 @@ def lacking(found: pd.DataFrame, measures: Collection[str]) -> dict[str, list[st
 
 
 def who_needs(measures: Mapping[str, list[str]]) -> str:
-    """Which claims need which measures, in one sentence."""
+    """Which claims need which measures, in one phrase."""
     claims: dict[str, list[str]] = {}
     for claim, needed in measures.items():
         claims.setdefault(", ".join(map(name_of, needed)), []).append(claim)
@@ -164,7 +164,7 @@ def claims_table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def chance(found: pd.DataFrame) -> str:
-    """How many verdicts to expect by chance alone, and how many stand corrected for that, in two sentences."""
+    """Two sentences: how many verdicts chance alone would give, and how many stand after correction for that."""
     count = found.p.count()
     return (
         f"If there were no effects at all, about {(1 - CONFIDENCE) * count:.1f} of {count} intervals would give a "
@@ -174,7 +174,7 @@ def chance(found: pd.DataFrame) -> str:
 
 
 def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callable[[pd.Series], str]]) -> pd.DataFrame:
-    """A row for each comparison and measure; each cell from its column, of the runs that count."""
+    """One row per comparison and measure; each cell is computed from its column, over the runs that count."""
     by = [*_telling(table, same), "measure"]
     keys, rows = [], []
     for key, group in table.groupby(by, sort=False, dropna=False):
@@ -186,7 +186,7 @@ def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callab
 
 
 def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:
-    """What :func:`convergence_table` prints of a run; nothing of one that did not end or log its loss."""
+    """The numbers in :func:`convergence_table` for one run; none if it did not end or logged no loss."""
     if not ended(run):
         return {}
     try:
@@ -220,14 +220,14 @@ def _effect(row: tuple) -> str:
 
 
 def _beside_null(number: float, null: float) -> str:
-    """A ratio, or a difference in points, with so many digits that it is told from ``null``; five at most."""
+    """A ratio, or a difference in points, with two extra digits at most where it would else print as ``null``."""
     scale, first, kind = (1, 3, "g") if null else (100, 2, "f")
     texts = [f"{scale * number:{'' if null else '+'}.{digits}{kind}}" for digits in range(first, first + 3)]
     return next((text for text in texts if float(text) != null), texts[0])
 
 
 def _in_print(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the names in print of its models, data sets and measures, and of settings that only some have."""
+    """The table with printed names of models, data sets and measures, and of settings that only some runs have."""
     for level in table.index.names:
         values = table.index.get_level_values(level)
         if values.hasnans:
@@ -239,7 +239,7 @@ def _in_print(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _telling(table: pd.DataFrame, names: list[str]) -> list[str]:
-    """The columns that tell rows apart: all but a sparsity that all pruned networks have in common, and no rounds."""
+    """The columns that distinguish rows: no sparsity if all pruned networks share it, no rounds if none was pruned."""
     pruned = table[table.measure != "none"] if "measure" in table else table
     alike = {"sparsity"} if "sparsity" in names and pruned.sparsity.nunique(dropna=False) < 2 else set()
     alike |= {"rounds"} if pruned.empty else set()

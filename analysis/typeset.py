@@ -1,4 +1,4 @@
-"""A table as text for the terminal, Markdown for a page, LaTeX for a paper."""
+"""Tables as text for the terminal, Markdown for a page, or LaTeX for a paper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ESCAPED = {letter: rf"\{letter}" for letter in "%_&#${}"} | {
     "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
 }  # fmt: skip
 
-# Of stars, underscores, tildes and "<" those that Markdown or HTML would read: a star that stands alone is none.
+# Stars, underscores, tildes and "<" only where Markdown or HTML would read them as markup: not a star by itself.
 _MARKUP = re.compile(r"[\\`|$]|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])|<(?=[\w/!?])|~(?=~)")
 
 
@@ -34,7 +34,7 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown: of an index of several levels a value stands where it begins, and on no row after."""
+    """A table in Markdown; in an index of several levels a value is not repeated in the rows below it."""
     head, *rows = [[_markdown(cell) for cell in row] for row in _cells(table)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
@@ -77,7 +77,7 @@ def grouped(table: pd.DataFrame) -> tuple[list[str], dict[str, list[list[str]]]]
 
 
 def _said(names: list[str], values: tuple) -> str:
-    """Values in print, numbers with their names."""
+    """Values as printed, numbers with their names."""
     return ", ".join(map(_one_said, names, values))
 
 
@@ -88,7 +88,7 @@ def _one_said(name: str | None, value: object) -> str:
 
 
 def _letters(head: str, cells: tuple[str, ...]) -> int:
-    """How many letters wide a column is: as its numbers, or as its heads' and texts' words, broken between them."""
+    """Width of a column in letters: that of its numbers, or of its head and texts when broken between words."""
     texts = [one for one in cells if one.upper() != one.lower()]
     longest = max(map(len, cells), default=0)
     if texts and not head and longest <= _A_NAME:
@@ -105,7 +105,7 @@ def _lines(text: str, letters: int) -> int:
 
 
 def _column(letters: int, cells: tuple[str, ...]) -> str:
-    """A column's alignment: long texts at the left, what is like numbers at the right."""
+    """A column's LaTeX specification: long texts are aligned left, short ones and numbers right."""
     left = "ragged" + ("right" if max(map(len, cells), default=0) >= _WORDS else "left")
     return rf">{{\{left}\arraybackslash}}p{{{letters * _EM:.1f}em}}"
 
@@ -133,7 +133,7 @@ FORMATS: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[str], str], Ca
 
 
 def _cells(table: pd.DataFrame) -> list[list[str]]:
-    """Head and rows in print, the index in front."""
+    """The printed head and rows, with the index in front."""
     columns = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in table.columns]
     rows, above = [[*(str(name or "") for name in table.index.names), *columns]], ()
     for key, values in zip(table.index, table.itertuples(index=False, name=None), strict=True):
@@ -146,14 +146,14 @@ def _cells(table: pd.DataFrame) -> list[list[str]]:
 
 
 def told_apart(values: pd.Series) -> pd.Series:
-    """The values of a setting in print: numbers with three digits, or as many as tell them apart; NaN stays."""
+    """The printed values of a setting: numbers with three digits, or with as many as distinguish them; NaN stays."""
     numbers = {value for value in values.dropna() if isinstance(value, float)}
     digits = next(count for count in range(3, 18) if len({_short(one, count) for one in numbers}) == len(numbers))
     return values.map(lambda one: _short(one, digits) if isinstance(one, float) else str(one), na_action="ignore")
 
 
 def percentages(shares: pd.Series) -> pd.Series:
-    """Shares in per cent with three digits, or with up to six that tell them apart, and from 100; NaN stays."""
+    """Shares in per cent with three digits, or up to six to distinguish them from each other and 100; NaN stays."""
     known = {100.0, *(100 * shares.dropna())}
     apart = [len({f"{share:.{digits}g}" for share in known}) for digits in range(3, 7)]
     digits = 3 + apart.index(apart[-1])
@@ -166,14 +166,14 @@ def _short(value: float, digits: int) -> str:
 
 
 def cell(value: object) -> str:
-    """A value in print, with three digits."""
+    """A printed value, numbers with three digits."""
     if isinstance(value, float):
         return MISSING if pd.isna(value) else _number(value)
     return " ".join(str(value).splitlines())
 
 
 def known(value: float, form: str) -> str:
-    """A value in a form, ``.1%`` say; where it is not finite, that it is missing."""
+    """A value in a format such as ``.1%``; if it is not finite, the sign for a missing one."""
     return f"{float(value):{form}}" if math.isfinite(value) else MISSING
 
 
@@ -182,7 +182,7 @@ def _number(value: float) -> str:
 
 
 def _markdown(text: str) -> str:
-    """A text as it is: what Markdown would take for markup, HTML, mathematics or the cell's end is escaped."""
+    """The text with everything escaped that Markdown would take for markup, HTML, mathematics or a cell's end."""
     return _MARKUP.sub(r"\\\g<0>", text)
 
 

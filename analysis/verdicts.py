@@ -12,7 +12,7 @@ from .run_statistics import statistics
 from .runs import Runs
 from .statistics import STATISTICS, log
 
-# What a row says of its claim and condition.
+# The columns in which a row gives its claim and condition.
 JUDGED = ("value", "low", "high", "null", "p", "stands", "seeds", "verdict")
 
 _NEGLIGIBLE = {"ratio": np.log(1.01), "difference": 0.001}
@@ -90,7 +90,7 @@ def as_claimed(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _judge(claim: Claim, values: pd.DataFrame) -> dict:
-    """The claim's row for the statistics of one condition's runs, a row a seed and measure."""
+    """The claim's row, judged by ``values``: the statistics of one condition's runs, one row per seed and measure."""
     lacking = [name for name in (claim.measure, *claim.others) if name not in values.index.unique("measure")]
     whole = values if lacking else _of_whole_seeds(claim, values)
     effects = np.empty(0) if lacking else _effects(claim, whole[claim.statistic])
@@ -107,7 +107,7 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
         verdict = "no verdict (1 seed)" if len(effects) else f"no verdict ({claim.statistic} not known)"
     elif negligible:
         verdict = "negligible"
-    elif _alike(whole) or (claim.compare == "difference" and not np.ptp(effects)):  # of images, the same number
+    elif _alike(whole) or (claim.compare == "difference" and not np.ptp(effects)):  # the same number of images
         verdict, low, high, p = "no verdict (seeds do not differ)", np.nan, np.nan, np.nan
     elif low <= null <= high:
         verdict = "inconclusive"
@@ -118,19 +118,19 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
 
 
 def _of_whole_seeds(claim: Claim, values: pd.DataFrame) -> pd.DataFrame:
-    """All statistics of the claim's measures, its own first, in the seeds that have its statistic of each."""
+    """All statistics of the claim's measures, in the seeds for which the claim's statistic of each is known."""
     wide = values.unstack().loc[:, (slice(None), [claim.measure, *claim.others])]
     return wide[np.isfinite(wide[claim.statistic]).all(axis=1)]
 
 
 def _alike(whole: pd.DataFrame) -> bool:
-    """Whether all seeds have the same runs, to the bit, as where a seed is said and not set; accuracies do not tell."""
+    """Whether all seeds have the same runs, to the bit, as if a seed was named but not set; accuracies do not count."""
     told = whole.drop(columns="accuracy", level=0).dropna(axis=1, how="all")
     return not told.empty and bool(told.duplicated()[1:].all())
 
 
 def _effects(claim: Claim, values: pd.DataFrame) -> np.ndarray:
-    """Of each seed: ln a − mean ln b of ratios, a − mean b of differences."""
+    """The effect in each seed: ln a − mean ln b for ratios, a − mean b for differences."""
     chosen = values[[claim.measure, *claim.others]].to_numpy()
     scaled = log(chosen) if claim.compare == "ratio" else chosen
     return scaled[:, 0] - (scaled[:, 1:].mean(1) if claim.others else 0)

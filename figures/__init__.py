@@ -1,4 +1,4 @@
-"""Figures: draws what analysis computes, and computes nothing."""
+"""Figures: they draw what analysis computes, and compute nothing themselves."""
 
 from .catalogue import FIGURES, caption, claim, draw
 from .explore import explore

@@ -19,7 +19,7 @@ from .style import theme
 
 
 class Entry(NamedTuple):
-    """What draws a figure, whose docstring opens with its claim, and what says in a sentence what was found."""
+    """The function that draws a figure, whose docstring opens with its claim, and the one that states the finding."""
 
     draw: Callable[[Runs], Figure]
     finding: Callable[[Runs], str]
@@ -71,7 +71,7 @@ def claim(name: str) -> str:
 
 
 def compares(name: str) -> bool:
-    """Whether a figure lays measures side by side: its claim is about several."""
+    """Whether a figure compares measures, so that its claim is about several."""
     return _entry(name).draw.__module__ == comparison.__name__
 
 
@@ -81,7 +81,7 @@ def caption(name: str) -> str:
 
 
 def finding(name: str, runs: Runs) -> str:
-    """What was found, in a sentence; "" where that needs more than the figure does."""
+    """What was found, in a sentence; "" if that needs more than the figure does."""
     try:
         return _entry(name).finding(runs)
     except MissingQuantityError:
@@ -89,7 +89,7 @@ def finding(name: str, runs: Runs) -> str:
 
 
 def _measures(runs: Runs) -> list[str]:
-    """By which the runs were pruned, and behind them those that they compared."""
+    """The measures by which the runs were pruned, then those that the runs compared."""
     compared = [
         columns(run, "scores", ["measure"]).measure.values.tolist() for run in runs.values() if has(run, "scores")
     ]

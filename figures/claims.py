@@ -1,4 +1,4 @@
-"""The figure of the paper's claims: every effect with its interval, and on which side of no effect it lies."""
+"""The figure of the paper's claims: every effect with its interval, beside the line of no effect."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .style import VERDICTS, marker
 
 _BOUNDS = ["value", "low", "high"]
 _COLUMNS = 3
-_LETTERS = 44  # of a line of a claim
-_TITLE = 30  # of a line over a panel
-_LINE = 0.135  # inches of such a line
+_LETTERS = 44  # in a line of a claim
+_TITLE = 30  # letters in a line of a panel's title
+_LINE = 0.135  # inches, height of a line
 _FARTHEST = 30.0  # a ratio beyond it is an arrow
 _TICKS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of ratios
 
@@ -70,7 +70,7 @@ def claims(runs: Runs) -> Figure:
 
 
 def _networks(found: pd.DataFrame) -> list[str]:
-    """Model, data and sparsity of each row, in the lines of a title."""
+    """Model, data and sparsity of each row, as lines of a title."""
     names = zip(found.model.map(name_of), found["data"].map(name_of), strict=True)
     pruned = ["" if pd.isna(share) else f"{share}% pruned" for share in percentages(found.sparsity)]
     titles = (wrapped(", ".join(filter(None, name)), _TITLE) for name in names)
@@ -78,7 +78,7 @@ def _networks(found: pd.DataFrame) -> list[str]:
 
 
 def _prunings(found: pd.DataFrame) -> list[str]:
-    """Rounds and further settings of each row, in print."""
+    """Rounds and further settings of each row, as printed."""
     settings = found.drop(columns=["claim", "says", *JUDGED])
     others = names_of_conditions(settings.assign(model="", data="", rounds=0))
     rounds = [f"{count} round{'s' * (count != 1)}" for count in found.rounds]
@@ -86,7 +86,7 @@ def _prunings(found: pd.DataFrame) -> list[str]:
 
 
 def _markers(found: pd.DataFrame) -> dict[str, str]:
-    """A marker for each pruning; the first is kept for a single round, so that it says the same in every figure."""
+    """A marker for each pruning; the first marker always means a single round, so it is the same in every figure."""
     first = 0 if (found.rounds == 1).any() else 1
     return {pruning: marker(place) for place, pruning in enumerate(found.pruned.unique(), first)}
 
@@ -96,12 +96,12 @@ def _text(name: str) -> str:
 
 
 def _height(name: str, intervals: int) -> float:
-    """Inches of a claim's row: what its text takes, or its intervals one under the other."""
+    """Inches of a claim's row: the height of its text, or of its stacked intervals if that is larger."""
     return 0.07 + max(_LINE * (1 + _text(name).count("\n")), 0.1 * intervals)
 
 
 def _draw(ax: Axes, found: pd.DataFrame, names: Sequence[str], markers: Mapping[str, str]) -> None:
-    """A row a claim: its effects in one network, of each pruning one under the other, in their verdicts' colours."""
+    """One row per claim: its effects in one network, stacked by pruning, in the colours of their verdicts."""
     places = (np.arange(len(markers)) - (len(markers) - 1) / 2) * min(0.25, 0.7 / len(markers))
     apart = dict(zip(markers, places, strict=True))
     for row in found.itertuples():
@@ -120,7 +120,7 @@ def _draw(ax: Axes, found: pd.DataFrame, names: Sequence[str], markers: Mapping[
 
 
 def _scale(ax: Axes, kind: pd.DataFrame) -> None:
-    """One scale for all networks, with no effect in its middle."""
+    """The same scale for all networks, with no effect in the middle."""
     if kind.null.iloc[0]:
         farthest = np.abs(np.log(kind.value)).max().clip(np.log(4), np.log(_FARTHEST))
         ax.set_xscale("log")
@@ -137,7 +137,7 @@ def _scale(ax: Axes, kind: pd.DataFrame) -> None:
 
 
 def _flush_left(axes: Sequence[Axes]) -> None:
-    """The claims beside the panels begin one under the other."""
+    """Align the claims beside the panels to the left."""
     labels = [label for ax in axes for label in ax.get_yticklabels()]
     renderer = axes[0].figure.canvas.get_renderer()
     widest = max(label.get_window_extent(renderer).width for label in labels)

@@ -205,9 +205,9 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
 
 
 def _draw_medians(ax: Axes, measures: comparison.ByMeasure, quantity: str, marks: Sequence[float] = ()) -> None:
-    """Median over seeds of each measure that has it, in the band of its quartiles, which may leave the axis.
+    """Draw each measure's median over seeds, if it has one, with the band of quartiles, which may leave the axis.
 
-    The axis holds the medians, and ``marks`` in any case.
+    The axis is fitted to the medians, and to ``marks``.
     """
     for measure, style in named_styles(measures).items():
         if quantity in measures[measure]:
@@ -225,18 +225,18 @@ def _is_one_run(found: Mapping[str, comparison.ByMeasure]) -> bool:
 
 
 def _height(found: Mapping[str, comparison.ByMeasure]) -> float:
-    """Inches of a panel with a row a measure, as many lines high as its name."""
+    """Inches of a panel with one row per measure, each as high as the lines of its name."""
     lines = (sum(1 + wrapped(name_of(measure)).count("\n") for measure in measures) for measures in found.values())
     return 0.7 + 0.16 * max(lines)
 
 
 def _beside(count: int) -> np.ndarray:
-    """Places around a layer's for the points of several measures."""
+    """Offsets from a layer's place for the points of several measures."""
     return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
 
 
 def _reached(measures: comparison.ByMeasure) -> tuple[float, dict[str, xr.DataArray]]:
-    """Steps to the smallest share of the first loss that all runs reached, else to the largest by those that did."""
+    """Steps to the smallest share of the first loss that all runs reached; if there is none, to the largest share."""
     shares = next(iter(measures.values())).share.values
     finite = [
         share for share in shares if all(np.isfinite(v.steps_to_loss.sel(share=share)).all() for v in measures.values())

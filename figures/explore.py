@@ -1,4 +1,4 @@
-"""Interactive exploration of records in Jupyter: pictures and numbers that follow what is chosen."""
+"""Interactive exploration of records in Jupyter: pictures and numbers that follow the user's choices."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def explore(runs: Runs) -> Tab:
 
 
 def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
-    """What runs recorded over their steps: in print, and as group and name."""
+    """The quantities that runs recorded over their steps: printed name → group and name."""
     found = dict.fromkeys((of.name, name) for of in _over_steps(runs) for name in of.data_vars)
     known = {(node, row.name): f": {row.symbol}" for node in _OVER_STEPS for row in quantities(node)}
     order = [*(of for of in known if of in found), *(of for of in found if of not in known)]
@@ -81,7 +81,7 @@ def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
 
 
 def _over_steps(runs: Runs) -> list[xr.DataTree]:
-    """The groups of runs in which there is any step."""
+    """The runs' groups that have any steps."""
     return [run[name] for name in _OVER_STEPS for run in runs.values() if has(run, name)]
 
 
@@ -100,7 +100,7 @@ def _several(widgets: ModuleType, options: list[str], chosen: list[str], descrip
 
 
 def _shown(widgets: ModuleType, page: Callable[..., str], **controls: ValueWidget) -> VBox:
-    """Controls, and under them the page of what they say."""
+    """The controls, and below them the page that ``page`` makes of their values."""
     shown = widgets.HTML()
 
     def follow(_: object = None) -> None:

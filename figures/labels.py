@@ -1,4 +1,4 @@
-"""How long names are written: in lines of a width that a panel has, and shortened where only their place counts."""
+"""Long names in figures: broken into lines of a panel's width, or shortened where the full name is not needed."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Sequence
 
 _WIDTH = 30  # characters of a label
 _LONG = 24  # characters of a layer's name
-_WHOLE = 8  # characters of a part of a dotted name that stays as it is
+_WHOLE = 8  # longest part of a dotted name that is not shortened, in characters
 _LONGEST = 36
 
 
 def wrapped(text: str, width: int = _WIDTH) -> str:
-    """The text in lines of at most so many characters; a last word of one or two, a seed say, does not stand alone."""
+    """The text in lines of at most ``width`` characters; a short last word, such as a seed, gets no line of its own."""
     head, _, last = text.rpartition(" ")
     whole = f"{head}\0{last}" if head and len(last) < 3 else text
     return plain(textwrap.fill(whole, width).replace("\0", " "))
 
 
 def plain(text: str) -> str:
-    """The text as it is: a dollar in it begins no formula."""
+    """The text with dollar signs escaped, so that none begins a formula."""
     return text.replace("$", r"\$")
 
 
 def layer_names(names: Sequence[str]) -> list[str]:
-    """Names of layers without what all have in common at their head, the middle of long ones left out.
+    """Names of layers without their common beginning, and with the middle of long ones left out.
 
-    As much of the middle stays as tells them apart, up to a length.
+    As much of the middle stays as is needed to distinguish them, up to a length.
     """
     names = [str(name) for name in names]
     paths = [name.split(".") for name in names]

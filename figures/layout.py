@@ -26,12 +26,12 @@ from .style import DEPTH, named_styles
 
 
 def compared(prediction: xr.Dataset) -> np.ndarray:
-    """Measured and predicted values, all together."""
+    """Measured and predicted values in one array."""
     return prediction[["measured", *ORDERS]].to_array().values.ravel()
 
 
 def symmetric(ax: Axes, values: np.ndarray) -> None:
-    """The same scale on both axes, square, with the line on which a prediction is exact."""
+    """Make a panel square, with the same scale on both axes and the line on which a prediction is exact."""
     for axis in (ax.xaxis, ax.yaxis):
         scales.scale_axis(axis, values, zeros=True)
         if axis.get_scale() == "linear":
@@ -59,26 +59,26 @@ def grid(
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=sharex, sharey=sharey, squeeze=False)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
-    for ax in axes.flat[count - columns : count]:  # the lowest of each column
+    for ax in axes.flat[count - columns : count]:  # the lowest panel of each column
         ax.tick_params(labelbottom=True)
     return figure, list(axes.flat[:count])
 
 
 def alike(predictions: Mapping[str, xr.Dataset]) -> bool:
-    """Whether one axis of steps shows all: the longest is at most three times as long as the shortest."""
+    """Whether one axis of steps suits all: the longest run is at most three times as long as the shortest."""
     last = [float(of.step[-1]) + 1 for of in predictions.values() if of.sizes["step"]]
     return max(last, default=1) <= 3 * min(last, default=1)
 
 
 def of_one_size(predictions: Mapping[str, xr.Dataset]) -> bool:
-    """Whether one scale shows all: the largest values of each lie within two decades."""
+    """Whether one scale suits all: their largest values lie within two decades."""
     sizes = [np.abs(values[np.isfinite(values)]).max(initial=0) for values in map(compared, predictions.values())]
     sizes = [size for size in sizes if size]
     return max(sizes, default=1) <= 100 * min(sizes, default=1)
 
 
 def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> None:
-    """One scale for all panels where they share it, else one each, and labels on the outer ones only."""
+    """Scale all panels together if they share a y axis, else each by itself; only the outer ones are labelled."""
     values = [compared(prediction) for prediction in predictions.values()]
     shared = len(axes[0].get_shared_y_axes().get_siblings(axes[0])) > 1
     for ax, own in zip(axes, values, strict=False):
@@ -91,24 +91,24 @@ def shared_axes(figure: Figure, axes: list[Axes], predictions: Mapping[str, xr.D
 
 
 def label_lowest(axes: list[Axes]) -> None:
-    """The label of a shared x axis under the lowest panel of each column only."""
+    """Put the label of a shared x axis under the lowest panel of each column only."""
     for ax in axes[: -axes[0].get_gridspec().ncols]:
         ax.set_xlabel("")
 
 
 def named(ax: Axes, condition: str, *, panels: int = 1) -> None:
-    """Give one or several panels in a row the name of their condition for a title, in as many lines as they take."""
+    """Title one or several panels in a row with their condition's name, in as many lines as it needs."""
     inches = ax.get_position().width * ax.figure.get_figwidth() * panels
     ax.set_title(wrapped(condition, int(19 * inches)), fontsize=8)
 
 
 def headed(figure: Figure, what: str) -> None:
-    """Say over all panels what they show, in as many lines as it takes."""
+    """Write above all panels what they show, in as many lines as it needs."""
     figure.suptitle(wrapped(what, int(14 * figure.get_figwidth())) or None, x=0.01, ha="left", fontsize=10)
 
 
 def legend_below(figure: Figure, *others: Line2D) -> None:
-    """One legend for all panels, under them: every label once, in as many columns as fit; with further entries."""
+    """One legend below all panels: every label once, and further entries, in as many columns as fit."""
     drawn = [handle for ax in figure.axes for handle in ax.get_legend_handles_labels()[0]]
     handles = list({handle.get_label(): handle for handle in [*drawn, *others][::-1]}.values())[::-1]
     if handles:
@@ -118,7 +118,7 @@ def legend_below(figure: Figure, *others: Line2D) -> None:
         while columns > 1 and _legend_width(figure, handles, columns) > figure.bbox.width:
             columns -= 1
         rows = -(-len(handles) // columns)
-        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))  # rows alike
+        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))  # equal rows
 
 
 def _legend_width(figure: Figure, handles: list[Artist], columns: int) -> float:
@@ -129,7 +129,7 @@ def _legend_width(figure: Figure, handles: list[Artist], columns: int) -> float:
 
 
 def depth_bar(figure: Figure, axes: list[Axes], layers: Sequence[str]) -> None:
-    """The colours of many layers under all panels, with the first and the last by name."""
+    """A bar with the colours of many layers below all panels; the first and the last layer are named."""
     figure.set_figheight(figure.get_figheight() + 0.6)
     scale = ScalarMappable(Normalize(0, len(layers) - 1), DEPTH)
     bar = figure.colorbar(scale, ax=axes, location="bottom", aspect=50, shrink=0.8, ticks=[0, len(layers) - 1])
@@ -140,7 +140,7 @@ def depth_bar(figure: Figure, axes: list[Axes], layers: Sequence[str]) -> None:
 
 
 def share_bar(figure: Figure, axes: list[Axes], what: str) -> None:
-    """The colours of shares beside the panels that :func:`figures.panels.draw_layer_map` drew."""
+    """A bar with the colours of shares beside the panels that :func:`figures.panels.draw_layer_map` drew."""
     bar = figure.colorbar(axes[0].collections[0], ax=axes, label=what, pad=0.01, aspect=25)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
 
@@ -157,7 +157,7 @@ def rows_of(
 def events_of(
     runs: Runs, when: Callable[[xr.DataTree], tuple[list[float], list[float]]]
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """By condition, when the prunings of all its runs were and when their other events: in steps, or in epochs."""
+    """By condition, the times of all its runs' prunings, and those of their other events: in steps, or in epochs."""
     found = {}
     for condition, rows in by_condition(comparisons(runs)).items():
         every = [when(runs[label]) for label in rows.run]
@@ -168,15 +168,15 @@ def events_of(
 
 
 def models(runs: Runs, labels: Iterable[str]) -> dict[str, list[str]]:
-    """Runs by model and data set, whose names in print they have in common."""
+    """Runs grouped by model and data set, under the printed names of these."""
     groups = conditions(runs).loc[list(labels)].groupby(["model", "data"], sort=False).groups
     return {", ".join(name_of(part) for part in names if part): list(of) for names, of in groups.items()}
 
 
 def by_measure(runs: Runs, labels: Iterable[str]) -> dict[str, dict[str, object]]:
-    """Style of each run: that of its measure, whose name stands in the legend once; the measures in turns.
+    """Style of each run: that of its measure, which the legend names once. Runs are ordered with measures in turns.
 
-    So of many points on each other those of no measure lie above all others'.
+    So where many points overlap, no measure's points hide all others'.
     """
     measures = conditions(runs).measure[list(labels)]
     styles = named_styles(measures)

@@ -1,15 +1,15 @@
-"""How a line of values is drawn: whole where it was sampled, ended where it stops, in windows where it is long."""
+"""How a line of values is drawn: across unsampled steps, with a cross where it ends, and in windows if it is long."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
 
-_FEW = 30  # points, each of which is marked
-_MANY = 500  # points: more are a solid block
+_FEW = 30  # up to so many points, each is marked
+_MANY = 500  # more points would be a solid block
 _WINDOWS = 150
-_PAUSE = 10  # gaps beside one
-_DOZEN = 12  # markers of a line of more than a few points
+_PAUSE = 10  # a pause is more than so many times as long as the gaps beside it
+_DOZEN = 12  # markers on a line of more than a few points
 
 ENDED = "last finite value of a run"
 
@@ -18,14 +18,14 @@ def draw_line(
     x: np.ndarray, y: np.ndarray, *, ax: Axes, low: np.ndarray | None = None, high: np.ndarray | None = None,
     band: bool = True, zeros: bool = True, **style: object,
 ) -> None:  # fmt: skip
-    """A line through the values that are known, in the band from ``low`` to ``high``.
+    """Draw a line through the known values, in the band from ``low`` to ``high``.
 
-    A NaN between two values is a place where nothing was recorded: the line goes on, but not over a gap ten times as
-    long as those beside it, as where recording paused. Where NaN lasts to the end for longer than it ever did between
-    values, the line ends at a cross. Of many points the line is the median of windows,
-    and the band holds all in them. Few points are marked each, many a dozen times. So many lines that their bands
-    would hide them are drawn without: ``band=False``. Where the axis has no place for zeros, ``zeros=False``, the line
-    is that of the others, and goes on over zeros as over NaN.
+    NaN between two values means that nothing was recorded there: the line goes on, unless the gap is more than ten
+    times as long as those beside it, because recording paused. If NaN at the end lasts for longer than it ever did
+    between values, the line ends at a cross. Many points are drawn as the median of windows, and the band covers all
+    values in these. If points are few, each is marked; else about a dozen are. ``band=False``: without a band, for so
+    many lines that bands would hide them. ``zeros=False``: the axis has no place for zeros, so the line skips them like
+    NaN.
     """
     x, y = np.asarray(x), np.asarray(y)
     known = ~np.isnan(y) & (zeros | (y != 0))
@@ -46,17 +46,17 @@ def draw_line(
 
 
 def mark_end(x: np.ndarray, y: np.ndarray, *, ax: Axes, color: object) -> None:
-    """A cross where a run has its last finite value."""
+    """Draw a cross at a run's last finite value."""
     ax.plot(x, y, "x", color=color, markersize=6, label=ENDED, zorder=3)
 
 
 def evenly(count: int, most: int) -> np.ndarray:
-    """Places of at most so many among ``count``, the first and the last with them, spread evenly."""
+    """Indices of at most ``most`` among ``count``, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def _ended(y: np.ndarray) -> bool:
-    """Whether no value is finite for longer at the end than ever before: not between two samples."""
+    """Whether the values at the end are not finite for longer than between any two samples before."""
     finite = np.flatnonzero(np.isfinite(y))
     if not finite.size:
         return False
@@ -64,7 +64,7 @@ def _ended(y: np.ndarray) -> bool:
 
 
 def _pauses(x: np.ndarray) -> np.ndarray:
-    """Places behind a gap that is much longer than the one before it and the one after it."""
+    """Indices of the points after a gap that is much longer than the gaps before and after it."""
     gaps = np.diff(x)
     return 2 + np.flatnonzero(gaps[1:-1] > _PAUSE * np.maximum(gaps[:-2], gaps[2:]))
 
@@ -76,7 +76,7 @@ def _windows(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) ->
 
 
 def _marked(count: int, style: dict[str, object]) -> dict[str, object]:
-    """The style with its markers so often that they are seen; a line of less than three points is made of them."""
+    """The style with markers spaced so that they can be told apart; one or two points are always marked."""
     if "marker" in style and count > _FEW:
         return {"markevery": max(1, count // _DOZEN), **style}
     return style if "marker" in style or count not in (1, 2) else {"marker": "o", "markersize": 3.5, **style}

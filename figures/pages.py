@@ -1,4 +1,4 @@
-"""What :func:`figures.explore` shows for a choice, in HTML: a figure, a prediction or a quantity, with its text."""
+"""The pages that :func:`figures.explore` shows, in HTML: a figure, a prediction or a quantity, with its text."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ PREDICTIONS: dict[str, Callable[[xr.DataTree], xr.Dataset]] = {
 }
 WHOLE = "whole network"
 
-_DOTS = 110  # of a picture, for an inch
+_DOTS = 110  # per inch of a picture
 _SIZE = (7.2, 3.6)  # inches
 
 
 def figure_page(runs: Runs, name: str, labels: Iterable[str]) -> str:
-    """A figure of the runs that are chosen, in HTML, under its claim and over how it is read and what was found."""
+    """A figure of the chosen runs, in HTML: its claim, the picture, how to read it, and what was found."""
     chosen, heading = {label: runs[label] for label in labels}, f"<h4>{html.escape(claim(name), quote=False)}</h4>"
     if not chosen:
         return _said("No run is chosen.")
@@ -52,7 +52,7 @@ def figure_page(runs: Runs, name: str, labels: Iterable[str]) -> str:
 
 
 def prediction_page(runs: Runs, label: str, prediction: str, window: tuple[int, int]) -> str:
-    """Predicted and measured values of the steps of a window, both with them, in HTML, and how well they agree."""
+    """Predicted and measured values in a window of steps, ends included, in HTML, and how well they agree."""
     run = runs[label]
     try:
         found = PREDICTIONS[prediction](run).sel(step=slice(*window))
@@ -69,7 +69,7 @@ def prediction_page(runs: Runs, label: str, prediction: str, window: tuple[int, 
 def quantity_page(
     runs: Runs, label: str, quantity: tuple[str, str], layers: Iterable[str], window: tuple[int, int]
 ) -> str:
-    """A quantity over the steps of a window, both with them, of the layers that are chosen, in HTML."""
+    """A quantity of the chosen layers over a window of steps, ends included, in HTML."""
     (node, name), run = quantity, runs[label]
     try:
         values = columns(run, node, [name])[name].sel(step=slice(*window))
@@ -96,7 +96,7 @@ def quantity_page(
 
 
 def _chosen(values: xr.DataArray, layers: list[str]) -> list[xr.DataArray]:
-    """The layers that are chosen, and the whole network, to which they add up."""
+    """The quantity of the chosen layers, and of the whole network as the sum over all layers."""
     if "layer" not in values.dims:
         return [values]
     if WHOLE in layers and values.name in SPEEDS:
@@ -107,7 +107,7 @@ def _chosen(values: xr.DataArray, layers: list[str]) -> list[xr.DataArray]:
 
 
 def _finish(figure: Figure, heading: str, run: xr.DataTree, window: tuple[int, int]) -> None:
-    """What belongs to a single panel over steps: the events in its window, a legend, a heading."""
+    """Add to a single panel over steps the events in its window, a legend and a heading."""
     (ax, *_) = figure.axes
     within = [[step for step in steps if window[0] < step <= window[1]] for steps in in_steps(run)]
     panels.draw_events(*within, ax=ax)

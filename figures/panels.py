@@ -18,13 +18,13 @@ from .scales import count_axis, fit_axis
 from .style import DEPTH, LINES, MEASURED, OTHER_EVENT, PRUNING
 
 _LAYER_SIZE = 7  # points
-FEW_LAYERS = 15  # whose names a legend holds
-MANY_LAYERS = 24  # over which the points of several measures are not told apart
-_DOTS = 60  # measured ones: more hide what was predicted
+FEW_LAYERS = 15  # up to so many, a legend names them
+MANY_LAYERS = 24  # with more, the points of several measures cannot be told apart
+_DOTS = 60  # more measured dots would hide the predictions
 
 
 def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; of many dots, some."""
+    """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; many dots are thinned."""
     ax = ax or plt.gca()
     for order, style in LINES.items():
         draw_line(prediction.step.values, prediction[order].values, ax=ax, **style)
@@ -88,8 +88,8 @@ def draw_times(times: Iterable[float], others: Iterable[float] = (), *, ax: Axes
 
 
 def say_where_empty(ax: Axes) -> Axes:
-    """Say in the middle of a panel that none of its points is finite, if so, in place of ticks that are its own."""
-    drawn = (line.get_xydata() for line in ax.lines if line.get_transform() is ax.transData)  # not a line all across
+    """If none of a panel's points is finite, say so in its middle, and remove the ticks that are its own."""
+    drawn = (line.get_xydata() for line in ax.lines if line.get_transform() is ax.transData)  # not one across the panel
     if not any(np.isfinite(points).all(1).any() for points in drawn):
         place = {"transform": ax.transAxes, "ha": "center", "va": "center"}
         ax.text(0.5, 0.5, "no finite value", color="0.4", backgroundcolor="white", **place)
@@ -100,15 +100,15 @@ def say_where_empty(ax: Axes) -> Axes:
 
 
 def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
-    """The median over seeds of a quantity over its one dimension, in the band of its quartiles; few points are marked.
+    """The median over seeds of a quantity over its one dimension, with the band of quartiles; few points are marked.
 
-    A cross is where one of several seeds ends, or is finite for the last time: beyond, the median is of the others.
+    A cross marks where one of several seeds ends or is last finite; beyond it, the median is that of the others.
     """
     ax = ax or plt.gca()
     (dim,) = summary["median"].dims
     x, median, low, high, seeds = (summary[name].values for name in (dim, "median", "low", "high", "seeds"))
     draw_line(x, median, ax=ax, low=low, high=high, **{"alpha": 0.9, "markersize": 3.5, **style})
-    to_come = np.maximum.accumulate(seeds[::-1])[::-1]  # how many are there at once from here on
+    to_come = np.maximum.accumulate(seeds[::-1])[::-1]  # the most seeds at any place from here on
     fewer = np.flatnonzero((np.diff(to_come) < 0) & (to_come[1:] > 0))
     if fewer.size:
         mark_end(x[fewer], median[fewer], ax=ax, color=style.get("color"))
@@ -120,7 +120,10 @@ def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object)
 def draw_seeds(
     values: Mapping[str, xr.DataArray], styles: Mapping[str, Mapping[str, object]], *, ax: Axes | None = None
 ) -> Axes:
-    """A row a measure: its value in each seed (small), and their mean with its interval (large), which may leave."""
+    """One row per measure: its value in each seed (small) and their mean with its interval (large).
+
+    The interval may extend beyond the axis.
+    """
     ax = ax or plt.gca()
     rows = list(styles)
     for measure, of_seeds in values.items():
@@ -153,9 +156,9 @@ def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: fl
 
 
 def draw_layer_map(values: Mapping[str, xr.DataArray], *, ax: Axes | None = None) -> Axes:
-    """A row a name, a column a layer, in the network's order: shares from 0 to 1 as colours.
+    """One row per name and one column per layer, in the network's order: shares from 0 to 1 as colours.
 
-    Where networks differ in their layers, each has its own only.
+    If networks differ in their layers, each row has its own only.
     """
     ax = ax or plt.gca()
     layers = list(dict.fromkeys(layer for shares in values.values() for layer in shares.layer.values.tolist()))
@@ -170,7 +173,7 @@ def draw_layer_map(values: Mapping[str, xr.DataArray], *, ax: Axes | None = None
 
 
 def draw_layer_bars(summary: xr.Dataset, *, ax: Axes | None = None, beside: float = 0.0, color: object = None) -> Axes:
-    """At each layer, or ``beside`` it, a bar from ``low`` to ``high``; none where they are not known."""
+    """A bar from ``low`` to ``high`` at each layer, or ``beside`` it; none where these are unknown."""
     ax = ax or plt.gca()
     ax.vlines(
         np.arange(summary.sizes["layer"]) + beside, summary.low, summary.high, color=color, alpha=0.35, linewidth=1
@@ -179,7 +182,7 @@ def draw_layer_bars(summary: xr.Dataset, *, ax: Axes | None = None, beside: floa
 
 
 def _name_layers(ax: Axes, names: list[str]) -> None:
-    """A tick a layer, with the names of as many as there is room for."""
+    """One tick per layer, with names for as many as there is room for."""
     room = 72 * ax.figure.get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
     labelled = np.arange(0, len(names), -(-len(names) // int(room)))
     ax.set_xticks(labelled, [names[place] for place in labelled], rotation=90, fontsize=_LAYER_SIZE)

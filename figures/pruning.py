@@ -214,7 +214,7 @@ def measure_agreement(runs: Runs) -> Figure:
 
 
 def _compared_measures(runs: Runs) -> tuple[str, str, xr.Dataset, xr.Dataset, xr.Dataset, np.ndarray]:
-    """The first run that has scores, in print; the reference measure; what it says of all; the steps it compared at."""
+    """Of the first run that has scores: title, reference measure, rank agreement, overlap, noise, and their steps."""
     name = comparing(runs)
     noise = analysis.score_noise(runs[name])
     measures = noise.measure.values.tolist()
@@ -252,5 +252,5 @@ def scale_invariance(runs: Runs) -> Figure:
 
 
 def _scale(values: xr.DataArray) -> str:
-    """Logarithmic where any value has a place on it: in a dead network none has."""
+    """Set a logarithmic scale if any value is positive, which none is in a dead network."""
     return "log" if (values > 0).any() else "linear"

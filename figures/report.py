@@ -30,10 +30,10 @@ from dynamics.schema import COMPARED_BY
 from .catalogue import FIGURES, caption, claim, compares, draw, finding
 from .style import theme
 
-# What the report's first lines say of an experiment.
+# The settings of an experiment that the report's first lines give.
 _SAID = {"model", "data", "width", "epochs", "measure", "sparsity", "rounds", "seed"}
 
-_DOTS, _PIXELS = 200, 130  # of a picture, and of the page, for an inch of a figure
+_DOTS, _PIXELS = 200, 130  # per inch of a figure: of the picture, and on the page
 
 
 @remembering()
@@ -60,7 +60,7 @@ def write_report(runs: Runs, folder: str | Path, *, records: list[str]) -> Path:
             figure = draw(name, runs)
         except MissingQuantityError as error:
             missing[name] = str(error)
-            for suffix in (".png", ".pdf"):  # of other records
+            for suffix in (".png", ".pdf"):  # from other records
                 (folder / name).with_suffix(suffix).unlink(missing_ok=True)
             continue
         webp, width = _save(figure, folder / name, _origin(runs))
@@ -75,9 +75,9 @@ def write_report(runs: Runs, folder: str | Path, *, records: list[str]) -> Path:
 
 
 def _save(figure: Figure, stem: Path, origin: str) -> tuple[str, int]:
-    """Write PNG and PDF; the picture in base64, and how many pixels wide it is on the page, all letters of one size.
+    """Write PNG and PDF; returns the picture in base64 and its width on the page in pixels, the same scale for all.
 
-    On the page it is WebP without a loss, which takes half of what PNG does.
+    On the page it is lossless WebP, which takes half the size of PNG.
     """
     png = stem.with_suffix(".png")
     with theme():
@@ -108,7 +108,7 @@ def _page(runs: Runs, drawn: list[dict[str, object]], missing: dict[str, str], r
 
 
 def _parts(parts: Mapping[str, pd.DataFrame | list[str]]) -> dict[str, dict[str, object] | list[str]]:
-    """Of tables the heads of their columns and the groups of their rows; sentences as they are."""
+    """Tables as the heads of their columns and the groups of their rows; sentences unchanged."""
     return {
         title: dict(zip(("head", "groups"), grouped(part), strict=True)) if isinstance(part, pd.DataFrame) else part
         for title, part in parts.items()
@@ -142,7 +142,7 @@ def _done(runs: Runs) -> str:
 
 
 def _told(runs: Runs) -> str:
-    """What instrumented loops were said to train, by which measures they were pruned, and how many seeds there are."""
+    """What instrumented loops trained, according to their attributes, their measures, and the number of seeds."""
     table = conditions(runs)
     trained = _listed(
         " on ".join(filter(None, map(name_of, one))) for one in table[["model", "data"]].itertuples(index=False)

@@ -1,4 +1,4 @@
-"""Room for what is written around the panels of a figure: it grows by what long names take, and ticks make way."""
+"""Room for the text around a figure's panels: the figure grows with long names, and colliding ticks are removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _APART = 2  # pixels between labels
 
 
 def settle(figure: Figure) -> None:
-    """Give the data of a finished figure most of the size it was made with, and leave out ticks whose labels meet."""
+    """Grow a finished figure until its data have most of its original size, and remove ticks whose labels collide."""
     _grow(figure)
     figure.draw_without_rendering()
     for ax in _shown(figure):
@@ -50,19 +50,19 @@ def _grow(figure: Figure) -> None:
 
 
 def _names(ax: Axes, renderer: RendererBase) -> float:
-    """How high the names of a panel's rows are, one under the other."""
+    """Total height of the names of a panel's rows, with a margin."""
     return 1.2 * sum(tick.label1.get_window_extent(renderer).height for tick in _in_view(ax.yaxis))
 
 
 def _in_view(axis: Axis) -> list[Tick]:
-    """The ticks that are seen with a label."""
+    """The visible ticks that have a label."""
     low, high = sorted(axis.get_view_interval())
-    ticks = axis.get_major_ticks() if axis.get_majorticklabels() else []  # these bring the ticks up to date
+    ticks = axis.get_major_ticks() if axis.get_majorticklabels() else []  # asking for labels updates the ticks
     return [tick for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()]
 
 
 def _thin(axis: Axis) -> None:
-    """Leave out ticks until no labels meet, zero the last: of a symmetric scale those that do, else every second."""
+    """Remove ticks until no labels collide, but not zero: single ones on a symmetric scale, else every second or so."""
     ticks = _in_view(axis)
     if not ticks or not ticks[0].label1.get_visible():
         return
@@ -74,7 +74,7 @@ def _thin(axis: Axis) -> None:
 
 
 def _every(places: np.ndarray, boxes: list[Bbox], along: str) -> list[int]:
-    """All, or every second, or third, and so on, zero among them."""
+    """Indices of all ticks, or every second, or third, and so on, zero among them."""
     zero = int(np.abs(places).argmin()) if 0 in places else 0
     for every in range(1, len(places) + 1):
         kept = list(range(zero % every, len(places), every))
@@ -84,7 +84,7 @@ def _every(places: np.ndarray, boxes: list[Bbox], along: str) -> list[int]:
 
 
 def _outward(places: np.ndarray, boxes: list[Bbox], along: str) -> list[int]:
-    """From zero outwards each that meets none of those before it."""
+    """Indices of the ticks that, from zero outwards, collide with none of those chosen before."""
     kept: list[int] = []
     for place in np.argsort(np.abs(places), kind="stable").tolist():
         if not _meet([boxes[one] for one in (*kept, place)], along):

@@ -1,4 +1,4 @@
-"""Scales, limits and ticks of an axis, from the values that are drawn on it."""
+"""Scales, limits and ticks of an axis, derived from the values that are drawn on it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _STEPS = (1, 2, 5, 10)  # nice multiples
 
 
 def scale_axis(axis: Axis, values: np.ndarray, *, zeros: bool = False) -> None:
-    """Logarithmic where no value is negative; else symmetric, linear below the first decile and 10⁻⁵ of the ninth.
+    """Set a logarithmic scale if no value is negative, else a symmetric one or, for a narrow range, a linear one.
 
-    Linear altogether where some are negative and their sizes span less than a factor 30.
+    The symmetric scale is linear below the first decile and 10⁻⁵ of the ninth; the whole scale is linear if some values
+    are negative and their sizes span less than a factor of 30.
 
     Args:
-        axis: of a panel.
-        values: all that are drawn; inf and NaN count for nothing.
-        zeros: they are values like others, so that the scale is symmetric; else a logarithm leaves them out.
+        axis: an axis of a panel.
+        values: all that are drawn; inf and NaN are ignored.
+        zeros: zeros count as values, which makes the scale symmetric; else a logarithmic scale leaves them out.
     """
     values = values[np.isfinite(values)]
     sizes = np.abs(values[values != 0])
@@ -38,7 +39,7 @@ def scale_axis(axis: Axis, values: np.ndarray, *, zeros: bool = False) -> None:
 
 
 def fit_axis(axis: Axis, values: np.ndarray) -> None:
-    """Limits that hold the values with a margin, whatever else is drawn."""
+    """Set limits that contain the values with a margin, whatever else is drawn."""
     shown = values[np.isfinite(values) & ((values > 0) | (axis.get_scale() != "log"))]
     if shown.size:
         transform = axis.get_transform()
@@ -49,16 +50,16 @@ def fit_axis(axis: Axis, values: np.ndarray) -> None:
 
 
 def percent(axis: Axis) -> None:
-    """Shares in per cent, with as many decimals as they need; none below 0 or above 100%."""
+    """Label shares in per cent, with as many decimals as needed, and no ticks below 0 or above 100%."""
     axis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%" if -1e-9 < share < 1 + 1e-9 else "")
     if axis.get_scale() != "log":
         low, high = axis.get_view_interval()
-        margin = 0.03 * (min(high, 1) - max(low, 0))  # a marker on the bound is whole
+        margin = 0.03 * (min(high, 1) - max(low, 0))  # keeps a marker on the bound whole
         getattr(axis.axes, f"set_{axis.axis_name}lim")(max(low, -margin), min(high, 1 + margin))
 
 
 def count_axis(axis: Axis) -> None:
-    """Ticks at whole numbers, of steps or of epochs, as many as there is room for."""
+    """Set ticks at whole numbers, of steps or epochs, as many as there is room for."""
     box = axis.axes.get_position()
     inches = box.width * axis.axes.figure.get_figwidth()
     axis.set_major_locator(MaxNLocator(max(5, round(3 * inches)), steps=_STEPS, integer=True, min_n_ticks=1))
@@ -71,7 +72,7 @@ def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
         narrow = sizes.max() / 8 < sizes.min()
         axis.set_major_locator(MaxNLocator(4, steps=_STEPS) if narrow else LogLocator(subs=(1, 2, 5)))
         plain = sizes.min() >= 1e-4 and sizes.max() < 1e5
-        powers = LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf))  # labels all ticks
+        powers = LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf))  # infinite: all ticks get labels
         axis.set_major_formatter(StrMethodFormatter("{x:g}") if plain else powers)
     axis.set_minor_formatter(NullFormatter())
 
@@ -99,7 +100,7 @@ def _symmetric(axis: Axis, values: np.ndarray, sizes: np.ndarray) -> None:
 
 
 def _bounds(axis: Axis, values: np.ndarray) -> tuple[float, float]:
-    """The least and the largest value; on a symmetric scale the linear part at least of each sign that there is."""
+    """The least and the largest value; on a symmetric scale, at least the linear part on each side that has values."""
     low, high = float(values.min()), float(values.max())
     if axis.get_scale() == "symlog":
         threshold = axis.get_transform().linthresh

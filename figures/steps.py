@@ -38,7 +38,7 @@ from .layout import (
 )
 from .lines import evenly
 
-_PANELS = 12  # of one run each
+_PANELS = 12  # at most, of one run each
 
 _PER_LAYER = (
     ("steps", "param_sqnorm"),
@@ -113,7 +113,7 @@ def quantities_per_layer(runs: Runs) -> Figure:
 
 
 def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:
-    """What the record has of norm, gradient and curvature by layer, over its steps."""
+    """The record's quantities of norm, gradient and curvature by layer, over its steps."""
     found = [columns(run, node, [name])[name] for node, name in _PER_LAYER if has(run, node, name)]
     with suppress(MissingQuantityError):
         found.insert(1, analysis.layer_norm_rate(run))
@@ -121,7 +121,7 @@ def _per_layer(run: xr.DataTree) -> list[xr.DataArray]:
 
 
 def _over_time(runs: Runs, predictions: Mapping[str, xr.Dataset], *, ylabel: str) -> Figure:
-    """Measured and predicted values over the steps, a panel a measure in one seed, with the events marked."""
+    """Measured and predicted values over the steps, one panel per measure in one seed, with the events marked."""
     what, chosen = analysis.side_by_side({label: runs[label] for label in predictions})
     shown = [list(chosen)[place] for place in evenly(len(chosen), _PANELS)]
     some = f"{len(shown)} of {len(chosen)} runs" if len(shown) < len(chosen) else ""

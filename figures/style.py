@@ -1,4 +1,4 @@
-"""What colours, lines and markers mean: the same in every figure."""
+"""The meaning of colours, lines and markers, which is the same in every figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _THEME = Path(__file__).with_name("thetadot.mplstyle")
 MEASURED = {"linestyle": "none", "marker": "o", "color": "0.25", "markersize": 3, "label": "measured"}
 LINES = {
     "first_order": {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order", "zorder": 2.2},
-    "second_order": {"linestyle": "-", "color": "#d55e00", "label": "second order"},  # the first is seen on it
+    "second_order": {"linestyle": "-", "color": "#d55e00", "label": "second order"},  # below the first
 }
 
 # the same at each layer, where a line would join what has no order
@@ -57,18 +57,18 @@ VERDICTS = {
 }
 
 _MARKERS = "osD^vPX*<>"
-_COLOURS = 10  # of seaborn's palette
-_LIGHTEST = 0.88  # of viridis, that is seen on white
+_COLOURS = 10  # in seaborn's palette
+_LIGHTEST = 0.88  # part of viridis that is visible on white
 
 _drawn: ContextVar[tuple[str, ...]] = ContextVar("the measures of a figure", default=())
 
 
 @contextmanager
 def theme(measures: Iterable[str] = ()) -> Iterator[None]:
-    """Draw inside in thetadot's style; afterwards the user's own is as it was.
+    """Inside, figures are drawn in thetadot's style; afterwards the user's own is restored.
 
     Args:
-        measures: all that are drawn, in their order: each has one colour and marker in all panels.
+        measures: all that are drawn, in order: each has one colour and marker in all panels.
     """
     plt.draw_if_interactive()  # wakes the backend: what it sets to show later figures must not end with the style
     before = _drawn.set(tuple(measures))
@@ -80,9 +80,9 @@ def theme(measures: Iterable[str] = ()) -> Iterator[None]:
 
 
 def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
-    """Colour and marker of each run: one a measure, the same in every figure; others take what is left, or all.
+    """Colour and marker of each label: a measure has the same in every figure; other labels get what is left, or all.
 
-    The others are dealt theirs in the order of all that :func:`theme` was told of, of more than ten from dark to light.
+    These get theirs in the order of all labels that :func:`theme` was given; more than ten run from dark to light.
     """
     labels = list(labels)
     known = dict.fromkeys([*_drawn.get(), *labels])
@@ -98,11 +98,11 @@ def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
 
 
 def marker(number: int) -> str:
-    """A marker for each of a turn of the colours; the next turn gives each colour another one."""
+    """The marker of a number; each time the colours repeat, a colour gets another marker."""
     return _MARKERS[(number + max(number - 1, 0) // _COLOURS) % len(_MARKERS)]
 
 
 def named_styles(measures: Iterable[str]) -> dict[str, dict[str, object]]:
-    """:func:`run_styles` of the measures, each once, with its name for the legend."""
+    """:func:`run_styles` of the measures, each once, with its printed name as the legend's label."""
     styles = run_styles(dict.fromkeys(measures))
     return {measure: style | {"label": wrapped(name_of(measure))} for measure, style in styles.items()}

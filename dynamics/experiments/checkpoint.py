@@ -1,4 +1,4 @@
-"""The state of a training between two epochs, in one file inside its record: from there a killed run continues."""
+"""The state of a training between two epochs, in one file inside its record, from which a killed run continues."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def save(record: Path, state: Mapping[str, Any]) -> None:
     """Save a state of tensors, numbers and strings in place of the last one; a kill leaves one or the other.
 
     Raises:
-        OSError: it could not be written, for example because the disk is full. The last one stays.
+        OSError: it could not be written, for example because the disk is full. The previous state stays.
     """
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)  # into memory: torch says nothing of a disk that is full
+    torch.save(dict(state), buffer)  # into memory first: torch does not report a full disk
     replace(place(record), buffer.getbuffer())
 
 
@@ -38,7 +38,7 @@ def load(record: Path) -> dict[str, Any] | None:
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch does not look at the sums that it writes
+            if damaged := archive.testzip():  # torch writes checksums but never checks them
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -47,12 +47,12 @@ def load(record: Path) -> dict[str, Any] | None:
 
 
 def place(record: Path) -> Path:
-    """The file."""
+    """Path of the file with the state."""
     return record / _NAME
 
 
 def saved_at(record: Path) -> int | None:
-    """When a state was saved last, in nanoseconds; None if there is none."""
+    """Time at which a state was last saved, in nanoseconds; None if there is none."""
     path = place(record)
     return path.stat().st_mtime_ns if path.exists() else None
 

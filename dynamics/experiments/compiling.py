@@ -9,10 +9,10 @@ from ..errors import first_line
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as ``torch.compile`` runs it, with the same parameters; what calls ``model`` itself still runs eagerly.
+    """The model as ``torch.compile`` runs it, with the same parameters; calls of ``model`` itself still run eagerly.
 
-    Each size of a batch is compiled by itself, at its first step: a pass has two, for its last batch may be smaller.
-    Pruning by masks compiles nothing again.
+    Each batch size is compiled separately, at its first step: a pass has two, because its last batch may be smaller.
+    Pruning by masks causes no recompilation.
 
     Raises:
         ValueError: torch cannot compile on this machine, for example for lack of a compiler: tried here, on one number.

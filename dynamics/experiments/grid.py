@@ -42,7 +42,7 @@ def grid(configuration: Mapping[str, Any]) -> list[Experiment]:
 
 
 def _alone(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point of a grid as the grid of it alone."""
+    """A point of a grid as a grid that contains only it."""
     return {name: value if name in _LISTS else [value] for name, value in point.items()}
 
 

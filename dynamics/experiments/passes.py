@@ -1,4 +1,4 @@
-"""What a training step computes before its optimizer steps: loss, hits and gradient. On a GPU it is one CUDA graph."""
+"""A training step before its optimizer's step: loss, correct predictions and gradient. On a GPU it is a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import named
 from ..hardware.captured import Captured, release_memory
 from ..probing.moment import random_numbers_untouched
 
-_WARM_UPS = 3  # what torch recommends before a capture: libraries choose their kernels and take their memory then
+_WARM_UPS = 3  # as torch recommends before a capture, so that libraries choose kernels and allocate memory first
 
 
 class Passes:
@@ -81,7 +81,7 @@ class Passes:
 
 
 class _OneShape:
-    """Captured passes, and where they read a batch and write gradients."""
+    """Captured passes, with the tensors from which they read a batch and to which they write gradients."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _OneShape:
         self._passes, self._inputs, self._labels, self._grads = passes, inputs, labels, grads
 
     def fits(self, inputs: Tensor) -> bool:
-        """Whether it is for a batch of this size."""
+        """Whether the passes were captured for inputs of this shape."""
         return inputs.shape == self._inputs.shape
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

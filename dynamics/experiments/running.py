@@ -1,4 +1,4 @@
-"""Running an experiment: its record is begun, continued where it ended, or already finished."""
+"""Runs an experiment: begins its record, continues it where it ended, or leaves it if it is finished."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(
     path = Path(path)
     if not is_finished(path, experiment):
         with _alone(path):
-            if not is_finished(path, experiment):  # as another process may have left it meanwhile
+            if not is_finished(path, experiment):  # another process may have finished it meanwhile
                 _run(experiment, path, data, report, progress=progress)
                 _finish(path)
     return path
@@ -93,7 +93,7 @@ def _run(
 
 
 def _said(chosen: Experiment, device: torch.device) -> str:
-    """What is trained, in one line."""
+    """A line that says what is trained."""
     epochs = len(chosen.schedule())
     pruned = "" if chosen.measure == "none" else (
         f", pruned by {chosen.measure} to {chosen.sparsity:.0%} in {chosen.rounds} round{'s' * (chosen.rounds != 1)}"
@@ -105,10 +105,10 @@ def _said(chosen: Experiment, device: torch.device) -> str:
 
 
 def _restore(training: Training, state: dict[str, Any], path: Path) -> None:
-    """Go back to where a checkpoint was taken.
+    """Restore the training's state from a checkpoint.
 
     Raises:
-        ValueError: it is of another network, or of a longer training than the record.
+        ValueError: the checkpoint is from another network, or from a later step than the record's end.
     """
     advice = f"remove {checkpoint.place(path)} to start the run anew"
     try:
@@ -127,10 +127,10 @@ def _restore(training: Training, state: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """While no other process runs the experiment; the lock lies beside a record that is begun and not finished.
+    """Inside, no other process runs the experiment; a lock file beside the record prevents it until that is finished.
 
-    The record's own is not enough: between a look at the record and the recorder that takes its lock another process
-    may have continued it, or finished it.
+    The record's own lock does not suffice: after a look at the record, and before the recorder takes its lock, another
+    process may have continued the record, or finished it.
     """
     check_folder(path.parent, "records", "out/run.zarr")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def _alone(path: Path) -> Iterator[None]:
     finally:
         if finished or not path.exists():
             with suppress(OSError):
-                file.unlink()  # whoever has opened it meanwhile finds the record finished, or nothing, as before
+                file.unlink()  # whoever opened it meanwhile finds the record finished, or absent
         lock.release()
 
 
@@ -178,7 +178,7 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
 
 
 def _finish(path: Path) -> None:
-    """Say in the record that nothing is missing, and let go what it kept to go on with."""
+    """Mark the record as finished, and delete what only continuing it needed."""
     store = Store.reopen(path)
     try:
         store.note("finished", True)

@@ -73,10 +73,10 @@ def sweep(
 
 
 def _check_names(experiments: Iterable[Experiment]) -> None:
-    """Whether each experiment has a record of its own.
+    """Check that each experiment has a record of its own.
 
     Raises:
-        ValueError: two have the same name.
+        ValueError: two experiments have the same name.
     """
     named: dict[str, Experiment] = {}
     for experiment in experiments:
@@ -92,7 +92,7 @@ def _check_names(experiments: Iterable[Experiment]) -> None:
 
 
 def failure(name: str, error: str) -> str:
-    """A run that failed, in one line."""
+    """A line that says how a run failed."""
     return f"failed: {name}: {error}"
 
 
@@ -106,7 +106,7 @@ class _Bar:
         self._say()
 
     def report(self, experiment: Experiment, steps: int) -> None:
-        """A run has done so many steps."""
+        """A run has done ``steps`` steps so far."""
         if experiment not in self._ended:
             self._bar.update(steps - self._done[experiment])
             self._done[experiment] = steps
@@ -120,7 +120,7 @@ class _Bar:
         self._say()
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """Close the bar, which stays as it is."""
         self._bar.close()
 
     def _say(self) -> None:

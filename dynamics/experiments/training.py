@@ -32,7 +32,7 @@ from .studies import add_studies
 
 Batches = list[tuple[Tensor, Tensor]]
 
-EVALUATED_AT_ONCE = 256  # images; activations of more leave a processor's cache, and take two to three times as long
+EVALUATED_AT_ONCE = 256  # images: activations of more exceed a CPU's cache, and take two to three times as long
 
 
 def chosen(data: Data, experiment: Experiment) -> Data:
@@ -61,10 +61,10 @@ class Training:
     ) -> None:
         self.experiment, self.data, self.device = experiment, data, device
         self.model, self.optimizer = model, optimizer
-        self.trained = compiled(model, device) if experiment.compile else model  # the same, as training steps run it
+        self.trained = compiled(model, device) if experiment.compile else model  # the model as training steps run it
         self.objective: Objective = partial(cross_entropy_objective, temperature=experiment.temperature)
         self._passes = Passes(self.trained, temperature=experiment.temperature, low=experiment.precision == "bfloat16")
-        self._epochs = 0  # that are done
+        self._epochs = 0  # done so far
         # Generators of their own, so that every measure sees the same training batches in the same order.
         self._order = torch.Generator().manual_seed(experiment.seed)
         self._choice = torch.Generator().manual_seed(experiment.seed + 1)
@@ -79,7 +79,7 @@ class Training:
             model, optimizer, experiment.measure, granularity=experiment.granularity, protocol=experiment.protocol,
             keep_state=experiment.keep_momentum, initial=model.state_dict(), seed=experiment.seed,
         )  # fmt: skip
-        if self._pruner is not None:  # now, not after an epoch
+        if self._pruner is not None:  # fails now if it is impossible, not after an epoch
             self._pruner.check(self._sparsity(experiment.rounds))
 
     @property
@@ -103,7 +103,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to the moment of a :meth:`state`."""
+        """Go back to a state returned by :meth:`state`."""
         self._epochs = state["epochs"]
         self.model.load_state_dict(state["model"])
         apply_masks(self.model, state["masks"])
@@ -158,7 +158,7 @@ class Training:
             raise ValueError(f"the training diverged in epoch {epoch}: parameters are no longer finite")
 
     def _epoch(self, tick: Callable[[], object]) -> tuple[float, float]:
-        """Train for one epoch; mean loss and accuracy over its steps."""
+        """Train for one epoch; returns mean loss and accuracy over its samples, each as of its step."""
         self.model.train()
         loss_sum, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for inputs, labels in self.recorder.watch(self._train):
@@ -197,7 +197,7 @@ class Training:
             self._pruner.apply(pruning)
             if chosen.granularity == "filter":
                 event.units(alive=pruning.alive, scores=pruning.scores)
-        release_memory()  # several times a step's, and others may share the GPU
+        release_memory()  # pruning takes several times a step's memory, and others may share the GPU
 
     def _sparsity(self, round_number: int) -> float:
         """Sparsity that the protocol asks for in a round."""

@@ -1,4 +1,4 @@
-"""Runs on Dask workers: each continues where it was when its worker dies, and reports its progress."""
+"""Runs on Dask workers: each reports its progress and, if its worker dies, continues from its checkpoint on another."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from .experiment import Experiment
 from .running import run
 
 _SECONDS = 0.5  # between two messages of a run
-_PATIENCE = 60.0  # seconds for which a run waits for a worker that is being ended, and has its record still
-_DEATHS = 10  # of workers that take a run with them before it began, a few at a time
+_PATIENCE = 60.0  # seconds for which a run waits for a worker that is being shut down and still holds its record
+_DEATHS = 10  # tries of a run that never began, as each time its worker died
 _OPEN = (Status.running, Status.paused)
 
 Runs = Mapping[Experiment, Path]
@@ -78,7 +78,7 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
             client.register_plugin(_Uninterrupted())
             yield client
             return
-        log = logging.getLogger("distributed.client")  # a traceback where the scheduler is lost: each run says so
+        log = logging.getLogger("distributed.client")  # its traceback when the scheduler is lost: each run says so
         stack.callback(log.setLevel, log.level)
         log.setLevel(logging.CRITICAL)
         try:
@@ -133,10 +133,10 @@ def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experi
 
 @contextmanager
 def _cluster(workers: int) -> Iterator[LocalCluster]:
-    """Processes on this machine, with one thread each. No memory limit: Dask cannot manage the memory of a network.
+    """Processes on this machine, one thread each, without a memory limit, as Dask cannot manage a network's memory.
 
-    Dask makes workers return freed memory to the system at once, and a training would ask for it again at each step.
-    Runs wait at the scheduler, not at a worker, with which they would die.
+    By default Dask makes workers return freed memory to the system at once, which a training would request again at
+    each step; that is switched off. Runs wait at the scheduler, not at a worker, with which they would die.
     """
     trim = "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_"
     with (
@@ -153,7 +153,7 @@ def _cluster(workers: int) -> Iterator[LocalCluster]:
 
 
 class _Uninterrupted(WorkerPlugin):
-    """Ctrl-C in the terminal reaches all processes, but only the first should handle it."""
+    """Makes workers ignore Ctrl-C, which the terminal sends to all processes: only the first one handles it."""
 
     def setup(self, worker: Worker) -> None:
         """Called in each worker's main thread."""
@@ -161,13 +161,13 @@ class _Uninterrupted(WorkerPlugin):
 
 
 def _fitting(runs: Runs) -> int:
-    """One worker per GPU if the runs use GPUs, else one per core; no more than there are runs."""
+    """Number of workers: one per GPU if the runs use GPUs, else one per core; no more than there are runs."""
     on_gpu = any(find_device(name).type == "cuda" for name in {experiment.device for experiment in runs})
     return min(len(runs), torch.cuda.device_count() if on_gpu else CPU_COUNT)
 
 
 def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
-    """A task: run, and end when it is cancelled."""
+    """The task of a worker: run an experiment, report its steps, and end if it is cancelled."""
     worker, said = get_worker(), 0.0
     key = worker.get_current_task()
 
@@ -186,14 +186,14 @@ def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
 
 
 def _placed(experiment: Experiment, worker: object, gpus: int) -> Experiment:
-    """The experiment on a worker's own GPU, where a machine has several and its workers are numbered."""
+    """The experiment, placed on the worker's own GPU if the machine has several and its workers are numbered."""
     if gpus > 1 and isinstance(worker, int) and experiment.device in ("auto", "cuda"):
         return replace(experiment, device=f"cuda:{worker % gpus}")
     return experiment
 
 
 def _attempt(experiment: Experiment, path: Path, report: Callable[[int], object], *, patience: float = 0.0) -> str:
-    """Run; returns the error in one line, "" if there was none. It waits some seconds for another writer to finish."""
+    """Run an experiment; returns its error in one line, or "". Waits up to ``patience`` seconds for another writer."""
     until = time.monotonic() + patience
     try:
         data = data_of(experiment.data, experiment.root, experiment.download)

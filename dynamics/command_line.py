@@ -1,4 +1,4 @@
-"""What commands print: to a reader that may stop early, and errors in one line."""
+"""The output of commands: to a reader that may stop early, with errors in one line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .errors import one_line
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """What is printed inside is written at once; a reader that stops early, such as ``head``, is no error."""
+    """Text printed inside is flushed at the end; a reader that stops early, such as ``head``, causes no error."""
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # what is left goes nowhere, nor does Python's own last flush
+    except BrokenPipeError:  # discard what is left, also at Python's own last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""Where results may go: asked before anything is computed."""
+"""Checks where results may be written, before anything is computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def check_folder(folder: Path, what: str, example: str) -> None:
-    """Whether ``what`` may go into a folder that is there or can be made.
+    """Check that ``what`` may be written into a folder, which exists or can be created.
 
     Raises:
         NotADirectoryError: there is a file in its place, or above it. PermissionError: it may not be written.

@@ -24,14 +24,14 @@ NODES: dict[str, tuple[str, ...]] = {
 STAGES = ("before", "after")
 STUDIES = ("curve", "scores", "invariance")  # what an event may add, each computed by dynamics.pruning
 
-# Of a layer, but no part of the network's: layers have them in common, and a sum would multiply them.
+# Quantities of a layer that do not add up to the network's: layers share their value, which a sum would multiply.
 SPEEDS = ("learning_rate", "flow_step")
 
-# What runs are compared by, as a record's attributes or an experiment's settings; and the attributes of every record.
+# What runs are compared by (attributes of a record or settings of an experiment), and the attributes of every record.
 COMPARED_BY = {"model": str, "data": str, "measure": str, "rounds": Real, "sparsity": Real, "seed": Real}
 ORIGIN = ("schema_version", "thetadot", "commit", "torch", "cuda", "created", "device", "resumed", "finished")
 
-# Of an experiment's record: the paper's measures in its order, and the settings that matter only where one prunes.
+# For the records of experiments: the paper's measures in its order, and the settings that matter only when pruning.
 PAPER_MEASURES = (
     "magnitude",
     "loss_preservation",
@@ -50,7 +50,7 @@ PRUNING_SETTINGS = (
     "studies",
 )
 
-# Measures by which the units of the highest scores are pruned; by all others, those of the lowest.
+# Measures that prune the units with the highest scores; all others prune those with the lowest.
 HIGHEST_FIRST = ("grasp",)
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -94,7 +94,7 @@ class Quantity:
         return {"long_name": self.symbol, "units": self.units, "description": self.meaning}
 
 
-# What there is a number of. A quantity spans those of the dimensions that its node has.
+# The dimensions that quantities span; each spans those that its node has.
 _WHOLE = ()  # the network
 _LAYER = ("layer",)
 _STAGE = ("fraction", "stage")  # the network, before and after an event

@@ -27,7 +27,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As ``F.batch_norm``, which moves the running statistics in training mode."""
+    """As ``F.batch_norm``; updates the running statistics in training mode."""
     running = [one for one in (running_mean, running_var) if one is not None]
     if not _is_plain(input, running, weight, bias, training) or eps <= 0 or type(momentum) not in (float, int):
         return NotImplemented

@@ -55,7 +55,7 @@ class BackwardPasses:
 
     @property
     def are_gone(self) -> bool:
-        """Whether there are no gradients."""
+        """Whether all gradients are None."""
         return all(counter.parameter.grad is None for counter in self._counters)
 
     def stepped(self) -> None:

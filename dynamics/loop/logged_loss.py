@@ -1,4 +1,4 @@
-"""Whether the loss that a loop logs is the objective that the recorder evaluates."""
+"""Checks whether the loss that a loop logs is the objective that the recorder evaluates."""
 
 from __future__ import annotations
 

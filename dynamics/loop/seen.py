@@ -40,7 +40,7 @@ class Seen:
 
 
 class Mark(NamedTuple):
-    """Where a loop is between its batches and backward passes."""
+    """The position of a loop, counted in batches and backward passes."""
 
     batches: int = 0  # seen since the last step
     backwards: int = 0  # backward passes so far
@@ -79,8 +79,8 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
 
     With m = ``count`` backward passes whose gradients are there: the batches after which these passes came or, where a
     loop reads ``ahead`` so many batches, the batches that much earlier; the m before those that were read ahead; the
-    last m; the first m; the last one, if it had all m backward passes; the batches after which the passes came if
-    reading ahead shifts them to the first batch; all of this pass over the data, which begins after the first
+    last m; the first m; the last one, if it had all m backward passes; the batches after which the passes came, but
+    shifted to begin with the first one read; all of this pass over the data, which begins after the first
     ``of_epoch``; all; the last one, whatever is known of m. Then, with evaluated batches counted too, because these
     need not have been read last: the batches after which the passes came, and the first m.
     """
@@ -88,7 +88,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     total = len(known)
     came = _behind(seen, used, ahead)
     behind = [came, known[slice(*_window(total, count, ahead))]]
-    if len(used) != count and (ahead or total == count):  # more read, or all, before the gradients came
+    if len(used) != count and (ahead or total == count):  # several, or all, were read before a backward pass
         behind = behind[::-1]
     windows = [(total - count, total), (0, count), (total - 1, total)]
     windows = [known[start:end] for start, end in windows if 0 <= start < end <= total]
@@ -102,7 +102,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
 
 
 def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) -> list[Seen]:
-    """The batches that a step leaves for later: those read after its last backward pass or, before it, ``ahead``."""
+    """The batches that a step leaves for later: those read after its last backward pass, or those read ``ahead``."""
     if not ahead:
         return [one for one in seen[used[-1] :] if not one.only_evaluated] if used else []
     known = trained_on(seen) if count else []

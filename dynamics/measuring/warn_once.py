@@ -1,4 +1,4 @@
-"""Warnings that are given once: what holds at one step usually holds at all later ones."""
+"""Warnings that are given only once, because what holds at one step usually holds at all later ones."""
 
 from __future__ import annotations
 

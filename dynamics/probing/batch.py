@@ -128,7 +128,7 @@ def _copy(value: Any) -> Any:
 
 
 def layout(batch: Any) -> Hashable:
-    """What a batch consists of: everything but the numbers in its tensors.
+    """The structure of a batch: everything but the values of its tensors.
 
     Raises:
         TypeError: it holds something other than dense tensors, collections of them, strings and numbers.
@@ -154,11 +154,11 @@ def tensors_of(batch: Any) -> list[Tensor]:
 def mapped(
     batch: Any, function: Callable[[Tensor], Tensor], of_others: Callable[[Any], Any] = lambda other: other
 ) -> Any:
-    """The batch with the function of every tensor in its collections, and another function of all else in them."""
+    """A copy of the batch with ``function`` of every tensor in its collections, and ``of_others`` of other objects."""
     inner = partial(mapped, function=function, of_others=of_others)
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, PackedSequence):  # how many samples each of its steps has stays on the processor
+    if isinstance(batch, PackedSequence):  # torch wants batch_sizes on the CPU
         return type(batch)(inner(batch.data), batch.batch_sizes, *map(inner, batch[2:]))
     if isinstance(batch, Mapping):
         values = {key: inner(value) for key, value in batch.items()}
@@ -173,7 +173,7 @@ def mapped(
 
 
 def _with_values(batch: MutableMapping, values: Mapping) -> MutableMapping:
-    """A copy of a mapping of a class of its own, such as a tokenizer's, with these values."""
+    """A copy of a mapping that is no plain dict, such as a tokenizer's output, with these values."""
     other = copy.copy(batch)
     for name, own in getattr(other, "__dict__", {}).items():
         if type(own) is dict and own is vars(batch).get(name):  # else the batch itself would get the values
@@ -183,7 +183,7 @@ def _with_values(batch: MutableMapping, values: Mapping) -> MutableMapping:
 
 
 def sample_count(batch: Any) -> int:
-    """Length of the first tensor in the batch, or of a list that is a part of it; 1 where there is none."""
+    """Length of the first tensor in the batch, or of a list that is an entry of it; 1 if there is neither."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()

@@ -109,7 +109,7 @@ class _Keeper:
 
     def _visit(self, value: Any) -> Iterable[Any]:
         """Keep an object, and return what is inside it."""
-        if isinstance(value, Tensor):  # one that shares a parameter's memory, as in spectral_norm, is never put back
+        if isinstance(value, Tensor):  # what shares a parameter's memory, as in spectral_norm, is not state
             if storage_of(value) not in self._seen and may_be_kept(value):
                 self.takes.append(partial(take_tensor, value))
         elif (generator := take_of_generator(value)) is not None:

@@ -1,4 +1,4 @@
-"""What is minimised: a scalar loss of a model and a batch."""
+"""Objectives: scalar losses of a model and a batch, which training minimises."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temp
     """Mean cross-entropy of softmax(model(inputs) / T) for a batch ``(inputs, labels)``: a scalar.
 
     Raises:
-        ValueError: the batch is none of these two, there is but one class, or there are negative probabilities: a
-            regression has another loss.
+        ValueError: the batch is not such a pair, there is only one class, or labels hold negative numbers, as in a
+            regression, which needs another loss.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""

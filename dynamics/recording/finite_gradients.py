@@ -29,7 +29,7 @@ class FiniteGradients:
             self._found = int(columns["step"][row]), self._layers[layer]
 
     def say(self) -> None:
-        """Say what was found."""
+        """Warn if something was found and no warning was given yet."""
         if self._found is None or self._said or self.scaled:
             return
         self._said = True

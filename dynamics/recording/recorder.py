@@ -267,7 +267,7 @@ class Recorder:
         self._attachment.end(alone=True)
         try:
             self._steps.finish(self._attachment.under_way)
-        finally:  # what it says may be an error
+        finally:  # its warnings may be errors
             self._rows.flush()
 
     def close(self) -> None:
@@ -281,7 +281,7 @@ class Recorder:
             self._attachment.end()
             try:
                 self._steps.finish(ends=True)
-            finally:  # what it says may be an error
+            finally:  # its warnings may be errors
                 self._attachment.close()
                 self._batches.close()
                 self._termination.close()

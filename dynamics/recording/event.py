@@ -164,9 +164,9 @@ class Stage:
         size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
         if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + self._rounding * size:
             warnings.warn(
-                f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the "
-                "other): an operation of the network has a wrong derivative, so the predictions of this event "
-                "that use it are wrong",
+                f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the other): "
+                "an operation of the network has a wrong derivative, so the predictions that use it are "
+                f"{'wrong' if which == 'second' else 'recorded as NaN'}",
                 stacklevel=2,
             )
             return False
@@ -218,9 +218,8 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
     removed = before.kept * (1 - after.kept)
     if frozen := before.frozen_in(removal):
         warnings.warn(
-            f"frozen parameters are removed or changed, first {frozen[0]!r}: they have no gradient, so the "
-            "predictions of this event are NaN. Call requires_grad_() on them before the event if you need "
-            "predictions",
+            f"frozen parameters are removed or changed, first {frozen[0]!r}: they have no gradient, so all predictions "
+            "of what that does are NaN. If you need these, call requires_grad_() on the parameters first",
             stacklevel=2,
         )
         counted = layers.evaluate(_COUNTED, before.vectors(removed=removed))

@@ -53,9 +53,11 @@ def test_a_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         with recorder.event("look", probe=batches) as event:
             with pytest.raises(ValueError, match="takes one of the studies curve, scores, invariance, got 'units'"):
                 event.add("units", scores(0))
-            with pytest.raises(ValueError, match=r"event.add\('scores'\) takes .*, got 'score' over \('unit',\)"):
+            with pytest.raises(
+                ValueError, match=r"takes 'score' over the dimensions \('measure', 'unit'\), got it over \('unit',\)"
+            ):
                 event.add("scores", scores(0).isel(measure=0))
-            with pytest.raises(ValueError, match=r"event.add\('scores'\) takes .*, got 'loss' over"):
+            with pytest.raises(ValueError, match=r"event.add\('scores'\) takes the variables .*score.*, got 'loss'$"):
                 event.add("scores", scores(0).rename(score="loss"))
     assert not open_run(tmp_path / "run")["scores"].data_vars
 

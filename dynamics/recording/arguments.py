@@ -165,16 +165,16 @@ def _check_whole(method: str, name: str, value: Any) -> None:
     """Raise ValueError if the value is sharded over processes, so that no process alone knows it."""
     if not all(place.is_replicate() for place in getattr(value, "placements", ())):
         raise ValueError(
-            f"{method}() cannot take {name!r}, of which each process holds only a part, as FSDP2 does it: "
-            "pass its full_tensor(), which all processes must call"
+            f"{method}() cannot take {name!r}, of which each process holds only a part, as with FSDP2: pass its "
+            "full_tensor(), which all processes must call"
         )
 
 
 def _check_name(method: str, name: str) -> None:
     if not name or name.startswith(".") or set(name) & set("/\\") or len(name) > LONGEST_TEXT:
         raise ValueError(
-            f"{method}() cannot take the name {name!r:.80}: a name has 1 to {LONGEST_TEXT} characters, no "
-            "slash, and no '.' at the start, as val_loss"
+            f"{method}() cannot take the name {name!r:.80}: a name has 1 to {LONGEST_TEXT} characters, no slash, and "
+            "no '.' at the start; val_loss, for example"
         )
 
 

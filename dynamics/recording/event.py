@@ -62,8 +62,10 @@ class Event:
         found = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
         before = self._past.units
         if before and (other := sorted(set(_labels(found)) ^ set(before))):
+            layer, index = other[0]
             raise ValueError(
-                f"event.units() takes the same units in all events of a record, but {other[0]} is only in some"
+                f"event.units() takes the same units in all events of a record, but unit {index} of layer {layer!r} is "
+                "not in all"
             )
         self.alive = {layer: found[layer] for layer in dict.fromkeys(layer for layer, _ in before)} or found
         self.scores = {layer: score.detach().cpu() for layer, score in as_original(scores, known).items()}
@@ -79,10 +81,11 @@ class Event:
             raise ValueError(f"event.add() takes one of the studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
         dims = {row.name: row.dims(node)[1:] for row in schema.quantities(node)}
         for name, values in study.data_vars.items():
-            if set(values.dims) != set(dims.get(name, ("nothing",))):
+            if name not in dims:
+                raise ValueError(f"event.add({node!r}) takes the variables {', '.join(dims)}, got {name!r:.60}")
+            if set(values.dims) != set(dims[name]):
                 raise ValueError(
-                    f"event.add({node!r}) takes variables over the dimensions {dims}, got {name!r:.60} over "
-                    f"{values.dims}"
+                    f"event.add({node!r}) takes {name!r} over the dimensions {dims[name]}, got it over {values.dims}"
                 )
         before, now = self._past.studied.get(node, {}), coordinates(study)
         for name in (name for name in before if name in now):

@@ -47,7 +47,7 @@ class Events:
     def check(self, kind: str, probe: Any, mode: str | None, attributes: Mapping[str, Any]) -> None:
         """Raise ValueError if an event with these arguments cannot be measured or recorded."""
         if mode not in ("train", "eval", None):
-            raise ValueError(f"event() needs mode 'train' or 'eval', got {mode!r:.60}")
+            raise ValueError(f"event() takes mode 'train' or 'eval', got {mode!r:.60}")
         if not isinstance(probe, list | tuple) or not probe:
             raise ValueError(f"event() needs a list of batches as its probe, got {probe!r:.60}")
         if self._processes.sharded:

@@ -196,8 +196,8 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
     if met < end and not rewind:
         raise ValueError(
             f"the model is at step {met[0]} of {path} with {met[1]} events before it, but the record "
-            f'continues to step {end[0]} with {end[1]}: pass resume="rewind" to drop everything after the '
-            "model's step, or load a later checkpoint"
+            f'continues to step {end[0]} with {end[1]}: pass resume="rewind" to drop what was recorded '
+            "later, or load a later checkpoint"
         )
     place = record.place(*met)
     _check_masks(record, present, met[1])

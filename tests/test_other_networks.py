@@ -172,7 +172,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "untraceable": (Branching, r"Branching cannot be traced by torch\.fx"),
     "grouped": (lambda: chain(nn.Conv2d(4, 4, 1, groups=2)), r"layer '1' has 2 groups: only plain and depthwise"),
     "transposed": (lambda: chain(nn.ConvTranspose2d(4, 4, 1)), "layer '1' is a transposed convolution"),
-    "sigmoid": (lambda: chain(nn.Sigmoid()), r"layer '0' feeds into '1' \(Sigmoid\), which does not map zero to zero"),
+    "sigmoid": (lambda: chain(nn.Sigmoid()), r"layer '0' feeds into '1' \(Sigmoid\), through which a silenced"),
+    "RMS norm": (lambda: chain(nn.RMSNorm(4)), r"layer '0' feeds into '1' \(RMSNorm\), .* may still have an effect"),
     "group norm": (lambda: chain(nn.GroupNorm(2, 4)), r"layer '0' feeds into '1' \(GroupNorm\)"),
     "no γ and β": (lambda: chain(nn.BatchNorm2d(4, affine=False)), "layer '0' feeds into '1', which has no γ and β"),
     "one norm for two": (

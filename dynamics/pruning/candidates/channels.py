@@ -1,8 +1,9 @@
 """What the operations of a traced network do to a channel: keep it separate, end it, or lift its zeros.
 
 ``alone``: each channel is processed by itself, and zero stays zero. ``ends``: the channel is mixed with others (by a
-layer or a sum), or the operation is not known here; up to it, a silenced channel is zero. ``lifts``: zero becomes
-something else, so that a silenced channel still has an effect.
+layer or a sum), or the operation is not known here; up to it, a silenced channel is zero. ``lifts``: a silenced
+channel still has an effect, because zero becomes something else (sigmoid), or because other channels are normalised
+together with it (RMSNorm).
 """
 
 from __future__ import annotations

@@ -228,9 +228,7 @@ def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, lai
             if effect == "lifts":
                 what = user.target if isinstance(user.target, str) else user.target.__name__
                 kind = f" ({type(module).__name__})" if module is not None else ""
-                way.refusal = (
-                    f"feeds into {what!r}{kind}, which does not map zero to zero: a silenced filter would not be silent"
-                )
+                way.refusal = f"feeds into {what!r}{kind}, through which a silenced filter may still have an effect"
             else:
                 _follow(model, user, layer, way, laid_out=laid_out or lays_out(user, module))
         elif isinstance(module, LAYERS):

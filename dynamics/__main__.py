@@ -76,8 +76,8 @@ def _sweep_parser() -> ArgumentParser:
     many.add_argument("-o", "--output", required=True, help="folder for the records")
     many.add_argument(
         "--workers", type=int | None, default=None,
-        help="Processes on this machine, with one thread each; 0 runs everything in this one. The default is "
-"one per GPU, else one per core.",
+        help="Processes on this machine, with one thread each; 0 runs everything in this one. The default is one per "
+        "GPU, or one per core if the runs use none.",
     )  # fmt: skip
     many.add_argument(
         "--scheduler", type=str | None, default=None,

@@ -54,5 +54,5 @@ def mistake(error: Exception) -> str:
     said = re.sub(r"\b(?:run|sweep|protocols|show)\.(\w+)\b", r"\1", said)
     said = re.sub(r"Does not validate against any.*? - (Expected a \w+).*Given value: ", r"\1. Got value: ", said)
     said = re.sub(r"(arguments are required: .*)\boutput\b", r"\1-o/--output", said)
-    said = re.sub(r"(Expected a tuple)\. Got value: ([\d.]+(?:,[\d.]+)*)$", r'\1, "[\2]" say, got \2', said)
+    said = re.sub(r"(Expected a tuple)\. Got value: ([\d.]+(?:,[\d.]+)*)$", r'\1, such as "[\2]", got \2', said)
     return f"{said}; see --help"

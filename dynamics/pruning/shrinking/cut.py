@@ -55,8 +55,8 @@ def find_cut(model: nn.Module, inputs: Any) -> Cut:
         tensor.data = take(value, kept[name]) if name in kept else value.clone()
     after = _run(
         small, inputs, "the smaller network does not run: its code may contain a fixed number of channels",
-        "the smaller network does not run in training mode: shrink() does not follow what runs only "
-"there; remove it first if it is an auxiliary head",
+        "the smaller network does not run in training mode: shrink() does not follow what runs only there; remove it "
+        "first if it is an auxiliary head",
     )  # fmt: skip
     rows = {
         name.removesuffix(".weight"): rows_left(index, values[name]) for name, index in kept.items() if index.ndim > 1

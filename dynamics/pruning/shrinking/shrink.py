@@ -127,7 +127,7 @@ def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
             if names and (of_all or (parameter in names and shape.numel() != 1 and shape != parameter.shape)):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {key!r} of {names.get(parameter, 'its parameters')} in a shape "
-                    "other than theirs, so it cannot be carried over: optimizer.state.clear() drops it. Model and "
+                    "of its own, so it cannot be carried over: optimizer.state.clear() drops what it keeps. Model and "
                     "optimizer are left as they were"
                 )
 

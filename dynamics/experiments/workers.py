@@ -59,7 +59,7 @@ def here(runs: Runs, report: Report) -> Iterator[tuple[Experiment, str]]:
 
 @contextmanager
 def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iterator[Client]:
-    """A client of a scheduler, or of a new one with one worker per GPU or core of this machine.
+    """A client of a scheduler, or of a new one on this machine, with ``workers`` or by default one per GPU or core.
 
     Raises:
         OSError: there is no scheduler at the address, or a worker died before it was there.

@@ -137,7 +137,7 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
 
 
 def lift_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
-    """Unprune: where ``keep`` is True a parameter is free again. It continues from zero; its mask stays in place."""
+    """Unprune: where ``keep`` is True a parameter is free again. It continues from zero; masks change in place."""
     masks = parameter_masks(model)
     for name, kept in keep.items():
         if name in masks:

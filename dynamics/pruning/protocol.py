@@ -15,7 +15,7 @@ class Protocol:
     Args:
         whole_percent: in residual networks each round truncates the percentage of filters left to a whole number, so
             that more is pruned than was asked: 75% in 25 rounds leave 18%.
-        floor_by_index: a layer always keeps its last filters by index, ⌊5 %⌋ + 1 of its size, instead of its best;
+        floor_by_index: a layer always keeps its last filters by index, ⌊5% of their number⌋ + 1, instead of its best;
             residual networks have no such rule, except that each layer keeps its one best filter.
         revive_silenced: filters whose channels end in a sum are ranked again in every round, even when silenced; with a
             signed measure their score of 0 is not the lowest, and they come back, starting from zero.

@@ -52,7 +52,7 @@ class Experiment:
         measure: Importance measure to prune by, or "none" to train without pruning: magnitude, loss_preservation,
             loss_preservation_times_magnitude, loss_preservation_times_distance, gradient_norm_increase,
             gradient_norm_preservation, magnitude_l1, bn_scale, taylor, fisher, snip, grasp, synflow or random.
-        sparsity: Share of all filters that is pruned after the last round.
+        sparsity: Share of all filters, or weights, that is pruned at the end of the last round.
         rounds: Number of rounds of pruning.
         granularity: What is pruned: "filter", or "weight" for single weights.
         protocol: "default", "reference" for the quirks of the paper's code, or one quirk by name: whole_percent,

@@ -35,7 +35,7 @@ class Comparison:
         model: Network: one of those of `run`.
         data: Data set on whose training samples importance is measured.
         measure: Importance measure to prune by: one of those of `run`, except loss_preservation_times_distance.
-        sparsity: Share of all filters that is to be pruned after the last round.
+        sparsity: Share of all filters that is to be pruned by the end of the last round.
         rounds: Number of rounds of pruning.
         width: Factor on the network's channel counts.
         samples: Training samples on which importance is measured.

@@ -38,19 +38,23 @@ class AllOrNone:
         else:
             self._stop()
 
-    def measured(self, measure: Callable[[], _Measured], step: int, *, others: bool = False) -> _Measured | None:
+    def measured(
+        self, measure: Callable[[], _Measured], step: int, *, others: bool = False, evaluates: bool = True
+    ) -> _Measured | None:
         """The result of ``measure``; None if it fails in any process, and then all stop measuring curvature.
 
-        If there are ``others``, candidates still to try, a failure does not stop them.
+        If there are ``others``, candidates still to try, a failure does not stop them. ``evaluates``: whether the
+        objective is run.
         """
         measured, reason = None, "measuring failed in another process"
         try:
             measured = None if self.failed else measure()
         except Exception as error:
-            advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
-            reason = (
-                f"the objective failed on this step's batch with {named(error)}. {advice}, or set curvature_every=0"
-            )
+            failed = f"measuring failed with {named(error)}"
+            if evaluates:
+                advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
+                failed = f"the objective failed on this step's batch with {named(error)}. {advice}"
+            reason = f"{failed}, or set curvature_every=0"
         if self.all_agree(measured is not None):
             return measured
         if others:

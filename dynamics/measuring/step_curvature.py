@@ -98,7 +98,7 @@ class StepCurvature:
                 "quantities only",
                 "apart",
             )
-        elif (known := self._all_or_none.measured(self._known, step)) is not None:
+        elif (known := self._all_or_none.measured(self._known, step, evaluates=False)) is not None:
             if self._all_or_none.all_agree(bool(known)):
                 self._probes = self._all_or_none.measured(partial(self._candidates.of_step, known), step) or []
             elif self._batches.moments.lost:

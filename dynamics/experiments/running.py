@@ -96,7 +96,8 @@ def _said(chosen: Experiment, device: torch.device) -> str:
     """A line that says what is trained."""
     epochs = len(chosen.schedule())
     pruned = "" if chosen.measure == "none" else (
-        f", pruned by {chosen.measure} to {chosen.sparsity:.0%} in {chosen.rounds} round{'s' * (chosen.rounds != 1)}"
+        f", pruned by {chosen.measure} to a sparsity of {chosen.sparsity:.0%} in {chosen.rounds} "
+        f"round{'s' * (chosen.rounds != 1)}"
     )  # fmt: skip
     return (
         f"training {chosen.model} of width {chosen.width:g} on {chosen.data} for {epochs} epoch{'s' * (epochs != 1)} "

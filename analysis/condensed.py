@@ -56,7 +56,8 @@ def condense(runs: Runs, path: str | Path) -> Path:
     check_runs(runs)
     path = Path(path)
     if not runs or not path.name.endswith(SUFFIX):
-        raise ValueError(f"condense needs records and a file named *{SUFFIX}, got {len(runs)} records and {path}")
+        count = f"{len(runs)} record{'s' * (len(runs) != 1)}"
+        raise ValueError(f"condense needs records and a file named *{SUFFIX}, got {count} and {path}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: condensed records are a single file, such as out/sweep{SUFFIX}")
     check_folder(path.parent, "condensed records", f"out/sweep{SUFFIX}")

@@ -20,12 +20,12 @@ def logged(run: xr.DataTree) -> xr.Dataset:
     epochs = node(run, "epochs", ["epoch"])
     by_steps = "step" in epochs
     rows = epochs.to_dataframe().reset_index().groupby("step" if by_steps else "epoch", as_index=False).last()
-    rows["epoch"] = over(epochs, rows.step) if by_steps else rows.epoch + 1
+    rows["epoch"] = epochs_completed(epochs, rows.step) if by_steps else rows.epoch + 1
     merged = xr.Dataset.from_dataframe(rows.set_index("epoch"))
     return merged.map(lambda values: values.assign_attrs(epochs[values.name].attrs))
 
 
-def over(epochs: xr.Dataset, steps: np.ndarray) -> np.ndarray:
+def epochs_completed(epochs: xr.Dataset, steps: np.ndarray) -> np.ndarray:
     """Number of epochs completed at each step, from ``/epochs``, interpolated linearly between the ends of epochs."""
     ends = pd.Series(epochs.step.values, epochs.epoch.values)
     ends = ends[ends > 0].groupby(level=0).max()

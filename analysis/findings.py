@@ -71,9 +71,10 @@ def loss_over_time(runs: Runs) -> str:
     if not any(np.isfinite(of).any() for of in errors.values()):
         raise MissingQuantityError(NOT_FINITE)
     (early_first, early), (late_first, late) = (map(error_in_percent, errors[half].values) for half in halves)
+    smaller = ", with smaller steps" * _learning_rate_fell(runs)
     return (
         f"Median relative error in the first half of the training: {early_first} in first and {early} in "
-        f"second order; in the second half{', with smaller steps' * _slower(runs)}: {late_first} and {late}."
+        f"second order; in the second half{smaller}: {late_first} and {late}."
     )
 
 
@@ -212,7 +213,7 @@ def _has_momentum(run: xr.DataTree) -> bool:
     return not np.allclose(steps.flow_step, steps.learning_rate, rtol=1e-6, atol=0, equal_nan=True)
 
 
-def _slower(runs: Runs) -> bool:
+def _learning_rate_fell(runs: Runs) -> bool:
     """Whether the learning rate fell in every run, that is, its mean is lower in the second half of the training."""
     rates = [columns(run, "steps", ["learning_rate"]).learning_rate.max("layer") for run in runs.values()
              if has(run, "steps", "learning_rate")]  # fmt: skip

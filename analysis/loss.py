@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from .flow import check_flow, common_flow_step
-from .record import MissingQuantityError, columns, described, node, taken
+from .record import MissingQuantityError, columns, described, node, without_skipped
 from .remembered import remembered
 
 
@@ -31,7 +31,7 @@ def loss_decrease(run: xr.DataTree) -> xr.Dataset:
         MissingQuantityError: no curvature was recorded.
     """
     needs = ["loss_before", "loss_after", "grad_update", "update_hess_update", "grad_sqnorm", "grad_hess_grad"]
-    curvature = taken(run, node(run, "curvature", needs))
+    curvature = without_skipped(run, node(run, "curvature", needs))
     total = curvature.sum("layer", skipna=False)
     flow_step = _flow_step(run, curvature)
     first, first_flow = -total.grad_update, flow_step * total.grad_sqnorm
@@ -66,7 +66,7 @@ def stability(run: xr.DataTree) -> xr.Dataset:
             common and a gradient that is finite and not zero.
     """
     check_flow(columns(run, "steps", ["flow_step"]))
-    curvature = taken(run, node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"]))
+    curvature = without_skipped(run, node(run, "curvature", ["grad_hess_grad", "grad_sqnorm"]))
     total = curvature[["grad_hess_grad", "grad_sqnorm"]].sum("layer", skipna=False)
     flow_step = _flow_step(run, curvature)
     if flow_step.size and flow_step.isnull().all():

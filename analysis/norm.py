@@ -9,7 +9,7 @@ import xarray as xr
 
 from .flow import check_flow, common_flow_step
 from .prunings import event_steps
-from .record import MissingQuantityError, columns, described, length, taken
+from .record import MissingQuantityError, columns, described, length, without_skipped
 from .remembered import remembered
 
 
@@ -35,7 +35,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     if window < 1:
         raise ValueError(f"window must be a number of steps >= 1, got {window}")
     needs = ["param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "grad_sqnorm", "flow_step"]
-    steps = taken(run, columns(run, "steps", needs))
+    steps = without_skipped(run, columns(run, "steps", needs))
     check_flow(steps)
     first = -2 * steps.param_grad - 2 * steps.decay_sqnorm
     rates = xr.Dataset(
@@ -134,7 +134,7 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
             "residual": measured - total,
         }
     ).transpose("step", "layer")
-    balance = taken(run, balance)
+    balance = without_skipped(run, balance)
     return described(balance, "param_sqnorm", **{name: name.replace("_", " ") for name in balance})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .epochs import over
+from .epochs import epochs_completed
 from .record import HOW_TO_RECORD, MissingQuantityError, columns, has, length
 
 
@@ -63,7 +63,8 @@ def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
     event counts as at the end of its epoch.
     """
     if has(run, "epochs", "step", "epoch") and has(run, "pruning", "step"):
-        return _of_prunings_and_others(run, over(columns(run, "epochs", ["step", "epoch"]), event_steps(run)))
+        completed = epochs_completed(columns(run, "epochs", ["step", "epoch"]), event_steps(run))
+        return _of_prunings_and_others(run, completed)
     ends = columns(run, "pruning", ["epoch"]).epoch.values + 1.0 if has(run, "pruning", "epoch") else []
     return _of_prunings_and_others(run, ends)
 

@@ -75,7 +75,7 @@ def check_begun(*runs: xr.DataTree) -> None:
         )
 
 
-def taken(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
+def without_skipped(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
     """The rows, over ``step``, of steps that were taken, without those that a gradient scaler skipped."""
     if not has(run, "steps", "skipped"):
         return rows

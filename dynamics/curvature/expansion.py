@@ -57,7 +57,7 @@ class Expansion:
     @full_precision()
     def _loss_and_grad(self) -> tuple[Tensor, list[Tensor]]:
         keep = len(self._losses) == 1
-        total_loss, total_grad = 0.0, _no_sums(self._leaves)
+        total_loss, total_grad = 0.0, _zero_sums(self._leaves)
         for loss_of, weight in self._losses:
             found = self._first(loss_of) if keep else _gradient(loss_of, self.theta)
             self.exact = self.exact and found.exact
@@ -100,7 +100,7 @@ class Expansion:
 
         It is NaN if autograd has no third derivative of an operation.
         """
-        totals = [_no_sums(self._leaves) for _ in vectors]
+        totals = [_zero_sums(self._leaves) for _ in vectors]
         direction, *vectors = ([channels_first(v) for v in vector] for vector in (direction, *vectors))
         try:
             for loss_of, weight in self._losses:
@@ -162,7 +162,7 @@ class Expansion:
         return mean_gradient(losses, weights, dict(zip(self.theta, moved, strict=True)))[1]
 
     def _second_backward(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        total_product = _no_sums(self._leaves)
+        total_product = _zero_sums(self._leaves)
         for loss_of, weight in self._losses:
             kept = self._graph is not None
             found = self._graph if kept else self._twice(loss_of)
@@ -223,7 +223,7 @@ def mean_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """L = Σ_b w_b L_b at θ and its gradient, one tensor per parameter."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
-    total_loss, total_grad = 0.0, _no_sums(leaves.values())
+    total_loss, total_grad = 0.0, _zero_sums(leaves.values())
     for loss_of, weight in zip(losses, weights, strict=True):
         found = _gradient(loss_of, leaves)
         total_loss = total_loss + weight * precise(found.loss)
@@ -231,7 +231,7 @@ def mean_gradient(
     return total_loss, total_grad
 
 
-def _no_sums(leaves: Iterable[Tensor]) -> list[Tensor]:
+def _zero_sums(leaves: Iterable[Tensor]) -> list[Tensor]:
     """Zeros in the leaves' shapes, in float32 at least, to which gradients are added."""
     return [precise(torch.zeros_like(leaf)) for leaf in leaves]
 

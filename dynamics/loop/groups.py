@@ -18,7 +18,7 @@ from ..quantities import sums_dtype
 Group = Mapping[str, Any]
 
 
-class _Said(NamedTuple):
+class _Settings(NamedTuple):
     """A group's settings right before its optimizer stepped: a scheduler may change them right after."""
 
     rate: float
@@ -26,7 +26,7 @@ class _Said(NamedTuple):
     decay: float
 
 
-class _Spread(NamedTuple):
+class _CachedSetting(NamedTuple):
     """One setting of each group that is trained, and the same per layer or block: cached, because it seldom changes."""
 
     trained: Mapping[int, Group]
@@ -48,8 +48,8 @@ class Groups:
         self._rescaled: set[int] = set()  # groups, by id, of optimizers that do not step along the gradient
         self.outside: list[torch.nn.Parameter] = []  # parameters that are not the model's, such as a loss's own
         self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
-        self._said: dict[int, _Said] = {}  # by the group's id
-        self._known: dict[str, _Spread] = {}  # the last of each kind
+        self._settings: dict[int, _Settings] = {}  # by the group's id
+        self._known: dict[str, _CachedSetting] = {}  # the last of each kind
         self._decays: list[float] = []
         self._decay = torch.empty(0)
 
@@ -105,10 +105,10 @@ class Groups:
             self._rest[tuple(stepped)] = [i for i in range(len(self._layers.parameters)) if i not in held]
         return self._rest[tuple(stepped)]
 
-    def listen(self, number: int) -> None:
+    def note_settings(self, number: int) -> None:
         """Note the settings of an optimizer's groups; it is about to step by these."""
         for group in self._optimizers[number].param_groups:
-            self._said[id(group)] = _Said(_rate(group), self._flow_step(group), _decay(group))
+            self._settings[id(group)] = _Settings(_rate(group), self._flow_step(group), _decay(group))
 
     def gradient(self, number: int, into: Vector) -> None:
         """Copy g of an optimizer's parameters, as it will be applied: without a gradient scaler's factor."""
@@ -158,8 +158,8 @@ class Groups:
         """``over`` of the setting called ``number``, by index of each trained parameter; computed anew on a change."""
         known = self._known.get(number)
         if known is None or known.trained is not trained:
-            known = _Spread(trained, list({id(group): group for group in trained.values()}.values()))
-        numbers = [getattr(self._said[id(group)], number) for group in known.groups]
+            known = _CachedSetting(trained, list({id(group): group for group in trained.values()}.values()))
+        numbers = [getattr(self._settings[id(group)], number) for group in known.groups]
         if known.numbers != numbers:
             of_group = dict(zip(map(id, known.groups), numbers, strict=True))
             found = over({index: of_group[id(group)] for index, group in trained.items()})
@@ -188,7 +188,7 @@ class Groups:
     def first_flow_step(self) -> float:
         """Flow time of the last step in the first optimizer's first group; before any step, of the next one."""
         group = self._optimizers[0].param_groups[0]
-        said = self._said.get(id(group))
+        said = self._settings.get(id(group))
         return self._flow_step(group) if said is None else said.flow_step
 
     def _flow_step(self, group: Group) -> float:

@@ -13,7 +13,7 @@ _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_back
 
 
 @contextmanager
-def hooks_asleep(model: nn.Module, theirs: Callable[[Any], bool]) -> Iterator[None]:
+def hooks_removed(model: nn.Module, theirs: Callable[[Any], bool]) -> Iterator[None]:
     """Inside, those hooks are removed that are methods of objects for which ``theirs`` is true.
 
     They do not run in backward passes through what was evaluated inside either, even if these come later.

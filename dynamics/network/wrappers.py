@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .hooks import hooks_asleep
+from .hooks import hooks_removed
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -37,7 +37,7 @@ def forward_unwrapped(model: nn.Module) -> Iterator[None]:
     try:
         for module in wrapped:
             module.forward = module._original_forward
-        with hooks_asleep(model, lambda owner: hasattr(owner, "hooks_enabled")):
+        with hooks_removed(model, lambda owner: hasattr(owner, "hooks_enabled")):
             yield
     finally:
         for module, forward in wrapped.items():

@@ -86,7 +86,7 @@ class Events:
         with structure.again():  # predictions evaluate the network from before
             found = effect(self._layers, before, after)
         self._rows.add("pruning", row | described | found)
-        self._rows.add_told(self._past.count, event)
+        self._rows.add_event_extras(self._past.count, event)
         self._past = self._past.and_now(described, event.unit_labels(), event.studies, pruned=kind == "prune")
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:

@@ -42,7 +42,7 @@ class Rows:
             self._buffer.add(node, row)
             self.gradients.say()
 
-    def add_told(self, number: int, event: Event) -> None:
+    def add_event_extras(self, number: int, event: Event) -> None:
         """Send what was added to an event: its row of ``/units``, if any, and a row of each study."""
         for node, study in event.studies.items():
             for name, values in study.coords.items():

@@ -113,7 +113,7 @@ class Steps:
 
     def take_gradient(self, number: int) -> None:
         """Keep g before an optimizer applies it, because the step may overwrite it."""
-        self._groups.listen(number)
+        self._groups.note_settings(number)
         if self._begun:
             with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.take_gradient(number)

@@ -33,7 +33,8 @@ class Shrunk:
 
     def __repr__(self) -> str:
         left, whole = sum(map(len, self.units.values())), sum(self.totals.values())
-        return f"<Shrunk: {left} of {whole} units left in {len(self.units)} layers>"
+        layers = f"{len(self.units)} layer{'s' * (len(self.units) != 1)}"
+        return f"<Shrunk: {left} of {whole} units left in {layers}>"
 
     def expand(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the units left, (unit,) by layer → of all original units, with False or NaN for those removed.

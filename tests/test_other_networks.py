@@ -86,6 +86,36 @@ def test_what_a_classifier_of_its_own_code_reads_may_go(head: Callable[[], nn.Mo
     assert Pruner(convolutional, None, "magnitude").prune(0.5).alive["0"].sum() == 3
 
 
+class Fixed(nn.Module):
+    """Two layers, and a fixed operation that mixes pixels or nodes of the second's channels."""
+
+    def __init__(self, layer: nn.Module, operation: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.first, self.second = layer, copy.deepcopy(layer)
+        self.register_buffer("fixed", torch.rand(shape))
+        self.operation = operation
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.operation(self.second(torch.relu(self.first(inputs))), self.fixed)
+
+
+FIXED: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "neighbours": (nn.Linear(4, 4), lambda x, fixed: fixed @ x, (5, 5)),
+    "blur": (nn.Conv2d(4, 4, 1), lambda x, fixed: F.conv2d(x, fixed, groups=4), (4, 1, 3, 3)),
+    "upsampled": (nn.Conv2d(4, 4, 1), lambda x, fixed: F.conv_transpose2d(x, fixed, None, 2, 0, 0, 4), (4, 1, 2, 2)),
+    "resized": (nn.Conv2d(4, 4, 1), lambda x, fixed: fixed @ x @ fixed.t(), (8, 8)),
+    "resized in one direction": (nn.Conv2d(4, 4, 1), F.linear, (6, 8)),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_the_outputs_never_go_where_a_fixed_operation_mixes_no_channels(case: str) -> None:
+    layer, operation, shape = FIXED[case]
+    model = Fixed(layer, operation, *shape)
+    Pruner(model, None, "magnitude").prune(0.3)
+    assert set(parameter_masks(model)) == {"first.weight", "first.bias"}
+
+
 def test_hidden_neurons_are_filters_and_the_classes_are_not() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     one = [(torch.randn(7, 4), torch.arange(7) % 3)]
@@ -333,6 +363,25 @@ def test_a_channel_that_is_a_product_goes_with_the_filters_of_either_factor() ->
     weights = model.last.weight.detach() * left.view(1, 6, 1, 1)  # those that read a channel that is left
     found = scores(model, None, "magnitude")["last"]
     torch.testing.assert_close(found, weights.square().sum((1, 2, 3)).sqrt(), rtol=1e-12, atol=0)
+
+
+class Cast(nn.Module):
+    """Two convolutions, of which one has the type of the other, and whose code asks for a weight's type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self.first.weight)
+        first = self.first(inputs)
+        return self.last((first.mean(1, keepdim=True) + self.norm(self.second(inputs).to(first))).mean((2, 3)))
+
+
+def test_what_has_another_s_type_does_not_have_its_channels() -> None:
+    first, second = unit_layers(Cast())
+    assert (first.modules, second.modules) == (("first",), ("second", "norm"))
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,10 @@ _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul
 _QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide")
 _CLAMPS = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
 _SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
-
-
-_LAYER_FUNCTIONS = (
-    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    operator.matmul, torch.matmul, torch.mm, "matmul", "mm",
+_CONVOLUTION_FUNCTIONS = (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 )  # fmt: skip
+_PRODUCTS_OF_MATRICES = (F.linear, F.bilinear, operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
 
 
 def is_depthwise(module: nn.Module | None) -> bool:
@@ -86,14 +84,25 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     return "alone" if alone else "lifts" if lifts else "ends"
 
 
-def is_layer_of(node: fx.Node, weights: Collection[fx.Node]) -> bool:
-    """Whether an operation is a layer as a function, of one of these weights and something that is none of them."""
-    inputs = node.all_input_nodes
-    return node.target in _LAYER_FUNCTIONS and 0 < sum(one in weights for one in inputs) < len(inputs)
+def is_layer_of(node: fx.Node, source: fx.Node, weights: Collection[fx.Node], *, laid_out: bool) -> bool:
+    """Whether an operation is a layer as a function, which mixes the channels of a source by one of these weights.
+
+    The channels are the second dimension; where they are laid out, the last. A matrix on the left mixes samples or
+    nodes of a graph, and a convolution with groups may have one filter a channel.
+    """
+    first, *others = node.all_input_nodes
+    if first is not source or source in weights or not any(one in weights for one in others):
+        return False
+    if node.target in _PRODUCTS_OF_MATRICES:
+        return laid_out
+    given = _given(node, "weight", "bias", "stride", "padding", "dilation", "groups")  # or output_padding
+    return node.target in _CONVOLUTION_FUNCTIONS and given.get("groups", 1) == 1
 
 
-def is_about(node: fx.Node) -> bool:
+def is_about(node: fx.Node, source: fx.Node) -> bool:
     """Whether an operation asks for a tensor's type, device or shape, and not for its numbers."""
+    if node.target in ("to", "type_as"):
+        return node.args[0] is not source
     asked = node.args[1] if node.target is getattr else node.target
     return asked in ("dtype", "device", "shape", "ndim", "size", "dim", "numel")
 

@@ -97,13 +97,17 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         if node.op == "call_module":
             calls.setdefault(node.target, []).append(node)
     weights = _weights(graph)
-    taken = {node.target: node for node in weights if node.op == "get_attr" and not all(map(is_about, node.users))}
+    taken = {
+        node.target: node
+        for node in weights
+        if node.op == "get_attr" and not all(is_about(user, node) for user in node.users)
+    }
     layers, refusals = [], []
     for name, module in model.named_modules():
         by_itself = taken.get(weight_of(name)) if name else None
         if not isinstance(module, LAYERS) or name in protected or not (name in calls or by_itself):
             continue
-        head = any(_reaches_output(model, node, weights) for node in calls.get(name, [by_itself]))
+        head = any(_reaches_output(model, node, module, weights) for node in calls.get(name, [by_itself]))
         if head and (isinstance(module, nn.Linear) or name not in calls):
             continue
         if by_itself:
@@ -237,8 +241,10 @@ def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, lai
 
 def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Module, *, laid_out: bool) -> str:
     """What the user of a node does to each of a layer's channels that come from there: see :func:`does`."""
-    alone = pools(user, layer) or scales(user, node) or (not laid_out and pads(user, layer))
-    return "alone" if alone else does(user, module)
+    if pools(user, layer) or scales(user, node) or (not laid_out and pads(user, layer)):
+        return "alone"
+    effect = does(user, module)
+    return "ends" if effect == "alone" and user.all_input_nodes[0] is not node else effect  # x.to(y) has x's channels
 
 
 def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
@@ -249,19 +255,19 @@ def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
     return type(reader) is type(layer) and inputs == filters
 
 
-def _reaches_output(model: nn.Module, node: fx.Node, weights: Collection[fx.Node]) -> bool:
-    """Whether a node's result reaches the network's output without passing another layer."""
-    waiting, seen = [(node, user) for user in node.users], set()
+def _reaches_output(model: nn.Module, node: fx.Node, layer: nn.Module, weights: Collection[fx.Node]) -> bool:
+    """Whether the result of a layer's node reaches the network's output without passing another layer."""
+    waiting, seen = [(node, user, isinstance(layer, nn.Linear)) for user in node.users], set()
     while waiting:
-        source, user = waiting.pop()
-        if user in seen or (source not in weights and is_layer_of(user, weights)):
+        source, user, laid_out = waiting.pop()
+        if user in seen or is_layer_of(user, source, weights, laid_out=laid_out):
             continue
         seen.add(user)
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         if user.op == "output":
             return True
         if not isinstance(module, LAYERS) or is_depthwise(module):
-            waiting.extend((user, after) for after in user.users)
+            waiting.extend((user, after, laid_out or lays_out(user, module)) for after in user.users)
     return False
 
 

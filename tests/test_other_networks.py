@@ -272,6 +272,28 @@ def test_layers_inside_a_module_that_tracing_does_not_open_are_no_filters_unseen
     assert weights.alive.keys() == {"inp", "hidden", "out"}
 
 
+class Initialised(nn.Conv2d):
+    """A convolution that differs from torch's in how it begins."""
+
+    def reset_parameters(self) -> None:
+        nn.init.orthogonal_(self.weight)
+        nn.init.constant_(self.bias, 0.5)
+
+
+class Gentle(nn.BatchNorm2d):
+    """A normalisation with another momentum."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count, momentum=0.01)
+
+
+def test_a_layer_that_inherits_torch_s_forward_pass_is_as_torch_s() -> None:
+    between, end = (nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU()), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(Initialised(3, 6, 3), Gentle(6), *between, *end)
+    first, second = unit_layers(model)
+    assert (first.modules, first.readers, second.modules) == (("0", "1"), ("3",), ("3",))
+
+
 def test_a_convolution_called_twice_goes_with_all_that_follows_it() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

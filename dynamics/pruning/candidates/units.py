@@ -190,13 +190,23 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
     return found
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into a layer that only inherits torch's forward pass, as it does not into torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        forward = [getattr(type(m), name, None) for name in ("forward", "_conv_forward", "_check_input_dim")]
+        inherited = all(one is None or one.__module__.startswith("torch.nn.") for one in forward)
+        known = isinstance(m, (*LAYERS, *NORMALISATIONS)) and inherited
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
 def _traced(model: nn.Module) -> fx.Graph:
     """The model's graph in eval mode; arguments of ``forward`` with a number or string as default are fixed to that."""
     try:
         arguments = inspect.signature(model.forward).parameters.values()
         settings = {one.name: one.default for one in arguments if isinstance(one.default, bool | int | float | str)}
         with mode_of(model, "eval"), activations_stay():
-            return fx.symbolic_trace(model, concrete_args=settings or None).graph
+            return _Tracer().trace(model, concrete_args=settings or None)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which shows what belongs to a filter: "
@@ -252,7 +262,8 @@ def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
     filters, inputs = len(layer.weight), reader.weight.shape[1]
     if laid_out and not isinstance(layer, nn.Linear):
         return isinstance(reader, nn.Linear) and inputs % filters == 0
-    return type(reader) is type(layer) and inputs == filters
+    kind = next(kind for kind in LAYERS if isinstance(layer, kind))
+    return isinstance(reader, kind) and inputs == filters
 
 
 def _reaches_output(model: nn.Module, node: fx.Node, layer: nn.Module, weights: Collection[fx.Node]) -> bool:

@@ -336,6 +336,8 @@ ZERO_STAYS_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
     "gated by others": lambda x: x * x.mean((2, 3), keepdim=True),
     "another type": lambda x: x.double(),
     "a function": lambda x: F.celu(F.dropout3d(x.abs())),
+    "Python's own functions": lambda x: abs(-x),
+    "squared ReLU": lambda x: F.relu(x) ** 2,
 }
 
 
@@ -408,8 +410,14 @@ def test_what_has_another_s_type_does_not_have_its_channels() -> None:
 
 @pytest.mark.parametrize(
     "between",
-    [lambda x: F.pad(x, (1, 1), value=1.0), lambda x: 1 / x, lambda x: x.clamp(0.1, 6), lambda x: F.pad(x, [0] * 6)],
-    ids=["padded by ones", "a divisor", "clamped above zero", "padded channels"],
+    [
+        lambda x: F.pad(x, (1, 1), value=1.0),
+        lambda x: 1 / x,
+        lambda x: x**0,
+        lambda x: x.clamp(0.1, 6),
+        lambda x: F.pad(x, [0] * 6),
+    ],
+    ids=["padded by ones", "a divisor", "to the power of zero", "clamped above zero", "padded channels"],
 )
 def test_what_makes_something_of_zero_ends_what_goes_with_a_filter(between: Callable[[Tensor], Tensor]) -> None:
     first, last = unit_layers(Separable(between))

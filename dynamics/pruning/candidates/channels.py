@@ -43,8 +43,8 @@ _ALONE_FUNCTIONS: frozenset[Callable] = frozenset({
     F.hardswish, F.hardtanh, F.tanh, F.softsign, F.tanhshrink, F.softshrink, F.hardshrink, F.dropout, F.dropout1d,
     F.dropout2d, F.dropout3d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d, F.interpolate, operator.neg, torch.neg, torch.abs, torch.square, torch.relu, torch.relu_,
-    torch.tanh, torch.flatten,
+    F.adaptive_max_pool3d, F.interpolate, operator.neg, operator.abs, torch.neg, torch.abs, torch.square, torch.relu,
+    torch.relu_, torch.tanh, torch.flatten,
 })  # fmt: skip
 _LIFTING_FUNCTIONS: frozenset[Callable] = frozenset({
     F.sigmoid, F.hardsigmoid, F.logsigmoid, F.softplus, F.softmax, F.log_softmax, F.group_norm, F.layer_norm,
@@ -58,6 +58,7 @@ _LIFTING_METHODS = ("sigmoid", "softmax", "exp")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 _QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide")
 _CLAMPS = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
+_POWERS = (operator.pow, torch.pow, "pow")
 _SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
 _CONVOLUTION_FUNCTIONS = (
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -108,7 +109,10 @@ def is_about(node: fx.Node, source: fx.Node) -> bool:
 
 
 def scales(node: fx.Node, source: fx.Node) -> bool:
-    """Whether an operation multiplies each channel of the source by something, or divides it, or clamps it around 0."""
+    """Whether an operation multiplies, divides, or raises each channel of the source, or clamps it around 0."""
+    if node.target in _POWERS:
+        exponent = _given(node, "exponent").get("exponent")
+        return isinstance(exponent, int | float) and exponent > 0
     if node.target in _CLAMPS:
         ends = _given(node, "min", "max")
         low, high = ends.get("min") or 0, ends.get("max") or 0

@@ -389,6 +389,13 @@ def test_a_channel_that_is_a_product_goes_with_the_filters_of_either_factor() ->
     torch.testing.assert_close(found, weights.square().sum((1, 2, 3)).sqrt(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("layer", [nn.CircularPad1d((1, -1)), nn.ZeroPad1d((1, -1))], ids=["around", "along"])
+def test_what_shifts_neurons_ends_what_goes_with_them(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), layer, nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    (first,) = unit_layers(model)
+    assert (first.modules, first.readers) == (("0",), ())
+
+
 class Cast(nn.Module):
     """Two convolutions, of which one has the type of the other, and whose code asks for a weight's type."""
 

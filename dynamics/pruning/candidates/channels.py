@@ -28,9 +28,11 @@ _ALONE = (
     nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d,
     nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.Flatten, nn.ReflectionPad1d,
-    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
-    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.Flatten,
+)  # fmt: skip
+_OWN_PADS = (
+    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
+    nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _LIFTS = (
@@ -77,7 +79,9 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     if isinstance(module, _CONSTANT_PADS):
         return "lifts" if module.value else "alone"
     if node.op == "call_module":
-        return "alone" if isinstance(module, _ALONE) else "lifts" if isinstance(module, _LIFTS) else "ends"
+        return (
+            "alone" if isinstance(module, (*_ALONE, *_OWN_PADS)) else "lifts" if isinstance(module, _LIFTS) else "ends"
+        )
     if node.op == "call_function":
         alone, lifts = node.target in _ALONE_FUNCTIONS, node.target in _LIFTING_FUNCTIONS
     else:
@@ -127,6 +131,11 @@ def pads(node: fx.Node, layer: nn.Module) -> bool:
     given = _given(node, "pad", "mode", "value") if node.target is F.pad else {}
     widths = given.get("pad")
     return isinstance(widths, tuple | list) and len(widths) <= 2 * (layer.weight.ndim - 2) and not given.get("value")
+
+
+def shifts(module: nn.Module | None) -> bool:
+    """Whether a layer pads or crops the last dimension, in which a linear layer has its neurons."""
+    return isinstance(module, (*_CONSTANT_PADS, *_OWN_PADS)) and any(module.padding[:2])
 
 
 def pools(node: fx.Node, layer: nn.Module) -> bool:

@@ -33,6 +33,7 @@ from .channels import (
     pads,
     pools,
     scales,
+    shifts,
 )
 from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading, within
 
@@ -253,6 +254,8 @@ def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Mo
     """What the user of a node does to each of a layer's channels that come from there: see :func:`does`."""
     if pools(user, layer) or scales(user, node) or (not laid_out and pads(user, layer)):
         return "alone"
+    if (laid_out or isinstance(layer, nn.Linear)) and shifts(module):
+        return "ends"
     effect = does(user, module)
     return "ends" if effect == "alone" and user.all_input_nodes[0] is not node else effect  # x.to(y) has x's channels
 

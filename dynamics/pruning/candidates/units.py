@@ -1,40 +1,22 @@
 """Units: the filters that pruning may remove, and the parameters that are pruned with each of them.
 
 A filter's channel stays separate through normalisations, activations, pooling and depthwise convolutions until another
-convolution, a linear layer or a sum mixes it with others. All parameters on that way are pruned with the filter: its
+convolution, a linear layer or a sum mixes it with others. All parameters on that path are pruned with the filter: its
 bias, its normalisation's γ and β, and the depthwise layer's filter with its own normalisation. Neurons of a linear
 layer count as filters, too.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from ...errors import first_line
 from ...network.masks import filters_left
 from ...network.structure import check_initialised, check_whole
-from ...probing.activations import activations_stay
-from ...probing.mode import mode_of
-from .channels import (
-    CONVOLUTIONS,
-    LAYERS,
-    NORMALISATIONS,
-    TRANSPOSED,
-    does,
-    is_about,
-    is_depthwise,
-    is_layer_of,
-    is_sum,
-    lays_out,
-    pads,
-    pools,
-    scales,
-    shifts,
-)
+from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, is_about, is_depthwise
+from .paths import ChannelPath, follow, own_tensors, reaches_output, reads_each, traced
 from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading, within
 
 
@@ -65,17 +47,6 @@ class UnitLayer:
         return next((name for name in self.modules if isinstance(model.get_submodule(name), NORMALISATIONS)), None)
 
 
-@dataclass
-class _Way:
-    """The way of a layer's channels: modules and nodes they run through separately, and why they cannot be pruned."""
-
-    modules: list[str] = field(default_factory=list)
-    readers: dict[str, bool] = field(default_factory=dict)  # layer → whether the channels were flattened before it
-    nodes: set[fx.Node] = field(default_factory=set)
-    summed: bool = False
-    refusal: str | None = None
-
-
 def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLayer]:
     """The ranked layers of a model in the order of its modules, found by tracing it symbolically in eval mode.
 
@@ -92,12 +63,12 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
     check_initialised(model)
     check_whole(model, "prune")
     protected = within(model, protected)
-    graph = _traced(model)
+    graph = traced(model)
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(node.target, []).append(node)
-    weights = _weights(graph)
+    weights = own_tensors(graph)
     taken = {
         node.target: node
         for node in weights
@@ -108,7 +79,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         by_itself = taken.get(weight_of(name)) if name else None
         if not isinstance(module, LAYERS) or name in protected or not (name in calls or by_itself):
             continue
-        head = any(_reaches_output(model, node, module, weights) for node in calls.get(name, [by_itself]))
+        head = any(reaches_output(model, node, module, weights) for node in calls.get(name, [by_itself]))
         if head and (isinstance(module, nn.Linear) or name not in calls):
             continue
         if by_itself:
@@ -118,22 +89,22 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
             continue
         if is_depthwise(module):
             continue
-        way = _Way()
+        path = ChannelPath()
         for node in calls[name]:
-            _follow(model, node, module, way)
-        for shared in (one for one in way.modules if not way.nodes.issuperset(calls[one])):
-            way.refusal = f"feeds into {shared!r}, and so do other channels"
-        if refusal := _refusal(model, name, module) or (None if head else way.refusal):
+            follow(model, node, module, path)
+        for shared in (one for one in path.modules if not path.nodes.issuperset(calls[one])):
+            path.refusal = f"feeds into {shared!r}, and so do other channels"
+        if refusal := _refusal(model, name, module) or (None if head else path.refusal):
             refusals.append(f"layer {name!r} {refusal}")
             continue
-        modules = tuple(dict.fromkeys([name, *way.modules]))
+        modules = tuple(dict.fromkeys([name, *path.modules]))
         copies = sum(is_depthwise(model.get_submodule(one)) for one in modules)
         readers = tuple(
             reader
-            for reader, laid_out in way.readers.items()
-            if len(calls[reader]) == 1 and _reads_each(module, model.get_submodule(reader), laid_out=laid_out)
+            for reader, laid_out in path.readers.items()
+            if len(calls[reader]) == 1 and reads_each(module, model.get_submodule(reader), laid_out=laid_out)
         )
-        layers.append(UnitLayer(name, len(module.weight), modules, copies, way.summed, head, readers))
+        layers.append(UnitLayer(name, len(module.weight), modules, copies, path.summed, head, readers))
     refusals += _unseen(model, calls, protected)
     if refusals:
         raise ValueError(f"{'; '.join(refusals)}; {LEAVE}")
@@ -191,30 +162,6 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
     return found
 
 
-class _Tracer(fx.Tracer):
-    """Does not look into a layer that only inherits torch's forward pass, as it does not into torch's own."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        forward = [getattr(type(m), name, None) for name in ("forward", "_conv_forward", "_check_input_dim")]
-        inherited = all(one is None or one.__module__.startswith("torch.nn.") for one in forward)
-        known = isinstance(m, (*LAYERS, *NORMALISATIONS)) and inherited
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-
-def _traced(model: nn.Module) -> fx.Graph:
-    """The model's graph in eval mode; arguments of ``forward`` with a number or string as default are fixed to that."""
-    try:
-        arguments = inspect.signature(model.forward).parameters.values()
-        settings = {one.name: one.default for one in arguments if isinstance(one.default, bool | int | float | str)}
-        with mode_of(model, "eval"), activations_stay():
-            return _Tracer().trace(model, concrete_args=settings or None)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, which shows what belongs to a filter: "
-            f"{first_line(error)}; granularity='weight' needs no tracing"
-        ) from error
-
-
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why a layer's own filters cannot be pruned; None if they can."""
     if isinstance(module, TRANSPOSED):
@@ -222,77 +169,6 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
         return f"has {module.groups} groups: only plain and depthwise convolutions are pruned"
     return not_plain(model, name)
-
-
-def _follow(model: nn.Module, node: fx.Node, layer: nn.Module, way: _Way, *, laid_out: bool = False) -> None:
-    """Follow a layer's channels from a node on until something mixes them, and note the way."""
-    filters = len(layer.weight)
-    for user in node.users:
-        module = model.get_submodule(user.target) if user.op == "call_module" else None
-        if is_depthwise(module) or isinstance(module, NORMALISATIONS):
-            if (module.out_channels if is_depthwise(module) else module.num_features) != filters:
-                continue  # channels were reshaped on the way, so they are not the layer's filters any more
-            if isinstance(module, NORMALISATIONS) and module.weight is None:
-                way.refusal = f"feeds into {user.target!r}, which has no γ and β: a silenced filter would not be silent"
-            way.modules.append(user.target)
-            way.nodes.add(user)
-            _follow(model, user, layer, way, laid_out=laid_out)
-        elif is_sum(user):
-            way.summed = True
-        elif user.op != "output" and (effect := _effect(user, node, module, layer, laid_out=laid_out)) != "ends":
-            if effect == "lifts":
-                what = user.target if isinstance(user.target, str) else user.target.__name__
-                kind = f" ({type(module).__name__})" if module is not None else ""
-                way.refusal = f"feeds into {what!r}{kind}, through which a silenced filter may still have an effect"
-            else:
-                _follow(model, user, layer, way, laid_out=laid_out or lays_out(user, module))
-        elif isinstance(module, LAYERS):
-            way.readers[user.target] = laid_out
-
-
-def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Module, *, laid_out: bool) -> str:
-    """What the user of a node does to each of a layer's channels that come from there: see :func:`does`."""
-    if pools(user, layer) or scales(user, node) or (not laid_out and pads(user, layer)):
-        return "alone"
-    if (laid_out or isinstance(layer, nn.Linear)) and shifts(module):
-        return "ends"
-    effect = does(user, module)
-    return "ends" if effect == "alone" and user.all_input_nodes[0] is not node else effect  # x.to(y) has x's channels
-
-
-def _reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
-    """Whether each input channel of a reader, or group of flattened features, comes from one filter of the layer."""
-    filters, inputs = len(layer.weight), reader.weight.shape[1]
-    if laid_out and not isinstance(layer, nn.Linear):
-        return isinstance(reader, nn.Linear) and inputs % filters == 0
-    kind = next(kind for kind in LAYERS if isinstance(layer, kind))
-    return isinstance(reader, kind) and inputs == filters
-
-
-def _reaches_output(model: nn.Module, node: fx.Node, layer: nn.Module, weights: Collection[fx.Node]) -> bool:
-    """Whether the result of a layer's node reaches the network's output without passing another layer."""
-    waiting, seen = [(node, user, isinstance(layer, nn.Linear)) for user in node.users], set()
-    while waiting:
-        source, user, laid_out = waiting.pop()
-        if user in seen or is_layer_of(user, source, weights, laid_out=laid_out):
-            continue
-        seen.add(user)
-        module = model.get_submodule(user.target) if user.op == "call_module" else None
-        if user.op == "output":
-            return True
-        if not isinstance(module, LAYERS) or is_depthwise(module):
-            waiting.extend((user, after, laid_out or lays_out(user, module)) for after in user.users)
-    return False
-
-
-def _weights(graph: fx.Graph) -> dict[fx.Node, None]:
-    """The nodes that are made of the network's own tensors alone, in their order."""
-    weights: dict[fx.Node, None] = {}
-    for node in graph.nodes:
-        made = bool(node.all_input_nodes) and all(one in weights for one in node.all_input_nodes)
-        if node.op == "get_attr" or (made and node.op != "output"):
-            weights[node] = None
-    return weights
 
 
 def _unseen(model: nn.Module, calls: Iterable[str], protected: Iterable[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Any loop, any model: what is recorded is what a computation by hand beside the loop says."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -668,15 +667,13 @@ class Same(nn.Module):
 def test_a_weight_that_is_made_ready_for_pruning_and_then_parametrized_stays_itself(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-            for number, batch in enumerate(recorder.watch(vectors(3))):
-                if number == 1:
-                    nn.utils.prune.identity(model[2], "weight")
-                    nn.utils.parametrize.register_parametrization(model[2], "weight_orig", Same())
-                expected = sum(one.square().sum().item() for one in model[2].parameters())
-                plain_step(model, optimizer, batch)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(3))):
+            if number == 1:
+                nn.utils.prune.identity(model[2], "weight")
+                nn.utils.parametrize.register_parametrization(model[2], "weight_orig", Same())
+            expected = sum(one.square().sum().item() for one in model[2].parameters())
+            plain_step(model, optimizer, batch)
     found = open_run(tmp_path / "run")["steps"].param_sqnorm.sel(layer="2")
     np.testing.assert_allclose(found[-1], expected, rtol=1e-6)
 
@@ -685,19 +682,17 @@ def test_a_part_of_a_parametrized_weight_that_is_pruned_by_torch_stays_itself(tm
     model = smooth_network()
     nn.utils.parametrizations.weight_norm(model[2])
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-            for number, batch in enumerate(recorder.watch(vectors(3))):
-                if number == 1:
-                    nn.utils.prune.l1_unstructured(model[2].parametrizations.weight, "original1", 3)
-                magnitudes = [one for name, one in model.named_parameters() if name.startswith("2.")]
-                expected = sum(one.square().sum().item() for one in magnitudes)
-                if number:
-                    mask = model[2].parametrizations.weight.original1_mask
-                    pruned = model[2].parametrizations.weight.original1_orig[mask == 0]
-                    expected -= pruned.square().sum().item()
-                plain_step(model, optimizer, batch)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(3))):
+            if number == 1:
+                nn.utils.prune.l1_unstructured(model[2].parametrizations.weight, "original1", 3)
+            magnitudes = [one for name, one in model.named_parameters() if name.startswith("2.")]
+            expected = sum(one.square().sum().item() for one in magnitudes)
+            if number:
+                mask = model[2].parametrizations.weight.original1_mask
+                pruned = model[2].parametrizations.weight.original1_orig[mask == 0]
+                expected -= pruned.square().sum().item()
+            plain_step(model, optimizer, batch)
     found = open_run(tmp_path / "run")["steps"].param_sqnorm.sel(layer="2")
     np.testing.assert_allclose(found[-1], expected, rtol=1e-12)
 

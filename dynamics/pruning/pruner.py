@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network.masks import apply_masks, filters_left, lift_masks, parameter_masks
+from ..network.structure import has_any
 from ..network.wrappers import unwrap
 from ..probing.batch import sample_count
 from ..probing.objective import Objective, cross_entropy_objective
@@ -287,8 +288,7 @@ class Pruner:
 def _check_trained(model: nn.Module, optimizers: Sequence[Any]) -> None:
     """Raise ValueError if no optimizer holds a parameter of the model."""
     groups = [group for one in optimizers for group in getattr(one, "param_groups", ())]  # a wrapper may have none
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    if groups and held.isdisjoint(map(id, model.parameters())):
+    if groups and not has_any(model, (parameter for group in groups for parameter in group["params"])):
         raise ValueError(
             "the optimizer holds none of the model's parameters, so another one would move what is pruned: "
             "pass the optimizer that trains this model, created with its present parameters"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import schema
-from ..network.structure import check_initialised
+from ..network.structure import check_initialised, has_any
 from ..record.columns import LONGEST_TEXT
 
 _WITHIN = ("optimizer", "base_optimizer", "_base_optimizer", "optim")  # wrappers' attributes for the inner optimizer
@@ -54,9 +54,8 @@ def check_arguments(model: nn.Module, objective: Any, every: int, curvature_ever
 
 def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Raise ValueError if the optimizers train another model."""
-    ours = {id(parameter) for parameter in model.parameters()}
     held = [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
-    if any(id(parameter) in ours for parameter in held):
+    if has_any(model, held):
         return
     if Counter(parameter.shape for parameter in held) == Counter(parameter.shape for parameter in model.parameters()):
         raise ValueError(

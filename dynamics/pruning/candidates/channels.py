@@ -79,10 +79,8 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     if isinstance(module, _CONSTANT_PADS):
         return "lifts" if module.value else "alone"
     if node.op == "call_module":
-        return (
-            "alone" if isinstance(module, (*_ALONE, *_OWN_PADS)) else "lifts" if isinstance(module, _LIFTS) else "ends"
-        )
-    if node.op == "call_function":
+        alone, lifts = isinstance(module, (*_ALONE, *_OWN_PADS)), isinstance(module, _LIFTS)
+    elif node.op == "call_function":
         alone, lifts = node.target in _ALONE_FUNCTIONS, node.target in _LIFTING_FUNCTIONS
     else:
         alone, lifts = node.target in _ALONE_METHODS, node.target in _LIFTING_METHODS

@@ -64,19 +64,12 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
     check_whole(model, "prune")
     protected = within(model, protected)
     graph = traced(model)
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(node.target, []).append(node)
+    calls = _calls(graph)
     weights = own_tensors(graph)
-    taken = {
-        node.target: node
-        for node in weights
-        if node.op == "get_attr" and not all(is_about(user, node) for user in node.users)
-    }
+    used = {node.target: node for node in weights if node.op == "get_attr" and _is_used(node)}
     layers, refusals = [], []
     for name, module in model.named_modules():
-        by_itself = taken.get(weight_of(name)) if name else None
+        by_itself = used.get(weight_of(name)) if name else None
         if not isinstance(module, LAYERS) or name in protected or not (name in calls or by_itself):
             continue
         head = any(reaches_output(model, node, module, weights) for node in calls.get(name, [by_itself]))
@@ -89,21 +82,13 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
             continue
         if is_depthwise(module):
             continue
-        path = ChannelPath()
-        for node in calls[name]:
-            follow(model, node, module, path)
-        for shared in (one for one in path.modules if not path.nodes.issuperset(calls[one])):
-            path.refusal = f"feeds into {shared!r}, and so do other channels"
+        path = _path(model, module, calls, name)
         if refusal := _refusal(model, name, module) or (None if head else path.refusal):
             refusals.append(f"layer {name!r} {refusal}")
             continue
         modules = tuple(dict.fromkeys([name, *path.modules]))
         copies = sum(is_depthwise(model.get_submodule(one)) for one in modules)
-        readers = tuple(
-            reader
-            for reader, laid_out in path.readers.items()
-            if len(calls[reader]) == 1 and reads_each(module, model.get_submodule(reader), laid_out=laid_out)
-        )
+        readers = _readers(model, module, calls, path)
         layers.append(UnitLayer(name, len(module.weight), modules, copies, path.summed, head, readers))
     refusals += _unseen(model, calls, protected)
     if refusals:
@@ -160,6 +145,41 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
             weights = weights_reading(module, left.repeat_interleave(module.weight.shape[1] // len(left)))
             found[reader] = found[reader] & weights if reader in found else weights
     return found
+
+
+def _calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Module → the nodes that call it."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(node.target, []).append(node)
+    return calls
+
+
+def _is_used(tensor: fx.Node) -> bool:
+    """Whether the model's own code uses the numbers of one of its tensors."""
+    return not all(is_about(user, tensor) for user in tensor.users)
+
+
+def _path(model: nn.Module, module: nn.Module, calls: Mapping[str, list[fx.Node]], name: str) -> ChannelPath:
+    """The path of a layer's channels from all of its calls; refused where other channels meet them."""
+    path = ChannelPath()
+    for node in calls[name]:
+        follow(model, node, module, path)
+    for shared in (one for one in path.modules if not path.nodes.issuperset(calls[one])):
+        path.refusal = f"feeds into {shared!r}, and so do other channels"
+    return path
+
+
+def _readers(
+    model: nn.Module, module: nn.Module, calls: Mapping[str, list[fx.Node]], path: ChannelPath
+) -> tuple[str, ...]:
+    """The layers that read each of a layer's channels, and nothing else."""
+    return tuple(
+        reader
+        for reader, laid_out in path.readers.items()
+        if len(calls[reader]) == 1 and reads_each(module, model.get_submodule(reader), laid_out=laid_out)
+    )
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:

@@ -23,7 +23,7 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
     ============  ====================================================
 
     Dims (step, layer); unit of the loss. All three are averaged over ``window`` steps, or at least half as many at the
-    ends of the run and next to a pruning, across which no window extends. The prediction is for a step of gradient
+    ends of the run and next to an event, across which no window extends. The prediction is for a step of gradient
     descent, up to terms in λΔt; with momentum, whose steps carry earlier gradients, it holds on average over windows
     longer than 1/(1−β) steps. Where a normalisation makes layers scale-invariant, θᵀg = 0: the flow preserves their
     norm, and all their growth comes from the last term. Skipped steps are left out.
@@ -109,7 +109,7 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
     residual        measured − total: rounding, or something that changed θ between steps
     ==============  =============================================================
 
-    Dims (step, layer); unit θ². Measured is NaN where the next row is not the next step, or a pruning lies in between.
+    Dims (step, layer); unit θ². Measured is NaN where the next row is not the next step, or an event lies in between.
     η and Δt are each layer's own, NaN where its parameters have several. Under Adam, "momentum" includes everything
     that preconditioning does. Skipped steps are left out.
 

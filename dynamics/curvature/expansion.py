@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import named
 from ..hardware.memory_order import channels_first
 from ..hardware.precision import full_precision, precise
-from .graph import ONCE, WayBack, check_differentiable, on_the_way_back
+from .graph import ONCE, BackwardPass, check_differentiable, on_the_way_back
 from .higher_order import HigherOrder
 
 _NOT_TWICE = (  # parts of autograd's messages when an operation has no further derivative
@@ -132,7 +132,7 @@ class Expansion:
             raise RuntimeError(ONCE)
         return found
 
-    def _check_whole(self, way: WayBack) -> None:
+    def _check_whole(self, way: BackwardPass) -> None:
         """Raise RuntimeError if a part of the network ran again, so that the derivative is incomplete."""
         for leaf in self._leaves:
             leaf.grad = None

@@ -24,7 +24,7 @@ _FOREIGN = (
 
 
 @dataclass
-class WayBack:
+class BackwardPass:
     """Whether a part of the network ran ``again`` in a backward pass."""
 
     again: bool = False
@@ -99,12 +99,12 @@ def lend_on_the_way_back(loss: Tensor, lent: Callable[[], AbstractContextManager
 
 
 @contextmanager
-def on_the_way_back(loss: Tensor, leaves: Iterable[Tensor]) -> Iterator[WayBack]:
+def on_the_way_back(loss: Tensor, leaves: Iterable[Tensor]) -> Iterator[BackwardPass]:
     """A context for backward passes from the loss; tells afterwards whether a part of the network ran again in them.
 
     It did if a module ran, or if something else accumulated gradients in the leaves; these gradients are left there.
     """
-    way, lent = WayBack(), getattr(loss, _LENT, None)
+    way, lent = BackwardPass(), getattr(loss, _LENT, None)
     if lent is None:
         yield way
         return

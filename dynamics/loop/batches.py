@@ -17,13 +17,13 @@ from ..probing.objective import Objective
 from .backward_passes import BackwardPasses
 from .forward_passes import ForwardPasses
 from .moments import Moments
-from .seen import Mark, Seen, candidates, read_ahead, used
+from .seen import Position, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
 _IDLE = 128  # batches in a row whose gradients lead to no step
 
 
-class Waiting(NamedTuple):
+class WaitingBatches(NamedTuple):
     """A snapshot of :class:`Batches`: the batches that wait for their step, and the one that stays, if one does."""
 
     seen: list[Seen]
@@ -204,21 +204,21 @@ class Batches:
         return self._backward.pending and len(self._used) == len(self._seen)
 
     @property
-    def mark(self) -> Mark:
+    def position(self) -> Position:
         """Where the loop is now."""
         batches, total, count = len(self._seen) or len(self._staying), self._backward.total, self._backward.count
         first = total - count + 1 if count else 0
-        return Mark(batches, total, first, self._backward.pending)
+        return Position(batches, total, first, self._backward.pending)
 
     @property
-    def mark_of_step(self) -> Mark:
+    def position_of_step(self) -> Position:
         """Where the loop is when it steps, and on which batches."""
-        return self.mark._replace(used=self._used)
+        return self.position._replace(used=self._used)
 
     @property
-    def waiting(self) -> Waiting:
+    def waiting(self) -> WaitingBatches:
         """The batches that wait for their step now; :meth:`wait_again` restores them."""
-        return Waiting(list(self._seen), self._staying, self._of_epoch, stays_surely=self._stays_surely)
+        return WaitingBatches(list(self._seen), self._staying, self._of_epoch, stays_surely=self._stays_surely)
 
     def look_for_evaluation(self) -> Callable[[], bool]:
         """Watch forward passes from now on; the returned function says whether any was seen (none if compiled)."""
@@ -227,7 +227,7 @@ class Batches:
         before = self._forward.count
         return lambda: self._forward.count > before
 
-    def wait_again(self, waiting: Waiting) -> None:
+    def wait_again(self, waiting: WaitingBatches) -> None:
         """Restore the batches that waited for their step, and forget those that came since."""
         self._seen, self._staying, self._of_epoch, self._stays_surely = waiting
 

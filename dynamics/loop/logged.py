@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .seen import Mark
+from .seen import Position
 
 Scalar = float | Tensor
 
@@ -16,11 +16,11 @@ class _Entry(NamedTuple):
     """A scalar, where the loop was when it was logged, and whether a batch was waiting for its step then."""
 
     value: Scalar
-    mark: Mark
+    position: Position
     waited: bool
 
 
-class Waiting(NamedTuple):
+class WaitingScalars(NamedTuple):
     """A snapshot of :class:`Logged`: the scalars that wait for their step, by name, and its flags."""
 
     upcoming: dict[str, list[_Entry]]
@@ -51,20 +51,20 @@ class Logged:
         self._paused: tuple[int, dict[str, int]] = 0, {}  # backward passes, and entries by name, at :meth:`pause`
         self._first: int | None = None  # first backward pass of the step under way, as known at its first pause
 
-    def so_far(self, mark: Mark) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
+    def so_far(self, position: Position) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
         """The scalars of the last step and of the one under way, as if that had been done when it paused."""
         other = copy(self)
         other._of_last, other._initial = dict(self._of_last), set(self._initial)
         other._upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
-        return other.step(mark, late=True), other._means()
+        return other.step(position, late=True), other._means()
 
-    def add(self, name: str, value: Scalar, mark: Mark) -> None:
+    def add(self, name: str, value: Scalar, position: Position) -> None:
         """Keep a scalar for the step that it belongs to."""
         known = not self._announced or self._waits
-        if not (self._stepped or self._under_way) and known and not mark.backwards:
+        if not (self._stepped or self._under_way) and known and not position.backwards:
             self._before.add(name)
-        if self._waits or mark.pending or self._under_way or name in self._before or not self._stepped:
-            self._upcoming.setdefault(name, []).append(_Entry(value, mark, self._waits and not self._pass_ended))
+        if self._waits or position.pending or self._under_way or name in self._before or not self._stepped:
+            self._upcoming.setdefault(name, []).append(_Entry(value, position, self._waits and not self._pass_ended))
         else:
             self._add_to_last(name, [value])
 
@@ -80,12 +80,12 @@ class Logged:
         self._of_last[name] = [*self._of_last.get(name, ()), *values]  # one assignment: a signal handler may flush
 
     @property
-    def waiting(self) -> Waiting:
+    def waiting(self) -> WaitingScalars:
         """What waits for its step now; :meth:`wait_again` restores it."""
         upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
-        return Waiting(upcoming, announced=self._announced, waits=self._waits, pass_ended=self._pass_ended)
+        return WaitingScalars(upcoming, announced=self._announced, waits=self._waits, pass_ended=self._pass_ended)
 
-    def wait_again(self, waiting: Waiting) -> None:
+    def wait_again(self, waiting: WaitingScalars) -> None:
         """Restore ``waiting``, as if no batch had been observed since.
 
         What was logged meanwhile goes to the last step, if there was one and no batch was waiting; else it waits.
@@ -101,7 +101,9 @@ class Logged:
                 if self._stepped and not waiting.waits:
                     self._add_to_last(name, [entry.value])
                 else:
-                    self._upcoming.setdefault(name, []).append(entry._replace(mark=entry.mark._replace(batches=0)))
+                    self._upcoming.setdefault(name, []).append(
+                        entry._replace(position=entry.position._replace(batches=0))
+                    )
         _, self._announced, self._waits, self._pass_ended = waiting
 
     def batch(self, *, first: bool, watched: bool) -> None:
@@ -128,12 +130,12 @@ class Logged:
         """
         self._waits, self._pass_ended = self._waits and unused, True
 
-    def pause(self, mark: Mark) -> None:
+    def pause(self, position: Position) -> None:
         """Some of several optimizers have stepped; if one of these is the next to step, that is another step."""
-        self._paused = mark.backwards, {name: len(entries) for name, entries in self._upcoming.items()}
-        self._first = mark.first_backward if self._first is None else self._first
+        self._paused = position.backwards, {name: len(entries) for name, entries in self._upcoming.items()}
+        self._first = position.first_backward if self._first is None else self._first
 
-    def step(self, mark: Mark, *, late: bool = False) -> dict[str, Scalar]:
+    def step(self, position: Position, *, late: bool = False) -> dict[str, Scalar]:
         """A step is done; returns the scalars of the one before. Those logged for a batch that got no step are dropped.
 
         If ``late``, the step was done when it paused and the next one is under way: what was logged since, and belongs
@@ -141,12 +143,12 @@ class Logged:
         """
         later = self._take_later() if late else {}
         if self._first is not None:  # gradients of optimizers that stepped since may have been set to zero
-            mark = mark._replace(first_backward=min(mark.first_backward, self._first))
+            position = position._replace(first_backward=min(position.first_backward, self._first))
         kept: dict[str, list[Scalar]] = {}
         for name, entries in self._upcoming.items():
-            if own := [one.value for one in entries if self._counts(name, one, mark)]:
+            if own := [one.value for one in entries if self._counts(name, one, position)]:
                 kept[name] = own
-                self._upcoming[name] = [one for one in entries if not self._counts(name, one, mark)]
+                self._upcoming[name] = [one for one in entries if not self._counts(name, one, position)]
         self._first = None
         values, initial = self.of_last(), {}
         if self._announced and not self._stepped:
@@ -163,7 +165,7 @@ class Logged:
         (backwards, paused), later = self._paused, {}
         for name, entries in self._upcoming.items():
             since = entries[paused.get(name, 0) :]
-            later[name] = [one for one in since if name in self._before or one.mark.backwards > backwards]
+            later[name] = [one for one in since if name in self._before or one.position.backwards > backwards]
             self._upcoming[name] = entries[: len(entries) - len(later[name])]
         return later
 
@@ -179,13 +181,13 @@ class Logged:
         """Whether a name is logged before the batch of its step is observed."""
         return name in self._before and not self._watched
 
-    def _counts(self, name: str, entry: _Entry, step: Mark) -> bool:
+    def _counts(self, name: str, entry: _Entry, step: Position) -> bool:
         if self._announced and step.batches:
-            used = entry.mark.batches in step.used if step.used else entry.mark.batches > 0
-            last = entry.mark.pending and entry.mark.backwards == step.backwards  # after its last backward pass
-            read = last and entry.mark.batches == step.batches  # and after all batches that were read ahead
+            used = entry.position.batches in step.used if step.used else entry.position.batches > 0
+            last = entry.position.pending and entry.position.backwards == step.backwards  # after its last backward pass
+            read = last and entry.position.batches == step.batches  # and after all batches that were read ahead
             return used or read or (self._comes_before(name) and not entry.waited)
-        return entry.mark.backwards >= step.first_backward - (name in self._before)
+        return entry.position.backwards >= step.first_backward - (name in self._before)
 
     def _give_back(self, *, ends: bool = False) -> None:
         if not self._stepped or self._under_way:

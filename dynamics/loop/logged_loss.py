@@ -31,9 +31,10 @@ class _Doubt:
 class LoggedLoss:
     """Compares the logged loss with the objective where the two may differ.
 
-    That is at steps of several micro-batches, by whose number a loop may have divided what it logs, and at steps where
-    the applied gradient differs from the objective's. The loss is logged after that, and reading it from a GPU would
-    mean waiting, so it is compared only when that costs nothing.
+    They may at a step of several micro-batches, because loops divide what they log by their number; and at a step whose
+    applied gradient is not the objective's. The loss of a step is logged after it is measured, perhaps on a GPU, where
+    reading it means waiting. So it is kept, and compared just before the next measured step, which waits
+    for the GPU anyway.
 
     Attributes:
         trusted: whether what is logged surely is the loss that is trained on. Then it is compared at every step,

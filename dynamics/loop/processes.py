@@ -69,7 +69,7 @@ class Processes:
         waits.daemon = True
         waits.start()
         try:
-            self.told(None)
+            self.broadcast(None)
         finally:
             waits.cancel()
 
@@ -78,7 +78,7 @@ class Processes:
         """Whether the loop is inside ``DDP.join()``, where one process may have batches when others have none left."""
         return self.replicated and any(one._join_config.enable for one in self._wrappers)
 
-    def first(self, make: Callable[[], _Made]) -> _Made | None:
+    def in_writer(self, make: Callable[[], _Made]) -> _Made | None:
         """Call ``make`` in the writing process: its result there, None in the others; all raise its exception."""
         made, error = None, None
         if self.writes:
@@ -86,7 +86,7 @@ class Processes:
                 made = make()
             except Exception as raised:
                 error = raised
-        error = self.told(error)
+        error = self.broadcast(error)
         if isinstance(error, OSError) and self._apart:
             error.add_note(
                 "This is one of several processes, each with a recorder of its own: for one record of all of "
@@ -96,7 +96,7 @@ class Processes:
             raise error
         return made
 
-    def told(self, value: _Made) -> _Made:
+    def broadcast(self, value: _Made) -> _Made:
         """Broadcast the writing process's value to all processes."""
         if not self.together:
             return value
@@ -120,7 +120,7 @@ class Processes:
         dist.all_reduce(said, dist.ReduceOp.MIN, self._group)
         return bool(said)
 
-    def alike(self, tensor: Tensor) -> bool:
+    def is_same(self, tensor: Tensor) -> bool:
         """Whether the tensor is the same in every replica; NaN counts as 0."""
         if not self.replicated:
             return True
@@ -137,7 +137,7 @@ class Processes:
             torch._foreach_div_(tensors, dist.get_world_size(self._group))
         return list(tensors)
 
-    def total(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def sum(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The sum of each value over the sharding processes."""
         if not self.sharded or not values:
             return values

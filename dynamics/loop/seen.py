@@ -39,7 +39,7 @@ class Seen:
     certain: bool = True  # False where the loop may have gone on to other batches
 
 
-class Mark(NamedTuple):
+class Position(NamedTuple):
     """The position of a loop, counted in batches and backward passes."""
 
     batches: int = 0  # seen since the last step

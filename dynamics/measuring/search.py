@@ -86,7 +86,7 @@ class Search:
         if entries is None:
             return None
         grads, applied = entries
-        of_all = self._processes.told(shares(torch.cat(self._processes.gathered(grads), 1), applied))
+        of_all = self._processes.broadcast(shares(torch.cat(self._processes.gathered(grads), 1), applied))
         if not of_all:
             return None
         before = sum(counts[: self._processes.place])

@@ -41,7 +41,7 @@ class Measurement:
     def present(self) -> Present:
         """The model as it is now."""
         theta = self._layers.theta(self._layers.zeros()).blocks
-        values = self._processes.total(self._layers.evaluate(["param_sqnorm"], Vectors(theta=theta)))
+        values = self._processes.sum(self._layers.evaluate(["param_sqnorm"], Vectors(theta=theta)))
         sqnorm, rounding = values["param_sqnorm"].cpu().numpy(), torch.finfo(self._layers.dtype).eps
         first, flow_step = self._groups.first()
         return Present(self._layers.names, sqnorm, rounding, first, flow_step, self._layers.remaining())
@@ -136,4 +136,4 @@ class Measurement:
         )
         places = [vectors.decay.data_ptr()] if vectors.decay is not None else []  # the other addresses are fixed
         sums = self._repeated(partial(self._layers.sums, self._names, vectors), places, self._layers.device)
-        return self._processes.total({self._names: sums.clone()})
+        return self._processes.sum({self._names: sums.clone()})

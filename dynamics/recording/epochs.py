@@ -64,7 +64,7 @@ class Pass:
         self.epoch: int | None = None
         self._given = 0
         self.drawn = False  # whether it only drew a single batch, as next(iter(loader)) does: that is no epoch
-        self._before = epochs.last, epochs.number(), epochs.batches.mark.backwards
+        self._before = epochs.last, epochs.number(), epochs.batches.position.backwards
         self._waiting = epochs.batches.waiting, epochs.logged.waiting
         epochs.batches.begin_epoch()
         self._ran = epochs.batches.look_for_evaluation()
@@ -79,7 +79,7 @@ class Pass:
         """The pass is complete or, if not ``whole``, the loop has abandoned it."""
         batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
         self._before = self._waiting = None  # else each pass would keep the one before, and its batches, alive
-        idle = self._epochs.number() == step and batches.mark.backwards == backwards
+        idle = self._epochs.number() == step and batches.position.backwards == backwards
         self.drawn = idle and not whole and self._given == 1
         if idle and self._ran():
             self._epochs.last = last

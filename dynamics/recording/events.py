@@ -67,7 +67,7 @@ class Events:
             self._statistics.compare(before.loss, self._loss_in_training(probe, [moment] * len(probe), before.loss))
         yield (event := Event(self._model, self._past))
         after = self._stage(probe, mode, [moment.later()] * len(probe))
-        if not self._processes.alike(after.theta):
+        if not self._processes.is_same(after.theta):
             raise ValueError(
                 "inside event() the networks of the processes became different, and would stay so: plan the "
                 "pruning on the same batches in all processes"

@@ -133,8 +133,8 @@ class Recorder:
         measurement = Measurement(self._layers, groups, processes, names)
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | attributes
         present = measurement.present()
-        store, *known = processes.first(lambda: begin(path, origin, present, resume, step)) or (None,)
-        place, past = processes.told(known)
+        store, *known = processes.in_writer(lambda: begin(path, origin, present, resume, step)) or (None,)
+        place, past = processes.broadcast(known)
         try:
             measurement.start_from(store, place.step, begins=place.begins)
         except BaseException:
@@ -297,7 +297,7 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        trained = bool(self._batches) or self._batches.mark.backwards > 0
+        trained = bool(self._batches) or self._batches.position.backwards > 0
         steps, wasted = self._steps, self._batches.wasted
         self.close()
         if exception[0] is not None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import schema
 from ..loop.logged import Logged, Scalar
-from ..loop.seen import Mark
+from ..loop.seen import Position
 from ..record.buffer import Buffer
 from ..record.store import Store
 from .event import Event
@@ -54,13 +54,13 @@ class Rows:
             self._coordinate("units", "index", "unit", index)
             self.add("units", {"event": number, **event.unit_row()})
 
-    def step(self, row: Mapping[str, Any] | None, mark: Mark, *, late: bool) -> Mapping[str, Scalar]:
+    def step(self, row: Mapping[str, Any] | None, position: Position, *, late: bool) -> Mapping[str, Scalar]:
         """A step is done: send the row of the one before, and keep this one's, which is None if it is not recorded.
 
         Returns what was logged for the one before.
         """
         last, self._step = self._step, {}  # a signal handler that flushes must not send it while its scalars change
-        logged = self.logged.step(mark, late=late)
+        logged = self.logged.step(position, late=late)
         if not self._so_far:
             self._send(last, logged)
         known = self._so_far or {}
@@ -68,9 +68,9 @@ class Rows:
         self._step, self._so_far = known, {}
         return logged
 
-    def so_far(self, row: Mapping[str, Any], mark: Mark) -> None:
+    def so_far(self, row: Mapping[str, Any], position: Position) -> None:
         """Send the row of the step under way as it is now, after the row of the last step."""
-        of_last, logged = self.logged.so_far(mark)
+        of_last, logged = self.logged.so_far(position)
         if not self._so_far:
             self._send(self._step, of_last)
         self._so_far |= {**row, **logged}

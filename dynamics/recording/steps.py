@@ -87,7 +87,7 @@ class Steps:
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Log a scalar for a row."""
-        self._rows.logged.add(name, value, self._batches.mark)
+        self._rows.logged.add(name, value, self._batches.position)
 
     def begin(self, *, waits: bool) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment.
@@ -147,7 +147,7 @@ class Steps:
         If measuring takes all processes (sharded parameters), the row so far is measured now, while all of them are
         here, because one process may flush alone later.
         """
-        self._rows.logged.pause(self._batches.mark)
+        self._rows.logged.pause(self._batches.position)
         self._so_far = (stepped, self._measured(stepped)) if self._measurement.sharded else ([], None)
 
     def end(self, stepped: list[int], *, late: bool = False) -> None:
@@ -159,7 +159,7 @@ class Steps:
                     self._rows.add("curvature", {"step": self.number, **curvature})
         self._flow_time = self._flow_time_after(stepped)
         self._begun, self._so_far = False, ([], None)
-        logged = self._rows.step(row, self._batches.mark_of_step, late=late)
+        logged = self._rows.step(row, self._batches.position_of_step, late=late)
         self._curvature.logged(self.number - 1, logged.get("loss"))
         self.number += 1
         self._batches.clear()
@@ -196,7 +196,7 @@ class Steps:
         if under_way and not self.busy:
             if (row := self._row(under_way)) is not None:
                 with self._busy():  # a signal handler that flushes must not send it before the last step's row
-                    self._rows.so_far(row, self._batches.mark_of_step)
+                    self._rows.so_far(row, self._batches.position_of_step)
             number, flow_time = number + 1, self._flow_time_after(under_way)
         if number and "flow_time" in self._names:
             self._flow_times.keep(number, float(flow_time))

@@ -12,7 +12,6 @@ from .remembered import remembered
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
 
-@remembered
 def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     """Area under the curve of the training loss after the last pruning, and steps to reach a loss.
 
@@ -38,8 +37,12 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     Raises:
         MissingQuantityError: no loss was logged, or none from ``since`` on.
     """
+    return _since(run, start=last_pruning(run) if since is None else since)
+
+
+@remembered
+def _since(run: xr.DataTree, *, start: int) -> xr.Dataset:
     steps = columns(run, "steps", ["loss", "epoch"])
-    start = last_pruning(run) if since is None else since
     after = steps.loss.sel(step=slice(start, None))
     if not after.size:
         raise MissingQuantityError(f"/steps needs rows from step {start} on: train on after the last pruning")

@@ -7,8 +7,10 @@ import pandas as pd
 import xarray as xr
 
 from .record import node
+from .remembered import remembered
 
 
+@remembered
 def logged(run: xr.DataTree) -> xr.Dataset:
     """``/epochs`` over ``epoch``, the number completed: 0 before training, 1 after the first, 1.5 amid the second.
 

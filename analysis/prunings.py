@@ -10,8 +10,10 @@ import xarray as xr
 
 from .epochs import epochs_completed
 from .record import HOW_TO_RECORD, MissingQuantityError, columns, has, length
+from .remembered import remembered
 
 
+@remembered
 def prunings(run: xr.DataTree) -> np.ndarray:
     """Positions of the prunings among a run's events: those of kind "prune", and those that removed parameters.
 

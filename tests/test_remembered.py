@@ -5,10 +5,12 @@ from functools import wraps
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from synthetic_runs import runs
 
+from analysis.overview import overview
 from analysis.remembered import remembered, remembering
 from analysis.statistics import STATISTICS
 from figures import FIGURES, write_report
@@ -99,3 +101,28 @@ def test_a_report_takes_its_claims_from_each_run_once(tmp_path: Path, monkeypatc
     several = runs()
     write_report(several, tmp_path, records=[])
     assert looked == {id(run): 1 for run in several.values()}
+
+
+def test_the_tables_take_each_runs_prunings_epochs_and_losses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tables and claims are about them. Each is found by one of these methods of xarray, on dims of its own."""
+    done, original = Counter(), {name: getattr(xr.DataArray, name) for name in ("rolling", "sum")}
+    to_dataframe = xr.Dataset.to_dataframe
+
+    def rolling(of: xr.DataArray, *given: object, **windows: object) -> object:
+        done["losses"] += of.dtype.kind == "f"  # xarray counts what is known in windows of booleans
+        return original["rolling"](of, *given, **windows)
+
+    def summed(of: xr.DataArray, *given: object, **how: object) -> xr.DataArray:
+        done["prunings"] += of.name == "removed" and not how
+        return original["sum"](of, *given, **how)
+
+    def as_rows(of: xr.Dataset) -> pd.DataFrame:
+        done["epochs"] += "test_accuracy" in of
+        return to_dataframe(of)
+
+    monkeypatch.setattr(xr.DataArray, "rolling", rolling)
+    monkeypatch.setattr(xr.DataArray, "sum", summed)
+    monkeypatch.setattr(xr.Dataset, "to_dataframe", as_rows)
+    several = runs()
+    overview(several)
+    assert done == dict.fromkeys(("losses", "prunings", "epochs"), len(several))

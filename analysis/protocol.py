@@ -19,7 +19,7 @@ from .epochs import logged
 from .opening import open_runs
 from .prunings import at_prunings, prunings
 from .record import MissingQuantityError, columns, has, node
-from .runs import Runs
+from .runs import Runs, check_runs
 from .typeset import known
 
 _LABELS = {
@@ -38,8 +38,11 @@ def protocol_diff(runs: Runs) -> xr.Dataset:
 
     Raises:
         MissingQuantityError: a record has no prunings with units.
-        ValueError: the records are not of the same network and number of rounds.
+        ValueError: the runs are not given by label, there are none, or they differ in network or number of rounds.
     """
+    check_runs(runs)
+    if not runs:
+        raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
     rows = {label: _rounds(run) for label, run in runs.items()}
     first = next(iter(rows.values()))
     for label, row in rows.items():

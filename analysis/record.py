@@ -84,7 +84,15 @@ def without_skipped(run: xr.DataTree, rows: xr.Dataset) -> xr.Dataset:
 
 
 def length(run: xr.DataTree, name: str) -> int:
-    """Number of rows in a node of the record: steps, events or epochs."""
+    """Number of rows in a node of the record: steps, events or epochs.
+
+    Raises:
+        ValueError: ``run`` is not a record.
+    """
+    if not isinstance(run, xr.DataTree):
+        raise ValueError(f"an analysis needs a record, open_run(path), got {run!r:.60}")
+    if run.path.removeprefix("/") in NODES:
+        raise ValueError(f"an analysis needs a whole record, open_run(path), got its group {run.path}")
     return run[name].sizes.get(NODES[name][0], 0) if name in run.children else 0
 
 
@@ -94,10 +102,6 @@ def has(run: xr.DataTree, name: str, *variables: str) -> bool:
     Raises:
         ValueError: ``run`` is not a record.
     """
-    if not isinstance(run, xr.DataTree):
-        raise ValueError(f"an analysis needs a record, open_run(path), got {run!r:.60}")
-    if run.path.removeprefix("/") in NODES:
-        raise ValueError(f"an analysis needs a whole record, open_run(path), got its group {run.path}")
     return length(run, name) > 0 and bool(run[name].data_vars) and set(variables) <= set(run[name].variables)
 
 

@@ -1,6 +1,7 @@
 """The summary figures are the textbook's, and an analysis that lacks something says what."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +249,10 @@ def test_curvature_that_lacks_quantities_says_how_to_have_them(tmp_path: Path) -
     run = recorded(tmp_path / "none", model, optimizer, vectors(3), curvature_every=0)
     with pytest.raises(analysis.MissingQuantityError, match=r"in /curvature\. Record with curvature_every > 0"):
         analysis.loss_decrease(run)
+
+
+@pytest.mark.parametrize("analyse", [analysis.network_norm_rate, analysis.layer_norm_rate])
+@pytest.mark.parametrize("given", ["run.zarr", ["run.zarr"], xr.Dataset()], ids=["path", "list", "dataset"])
+def test_velocities_of_what_is_no_record_are_refused(analyse: Callable, given: object) -> None:
+    with pytest.raises(ValueError, match=r"^an analysis needs a record, open_run\(path\), got "):
+        analyse(given)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -291,3 +292,17 @@ def test_half_a_comparison_is_none_but_what_others_wrote_meanwhile_stays(
     with pytest.raises(error):
         compare(Comparison(model="vgg13", width=0.05, samples=10), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["prune_ties.zarr"]
+
+
+@pytest.mark.parametrize("compared", [protocol_diff, protocol_table])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("out/*.zarr", "give runs by label"),
+        (["a.zarr", "b.zarr"], "give runs by label"),
+        ({}, "no runs: give at least"),
+    ],
+)
+def test_protocols_are_compared_in_runs_by_label(compared: Callable, given: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        compared(given)

@@ -67,6 +67,8 @@ def loss_over_time(runs: Runs) -> str:
         middle = prediction.sizes["step"] // 2
         halves["first"].append(prediction.isel(step=slice(middle)))
         halves["second"].append(prediction.isel(step=slice(middle, None)))
+    if not any(part.sizes["step"] for part in halves["first"]):
+        raise MissingQuantityError("only one step was measured: a first and a second half need two")
     errors = {half: agree(_pool(dict(enumerate(parts)))).median_relative_error for half, parts in halves.items()}
     if not any(np.isfinite(of).any() for of in errors.values()):
         raise MissingQuantityError(NOT_FINITE)

@@ -13,6 +13,7 @@ from synthetic_runs import record
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.conditions import by_setting, mean_by_measure
 from dynamics import Recorder, open_run
+from figures import catalogue
 from figures.report import _done
 
 
@@ -189,3 +190,21 @@ def test_an_error_that_is_small_is_not_zero() -> None:
     assert findings.error_in_percent(4e-16) == "under 0.001%"
     assert findings.error_in_percent(0.0234) == "2.3%"
     assert findings.error_in_percent(float("nan")) == "not finite"
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_of_a_single_measured_step_no_halves_are_told(tmp_path: Path, steps: int) -> None:
+    """So is a short loop with the default ``curvature_every``: nothing failed to be finite in its first half."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=4) as recorder:
+        for x, y in recorder.watch([(torch.randn(3, 4), torch.tensor([0, 1, 0]))] * steps):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    run = open_run(tmp_path / "run.zarr")
+    assert run["curvature"].sizes["step"] == (1 if steps == 2 else 2)
+    said = catalogue.finding("loss_decrease_over_time", {"mine": run})
+    assert ("in the first half" in said) == (steps == 5)
+    assert "not finite" not in said

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from dynamics.command_line import exit_status, printing
 from dynamics.record.reading import named_damage
+from dynamics.words import counted
 
 from .condensed import SUFFIX, condense
 from .opening import open_runs
@@ -89,7 +90,7 @@ def _condense(arguments: list[str]) -> None:
     runs = open_runs(settings.runs)
     with named_damage(runs.values()):
         path = condense(runs, settings.output)
-    print(f"wrote {len(runs)} run{'s' * (len(runs) != 1)} to {path}, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"wrote {counted(len(runs), 'run')} to {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def _overview(arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ from dynamics.record.errors import RecordError
 from dynamics.record.files import replace
 from dynamics.record.metadata import METADATA, Metadata, checked_metadata, chunk_keys
 from dynamics.schema import NODES, SCHEMA_VERSION, SPEEDS, STUDIES
+from dynamics.words import counted
 
 from .prunings import prunings
 from .runs import Runs, check_runs
@@ -56,8 +57,9 @@ def condense(runs: Runs, path: str | Path) -> Path:
     check_runs(runs)
     path = Path(path)
     if not runs or not path.name.endswith(SUFFIX):
-        count = f"{len(runs)} record{'s' * (len(runs) != 1)}"
-        raise ValueError(f"condense needs records and a file named *{SUFFIX}, got {count} and {path}")
+        raise ValueError(
+            f"condense needs records and a file named *{SUFFIX}, got {counted(len(runs), 'record')} and {path}"
+        )
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: condensed records are a single file, such as out/sweep{SUFFIX}")
     check_folder(path.parent, "condensed records", f"out/sweep{SUFFIX}")

@@ -10,6 +10,7 @@ import xarray as xr
 
 from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTINGS
+from dynamics.words import counted
 
 from .names import name_of
 from .prunings import compounded, prunings
@@ -170,7 +171,7 @@ def names_of_conditions(table: pd.DataFrame) -> pd.Series:
 def _in_print(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
     extent = "" if pd.isna(sparsity) else f"{sparsity}% "
-    pruned = f"{extent}pruned in {rounds} round{'s' * bool(rounds != 1)}" if rounds else ""
+    pruned = f"{extent}pruned in {counted(rounds, 'round')}" if rounds else ""
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
     settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
     parts = [name_of(model), name_of(data), pruned, *settings]

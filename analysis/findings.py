@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from dynamics.words import counted
+
 from .agreement import ORDERS, agree
 from .conditions import (
     comparisons,
@@ -177,13 +179,13 @@ def effect_prediction(runs: Runs) -> str:
     low, high = (f"{100 * float(share):.0f}" for share in (removed.min(), removed.max()))
     share = f"{low} to " * (low != high) + high
     extent = f", {'each ' * (removed.size != 1)}removing {share}% of the remaining parameters"
-    counted = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
+    event = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
     return (
         f"Loss: median relative error {known(first, '.0%')} in first and {known(second, '.0%')} in second order"
         f"{_ranks(loss.rank_correlation)}. ‖g‖², first order: {known(norm.median_relative_error[0], '.0%')}"
         f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt, first order: {known(rate.median_relative_error[0], '.0%')}"
-        f"{_ranks(rate.rank_correlation[:1])}. n = {removed.size} {counted}{'s' * (removed.size != 1)}"
-        f"{extent * (counted == 'pruning')}."
+        f"{_ranks(rate.rank_correlation[:1])}. n = {counted(removed.size, event)}"
+        f"{extent * (event == 'pruning')}."
     )
 
 
@@ -245,8 +247,7 @@ def _errors(pooled: xr.Dataset) -> str:
     if not count:
         raise MissingQuantityError(NOT_FINITE)
     first, second = map(error_in_percent, agreed.median_relative_error.values)
-    points = f"Median relative error over {count} point{'s' * (count != 1)}"
-    return f"{points}: {first} in first order, {second} in second order."
+    return f"Median relative error over {counted(count, 'point')}: {first} in first order, {second} in second order."
 
 
 def error_in_percent(share: float) -> str:

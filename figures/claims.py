@@ -19,6 +19,7 @@ from analysis.names import name_of
 from analysis.runs import Runs
 from analysis.typeset import percentages
 from analysis.verdicts import JUDGED, as_claimed
+from dynamics.words import counted
 
 from .labels import plain, wrapped
 from .layout import legend_below
@@ -81,7 +82,7 @@ def _prunings(found: pd.DataFrame) -> list[str]:
     """Rounds and further settings of each row, as printed."""
     settings = found.drop(columns=["claim", "says", *JUDGED])
     others = names_of_conditions(settings.assign(model="", data="", rounds=0))
-    rounds = [f"{count} round{'s' * (count != 1)}" for count in found.rounds]
+    rounds = [counted(count, "round") for count in found.rounds]
     return [plain(", ".join(filter(None, said))) for said in zip(rounds, others, strict=True)]
 
 

@@ -26,6 +26,7 @@ from analysis.typeset import grouped, percentages, told_apart
 from dynamics.places import check_folder
 from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY
+from dynamics.words import counted
 
 from .catalogue import FIGURES, caption, claim, compares, draw, finding
 from .style import theme
@@ -119,7 +120,7 @@ def _done(runs: Runs) -> str:
     """What was trained and pruned, in a few sentences, from the records' own configuration."""
     settings = [experiment(run) for run in runs.values()]
     steps = sum(length(run, "steps") for run in runs.values())
-    extent = f"{len(runs)} run{'s' * (len(runs) > 1)}, {steps} recorded step{'s' * (steps != 1)}"
+    extent = f"{counted(len(runs), 'run')}, {counted(steps, 'recorded step')}"
     if not all(one.keys() >= _SAID for one in settings):
         return f"{extent} of instrumented training{_told(runs)}. {probe_mode(runs)}".strip()
     trained = _listed(
@@ -136,7 +137,7 @@ def _done(runs: Runs) -> str:
     seeds = len({one["seed"] for one in settings})
     measures = _listed((name_of(one["measure"]) for one in settings), ", ")
     return (
-        f"{extent}: {trained}. {seeds} seed{'s' * (seeds > 1)}, each one initialisation and one order of the data."
+        f"{extent}: {trained}. {counted(seeds, 'seed')}, each one initialisation and one order of the data."
         f"{how} Measures: {measures}. {probe_mode(runs)}".strip()
     )
 
@@ -155,7 +156,7 @@ def _told(runs: Runs) -> str:
         for name in table if name not in (*COMPARED_BY, "record")
     ]  # fmt: skip
     measures = _listed(map(name_of, table.measure), ", ")
-    return f": {trained}. {seeds} seed{'s' * (seeds > 1)}. Measures: {measures}.{''.join(settings)}".removesuffix(".")
+    return f": {trained}. {counted(seeds, 'seed')}. Measures: {measures}.{''.join(settings)}".removesuffix(".")
 
 
 def _listed(values: Iterable[str], between: str = "; ") -> str:

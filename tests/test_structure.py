@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dynamics", "analysis", "figures")
-OF_RECORDS = {"dynamics.command_line", "dynamics.places", "dynamics.schema"} | {  # without torch
+OF_RECORDS = {"dynamics.command_line", "dynamics.places", "dynamics.schema", "dynamics.words"} | {  # without torch
     f"dynamics.record.{name}" for name in ("errors", "files", "metadata", "reading")
 }
 MAY_IMPORT = {
@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 FLOORS = {  # from the ground: whatever stands on one may import what stands below it
     "dynamics": (
-        {"errors", "models", "places", "quantities", "schema"},
+        {"errors", "models", "places", "quantities", "schema", "words"},
         {"command_line", "data", "hardware", "network", "record"},
         {"curvature"},
         {"probing"},

@@ -25,6 +25,7 @@ from ..record.metadata import read_metadata
 from ..record.reading import check
 from ..record.store import Store
 from ..recording.recorder import Recorder
+from ..words import counted
 from . import checkpoint
 from .experiment import Experiment, configuration
 from .training import Training, chosen
@@ -96,12 +97,12 @@ def _said(chosen: Experiment, device: torch.device) -> str:
     """A line that says what is trained."""
     epochs = len(chosen.schedule())
     pruned = "" if chosen.measure == "none" else (
-        f", pruned by {chosen.measure} to a sparsity of {chosen.sparsity:.0%} in {chosen.rounds} "
-        f"round{'s' * (chosen.rounds != 1)}"
+        f", pruned by {chosen.measure} to a sparsity of {chosen.sparsity:.0%} in "
+        f"{counted(chosen.rounds, 'round')}"
     )  # fmt: skip
     return (
-        f"training {chosen.model} of width {chosen.width:g} on {chosen.data} for {epochs} epoch{'s' * (epochs != 1)} "
-        f"on {device}{pruned}"
+        f"training {chosen.model} of width {chosen.width:g} on {chosen.data} for "
+        f"{counted(epochs, 'epoch')} on {device}{pruned}"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from ..words import counted
 from .cost import Cost
 from .selection import count_left
 
@@ -44,4 +45,4 @@ class Pruning:
 def units_left(alive: Mapping[str, Tensor], unit: str) -> str:
     """How many units are left in how many layers, in words."""
     whole = sum(kept.numel() for kept in alive.values())
-    return f"{count_left(alive)} of {whole} {unit}s left in {len(alive)} layer{'s' * (len(alive) != 1)}"
+    return f"{count_left(alive)} of {counted(whole, unit)} left in {counted(len(alive), 'layer')}"

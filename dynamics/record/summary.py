@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from ..schema import NODES
+from ..words import counted
 from .reading import experiment
 
 
@@ -19,7 +20,7 @@ def summary(run: xr.DataTree) -> str:
         lines.append("came to     " + ", ".join(reached))
     for name, node in run.children.items():
         rows = node.sizes.get(NODES[name][0], 0) if name in NODES else len(node.sizes)
-        sizes = " × ".join(map(_counted, node.sizes.values(), node.sizes)) if rows else "empty"
+        sizes = " × ".join(map(counted, node.sizes.values(), node.sizes)) if rows else "empty"
         lines.append(f"/{name:<10} {sizes}" + (f": {', '.join(node.data_vars)}" if node.data_vars else ""))
     origin = ", ".join(
         f"{name} {run.attrs[name]}" for name in ("thetadot", "commit", "torch", "device") if run.attrs.get(name)
@@ -36,10 +37,10 @@ def _outcome(run: xr.DataTree) -> list[str]:
             said.append(f"{words} {known[-1]:.1%}")
     if "step" in run.children.get("steps", ()) and (recorded := run["steps"].sizes["step"]):
         taken = _taken(run)
-        said.append(_counted(taken, "step"))
+        said.append(counted(taken, "step"))
         said += [f"{recorded} of them recorded"] * (recorded < taken)
     if "pruning" in run.children and (events := run["pruning"].sizes.get("event", 0)):
-        said.append(_counted(events, "event"))
+        said.append(counted(events, "event"))
     return said
 
 
@@ -47,7 +48,3 @@ def _taken(run: xr.DataTree) -> int:
     """How many steps were taken, judged by the last recorded step, event and logged epoch."""
     behind = [run[node].step.values for node in ("epochs", "pruning") if "step" in run.children.get(node, ())]
     return int(max([run["steps"].step.values[-1] + 1, *(steps.max() for steps in behind if steps.size)]))
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" + "s" * (count != 1)

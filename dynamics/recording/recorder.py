@@ -30,6 +30,7 @@ from ..network.layers import Layers
 from ..network.wrappers import unwrap
 from ..probing.objective import Objective, cross_entropy_objective
 from ..record import provenance
+from ..words import counted
 from .arguments import (
     as_given,
     as_number,
@@ -332,8 +333,7 @@ class Recorder:
 
     def __repr__(self) -> str:
         state = "recording" if self._attachment else "closed"
-        steps, layers = self._steps.number, len(self._layers)
-        extent = f"{steps} step{'s' * (steps != 1)}, {layers} layer{'s' * (layers != 1)}"
+        extent = f"{counted(self._steps.number, 'step')}, {counted(len(self._layers), 'layer')}"
         return f"<Recorder {self._path}: {state}, {extent}>"
 
     @property

@@ -14,6 +14,7 @@ from ...network.masks import parameter_masks, replace_mask
 from ...network.structure import check_whole
 from ...network.wrappers import unwrap
 from ...recording.arguments import as_given
+from ...words import counted
 from ..candidates.weights import weight_of
 from .cut import find_cut, rows_left, take
 
@@ -33,8 +34,7 @@ class Shrunk:
 
     def __repr__(self) -> str:
         left, whole = sum(map(len, self.units.values())), sum(self.totals.values())
-        layers = f"{len(self.units)} layer{'s' * (len(self.units) != 1)}"
-        return f"<Shrunk: {left} of {whole} units left in {layers}>"
+        return f"<Shrunk: {left} of {whole} units left in {counted(len(self.units), 'layer')}>"
 
     def expand(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the units left, (unit,) by layer → of all original units, with False or NaN for those removed.

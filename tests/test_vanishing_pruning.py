@@ -1,6 +1,7 @@
 """What a pruning does is predicted the better, the less it removes; a real one is accounted for to the parameter."""
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import convolutional_network, dense, flat, images, smooth_network, vectors
+from networks import convolutional_network, dense, flat, images, plain_step, smooth_network, vectors
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import prune
@@ -305,6 +306,54 @@ def test_a_wrong_derivative_of_an_operation_is_found_out(tmp_path: Path, order: 
     effect = pruning_effect(open_run(tmp_path / "run")).isel(event=0)
     assert bool(effect.second_order.sel(quantity="grad_sqnorm").isnull())
     assert bool(effect.second_order.sel(quantity="loss").notnull())
+
+
+class Attention(nn.Module):
+    """Attention: the softmax over keys takes no notice of the bias of the keys, which shifts all of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.bias, self.value = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.view(-1, 4, 1) * torch.eye(4, dtype=x.dtype)
+        return (torch.softmax(self.query(x) @ self.bias(x).mT, -1) @ self.value(x)).mean(1)
+
+
+class Shifted(nn.Module):
+    """A number that is added to all logits: the cross-entropy takes no notice of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits, self.bias = nn.Linear(4, 3), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits(x) + self.bias(x)
+
+
+def normalised() -> nn.Module:
+    """A bias in front of a normalisation on the batch's statistics, which subtracts it."""
+    layers = {"bias": nn.Linear(4, 5), "normalisation": nn.BatchNorm1d(5), "tanh": nn.Tanh(), "logits": nn.Linear(5, 3)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trained", [0, 100])
+@pytest.mark.parametrize("build", [Attention, Shifted, normalised])
+def test_removing_what_the_loss_does_not_depend_on_has_no_effect(
+    tmp_path: Path, build: Callable[[], nn.Module], trained: int, dtype: torch.dtype
+) -> None:
+    model, probe = build().to(dtype), [(inputs.to(dtype), labels) for inputs, labels in vectors(1)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    for _ in range(trained):
+        plain_step(model, optimizer, probe[0])
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        with recorder.event("prune", probe=probe, mode="train"):  # a warning would be an error
+            apply_masks(model, {"bias.bias": torch.zeros(len(model.bias.bias), dtype=torch.bool)})
+    effect = pruning_effect(open_run(tmp_path / "run")).isel(event=0)
+    second_order = effect.second_order.drop_sel(quantity="param_hess_grad")  # which has none
+    for predicted in (effect.first_order, second_order):
+        np.testing.assert_allclose(predicted, 0, atol=100 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("touched", [False, True])

@@ -120,7 +120,8 @@ class Stage:
         self.shapes = layers.shapes
         (self.loss,) = processes.mean([expansion.loss])
         self._names, self._frozen = list(expansion.theta), layers.frozen
-        self._rounding = max(torch.finfo(one.dtype).eps for one in expansion.theta.values()) ** 0.5
+        unit = max(torch.finfo(one.dtype).eps for one in expansion.theta.values())
+        self._rounding, self._noise = unit**0.5, min(100 * unit, unit**0.5)
         self.theta = layers.theta(layers.zeros()).blocks
         self.kept = layers.kept()
         self.grad = self._vector(expansion.grad)
@@ -145,7 +146,8 @@ class Stage:
         direction, *vectors = (self._layers.tensors(blocks, self._names) for blocks in (removal, *others))
         products = [self._vector(product) for product in self._expansion.third_products(direction, vectors)]
         pairs = list(zip(others, products, strict=True))
-        if all(self._is_symmetric("third", pairs[0], pair) for pair in pairs[1:]):
+        usual = self._hess_grad.norm() * removal.norm() ** 2 / self.theta.norm()
+        if all(self._is_symmetric("third", pairs[0], pair, usual) for pair in pairs[1:]):
             return products
         return [torch.full_like(product, torch.nan) for product in products]
 
@@ -158,14 +160,21 @@ class Stage:
         """Hδ at this stage; warns if H is exact but not symmetric."""
         product = self.hessian_product(removal)
         if self._expansion.exact:
-            self._is_symmetric("second", (self.grad, self._hess_grad), (removal, product))
+            usual = self._hess_grad.norm() * removal.norm()
+            self._is_symmetric("second", (self.grad, self._hess_grad), (removal, product), usual)
         return product
 
-    def _is_symmetric(self, which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-        """Whether uᵀ(Av) = vᵀ(Au), up to rounding, for (u, Au) and (v, Av); warns if not: some derivative is wrong."""
+    def _is_symmetric(
+        self, which: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], usual: Tensor
+    ) -> bool:
+        """Whether uᵀ(Av) = vᵀ(Au), up to rounding, for (u, Au) and (v, Av); warns if not: some derivative is wrong.
+
+        Where the loss does not depend on what is removed, both are rounding noise, small beside their ``usual`` size.
+        """
         forth, back = (one[0] * other[1]).sum(), (other[0] * one[1]).sum()
         size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
-        if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + self._rounding * size:
+        rounding = self._rounding * size + self._noise * usual
+        if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + rounding:
             warnings.warn(
                 f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the other): "
                 "an operation of the network has a wrong derivative, so the predictions that use it are "

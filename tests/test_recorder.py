@@ -563,7 +563,7 @@ def test_a_pruning_of_something_else_is_said(tmp_path: Path) -> None:
     model, probe = smooth_network(), vectors(1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-        said = "the pruning before step 0 changed no parameter"
+        said = "the pruning before step 0 changed no parameter.* predictions are 0: prune the model that"
         with pytest.warns(UserWarning, match=said) as warned:
             with recorder.event("prune", probe=probe, target=0.5), torch.no_grad():
                 copy.deepcopy(model)[0].weight[0] = 0
@@ -591,6 +591,17 @@ def test_a_round_in_which_no_filter_was_to_go_is_no_pruning_of_something_else(tm
             with recorder.event("prune", probe=probe, target=0.5, sparsity=0.4):
                 pass
     assert reached == pytest.approx([0, 0.2, 0.2])
+
+
+def test_what_was_pruned_before_the_record_began_may_be_all_that_a_pruning_removes(tmp_path: Path) -> None:
+    model, probe = smooth_network(), vectors(1)
+    pruner = Pruner(model, None, "magnitude")
+    pruner.prune(0.4)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1), curvature_every=0) as recorder:
+        pruning = pruner.plan(0.4)
+        with pytest.warns(UserWarning, match="unless it had all been pruned before, prune the model"):
+            with recorder.event("prune", probe=probe, **pruning.attributes):
+                pruner.apply(pruning)
 
 
 def test_steps_inside_an_event_lie_before_it_ends(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import named
 from ..loop.processes import Processes
 from ..network.layers import Layers
+from ..network.masks import parameter_masks
 from ..network.structure import Structure
 from ..probing.moment import Moment
 from ..probing.objective import Objective
@@ -74,11 +75,12 @@ class Events:
             )
         idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing to prune
         if kind == "prune" and not idle and before.has_parameters_of(after):
+            masked = not all(mask.all() for mask in parameter_masks(self._model).values())
             warnings.warn(
                 f"the pruning before step {self._steps.number} changed no parameter, so nothing counts as removed and "
-                "predictions are 0: prune the model that the recorder was given, not a copy of it, with "
-                "torch.nn.utils.prune, apply_masks or in place; a mask that the forward pass itself applies is not "
-                "seen",
+                f"predictions are 0: {'unless it had all been pruned before, ' if masked else ''}prune the model that "
+                "the recorder was given, not a copy of it, with torch.nn.utils.prune, apply_masks or in place; a mask "
+                "that the forward pass itself applies is not seen",
                 stacklevel=5,  # behind two context managers
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}

@@ -2,8 +2,8 @@
 
 ``alone``: each channel is processed by itself, and zero stays zero. ``ends``: the channel is mixed with others (by a
 layer or a sum), or the operation is not known here; up to it, a silenced channel is zero. ``lifts``: a silenced
-channel still has an effect, because zero becomes something else (sigmoid), or because other channels are normalised
-together with it (RMSNorm).
+channel still has an effect, because zero becomes something else (sigmoid) or divides (1/x), or because other channels
+are normalised together with it (RMSNorm).
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ _ALONE_FUNCTIONS: frozenset[Callable] = frozenset({
 })  # fmt: skip
 _LIFTING_FUNCTIONS: frozenset[Callable] = frozenset({
     F.sigmoid, F.hardsigmoid, F.logsigmoid, F.softplus, F.softmax, F.log_softmax, F.group_norm, F.layer_norm,
-    F.batch_norm, F.instance_norm, torch.sigmoid, torch.softmax, torch.exp, torch.cos,
+    F.batch_norm, F.instance_norm, torch.sigmoid, torch.softmax, torch.exp, torch.cos, torch.log, torch.rsqrt,
+    torch.reciprocal,
 })  # fmt: skip
 _ALONE_METHODS = (
     "relu", "relu_", "tanh", "neg", "abs", "square", "contiguous", "clone", "flatten", "to", "float", "double", "half",
     "bfloat16",
 )  # fmt: skip
-_LIFTING_METHODS = ("sigmoid", "softmax", "exp")
+_LIFTING_METHODS = ("sigmoid", "softmax", "exp", "log", "rsqrt", "reciprocal")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 _QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide")
 _CLAMPS = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
@@ -78,6 +79,9 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     """ "alone", "ends" or "lifts": what an operation that is neither depthwise nor BatchNorm does to a channel."""
     if isinstance(module, _CONSTANT_PADS):
         return "lifts" if module.value else "alone"
+    if isinstance(module, nn.Hardtanh) or node.target is F.hardtanh:
+        given = vars(module) if module is not None else _given(node, "min_val", "max_val")
+        return "alone" if _is_around_zero(given.get("min_val", -1), given.get("max_val", 1)) else "lifts"
     if node.op == "call_module":
         alone, lifts = isinstance(module, (*_ALONE, *_OWN_PADS)), isinstance(module, _LIFTS)
     elif node.op == "call_function":
@@ -117,11 +121,21 @@ def scales(node: fx.Node, source: fx.Node) -> bool:
         return isinstance(exponent, int | float) and exponent > 0
     if node.target in _CLAMPS:
         ends = _given(node, "min", "max")
-        low, high = ends.get("min") or 0, ends.get("max") or 0
-        return all(isinstance(end, int | float) for end in (low, high)) and low <= 0 <= high
-    return node.target in _PRODUCTS or (
-        node.target in _QUOTIENTS and source not in (*node.args[1:], *node.kwargs.values())
-    )
+        return _is_around_zero(ends.get("min") or 0, ends.get("max") or 0)
+    return node.target in _PRODUCTS or (node.target in _QUOTIENTS and not divides_by(node, source))
+
+
+def divides_by(node: fx.Node, source: fx.Node) -> bool:
+    """Whether an operation divides by the source, or raises it to a negative power: a zero becomes infinite or NaN."""
+    if node.target in _POWERS:
+        exponent = _given(node, "exponent").get("exponent")
+        return node.args[:1] == (source,) and isinstance(exponent, int | float) and exponent < 0
+    return node.target in _QUOTIENTS and _given(node, "other").get("other") is source
+
+
+def _is_around_zero(low: Any, high: Any) -> bool:
+    """Whether a range is known and contains zero."""
+    return all(isinstance(end, int | float) for end in (low, high)) and low <= 0 <= high
 
 
 def pads(node: fx.Node, layer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from ...probing.mode import mode_of
 from .channels import (
     LAYERS,
     NORMALISATIONS,
+    divides_by,
     does,
     is_depthwise,
     is_layer_of,
@@ -95,7 +96,7 @@ def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Mo
         return "alone"
     if (laid_out or isinstance(layer, nn.Linear)) and shifts(module):
         return "ends"
-    effect = does(user, module)
+    effect = "lifts" if divides_by(user, node) else does(user, module)
     return "ends" if effect == "alone" and user.all_input_nodes[0] is not node else effect  # x.to(y) has x's channels
 
 

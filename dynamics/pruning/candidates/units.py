@@ -57,8 +57,9 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
         ValueError: the model cannot be traced, has nothing to prune, ``protected`` names no layer of it, or a layer
             cannot be pruned safely: one with groups, a transposed one, one whose weight is shared, computed from others
             or used by the model's own code, or one whose channels run into what would not be silent for a silenced
-            filter (a sigmoid, a normalisation other than BatchNorm, a BatchNorm without γ and β or one shared with
-            other channels), or that is inside a module which tracing does not open (torch's TransformerEncoder).
+            filter (a sigmoid, a division by it, a normalisation other than BatchNorm, a BatchNorm without γ and β or
+            one shared with other channels), or that is inside a module which tracing does not open (torch's
+            TransformerEncoder).
     """
     check_initialised(model)
     check_whole(model, "prune")

@@ -430,6 +430,38 @@ def test_what_makes_something_of_zero_ends_what_goes_with_a_filter(between: Call
     assert (first.modules, last.modules) == (("first", "norm"), ("last",))
 
 
+ADDED: dict[str, Callable[[], nn.Module]] = {
+    "a frozen normalisation": lambda: torchvision.ops.FrozenBatchNorm2d(6),
+    "a position embedding": lambda: Embedded(),
+}
+
+
+class Embedded(nn.Module):
+    """A position embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 6, 8, 8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.position
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_what_is_added_to_a_filter_s_output_does_not_go_with_it(case: str) -> None:
+    added = ADDED[case]()
+    for buffer in added.buffers():
+        buffer.uniform_(0.5, 2.0)
+    model, inputs = Separable(nn.ReLU()), torch.randn(4, 3, 8, 8)
+    model.norm, outputs = added, []
+    added.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    gone = ~Pruner(model, None, "random", seed=0).prune(0.4).alive["first"]
+    model(inputs)
+    assert gone.any()
+    assert (outputs[-1][:, gone] == added(torch.zeros(1, 6, 8, 8))[:, gone]).all()
+    assert (outputs[-1][:, gone] != 0).any()
+
+
 class Optional(nn.Module):
     """A network that can do else than it does, if asked."""
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 FLOORS = {  # from the ground: whatever stands on one may import what stands below it
     "dynamics": (
-        {"errors", "models", "places", "quantities", "schema", "words"},
+        {"errors", "models", "places", "quantities", "schema", "warning", "words"},
         {"command_line", "data", "hardware", "network", "record"},
         {"curvature"},
         {"probing"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..errors import named
 from ..hardware.memory_order import channels_first
 from ..hardware.precision import full_precision, precise
+from ..warning import warn
 from .graph import ONCE, BackwardPass, check_differentiable, on_the_way_back
 from .higher_order import HigherOrder
 
@@ -31,7 +31,7 @@ def lacks_derivative(error: RuntimeError) -> bool:
 def _say(which: str, error: RuntimeError) -> None:
     """Warn that a derivative failed, unless the error says that there is none."""
     if not lacks_derivative(error):
-        warnings.warn(f"the {which} derivative of the loss failed with {named(error)}", stacklevel=4)
+        warn(f"the {which} derivative of the loss failed with {named(error)}")
 
 
 class Expansion:

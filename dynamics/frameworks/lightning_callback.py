@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recording.recorder import Recorder
+from ..warning import warn
 from .common import recorder_factory, simple_scalars
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -120,7 +120,7 @@ class LightningRecorder(*_callbacks()):
                 try:
                     self.recorder.log_epoch(**metrics)
                 except ValueError as error:  # which is no reason to end a training
-                    warnings.warn(f"the metrics of an epoch are not recorded: {error}", stacklevel=2)
+                    warn(f"the metrics of an epoch are not recorded: {error}")
 
     def _close(self, trainer: Any) -> None:
         if self.recorder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from ..network.wrappers import is_compiled, unwrap
 from ..probing.bystanders import Bystanders
 from ..probing.moment import Moment
 from ..probing.objective import Objective
+from ..warning import warn
 from .backward_passes import BackwardPasses
 from .forward_passes import ForwardPasses
 from .moments import Moments
@@ -131,10 +131,9 @@ class Batches:
         without = len(self._seen) - self._ahead - self._backward.count
         if (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
             if not self._idle:
-                warnings.warn(
+                warn(
                     f"the gradients of {_IDLE} batches in a row led to no optimizer step: check that the recorder was "
-                    "given the optimizer that trains the model",
-                    stacklevel=3,
+                    "given the optimizer that trains the model"
                 )
             self._idle = True
             self._seen = self._seen[-1:]

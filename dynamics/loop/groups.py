@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..network.blocks import Vector, is_any_missing
 from ..network.layers import Layers
 from ..quantities import sums_dtype
+from ..warning import warn
 
 Group = Mapping[str, Any]
 
@@ -78,11 +78,10 @@ class Groups:
         ]
         held = {id(parameter): parameter for group in groups for parameter in group["params"]}
         if known is not None and not (any(self._group_of) or self._layers.has_any(held.values())):
-            warnings.warn(
+            warn(
                 "the optimizer that the recorder was given no longer holds any of the model's parameters, so it "
                 "trains nothing: they were replaced, as load_state_dict(assign=True) does. Create the optimizer "
-                "after that",
-                stacklevel=5,
+                "after that"
             )
         every = list(range(len(self._layers.parameters)))
         self._held = [None if list(groups) == every else list(groups) for groups in self._group_of]

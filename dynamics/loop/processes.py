@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ..warning import warn
 
 if TYPE_CHECKING:  # importing it takes long
     from torch.distributed.device_mesh import DeviceMesh
@@ -52,11 +53,10 @@ class Processes:
         if self.together:
             self._meet()
         elif self._apart and replica_of(model) is not None:
-            warnings.warn(
+            warn(
                 "the model is inside what DistributedDataParallel returned: its gradients are of the batches of "
                 "all processes, but the recorder would evaluate those of this process only. Pass what "
-                "DistributedDataParallel returned, in all processes",
-                stacklevel=3,
+                "DistributedDataParallel returned, in all processes"
             )
 
     def _meet(self) -> None:
@@ -65,7 +65,7 @@ class Processes:
             "Recorder() is waiting for other processes: create it in all processes that train the model "
             "together, not only in the first, which writes the record for all of them"
         )
-        waits = threading.Timer(_LONG, warnings.warn, [text])
+        waits = threading.Timer(_LONG, warn, [text])
         waits.daemon = True
         waits.start()
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from ..errors import named
 from ..loop.processes import Processes
+from ..warning import warn
 
 _Measured = TypeVar("_Measured")
 _OBJECTIVE = (
@@ -61,7 +61,7 @@ class AllOrNone:
             return None
         self._stop()
         if not self.failed:  # else the user was warned already
-            warnings.warn(f"curvature is not recorded from step {step} on: {reason}", stacklevel=2)
+            warn(f"curvature is not recorded from step {step} on: {reason}")
         return None
 
     def all_agree(self, fine: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable
 from functools import partial
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..errors import named
 from ..hardware.captured import Captured, release_memory
 from ..probing.probe import Probe
+from ..warning import warn
 from .probed_step import ProbedStep
 
 _Gradient = tuple[Tensor, dict[str, Tensor]]
@@ -80,10 +80,7 @@ class CapturedCurvature:
             self._probe.free()
             self._refused = True
             self._kind = None
-            warnings.warn(
-                f"curvature cannot be captured as CUDA graphs ({named(error)}): its kernels are launched one by one",
-                stacklevel=2,
-            )
+            warn(f"curvature cannot be captured as CUDA graphs ({named(error)}): its kernels are launched one by one")
             return None
 
     def _captured(self, work: partial) -> Captured:

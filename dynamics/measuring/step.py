@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from ..network.blocks import Vector
 from ..network.layers import Layers
 from ..quantities import FORMULAS, Vectors
 from ..record.store import Store
+from ..warning import warn
 from .present import Present
 
 
@@ -59,10 +59,7 @@ class Measurement:
             known = kept is not None and kept.shape == tuple(self._start.blocks.shape)
             self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
             if store is not None and not known:
-                warnings.warn(
-                    f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {step} on: {store.path} holds no θ₀ of these layers",
-                    stacklevel=3,
-                )
+                warn(f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {step} on: {store.path} holds no θ₀ of these layers")
 
     def _name_of_start(self) -> str:
         """The name under which θ₀ is kept, which depends on the parameters' shapes."""

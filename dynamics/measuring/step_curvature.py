@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from functools import partial
 
@@ -14,6 +13,7 @@ from ..loop.processes import Processes
 from ..loop.seen import Seen
 from ..probing.objective import Objective
 from ..probing.probe import Probe
+from ..warning import warn
 from .all_or_none import AllOrNone
 from .candidates import Candidate, Candidates
 from .captured_curvature import CapturedCurvature
@@ -57,10 +57,9 @@ class StepCurvature:
         self.unseen = 0  # steps at which curvature was due before any batch was seen
         if every and processes.sharded:
             self.stop()
-            warnings.warn(
+            warn(
                 "curvature is not recorded: it needs all parameters in one process, but FSDP2 shards them; set "
-                "curvature_every=0 to record first-order quantities only",
-                stacklevel=3,
+                "curvature_every=0 to record first-order quantities only"
             )
 
     def due(self, step: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from ..warning import warn
 
 
 class WarnOnce:
@@ -15,4 +15,4 @@ class WarnOnce:
         """Warn, unless a warning of this kind was given before."""
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(text, stacklevel=2)
+            warn(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantities import Vectors, sums
+from ..warning import warn
 from .blocks import Layout, Vector
 from .masks import parameter_masks
 from .parameter_names import plain_name, plain_names
@@ -88,7 +88,7 @@ class Layers:
         self._plain = plain_names(named)
         found = {self._plain[name]: (name, parameter) for name, parameter in _held(named).items()}
         if added := [name for name in found if name not in self._known]:
-            warnings.warn(f"parameters that were added after recording began are not recorded: {added}", stacklevel=5)
+            warn(f"parameters that were added after recording began are not recorded: {added}")
         absent = (None, torch.empty(0, device=next(iter(named.values()), torch.empty(0)).device))
         self._found = [found.get(name, absent) for name in self._known]
         self.parameters = [parameter for _, parameter in self._found]

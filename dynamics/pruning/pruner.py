@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..network.wrappers import unwrap
 from ..probing.batch import sample_count
 from ..probing.objective import Objective, cross_entropy_objective
 from ..recording.arguments import as_given
+from ..warning import warn
 from .candidates.units import masks_of, units_of
 from .candidates.weights import weight_of, within
 from .cost import Cost, network_cost
@@ -152,11 +152,10 @@ class Pruner:
             and self._protocol_name == "default"
             and all(map(torch.equal, pruning.alive.values(), self.alive.values()))
         ):
-            warnings.warn(
+            warn(
                 f"nothing is pruned: a sparsity of {sparsity:.1%} was asked for, and {pruning.sparsity:.1%} of "
                 "all units are already gone. Sparsity includes earlier prunings: share_left(sparsity, rounds, "
-                "round) says what is to be left after each of several rounds",
-                stacklevel=2,
+                "round) says what is to be left after each of several rounds"
             )
         self.apply(pruning)
         return pruning

@@ -16,10 +16,10 @@ import os
 import queue
 import threading
 import time
-import warnings
 
 import numpy as np
 
+from ..warning import warn
 from .columns import Row, stack
 from .store import Store
 from .writer import Amendment, Block, Entry, Look, Request, Writer
@@ -119,10 +119,9 @@ class Buffer:
         atexit.unregister(self.close)
         if missing := self._writer.missing.total() + self._dropped:
             since = self._writer.failing_since or self._stopped_since
-            warnings.warn(
+            warn(
                 f"the record {self._store.path} is incomplete: {missing} rows since {since} could not be written "
-                f"({self.failure}). What was written before is kept",
-                stacklevel=3,
+                f"({self.failure}). What was written before is kept"
             )
 
     def _send(self, entries: list[Entry]) -> None:
@@ -165,7 +164,7 @@ class Buffer:
             f"recording into {self._store.path} stopped ({error}): training continues, but its later rows are lost"
         )
         _LOG.error(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 def _block(entries: list[Entry]) -> Block:

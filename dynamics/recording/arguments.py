@@ -6,7 +6,6 @@ import difflib
 import math
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from .. import schema
 from ..network.structure import check_initialised, has_any
 from ..record.columns import LONGEST_TEXT
+from ..warning import warn
 
 _WITHIN = ("optimizer", "base_optimizer", "_base_optimizer", "optim")  # wrappers' attributes for the inner optimizer
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -92,10 +92,7 @@ def check_attributes(attributes: Any) -> None:
         value = attributes.get(name)
         if value is not None and not isinstance(value, kind):
             said = "a string" if kind is str else "a number"
-            warnings.warn(
-                f"attribute {name!r} is {value!r:.60}, so runs are not compared by it: give {said}",
-                stacklevel=3,
-            )
+            warn(f"attribute {name!r} is {value!r:.60}, so runs are not compared by it: give {said}")
 
 
 def check_resume(resume: Any, step: Any) -> None:
@@ -192,7 +189,7 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
         near = [one for one in _READ if "_" in name and one.startswith(name)]  # "test_acc"
         near = near or difflib.get_close_matches(name, [one for one in _READ if one[:2] == name[:2]], 1, _CLOSE)
         if near and near[0] not in scalars:
-            warnings.warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}", stacklevel=3)
+            warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}")
     if counted := sorted({"epoch", "step"} & scalars.keys()):
         raise ValueError(f"log_epoch() cannot take {counted[0]!r}: the recorder counts steps and epochs itself")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..loop.processes import Processes
 from ..network.identities import as_original, identities
 from ..network.layers import Layers
 from ..quantities import Vectors
+from ..warning import warn
 from .past_events import PastEvents, coordinates
 
 
@@ -175,11 +175,10 @@ class Stage:
         size = torch.minimum(one[0].norm() * other[1].norm(), other[0].norm() * one[1].norm())
         rounding = self._rounding * size + self._noise * usual
         if (forth - back).abs() > 0.01 * torch.maximum(forth.abs(), back.abs()) + rounding:
-            warnings.warn(
+            warn(
                 f"the {which} derivatives of the loss are not symmetric ({forth:.4g} one way, {back:.4g} the other): "
                 "an operation of the network has a wrong derivative, so the predictions that use it are "
-                f"{'wrong' if which == 'second' else 'recorded as NaN'}",
-                stacklevel=2,
+                f"{'wrong' if which == 'second' else 'recorded as NaN'}"
             )
             return False
         return True
@@ -229,10 +228,9 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
     names = [row.name for row in schema.quantities(node) if "layer" in row.over and "stage" not in row.over]
     removed = before.kept * (1 - after.kept)
     if frozen := before.frozen_in(removal):
-        warnings.warn(
+        warn(
             f"frozen parameters are removed or changed, first {frozen[0]!r}: they have no gradient, so all predictions "
-            "of what that does are NaN. If you need these, call requires_grad_() on the parameters first",
-            stacklevel=2,
+            "of what that does are NaN. If you need these, call requires_grad_() on the parameters first"
         )
         counted = layers.evaluate(_COUNTED, before.vectors(removed=removed))
         unknown = torch.full_like(counted["removed"], torch.nan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from ..network.structure import Structure
 from ..probing.moment import Moment
 from ..probing.objective import Objective
 from ..probing.probe import Probe
+from ..warning import warn
 from .arguments import as_number, check_description
 from .epochs import Epochs
 from .event import Event, Stage, effect
@@ -76,12 +76,11 @@ class Events:
         idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing to prune
         if kind == "prune" and not idle and before.has_parameters_of(after):
             masked = not all(mask.all() for mask in parameter_masks(self._model).values())
-            warnings.warn(
+            warn(
                 f"the pruning before step {self._steps.number} changed no parameter, so nothing counts as removed and "
                 f"predictions are 0: {'unless it had all been pruned before, ' if masked else ''}prune the model that "
                 "the recorder was given, not a copy of it, with torch.nn.utils.prune, apply_masks or in place; a mask "
-                "that the forward pass itself applies is not seen",
-                stacklevel=5,  # behind two context managers
+                "that the forward pass itself applies is not seen"
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._past.count, "kind": kind, "mode": mode, **now}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from ..warning import warn
 
 
 class FiniteGradients:
@@ -34,10 +35,9 @@ class FiniteGradients:
             return
         self._said = True
         step, layer = self._found
-        warnings.warn(
+        warn(
             f"‖g‖² of layer {layer} is not finite at step {step}: the optimizer was given an infinite or NaN "
             "gradient there, which is recorded as it is. If the training has not diverged, "
             "torch.autograd.set_detect_anomaly(True) shows where it comes from; a loop may skip such a step, "
-            "as a gradient scaler does",
-            stacklevel=2,
+            "as a gradient scaler does"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +29,7 @@ from ..network.layers import Layers
 from ..network.wrappers import unwrap
 from ..probing.objective import Objective, cross_entropy_objective
 from ..record import provenance
+from ..warning import warn
 from ..words import counted
 from .arguments import (
     as_given,
@@ -304,23 +304,20 @@ class Recorder:
         if exception[0] is not None:
             return
         if steps.taken and wasted > _WASTED:
-            warnings.warn(
+            warn(
                 f"{wasted} backward passes after step {steps.number - 1} led to no optimizer step: if another "
-                "optimizer took over, pass both from the start, Recorder(..., [first, second])",
-                stacklevel=2,
+                "optimizer took over, pass both from the start, Recorder(..., [first, second])"
             )
         if self._curvature.unseen and not self._batches.told:
-            warnings.warn(
+            warn(
                 "no batch was seen, so no curvature was recorded: iterate over recorder.watch(loader), call "
-                "recorder.observe(batch) for each batch, or set curvature_every=0",
-                stacklevel=2,
+                "recorder.observe(batch) for each batch, or set curvature_every=0"
             )
         if trained and not steps.taken:
-            warnings.warn(
+            warn(
                 "batches or gradients were seen, but the optimizer took no step: the one that trains the model "
                 "is not the one that the recorder was given. A copy of an optimizer has no hooks; of one that "
-                "steps through another, as SAM does, pass the inner one, its base_optimizer",
-                stacklevel=2,
+                "steps through another, as SAM does, pass the inner one, its base_optimizer"
             )
 
     def __deepcopy__(self, memo: dict) -> Recorder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from ..measuring.present import Present
 from ..record.store import Store
 from ..schema import STUDIES
+from ..warning import warn
 from .flow_times import FlowTimes
 from .past_events import PastEvents
 
@@ -101,10 +101,9 @@ class Record:
         last = self._present.flow_step if np.isnan(last) else last  # the layer's parameters differ in it
         taken = step - int(self.steps[before - 1]) - (float(skipped[before - 1]) if len(skipped) else 0.0)
         if taken > 1 and abs(last - self._present.flow_step) > 1e-9 * abs(last):
-            warnings.warn(
+            warn(
                 f"flow_time is not known from step {step} on, because the learning rate changed between recorded "
-                "steps: call recorder.flush() before saving a checkpoint, or record with every=1",
-                stacklevel=2,
+                "steps: call recorder.flush() before saving a checkpoint, or record with every=1"
             )
             return float("nan")
         return float(times[before - 1] + last * taken)
@@ -241,11 +240,10 @@ def _check_masks(record: Record, present: Present, events: int) -> None:
     left = remaining[events - 1, 1]
     if freed := [name for name, then, now in zip(present.layers, left, present.remaining, strict=True) if now > then]:
         free = int(present.remaining.sum() - left.sum())
-        warnings.warn(
+        warn(
             f"{free} parameters that were pruned when event {events - 1} was recorded have no mask now and "
             f"will change, first in layer {freed[0]!r}: call dynamics.pruning.apply_masks(model, masks) with "
-            "the checkpoint's masks before creating the Recorder",
-            stacklevel=2,
+            "the checkpoint's masks before creating the Recorder"
         )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from ..warning import warn
 
 
 class RunningStatistics:
@@ -34,10 +34,9 @@ class RunningStatistics:
         if not evaluated - training > abs(evaluated) / 2:
             return
         self._said = True
-        warnings.warn(
+        warn(
             f"the probe's loss is {evaluated:.4g} in eval mode, in which event() measures by default, and "
             f"{training:.4g} in training mode: running statistics, such as BatchNorm's, lag behind the "
             'weights. Use event(..., mode="train") to measure what training sees, or mode="eval" to confirm '
-            "eval mode",
-            stacklevel=2,
+            "eval mode"
         )

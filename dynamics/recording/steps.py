@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from ..loop.batches import Batches
 from ..loop.groups import Group, Groups
 from ..measuring.step import Measurement
 from ..measuring.step_curvature import StepCurvature
+from ..warning import warn
 from .epochs import Epochs
 from .flow_times import FlowTimes
 from .resuming import Place
@@ -231,10 +231,7 @@ class Steps:
         except Exception as error:
             self._every, self._begun = 0, False
             self._curvature.fail()
-            warnings.warn(
-                f"steps are not recorded from step {self.number} on: measuring {what} failed with {named(error)}",
-                stacklevel=2,
-            )
+            warn(f"steps are not recorded from step {self.number} on: measuring {what} failed with {named(error)}")
 
     def _await_forward(self) -> None:
         if self._curvature.due(self.number):

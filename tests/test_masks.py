@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 from dynamics.models import VGG, MobileNet
 from dynamics.network.masks import apply_masks, lift_masks, parameter_masks
@@ -297,3 +298,12 @@ def test_several_optimizers_are_pruned_together() -> None:
     assert gone.any()
     assert not model[0].weight[gone].any()
     assert not optimizers[0].state[model[0].weight]["exp_avg"][gone].any()
+
+
+def test_a_parameter_that_both_torch_and_a_mask_prune_keeps_what_both_keep() -> None:
+    layer = nn.Linear(3, 2)
+    prune.custom_from_mask(layer, "weight", torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    apply_masks(layer, parameter_masks(layer))  # as after loading a checkpoint
+    prune.custom_from_mask(layer, "weight", torch.tensor([[1, 0, 0], [1, 1, 1]]))
+    (mask,) = parameter_masks(layer).values()
+    assert torch.equal(mask, layer(torch.eye(3)).T - layer.bias[:, None] != 0)

@@ -32,11 +32,10 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
     buffers, modules, found = dict(model.named_buffers()), dict(model.named_modules()), {}
     for name, _ in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        mask = _mask(modules[path], leaf)
-        if mask is None and name.endswith("_orig"):
-            mask = buffers.get(f"{name.removesuffix('_orig')}_mask")
-        if mask is not None:
-            found[name] = mask.bool()
+        torchs = buffers.get(f"{name.removesuffix('_orig')}_mask") if name.endswith("_orig") else None
+        masks = [mask.bool() for mask in (_mask(modules[path], leaf), torchs) if mask is not None]
+        if masks:
+            found[name] = masks[0] & masks[1] if len(masks) == 2 else masks[0]
     return found
 
 

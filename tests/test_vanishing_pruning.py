@@ -356,6 +356,52 @@ def test_removing_what_the_loss_does_not_depend_on_has_no_effect(
         np.testing.assert_allclose(predicted, 0, atol=100 * torch.finfo(dtype).eps)
 
 
+class Phases(nn.Module):
+    """A complex parameter between real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 3)
+        self.phases = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x).tanh().to(torch.complex128) @ self.phases).abs().square().tanh())
+
+
+def test_a_complex_parameter_is_a_pair_of_real_ones(tmp_path: Path) -> None:
+    model, (batch,) = Phases(), vectors(1)
+    kept = torch.rand(3, 3) > 0.4
+    parts = [(name, one.detach().clone()) for name, one in model.named_parameters()]
+    theta = flat([torch.view_as_real(one) if one.is_complex() else one for _, one in parts])
+
+    def loss(vector: torch.Tensor) -> torch.Tensor:
+        values, rest = {}, vector
+        for name, one in parts:
+            own, rest = rest.tensor_split([one.numel() * (1 + one.is_complex())])
+            pair = own.view(*one.shape, 2).unbind(-1) if one.is_complex() else ()
+            values[name] = torch.complex(*pair) if pair else own.view(one.shape)
+        return F.cross_entropy(torch.func.functional_call(model, values, (batch[0],)), batch[1])
+
+    mask = flat([(kept if one.is_complex() else one == one)[..., None].expand(*one.shape, 1 + one.is_complex())
+                 for _, one in parts]).double()  # fmt: skip
+    removal, grad, hessian = theta * mask - theta, torch.func.grad(loss)(theta), torch.func.hessian(loss)(theta)
+    along = torch.func.jacrev(lambda vector: torch.func.hessian(loss)(vector) @ removal)(theta) @ removal
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=[batch]):
+            apply_masks(model, {"phases": kept})
+    pruning = open_run(tmp_path / "run").pruning.isel(event=0)
+    expected = {
+        "removed": (1 - mask).sum(),
+        "removed_grad_sqnorm": ((1 - mask) * grad.square()).sum(),
+        "kept_grad_hess_removal": mask * grad @ hessian @ removal,
+        "grad_sqnorm_second_order": (mask * ((hessian @ removal).square() + grad * along)).sum(),
+        "param_grad_second_order": mask * theta @ along / 2,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(pruning[name].sum("layer", skipna=False), value, rtol=1e-9, err_msg=name)
+    assert pruning.remaining.sum("layer").values.tolist() == [len(theta), mask.sum()]
+
+
 @pytest.mark.parametrize("touched", [False, True])
 def test_what_frozen_parameters_do_is_not_predicted(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, touched: bool

@@ -141,7 +141,7 @@ class Expansion:
     def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
         """Gradient of the inner product of ``parts``, which depend on θ, with a constant vector."""
         check_differentiable(parts)
-        slope = sum((part * v).sum() for part, v in zip(parts, vector, strict=True))
+        slope = sum((part * v.conj()).sum().real for part, v in zip(parts, vector, strict=True))  # complex: x + iy
         if not slope.requires_grad:  # constant in θ, as the loss is a polynomial of lower degree
             return [torch.zeros_like(leaf) for leaf in self._leaves]
         return list(torch.autograd.grad(slope, self._leaves, allow_unused=True, materialize_grads=True, **graph))

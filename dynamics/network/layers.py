@@ -171,14 +171,17 @@ class Layers:
         """1 where a parameter is not pruned, 0 where it is, as blocks of a vector."""
         masks, vector = parameter_masks(self._model), self.zeros()
         for (name, _), view in zip(self._found, vector.views, strict=True):
-            view.copy_(masks[name]) if name in masks else view.fill_(1)
+            view.fill_(1 + 1j if view.is_complex() else 1)
+            if name in masks:
+                view.masked_fill_(~masks[name], 0)
         return vector.blocks
 
     def remaining(self) -> np.ndarray:
-        """How many parameters of each layer are not pruned, (layer,)."""
+        """How many parameters of each layer are not pruned, (layer,); a complex one counts as two."""
         masks, counts = parameter_masks(self._model), np.zeros(len(self))
         for (name, parameter), layer in zip(self._found, self.layer_of_parameter, strict=True):
-            counts[layer] += int(masks[name].sum()) if name in masks else parameter.numel()
+            kept = int(masks[name].sum()) if name in masks else parameter.numel()
+            counts[layer] += 2 * kept if parameter.is_complex() else kept
         return counts
 
     def evaluate(self, names: Iterable[str], vectors: Vectors) -> dict[str, Tensor]:

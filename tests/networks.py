@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
+from dynamics.pruning import apply_masks
 
 Batch = tuple[Tensor, Tensor]
 
@@ -115,6 +116,12 @@ def recorded(
         for batch in recorder.watch(batches):
             step(model, optimizer, batch)
     return open_run(path)
+
+
+def prune_row(model: nn.Module, weight: str, row: int) -> None:
+    kept = torch.ones(model.get_parameter(weight).shape, dtype=torch.bool)
+    kept[row] = False
+    apply_masks(model, {weight: kept})
 
 
 def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import xarray as xr
-from networks import Batch, convolutional_network, images, plain_step, smooth_network, vectors
+from networks import Batch, convolutional_network, images, plain_step, prune_row, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
@@ -35,9 +35,9 @@ def recorded(folder: Path) -> dict[str, xr.DataTree]:
             for batch in recorder.watch(batches[:8]):
                 recorder.log(loss=plain_step(model, optimizer, batch))
             for epoch in range(2 if measure == "magnitude" else 0):
-                with recorder.event("prune", probe=batches[:2]) as event, torch.no_grad():
+                with recorder.event("prune", probe=batches[:2]) as event:
                     look(event, model, batches)
-                    model[0].weight[epoch] = 0
+                    prune_row(model, "0.weight", epoch)
                     event.units(alive={"0": torch.arange(4) > epoch}, scores={"0": torch.rand(4)})
             for batch in recorder.watch(batches[8:]):
                 recorder.log(loss=plain_step(model, optimizer, batch))

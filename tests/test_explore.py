@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from matplotlib.figure import Figure
+from networks import prune_row
 from torch import nn
 
 import analysis
@@ -34,8 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> xr.DataTree:
     with Recorder(path, model, optimizer, curvature_every=2) as recorder:
         for number, (inputs, labels) in enumerate(recorder.watch(batches)):
             if number == 3:
-                with recorder.event("prune", probe=batches[:1]), torch.no_grad():
-                    model[0].weight[0] = 0
+                with recorder.event("prune", probe=batches[:1]):
+                    prune_row(model, "0.weight", 0)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs), labels)
             loss.backward()

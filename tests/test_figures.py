@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from networks import smooth_network, vectors
+from networks import prune_row, smooth_network, vectors
 from recorded_runs import recorded
 
 import analysis
@@ -400,8 +400,8 @@ def test_the_lowest_panel_of_each_column_has_ticks_and_label() -> None:
 def test_a_record_of_an_event_alone_has_a_report(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(2)
     with Recorder(tmp_path / "event.zarr", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
-        with recorder.event("prune", probe=batches), torch.no_grad():
-            model[0].weight[1] = 0
+        with recorder.event("prune", probe=batches):
+            prune_row(model, "0.weight", 1)
     page = write_report({"event": open_run(tmp_path / "event.zarr")}, tmp_path / "drawn", records=["event.zarr"])
     assert (tmp_path / "drawn" / "pruning_effect.png").is_file()
     assert "quantities_per_layer</code>: no quantity per layer" in page.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from networks import Batch, plain_step, recorded, smooth_network, vectors
+from networks import Batch, plain_step, prune_row, recorded, smooth_network, vectors
 from torch import Tensor, nn
 
 from analysis import MissingQuantityError, network_norm_rate, norm_balance, norm_rate
@@ -88,8 +88,8 @@ def test_a_pruning_between_two_steps_is_not_taken_for_a_step(tmp_path: Path) -> 
         for number, batch in enumerate(recorder.watch(batches)):
             plain_step(model, optimizer, batch)
             if number == 1:
-                with recorder.event("prune", probe=batches), torch.no_grad():
-                    model[0].weight.zero_()
+                with recorder.event("prune", probe=batches):
+                    prune_row(model, "0.weight", 0)
     balance = norm_balance(open_run(tmp_path / "run"))
     assert np.isnan(balance.measured.values).all(axis=1).tolist() == [False, True, False, True]
 
@@ -112,8 +112,8 @@ def test_no_window_reaches_over_a_pruning(tmp_path: Path) -> None:
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
         for number, batch in enumerate(recorder.watch(vectors(16))):
             if number == 9:
-                with recorder.event("prune", probe=[batch]), torch.no_grad():
-                    model[0].weight.zero_()
+                with recorder.event("prune", probe=[batch]):
+                    prune_row(model, "0.weight", 0)
             plain_step(model, optimizer, batch)
     run = open_run(tmp_path / "run")
     single, averaged = norm_rate(run), norm_rate(run, window=5)

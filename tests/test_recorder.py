@@ -16,6 +16,7 @@ from networks import (
     flat,
     images,
     plain_step,
+    prune_row,
     recorded,
     smooth_network,
     vectors,
@@ -550,7 +551,7 @@ def test_an_event_predicts_from_the_network_before_whatever_replaces_its_parts(t
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
         with Recorder(tmp_path / name, model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
-            with recorder.event("prune", probe=batches):
+            with recorder.event("zero", probe=batches):
                 take(model[0], keep_all_but_one_row(model[0].weight.shape))
             assert hasattr(model[0], "weight_mask") == (name == "torch's")
         rows.append(open_run(tmp_path / name)["pruning"].to_dataset().isel(event=0))
@@ -570,10 +571,15 @@ def test_a_pruning_of_something_else_is_said(tmp_path: Path) -> None:
         assert warned[0].filename == __file__
         with recorder.event("prune", probe=probe, target=0):
             pass  # nothing was asked for
-        with recorder.event("prune", probe=probe, target=0.2), torch.no_grad():
-            model[0].weight[0] = 0
+        with pytest.warns(UserWarning, match=r"step 0 set 4 parameters to zero without a mask.* apply_masks") as warned:
+            with recorder.event("prune", probe=probe, target=0.2), torch.no_grad():
+                model[0].weight[0] = 0
+        assert warned[0].filename == __file__
+        with recorder.event("prune", probe=probe, target=0.2):  # which moves nothing that was zero already
+            prune_row(model, "0.weight", 0)
     sqnorm = open_run(tmp_path / "run")["pruning"].param_sqnorm.sum("layer")
-    assert (sqnorm[:, 0] != sqnorm[:, 1]).values.tolist() == [False, False, True]
+    assert (sqnorm[:, 0] != sqnorm[:, 1]).values.tolist() == [False, False, True, False]
+    assert open_run(tmp_path / "run")["pruning"].removed.sum("layer").values.tolist() == [0, 0, 0, 4]
 
 
 def test_a_round_in_which_no_filter_was_to_go_is_no_pruning_of_something_else(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from networks import Batch, plain_step, smooth_network, vectors
+from networks import Batch, plain_step, prune_row, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, RecordError, open_run
@@ -189,9 +189,9 @@ def test_a_record_that_begins_late_has_distances_from_there(tmp_path: Path) -> N
 
 def test_distances_go_on_after_an_event_before_the_first_step(tmp_path: Path) -> None:
     pair, (batch, *_) = fresh(), vectors(1)
-    with Recorder(tmp_path / "run", *pair) as recorder, recorder.event("prune", probe=[batch]), torch.no_grad():
+    with Recorder(tmp_path / "run", *pair) as recorder, recorder.event("prune", probe=[batch]):
         removed = pair[0][0].weight[0].square().sum().item()
-        pair[0][0].weight[0] = 0
+        prune_row(pair[0], "0.weight", 0)
     train(tmp_path / "run", pair, [batch], resume=True)
     np.testing.assert_allclose(distances(tmp_path / "run"), [removed], rtol=1e-12)
 
@@ -273,8 +273,8 @@ def test_what_the_last_pruning_reached_is_known_over_a_resumption(tmp_path: Path
     model, optimizer = fresh()
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
         plain_step(model, optimizer, vectors(1)[0])
-        with recorder.event("prune", probe=vectors(1), sparsity=sparsity), torch.no_grad():
-            model[0].weight[0] = 0
+        with recorder.event("prune", probe=vectors(1), sparsity=sparsity):
+            prune_row(model, "0.weight", 0)
         with recorder.event("prune", probe=vectors(1), target=0.0):
             pass
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0, resume=True) as recorder:

@@ -18,6 +18,7 @@ from ..probing.moment import Moment
 from ..probing.objective import Objective
 from ..probing.probe import Probe
 from ..warning import warn
+from ..words import counted
 from .arguments import as_number, check_description
 from .epochs import Epochs
 from .event import Event, Stage, effect
@@ -73,15 +74,8 @@ class Events:
                 "inside event() the networks of the processes became different, and would stay so: plan the "
                 "pruning on the same batches in all processes"
             )
-        idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity  # nothing to prune
-        if kind == "prune" and not idle and before.has_parameters_of(after):
-            masked = not all(mask.all() for mask in parameter_masks(self._model).values())
-            warn(
-                f"the pruning before step {self._steps.number} changed no parameter, so nothing counts as removed and "
-                f"predictions are 0: {'unless it had all been pruned before, ' if masked else ''}prune the model that "
-                "the recorder was given, not a copy of it, with torch.nn.utils.prune, apply_masks or in place; a mask "
-                "that the forward pass itself applies is not seen"
-            )
+        if kind == "prune":
+            self._say_if_nothing_is_removed(before, after, described)
         now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._past.count, "kind": kind, "mode": mode, **now}
         with structure.again():  # predictions evaluate the network from before
@@ -89,6 +83,27 @@ class Events:
         self._rows.add("pruning", row | described | found)
         self._rows.add_event_extras(self._past.count, event)
         self._past = self._past.and_now(described, event.unit_labels(), event.studies, pruned=kind == "prune")
+
+    def _say_if_nothing_is_removed(self, before: Stage, after: Stage, described: Mapping[str, Any]) -> None:
+        """Warn if a pruning that had something to do removed nothing: only what is masked counts as removed."""
+        idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity
+        if idle or (before.kept * (1 - after.kept)).any():
+            return
+        pruning = f"the pruning before step {self._steps.number}"
+        if before.has_parameters_of(after):
+            masked = not all(mask.all() for mask in parameter_masks(self._model).values())
+            warn(
+                f"{pruning} changed no parameter, so nothing counts as removed and "
+                f"predictions are 0: {'unless it had all been pruned before, ' if masked else ''}prune the model that "
+                "the recorder was given, not a copy of it, with torch.nn.utils.prune or apply_masks; a mask that the "
+                "forward pass itself applies is not seen"
+            )
+        elif zeroed := int(((before.theta != 0) & (after.theta == 0)).sum()):
+            warn(
+                f"{pruning} set {counted(zeroed, 'parameter')} to zero without a mask, so nothing counts as removed: "
+                "the optimizer may move them again. Mask them, with apply_masks, or with torch.nn.utils.prune and "
+                "without its remove()"
+            )
 
     def _stage(self, batches: Sequence[Any], mode: str, moments: Sequence[Moment]) -> Stage:
         with self._steps.measuring():

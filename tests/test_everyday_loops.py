@@ -465,6 +465,32 @@ def test_a_loss_with_parameters_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
 
 
+class Readout(nn.Linear):
+    """The last layer in maximal update parametrization, which keeps the width that it divides by on its weight.
+
+    It also counts its forward passes there, and trains a little less in each.
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.weight.width, self.weight.passes = self.in_features / 2, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.passes[0] += 1
+        return F.linear(x / self.weight.width / self.weight.passes[0], self.weight, self.bias)
+
+
+def test_what_is_noted_on_a_parameter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, losses = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Readout(5, 3)), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            losses.append(plain_step(model, optimizer, batch).item())
+    assert model[2].weight.passes == [4]
+    is_of_its_steps(tmp_path / "run", losses)
+
+
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("when", ["before the backward pass", "before the step", "after the step"])
 def test_losses_stay_with_their_steps_when_the_first_layer_is_frozen(tmp_path: Path, watched: bool, when: str) -> None:

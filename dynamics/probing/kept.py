@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..network.exchanged import noted_on
 from .contents import (
     Take,
     are_equal,
@@ -62,7 +63,7 @@ class Kept:
 
 
 def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept:
-    """Keep the plain attributes of modules and of their classes, and what a function refers to.
+    """Keep the plain attributes of modules, of their classes and parameters, and what a function refers to.
 
     Attributes are put back as the same objects. The contents of tensors, arrays, lists, dictionaries, sets, deques and
     random generators, nested ones too, are put back in place: whoever shares such an object goes on sharing it. So are
@@ -96,6 +97,8 @@ class _Keeper:
         for module in modules:
             self.takes.append(partial(take_attributes, module))
             values += attributes_of(module).values()
+            for parameter in (one for one in module._parameters.values() if one is not None):
+                values += noted_on(parameter).values()
         for kind in {type(module) for module in modules if is_users(type(module))}:
             self.takes.append(partial(take_class, kind))
             values += data_of(kind).values()

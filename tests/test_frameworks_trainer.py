@@ -184,6 +184,17 @@ def test_a_loss_of_the_trainers_own_that_is_not_given_is_said(tmp_path: Path) ->
         training.train()
 
 
+def test_a_model_that_is_given_its_inputs_by_position(tmp_path: Path) -> None:
+    def by_position(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return model(inputs["input_ids"], inputs.get("attention_mask"), labels=inputs["labels"]).loss
+
+    training = trainer(classifier(), tmp_path, [frameworks.TrainerRecorder(tmp_path / "run", curvature_every=1)])
+    training.compute_loss = by_position
+    training.train()
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-5)
+
+
 @pytest.mark.parametrize("by", ["smoothing", "compute_loss"])
 def test_labels_that_the_trainer_keeps_from_the_model_cost_the_curvature(tmp_path: Path, by: str) -> None:
     def popping(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

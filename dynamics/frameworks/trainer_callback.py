@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class TrainerRecorder(TrainerCallback):
     @torch.compiler.disable
     def _observe(self, model: nn.Module, args: tuple, batch: dict[str, Any]) -> None:
         if model.training and torch.is_grad_enabled() and not self.recorder.measuring:
+            names = list(signature(type(model).forward).parameters)[1:]  # of what was given by position
+            batch = dict(zip(names, args, strict=False)) | batch
             self._samples += sample_count(batch)
             self.recorder.observe(batch)
 

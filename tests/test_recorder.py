@@ -381,7 +381,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
     other = torch.optim.SGD([*smooth_network().parameters()][:1], 0.1)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         Recorder(path, "model", optimizer)
-    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer or a list of them, got float"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer or a list of them, got float$"):
         Recorder(path, model, 0.1)
     with pytest.raises(TypeError, match="objective must be a function"):
         Recorder(path, model, optimizer, objective=1)

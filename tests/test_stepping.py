@@ -195,7 +195,7 @@ def test_a_wrapper_of_two_is_refused_and_said_what_to_give(tmp_path: Path) -> No
             self.of_matrices, self.of_others = sgd(parameters[:1]), sgd(parameters[1:])
 
     model = nn.Linear(4, 3)
-    with pytest.raises(TypeError, match=r"got Both, which wraps 2 optimizers: pass these"):
+    with pytest.raises(TypeError, match=r"got test_stepping\.Both, which wraps 2 optimizers: pass these"):
         Recorder(tmp_path / "run", model, Both(list(model.parameters())))
 
 

@@ -133,7 +133,7 @@ def _stepping(optimizer: Any) -> torch.optim.Optimizer:
         within = within[:1] or [one for one in held if isinstance(one, torch.optim.Optimizer)]
         if len(within) != 1:
             advice = f", which wraps {len(within)} optimizers: pass these as a list" if within else ""
-            kind = type(given).__name__
+            kind = f"{type(given).__module__}.{type(given).__name__}".removeprefix("builtins.")
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {kind}{advice}")
         (optimizer,) = within
     return optimizer

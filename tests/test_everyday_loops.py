@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from by_hand import ByHand, is_of_its_steps
 from networks import one_ahead, plain_step, recorded, smooth_network, step_along, vectors
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynamics import Recorder, open_run
 from dynamics.probing.batch import copied, sample_count, to_device
 from dynamics.probing.moment import Moment
+from dynamics.pruning import Pruner, removal_curve, resampled_scores
 
 
 def small() -> nn.Sequential:
@@ -463,6 +465,29 @@ def test_a_loss_with_parameters_of_its_own(tmp_path: Path) -> None:
     curvature = open_run(tmp_path / "run")["curvature"]
     np.testing.assert_allclose(np.stack([curvature.loss_before, curvature.loss_after], 1), losses, rtol=1e-12)
     np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
+
+
+def test_tensors_that_are_made_elsewhere_by_default(tmp_path: Path) -> None:
+    """A default device that the network is not on: only the loop's own tensors are made there."""
+    records = []
+    for elsewhere in (False, True):
+        model, batches = small(), vectors(4)
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        with torch.device("meta") if elsewhere else nullcontext():
+            pruner = Pruner(model, optimizer, "loss_preservation", protected=["2"])
+            with Recorder(tmp_path / f"{elsewhere}", model, optimizer, curvature_every=2) as recorder:
+                for batch in recorder.watch(batches):
+                    recorder.log(loss=plain_step(model, optimizer, batch))
+                pruning = pruner.plan(0.4, batches)
+                with recorder.event("prune", probe=batches, **pruning.attributes) as event:
+                    pruner.apply(pruning)
+                    event.units(alive=pruning.alive, scores=pruning.scores)
+                    event.add("curve", removal_curve(model, batches, pruning.scores, [0.2], protected=["2"]))
+                    event.add("scores", resampled_scores(model, batches, ["random"], draws=2, protected=["2"]))
+        records.append(open_run(tmp_path / f"{elsewhere}"))
+    for name, node in records[0].children.items():
+        xr.testing.assert_equal(node.to_dataset(), records[1][name].to_dataset())
+    assert records[0]["curvature"].sizes["step"] == 2
 
 
 class Readout(nn.Linear):

@@ -57,7 +57,7 @@ class Measurement:
         elif not begins:
             kept = store.kept(self._name_of_start()) if alone else None
             known = kept is not None and kept.shape == tuple(self._start.blocks.shape)
-            self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan))
+            self._start.blocks.copy_(torch.from_numpy(kept) if known else torch.tensor(torch.nan, device="cpu"))
             if store is not None and not known:
                 warn(f"‖θ−θ₀‖² (distance_sqnorm) is NaN from step {step} on: {store.path} holds no θ₀ of these layers")
 

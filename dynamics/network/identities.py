@@ -47,7 +47,7 @@ def keep_units(module: nn.Module, left: Tensor) -> None:
 def identity(module: nn.Module) -> Identity:
     """Identity of a layer's units; if it was never shrunk, all that it has."""
     count, groups = len(module.weight), getattr(module, "groups", 1)
-    whole = Identity(torch.arange(count), count, depthwise=groups == count > 1)
+    whole = Identity(torch.arange(count, device="cpu"), count, depthwise=groups == count > 1)
     return getattr(module, _ATTRIBUTE, whole)
 
 

@@ -94,8 +94,7 @@ class Layers:
         self.parameters = [parameter for _, parameter in self._found]
         self._kinds = list(map(_kind, self.parameters))
         self._layout = Layout(self.parameters)
-        layer_of = torch.tensor(self.layer_of_parameter)
-        self.layer_of_block = layer_of.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
+        self.layer_of_block = self._in_blocks(self.layer_of_parameter, torch.int64)
         # torch.nn.utils.prune leaves the parameter as it is and multiplies it by the mask in the forward pass
         self._elsewhere = [
             (index, name) for index, (name, _) in enumerate(self._found) if (name or "").endswith("_orig")
@@ -125,8 +124,12 @@ class Layers:
 
     def per_block(self, values: Sequence[float]) -> Tensor:
         """One number per parameter → one per block, (block,)."""
-        per_parameter = torch.tensor(values, dtype=self._layout.dtype)
-        return per_parameter.repeat_interleave(torch.tensor(self._layout.counts)).to(self.device)
+        return self._in_blocks(values, self._layout.dtype)
+
+    def _in_blocks(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        per_parameter = torch.tensor(values, dtype=dtype, device="cpu")
+        counts = torch.tensor(self._layout.counts, device="cpu")
+        return per_parameter.repeat_interleave(counts).to(self.device)
 
     @torch.no_grad()
     def theta(self, into: Vector, among: Sequence[int] | None = None) -> Vector:

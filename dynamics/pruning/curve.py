@@ -74,7 +74,7 @@ def removal_curve(
         raise ValueError(
             f"fraction {fractions[-1]} asks for {counts[-1]} filters to be pruned, but only {capacity(ranked)} can be"
         )
-    whole = {name: torch.ones(layer.filters, dtype=torch.bool) for name, layer in units.items()}
+    whole = {name: torch.ones(layer.filters, dtype=torch.bool, device="cpu") for name, layer in units.items()}
     layers, before = Layers(model), _stage(model, objective, probe, mode)
     outputs, points = _outputs(model, layers, units), []
     for count in counts:

@@ -121,7 +121,7 @@ class Pruner:
         if self._settings["granularity"] == "filter":
             return {name: filters_left(model, name).cpu() for name in self._units}
         masks, shapes = parameter_masks(model), {name: model.get_submodule(name).weight.shape for name in self._units}
-        whole = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+        whole = {name: torch.ones(shape, dtype=torch.bool, device="cpu") for name, shape in shapes.items()}
         return {name: masks.get(weight_of(name), kept).cpu().clone() for name, kept in whole.items()}
 
     def _check_sizes(self, alive: Mapping[str, Tensor]) -> None:
@@ -186,7 +186,9 @@ class Pruner:
     def check(self, sparsity: float) -> None:
         """Raise ValueError where the network, as it is, cannot be pruned to this sparsity; no scores are needed."""
         check_sparsity(sparsity)
-        unscored = {name: torch.zeros(alive.numel(), dtype=torch.float64) for name, alive in self.alive.items()}
+        unscored = {
+            name: torch.zeros(alive.numel(), dtype=torch.float64, device="cpu") for name, alive in self.alive.items()
+        }
         self._possible({name: self._ranked(name, zeros) for name, zeros in unscored.items()}, sparsity)
 
     def apply(self, pruning: Pruning) -> None:

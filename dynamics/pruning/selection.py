@@ -48,12 +48,14 @@ def lowest(layers: Mapping[str, Ranked], quota: int, *, ties: bool = False) -> d
     """
     candidates = {name: layer.candidates() for name, layer in layers.items()}
     ranking = torch.cat([layers[name].scores[indices] for name, indices in candidates.items()])
-    weights = torch.cat([torch.full((len(indices),), layers[name].weight) for name, indices in candidates.items()])
+    weights = torch.cat(
+        [torch.full((len(indices),), layers[name].weight, device="cpu") for name, indices in candidates.items()]
+    )
     order = ranking.argsort(stable=True)
     count = int((weights[order].cumsum(0) <= quota).sum())
     if ties and count:
         count = int((ranking <= ranking[order[count - 1]]).sum())
-    goes = torch.zeros(len(ranking), dtype=torch.bool)
+    goes = torch.zeros_like(ranking, dtype=torch.bool)
     goes[order[:count]] = True
     parts = goes.split([len(indices) for indices in candidates.values()])
     return {name: indices[part] for (name, indices), part in zip(candidates.items(), parts, strict=True)}

@@ -38,8 +38,8 @@ class Event:
             ValueError: masks of single weights (``/pruning`` counts those by layer), another number of units than the
                 layer has, other units than in an earlier event, or scores of another shape.
         """
-        alive = {layer: torch.as_tensor(kept).bool() for layer, kept in alive.items()}
-        scores = {layer: torch.as_tensor(score) for layer, score in (scores or {}).items()}
+        alive = {layer: torch.as_tensor(kept, device="cpu").bool() for layer, kept in alive.items()}
+        scores = {layer: torch.as_tensor(score, device="cpu") for layer, score in (scores or {}).items()}
         for layer, kept in alive.items():
             if kept.ndim != 1:
                 raise ValueError(
@@ -103,7 +103,7 @@ class Event:
 
     def unit_row(self) -> dict[str, Tensor]:
         """Scores and survival of all units, each (unit,)."""
-        missing = {layer: torch.full(kept.shape, torch.nan) for layer, kept in self.alive.items()}
+        missing = {layer: torch.full(kept.shape, torch.nan, device="cpu") for layer, kept in self.alive.items()}
         scores = [self.scores.get(layer, missing[layer]).double() for layer in self.alive]
         return {"score": torch.cat(scores), "alive": torch.cat(list(self.alive.values()))}
 

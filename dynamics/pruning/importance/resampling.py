@@ -71,7 +71,7 @@ def _shares(batches: list[Any], draws: int, seed: int) -> Tensor:
     """The share of each batch by its samples, in the original batches and in each draw: (1 + draw, batch)."""
     chosen = np.random.default_rng(seed).integers(len(batches), size=(draws, len(batches)))
     times = [np.ones(len(batches)), *(np.bincount(draw, minlength=len(batches)) for draw in chosen)]
-    counted = torch.tensor(np.array(times) * [sample_count(batch) for batch in batches])
+    counted = torch.tensor(np.array(times) * [sample_count(batch) for batch in batches], device="cpu")
     return counted / counted.sum(1, keepdim=True)
 
 

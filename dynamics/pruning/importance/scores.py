@@ -170,4 +170,4 @@ def _uniform(theta: Tensor, granularity: str, drawn: torch.Generator | None) -> 
     shape = theta.shape if granularity == "weight" else theta.shape[:1]
     if drawn is None:
         return torch.rand(shape, dtype=theta.dtype, device=theta.device)
-    return torch.rand(shape, dtype=theta.dtype, generator=drawn).to(theta.device)
+    return torch.rand(shape, dtype=theta.dtype, generator=drawn, device=drawn.device).to(theta.device)

@@ -115,7 +115,7 @@ def _noise(model: nn.Module) -> Tensor:
             "shrink() has to run the model, which has no 2D convolution to take an input's shape from: pass "
             "inputs=<a batch that it takes>"
         )
-    noise = torch.randn(2, first.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, first.in_channels, 32, 32, generator=torch.Generator().manual_seed(0), device="cpu")
     return noise.to(first.weight)
 
 

@@ -123,9 +123,11 @@ class Moment:
     def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
         """Keep the state of a module outside the model as it runs; its ``parameters`` too if asked, for these may move.
 
-        The last run counts: a network may run for its own loss, step, and then run for this one.
+        The last run counts: a network may run for its own loss, step, and then run for this one. Parameters that it
+        shares with the model are the model's: a loss with copies of them would be without that part of the gradient.
         """
-        own = _own(module._parameters)
+        ours = {id(one) for one in self._parameters.values()}
+        own = {name: one for name, one in _own(module._parameters).items() if id(one) not in ours}
         held = _copies(own) if parameters else {}
         norms = {} if held else _norms(own)
         self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)

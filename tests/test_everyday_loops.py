@@ -490,26 +490,6 @@ def test_tensors_that_are_made_elsewhere_by_default(tmp_path: Path) -> None:
     assert records[0]["curvature"].sizes["step"] == 2
 
 
-def test_a_parameter_that_a_network_outside_the_model_shares(tmp_path: Path) -> None:
-    """Its part of the gradient is missing where only the model's place of it is varied."""
-    model, beside = nn.Linear(4, 3), nn.Linear(4, 3)
-    beside.weight = model.weight
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-
-    def both(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]) + beside(batch[0]), batch[1])
-
-    with (
-        pytest.warns(match="curvature is not recorded from step 0 on: .* was taken out of it beforehand"),
-        Recorder(tmp_path / "run", model, optimizer, objective=both, curvature_every=1) as recorder,
-    ):
-        for batch in recorder.watch(vectors(2)):
-            recorder.log(loss=step_along(both(model, batch), optimizer))
-    run = open_run(tmp_path / "run")
-    assert not run["curvature"]
-    assert run["steps"].sizes["step"] == 2
-
-
 class Readout(nn.Linear):
     """The last layer in maximal update parametrization, which keeps the width that it divides by on its weight.
 

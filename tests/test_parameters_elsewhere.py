@@ -103,13 +103,24 @@ class Penalty:
         return cross_entropy(model, batch) + 2 * far
 
 
-@pytest.mark.parametrize("case", ["model", "objective"])
-def test_a_loss_of_parameters_that_were_taken_out_of_the_model_is_refused(tmp_path: Path, case: str) -> None:
+class Beside:
+    """A network outside the model that has a weight of the model, as a decoder that is tied to it."""
+
+    def __init__(self, model: nn.Linear) -> None:
+        self.network = nn.Linear(4, 3).double()
+        self.network.weight = model.weight
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]) + self.network(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("case", ["model", Penalty, Beside])
+def test_a_loss_of_parameters_that_were_taken_out_of_the_model_is_refused(tmp_path: Path, case: str | type) -> None:
     torch.manual_seed(0)
     model = InAList().double() if case == "model" else nn.Linear(4, 3).double()
     if case == "model":
         model.all = [model.weight]
-    objective = cross_entropy if case == "model" else Penalty(model)
+    objective = cross_entropy if case == "model" else case(model)
     with pytest.warns(UserWarning, match=r"the loss uses a parameter of the model, of shape .* taken out of it"):
         found, _ = record(tmp_path / "run.zarr", model, objective)
     assert not found
@@ -186,9 +197,21 @@ def test_a_module_that_a_model_holds_several_times_stays_its_own(tmp_path: Path)
     assert all(isinstance(one, nn.Parameter) for module in model.modules() for one in module._parameters.values())
 
 
-def test_its_curvature_is_right(tmp_path: Path) -> None:
+class Tree(nn.Module):
+    """Parameters that are named by where they are in a tree, which is no module, as in TensorDict's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parameters["layer.weight"] = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._parameters["layer.weight"])
+
+
+@pytest.mark.parametrize("make", [Shared, Tree])
+def test_its_curvature_is_right(tmp_path: Path, make: Callable) -> None:
     torch.manual_seed(0)
-    found, by_hand = record(tmp_path / "run.zarr", Shared().double())
+    found, by_hand = record(tmp_path / "run.zarr", make().double())
     for name in by_hand[0]:
         values = found[name].sum("layer") if "layer" in found[name].dims else found[name]
         np.testing.assert_allclose(values, [row[name] for row in by_hand], rtol=1e-10, err_msg=name)

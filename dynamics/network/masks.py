@@ -32,8 +32,9 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
     buffers, modules, found = dict(model.named_buffers()), dict(model.named_modules()), {}
     for name, _ in model.named_parameters():
         path, _, leaf = name.rpartition(".")
+        ours = _mask(modules[path], leaf) if path in modules else None  # a container may name its parameters with dots
         torchs = buffers.get(f"{name.removesuffix('_orig')}_mask") if name.endswith("_orig") else None
-        masks = [mask.bool() for mask in (_mask(modules[path], leaf), torchs) if mask is not None]
+        masks = [mask.bool() for mask in (ours, torchs) if mask is not None]
         if masks:
             found[name] = masks[0] & masks[1] if len(masks) == 2 else masks[0]
     return found
@@ -49,8 +50,8 @@ def filters_left(model: nn.Module, layer: str) -> Tensor:
 
 def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
     """A parameter's own mask, moved to the parameter's device; None if it has none."""
-    masks, device = owner.__dict__.get(_MASKS, {}), getattr(owner, leaf).device
-    if leaf in masks and masks[leaf].device != device:
+    masks = owner.__dict__.get(_MASKS, {})
+    if leaf in masks and masks[leaf].device != (device := getattr(owner, leaf).device):
         masks[leaf] = masks[leaf].to(device)
     return masks.get(leaf)
 

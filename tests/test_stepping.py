@@ -51,6 +51,25 @@ class Lookahead(torch.optim.Optimizer):
         return loss
 
 
+class ScheduleFree:
+    """Steps from another point than that of the gradient, and goes to the point between there and an average."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.base, self.taken = optimizer, 0
+        self.end = {one: one.detach().clone() for group in optimizer.param_groups for one in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        averages = {parameter: (parameter - 0.1 * end) / 0.9 for parameter, end in self.end.items()}
+        for parameter, end in self.end.items():
+            parameter.copy_(end)
+        self.base.step(closure)
+        self.taken += 1
+        for parameter, end in self.end.items():
+            averages[parameter].lerp_(end.copy_(parameter), 1 / self.taken)
+            parameter.copy_(0.9 * averages[parameter] + 0.1 * end)
+
+
 class Noam:
     """No optimizer at all: sets the learning rate, and steps by one; twice if asked."""
 
@@ -73,6 +92,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "lookahead": lambda parameters: Lookahead(sgd(parameters), "optimizer"),
     "lookahead of timm": lambda parameters: Lookahead(sgd(parameters), "_base_optimizer"),
     "as torch's PostLocalSGDOptimizer": lambda parameters: Lookahead(sgd(parameters), "optim"),
+    "schedule-free": lambda parameters: ScheduleFree(sgd(parameters)),
     "noam": lambda parameters: Noam(sgd(parameters)),
     "noam, twice": lambda parameters: Noam(sgd(parameters), 2),
 }

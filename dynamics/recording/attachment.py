@@ -34,7 +34,7 @@ class Attachment:
         self._nested = 0  # how many steps of the same optimizer are inside it: a subclass may call its parent's step
         self._stepped: set[int] = set()  # those that have stepped
         self._wrappers = {
-            number: _Wrapper(outer, partial(self._wrapper_done, number))
+            number: _Wrapper(outer, self._wrapper_begins, partial(self._wrapper_done, number))
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
             if outer is not one and _does_more(outer)
         }
@@ -94,8 +94,14 @@ class Attachment:
         else:
             self._through(number)
 
+    def _wrapper_begins(self) -> None:
+        """The step of a wrapper begins: it may move θ before the inner optimizer steps."""
+        if not (self._steps.busy or self._stepped) and self._stepping is None:
+            self._steps.keep()
+
     def _wrapper_done(self, number: int, *, within: bool) -> None:
         """The step of a wrapper is done; ``within``: whether the inner optimizer has completed a step in it."""
+        self._steps.kept = False
         if within:
             self._through(number)
         elif self._stepping == number:
@@ -157,14 +163,16 @@ class Attachment:
 
 
 class _Wrapper:
-    """Wraps the step of an optimizer that steps through another: ``done(within=...)`` is called when it ends or fails.
+    """Wraps the step of an optimizer that steps through another.
+
+    ``begins()`` is called when it begins, ``done(within=...)`` when it ends or fails.
 
     Attributes:
         steps: whether the wrapper is stepping right now.
         within: whether the inner optimizer has stepped in that step.
     """
 
-    def __init__(self, wrapper: Any, done: Callable[..., None]) -> None:
+    def __init__(self, wrapper: Any, begins: Callable[[], None], done: Callable[..., None]) -> None:
         self.steps = self.within = False
         self._wrapper, self.is_open = wrapper, True
         self.own = vars(wrapper).get("step")  # set on the object if something else, such as a scheduler, wrapped it
@@ -174,6 +182,7 @@ class _Wrapper:
             own = self._step_without(stepping)
             if stepping is not wrapper or not self.is_open:  # a copy of it, say
                 return own(*args, **kwargs)
+            begins()
             self.steps, self.within = True, False
             try:
                 return own(*args, **kwargs)

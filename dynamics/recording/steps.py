@@ -41,6 +41,8 @@ def anyone_measures() -> bool:
 class Steps:
     """Measures steps, and sends the row of every ``every``-th one; ``number`` is that of the next step.
 
+    ``kept``: whether θ has been kept for the step that begins next.
+
     Args:
         groups, measurement, curvature, batches: those of the training.
         asleep: a context without the hooks that the optimizers have put on the model, as K-FAC does.
@@ -70,7 +72,7 @@ class Steps:
         self._asleep, self._rows, self._epochs, self._names, self._every = asleep, rows, epochs, names, every
         self.number, self._flow_time, self._flow_times = place.step, place.flow_time, flow_times
         self._first = place.step
-        self.busy = self._begun = self._waits = False
+        self.busy = self.kept = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
         self._so_far: tuple[list[int], dict[str, Any] | None] = [], None  # optimizers that have stepped, and their row
         self._await_forward()
@@ -89,6 +91,13 @@ class Steps:
         """Log a scalar for a row."""
         self._rows.logged.add(name, value, self._batches.position)
 
+    def keep(self) -> None:
+        """Keep θ as it is before something moves it that is a part of the step about to begin."""
+        if self._measures():
+            with self._or_stop(_FIRST_ORDER), self._busy():
+                self._measurement.begin()
+                self.kept = True
+
     def begin(self, *, waits: bool) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment.
 
@@ -97,9 +106,8 @@ class Steps:
         """
         self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
-        due = self._curvature.due(self.number) and not self._curvature.failed
-        self._begun, self._skips, self._waits = due or self._records(), {}, waits
-        if self._begun:
+        self._begun, self._skips, self._waits = self._measures(), {}, waits
+        if self._begun and not self.kept:
             with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.begin()
         if not waits:
@@ -236,6 +244,10 @@ class Steps:
     def _await_forward(self) -> None:
         if self._curvature.due(self.number):
             self._batches.await_forward()
+
+    def _measures(self) -> bool:
+        """Whether this process measures this step."""
+        return self._records() or (self._curvature.due(self.number) and not self._curvature.failed)
 
     def _records(self) -> bool:
         """Whether this step has a row, and this process takes part in measuring it."""

@@ -86,8 +86,7 @@ class TrainerRecorder(TrainerCallback):
     @torch.compiler.disable
     def _observe(self, model: nn.Module, args: tuple, batch: dict[str, Any]) -> None:
         if model.training and torch.is_grad_enabled() and not self.recorder.measuring:
-            names = list(signature(type(model).forward).parameters)[1:]  # of what was given by position
-            batch = dict(zip(names, args, strict=False)) | batch
+            batch = _by_name(model, args) | batch if args else batch
             self._samples += sample_count(batch)
             self.recorder.observe(batch)
 
@@ -140,3 +139,10 @@ class TrainerRecorder(TrainerCallback):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _by_name(model: nn.Module, args: tuple) -> dict[str, Any]:
+    """What a model was given by position, by the names in its forward method; what that takes as *args has none."""
+    of_forward = list(signature(type(model).forward).parameters.values())[1:]  # without self
+    names = [one.name for one in of_forward if one.kind is one.POSITIONAL_OR_KEYWORD]
+    return dict(zip(names, args, strict=False))

@@ -75,13 +75,17 @@ def test_layers(kind: type[nn.Module]) -> None:
     assert alone >= (kind is not nn.Threshold)  # at least once
 
 
+def title(function: Callable | str) -> str:
+    return function if isinstance(function, str) else f"{function.__module__ or 'torch'}.{function.__name__}"
+
+
 FUNCTIONS = [
-    *sorted(channels._ALONE_FUNCTIONS, key=lambda one: one.__name__), *channels._ALONE_METHODS, *channels._PRODUCTS,
+    *sorted(channels._ALONE_FUNCTIONS, key=title), *channels._ALONE_METHODS, *channels._PRODUCTS,
     *channels._QUOTIENTS, *channels._CLAMPS, *channels._POWERS,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=title)
 def test_functions(function: Callable | str) -> None:
     name, alone = (function if isinstance(function, str) else function.__name__), 0
     for arguments in OF_FUNCTIONS.get(function, given(name.replace("_", ""))):

@@ -15,6 +15,7 @@ MISSING = "–"
 _A_PAGE = 45  # rows
 _FEW, _WORDS, _A_NAME = 11, 28, 54  # letters of a short text, of a long one, of a row's name
 _EM = 0.49  # width of a letter
+_A_LINE = 42  # em in footnotesize: what a line of 5.5 inches holds between the spaces of eight columns
 _LATEX = {
     "‖": r"\|", "θ": r"\theta", "²": "^2", "ᵀ": r"^\top", "Δ": r"\Delta", "±": r"\pm", "×": r"\times", "−": "-",
     "∞": r"\infty", ">": ">", "<": "<", "≥": r"\geq",
@@ -42,8 +43,9 @@ def as_markdown(table: pd.DataFrame) -> str:
 def as_latex(table: pd.DataFrame) -> str:
     """A table in LaTeX, for ``booktabs`` and ``array``, and for ``longtable`` where it is longer than a page.
 
-    In small print; what rows have in common stands over them, and long texts and heads are broken, so that it fits a
-    page's width. Plain text but for symbols, which are set as mathematics.
+    In small print, smaller if it is wide; what rows have in common stands over them, and long texts and heads are
+    broken. So our tables fit A4 paper with margins of an inch. Plain text but for symbols, which are set as
+    mathematics.
     """
     head, groups = grouped(table)
     head = ["", *head]
@@ -58,7 +60,8 @@ def as_latex(table: pd.DataFrame) -> str:
     top = [r"\toprule", " & ".join(map(_latex, head)) + r" \\", *heading]
     aligned = "".join(_column(most, cells) for most, cells in zip(widths, columns, strict=True))
     whole = [rf"\begin{{{kind}}}{{{aligned}}}", *top, *body, r"\bottomrule", rf"\end{{{kind}}}"]
-    return "\n".join([r"{\footnotesize\setlength{\tabcolsep}{2pt}", *whole, "}"])
+    size = "footnotesize" if sum(widths) * _EM <= _A_LINE else "scriptsize"
+    return "\n".join([rf"{{\{size}\setlength{{\tabcolsep}}{{2pt}}", *whole, "}"])
 
 
 def grouped(table: pd.DataFrame) -> tuple[list[str], dict[str, list[list[str]]]]:

@@ -310,6 +310,13 @@ def test_a_long_latex_table_breaks_between_pages_under_its_head() -> None:
     assert lines[6:-3] == [rf"{i} & {i} \\" for i in range(50)]
 
 
+def test_a_wide_latex_table_is_set_in_smaller_print() -> None:
+    row = ["0.123 ± 0.0456"] * 8
+    for columns, size in ((3, "footnotesize"), (8, "scriptsize")):
+        table = pd.DataFrame([row[:columns]], columns=[f"head {place}" for place in range(columns)])
+        assert as_latex(table).startswith(rf"{{\{size}\setlength")
+
+
 def test_latex_tables_need_no_unicode(some: dict[str, xr.DataTree]) -> None:
     many = runs()
     found = analysis.claims(many)

@@ -103,18 +103,7 @@ class Penalty:
         return cross_entropy(model, batch) + 2 * far
 
 
-class Beside:
-    """A network outside the model that has a weight of the model, as a decoder that is tied to it."""
-
-    def __init__(self, model: nn.Linear) -> None:
-        self.network = nn.Linear(4, 3).double()
-        self.network.weight = model.weight
-
-    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]) + self.network(batch[0]), batch[1])
-
-
-@pytest.mark.parametrize("case", ["model", Penalty, Beside])
+@pytest.mark.parametrize("case", ["model", Penalty])
 def test_a_loss_of_parameters_that_were_taken_out_of_the_model_is_refused(tmp_path: Path, case: str | type) -> None:
     torch.manual_seed(0)
     model = InAList().double() if case == "model" else nn.Linear(4, 3).double()
@@ -125,6 +114,41 @@ def test_a_loss_of_parameters_that_were_taken_out_of_the_model_is_refused(tmp_pa
         found, _ = record(tmp_path / "run.zarr", model, objective)
     assert not found
     assert open_run(tmp_path / "run.zarr")["steps"].sizes["step"] == 4
+
+
+class Beside:
+    """A network outside the model that has a weight of the model, as a decoder or a teacher that is tied to it."""
+
+    def __init__(self, model: nn.Sequential, *, teaches: bool) -> None:
+        self.network, self.teaches = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), teaches
+        self.network[2].weight = model[2].weight
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.teaches):
+            beside = self.network(batch[0])
+        return cross_entropy(model, batch) + F.cross_entropy(model(batch[0]), beside.softmax(-1))
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_a_weight_that_another_network_shares_is_the_model_s(tmp_path: Path, teaches: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    objective, own = Beside(model, teaches=teaches), dict(model.named_parameters())
+    optimizer, expected = torch.optim.SGD(model.parameters(), 0.5), []
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches()):
+            loss = objective(model, batch)
+            row = curvature_by_hand(loss, list(model.parameters()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            expected.append(row | {"loss_before": loss.item(), "loss_after": objective(model, batch).item()})
+    found = open_run(tmp_path / "run")["curvature"].to_dataset()
+    for name in expected[0]:
+        values = found[name].sum("layer") if "layer" in found[name].dims else found[name]
+        np.testing.assert_allclose(values, [row[name] for row in expected], rtol=1e-10, err_msg=name)
+    assert objective.network[2].weight is own["2.weight"]
+    assert model[2].weight is own["2.weight"]
 
 
 def test_whole_numbers_among_the_parameters_are_no_coordinates(tmp_path: Path) -> None:

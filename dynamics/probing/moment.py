@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,7 @@ class Moment:
         others: modules outside the model that have run since, each with its state when it last began to run.
         replaced: parameters that a forward pass has replaced by others, as found by :meth:`look_for_replaced`.
         moved_others: modules whose parameters were not kept, and had changed when they ran :meth:`again`.
+        shares_parameters: whether a module outside that ran :meth:`again` shares parameters with the model.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Moment:
         self._random, self._attributes = RandomState(device), kept(model.modules(), objective)
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._parameters = {name: one for name, one in model.named_parameters() if isinstance(one, nn.Parameter)}
+        self._names = {id(one): name for name, one in self._parameters.items()}
         self._versions = {name: one._version for name, one in self._parameters.items() if one.requires_grad}
         frozen = self._frozen()
         self._norms, self._places = _norms(frozen), _places(frozen)
@@ -104,6 +107,7 @@ class Moment:
         self._outside: dict[str, Tensor] = {}  # for a forward pass: parameters when its batch was seen
         self.others: dict[nn.Module, _Other] = {}
         self.moved_others: set[nn.Module] = set()
+        self.shares_parameters = False
 
     def _frozen(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
@@ -124,13 +128,18 @@ class Moment:
         """Keep the state of a module outside the model as it runs; its ``parameters`` too if asked, for these may move.
 
         The last run counts: a network may run for its own loss, step, and then run for this one. Parameters that it
-        shares with the model are the model's: a loss with copies of them would be without that part of the gradient.
+        shares with the model are the model's, and move with these.
         """
-        ours = {id(one) for one in self._parameters.values()}
-        own = {name: one for name, one in _own(module._parameters).items() if id(one) not in ours}
+        own = {name: one for name, one in _own(module._parameters).items() if id(one) not in self._names}
         held = _copies(own) if parameters else {}
         norms = {} if held else _norms(own)
         self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)
+
+    def _shared(self, module: nn.Module) -> Tensors:
+        """The parameters that a module outside shares with the model: the tensors that the model has for them now."""
+        names = {own: self._names[id(one)] for own, one in module._parameters.items() if id(one) in self._names}
+        now = dict(self._model.named_parameters()) if names else {}
+        return {own: now[name] for own, name in names.items() if name in now}
 
     def of_pass(self, first: Moment | None) -> Moment:
         """Note that this is the moment of a forward pass, whose batch was seen at ``first``; returns itself."""
@@ -204,8 +213,9 @@ class Moment:
         """Inside, random generators and attributes are those of the moment; afterwards they are as they were before.
 
         The same holds for the state of other modules that run inside, such as a teacher, if it was kept; in any case
-        their buffers and attributes are restored afterwards. Yields the set to which these modules are added. Modules
-        that other threads run meanwhile are ignored.
+        their buffers and attributes are restored afterwards. Parameters that they share with the model are those that
+        the model is evaluated with. Yields the set to which these modules are added. Modules that other threads run
+        meanwhile are ignored.
         """
         put_back = [kept(self._model.modules(), self._objective).put_back, self._attributes.now().put_back]
         ours, others, here = set(self._model.modules()), set(), threading.get_ident()
@@ -219,6 +229,10 @@ class Moment:
                 if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
                     self.moved_others.add(module)
                 put_back.extend([kept([module]).put_back, _lent(module._buffers, was.buffers)])
+                shared = self._shared(module)
+                self.shares_parameters |= bool(shared)
+                put_back.append(partial(module._parameters.update, {name: module._parameters[name] for name in shared}))
+                module._parameters.update(shared)
                 put_back.append(_lent(module._parameters, was.parameters))
                 was.attributes()
 

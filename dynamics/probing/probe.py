@@ -69,7 +69,7 @@ class Probe:
         self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
         self.own_operations = False  # whether the loss goes through operations or hooks of someone's own
         self.rounding = 0.0  # of the loss, if so: the unit of the coarsest type on the way
-        self.repeatable = True  # unless an evaluation drew random numbers, or ran other modules that may keep something
+        self.repeatable = True  # unless an evaluation drew random numbers, or ran modules that keep or share something
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -166,7 +166,7 @@ class Probe:
             if hooks:
                 self.repeatable, self.own_operations = False, True
             if self.repeatable and not self._fixed:
-                self.repeatable = not moment.drawn() and not any(map(_keeps, self.others))
+                self.repeatable = not (moment.drawn() or moment.shares_parameters or any(map(_keeps, self.others)))
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
                 raise ValueError(f"an objective must return a scalar loss, got {what}: return its mean, for example")

@@ -597,11 +597,12 @@ def test_pruning_by_torch_itself(tmp_path: Path) -> None:
     )
 
 
-def test_a_shape_that_changes_inside_an_event_is_refused_by_name(tmp_path: Path) -> None:
-    model, batches = smooth_network(), vectors(1)
+@pytest.mark.parametrize("width", [5, 5000])
+def test_a_shape_that_changes_inside_an_event_is_refused_by_name(tmp_path: Path, width: int) -> None:
+    model, batches = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)), vectors(1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer) as recorder:
-        with pytest.raises(ValueError, match=r"'0\.weight' changed its shape from \(5, 4\) to \(3, 4\)"):
+        with pytest.raises(ValueError, match=rf"'0\.weight' changed its shape from \({width}, 4\) to \(3, 4\)"):
             with recorder.event("prune", probe=batches):
                 model[0].weight = nn.Parameter(model[0].weight[:3].detach())
                 model[0].bias = nn.Parameter(model[0].bias[:3].detach())

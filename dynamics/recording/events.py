@@ -74,12 +74,12 @@ class Events:
                 "inside event() the networks of the processes became different, and would stay so: plan the "
                 "pruning on the same batches in all processes"
             )
-        if kind == "prune":
-            self._say_if_nothing_is_removed(before, after, described)
         now = {"step": self._steps.number, "epoch": self._epochs.present}
         row = {"event": self._past.count, "kind": kind, "mode": mode, **now}
         with structure.again():  # predictions evaluate the network from before
             found = effect(self._layers, before, after)
+        if kind == "prune":
+            self._say_if_nothing_is_removed(before, after, described)
         self._rows.add("pruning", row | described | found)
         self._rows.add_event_extras(self._past.count, event)
         self._past = self._past.and_now(described, event.unit_labels(), event.studies, pruned=kind == "prune")

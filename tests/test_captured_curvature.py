@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from networks import Batch, convolutional_network, images, plain_step, recorded, smooth_network, vectors
+from networks import Batch, convolutional_network, images, plain_step, recorded, smooth_network, step_along, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -111,6 +112,22 @@ def test_it_is_that_of_the_step(tmp_path: Path, change: Callable[[int, nn.Module
 @pytest.mark.usefixtures("without_a_gpu")
 def test_what_draws_random_numbers_is_not_captured(tmp_path: Path) -> None:
     record(tmp_path / "run", convolutional_network(dropout=0.5), keep, capture=True)
+    assert not Again.made
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_a_network_that_shares_a_weight_with_the_model_is_not_captured(tmp_path: Path) -> None:
+    model, teacher = smooth_network(), smooth_network()
+    teacher[2].weight = model[2].weight
+
+    def taught(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch[0]), teacher(batch[0]).detach().softmax(-1))
+
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.5), []
+    with Recorder(tmp_path / "run", model, optimizer, objective=taught, curvature_every=1, capture=True) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            losses.append(step_along(taught(model, batch), optimizer))
+    np.testing.assert_allclose(open_run(tmp_path / "run").curvature.loss_before, losses, rtol=1e-12)
     assert not Again.made
 
 

@@ -7,14 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from networks import smooth_network
 from prunable import NETWORKS, OPTIMIZERS, batch, goes_with, parameters_with, train, trained
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 from dynamics.models import VGG, MobileNet
+from dynamics.network.layers import Layers
 from dynamics.network.masks import apply_masks, lift_masks, parameter_masks
 from dynamics.pruning import Pruner
 
@@ -307,3 +310,11 @@ def test_a_parameter_that_both_torch_and_a_mask_prune_keeps_what_both_keep() -> 
     prune.custom_from_mask(layer, "weight", torch.tensor([[1, 0, 0], [1, 1, 1]]))
     (mask,) = parameter_masks(layer).values()
     assert torch.equal(mask, layer(torch.eye(3)).T - layer.bias[:, None] != 0)
+
+
+def test_masks_may_be_on_other_devices_than_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = Layers(smooth_network())
+    with FakeTensorMode():  # tensors without numbers, which may be on a GPU that is not there
+        mask = torch.ones(3, 5, dtype=torch.bool, device="cuda")
+        monkeypatch.setattr("dynamics.network.layers.parameter_masks", lambda model: {"2.weight": mask})
+        assert layers.kept().device.type == "cpu"

@@ -174,9 +174,9 @@ class Layers:
         """1 where a parameter is not pruned, 0 where it is, as blocks of a vector."""
         masks, vector = parameter_masks(self._model), self.zeros()
         for (name, _), view in zip(self._found, vector.views, strict=True):
-            view.fill_(1 + 1j if view.is_complex() else 1)
-            if name in masks:
-                view.masked_fill_(~masks[name], 0)
+            view.copy_(masks[name]) if name in masks else view.fill_(1)
+            if view.is_complex():
+                view.mul_(1 + 1j)
         return vector.blocks
 
     def remaining(self) -> np.ndarray:

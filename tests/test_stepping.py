@@ -281,14 +281,16 @@ def test_what_is_given_to_a_step_need_not_be_a_closure(tmp_path: Path) -> None:
     assert (run.steps.accuracy == 0.5).all()
 
 
-def test_a_compiled_step_is_recorded_as_any(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_compiled_step_is_recorded_as_any(tmp_path: Path, wrapped: bool) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    optimizer, hand = sgd(list(model.parameters())), ByHand(model)
+    inner, hand = sgd(list(model.parameters())), ByHand(model)
+    optimizer = Noam(inner) if wrapped else inner
     step = torch.compile(lambda: optimizer.step(), backend="eager")
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
         for inputs, labels in recorder.watch(vectors(3)):
-            optimizer.zero_grad()
+            inner.zero_grad()
             F.cross_entropy(model(inputs), labels).backward()
             hand.before()
             step()

@@ -33,8 +33,9 @@ class Attachment:
         self._stepping: int | None = None  # the optimizer whose step has begun
         self._nested = 0  # how many steps of the same optimizer are inside it: a subclass may call its parent's step
         self._stepped: set[int] = set()  # those that have stepped
+        begins, done = torch.compiler.disable(self._wrapper_begins), torch.compiler.disable(self._wrapper_done)
         self._wrappers = {
-            number: _Wrapper(outer, self._wrapper_begins, partial(self._wrapper_done, number))
+            number: _Wrapper(outer, begins, partial(done, number))
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
             if outer is not one and _does_more(outer)
         }

@@ -53,7 +53,7 @@ def given(name: str) -> tuple[Arguments, ...]:
 
 def check_if_alone(node: fx.Node, source: fx.Node, run: Callable[[Tensor], Any], name: str, module: Any) -> bool:
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions(name) - 1](3, 4, 1)
-    if _effect(node, source, module, layer, laid_out=False) != "alone":
+    if _effect(node, source, module, layer, flattened=False) != "alone":
         return False
     assert (run(channels_of(name)).reshape(3, 4, -1)[:, SILENT] == 0).all()
     return True

@@ -91,7 +91,7 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
     return "alone" if alone else "lifts" if lifts else "ends"
 
 
-def is_layer_of(node: fx.Node, source: fx.Node, weights: Collection[fx.Node], *, laid_out: bool) -> bool:
+def is_layer_of(node: fx.Node, source: fx.Node, weights: Collection[fx.Node], *, flattened: bool) -> bool:
     """Whether an operation is a layer as a function, which mixes the channels of a source by one of these weights.
 
     The channels are the second dimension; where they are laid out, the last. A matrix on the left mixes samples or
@@ -101,7 +101,7 @@ def is_layer_of(node: fx.Node, source: fx.Node, weights: Collection[fx.Node], *,
     if first is not source or source in weights or not any(one in weights for one in others):
         return False
     if node.target in _PRODUCTS_OF_MATRICES:
-        return laid_out
+        return flattened
     given = _given(node, "weight", "bias", "stride", "padding", "dilation", "groups")  # or output_padding
     return node.target in _CONVOLUTION_FUNCTIONS and given.get("groups", 1) == 1
 
@@ -164,7 +164,7 @@ def _given(node: fx.Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args[1:], strict=False)) | node.kwargs
 
 
-def lays_out(node: fx.Node, module: nn.Module | None) -> bool:
+def flattens(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation flattens a sample's channels into one dimension, as a linear layer reads them."""
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (1, -1)

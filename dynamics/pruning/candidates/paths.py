@@ -16,10 +16,10 @@ from .channels import (
     NORMALISATIONS,
     divides_by,
     does,
+    flattens,
     is_depthwise,
     is_layer_of,
     is_sum,
-    lays_out,
     pads,
     pools,
     scales,
@@ -62,7 +62,7 @@ def traced(model: nn.Module) -> fx.Graph:
         ) from error
 
 
-def follow(model: nn.Module, node: fx.Node, layer: nn.Module, path: ChannelPath, *, laid_out: bool = False) -> None:
+def follow(model: nn.Module, node: fx.Node, layer: nn.Module, path: ChannelPath, *, flattened: bool = False) -> None:
     """Follow a layer's channels from a node on until something mixes them, and note the path."""
     filters = len(layer.weight)
     for user in node.users:
@@ -76,34 +76,34 @@ def follow(model: nn.Module, node: fx.Node, layer: nn.Module, path: ChannelPath,
                 )
             path.modules.append(user.target)
             path.nodes.add(user)
-            follow(model, user, layer, path, laid_out=laid_out)
+            follow(model, user, layer, path, flattened=flattened)
         elif is_sum(user):
             path.summed = True
-        elif user.op != "output" and (effect := _effect(user, node, module, layer, laid_out=laid_out)) != "ends":
+        elif user.op != "output" and (effect := _effect(user, node, module, layer, flattened=flattened)) != "ends":
             if effect == "lifts":
                 what = user.target if isinstance(user.target, str) else user.target.__name__
                 kind = f" ({type(module).__name__})" if module is not None else ""
                 path.refusal = f"feeds into {what!r}{kind}, through which a silenced filter may still have an effect"
             else:
-                follow(model, user, layer, path, laid_out=laid_out or lays_out(user, module))
+                follow(model, user, layer, path, flattened=flattened or flattens(user, module))
         elif isinstance(module, LAYERS):
-            path.readers[user.target] = laid_out
+            path.readers[user.target] = flattened
 
 
-def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Module, *, laid_out: bool) -> str:
+def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Module, *, flattened: bool) -> str:
     """What the user of a node does to each of a layer's channels that come from there: see :func:`does`."""
-    if pools(user, layer) or scales(user, node) or (not laid_out and pads(user, layer)):
+    if pools(user, layer) or scales(user, node) or (not flattened and pads(user, layer)):
         return "alone"
-    if (laid_out or isinstance(layer, nn.Linear)) and shifts(module):
+    if (flattened or isinstance(layer, nn.Linear)) and shifts(module):
         return "ends"
     effect = "lifts" if divides_by(user, node) else does(user, module)
     return "ends" if effect == "alone" and user.all_input_nodes[0] is not node else effect  # x.to(y) has x's channels
 
 
-def reads_each(layer: nn.Module, reader: nn.Module, *, laid_out: bool) -> bool:
+def reads_each(layer: nn.Module, reader: nn.Module, *, flattened: bool) -> bool:
     """Whether each input channel of a reader, or group of flattened features, comes from one filter of the layer."""
     filters, inputs = len(layer.weight), reader.weight.shape[1]
-    if laid_out and not isinstance(layer, nn.Linear):
+    if flattened and not isinstance(layer, nn.Linear):
         return isinstance(reader, nn.Linear) and inputs % filters == 0
     kind = next(kind for kind in LAYERS if isinstance(layer, kind))
     return isinstance(reader, kind) and inputs == filters
@@ -113,15 +113,15 @@ def reaches_output(model: nn.Module, node: fx.Node, layer: nn.Module, weights: C
     """Whether the result of a layer's node reaches the network's output without passing another layer."""
     waiting, seen = [(node, user, isinstance(layer, nn.Linear)) for user in node.users], set()
     while waiting:
-        source, user, laid_out = waiting.pop()
-        if user in seen or is_layer_of(user, source, weights, laid_out=laid_out):
+        source, user, flattened = waiting.pop()
+        if user in seen or is_layer_of(user, source, weights, flattened=flattened):
             continue
         seen.add(user)
         module = model.get_submodule(user.target) if user.op == "call_module" else None
         if user.op == "output":
             return True
         if not isinstance(module, LAYERS) or is_depthwise(module):
-            waiting.extend((user, after, laid_out or lays_out(user, module)) for after in user.users)
+            waiting.extend((user, after, flattened or flattens(user, module)) for after in user.users)
     return False
 
 

@@ -178,8 +178,8 @@ def _readers(
     """The layers that read each of a layer's channels, and nothing else."""
     return tuple(
         reader
-        for reader, laid_out in path.readers.items()
-        if len(calls[reader]) == 1 and reads_each(module, model.get_submodule(reader), laid_out=laid_out)
+        for reader, flattened in path.readers.items()
+        if len(calls[reader]) == 1 and reads_each(module, model.get_submodule(reader), flattened=flattened)
     )
 
 

@@ -5,17 +5,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import xarray as xr
 from networks import Batch, normalised_network, recorded, sequences, smooth_network, vectors
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynamics import open_run
+from dynamics.loop import processes as ours
 
 HERE = Path(__file__).parent
 
@@ -294,3 +298,25 @@ def test_curvature_of_shards_is_refused_in_a_sentence(tmp_path: Path, together: 
     run, said = together(tmp_path / "run", "shards_with_curvature")
     assert "curvature is not recorded: it needs all parameters in one process" in said
     assert run["steps"].sizes["step"] == 3
+
+
+def test_objects_are_sent_by_way_of_the_models_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes the present one, which is the first in each process whose loop does not choose another."""
+    present, used = [], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        present.append(index)
+        yield
+        present.pop()
+
+    with FakeTensorMode():
+        processes = ours.Processes(nn.Linear(2, 3, device="cuda:1"))
+    processes.together = processes.replicated = True
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    for name in ("broadcast_object_list", "all_gather_object"):
+        monkeypatch.setattr(dist, name, lambda *objects, **options: used.append(present[-1]))
+    processes.broadcast("something")
+    processes.gathered("something")
+    assert used == [1, 1]

@@ -43,6 +43,9 @@ class Processes:
         self.replicated = together and bool(self._wrappers) and not self.sharded
         self.together = self.sharded or self.replicated
         self._apart = together and not self.together
+        first = next(model.parameters(), None)
+        # NCCL sends objects by way of the present GPU, which is another process's where the loop chose none
+        self._gpu = first.device.index if first is not None and first.is_cuda else -1
         self._group = None  # all
         if self.replicated:
             self._group = self._wrappers[0].process_group
@@ -101,7 +104,8 @@ class Processes:
         if not self.together:
             return value
         told = [value]
-        dist.broadcast_object_list(told, group=self._group, group_src=0)
+        with torch.cuda.device(self._gpu):
+            dist.broadcast_object_list(told, group=self._group, group_src=0)
         return told[0]
 
     def gathered(self, value: _Made) -> list[_Made]:
@@ -109,7 +113,8 @@ class Processes:
         if not self.replicated:
             return [value]
         found = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(found, value, group=self._group)
+        with torch.cuda.device(self._gpu):
+            dist.all_gather_object(found, value, group=self._group)
         return found
 
     def all_agree(self, fine: bool, device: torch.device) -> bool:

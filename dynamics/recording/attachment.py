@@ -102,7 +102,7 @@ class Attachment:
 
     def _wrapper_done(self, number: int, *, within: bool) -> None:
         """The step of a wrapper is done; ``within``: whether the inner optimizer has completed a step in it."""
-        self._steps.kept = False
+        self._steps.forget()
         if within:
             self._through(number)
         elif self._stepping == number:

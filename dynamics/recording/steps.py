@@ -41,8 +41,6 @@ def anyone_measures() -> bool:
 class Steps:
     """Measures steps, and sends the row of every ``every``-th one; ``number`` is that of the next step.
 
-    ``kept``: whether θ has been kept for the step that begins next.
-
     Args:
         groups, measurement, curvature, batches: those of the training.
         asleep: a context without the hooks that the optimizers have put on the model, as K-FAC does.
@@ -72,7 +70,7 @@ class Steps:
         self._asleep, self._rows, self._epochs, self._names, self._every = asleep, rows, epochs, names, every
         self.number, self._flow_time, self._flow_times = place.step, place.flow_time, flow_times
         self._first = place.step
-        self.busy = self.kept = self._begun = self._waits = False
+        self.busy = self._kept = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
         self._so_far: tuple[list[int], dict[str, Any] | None] = [], None  # optimizers that have stepped, and their row
         self._await_forward()
@@ -96,7 +94,11 @@ class Steps:
         if self._measures():
             with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.begin()
-                self.kept = True
+                self._kept = True
+
+    def forget(self) -> None:
+        """Forget the θ that was kept: its step has ended, or never began."""
+        self._kept = False
 
     def begin(self, *, waits: bool) -> None:
         """Keep θ as it is before the step, and what the curvature needs of this moment.
@@ -107,7 +109,7 @@ class Steps:
         self._epochs.step()
         self._batches.repeat(due=self._curvature.due(self.number))
         self._begun, self._skips, self._waits = self._measures(), {}, waits
-        if self._begun and not self.kept:
+        if self._begun and not self._kept:
             with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.begin()
         if not waits:

@@ -261,6 +261,29 @@ def test_a_wrapped_step_that_fails_is_none(tmp_path: Path) -> None:
     assert open_run(tmp_path / "run").steps.sizes["step"] == 2
 
 
+def test_what_moves_after_a_wrapper_that_did_not_step_is_no_part_of_the_next_step(tmp_path: Path) -> None:
+    """A wrapper that accumulates is called in vain; then θ moves, and the inner optimizer steps by itself."""
+
+    class Accumulating:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self) -> None:
+            pass
+
+    model, (batch,) = smooth_network(), vectors(1)
+    wrapper = Accumulating(sgd(list(model.parameters())))
+    with Recorder(tmp_path / "run", model, wrapper, curvature_every=0) as recorder:
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        wrapper.step()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        before = sum(one.detach().square().sum().item() for one in model.parameters())
+        wrapper.optimizer.step()
+        recorder.log(loss=0.0)
+    np.testing.assert_allclose(open_run(tmp_path / "run").steps.param_sqnorm.sum("layer"), [before], rtol=1e-12)
+
+
 def test_what_is_given_to_a_step_need_not_be_a_closure(tmp_path: Path) -> None:
     class Polyak(torch.optim.SGD):
         def step(self, loss: float) -> None:  # its step size is by the loss

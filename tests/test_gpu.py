@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from experiments import assert_agree, few_digits, recorded
-from networks import Batch, convolutional_network, images, plain_step, smooth_network, vectors
+from networks import Batch, convolutional_network, images, smooth_network, vectors
 from prunable import NETWORKS
 from test_anyones_loop import MODELS, OPTIMIZERS, trained
 from test_captured_curvature import CHANGES, record
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from dynamics import Recorder, models, open_run
 from dynamics.experiments.passes import Passes
 from dynamics.experiments.running import run
-from dynamics.loop.processes import Processes
 from dynamics.probing.objective import cross_entropy_objective
 from dynamics.probing.probe import Probe
 from dynamics.pruning import MEASURES, Pruner
@@ -101,22 +100,6 @@ def test_every_optimizer(tmp_path: Path, name: str) -> None:
     )
     by_hand.agrees_with(open_run(tmp_path / "run")["steps"])
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
-
-
-def test_what_replicas_average_is_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL, by which they do so, takes nothing else."""
-    kinds, mean = set(), Processes.mean
-    monkeypatch.setattr(
-        Processes, "mean", lambda self, tensors: kinds.update(one.device.type for one in tensors) or mean(self, tensors)
-    )
-    model, batches = convolutional_network().cuda(), on_gpu(images(2))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
-        for batch in recorder.watch(batches):
-            plain_step(model, optimizer, batch)
-        with recorder.event("look", probe=batches, mode="train"):
-            pass
-    assert kinds == {"cuda"}
 
 
 def test_a_large_network_is_added_up_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,3 +320,16 @@ def test_objects_are_sent_by_way_of_the_models_gpu(monkeypatch: pytest.MonkeyPat
     processes.broadcast("something")
     processes.gathered("something")
     assert used == [1, 1]
+
+
+def test_what_replicas_average_is_on_the_models_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes nothing else; the flag of approximate curvature is in host memory."""
+    averaged = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: averaged.append(str(tensor.device)))
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    with FakeTensorMode():
+        processes = ours.Processes(nn.Linear(2, 3, device="cuda:1"))
+        processes.replicated = True
+        means = processes.mean([torch.ones((), device="cpu"), torch.ones(3, device="cuda:1")])
+    assert averaged == ["cuda:1", "cuda:1"]
+    assert [mean.shape for mean in means] == [(), (3,)]

@@ -136,11 +136,15 @@ class Processes:
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean over replicas of each tensor."""
         if self.replicated:
-            tensors = [tensor.contiguous() for tensor in tensors]
+            tensors = [self._sendable(tensor) for tensor in tensors]
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self._group)
             torch._foreach_div_(tensors, dist.get_world_size(self._group))
         return list(tensors)
+
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        """The tensor, on the model's GPU if it has one, because NCCL takes no other."""
+        return tensor.contiguous() if tensor.is_cuda or self._gpu < 0 else tensor.to(f"cuda:{self._gpu}")
 
     def sum(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The sum of each value over the sharding processes."""

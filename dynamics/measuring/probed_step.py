@@ -132,7 +132,7 @@ class ProbedStep:
         others = {
             "loss_before": lambda: loss,
             "loss_after": lambda: probe.loss(self._after()),
-            "approximate": lambda: torch.zeros((), device=self._layers.device),
+            "approximate": lambda: torch.zeros((), device="cpu"),
         }
         return {name: others[name]() for name in self._others} | values
 
@@ -222,7 +222,7 @@ class ProbedStep:
         if "update_hess_update" in names:
             hess_update = self._product(expansion, self._layers.named(self._step.update))
         values = self._layers.evaluate(names, replace(vectors, hess_grad=hess_grad, hess_update=hess_update))
-        return values | ({} if expansion.exact else {"approximate": torch.ones((), device=self._layers.device)})
+        return values | ({} if expansion.exact else {"approximate": torch.ones((), device="cpu")})
 
     def _product(self, expansion: Expansion, vector: Mapping[str, Tensor]) -> Tensor:
         aligned = [vector.get(name, torch.zeros_like(leaf)) for name, leaf in expansion.theta.items()]

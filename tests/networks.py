@@ -118,10 +118,15 @@ def recorded(
     return open_run(path)
 
 
-def prune_row(model: nn.Module, weight: str, row: int) -> None:
-    kept = torch.ones(model.get_parameter(weight).shape, dtype=torch.bool)
+def all_but_row(shape: torch.Size, row: int) -> Tensor:
+    """A mask."""
+    kept = torch.ones(shape, dtype=torch.bool)
     kept[row] = False
-    apply_masks(model, {weight: kept})
+    return kept
+
+
+def prune_row(model: nn.Module, weight: str, row: int) -> None:
+    apply_masks(model, {weight: all_but_row(model.get_parameter(weight).shape, row)})
 
 
 def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import (
+    all_but_row,
     closure_step,
     convolutional_network,
     dense,
@@ -518,12 +519,6 @@ def replace_the_mask(layer: Masked, kept: torch.Tensor) -> None:
     layer.other = kept.to(layer.weight.dtype)
 
 
-def keep_all_but_one_row(shape: torch.Size) -> torch.Tensor:
-    kept = torch.ones(shape, dtype=torch.bool)
-    kept[1] = False
-    return kept
-
-
 @pytest.mark.parametrize("mask", [mask_in_place, replace_the_mask])
 def test_an_event_sees_what_changes_in_buffers_and_attributes(tmp_path: Path, mask: Callable) -> None:
     model = nn.Sequential(Masked(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -534,7 +529,7 @@ def test_an_event_sees_what_changes_in_buffers_and_attributes(tmp_path: Path, ma
         losses.append(F.cross_entropy(model(inputs), labels).item())
         with pytest.warns(UserWarning, match="a mask that the forward pass itself applies is not seen") as said:
             with recorder.event("prune", probe=batches):
-                mask(model[0], keep_all_but_one_row(model[0].weight.shape))
+                mask(model[0], all_but_row(model[0].weight.shape, 1))
         assert said[0].filename == __file__
         losses.append(F.cross_entropy(model(inputs), labels).item())
     assert losses[0] != losses[1]
@@ -552,7 +547,7 @@ def test_an_event_predicts_from_the_network_before_whatever_replaces_its_parts(t
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
         with Recorder(tmp_path / name, model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
             with recorder.event("zero", probe=batches):
-                take(model[0], keep_all_but_one_row(model[0].weight.shape))
+                take(model[0], all_but_row(model[0].weight.shape, 1))
             assert hasattr(model[0], "weight_mask") == (name == "torch's")
         rows.append(open_run(tmp_path / name)["pruning"].to_dataset().isel(event=0))
     for quantity in ("loss", "grad_removal", "removal_hess_removal"):

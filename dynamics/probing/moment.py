@@ -7,7 +7,6 @@ import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -231,8 +230,7 @@ class Moment:
                 put_back.extend([kept([module]).put_back, _lent(module._buffers, was.buffers)])
                 shared = self._shared(module)
                 self.shares_parameters |= bool(shared)
-                put_back.append(partial(module._parameters.update, {name: module._parameters[name] for name in shared}))
-                module._parameters.update(shared)
+                put_back.append(_put(module._parameters, shared))
                 put_back.append(_lent(module._parameters, was.parameters))
                 was.attributes()
 
@@ -292,9 +290,14 @@ def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
 
     Copying into the module's own tensors would invalidate graphs that have saved them for their backward passes.
     """
-    present = _own(table)
-    own = {name: present[name] for name in tensors if name in present}
-    table.update({name: one for name, one in _copies(tensors).items() if name in own})
+    own = _own(table)
+    return _put(table, _copies({name: one for name, one in tensors.items() if name in own}))
+
+
+def _put(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
+    """Put tensors into a module's table in place of its own; returns a function that puts these back."""
+    own = {name: table[name] for name in tensors}
+    table.update(tensors)
     return lambda: table.update(own)
 
 

@@ -78,16 +78,15 @@ class Events:
         row = {"event": self._past.count, "kind": kind, "mode": mode, **now}
         with structure.again():  # predictions evaluate the network from before
             found = effect(self._layers, before, after)
-        if kind == "prune":
-            self._say_if_nothing_is_removed(before, after, described)
+        if kind == "prune" and not found["removed"].any():
+            self._say_nothing_is_removed(before, after, described)
         self._rows.add("pruning", row | described | found)
         self._rows.add_event_extras(self._past.count, event)
         self._past = self._past.and_now(described, event.unit_labels(), event.studies, pruned=kind == "prune")
 
-    def _say_if_nothing_is_removed(self, before: Stage, after: Stage, described: Mapping[str, Any]) -> None:
-        """Warn if a pruning that had something to do removed nothing: only what is masked counts as removed."""
-        idle = described.get("target") == 0 or described.get("sparsity") == self._past.sparsity
-        if idle or (before.kept * (1 - after.kept)).any():
+    def _say_nothing_is_removed(self, before: Stage, after: Stage, described: Mapping[str, Any]) -> None:
+        """Warn that a pruning removed nothing, if it had something to do: only what is masked counts as removed."""
+        if described.get("target") == 0 or described.get("sparsity") == self._past.sparsity:
             return
         pruning = f"the pruning before step {self._steps.number}"
         if before.has_parameters_of(after):

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from .float64 import widened
+
 _CACHED_BLOCKS = 512  # 2 MB of each vector, which fit into a CPU's cache
 _GPU_BLOCKS = 2**16  # 256 MB of each vector: larger products would take memory, and a few more launches no time
 
@@ -113,13 +115,8 @@ def sums(names: Sequence[str], vectors: Vectors, layer_of: Tensor, layers: int) 
     ``layer_of`` (block,) holds the index of the layer that owns each block's parameter. Blocks are added up in float64
     if the device has it. On a CPU all formulas read a piece of the vectors while it is in the cache.
     """
-    most = _GPU_BLOCKS if layer_of.is_cuda else _CACHED_BLOCKS
+    most = _CACHED_BLOCKS if layer_of.is_cpu else _GPU_BLOCKS
     pieces = [vectors] if len(layer_of) <= most else vectors.split(most)
     values = torch.cat([torch.stack([FORMULAS[name](piece) for name in names]) for piece in pieces], dim=-1)
-    values = values.to(sums_dtype(values.device))
+    values = widened(values)
     return values.new_zeros(len(names), layers).index_add_(-1, layer_of, values)
-
-
-def sums_dtype(device: torch.device) -> torch.dtype:
-    """Data type of sums: float64 if the device has it, else float32."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -138,6 +138,12 @@ def test_as_many_go_as_by_a_pruner(share: float) -> None:
     assert int(curve.removed.sel(layer="2").sum()) == 2 * int((~pruning.alive["0"]).sum())
 
 
+def test_fractions_may_be_an_array() -> None:
+    model, batches, ranking = alike(), images(1), {"0": torch.arange(FILTERS)}
+    curve = removal_curve(model, batches, ranking, np.array(FRACTIONS))
+    assert curve.identical(removal_curve(model, batches, ranking, FRACTIONS))
+
+
 def test_impossible_curves_are_refused() -> None:
     model, batches, ranking = alike(), images(1), {"0": torch.arange(FILTERS)}
     for fractions in ([], [0.2, 0.1], [0.0, 0.5], [0.5, 1.0]):
@@ -145,3 +151,10 @@ def test_impossible_curves_are_refused() -> None:
             removal_curve(model, batches, ranking, fractions)
     with pytest.raises(ValueError, match="asks for 64 filters to be pruned, but only 63 can be"):
         removal_curve(model, batches, ranking, [0.999])
+    for found, said in (
+        ("magnitude", "a tensor by the name of each layer, got 'magnitude'"),
+        ({"4": torch.arange(3)}, "there are none of layer '0', only of '4'"),
+        ({"0": torch.arange(3)}, r"those of layer '0', which has 64 filters, have the shape \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            removal_curve(model, batches, found, [0.5])

@@ -24,7 +24,8 @@ MAY_IMPORT = {
 }
 FLOORS = {  # from the ground: whatever stands on one may import what stands below it
     "dynamics": (
-        {"errors", "models", "places", "quantities", "schema", "warning", "words"},
+        {"errors", "float64", "models", "places", "schema", "warning", "words"},
+        {"quantities"},
         {"command_line", "data", "hardware", "network", "record"},
         {"curvature"},
         {"probing"},

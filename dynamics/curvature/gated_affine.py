@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..quantities import sums_dtype
+from ..float64 import widened
 
 _PIECE = 1 << 18  # so many numbers are summed in single precision on a CPU; the sums of pieces, in double
 
@@ -60,7 +60,7 @@ def inner(p: Tensor, q: Tensor) -> Tensor:
     if p.dtype in (torch.half, torch.bfloat16):
         p, q = p.float(), q.float()
     if p.device.type != "cpu":
-        return torch.dot(p, q).to(sums_dtype(p.device))
+        return widened(torch.dot(p, q))
     pieces = zip(p.split(_PIECE), q.split(_PIECE), strict=True)
     return torch.stack([torch.dot(*piece) for piece in pieces]).sum(dtype=torch.float64)
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..float64 import widest
 from ..hardware.precision import full_precision
-from ..quantities import sums_dtype
 from .expansion import LossFunction
 from .gated_affine import Gated, NestedGradientError, Parameter
 from .gated_operations import Operations
@@ -103,7 +103,7 @@ class _Gates:
         self._layers = list(devices)
         self._device = next((tensor.device for tensor in theta.values()), torch.device("cpu"))
         self.scale, *self.steps = (
-            [torch.zeros((), dtype=sums_dtype(on), device=on, requires_grad=True) for on in devices.values()]
+            [torch.zeros((), dtype=widest(on), device=on, requires_grad=True) for on in devices.values()]
             for _ in range(1 + len(named))
         )
         self.parameters: dict[str, Gated] = {}
@@ -120,7 +120,7 @@ class _Gates:
 
     def rows(self, values: Sequence[Sequence[Tensor | None]], layers: int) -> Tensor:
         """Numbers per gate → (row, layer); 0 for layers without gates and for numbers that are None."""
-        zero = torch.zeros((), dtype=sums_dtype(self._device), device=self._device)
+        zero = torch.zeros((), dtype=widest(self._device), device=self._device)
         rows = []
         for numbers in values:
             row = [zero] * layers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.backends import cuda, cudnn, mkldnn
 
+_DEVICES = ("cpu", "cuda", "mps", "xpu")  # types of those that autocast
 _lock, _undo, _inside = threading.Lock(), ExitStack(), 0
 
 
@@ -27,7 +28,7 @@ def full_precision() -> Iterator[None]:
         _inside += 1
     try:
         with ExitStack() as stack:
-            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            for device in filter(torch.is_autocast_enabled, _DEVICES):
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:

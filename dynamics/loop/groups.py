@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..float64 import widened
 from ..network.blocks import Vector, is_any_missing
 from ..network.layers import Layers
-from ..quantities import sums_dtype
 from ..warning import warn
 
 Group = Mapping[str, Any]
@@ -125,7 +125,7 @@ class Groups:
     def skips(self, number: int) -> Tensor | None:
         """1 if a gradient scaler makes an optimizer skip its step, else 0; None if unknown, as outside a fused step."""
         found = getattr(self._optimizers[number], "found_inf", None)
-        return None if found is None else found.detach().reshape(()).to(sums_dtype(self._layers.device))
+        return None if found is None else widened(found.detach().reshape(()))
 
     def trained(self, stepped: Sequence[int]) -> dict[int, Group]:
         """The group of each parameter that the optimizers trained when they ``stepped``, by the parameter's index."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..float64 import widened
 from ..probing.probe import Probe
 
 _Theta = Mapping[str, Tensor]
@@ -62,7 +63,7 @@ def _along(probe: Probe, theta: _Theta, direction: _Theta, distance: float) -> t
     """The loss at θ + distance · direction, and its slope along the direction there, according to its gradient."""
     there = {name: one + distance * direction[name] if name in direction else one for name, one in theta.items()}
     loss, grad = probe.gradient(there)
-    return loss.item(), sum((grad[name].double() * direction[name]).sum().item() for name in direction)
+    return loss.item(), sum((widened(grad[name]) * direction[name]).sum().item() for name in direction)
 
 
 def _differ(one: float, other: float, share: float, noise: float) -> bool:

@@ -114,8 +114,8 @@ class ProbedStep:
         columns = []
         for one in probe.one_by_one():
             grad = self._layers.vector(self.gradient(one)[1], without=self._step.rest)
-            columns.append(grad.flatten()[some].double().cpu())
-        return torch.stack(columns, 1), applied.flatten()[some].double().cpu()
+            columns.append(grad.flatten()[some].cpu().double())
+        return torch.stack(columns, 1), applied.flatten()[some].cpu().double()
 
     def curvature_values(self, probe: Probe, loss: Tensor, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """The quantities of ``/curvature``, each (layer,), or a scalar."""

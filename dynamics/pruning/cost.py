@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..float64 import widened, widest
 from ..network.exchanged import exchanged
 from ..network.masks import parameter_masks
 from ..network.parameter_names import plain_names
@@ -71,17 +72,17 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
 
 
 def _silence(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values that show silent channels, in float64: weights average what is kept, and BatchNorm changes nothing."""
-    values = {name: tensor.double() for name, tensor in model.named_buffers() if tensor.is_floating_point()}
+    """Values that show silent channels: weights average what is kept, and BatchNorm changes nothing."""
+    values = {name: widened(tensor) for name, tensor in model.named_buffers() if tensor.is_floating_point()}
     for name, parameter in model.named_parameters():
-        kept = keep[name].double() if name in keep else torch.ones_like(parameter, dtype=torch.float64)
+        kept = widened(keep[name] if name in keep else torch.ones_like(parameter))
         values[name] = kept * (len(kept) / max(kept.numel(), 1)) if kept.ndim > 1 else kept
         if name.endswith("_orig"):  # torch.nn.utils.prune keeps its mask as a buffer
             values[f"{name.removesuffix('_orig')}_mask"] = torch.ones_like(kept)
     for name, module in model.named_modules():
         if isinstance(module, NORMALISATIONS) and module.running_mean is not None:
-            values[f"{name}.running_mean"] = torch.zeros_like(module.running_mean, dtype=torch.float64)
-            values[f"{name}.running_var"] = torch.ones_like(module.running_var, dtype=torch.float64)
+            values[f"{name}.running_mean"] = widened(torch.zeros_like(module.running_mean))
+            values[f"{name}.running_var"] = widened(torch.ones_like(module.running_var))
     return values
 
 
@@ -121,7 +122,8 @@ def _normalised(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
 
 def _count(model: nn.Module, shape: Sequence[int], values: dict[str, Tensor]) -> dict[str, int]:
     """FLOPs of a sample by the first name of each module, which may occur in several places; under "" the total."""
-    ones = torch.ones(1, *shape, dtype=torch.float64, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    ones = torch.ones(1, *shape, dtype=widest(device), device=device)
     names = {module: name for name, module in model.named_modules()}
     with _plain_attention(), FlopCounterMode(display=False) as counter, exchanged(model, values):
         model(ones)

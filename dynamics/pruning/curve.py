@@ -61,12 +61,15 @@ def removal_curve(
         Dims (direction, fraction, stage, layer), to be added to an event: ``event.add("curve", ...)``.
 
     Raises:
-        ValueError: a fraction outside (0, 1), none at all, or more filters than can be pruned.
+        ValueError: a fraction outside (0, 1), none at all, or more filters than can be pruned; or scores of other
+            layers or filters.
     """
-    if not fractions or sorted(set(fractions)) != list(fractions) or not 0 < fractions[0] <= fractions[-1] < 1:
-        raise ValueError(f"fractions must increase within (0, 1), got {list(fractions)}")
+    fractions = [float(fraction) for fraction in fractions]
+    if not fractions or sorted(set(fractions)) != fractions or not 0 < fractions[0] <= fractions[-1] < 1:
+        raise ValueError(f"fractions must increase within (0, 1), got {fractions}")
     model = unwrap(model)
     units = units_of(model, "filter", protected)
+    _check_scores(scores, units)
     ranked = {name: _ranked(model, layer, scores[name]) for name, layer in units.items()}
     left = sum(int(layer.standing.sum()) for layer in ranked.values())
     counts = [left - round(left * (1 - fraction)) for fraction in fractions]  # as a Pruner counts
@@ -81,7 +84,21 @@ def removal_curve(
         pruned = copy.deepcopy(model)
         apply_masks(pruned, masks_of(pruned, units, without(whole, lowest(ranked, count))))
         points.append(_compared(layers, before, _stage(pruned, objective, probe, mode), outputs))
-    return xr.concat(points, xr.Variable("fraction", list(fractions))).assign_coords(layer=layers.names)
+    return xr.concat(points, xr.Variable("fraction", fractions)).assign_coords(layer=layers.names)
+
+
+def _check_scores(scores: Mapping[str, Tensor], units: Mapping[str, UnitLayer]) -> None:
+    wanted = "removal_curve() takes scores as dynamics.pruning.scores(model, batches, measure) gives them"
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"{wanted}, a tensor by the name of each layer, got {scores!r:.60}")
+    for name, layer in units.items():
+        if name not in scores:
+            raise ValueError(f"{wanted}, but there are none of layer {name!r}, only of {', '.join(map(repr, scores))}")
+        if scores[name].shape != (layer.filters,):
+            raise ValueError(
+                f"{wanted}, but those of layer {name!r}, which has {layer.filters} filters, have the shape "
+                f"{tuple(scores[name].shape)}"
+            )
 
 
 def _compared(layers: Layers, before: Stage, after: Stage, outputs: Tensor) -> xr.Dataset:

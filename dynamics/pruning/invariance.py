@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from ..float64 import widened
 from ..network.masks import filters_left
 from ..network.wrappers import unwrap
 from ..probing.objective import Objective, cross_entropy_objective
@@ -66,13 +67,13 @@ def _of_filters(
     names, found = [row.name for row in quantities("invariance")], []
     for layer in layers:
         key = weight_of(layer)
-        rows = [vectors[key].detach().double().flatten(1) for vectors in (expansion.theta, grad, hess_grad)]
+        rows = [widened(vectors[key].detach()).flatten(1) for vectors in (expansion.theta, grad, hess_grad)]
         of_layer = Vectors(theta=rows[0], grad=rows[1], hess_grad=rows[2])
         alive = filters_left(model, layer)
         found.append([FORMULAS[name](of_layer).where(alive, torch.nan) for name in names])
     return xr.Dataset(
         {
-            name: ("unit", torch.cat(parts).cpu().numpy())
+            name: ("unit", torch.cat(parts).cpu().double().numpy())
             for name, parts in zip(names, zip(*found, strict=True), strict=True)
         }
     )

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..float64 import widened
+
 LONGEST_TEXT = 64
 _COUNTS = ("step", "epoch", "event")
 
@@ -51,7 +53,7 @@ def _column(name: str | tuple[str, ...], values: list[Value | None]) -> Tensor |
     if sample.dtype in (torch.float16, torch.bfloat16):  # numpy has no bfloat16
         sample = sample.float()
     elif not sample.ndim and not sample.is_floating_point():
-        sample = sample.double()
+        sample = widened(sample)
     return torch.stack([_like(sample, float("nan") if value is None else value) for value in values])
 
 

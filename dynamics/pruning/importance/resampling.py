@@ -55,9 +55,7 @@ def resampled_scores(
         )
     asked = request(model, batches, measures, 1.0, mode, "filter", protected, initial)
     found = _scored(asked, batches, _shares(batches, draws, seed), objective, mode)
-    values = (
-        torch.stack([torch.stack([_row(asked.model, one[name]) for name in measures]) for one in found]).cpu().numpy()
-    )
+    values = torch.stack([torch.stack([_row(asked.model, one[name]) for name in measures]) for one in found]).numpy()
     return xr.Dataset(
         {
             "score": (["measure", "unit"], values[0]),
@@ -93,5 +91,6 @@ def _scored(
 
 
 def _row(model: nn.Module, found: dict[str, Tensor]) -> Tensor:
-    """Scores of all units, (unit,); NaN for those that are pruned."""
-    return torch.cat([values.double().where(filters_left(model, layer), torch.nan) for layer, values in found.items()])
+    """Scores of all units, (unit,), in host memory; NaN for those that are pruned."""
+    left = {layer: filters_left(model, layer).cpu() for layer in found}
+    return torch.cat([values.cpu().double().where(left[layer], torch.nan) for layer, values in found.items()])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import one_line
+from ...float64 import has_float64
 from ...hardware.precision import precise
 from ...network.identities import is_layer
 from ...probing.batch import mapped
@@ -47,12 +48,16 @@ def find_cut(model: nn.Module, inputs: Any) -> Cut:
     before = _run(small, inputs, "the model does not run on the inputs: pass shrink() inputs that it takes")
     graph = dependency_graph(small, inputs)
     sizes = {name: _sizes(module) for name, module in small.named_modules()}
-    kept = _carry_out(plan(graph, silent_units(model)), small)
+    device = next(model.parameters()).device
+    on_host = not has_float64(device)  # which holds every index; a model over several devices has it on all
+    kept = _carry_out(plan(graph, silent_units(model)), small.cpu() if on_host else small)
     _check_shared(model, kept)
     values = dict(_floating(model))
     for name, tensor in _floating(small):
-        value = precise(values[name].detach())
+        value = precise(values[name].detach()).to(tensor.device)
         tensor.data = take(value, kept[name]) if name in kept else value.clone()
+    if on_host:
+        small.to(device)
     after = _run(
         small, inputs, "the smaller network does not run: its code may contain a fixed number of channels",
         "the smaller network does not run in training mode: shrink() does not follow what runs only there; remove it "

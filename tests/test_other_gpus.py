@@ -11,7 +11,7 @@ import torch
 
 import dynamics
 from dynamics import float64
-from dynamics.probing.moment import RandomState, random_numbers_untouched
+from dynamics.hardware.random_numbers import RandomState, random_numbers_untouched
 
 APPLE = torch.device("mps")
 HOST = {  # where float64 is asked for all the same: of tensors in host memory, or on it

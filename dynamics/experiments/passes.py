@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import named
 from ..hardware.captured import Captured, release_memory
-from ..probing.moment import random_numbers_untouched
+from ..hardware.random_numbers import random_numbers_untouched
 
 _WARM_UPS = 3  # as torch recommends before a capture, so that libraries choose kernels and allocate memory first
 

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from ..data import Data
 from ..errors import one_line
 from ..hardware.captured import release_memory
+from ..hardware.random_numbers import has_random_numbers
 from ..network.masks import apply_masks, parameter_masks
 from ..probing.mode import mode_of
-from ..probing.moment import has_random_numbers
 from ..probing.objective import Objective, cross_entropy_objective
 from ..pruning import MEASURES, PROTOCOLS, Pruner, share_left
 from ..recording.recorder import Recorder

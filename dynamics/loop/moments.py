@@ -12,8 +12,9 @@ from torch import nn
 
 from ..curvature.ordinary import is_batched
 from ..errors import named
+from ..hardware.random_numbers import random_numbers_untouched
 from ..probing.batch import changes, copied
-from ..probing.moment import Moment, random_numbers_untouched
+from ..probing.moment import Moment
 from ..probing.objective import Objective
 from .backward_passes import BackwardPasses
 from .forward_passes import trains

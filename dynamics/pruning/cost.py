@@ -22,12 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..float64 import widened, widest
+from ..hardware.random_numbers import random_numbers_untouched
 from ..network.exchanged import exchanged
 from ..network.masks import parameter_masks
 from ..network.parameter_names import plain_names
 from ..network.wrappers import unwrap
 from ..probing.mode import mode_of
-from ..probing.moment import random_numbers_untouched
 from .candidates.channels import LAYERS, NORMALISATIONS
 from .candidates.weights import weight_of, weights_reading
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...hardware.precision import full_precision
+from ...hardware.random_numbers import random_numbers_untouched
 from ...probing.activations import activations_stay
 from ...probing.mode import mode_of
-from ...probing.moment import random_numbers_untouched
 from ...probing.objective import Objective
 
 

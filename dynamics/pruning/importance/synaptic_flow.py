@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ...errors import named
 from ...float64 import widened, widest
+from ...hardware.random_numbers import random_numbers_untouched
 from ...network.exchanged import exchanged
 from ...probing.activations import activations_stay
 from ...probing.mode import mode_of
-from ...probing.moment import random_numbers_untouched
 
 
 def flow_gradient(model: nn.Module, shape: Sequence[int]) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ...errors import one_line
 from ...float64 import has_float64
 from ...hardware.precision import precise
+from ...hardware.random_numbers import random_numbers_untouched
 from ...network.identities import is_layer
 from ...probing.batch import mapped
-from ...probing.moment import random_numbers_untouched
 from .coupling import dependency_graph, plan, silent_units
 
 _OUTPUT = "the output"

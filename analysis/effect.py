@@ -213,8 +213,7 @@ def filters_left(run: xr.DataTree) -> xr.Dataset:
     """
     units = columns(run, "units", ["alive", "layer"])
     names = list(dict.fromkeys(units.layer.values.tolist()))
-    layers = [units.alive.isel(unit=np.flatnonzero(units.layer.values == name)) for name in names]
-    left = xr.concat([layer.sum("unit") for layer in layers], xr.Variable("layer", names)).transpose("event", "layer")
-    total = xr.DataArray([layer.sizes["unit"] for layer in layers], coords={"layer": names})
+    of_layer = xr.DataArray(units.layer.values == np.array(names)[:, None], {"layer": names}, ("layer", "unit"))
+    left, total = (units.alive & of_layer).sum("unit"), of_layer.sum("unit")
     share = (left / total).assign_attrs(long_name="share of filters left", units="1")
     return xr.Dataset({"left": left, "total": total, "share": share})

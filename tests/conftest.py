@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import xarray as xr
 
+xr.set_options(arithmetic_join="exact")  # analyses are of what belongs together: nothing is dropped in silence
 torch.set_num_threads(1)  # the networks are small; threads that wait for each other cost more than they give
 
 

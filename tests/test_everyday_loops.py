@@ -467,6 +467,41 @@ def test_a_loss_with_parameters_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
 
 
+class Margin(nn.Module):
+    """The loss of metric learning: cosines with learned centres of the classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, points: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(4 * F.normalize(points) @ F.normalize(self.centres).T, labels)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_loss_that_is_a_module_with_parameters_of_its_own(tmp_path: Path, several: bool) -> None:
+    """The step moves them, too: the loss after the step is that of both."""
+    model, margin, losses = nn.Linear(4, 3), Margin(), []
+    parts = [list(model.parameters()), list(margin.parameters())]
+    optimizers = [torch.optim.SGD(part, 0.5) for part in (parts if several else [[*parts[0], *parts[1]]])]
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return margin(model(batch[0]), batch[1])
+
+    with Recorder(tmp_path / "run", model, optimizers, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            loss = objective(model, batch)
+            for one in optimizers:
+                one.zero_grad()
+            loss.backward()
+            for one in optimizers:
+                one.step()
+            losses += [(loss.item(), objective(model, batch).item())]
+    curvature = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(np.stack([curvature.loss_before, curvature.loss_after], 1), losses, rtol=1e-12)
+    np.testing.assert_allclose(curvature.grad_sqnorm, curvature.applied_grad_sqnorm, rtol=1e-12)
+
+
 def test_tensors_that_are_made_elsewhere_by_default(tmp_path: Path) -> None:
     """A default device that the network is not on: only the loop's own tensors are made there."""
     records = []

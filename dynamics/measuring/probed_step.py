@@ -131,7 +131,7 @@ class ProbedStep:
                 values |= self._second_order(probe, grad, vectors, second)
         others = {
             "loss_before": lambda: loss,
-            "loss_after": lambda: probe.loss(self._after()),
+            "loss_after": lambda: probe.loss(self._after(), present=self._groups.outside),
             "approximate": lambda: torch.zeros((), device="cpu"),
         }
         return {name: others[name]() for name in self._others} | values

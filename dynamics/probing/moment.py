@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -169,16 +169,17 @@ class Moment:
             ours.copy_(theirs[name])
 
     @contextmanager
-    def again(self) -> Iterator[set[nn.Module]]:
+    def again(self, *, present: Collection[Tensor] = ()) -> Iterator[set[nn.Module]]:
         """Inside, random generators and attributes are those of the moment; afterwards they are as they were before.
 
         The same holds for the state of other modules that run inside, such as a teacher, if it was kept; in any case
         their buffers and attributes are restored afterwards. Parameters that they share with the model are those that
-        the model is evaluated with. Yields the set to which these modules are added. Modules that other threads run
-        meanwhile are ignored.
+        the model is evaluated with, and those that are ``present`` stay as they are. Yields the set to which these
+        modules are added. Modules that other threads run meanwhile are ignored.
         """
         put_back = [kept(self._model.modules(), self._objective).put_back, self._attributes.now().put_back]
         ours, others, here = set(self._model.modules()), set(), threading.get_ident()
+        stay = {id(one) for one in present}
 
         def keep_another(module: nn.Module, inputs: tuple) -> None:
             if threading.get_ident() == here and module not in ours and module not in others:
@@ -192,7 +193,9 @@ class Moment:
                 shared = self._shared(module)
                 self.shares_parameters |= bool(shared)
                 put_back.append(_put(module._parameters, shared))
-                put_back.append(_lent(module._parameters, was.parameters))
+                now = module._parameters
+                theirs = {name: one for name, one in was.parameters.items() if id(now.get(name)) not in stay}
+                put_back.append(_lent(module._parameters, theirs))
                 was.attributes()
 
         with random_numbers_untouched(self._device):

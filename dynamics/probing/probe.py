@@ -146,8 +146,19 @@ class Probe:
         """L_b as a function of θ, one per batch; not cached, because a probe that refers to itself would live on."""
         return [partial(self._loss, batch, moment) for batch, moment in self._at]
 
-    def _loss(self, batch: Any, moment: Moment, theta: Theta, *, zero: Collection[str] = ()) -> Tensor:
-        """The loss at θ; in the parameters named in ``zero``, pruned entries are known to be zero."""
+    def _loss(
+        self,
+        batch: Any,
+        moment: Moment,
+        theta: Theta,
+        *,
+        zero: Collection[str] = (),
+        present: Collection[Tensor] = (),
+    ) -> Tensor:
+        """The loss at θ; in the parameters named in ``zero``, pruned entries are known to be zero.
+
+        Parameters of other modules are those of the moment, unless they are ``present``.
+        """
         fixed = {name: frozen.clone() for name, frozen in moment.frozen.items()}
         free = {name: t if name in self._trained else fixed.get(name, t).detach() for name, t in theta.items()}
         free |= {name: replaced.clone() for name, replaced in moment.replaced.items() if name in free}
@@ -157,7 +168,7 @@ class Probe:
             if name in free
         }
         values = free | pruned | moment.buffers()
-        again = nullcontext(set()) if self._fixed else moment.again()
+        again = nullcontext(set()) if self._fixed else moment.again(present=present)
         with differentiable_twice(), again as others, forward_unwrapped(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
             with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
@@ -201,9 +212,10 @@ class Probe:
         """Loss, gradient and Hessian products around θ, by default the model's present parameters."""
         return Expansion(self._losses, self._weights, self._theta(theta))
 
-    def loss(self, theta: Theta | None = None) -> Tensor:
-        """Mean loss at θ, by default the model's present parameters."""
-        return mean_loss(self._losses, self._weights, self._theta(theta))
+    def loss(self, theta: Theta | None = None, *, present: Collection[Tensor] = ()) -> Tensor:
+        """Mean loss at θ, by default the model's present parameters, with these ``present`` ones of other modules."""
+        losses = [partial(loss_of, present=present) for loss_of in self._losses]
+        return mean_loss(losses, self._weights, self._theta(theta))
 
     def gradient(self, theta: Theta) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss at θ and its gradient, by parameter name."""

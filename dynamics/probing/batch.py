@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..hardware.memory_order import channels_first
 from .contents import are_equal
 from .ownership import OF_OTHERS, held
+from .undrawn import UndrawnIterator, draws
 
 _MOST = 10_000  # values that are examined inside a batch's objects
 _COLLECTIONS = (dict, MappingProxyType, list, tuple)
@@ -120,11 +121,11 @@ def _copy_of_tensor(tensor: Tensor) -> Tensor:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of an array or an object; the object itself if it cannot be copied."""
+    """A copy of an array or an object; if it cannot be copied, the object itself or, of an iterator, a stand-in."""
     try:
         return copy.deepcopy(value)
     except Exception:  # it may be anything
-        return value
+        return UndrawnIterator(value) if draws(value) else value
 
 
 def layout(batch: Any) -> Hashable:

@@ -31,8 +31,8 @@ from .contents import (
     takes_of_variables,
 )
 from .ownership import OF_OTHERS, OURS, held, is_users, manages, package, referred
+from .walk import walk
 
-_MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
 _FEW = 2**20  # so many numbers are kept in any case
 
 
@@ -102,7 +102,7 @@ class _Keeper:
         for kind in {type(module) for module in modules if is_users(type(module))}:
             self.takes.append(partial(take_class, kind))
             values += data_of(kind).values()
-        _walk(values, self._visit_once, bounded=False)
+        walk(values, self._visit_once, bounded=False)
 
     def _visit_once(self, value: Any) -> Iterable[Any]:
         if id(value) in self._seen:
@@ -140,14 +140,14 @@ class _Keeper:
 
     def look_for_generators(self, functions: list[Any]) -> None:
         """Keep the random generators that the user's own functions refer to."""
-        _walk(functions, self._visit_generator, bounded=True)
+        walk(functions, self._visit_generator, bounded=True)
 
     def _visit_generator(self, value: Any) -> Iterable[Any]:
         return referred(value) if take_of_generator(value) is None else self._visit_once(value)
 
     def look_into(self, function: Any) -> None:
         """Keep what a function of the user's own refers to: its closure and global variables, and objects in these."""
-        _walk([function], self._visit_referred, bounded=True)
+        walk([function], self._visit_referred, bounded=True)
 
     def _visit_referred(self, value: Any) -> Iterable[Any]:
         if id(value) in self._seen or isinstance(value, nn.Module):
@@ -161,20 +161,3 @@ class _Keeper:
     def _has_room_for(self, value: Tensor | np.ndarray) -> bool:
         self._room -= value.numel() if isinstance(value, Tensor) else value.size
         return self._room >= 0
-
-
-def _walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded: bool) -> None:
-    """Call ``look`` with values and with what it returns for them, each object once.
-
-    If ``bounded``, for at most ``_MOST`` objects, down to depth ``_DEEPEST``.
-    """
-    waiting, known = deque((value, 0) for value in values), set()
-    while waiting and not (bounded and len(known) == _MOST):
-        value, depth = waiting.popleft()
-        if id(value) in known:
-            continue
-        known.add(id(value))
-        with suppress(Exception):  # an object may be anything
-            inner = look(value)
-            if not (bounded and depth == _DEEPEST):
-                waiting.extend((one, depth + 1) for one in inner)

@@ -16,6 +16,7 @@ from ..curvature.ordinary import is_batched
 from ..hardware.random_numbers import RandomState, random_numbers_untouched
 from .contents import PutBack, storage_of
 from .kept import kept
+from .undrawn import undrawn
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -172,6 +173,8 @@ class Moment:
     def again(self, *, present: Collection[Tensor] = ()) -> Iterator[set[nn.Module]]:
         """Inside, random generators and attributes are those of the moment; afterwards they are as they were before.
 
+        Iterators cannot be drawn from.
+
         The same holds for the state of other modules that run inside, such as a teacher, if it was kept; in any case
         their buffers and attributes are restored afterwards. Parameters that they share with the model are those that
         the model is evaluated with, and those that are ``present`` stay as they are. Yields the set to which these
@@ -203,7 +206,8 @@ class Moment:
             try:
                 self._attributes.put_back()
                 self._random.restore()
-                yield others
+                with undrawn(self._model.modules(), self._objective):
+                    yield others
             finally:
                 hook.remove()
                 with ExitStack() as all_of_them:  # all run even if one fails

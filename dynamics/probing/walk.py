@@ -1,0 +1,27 @@
+"""Walks through objects and what is inside them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+_MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
+
+
+def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded: bool) -> None:
+    """Call ``look`` with values and with what it returns for them, each object once.
+
+    If ``bounded``, for at most ``_MOST`` objects, down to depth ``_DEEPEST``.
+    """
+    waiting, known = deque((value, 0) for value in values), set()
+    while waiting and not (bounded and len(known) == _MOST):
+        value, depth = waiting.popleft()
+        if id(value) in known:
+            continue
+        known.add(id(value))
+        with suppress(Exception):  # an object may be anything
+            inner = look(value)
+            if not (bounded and depth == _DEEPEST):
+                waiting.extend((one, depth + 1) for one in inner)

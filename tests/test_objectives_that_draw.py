@@ -1,0 +1,145 @@
+"""An objective that draws from the loop's iterators takes nothing from the loop: curvature ends, with a reason."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Batch, vectors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynamics import Recorder, open_run
+
+unlabelled: Iterator
+
+
+def pool() -> DataLoader:
+    return DataLoader(TensorDataset(torch.arange(240.0).reshape(60, 4).sin()), 4, shuffle=True)
+
+
+def semi_supervised(model: nn.Module, batch: Batch, more: Tensor) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1]) + model(more).softmax(1).square().mean()
+
+
+def from_a_closure() -> Callable:
+    more = iter(pool())
+    return lambda model, batch: semi_supervised(model, batch, next(more)[0])
+
+
+def from_a_cycle() -> Callable:
+    more = itertools.cycle([points for points, _ in vectors(5)])
+    return lambda model, batch: semi_supervised(model, batch, next(more))
+
+
+def from_a_global() -> Callable:
+    global unlabelled
+    unlabelled = (points for points, _ in itertools.cycle(vectors(5)))
+    return lambda model, batch: semi_supervised(model, batch, next(unlabelled))
+
+
+def from_a_dictionary() -> Callable:
+    loaders = {"unlabelled": iter(pool())}
+    return lambda model, batch: semi_supervised(model, batch, next(loaders["unlabelled"])[0])
+
+
+class Trainer:
+    def __init__(self) -> None:
+        self.loader = pool()
+        self.more = iter(self.loader)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return semi_supervised(model, batch, next(self.more)[0])
+
+
+class Drawing(nn.Linear):
+    """Its forward pass adds what comes next."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.noise = itertools.cycle([0.1, 0.2, 0.3, 0.4, 0.5])
+
+    def forward(self, points: Tensor) -> Tensor:
+        return super().forward(points + next(self.noise))
+
+
+def train(model: nn.Module, loss_of: Callable, batches: list, path: Path | None) -> list[Tensor]:
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    recorder = path and Recorder(path, model, optimizer, objective=loss_of, curvature_every=1)
+    for batch in recorder.watch(batches) if recorder else batches:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+    if recorder:
+        recorder.close()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def stays_the_same(tmp_path: Path, network: Callable, make: Callable, batches: Callable[[], list], count: int) -> None:
+    ends = []
+    for path in (None, tmp_path / "run"):
+        torch.manual_seed(0)
+        model, loss_of = network(), make()
+        if path is None:
+            ends.append(train(model, loss_of, batches(), path))
+        else:
+            with pytest.warns(UserWarning, match="not recorded from step 0 on: .* draws from an iterator, a .*observe"):
+                ends.append(train(model, loss_of, batches(), path))
+    assert all(map(torch.equal, *ends))
+    run = open_run(tmp_path / "run")
+    assert run.steps.sizes["step"] == count
+    assert np.isfinite(run.steps.grad_sqnorm).all()
+
+
+@pytest.mark.parametrize(
+    "make", [from_a_closure, from_a_cycle, from_a_global, from_a_dictionary, lambda: Trainer().loss]
+)
+def test_what_an_objective_would_draw_stays_the_loops(tmp_path: Path, make: Callable) -> None:
+    stays_the_same(tmp_path, lambda: nn.Linear(4, 3), make, lambda: vectors(4), 4)
+
+
+def test_what_a_network_would_draw_stays_the_loops(tmp_path: Path) -> None:
+    def make() -> Callable:
+        return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+
+    stays_the_same(tmp_path, Drawing, make, lambda: vectors(4), 4)
+
+
+def test_a_batch_that_is_a_generator_stays_the_loops(tmp_path: Path) -> None:
+    def make() -> Callable:
+        return lambda model, parts: sum(F.cross_entropy(model(points), labels) for points, labels in parts)
+
+    stays_the_same(tmp_path, lambda: nn.Linear(4, 3), make, lambda: [(one for one in vectors(2)) for _ in range(3)], 3)
+
+
+def test_an_iterator_of_ones_own_is_put_back(tmp_path: Path) -> None:
+    class Rounds:
+        def __init__(self) -> None:
+            self.place = 0
+
+        def __next__(self) -> float:
+            self.place += 1
+            return 0.1 * self.place
+
+    model, rounds, losses = nn.Linear(4, 3), Rounds(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1]) * next(rounds)
+
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            loss = objective(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert rounds.place == 4
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)

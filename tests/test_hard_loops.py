@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -440,6 +441,32 @@ def test_an_objective_may_return_one_number_in_any_shape(tmp_path: Path) -> None
         with recorder.event("look", probe=batches):
             pass
     assert open_run(tmp_path / "run")["curvature"].loss_before.dims == ("step",)
+
+
+@pytest.mark.parametrize(
+    ("made_of", "said"),
+    [
+        (lambda loss: {"loss": loss, "logits": 0}, "got a dict with the keys 'loss', 'logits': return the loss alone"),
+        (lambda loss: (loss, 0), "got a tuple of 2: return the loss alone"),
+        (lambda loss: loss.item(), "got the number 1.*, which has no gradient: return the tensor, without item"),
+        (lambda loss: loss.expand(4), r"got one of shape \(4,\): return its mean"),
+        (lambda loss: None, "got None: return the loss"),
+        (lambda loss: loss.backward() or loss, r"second time .* If the objective calls backward\(\), leave that"),
+    ],
+)
+def test_what_an_objective_should_have_returned_is_said(tmp_path: Path, made_of: Callable, said: str) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+        return made_of(cross_entropy(model, batch))
+
+    with (
+        pytest.warns(UserWarning, match=f"(?s)not recorded from step 0 on: .*{said}"),
+        Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder,
+    ):
+        for batch in recorder.watch(vectors(2)):
+            plain_step(model, optimizer, batch)
 
 
 @pytest.mark.parametrize("watched", [True, False])

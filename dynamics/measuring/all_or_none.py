@@ -17,6 +17,8 @@ _OBJECTIVE = (
     "Give the recorder an objective that fits model and loader, Recorder(..., objective=lambda "
     "model, batch: <scalar loss>)"
 )
+_TWICE = "backward through the graph a second time"  # in the text of torch's error
+_BACKWARD = "If the objective calls backward(), leave that and step() to the loop"
 _MEMORY = "A second derivative takes several times the memory of a step: use smaller batches"
 
 
@@ -52,7 +54,8 @@ class AllOrNone:
         except Exception as error:
             failed = f"measuring failed with {named(error)}"
             if evaluates:
-                advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else _OBJECTIVE
+                advice = _BACKWARD if _TWICE in str(error) else _OBJECTIVE
+                advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else advice
                 failed = f"the objective failed on this step's batch with {named(error)}. {advice}"
             reason = f"{failed}, or set curvature_every=0"
         if self.all_agree(measured is not None):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Number
 from typing import Any
 
 import torch
@@ -32,6 +33,28 @@ def cross_entropy_objective(model: nn.Module, batch: tuple[Tensor, Tensor], temp
     if labels.is_floating_point() and _is_negative(labels):
         raise ValueError("labels hold negative numbers, so they are not class probabilities")
     return F.cross_entropy(outputs / temperature, labels)
+
+
+def scalar(returned: Any) -> Tensor:
+    """The scalar loss that an objective has returned.
+
+    Raises:
+        ValueError: it has returned something else.
+    """
+    if isinstance(returned, Tensor) and returned.numel() == 1:
+        return returned.reshape(())
+    if isinstance(returned, Tensor):
+        got = f"one of shape {tuple(returned.shape)}: return its mean, for example"
+    elif isinstance(returned, Mapping):
+        keys = ", ".join(map(repr, returned))
+        got = f"a {type(returned).__name__} with the keys {keys:.80}: return the loss alone, which is one of its values"
+    elif isinstance(returned, tuple | list):
+        got = f"a {type(returned).__name__} of {len(returned)}: return the loss alone"
+    elif isinstance(returned, Number):
+        got = f"the number {returned!r:.20}, which has no gradient: return the tensor, without item()"
+    else:
+        got = f"{returned!r:.60}: return the loss"
+    raise ValueError(f"an objective must return a scalar loss, got {got}")
 
 
 def _is_negative(values: Tensor) -> bool:

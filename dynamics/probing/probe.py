@@ -23,7 +23,7 @@ from .batch import as_measured, copied, layout, sample_count, tensors_of, to_dev
 from .differentiable import differentiable_twice
 from .mode import mode_of
 from .moment import Moment
-from .objective import Objective
+from .objective import Objective, scalar
 
 Theta = Mapping[str, Tensor]
 
@@ -178,10 +178,7 @@ class Probe:
                 self.repeatable, self.own_operations = False, True
             if self.repeatable and not self._fixed:
                 self.repeatable = not (moment.drawn() or moment.shares_parameters or any(map(_keeps, self.others)))
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
-                raise ValueError(f"an objective must return a scalar loss, got {what}: return its mean, for example")
-            loss = loss.reshape(())
+            loss = scalar(loss)
             if may_run_again(loss, self._model.parameters()):
                 self.repeatable, self.own_operations = False, True
                 now = Moment(self._model, self._device, self._objective)

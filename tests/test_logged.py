@@ -43,6 +43,36 @@ def test_each_row_has_the_mean_of_its_own(tmp_path: Path, when: str, micro_batch
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("announce", ["watch", "observe"])
+@pytest.mark.parametrize("when", ["before the gradient", "before the step", "after the step"])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_gradients_that_the_loop_sets_itself(tmp_path: Path, announce: str, when: str, micro_batches: int) -> None:
+    """By torch.autograd.grad or torch.func.grad: no backward pass tells what came before a step."""
+    model = smooth_network()
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        batches = vectors(4 * micro_batches)
+        for number, batch in enumerate(recorder.watch(batches) if announce == "watch" else batches, 1):
+            if announce == "observe":
+                recorder.observe(batch)
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            losses.append(loss.item())
+            if when == "before the gradient":
+                recorder.log(loss=loss)
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            for parameter, grad in zip(model.parameters(), grads, strict=True):
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+            if when == "before the step":
+                recorder.log(loss=loss)
+            if number % micro_batches == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            if when == "after the step":
+                recorder.log(loss=loss)
+    expected = np.reshape(losses, (-1, micro_batches)).mean(1)
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("announce", ["watch", "observe", "nothing"])
 @pytest.mark.parametrize("ends", ["by itself", "with flushes"])
 def test_a_backward_pass_for_another_network_comes_before_the_log(tmp_path: Path, announce: str, ends: str) -> None:

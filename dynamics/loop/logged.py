@@ -144,6 +144,8 @@ class Logged:
         later = self._take_later() if late else {}
         if self._first is not None:  # gradients of optimizers that stepped since may have been set to zero
             position = position._replace(first_backward=min(position.first_backward, self._first))
+        if not position.backwards:  # the loop sets gradients itself: a name that the last batch lacks comes after it
+            self._before -= {name for name in self._before if self._lacks_last(name, position)}
         kept: dict[str, list[Scalar]] = {}
         for name, entries in self._upcoming.items():
             if own := [one.value for one in entries if self._counts(name, one, position)]:
@@ -160,6 +162,11 @@ class Logged:
         self._of_last, self._initial = kept | initial, set(initial)
         self._upcoming, self._waits, self._stepped = later, late, True
         return values
+
+    def _lacks_last(self, name: str, step: Position) -> bool:
+        """Whether a name was logged for batches of a step, but not for its last one."""
+        entries = self._upcoming.get(name, ())
+        return bool(entries) and all(one.waited and one.position.batches < step.batches for one in entries)
 
     def _take_later(self) -> dict[str, list[_Entry]]:
         (backwards, paused), later = self._paused, {}

@@ -274,6 +274,37 @@ def test_an_optimizer_that_was_not_given_is_said_where_it_steps_in_between(tmp_p
     assert same.all() != given.endswith("last")
 
 
+@pytest.mark.parametrize("given", ["both", "the one that steps last", "the one that steps first"])
+@pytest.mark.parametrize("weighs", [True, False])
+def test_so_is_one_that_steps_in_between_and_holds_a_tensor_outside_the_model(
+    tmp_path: Path, given: str, weighs: bool
+) -> None:
+    """Weights of points that ascend, as a self-adaptive physics-informed network has them, if the loss uses them."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    weights = torch.rand(8, 3, dtype=torch.float64, requires_grad=True)
+    first, last = torch.optim.Adam([weights], 0.1, maximize=True), torch.optim.SGD(model.parameters(), 0.1)
+    optimizers, losses = {"both": [first, last]}.get(given, last), []
+    steps = (last, first) if given.endswith("first") else (first, last)
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (weights ** (2 if weighs else 0) * model(batch[0]).square()).mean()
+
+    is_lost = weighs and given.endswith("last")
+    said = pytest.warns(match=r"a tensor of shape \(8, 3\) that the objective .*Pass all optimizers that step")
+    with said if is_lost else nullcontext():
+        with Recorder(tmp_path / "run", model, optimizers, objective=objective, curvature_every=1) as recorder:
+            for batch in recorder.watch(batches()):
+                model.zero_grad()
+                weights.grad = None
+                loss = objective(model, batch)
+                loss.backward()
+                for one in steps:
+                    one.step()
+                losses.append(loss.item())
+    same = np.isclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+    assert same.all() != is_lost
+
+
 def test_nor_is_one_of_another_loss(tmp_path: Path) -> None:
     """Two networks in one model, each with its loss and its recorder: what the other does is none of its business."""
     model = nn.ModuleDict({"actor": nn.Linear(4, 3), "critic": nn.Linear(4, 3)}).double()

@@ -52,6 +52,7 @@ class Batches:
         device: torch.device,
         objective: Objective,
         counted: Callable[[], Sequence[nn.Parameter]],
+        held: Callable[[], Sequence[nn.Parameter]],
         asleep: Callable[[], bool],
         *,
         averaged: bool,
@@ -67,7 +68,7 @@ class Batches:
         self._candidates: list[list[Seen]] = []
         self._backward = BackwardPasses(counted, averaged=averaged)
         self._forward = ForwardPasses(own, self._pass_begins, self._evaluation_begins)
-        self.moments = Moments(own, device, objective, self._backward, counted)
+        self.moments = Moments(own, device, objective, self._backward, held)
         self.bystanders = Bystanders(own, objective)
         self._awaits, self._asleep = False, asleep
         self._reader = threading.get_ident()

@@ -90,8 +90,12 @@ class Groups:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The model's parameters that an optimizer holds now."""
-        held = {id(one) for of in self._optimizers for group in of.param_groups for one in group["params"]}
+        held = set(map(id, self.of_anything()))
         return [parameter for parameter in self._layers.parameters if id(parameter) in held]
+
+    def of_anything(self) -> list[torch.nn.Parameter]:
+        """All parameters that an optimizer holds now, those outside the model included."""
+        return [one for of in self._optimizers for group in of.param_groups for one in group["params"]]
 
     def held(self, number: int) -> list[int] | None:
         """Indices of the parameters that an optimizer holds; None if that is all of them, in their order."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..curvature.ordinary import is_batched
 from ..errors import named
@@ -35,6 +35,7 @@ class Moments:
     Attributes:
         failure: why moments are not kept any more, if they are not.
         beside: names of parameters that moved since the last forward pass although no given optimizer holds them.
+        outside: tensors outside the model, that the objective refers to, of which the same is true.
         lost: whether the step cannot be measured, because frozen parameters have moved unexpectedly. From the next step
             on, copies of them are kept.
     """
@@ -55,6 +56,7 @@ class Moments:
         self._moves_frozen = self.lost = False
         self._held = held
         self.beside: list[str] = []
+        self.outside: list[Tensor] = []
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self.failure = _SCRIPTED if scripted else None
         self._thread = threading.get_ident()
@@ -159,12 +161,14 @@ class Moments:
 
         If frozen parameters have moved since the batches came, copies of them are kept from now on; the step is
         ``lost`` if they were not kept before. Trained ones that no given optimizer holds, and that moved since the last
-        forward pass began, are listed in ``beside``: another optimizer may train them.
+        forward pass began, are listed in ``beside``, and such tensors outside the model in ``outside``: another
+        optimizer may train them.
         """
         last = next((one.last_moment or one.moment for one in reversed(seen) if one.passed), None)
-        changed = last.changed if last else {}
-        held = {id(one) for one in self._held()} if changed else set()
+        changed, outside = (last.changed, last.changed_outside) if last else ({}, [])
+        held = {id(one) for one in self._held()} if changed or outside else set()
         self.beside = [name for name, one in changed.items() if id(one) not in held]
+        self.outside = [one for one in outside if id(one) not in held]
         first = seen[0] if seen else None  # what moved since a later one came moved since this, too
         since = first and (first.moment if first.again else first.first_moment)
         moved = since is not None and since.moved

@@ -139,6 +139,8 @@ class StepCurvature:
         objectives = [*self._processes.mean([best.loss.clone()]), best.loss, best.loss / best.candidate.probe.share]
         self._loss.measured(step, best.cosine, objectives, len(best.candidate.probe))
         self._say_beside(best.grad)
+        if not best.sure:
+            self._say_outside()
         if best.cosine < _DOUBTFUL:
             self._warn_once(
                 f"/curvature may be of another loss or of other batches than step {step} was: the gradient of the "
@@ -198,6 +200,16 @@ class StepCurvature:
                 "a forward pass and its step, so curvature and loss are measured where they are at the step. "
                 "Pass all optimizers that train the model, as a list",
                 "beside",
+            )
+
+    def _say_outside(self) -> None:
+        """Warn if tensors outside the model that the loss may use moved although no given optimizer holds them."""
+        if outside := self._batches.moments.outside:
+            self._warn_once(
+                f"a tensor of shape {tuple(outside[0].shape)} that the objective refers to, and that is in no "
+                "optimizer that the recorder was given, changes between a forward pass and its step, so curvature "
+                "and loss are measured where it is at the step. Pass all optimizers that step in between, as a list",
+                "outside",
             )
 
     def _say_unknown(self, step: int) -> None:

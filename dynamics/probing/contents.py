@@ -173,9 +173,13 @@ def data_of(kind: type) -> dict[str, Any]:
 
 
 def may_be_kept(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, not an inference tensor, and not a leaf that an optimizer may train."""
-    trained = tensor.requires_grad and tensor.is_leaf
-    return not trained and tensor.layout is torch.strided and not tensor.is_inference()
+    """Whether a tensor is dense, and not an inference tensor."""
+    return tensor.layout is torch.strided and not tensor.is_inference()
+
+
+def may_be_trained(tensor: Tensor) -> bool:
+    """Whether a tensor is a leaf that an optimizer may train."""
+    return tensor.requires_grad and tensor.is_leaf
 
 
 def _numbers(values: Iterable[Any]) -> list[Any]:

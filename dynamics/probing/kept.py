@@ -20,6 +20,7 @@ from .contents import (
     attributes_of,
     data_of,
     may_be_kept,
+    may_be_trained,
     storage_of,
     take_array,
     take_attributes,
@@ -37,9 +38,10 @@ _FEW = 2**20  # so many numbers are kept in any case
 
 
 class Kept:
-    """The contents of objects as they are now."""
+    """The contents of objects as they are now; ``trained`` are tensors that an optimizer may train, and not kept."""
 
-    def __init__(self, takes: list[Take]) -> None:
+    def __init__(self, takes: list[Take], trained: Iterable[Tensor] = ()) -> None:
+        self._trained = [(one, one._version) for one in trained]
         self._takes, self._put_backs, self._numbers = takes, [], []
         for take in takes:
             with suppress(Exception):  # an object may be anything
@@ -52,6 +54,11 @@ class Kept:
         with ExitStack() as all_of_them:
             for put_back in self._put_backs:
                 all_of_them.callback(put_back)
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """The tensors that an optimizer may train that have been changed in place since."""
+        return [one for one, version in self._trained if one._version != version]
 
     def now(self) -> Kept:
         """The present contents of the same objects."""
@@ -81,7 +88,7 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
     keeper.look_for_generators(list(dict.fromkeys(forwards)))
     if function is not None:
         keeper.look_into(function)
-    return Kept(keeper.takes)
+    return Kept(keeper.takes, keeper.trained)
 
 
 class _Keeper:
@@ -89,6 +96,7 @@ class _Keeper:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.takes: list[Take] = []
+        self.trained: list[Tensor] = []
         self._seen: set[Any] = {storage_of(one) for module in modules for one in module._parameters.values()}
         self._packages = {package(type(module)) for module in modules} - {"torch", OURS}
         parameters = (one for module in modules for one in module._parameters.values() if one is not None)
@@ -114,7 +122,7 @@ class _Keeper:
         """Keep an object, and return what is inside it."""
         if isinstance(value, Tensor):  # what shares a parameter's memory, as in spectral_norm, is not state
             if storage_of(value) not in self._seen and may_be_kept(value):
-                self.takes.append(partial(take_tensor, value))
+                self.trained.append(value) if may_be_trained(value) else self.takes.append(partial(take_tensor, value))
         elif (generator := take_of_generator(value)) is not None:
             self.takes.append(generator)
         elif isinstance(value, np.ndarray):

@@ -142,6 +142,11 @@ class Moment:
             if self._parameters[name]._version != version
         }
 
+    @property
+    def changed_outside(self) -> list[Tensor]:
+        """Tensors outside the model that the objective refers to, that may be trained, and have changed since."""
+        return self._attributes.moved
+
     def is_as(self, other: Moment) -> bool:
         """Whether a forward pass starts from the same state at both moments, as far as both keep it."""
         theirs = other._buffers | other.frozen

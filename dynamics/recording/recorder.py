@@ -144,8 +144,9 @@ class Recorder:
             raise
         self._rows = Rows(store, self._layers.names)
         self._batches = Batches(
-            model, self._layers.device, objective, groups.parameters, anyone_measures, averaged=processes.replicated
-        )
+            model, self._layers.device, objective, groups.parameters, groups.of_anything, anyone_measures,
+            averaged=processes.replicated,
+        )  # fmt: skip
         probed = ProbedStep(measurement, self._layers, groups, processes, curvature_names)
         curvature_every = curvature_every if curvature_names else 0
         self._curvature = StepCurvature(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import ByHand
+from by_hand import ByHand, is_of_its_steps
 from networks import convolutional_network, dense, flat, images, plain_step, recorded, smooth_network, vectors
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -426,6 +426,36 @@ def test_a_loss_that_takes_gradients(tmp_path: Path) -> None:
             losses.append([loss.item(), penalised(model, batch).item()])
     curvature = open_run(tmp_path / "run")["curvature"]
     np.testing.assert_allclose(np.transpose([curvature.loss_before, curvature.loss_after]), losses, rtol=1e-12)
+
+
+def test_a_loss_that_goes_backward_within_and_zeroes_the_gradients(tmp_path: Path) -> None:
+    """Virtual adversarial training, as public repositories have it."""
+
+    def unit(direction: Tensor) -> Tensor:
+        return direction / direction.norm(dim=1, keepdim=True)
+
+    def virtual_adversarial(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, labels = batch
+        with torch.no_grad():
+            told = model(inputs).softmax(1)
+        towards = unit(torch.rand(inputs.shape) - 0.5).requires_grad_()
+        F.kl_div(model(inputs + towards).log_softmax(1), told, reduction="batchmean").backward()
+        towards = unit(towards.grad)
+        model.zero_grad()
+        smooth = F.kl_div(model(inputs + towards).log_softmax(1), told, reduction="batchmean")
+        return F.cross_entropy(model(inputs), labels) + smooth
+
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=virtual_adversarial, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            loss = virtual_adversarial(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    is_of_its_steps(tmp_path / "run", losses)
+    assert "zero_grad" not in vars(model)
 
 
 def test_an_objective_may_return_one_number_in_any_shape(tmp_path: Path) -> None:

@@ -264,14 +264,27 @@ def _keeps(module: nn.Module) -> bool:
 
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Inside, the parameters' ``.grad`` is None, because the objective may zero them; afterwards they are restored."""
+    """Inside, the parameters' ``.grad`` is None, because the objective may zero them; afterwards they are restored.
+
+    The model's own ``zero_grad()`` does nothing: the tensors that stand in for its parameters have no ``.grad``, and
+    torch warns of whoever looks for one.
+    """
     owners = [one for one in model.parameters() if one.is_leaf and one.grad is not None]
     alike = [one for one in owners if (one.shape, one.dtype) == (one.grad.shape, one.grad.dtype)]  # can be restored
     grads = [(parameter, parameter.grad) for parameter in alike]
+    attributes = vars(model)
+    own = {name: attributes[name] for name in ("zero_grad",) if name in attributes}
     try:
+        attributes["zero_grad"] = _zero_nothing
         for parameter, _ in grads:
             parameter.grad = None
         yield
     finally:
+        del attributes["zero_grad"]
+        attributes.update(own)
         for parameter, grad in grads:
             parameter.grad = grad
+
+
+def _zero_nothing(set_to_none: bool = True) -> None:
+    pass

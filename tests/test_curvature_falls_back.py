@@ -1,5 +1,6 @@
 """Where gates fail, Hessian products take their place: without a word for the known reason, with one for any other."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,27 @@ def test_a_loss_that_differs_by_autocast_alone_may_be_rounding_is_said(tmp_path:
             optimizer.step()
             recorder.log(loss=loss)
         recorder.flush()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_labels_whose_smoothing_was_forgotten_are_said(tmp_path: Path, smoothing: float, dtype: torch.dtype) -> None:
+    """The gradient hardly turns, and the loss hardly differs: but in single precision neither is rounding."""
+    torch.set_default_dtype(dtype)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    said = pytest.warns(UserWarning, match=r"cosine 0\.99\d\d. If the logged value is the loss that the loop minimises")
+    with (
+        said if smoothing else nullcontext(),
+        Recorder(tmp_path / "run", model, optimizer, curvature_every=2) as recorder,
+    ):
+        for x, y in recorder.watch([(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(4)]):
+            loss = F.cross_entropy(model(x), y, label_smoothing=smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_value_(model.parameters(), 0.05)
+            optimizer.step()
+            recorder.log(loss=loss)
 
 
 def test_a_scripted_part_has_no_curvature(tmp_path: Path) -> None:

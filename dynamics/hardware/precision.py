@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mkldnn
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")  # types of those that autocast
@@ -59,3 +59,12 @@ def _set() -> None:
 def precise(tensor: Tensor) -> Tensor:
     """The tensor in float32 at least: with fewer digits, different sums become equal, or stop growing."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def is_precise(model: nn.Module, device: torch.device) -> bool:
+    """Whether a forward pass that begins now is in float32 at least, as far as can be seen."""
+    wrapped = any("_original_forward" in vars(module) for module in model.modules())  # Accelerate's autocasts
+    rounds = device.type != "cpu" and "tf32" in {kind.fp32_precision for kind in (cudnn.conv, cudnn.rnn, cuda.matmul)}
+    types = (one.dtype for one in model.parameters() if one.is_floating_point())
+    single = all(torch.promote_types(one, torch.float32) == one for one in types)
+    return single and not (wrapped or rounds or torch.is_autocast_enabled(device.type))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 _EXPLAINED = 0.99  # rounding to half precision explains a cosine between gradients that is nearer to 1
-_AGREE = 0.02  # relative difference
+_EQUAL = 1 - 1e-4  # that of single precision explains no more than this
+_AGREE, _AGREE_PRECISELY = 0.02, 0.001  # relative differences
 _PARTS = 16  # a loss may be logged divided by the number of micro-batches, or as their sum, for up to so many
 
 
@@ -18,14 +19,21 @@ _PARTS = 16  # a loss may be logged divided by the number of micro-batches, or a
 class _Doubt:
     """A step, the cosine of its gradient with the objective's, and its loss: by the objective, and as it was logged.
 
-    Among replicas ``objectives`` holds the mean, this one's term in it, and this one's own: loops log any of them.
+    ``precise``: whether the loop computed both in single precision or better. Among replicas ``objectives`` holds the
+    mean, this one's term in it, and this one's own: loops log any of them.
     """
 
     step: int
     cosine: float
     objectives: Tensor
     batches: int
+    precise: bool
     logged: float | Tensor | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference up to which two losses agree."""
+        return _AGREE_PRECISELY if self.precise else _AGREE
 
 
 class LoggedLoss:
@@ -45,10 +53,11 @@ class LoggedLoss:
         self.trusted = False
         self._doubts: list[_Doubt] = []
 
-    def measured(self, step: int, cosine: float, objectives: Sequence[Tensor], batches: int) -> None:
+    def measured(self, step: int, cosine: float, objectives: Sequence[Tensor], batches: int, *, precise: bool) -> None:
         """Note the objective of a step on so many batches, and the cosine of its gradient with the applied one."""
-        if self.trusted or cosine < _EXPLAINED or batches > 1:
-            self._doubts.append(_Doubt(step, cosine, torch.stack([one.detach() for one in objectives]), batches))
+        if self.trusted or cosine < (_EQUAL if precise else _EXPLAINED) or batches > 1:
+            known = torch.stack([one.detach() for one in objectives])
+            self._doubts.append(_Doubt(step, cosine, known, batches, precise))
 
     def logged(self, step: int, loss: float | Tensor | None) -> None:
         """Note what was logged as the loss of a finished step, or None."""
@@ -64,31 +73,34 @@ class LoggedLoss:
         known = [one for one in self._doubts if one.step <= step and one.logged is not None]
         self._doubts = [one for one in self._doubts if one.step > step or (one.step == step and one.logged is None)]
         for doubt in known:
-            logged, batches = float(doubt.logged), doubt.batches
+            logged, batches, near = float(doubt.logged), doubt.batches, doubt.tolerance
             objectives = doubt.objectives.tolist()
-            if any(_agree(logged, one) for one in objectives):
+            if any(_agree(logged, one, near) for one in objectives):
                 continue
             objective = min(objectives, key=lambda one: _distance(one, logged, batches))
-            if _agree(batches * logged, objective):
+            if _agree(batches * logged, objective, near):
                 yield (
                     "divided",
                     f"the loss logged at step {doubt.step}, {logged:.4g}, is 1/{batches} of the objective's, "
                     f"{objective:.4g}: log the loss before dividing it by the number of micro-batches",
                 )
-            elif self._is_another(doubt.cosine, logged, objective):
+            elif self._is_another(doubt, logged, objective):
+                half = "In half precision, with autocast for example, rounding alone may explain this. Otherwise, if"
+                digits = ".6g" if doubt.precise else ".4g"
                 yield (
                     "doubtful",
-                    f"the loss of step {doubt.step} was logged as {logged:.4g}, but the objective is {objective:.4g} "
-                    f"on its batch; their gradients have cosine {doubt.cosine:.3f}. In half precision, with autocast "
-                    "for example, rounding alone may explain this. Otherwise, if the logged value is the loss that "
-                    "the loop minimises, /curvature is of another loss: give the recorder the same one, "
+                    f"the loss of step {doubt.step} was logged as {logged:{digits}}, but the objective is "
+                    f"{objective:{digits}} on its batch; their gradients have cosine "
+                    f"{doubt.cosine:.4f}. {'If' if doubt.precise else half} the logged value is the loss that the loop "
+                    "minimises, /curvature is of another loss: give the recorder the same one, "
                     "Recorder(..., objective=lambda model, batch: <the loss>)",
                 )
 
-    def _is_another(self, cosine: float, logged: float, objective: float) -> bool:
+    def _is_another(self, doubt: _Doubt, logged: float, objective: float) -> bool:
         if self.trusted:
-            return math.isfinite(logged - objective) and not _agree(logged, objective)
-        return cosine < _EXPLAINED and not _is_part_or_sum(logged, objective)
+            return math.isfinite(logged - objective)
+        explained = _EQUAL if doubt.precise else _EXPLAINED
+        return doubt.cosine < explained and not _is_part_or_sum(logged, objective, doubt.tolerance)
 
 
 def _distance(objective: float, logged: float, batches: int) -> float:
@@ -96,9 +108,9 @@ def _distance(objective: float, logged: float, batches: int) -> float:
     return min(abs(objective - logged), abs(objective - batches * logged))
 
 
-def _is_part_or_sum(logged: float, objective: float) -> bool:
-    return any(_agree(logged, n * objective) or _agree(n * logged, objective) for n in range(1, _PARTS + 1))
+def _is_part_or_sum(logged: float, objective: float, near: float) -> bool:
+    return any(_agree(logged, n * objective, near) or _agree(n * logged, objective, near) for n in range(1, _PARTS + 1))
 
 
-def _agree(one: float, other: float) -> bool:
-    return abs(one - other) <= _AGREE * max(abs(one), abs(other))
+def _agree(one: float, other: float, near: float) -> bool:
+    return abs(one - other) <= near * max(abs(one), abs(other))

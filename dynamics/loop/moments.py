@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..curvature.ordinary import is_batched
 from ..errors import named
+from ..hardware.precision import is_precise
 from ..hardware.random_numbers import random_numbers_untouched
 from ..probing.batch import changes, copied
 from ..probing.moment import Moment
@@ -36,6 +37,7 @@ class Moments:
         failure: why moments are not kept any more, if they are not.
         beside: names of parameters that moved since the last forward pass although no given optimizer holds them.
         outside: tensors outside the model, that the objective refers to, of which the same is true.
+        precise: whether the last forward pass was in single precision or better, as the recorder's own are.
         lost: whether the step cannot be measured, because frozen parameters have moved unexpectedly. From the next step
             on, copies of them are kept.
     """
@@ -56,6 +58,7 @@ class Moments:
         self._moves_frozen = self.lost = False
         self._held = held
         self.beside: list[str] = []
+        self.precise = False
         self.outside: list[Tensor] = []
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self.failure = _SCRIPTED if scripted else None
@@ -92,6 +95,7 @@ class Moments:
 
     def pass_begins(self, seen: Sequence[Seen], module: nn.Module) -> None:
         """A forward pass begins: of the batch that waits for one or, if none does, a further one of the last batch."""
+        self.precise = is_precise(self._model, self._device)
         if (waiting := self._next_to_pass(seen, module)) is not None:
             self._first_pass_begins(seen, waiting, module)
             seen[-1].next_moment = seen[-1].next_moment or waiting.moment

@@ -137,7 +137,8 @@ class StepCurvature:
             return None
         self._batches.bystanders.of_objective(best.candidate.probe.others)
         objectives = [*self._processes.mean([best.loss.clone()]), best.loss, best.loss / best.candidate.probe.share]
-        self._loss.measured(step, best.cosine, objectives, len(best.candidate.probe))
+        precise = self._batches.moments.precise
+        self._loss.measured(step, best.cosine, objectives, len(best.candidate.probe), precise=precise)
         self._say_beside(best.grad)
         if not best.sure:
             self._say_outside()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,17 @@ def from_a_global() -> Callable:
 def from_a_dictionary() -> Callable:
     loaders = {"unlabelled": iter(pool())}
     return lambda model, batch: semi_supervised(model, batch, next(loaders["unlabelled"])[0])
+
+
+def from_a_default() -> Callable:
+    return lambda model, batch, more=iter(pool()): semi_supervised(model, batch, next(more)[0])  # noqa: B008
+
+
+def from_an_argument() -> Callable:
+    def loss(model: nn.Module, batch: Batch, more: Iterator) -> Tensor:
+        return semi_supervised(model, batch, next(more)[0])
+
+    return partial(loss, more=iter(pool()))
 
 
 class Trainer:
@@ -99,7 +111,16 @@ def stays_the_same(tmp_path: Path, network: Callable, make: Callable, batches: C
 
 
 @pytest.mark.parametrize(
-    "make", [from_a_closure, from_a_cycle, from_a_global, from_a_dictionary, lambda: Trainer().loss]
+    "make",
+    [
+        from_a_closure,
+        from_a_cycle,
+        from_a_global,
+        from_a_dictionary,
+        from_a_default,
+        from_an_argument,
+        lambda: Trainer().loss,
+    ],
 )
 def test_what_an_objective_would_draw_stays_the_loops(tmp_path: Path, make: Callable) -> None:
     stays_the_same(tmp_path, lambda: nn.Linear(4, 3), make, lambda: vectors(4), 4)

@@ -48,7 +48,7 @@ def draws(value: Any) -> bool:
 def undrawn(modules: Iterable[nn.Module], function: Callable | None) -> Iterator[None]:
     """Inside, the iterators that modules hold and that a function of the user's own refers to cannot be drawn from.
 
-    They are found in variables, in attributes of the user's own objects, in lists and in dictionaries.
+    They are found in variables, defaults of arguments, attributes of the user's own objects, lists and dictionaries.
     """
     put_back: list[PutBack] = []
 
@@ -77,7 +77,10 @@ def _places(value: Any) -> list[tuple[Callable[[Any], None], Any]]:
             return []
         cells = [(partial(setattr, cell, "cell_contents"), *content_of(cell)) for cell in value.__closure__ or ()]
         names = [name for name in value.__code__.co_names if name in value.__globals__]
-        return [cell for cell in cells if len(cell) == 2] + _entries(value.__globals__, names)
+        found = [cell for cell in cells if len(cell) == 2] + _entries(value.__globals__, names)
+        return found + _defaults(value) + _entries(value.__kwdefaults__ or {}, value.__kwdefaults__ or ())
+    if isinstance(value, partial):
+        return _entries(value.keywords, value.keywords)
     if isinstance(value, nn.Module):
         return _entries(vars(value), attributes_of(value))
     if type(value) in (dict, list):
@@ -88,6 +91,14 @@ def _places(value: Any) -> list[tuple[Callable[[Any], None], Any]]:
 
 def _entries(holder: Any, keys: Iterable[Any]) -> list[tuple[Callable[[Any], None], Any]]:
     return [(partial(holder.__setitem__, key), holder[key]) for key in keys]
+
+
+def _defaults(function: FunctionType) -> list[tuple[Callable[[Any], None], Any]]:
+    def put(place: int, one: Any) -> None:
+        own = function.__defaults__
+        function.__defaults__ = (*own[:place], one, *own[place + 1 :])
+
+    return [(partial(put, place), one) for place, one in enumerate(function.__defaults__ or ())]
 
 
 def _inside(value: Any) -> Iterable[Any]:

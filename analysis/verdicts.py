@@ -16,6 +16,7 @@ from .statistics import STATISTICS, log
 JUDGED = ("value", "low", "high", "null", "p", "stands", "seeds", "verdict")
 
 _NEGLIGIBLE = {"ratio": np.log(1.01), "difference": 0.001}
+_ROUNDING = 1e-6  # accuracies that are closer differ in single precision only: this is one image in a million
 
 
 def claims(runs: Runs) -> pd.DataFrame:
@@ -107,7 +108,7 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
         verdict = "no verdict (1 seed)" if len(effects) else f"no verdict ({claim.statistic} not known)"
     elif negligible:
         verdict = "negligible"
-    elif _alike(whole) or (claim.compare == "difference" and not np.ptp(effects)):  # the same number of images
+    elif _alike(whole) or (claim.compare == "difference" and np.ptp(effects) < _ROUNDING):  # the same number of images
         verdict, low, high, p = "no verdict (seeds do not differ)", np.nan, np.nan, np.nan
     elif low <= null <= high:
         verdict = "inconclusive"

@@ -373,6 +373,20 @@ def test_equal_accuracies_in_all_seeds_give_no_verdict() -> None:
     assert row.value == pytest.approx(-0.05)
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_the_same_number_of_images_in_all_seeds_gives_no_verdict(kind: type) -> None:
+    """204 − 201 of 360 images is 133 − 130 of them, but for the rounding of 204/360 − 201/360."""
+    right = {"magnitude": (201, 130, 322), "loss_preservation": (204, 133, 325)}
+    found = {
+        f"{measure} {seed}": record(measure, seed, accuracy=float(kind(count / 360)), area=1 + 0.01 * seed)
+        for measure, counts in right.items()
+        for seed, count in enumerate(counts)
+    }
+    row = analysis.claims(found).set_index("claim").loc["ii.c"]
+    assert (row.verdict, row.stands) == ("no verdict (seeds do not differ)", False)
+    assert row.value == pytest.approx(3 / 360)
+
+
 def test_latex_sets_what_anyone_may_call_a_model() -> None:
     table = pd.DataFrame({"model": ["net{x} \\ ~ ^2_a\nb"], "x": [1.0]}).set_index("model")
     row = as_latex(table).splitlines()[-4]

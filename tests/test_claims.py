@@ -8,6 +8,7 @@ from scipy import stats
 from synthetic_runs import MEASURES, record, runs
 
 import analysis
+from analysis import STATISTICS
 from analysis.intervals import half_width, p_value
 from analysis.overview import overview
 from analysis.verdicts import judged
@@ -32,6 +33,15 @@ def test_statistics_done_by_hand() -> None:
     }
     assert by_hand.keys() == analysis.STATISTICS.keys(), "write what each statistic is of this record"
     assert row[list(analysis.STATISTICS)].to_dict() == pytest.approx(by_hand)
+
+
+def test_what_is_recorded_in_single_precision_is_computed_in_double() -> None:
+    """A ratio near 1 in single precision would lose half of what these two losses tell of their change."""
+    before, after = np.float32([2.3, 2.3000012])
+    run = record("magnitude", 0)
+    run["pruning"] = run["pruning"].to_dataset().assign(loss=(("event", "stage"), np.array([[before, after]])))
+    expected = np.log1p((float(after) - float(before)) / float(before))
+    assert STATISTICS["loss_change"](run) == pytest.approx(expected, rel=1e-9)
 
 
 def test_what_is_removed_is_compared_within_its_layers() -> None:

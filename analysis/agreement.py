@@ -9,6 +9,7 @@ import xarray as xr
 from dynamics.schema import QUANTITIES
 
 from .effect import effect_of_prunings
+from .given import check_prediction
 from .loss import loss_decrease
 from .norm import network_norm_rate
 from .prunings import prunings
@@ -18,7 +19,12 @@ ORDERS = ("first_order", "second_order")
 
 
 def residuals(prediction: xr.Dataset) -> xr.Dataset:
-    """Measured − predicted, for each order: variables ``first_order`` and ``second_order`` in the prediction's dims."""
+    """Measured − predicted, for each order: variables ``first_order`` and ``second_order`` in the prediction's dims.
+
+    Raises:
+        ValueError: this is no prediction but, for example, a record.
+    """
+    check_prediction(prediction)
     return xr.Dataset({order: prediction.measured - prediction[order] for order in ORDERS})
 
 
@@ -40,8 +46,7 @@ def agree(prediction: xr.Dataset) -> xr.Dataset:
     Raises:
         ValueError: this is no such dataset but, for example, a record.
     """
-    if not isinstance(prediction, xr.Dataset) or not {"measured", *ORDERS} <= set(prediction):
-        raise ValueError(f"agree() needs a dataset such as loss_decrease(run), got a {type(prediction).__name__}")
+    check_prediction(prediction)
     rows = [_figures(prediction.measured.values, prediction[order].values) for order in ORDERS]
     names = ("median_relative_error", "slope", "r_squared", "rank_correlation", "count")
     columns = zip(*rows, strict=True)

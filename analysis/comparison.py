@@ -12,6 +12,7 @@ import xarray as xr
 
 from .conditions import by_condition, comparisons, conditions, first_comparison, names_of_conditions
 from .convergence import convergence, epoch_window, last_pruning
+from .given import check_array
 from .intervals import half_width
 from .names import name_of
 from .outcome import outcome
@@ -66,7 +67,11 @@ def mean_and_interval(values: xr.DataArray) -> xr.Dataset:
 
     If a seed's value is NaN, so is the mean: without its diverged seeds it would be the mean of something else. The
     interval is Student's: :func:`analysis.intervals.half_width`.
+
+    Raises:
+        ValueError: ``values`` is no array over ``seed``.
     """
+    check_array(values, "seed")
     mean = values.mean("seed", skipna=False)
     half = mean.copy(data=half_width(values.transpose("seed", ...).values, axis=0))
     return xr.Dataset({"mean": mean, "low": mean - half, "high": mean + half})
@@ -78,7 +83,11 @@ def median_and_quartiles(values: xr.DataArray) -> xr.Dataset:
     For quantities in which a single seed can be an outlier: a mean would follow it, and an interval or a range would
     hide all others. A seed that ended before the others, or diverged, is left out from there on, and ``seeds`` falls.
     Between two seeds, quartiles are interpolated.
+
+    Raises:
+        ValueError: ``values`` is no array over ``seed``.
     """
+    check_array(values, "seed")
     known = values.where(np.isfinite(values))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice")  # NaN is right where no seed has a value

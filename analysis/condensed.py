@@ -20,6 +20,7 @@ from dynamics.record.metadata import METADATA, Metadata, checked_metadata, chunk
 from dynamics.schema import NODES, SCHEMA_VERSION, SPEEDS, STUDIES
 from dynamics.words import counted
 
+from .given import check_path
 from .prunings import prunings
 from .runs import Runs, check_runs
 
@@ -39,6 +40,7 @@ def condense(runs: Runs, path: str | Path) -> Path:
     /pruning /units        complete
     /epochs                complete
     /curve /scores ...     of the runs that keep their layers, see below
+    groups of your own     left out
     numbers                in single precision, in which networks are trained, in /steps and for the filters' scores,
                            where it can represent them; ‖θ‖², whose change over a step is a small difference of large
                            numbers, and all others are kept as they were, because their differences are compared with
@@ -55,8 +57,9 @@ def condense(runs: Runs, path: str | Path) -> Path:
         IsADirectoryError, NotADirectoryError, PermissionError: the file cannot be written there.
     """
     check_runs(runs)
+    check_path(path)
     path = Path(path)
-    if not runs or not path.name.endswith(SUFFIX):
+    if not path.name.endswith(SUFFIX):
         raise ValueError(
             f"condense needs records and a file named *{SUFFIX}, got {counted(len(runs), 'record')} and {path}"
         )
@@ -82,7 +85,9 @@ def expand(path: str | Path) -> dict[str, xr.DataTree]:
 
     Raises:
         RecordError: there is no such file, or it is of another kind, of another schema version, or damaged.
+        ValueError: ``path`` is no path.
     """
+    check_path(path)
     path = Path(path)
     named = _names(path, _check(path))
     with zarr.storage.ZipStore(path, mode="r") as store:
@@ -131,7 +136,7 @@ def _whole(runs: Runs) -> set[str]:
 
 def _condensed(run: xr.DataTree, *, layers: bool) -> Iterator[tuple[str, xr.Dataset]]:
     for node, child in run.children.items():
-        if child.data_vars and (layers or node not in STUDIES):
+        if node in NODES and child.data_vars and (layers or node not in STUDIES):
             rows = child.to_dataset().load()
             if node in _SUMMED and not layers and _moves_as_one(run):
                 rows = _network(rows)

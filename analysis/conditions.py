@@ -63,10 +63,6 @@ def conditions(runs: Runs) -> pd.DataFrame:
         ValueError: no runs were given, or two experiments are the same, so that their values would count twice.
     """
     check_runs(runs)
-    if not runs:
-        raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
-    if other := [label for label, run in runs.items() if not isinstance(run, xr.DataTree)]:
-        raise ValueError(f"a run must be a record, open_run(path), got {runs[other[0]]!r:.60} for {other[0]!r}")
     rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
     others = [name for name in rows if name not in COMPARED_BY]
     rows[others] = rows[others].apply(_of_one_kind)

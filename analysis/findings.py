@@ -26,7 +26,7 @@ from .norm import layer_norm_rate, network_norm_rate
 from .outcome import outcome
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, layers
-from .runs import Runs, each
+from .runs import Runs, check_runs, each
 from .typeset import known
 
 NOT_FINITE = "no finite measurement has a finite prediction"
@@ -93,8 +93,9 @@ def in_layers(runs: Runs) -> str:
     """Label of the first run that was recorded layer by layer, preferably a pruned one.
 
     Raises:
-        MissingQuantityError: there is none.
+        MissingQuantityError: there is none. ValueError: the runs are not given by label.
     """
+    check_runs(runs)
     several = [label for label, run in runs.items() if {*layers(run)} - {"network"}]
     if not several:
         raise MissingQuantityError(
@@ -124,6 +125,7 @@ def layer_spread(runs: Runs) -> str:
 
 def final_accuracy(runs: Runs) -> str:
     """Final accuracies, and what pruning cost: means of each measure, over seeds and conditions."""
+    check_runs(runs)
     found = {label: outcome(run) for label, run in runs.items() if ended(run)}
     if not found:
         raise MissingQuantityError("no run has ended: accuracies are final only after the last epoch of the experiment")

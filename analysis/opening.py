@@ -12,6 +12,7 @@ from dynamics.record.errors import RecordError
 from dynamics.record.reading import experiment, open_run
 
 from .condensed import SUFFIX, expand
+from .given import check_path
 from .progress import with_progress
 
 
@@ -23,8 +24,11 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> dict[str, xr.DataTree
 
     Raises:
         RecordError: a path is not a record or matches none, or two paths are the same.
+        ValueError: what is given is no path.
     """
-    given = [paths] if isinstance(paths, str | Path) else paths
+    given = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str | bytes) else [paths]
+    for path in given:
+        check_path(path)
     runs: dict[str, xr.DataTree] = {}
     for path in with_progress(dict.fromkeys(path for one in given for path in _matching(str(Path(one)))), "opening"):
         if path.endswith(SUFFIX):

@@ -41,8 +41,6 @@ def protocol_diff(runs: Runs) -> xr.Dataset:
         ValueError: the runs are not given by label, there are none, or they differ in network or number of rounds.
     """
     check_runs(runs)
-    if not runs:
-        raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
     rows = {label: _rounds(run) for label, run in runs.items()}
     first = next(iter(rows.values()))
     for label, row in rows.items():

@@ -16,20 +16,24 @@ def check_runs(runs: object) -> None:
     """Check that runs are a mapping of labels to records, not a single record, whose groups would pass for runs.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not, or there are none.
     """
-    if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree):
+    if not isinstance(runs, Mapping) or isinstance(runs, xr.DataTree | xr.Dataset):
         raise ValueError(f"give runs by label, such as {{'my run': open_run(path)}}, got a {type(runs).__name__}")
+    if not runs:
+        raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
+    if other := [label for label, run in runs.items() if not isinstance(run, xr.DataTree)]:
+        raise ValueError(f"a run must be a record, open_run(path), got {runs[other[0]]!r:.60} for {other[0]!r}")
 
 
 def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:
     """Apply an analysis to every run that recorded what it needs.
 
     Raises:
-        MissingQuantityError: none of the runs did. ValueError: the runs are not given by label.
+        MissingQuantityError: none of the runs did. ValueError: the runs are not given by label, or there are none.
     """
     check_runs(runs)
-    found, missing = {}, MissingQuantityError("no runs given")
+    found: dict[str, xr.Dataset] = {}
     for label, run in with_progress(runs.items(), "theory"):
         try:
             found[label] = analyse(run)

@@ -12,6 +12,7 @@ import xarray as xr
 from .claims import CLAIMS
 from .conditions import MEASURES, compared_by, comparisons, conditions
 from .convergence import SHARES, convergence, last_pruning
+from .given import check_claims
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
 from .outcome import outcome, pruned_units
@@ -125,7 +126,11 @@ def verdict_table(found: pd.DataFrame) -> pd.DataFrame:
 
     The last column counts those whose mean over seeds lies on the side that the claim states, whatever its interval. A
     claim that is about none of the conditions has no row.
+
+    Raises:
+        ValueError: ``found`` is another table, or something else.
     """
+    check_claims(found)
     rows = pd.MultiIndex.from_frame(found[["claim", "says"]].drop_duplicates())
     counts = pd.crosstab([found.claim, found.says], found.verdict.str.replace(r" \(.*", "", regex=True))
     counts = counts.reindex(index=rows, columns=VERDICTS, fill_value=0)
@@ -155,7 +160,11 @@ def claims_table(found: pd.DataFrame) -> pd.DataFrame:
     """:func:`analysis.claims` in print: effect and interval, as a ratio or in points of accuracy.
 
     A star marks verdicts that stand after correction for the number of intervals.
+
+    Raises:
+        ValueError: ``found`` is another table, or something else.
     """
+    check_claims(found)
     names = [name for name in found if name not in ("says", *JUDGED)]
     printed = found.set_index(_telling(found, names))
     printed["effect"] = [_effect(row) for row in found.itertuples()]

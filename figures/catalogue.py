@@ -97,6 +97,6 @@ def _measures(runs: Runs) -> list[str]:
 
 
 def _entry(name: str) -> Entry:
-    if name not in FIGURES:
+    if not isinstance(name, str) or name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
     return FIGURES[name]

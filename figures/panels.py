@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from analysis.comparison import mean_and_interval
+from analysis.given import check_array, check_prediction, check_steps
 from dynamics.schema import label
 
 from .labels import layer_names
@@ -25,6 +26,7 @@ _DOTS = 60  # more measured dots would hide the predictions
 
 def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; many dots are thinned."""
+    check_prediction(prediction)
     ax = ax or plt.gca()
     for order, style in LINES.items():
         draw_line(prediction.step.values, prediction[order].values, ax=ax, **style)
@@ -38,6 +40,7 @@ def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 def draw_predicted_measured(prediction: xr.Dataset, order: str, *, ax: Axes | None = None, **style: object) -> Axes:
     """Measured against predicted values of one order, one point per pair."""
+    check_prediction(prediction)
     ax = ax or plt.gca()
     ax.plot(prediction[order].values.ravel(), prediction.measured.values.ravel(), linestyle="none", **style)
     ax.set(xlabel="predicted", ylabel="measured")
@@ -58,6 +61,7 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     Where no value is negative and the axis is logarithmic, lines skip zeros: in a network whose optimizers take turns,
     each layer's gradient is drawn at the steps in which it is trained.
     """
+    check_array(quantity, "layer")
     ax = ax or plt.gca()
     names = layer_names(quantity.layer.values)
     few = len(names) <= FEW_LAYERS
@@ -73,8 +77,10 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def draw_events(steps: Iterable[int], others: Iterable[int] = (), *, ax: Axes | None = None) -> Axes:
+def draw_events(steps: Collection[int], others: Collection[int] = (), *, ax: Axes | None = None) -> Axes:
     """Vertical lines at prunings and at other events, each between the step before it and the step after it."""
+    for numbers in (steps, others):
+        check_steps(numbers)
     return draw_times([step - 0.5 for step in steps], [step - 0.5 for step in others], ax=ax)
 
 
@@ -148,6 +154,7 @@ def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: fl
 
     ``beside``: offset from the layer's place, in layers, to show several series beside each other.
     """
+    check_array(values, "layer")
     ax = ax or plt.gca()
     names = layer_names(values.layer.values)
     ax.plot(np.arange(len(names)) + beside, values, **{"marker": "o", **style, "linestyle": "none"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from .given import check_count
 from .prunings import in_steps
 from .record import MissingQuantityError, columns, described
 from .remembered import remembered
@@ -35,8 +36,10 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
             pruned is compared with others from *their* last pruning on.
 
     Raises:
-        MissingQuantityError: no loss was logged, or none from ``since`` on.
+        MissingQuantityError: no loss was logged, or none from ``since`` on. ValueError: ``since`` is no step.
     """
+    if since is not None:
+        check_count(since, "since", "a step", least=0)
     return _since(run, start=last_pruning(run) if since is None else since)
 
 

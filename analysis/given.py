@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import pandas as pd
@@ -48,6 +48,16 @@ def check_steps(steps: object) -> None:
     """
     fits = isinstance(steps, Collection) and all(isinstance(step, Real) for step in steps)
     _check(fits, "steps as numbers, such as run.pruning.step.values", steps)
+
+
+def check_count(count: object, name: str, what: str, *, least: int) -> None:
+    """Check that this is a whole number, ``least`` or more.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(count, Integral) or count < least:
+        raise ValueError(f"{name} must be {what} >= {least}, got {count!r:.60}")
 
 
 def check_path(path: object) -> None:

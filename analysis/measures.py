@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 
 import numpy as np
 import scipy  # scipy.stats is loaded on first use
@@ -56,8 +57,8 @@ def removed_overlap(run: xr.DataTree, *, share: float) -> xr.Dataset:
         MissingQuantityError: no scores were added to an event.
         ValueError: the share is not in (0, 1).
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share must be in (0, 1), got {share}: 0.2 is about what one of five rounds removes")
+    if not (isinstance(share, Real) and 0 < share < 1):
+        raise ValueError(f"share must be in (0, 1), got {share!r}: 0.2 is about what one of five rounds removes")
     return _between_measures(_lowest_first(columns(run, "scores", _NEEDS)), partial(_overlaps, share=share), "overlap")
 
 

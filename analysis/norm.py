@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from .flow import check_flow, common_flow_step
+from .given import check_count
 from .prunings import event_steps
 from .record import MissingQuantityError, columns, described, length, without_skipped
 from .remembered import remembered
@@ -30,10 +31,9 @@ def norm_rate(run: xr.DataTree, *, window: int = 1) -> xr.Dataset:
 
     Raises:
         MissingQuantityError: /steps lacks a quantity, or no step has a flow time.
-        ValueError: the window is not positive.
+        ValueError: the window is not a positive whole number.
     """
-    if window < 1:
-        raise ValueError(f"window must be a number of steps >= 1, got {window}")
+    check_count(window, "window", "a number of steps", least=1)
     needs = ["param_update", "update_sqnorm", "param_grad", "decay_sqnorm", "grad_sqnorm", "flow_step"]
     steps = without_skipped(run, columns(run, "steps", needs))
     check_flow(steps)

@@ -86,6 +86,24 @@ def test_what_is_no_path_cannot_be_opened(given: object) -> None:
         analysis.open_runs(given)
 
 
+@pytest.mark.parametrize("given", [0, -1, 2.5, "2", None, [2]])
+def test_what_is_no_number_of_steps_is_no_window(given: object) -> None:
+    with pytest.raises(ValueError, match=r"^window must be a number of steps >= 1, got "):
+        analysis.norm_rate(WRONG["DataTree"], window=given)
+
+
+@pytest.mark.parametrize("given", [-1, 2.5, "2", [2]])
+def test_what_is_no_step_is_no_beginning(given: object) -> None:
+    with pytest.raises(ValueError, match=r"^since must be a step >= 0, got "):
+        analysis.convergence(WRONG["DataTree"], since=given)
+
+
+@pytest.mark.parametrize("given", [0, 1, "0.2", None, float("nan")])
+def test_what_is_no_share_removes_nothing(given: object) -> None:
+    with pytest.raises(ValueError, match=r"^share must be in \(0, 1\), got "):
+        analysis.removed_overlap(WRONG["DataTree"], share=given)
+
+
 def test_what_is_no_name_is_no_figure() -> None:
     with pytest.raises(ValueError, match=r"^unknown figure \{\}: choose one of "):
         figures.claim({})

@@ -71,6 +71,7 @@ def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
     if sizes.max() / 300 < sizes.min():
         narrow = sizes.max() / 8 < sizes.min()
         axis.set_major_locator(MaxNLocator(4, steps=_STEPS) if narrow else LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(LogLocator(subs=range(1, 10)))  # also at powers of ten, where a label may be missing
         plain = sizes.min() >= 1e-4 and sizes.max() < 1e5
         powers = LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf))  # infinite: all ticks get labels
         axis.set_major_formatter(StrMethodFormatter("{x:g}") if plain else powers)

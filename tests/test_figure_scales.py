@@ -38,6 +38,19 @@ def apart(axis: Axis, pixels: float = 0) -> bool:
     return all(getattr(one, f"{name}1") + pixels < getattr(other, f"{name}0") for one, other in pairwise(boxes))
 
 
+@pytest.mark.parametrize("largest", [0.012, 0.042, 0.046, 0.05, 0.053, 0.3, 1.9])
+def test_a_logarithmic_scale_has_a_tick_at_each_leading_digit(largest: float) -> None:
+    """A gap in the ticks would be taken for another scale."""
+    values = np.geomspace(0.0068, largest, 5)
+    ax = panel(values)
+    scales.scale_axis(ax.yaxis, values)
+    low, high = ax.get_ylim()
+    places = [digit * 10.0**power for power in range(-4, 2) for digit in range(1, 10)]
+    expected = [place for place in places if low <= place <= high]
+    found = np.r_[ax.yaxis.get_majorticklocs(), ax.yaxis.get_minorticklocs()]
+    assert all(np.isclose(found, place).any() for place in expected)
+
+
 @pytest.mark.parametrize("least", [-5e-5, -0.3, -40.0])
 @pytest.mark.parametrize("largest", [0.5, 800.0])
 def test_a_symmetric_scale_has_ticks_on_each_side_that_has_values(least: float, largest: float) -> None:

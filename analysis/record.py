@@ -53,7 +53,8 @@ def _loaded(rows: xr.Dataset, name: str) -> xr.Dataset:
     except RuntimeError as error:  # from the codec
         raise RecordError(f"/{name} is damaged ({error}): copy the record again") from error
     # In single precision, a small change such as ln(after/before) would be lost in the rounding of its ratio.
-    return loaded.assign({key: of.astype(np.float64) for key, of in loaded.items() if of.dtype == np.float32})
+    narrow = {name: of.astype(np.float64) for name, of in loaded.items() if of.dtype == np.float32}
+    return loaded.assign(narrow) if narrow else loaded
 
 
 def _checked(run: xr.DataTree, name: str, needs: Iterable[str]) -> xr.Dataset:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import queue
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
+from dynamics.probing import undrawn as undrawn_module
+from dynamics.probing.undrawn import draws, undrawn
 
 unlabelled: Iterator
 
@@ -164,3 +170,94 @@ def test_an_iterator_of_ones_own_is_put_back(tmp_path: Path) -> None:
             losses.append(loss.item())
     assert rounds.place == 4
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
+def record(path: Path, objective: Callable, batches: list) -> None:
+    """Train with an objective that is no loop's, and ignore why its curvature ends."""
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with (
+        warnings.catch_warnings(),
+        Recorder(path, model, optimizer, objective=objective, curvature_every=1) as recorder,
+    ):
+        warnings.simplefilter("ignore")
+        for points, labels in recorder.watch(batches):
+            optimizer.zero_grad()
+            F.cross_entropy(model(points), labels).backward()
+            optimizer.step()
+
+
+def test_an_iterator_that_another_thread_renews_meanwhile_is_left(tmp_path: Path) -> None:
+    class Source:
+        more: Iterator
+
+    source, renewed = Source(), []
+    source.more = iter([0])
+
+    def renew() -> None:
+        renewed.append(iter([1]))
+        source.more = renewed[-1]
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        assert source.more is not None
+        thread = threading.Thread(target=renew)
+        thread.start()
+        thread.join()
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    model = nn.Linear(4, 3)
+    with undrawn(model.modules(), objective):
+        objective(model, vectors(1)[0])
+    assert source.more is renewed[-1]
+
+
+def test_an_iterator_that_the_objective_hands_on_can_be_drawn_from_afterwards(tmp_path: Path) -> None:
+    more, handed = iter(range(3)), queue.Queue()
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        handed.put(more)
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    record(tmp_path / "run", objective, vectors(2))
+    assert next(handed.get()) == 0
+    assert next(more) == 1
+
+
+def test_iterators_that_the_objective_takes_from_a_list_are_put_back(tmp_path: Path) -> None:
+    one, two = iter(range(3)), iter(range(3))
+    turns = [one, two]
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        more = turns.pop(0)
+        scale = 1 + next(more)
+        turns.append(more)
+        return F.cross_entropy(model(batch[0]), batch[1]) * scale
+
+    record(tmp_path / "run", objective, vectors(2))
+    assert turns == [one, two]
+
+
+def test_an_iterator_that_is_only_looked_at_keeps_its_attributes(tmp_path: Path) -> None:
+    rows = csv.DictReader(["points,label", "1,2"])
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1]) / len(rows.fieldnames)
+
+    record(tmp_path / "run", objective, vectors(2))
+    assert np.isfinite(open_run(tmp_path / "run")["curvature"].grad_hess_grad).all()
+
+
+def test_a_long_list_is_not_searched_for_iterators_to_its_end() -> None:
+    seen = itertools.count()
+    many = list(range(100_000))
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch[0]).sum() * len(many)
+
+    original, undrawn_module.draws = draws, lambda value: next(seen) < 0 or draws(value)
+    try:
+        with undrawn((), objective):
+            pass
+    finally:
+        undrawn_module.draws = original
+    assert next(seen) < 10_000

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-_MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
+MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
 
 
 def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded: bool) -> None:
     """Call ``look`` with values and with what it returns for them, each object once.
 
-    If ``bounded``, for at most ``_MOST`` objects, down to depth ``_DEEPEST``.
+    If ``bounded``, for at most ``MOST`` objects, down to depth ``_DEEPEST``.
     """
     waiting, known = deque((value, 0) for value in values), set()
-    while waiting and not (bounded and len(known) == _MOST):
+    while waiting and not (bounded and len(known) == MOST):
         value, depth = waiting.popleft()
         if id(value) in known:
             continue

@@ -1,5 +1,6 @@
 """Where gates fail, Hessian products take their place: without a word for the known reason, with one for any other."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -188,3 +189,56 @@ def test_what_is_said_in_the_end_costs_no_rows(tmp_path: Path) -> None:
         recorder.close()
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 1
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def noisy_steps(path: Path, shown: Callable[[float], float], sizes: tuple[int, ...] = (16,)) -> None:
+    """Train with gradient noise that turns the gradient by some degrees, and log the loss as it is ``shown``."""
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(path, model, optimizer, curvature_every=1) as recorder:
+        for _ in range(4):
+            optimizer.zero_grad()
+            for size in sizes:
+                x, y = torch.randn(size, 4), torch.randint(3, (size,))
+                recorder.observe((x, y))
+                loss = F.cross_entropy(model(x), y)
+                (loss * size / sum(sizes)).backward()
+                recorder.log(loss=shown(loss.item()))
+            for parameter in model.parameters():
+                parameter.grad += 0.1 * parameter.grad.norm() * torch.ones_like(parameter) / parameter.numel() ** 0.5
+            optimizer.step()
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_a_loss_that_is_logged_with_few_digits_is_the_objectives(tmp_path: Path, digits: int) -> None:
+    noisy_steps(tmp_path / "run", lambda loss: round(loss, digits))
+
+
+def test_a_loss_divided_by_the_number_of_unequal_batches_is_said(tmp_path: Path) -> None:
+    """Their mean by samples, the objective, is not exactly their mean."""
+    with pytest.warns(UserWarning, match="is 1/3 of the objective's"):
+        noisy_steps(tmp_path / "run", lambda loss: loss / 3, (64, 32, 32))
+
+
+def test_rounded_products_of_matrices_are_no_other_loss(tmp_path: Path) -> None:
+    """Newer processors compute them in bfloat16 where that is allowed, but the recorder does not."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(256, 10))
+    for layer in model[::2]:
+        layer.weight.data *= 3
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+            recorder.trust_loss()
+            batches = [(torch.randn(256, 256), torch.randint(10, (256,))) for _ in range(6)]
+            for x, y in recorder.watch(batches):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                recorder.log(loss=loss)
+    finally:
+        torch.set_float32_matmul_precision("highest")

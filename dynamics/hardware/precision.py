@@ -64,7 +64,9 @@ def precise(tensor: Tensor) -> Tensor:
 def is_precise(model: nn.Module, device: torch.device) -> bool:
     """Whether a forward pass that begins now is in float32 at least, as far as can be seen."""
     wrapped = any("_original_forward" in vars(module) for module in model.modules())  # Accelerate's autocasts
-    rounds = device.type != "cpu" and "tf32" in {kind.fp32_precision for kind in (cudnn.conv, cudnn.rnn, cuda.matmul)}
+    on_gpu, on_cpu = (cudnn.conv, cudnn.rnn, cuda.matmul), (mkldnn.conv, mkldnn.rnn, mkldnn.matmul)
+    kinds = on_cpu if device.type == "cpu" else on_gpu
+    rounds = any(kind.fp32_precision in ("tf32", "bf16") for kind in kinds)
     types = (one.dtype for one in model.parameters() if one.is_floating_point())
     single = all(torch.promote_types(one, torch.float32) == one for one in types)
     return single and not (wrapped or rounds or torch.is_autocast_enabled(device.type))

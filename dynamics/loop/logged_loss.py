@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 from torch import Tensor
@@ -75,10 +76,11 @@ class LoggedLoss:
         for doubt in known:
             logged, batches, near = float(doubt.logged), doubt.batches, doubt.tolerance
             objectives = doubt.objectives.tolist()
-            if any(_agree(logged, one, near) for one in objectives):
+            rounded = _rounding(doubt.logged)
+            if any(_agree(logged, one, near) or abs(logged - one) <= rounded for one in objectives):
                 continue
             objective = min(objectives, key=lambda one: _distance(one, logged, batches))
-            if _agree(batches * logged, objective, near):
+            if batches > 1 and _agree(batches * logged, objective, _AGREE):
                 yield (
                     "divided",
                     f"the loss logged at step {doubt.step}, {logged:.4g}, is 1/{batches} of the objective's, "
@@ -106,6 +108,12 @@ class LoggedLoss:
 def _distance(objective: float, logged: float, batches: int) -> float:
     """Distance of the objective from what was logged or, if that is nearer, from ``batches`` times it."""
     return min(abs(objective - logged), abs(objective - batches * logged))
+
+
+def _rounding(logged: float | Tensor) -> float:
+    """By how much a logged number was rounded at most, as by ``round(loss, 3)``: half of its last decimal place."""
+    exponent = Decimal(repr(float(logged))).as_tuple().exponent
+    return 0.51 * 10.0**exponent if isinstance(exponent, int) else 0.0  # not a number, or infinite
 
 
 def _is_part_or_sum(logged: float, objective: float, near: float) -> bool:

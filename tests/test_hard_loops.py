@@ -671,3 +671,28 @@ def test_a_model_may_choose_the_kernel_of_its_attention(tmp_path: Path) -> None:
     curvature = recorded(tmp_path / "run", model, optimizer, [(inputs, labels)])["curvature"]
     assert not curvature.approximate.any()
     np.testing.assert_allclose(curvature.grad_hess_grad.sum("layer"), [grad @ hessian @ grad], rtol=1e-9)
+
+
+def test_a_zero_grad_of_the_models_own_is_called(tmp_path: Path) -> None:
+    class Scaled(nn.Linear):
+        """What it forgets with its gradients is a part of its loss."""
+
+        scale = 1.0
+
+        def zero_grad(self, set_to_none: bool = True, *, forget: bool = False) -> None:
+            self.scale = 2.0 if forget else self.scale
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        model.zero_grad(forget=True)
+        return model.scale * F.cross_entropy(model(batch[0]), batch[1])
+
+    model, losses = Scaled(4, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            loss = objective(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    is_of_its_steps(tmp_path / "run", losses)

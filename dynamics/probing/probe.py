@@ -266,22 +266,23 @@ def _keeps(module: nn.Module) -> bool:
 def _without_gradients(model: nn.Module) -> Iterator[None]:
     """Inside, the parameters' ``.grad`` is None, because the objective may zero them; afterwards they are restored.
 
-    The model's own ``zero_grad()`` does nothing: the tensors that stand in for its parameters have no ``.grad``, and
-    torch warns of whoever looks for one.
+    Torch's ``zero_grad()`` of the model does nothing: the tensors that stand in for its parameters have no ``.grad``,
+    and torch warns of whoever looks for one.
     """
     owners = [one for one in model.parameters() if one.is_leaf and one.grad is not None]
     alike = [one for one in owners if (one.shape, one.dtype) == (one.grad.shape, one.grad.dtype)]  # can be restored
     grads = [(parameter, parameter.grad) for parameter in alike]
     attributes = vars(model)
-    own = {name: attributes[name] for name in ("zero_grad",) if name in attributes}
+    is_torchs = type(model).zero_grad is nn.Module.zero_grad and "zero_grad" not in attributes
     try:
-        attributes["zero_grad"] = _zero_nothing
+        if is_torchs:
+            attributes["zero_grad"] = _zero_nothing
         for parameter, _ in grads:
             parameter.grad = None
         yield
     finally:
-        del attributes["zero_grad"]
-        attributes.update(own)
+        if is_torchs:
+            attributes.pop("zero_grad", None)
         for parameter, grad in grads:
             parameter.grad = grad
 

@@ -15,7 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand, is_of_its_steps
-from networks import convolutional_network, dense, flat, images, plain_step, recorded, smooth_network, vectors
+from networks import (
+    convolutional_network,
+    dense,
+    flat,
+    images,
+    plain_step,
+    recorded,
+    smooth_network,
+    step_along,
+    vectors,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
@@ -449,11 +459,7 @@ def test_a_loss_that_goes_backward_within_and_zeroes_the_gradients(tmp_path: Pat
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, objective=virtual_adversarial, curvature_every=1) as recorder:
         for batch in recorder.watch(vectors(3)):
-            loss = virtual_adversarial(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+            losses.append(step_along(virtual_adversarial(model, batch), optimizer))
     is_of_its_steps(tmp_path / "run", losses)
     assert "zero_grad" not in vars(model)
 
@@ -690,9 +696,5 @@ def test_a_zero_grad_of_the_models_own_is_called(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
         for batch in recorder.watch(vectors(3)):
-            loss = objective(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+            losses.append(step_along(objective(model, batch), optimizer))
     is_of_its_steps(tmp_path / "run", losses)

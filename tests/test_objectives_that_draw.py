@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, vectors
+from networks import Batch, step_along, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
-from dynamics.probing import undrawn as undrawn_module
 from dynamics.probing.undrawn import draws, undrawn
 
 unlabelled: Iterator
@@ -91,10 +90,7 @@ def train(model: nn.Module, loss_of: Callable, batches: list, path: Path | None)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     recorder = path and Recorder(path, model, optimizer, objective=loss_of, curvature_every=1)
     for batch in recorder.watch(batches) if recorder else batches:
-        optimizer.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        optimizer.step()
+        step_along(loss_of(model, batch), optimizer)
     if recorder:
         recorder.close()
     return [parameter.detach().clone() for parameter in model.parameters()]
@@ -163,11 +159,7 @@ def test_an_iterator_of_ones_own_is_put_back(tmp_path: Path) -> None:
 
     with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
         for batch in recorder.watch(vectors(4)):
-            loss = objective(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+            losses.append(step_along(objective(model, batch), optimizer))
     assert rounds.place == 4
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
@@ -182,9 +174,7 @@ def record(path: Path, objective: Callable, batches: list) -> None:
     ):
         warnings.simplefilter("ignore")
         for points, labels in recorder.watch(batches):
-            optimizer.zero_grad()
-            F.cross_entropy(model(points), labels).backward()
-            optimizer.step()
+            step_along(F.cross_entropy(model(points), labels), optimizer)
 
 
 def test_an_iterator_that_another_thread_renews_meanwhile_is_left(tmp_path: Path) -> None:
@@ -247,17 +237,14 @@ def test_an_iterator_that_is_only_looked_at_keeps_its_attributes(tmp_path: Path)
     assert np.isfinite(open_run(tmp_path / "run")["curvature"].grad_hess_grad).all()
 
 
-def test_a_long_list_is_not_searched_for_iterators_to_its_end() -> None:
+def test_a_long_list_is_not_searched_for_iterators_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = itertools.count()
     many = list(range(100_000))
 
     def objective(model: nn.Module, batch: Batch) -> Tensor:
         return model(batch[0]).sum() * len(many)
 
-    original, undrawn_module.draws = draws, lambda value: next(seen) < 0 or draws(value)
-    try:
-        with undrawn((), objective):
-            pass
-    finally:
-        undrawn_module.draws = original
+    monkeypatch.setattr("dynamics.probing.undrawn.draws", lambda value: next(seen) < 0 or draws(value))
+    with undrawn((), objective):
+        pass
     assert next(seen) < 10_000

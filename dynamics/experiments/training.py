@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data import Data
 from ..errors import one_line
 from ..hardware.captured import release_memory
-from ..hardware.random_numbers import has_random_numbers
+from ..hardware.random_numbers import gpu_state, set_gpu_state
 from ..network.masks import apply_masks, parameter_masks
 from ..probing.mode import mode_of
 from ..probing.objective import Objective, cross_entropy_objective
@@ -90,7 +90,6 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Everything on which the remaining epochs depend."""
-        on_gpu = has_random_numbers(self.device)
         return {
             "epochs": self._epochs,
             "model": self.model.state_dict(),
@@ -100,7 +99,7 @@ class Training:
             "order": self._order.get_state(),
             "choice": self._choice.get_state(),
             "random": torch.get_rng_state(),
-            "random_on_gpu": torch.get_device_module(self.device).get_rng_state(self.device) if on_gpu else None,
+            "random_on_gpu": gpu_state(self.device),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -114,8 +113,7 @@ class Training:
         self._order.set_state(state["order"])
         self._choice.set_state(state["choice"])
         torch.set_rng_state(state["random"])
-        if has_random_numbers(self.device) and state["random_on_gpu"] is not None:
-            torch.get_device_module(self.device).set_rng_state(state["random_on_gpu"], self.device)
+        set_gpu_state(self.device, state["random_on_gpu"])
 
     def run(self, recorder: Recorder, path: Path, report: Callable[[int], object], *, progress: bool) -> None:
         """Run the remaining epochs, with a round of pruning in each of the first ones and a checkpoint after each."""

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class RandomState:
     """A snapshot of the random generators of torch (CPU and one GPU, of whatever make), numpy and Python."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device if has_random_numbers(device) else None
+        self._device = device
         self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._gpu = torch.get_device_module(device).get_rng_state(device) if self._device else None
+        self._gpu = gpu_state(device)
 
     def __eq__(self, other: object) -> bool:
         """Whether both would draw the same numbers."""
@@ -34,12 +35,21 @@ class RandomState:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
-        if self._device:
-            torch.get_device_module(self._device).set_rng_state(self._gpu, self._device)
+        set_gpu_state(self._device, self._gpu)
 
 
-def has_random_numbers(device: torch.device) -> bool:
-    """Whether the device draws random numbers from a generator of its own, as a GPU does."""
+def gpu_state(device: torch.device) -> Tensor | None:
+    """The state of a GPU's own generator; None if the device has none."""
+    return torch.get_device_module(device).get_rng_state(device) if _is_gpu(device) else None
+
+
+def set_gpu_state(device: torch.device, state: Tensor | None) -> None:
+    """Set a GPU's own generator, if the device has one, to a state that :func:`gpu_state` returned for a GPU."""
+    if _is_gpu(device) and state is not None:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _is_gpu(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 

@@ -32,6 +32,11 @@ class _Doubt:
     logged: float | Tensor | None = None
 
     @property
+    def explained(self) -> float:
+        """The cosine above which rounding explains that the gradients differ."""
+        return _EQUAL if self.precise else _EXPLAINED
+
+    @property
     def tolerance(self) -> float:
         """Relative difference up to which two losses agree."""
         return _AGREE_PRECISELY if self.precise else _AGREE
@@ -56,9 +61,9 @@ class LoggedLoss:
 
     def measured(self, step: int, cosine: float, objectives: Sequence[Tensor], batches: int, *, precise: bool) -> None:
         """Note the objective of a step on so many batches, and the cosine of its gradient with the applied one."""
-        if self.trusted or cosine < (_EQUAL if precise else _EXPLAINED) or batches > 1:
-            known = torch.stack([one.detach() for one in objectives])
-            self._doubts.append(_Doubt(step, cosine, known, batches, precise))
+        doubt = _Doubt(step, cosine, torch.stack([one.detach() for one in objectives]), batches, precise)
+        if self.trusted or cosine < doubt.explained or batches > 1:
+            self._doubts.append(doubt)
 
     def logged(self, step: int, loss: float | Tensor | None) -> None:
         """Note what was logged as the loss of a finished step, or None."""
@@ -101,8 +106,7 @@ class LoggedLoss:
     def _is_another(self, doubt: _Doubt, logged: float, objective: float) -> bool:
         if self.trusted:
             return math.isfinite(logged - objective)
-        explained = _EQUAL if doubt.precise else _EXPLAINED
-        return doubt.cosine < explained and not _is_part_or_sum(logged, objective, doubt.tolerance)
+        return doubt.cosine < doubt.explained and not _is_part_or_sum(logged, objective, doubt.tolerance)
 
 
 def _distance(objective: float, logged: float, batches: int) -> float:

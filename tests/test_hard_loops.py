@@ -570,6 +570,48 @@ def test_a_second_optimizer_that_takes_over_is_said(tmp_path: Path) -> None:
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 5
 
 
+def test_a_network_that_is_made_anew_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="20 batches after step 2 led to no optimizer step.*made anew"):
+        with Recorder(tmp_path / "run", *(present := trained()), curvature_every=0) as recorder:
+            for number, batch in enumerate(recorder.watch(vectors(23))):
+                present = trained() if number == 3 else present
+                plain_step(*present, batch)
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 3
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = smooth_network()
+    return model, torch.optim.SGD(model.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_long_evaluation_keeps_no_batches_and_is_no_training(tmp_path: Path, *, compiled: bool, before: bool) -> None:
+    network, optimizer = trained()
+    model, alive = torch.compile(network, backend="eager") if compiled else network, []
+    ((inputs, labels),) = vectors(1)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(300):
+            batch = inputs.clone()
+            alive.append(weakref.ref(batch))
+            yield batch, labels
+
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for batch in () if before else recorder.watch(vectors(3)):
+            plain_step(model, optimizer, batch)
+        model.eval()
+        with torch.no_grad():
+            for batch, _ in recorder.watch(stream()):
+                model(batch)
+                assert sum(reference() is not None for reference in alive) < 140
+        model.train()
+        for batch in recorder.watch(vectors(3)) if before else ():
+            plain_step(model, optimizer, batch)
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.epoch.values.tolist() == [0, 0, 0]
+
+
 def test_parametrizations_that_the_loop_computes_once_a_step(tmp_path: Path) -> None:
     layers = nn.utils.parametrizations.orthogonal(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)
     model, losses = nn.Sequential(*layers), []

@@ -15,12 +15,12 @@ from ..probing.moment import Moment
 from ..probing.objective import Objective
 from ..warning import warn
 from .backward_passes import BackwardPasses
-from .forward_passes import ForwardPasses
+from .forward_passes import ForwardPasses, trains
 from .moments import Moments
 from .seen import Position, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
-_IDLE = 128  # batches in a row whose gradients lead to no step
+_IDLE = 128  # batches in a row that lead to no step
 
 
 class WaitingBatches(NamedTuple):
@@ -57,7 +57,7 @@ class Batches:
         *,
         averaged: bool,
     ) -> None:
-        own, self._compiled = unwrap(model), is_compiled(model)
+        self._own, self._compiled = unwrap(model), is_compiled(model)
         self._seen: list[Seen] = []
         self._staying: list[Any] = []  # the batch that stays, if one does
         self._stays_surely = True
@@ -67,11 +67,12 @@ class Batches:
         self._stepped_at = 0  # the number of backward passes until the last step
         self._candidates: list[list[Seen]] = []
         self._backward = BackwardPasses(counted, averaged=averaged)
-        self._forward = ForwardPasses(own, self._pass_begins, self._evaluation_begins)
-        self.moments = Moments(own, device, objective, self._backward, held)
-        self.bystanders = Bystanders(own, objective)
+        self._forward = ForwardPasses(self._own, self._pass_begins, self._evaluation_begins)
+        self.moments = Moments(self._own, device, objective, self._backward, held)
+        self.bystanders = Bystanders(self._own, objective)
         self._awaits, self._asleep = False, asleep
         self._reader = threading.get_ident()
+        self._evaluates = False  # whether a compiled model, whose forward passes are not seen, was in eval mode
         self._idle = self.told = False
 
     def __len__(self) -> int:
@@ -130,14 +131,15 @@ class Batches:
             self.repeat(due=False)
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
         without = len(self._seen) - self._ahead - self._backward.count
-        if (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
-            if not self._idle:
+        if (without == _IDLE and (self._backward.count or not self.unused)) or len(self._seen) == _MOST:
+            if self.unused and not self._idle:
+                self._idle = True
                 warn(
-                    f"the gradients of {_IDLE} batches in a row led to no optimizer step: check that the recorder was "
-                    "given the optimizer that trains the model"
+                    f"{_IDLE} batches in a row led to no optimizer step: check that the recorder was given the model "
+                    "that is trained, and the optimizer that trains it"
                 )
-            self._idle = True
             self._seen = self._seen[-1:]
+        self._evaluates = self._compiled and not trains(self._own)
         self._see(batch, due=due, source=source)
 
     def repeat(self, *, due: bool) -> None:
@@ -192,6 +194,12 @@ class Batches:
         """What :func:`~dynamics.loop.seen.used` returns for the batches and backward passes since the last step."""
         starts = [seen.seen_at for seen in self._seen] or [self._stepped_at] * len(self._staying)
         return used(starts, self._backward.total, self._backward.count)
+
+    @property
+    def unused(self) -> int:
+        """How many batches since the last step led to none; 0 if the loop only evaluates them."""
+        evaluates = self._evaluates or any(seen.only_evaluated for seen in self._seen[-1:])
+        return 0 if evaluates else len(self._seen) - self._ahead
 
     @property
     def wasted(self) -> int:

@@ -55,7 +55,7 @@ from .steps import Steps, anyone_measures
 from .termination import on_termination
 from .watched import Watched, watched
 
-_WASTED = 16  # backward passes at the end that led to no step: a loop may skip a few
+_WASTED = 16  # batches or backward passes at the end that led to no step: a loop may skip a few
 
 
 class Recorder:
@@ -300,7 +300,7 @@ class Recorder:
 
     def __exit__(self, *exception: object) -> None:
         trained = bool(self._batches) or self._batches.position.backwards > 0
-        steps, wasted = self._steps, self._batches.wasted
+        steps, wasted, unused = self._steps, self._batches.wasted, self._batches.unused
         self.close()
         if exception[0] is not None:
             return
@@ -308,6 +308,11 @@ class Recorder:
             warn(
                 f"{wasted} backward passes after step {steps.number - 1} led to no optimizer step: if another "
                 "optimizer took over, pass both from the start, Recorder(..., [first, second])"
+            )
+        elif steps.taken and unused > _WASTED:
+            warn(
+                f"{unused} batches after step {steps.number - 1} led to no optimizer step: if model and optimizer were "
+                "made anew, make a recorder anew, too"
             )
         if self._curvature.unseen and not self._batches.told:
             warn(

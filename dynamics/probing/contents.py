@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import chain
 from numbers import Number
@@ -86,15 +86,15 @@ def take_class(kind: type) -> Taken:
 def take_tensor(tensor: Tensor) -> Taken:
     """Save the values of a tensor."""
     with torch.no_grad():
-        content, version = tensor.detach().clone(), tensor._version
+        content = tensor.detach().clone()
+    return partial(_put_tensor_back, tensor, content, tensor._version), [content]
 
-    @torch.no_grad()
-    def put_back() -> None:
-        # Torch's BatchNorm changes its running statistics without raising their version.
-        if tensor._version != version or not are_equal(tensor, content):
-            tensor.detach().copy_(content)
 
-    return put_back, [content]
+@torch.no_grad()
+def _put_tensor_back(tensor: Tensor, content: Tensor, version: int) -> None:
+    # Torch's BatchNorm changes its running statistics without raising their version.
+    if tensor._version != version or not are_equal(tensor, content):
+        tensor.detach().copy_(content)
 
 
 def take_array(array: np.ndarray) -> Taken:
@@ -182,8 +182,9 @@ def may_be_trained(tensor: Tensor) -> bool:
     return tensor.requires_grad and tensor.is_leaf
 
 
-def _numbers(values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if isinstance(value, Number)]
+def _numbers(values: Collection[Any]) -> list[Any]:
+    kinds = {kind for kind in set(map(type, values)) if issubclass(kind, Number)}  # there may be many values
+    return [value for value in values if type(value) in kinds] if kinds else []
 
 
 def _are_same(values: list[Any], others: list[Any]) -> bool:

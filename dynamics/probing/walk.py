@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
@@ -24,4 +25,4 @@ def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded
         with suppress(Exception):  # an object may be anything
             inner = look(value)
             if not (bounded and depth == _DEEPEST):
-                waiting.extend((one, depth + 1) for one in inner)
+                waiting.extend((one, depth + 1) for one in (islice(inner, MOST) if bounded else inner))

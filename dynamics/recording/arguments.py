@@ -61,7 +61,8 @@ def check_pair(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) ->
         raise ValueError(
             "the optimizer holds none of the model's parameters, but others of the same shapes: pass the model that "
             "the optimizer was created with, not a copy of it. Master weights that a loop copies into its model are "
-            "not recorded: keep the model itself in float32, and train it under autocast"
+            "not recorded: keep the model itself in float32, and train it under autocast. Of what is detached from the "
+            "model, for torch.func.functional_call, the recorder knows nothing either: train model.parameters() instead"
         )
     raise ValueError("the optimizer holds none of the model's parameters: pass the optimizer that trains this model")
 

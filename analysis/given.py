@@ -10,15 +10,42 @@ import pandas as pd
 import xarray as xr
 
 
-def check_prediction(prediction: object) -> None:
+def check_prediction(prediction: object, *dims: str) -> None:
     """Check that this is a dataset of measured and predicted values, of the first and the second order.
+
+    Args:
+        prediction: what was given.
+        dims: if any, its only dimensions.
 
     Raises:
         ValueError: it is not.
     """
     parts = {"measured", "first_order", "second_order"}
     fits = isinstance(prediction, xr.Dataset) and parts <= set(prediction)
-    _check(fits, "a prediction beside its measurement, such as analysis.loss_decrease(run)", prediction)
+    check(fits, "a prediction beside its measurement, such as analysis.loss_decrease(run)", prediction)
+    if dims and set(prediction.measured.dims) != set(dims):
+        found = ", ".join(map(str, prediction.measured.dims)) or "nothing"
+        raise ValueError(f"give a prediction over {' and '.join(dims)} alone, got one over {found}")
+
+
+def check_order(order: object, prediction: xr.Dataset) -> None:
+    """Check that this names one of the predictions in the dataset.
+
+    Raises:
+        ValueError: it does not.
+    """
+    orders = [name for name in prediction.data_vars if name != "measured"]
+    if order not in orders:
+        raise ValueError(f"order must be one of {', '.join(map(str, orders))}, got {in_a_line(order)}")
+
+
+def check_analysis(analyse: object) -> None:
+    """Check that this can be applied to a record.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check(callable(analyse), "a function of a record, such as analysis.loss_decrease", analyse)
 
 
 def check_claims(found: object) -> None:
@@ -28,16 +55,18 @@ def check_claims(found: object) -> None:
         ValueError: it is not.
     """
     fits = isinstance(found, pd.DataFrame) and {"claim", "verdict"} <= set(found)
-    _check(fits, "the table of claims, analysis.claims(runs)", found)
+    check(fits, "the table of claims, analysis.claims(runs)", found)
 
 
-def check_array(values: object, dim: str) -> None:
-    """Check that this is an array over the dimension ``dim``, which may have others.
+def check_array(values: object, *dims: str, others: bool = True) -> None:
+    """Check that this is an array over these dimensions, and over no ``others`` unless it may have them.
 
     Raises:
         ValueError: it is not.
     """
-    _check(isinstance(values, xr.DataArray) and dim in values.dims, f"a DataArray over {dim}", values)
+    found = set(values.dims) if isinstance(values, xr.DataArray) else set()
+    fits = found >= set(dims) if others else found == set(dims)
+    check(fits, f"a DataArray over {' and '.join(dims)}{'' if others else ' alone'}", values)
 
 
 def check_steps(steps: object) -> None:
@@ -47,7 +76,7 @@ def check_steps(steps: object) -> None:
         ValueError: they are not.
     """
     fits = isinstance(steps, Collection) and all(isinstance(step, Real) for step in steps)
-    _check(fits, "steps as numbers, such as run.pruning.step.values", steps)
+    check(fits, "steps as numbers, such as run.pruning.step.values", steps)
 
 
 def check_count(count: object, name: str, what: str, *, least: int) -> None:
@@ -66,10 +95,20 @@ def check_path(path: object) -> None:
     Raises:
         ValueError: it is not.
     """
-    _check(isinstance(path, str | Path), "the path of a record as text or Path", path)
+    check(isinstance(path, str | Path), "the path of a record as text or Path", path)
 
 
-def _check(fits: bool, needed: str, given: object) -> None:
+def in_a_line(given: object) -> str:
+    """What was given as text, in one short line."""
+    return " ".join(repr(given).split())[:60]
+
+
+def check(fits: bool, needed: str, given: object) -> None:
+    """Say in one sentence what is needed, and of what type what was given is.
+
+    Raises:
+        ValueError: it does not fit.
+    """
     if not fits:
         dims = f" over {', '.join(map(str, given.dims)) or 'nothing'}" if isinstance(given, xr.DataArray) else ""
         raise ValueError(f"give {needed}, got a {type(given).__name__}{dims}")

@@ -12,6 +12,8 @@ from dynamics.record.errors import RecordError
 from dynamics.record.reading import experiment
 from dynamics.schema import NODES, QUANTITIES
 
+from .given import in_a_line
+
 HOW_TO_RECORD = {
     "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",
     "curvature": "Record with curvature_every > 0, and watch the loader or observe the batches.",
@@ -74,7 +76,8 @@ def check_begun(*runs: xr.DataTree) -> None:
     """Raise MissingQuantityError if nothing was recorded in any of the runs."""
     if not any(has(run, name) for run in runs for name in NODES):
         raise MissingQuantityError(
-            "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`"
+            "the record holds nothing yet: no optimizer.step() and no event() was inside `with Recorder(...)`, or "
+            "its recorder is still open and has not written them: call recorder.flush()"
         )
 
 
@@ -93,7 +96,7 @@ def length(run: xr.DataTree, name: str) -> int:
         ValueError: ``run`` is not a record.
     """
     if not isinstance(run, xr.DataTree):
-        raise ValueError(f"an analysis needs a record, open_run(path), got {run!r:.60}")
+        raise ValueError(f"an analysis needs a record, open_run(path), got {in_a_line(run)}")
     if run.path.removeprefix("/") in NODES:
         raise ValueError(f"an analysis needs a whole record, open_run(path), got its group {run.path}")
     return run[name].sizes.get(NODES[name][0], 0) if name in run.children else 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import xarray as xr
 
+from .given import check_analysis, in_a_line
 from .progress import with_progress
 from .record import MissingQuantityError
 
@@ -23,16 +24,18 @@ def check_runs(runs: object) -> None:
     if not runs:
         raise ValueError("no runs: give at least one record, as analysis.open_runs(paths) does")
     if other := [label for label, run in runs.items() if not isinstance(run, xr.DataTree)]:
-        raise ValueError(f"a run must be a record, open_run(path), got {runs[other[0]]!r:.60} for {other[0]!r}")
+        raise ValueError(f"a run must be a record, open_run(path), got {in_a_line(runs[other[0]])} for {other[0]!r}")
 
 
 def each(runs: Runs, analyse: Callable[[xr.DataTree], xr.Dataset]) -> dict[str, xr.Dataset]:
     """Apply an analysis to every run that recorded what it needs.
 
     Raises:
-        MissingQuantityError: none of the runs did. ValueError: the runs are not given by label, or there are none.
+        MissingQuantityError: none of the runs did. ValueError: the runs are not given by label, or there are none, or
+            ``analyse`` is no function.
     """
     check_runs(runs)
+    check_analysis(analyse)
     found: dict[str, xr.Dataset] = {}
     for label, run in with_progress(runs.items(), "theory"):
         try:

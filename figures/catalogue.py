@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.conditions import by_setting, conditions
+from analysis.given import in_a_line
 from analysis.record import columns, has
 from analysis.runs import Runs
 
@@ -98,5 +99,5 @@ def _measures(runs: Runs) -> list[str]:
 
 def _entry(name: str) -> Entry:
     if not isinstance(name, str) or name not in FIGURES:
-        raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
+        raise ValueError(f"unknown figure {in_a_line(name)}: choose one of {', '.join(FIGURES)}")
     return FIGURES[name]

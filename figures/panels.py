@@ -10,7 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from analysis.comparison import mean_and_interval
-from analysis.given import check_array, check_prediction, check_steps
+from analysis.given import check, check_array, check_order, check_prediction, check_steps
 from dynamics.schema import label
 
 from .labels import layer_names
@@ -24,10 +24,16 @@ MANY_LAYERS = 24  # with more, the points of several measures cannot be told apa
 _DOTS = 60  # more measured dots would hide the predictions
 
 
+def _axes(ax: Axes | None) -> Axes:
+    """The axes to draw on: the current ones, if none are given."""
+    check(ax is None or isinstance(ax, Axes), "an Axes as ax, such as one of those that plt.subplots() returns", ax)
+    return plt.gca() if ax is None else ax
+
+
 def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     """Measured (dots), first-order (dashed) and second-order (solid) values over ``step``; many dots are thinned."""
-    check_prediction(prediction)
-    ax = ax or plt.gca()
+    check_prediction(prediction, "step")
+    ax = _axes(ax)
     for order, style in LINES.items():
         draw_line(prediction.step.values, prediction[order].values, ax=ax, **style)
     measured = prediction.measured.dropna("step")
@@ -41,14 +47,16 @@ def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 def draw_predicted_measured(prediction: xr.Dataset, order: str, *, ax: Axes | None = None, **style: object) -> Axes:
     """Measured against predicted values of one order, one point per pair."""
     check_prediction(prediction)
-    ax = ax or plt.gca()
+    check_order(order, prediction)
+    ax = _axes(ax)
     ax.plot(prediction[order].values.ravel(), prediction.measured.values.ravel(), linestyle="none", **style)
     ax.set(xlabel="predicted", ylabel="measured")
     return ax
 
 
-def draw_identity(ax: Axes) -> Axes:
+def draw_identity(ax: Axes | None = None) -> Axes:
     """The line on which a prediction is exact, behind the points and within their limits."""
+    ax = _axes(ax)
     low, high = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
     ax.plot([low, high], [low, high], color="0.7", linewidth=0.9, zorder=0)
     ax.set(xlim=(low, high), ylim=(low, high))
@@ -61,8 +69,8 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     Where no value is negative and the axis is logarithmic, lines skip zeros: in a network whose optimizers take turns,
     each layer's gradient is drawn at the steps in which it is trained.
     """
-    check_array(quantity, "layer")
-    ax = ax or plt.gca()
+    check_array(quantity, "layer", "step", others=False)
+    ax = _axes(ax)
     names = layer_names(quantity.layer.values)
     few = len(names) <= FEW_LAYERS
     finite = quantity.where(np.isfinite(quantity))
@@ -86,7 +94,7 @@ def draw_events(steps: Collection[int], others: Collection[int] = (), *, ax: Axe
 
 def draw_times(times: Iterable[float], others: Iterable[float] = (), *, ax: Axes | None = None) -> Axes:
     """A vertical line at each pruning (dotted) and other event (dash-dotted), over the grid and under what is drawn."""
-    ax = ax or plt.gca()
+    ax = _axes(ax)
     for places, style in ((times, PRUNING), (others, OTHER_EVENT)):
         for number, time in enumerate(dict.fromkeys(places)):
             ax.axvline(time, linewidth=1, zorder=1.5, **style | ({"label": None} if number else {}))
@@ -110,7 +118,7 @@ def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object)
 
     A cross marks where one of several seeds ends or is last finite; beyond it, the median is that of the others.
     """
-    ax = ax or plt.gca()
+    ax = _axes(ax)
     (dim,) = summary["median"].dims
     x, median, low, high, seeds = (summary[name].values for name in (dim, "median", "low", "high", "seeds"))
     draw_line(x, median, ax=ax, low=low, high=high, **{"alpha": 0.9, "markersize": 3.5, **style})
@@ -130,7 +138,7 @@ def draw_seeds(
 
     The interval may extend beyond the axis.
     """
-    ax = ax or plt.gca()
+    ax = _axes(ax)
     rows = list(styles)
     for measure, of_seeds in values.items():
         row, style = rows.index(measure), dict(styles[measure])
@@ -154,8 +162,8 @@ def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: fl
 
     ``beside``: offset from the layer's place, in layers, to show several series beside each other.
     """
-    check_array(values, "layer")
-    ax = ax or plt.gca()
+    check_array(values, "layer", others=False)
+    ax = _axes(ax)
     names = layer_names(values.layer.values)
     ax.plot(np.arange(len(names)) + beside, values, **{"marker": "o", **style, "linestyle": "none"})
     _name_layers(ax, names)
@@ -167,7 +175,7 @@ def draw_layer_map(values: Mapping[str, xr.DataArray], *, ax: Axes | None = None
 
     If networks differ in their layers, each row has its own only.
     """
-    ax = ax or plt.gca()
+    ax = _axes(ax)
     layers = list(dict.fromkeys(layer for shares in values.values() for layer in shares.layer.values.tolist()))
     names, rows = layer_names(layers), [shares.reindex(layer=layers) for shares in values.values()]
     edges = np.arange(len(names) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
@@ -181,7 +189,7 @@ def draw_layer_map(values: Mapping[str, xr.DataArray], *, ax: Axes | None = None
 
 def draw_layer_bars(summary: xr.Dataset, *, ax: Axes | None = None, beside: float = 0.0, color: object = None) -> Axes:
     """A bar from ``low`` to ``high`` at each layer, or ``beside`` it; none where these are unknown."""
-    ax = ax or plt.gca()
+    ax = _axes(ax)
     ax.vlines(
         np.arange(summary.sizes["layer"]) + beside, summary.low, summary.high, color=color, alpha=0.35, linewidth=1
     )

@@ -25,6 +25,9 @@ WRONG = {
     "ndarray": np.zeros((2, 2)),
 }
 
+PREDICTION = xr.Dataset({name: ("step", [1.0]) for name in ("measured", "first_order", "second_order")}, {"step": [0]})
+OF_LAYERS = xr.DataArray([[1.0, 2.0]], dims=["step", "layer"], coords={"step": [0], "layer": ["a", "b"]}, name="loss")
+
 TAKES = {
     "a prediction beside its measurement": [
         analysis.agree,
@@ -34,15 +37,30 @@ TAKES = {
     ],
     "the table of claims": [analysis.claims_table, analysis.verdict_table],
     "a DataArray over seed": [analysis.mean_and_interval, analysis.median_and_quartiles],
-    "a DataArray over layer": [figures.draw_layers, figures.draw_over_layers],
+    "a DataArray over layer and step alone": [figures.draw_layers],
+    "a DataArray over layer alone": [figures.draw_over_layers],
     "the path of a record": [analysis.expand, lambda given: analysis.condense(WRONG["dict"], given)],
     "steps as numbers": [figures.draw_events],
+    "a function of a record": [
+        lambda given: analysis.each({"mine": record("magnitude", 0)}, given),
+        lambda given: analysis.compare({"mine": record("magnitude", 0)}, given),
+    ],
+    "an Axes as ax": [
+        figures.draw_identity,
+        lambda given: figures.draw_over_time(PREDICTION, ax=given),
+        lambda given: figures.draw_predicted_measured(PREDICTION, "first_order", ax=given),
+        lambda given: figures.draw_layers(OF_LAYERS, ax=given),
+        lambda given: figures.draw_over_layers(OF_LAYERS[0], ax=given),
+        lambda given: figures.draw_events([3], ax=given),
+    ],
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize(("needed", "function"), [(needed, one) for needed, all_ in TAKES.items() for one in all_])
 def test_what_a_function_cannot_take_is_said_in_one_sentence(needed: str, function: Callable, kind: str) -> None:
+    if needed == "an Axes as ax" and WRONG[kind] is None:
+        return  # the current ones
     with pytest.raises(ValueError, match=rf"^give {needed}.*, got a {kind}( over step)?$"):
         function(WRONG[kind])
     assert not plt.get_fignums()
@@ -102,6 +120,29 @@ def test_what_is_no_step_is_no_beginning(given: object) -> None:
 def test_what_is_no_share_removes_nothing(given: object) -> None:
     with pytest.raises(ValueError, match=r"^share must be in \(0, 1\), got "):
         analysis.removed_overlap(WRONG["DataTree"], share=given)
+
+
+def test_an_array_over_other_dimensions_is_not_drawn() -> None:
+    per_layer = PREDICTION.expand_dims(layer=["a", "b"])
+    with pytest.raises(ValueError, match=r"^give a prediction over step alone, got one over layer, step$"):
+        figures.draw_over_time(per_layer)
+    with pytest.raises(ValueError, match=r"^give a DataArray over layer and step alone, got a DataArray over layer$"):
+        figures.draw_layers(OF_LAYERS[0])
+    with pytest.raises(ValueError, match=r"^give a DataArray over layer alone, got a DataArray over step, layer$"):
+        figures.draw_over_layers(OF_LAYERS)
+
+
+@pytest.mark.parametrize("given", ["third_order", "measured", None, 2, ["first_order"]])
+def test_what_is_no_order_predicts_nothing(given: object) -> None:
+    with pytest.raises(ValueError, match=r"^order must be one of first_order, second_order, got "):
+        figures.draw_predicted_measured(PREDICTION, given)
+
+
+def test_what_was_given_is_said_in_one_line() -> None:
+    for function in (analysis.loss_decrease, figures.claim, lambda given: analysis.outcome_table({"a": given})):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            function(WRONG["Dataset"])
+        assert "\n" not in str(raised.value)
 
 
 def test_what_is_no_name_is_no_figure() -> None:

@@ -248,8 +248,8 @@ def _in_print(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _telling(table: pd.DataFrame, names: list[str]) -> list[str]:
-    """The columns that distinguish rows: no sparsity if all pruned networks share it, no rounds if none was pruned."""
+    """The columns that distinguish rows: no sparsity if all pruned networks share it, no rounds if none says any."""
     pruned = table[table.measure != "none"] if "measure" in table else table
     alike = {"sparsity"} if "sparsity" in names and pruned.sparsity.nunique(dropna=False) < 2 else set()
-    alike |= {"rounds"} if pruned.empty else set()
+    alike |= {"rounds"} if "rounds" in names and not table.rounds.any() else set()
     return [name for name in names if name not in alike]

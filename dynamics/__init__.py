@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .record.errors import RecordError
@@ -21,3 +22,8 @@ def __getattr__(name: str) -> object:
 
         return Recorder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All names, for completion; the recorder only where torch is installed, because ``help`` asks for each of them."""
+    return sorted({*globals(), *(name for name in __all__ if name != "Recorder" or find_spec("torch"))})

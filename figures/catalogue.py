@@ -25,6 +25,9 @@ class Entry(NamedTuple):
     draw: Callable[[Runs], Figure]
     finding: Callable[[Runs], str]
 
+    def __repr__(self) -> str:
+        return f"<{self.draw.__name__}: {claim(self.draw.__name__)}>"
+
 
 FIGURES: dict[str, Entry] = {
     entry.draw.__name__: entry

@@ -456,3 +456,7 @@ def test_a_report_is_written_whatever_was_recorded(tmp_path: Path) -> None:
         page = write_report(run, tmp_path / f"drawn {name}", records=[name]).read_text(encoding="utf-8")
         assert "Outcome of the runs" in page
         assert overview(run, brief=True)
+
+
+def test_the_list_of_figures_says_what_each_shows() -> None:
+    assert repr(FIGURES["accuracy"]) == f"<accuracy: {claim('accuracy')}>"

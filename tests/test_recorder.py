@@ -631,7 +631,9 @@ def test_what_describes_an_event_or_an_epoch_is_kept_or_refused_at_once(tmp_path
                 event.units(alive={"0": five}, scores={"0": torch.ones(3)})
             with pytest.raises(ValueError, match=r"layer '2' has 3 filters, got 5 booleans"):
                 event.units(alive={"0": five, "2": five})
+            assert repr(event) == "<Event: nothing added>"
             event.units(alive={"0": five, "2": [1, 0, 1]})
+            assert repr(event) == "<Event: units added>"
         for name, value in (("number", "two"), ("text", 1.0)):
             with pytest.raises(ValueError, match=f"event\\(\\) takes '{name}' as a"), recorder.event(
                 "look", probe=probe, **{name: value}

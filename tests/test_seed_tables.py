@@ -406,3 +406,12 @@ def test_a_bound_beside_the_null_is_not_printed_as_the_null(null: float, low: fl
     one = analysis.claims(runs(magnitude={"area": 0.5})).iloc[[0]]
     found = one.assign(value=1.5, low=low, high=2.0, null=null)
     assert claims_table(found).effect.item() == printed
+
+
+def test_of_a_run_that_does_not_say_what_it_is_no_rounds_are_told() -> None:
+    """Its prunings are known, but not that they are rounds: 0 would be wrong."""
+    run = record("magnitude", 0)
+    del run.attrs["experiment"]
+    table = analysis.accuracy_table({"mine": run})
+    assert table.index.names == ["model", "data", "measure"]
+    assert table["parameters pruned, %"].item() == "25.0"

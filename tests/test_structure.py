@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -92,6 +93,22 @@ def test_every_room_has_a_floor(building: str) -> None:
 
 def test_a_record_is_studied_without_torch() -> None:
     code = "import analysis, figures, dynamics, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_completion_and_help_know_all_public_names(package: str) -> None:
+    module = import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+
+
+def test_help_asks_for_no_recorder_where_there_is_no_torch() -> None:
+    """``help`` reads all that ``dir`` lists, and would stop at what cannot be imported."""
+    code = (
+        "import sys, importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); sys.modules['torch'] = None\n"
+        "import dynamics, pydoc; pydoc.render_doc(dynamics)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -28,6 +28,10 @@ class Event:
         self.scores: dict[str, Tensor] = {}
         self.studies: dict[str, xr.Dataset] = {}
 
+    def __repr__(self) -> str:
+        added = [*(["units"] if self.alive else []), *(["scores of units"] if self.scores else []), *self.studies]
+        return f"<Event: {', '.join(added) or 'nothing'} added>"
+
     def units(self, *, alive: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> None:
         """Record which units (filters) of each layer are left, as booleans (unit,), and their scores if there are any.
 

@@ -77,7 +77,8 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     logarithmic = bool((finite > 0).any() and not (finite < 0).any())
     colours = DEPTH(np.linspace(0, 1, len(names)))
     for colour, layer, name in zip(colours, quantity.layer.values, names, strict=True):
-        style = {"color": colour, "linewidth": 1, "label": name if few else None}
+        named = f"layer {name}" if name.isdigit() else name
+        style = {"color": colour, "linewidth": 1, "label": named if few else None}
         values = quantity.sel(layer=layer).values
         draw_line(quantity.step.values, values, ax=ax, band=few, zeros=not logarithmic, **style)
     ax.set(xlabel="step", ylabel=label(quantity.name))

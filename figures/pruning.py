@@ -244,6 +244,7 @@ def scale_invariance(runs: Runs) -> Figure:
     left.set(xlabel="filter", ylabel="|θᵀg| / (‖θ‖ ‖g‖)", yscale=_scale(alignment))
     right.set(xlabel=label_of("grad_sqnorm"), ylabel="−θᵀHg / ‖g‖²", xscale=_scale(filters.grad_sqnorm))
     right.set_yscale("symlog", linthresh=2)
+    scales.fit_axis(right.yaxis, multiple.values)  # margins that were taken on the linear scale may vanish on this one
     for ax in (left, right):
         panels.say_where_empty(ax)
     headed(figure, title(name, runs))

@@ -99,7 +99,8 @@ def test_the_names_of_many_layers_are_no_legend(count: int, named: int) -> None:
     names = [f"net.{number}" for number in range(count)]
     layers = xr.DataArray(np.ones((3, count)), {"step": np.arange(3), "layer": names}, ["step", "layer"], "grad_sqnorm")
     assert draw_layers(layers, ax=plt.subplots()[1]).get_legend_handles_labels()[1] == [
-        str(number) for number in range(named)
+        f"layer {number}"
+        for number in range(named)  # a number alone would say nothing
     ]
 
 

@@ -122,6 +122,21 @@ def test_in_training_mode_grasp_ranks_by_the_gradient_in_the_papers_networks(tmp
     assert float(rank.sel(mode="eval")) < 0.9
 
 
+def test_no_filter_is_drawn_on_the_edge_of_its_panel(tmp_path: Path) -> None:
+    """Of -1, 0 and 10⁶ as multiples of ‖g‖², the largest is as far from the edge as the margin is wide."""
+    shape, square = ("event", "mode", "unit"), np.ones((1, 2, 3))
+    study = xr.Dataset(
+        {
+            "param_sqnorm": (shape, square), "grad_sqnorm": (shape, square), "param_grad": (shape, square),
+            "param_hess_grad": (shape, np.broadcast_to([1.0, 0.0, -1e6], (1, 2, 3))),
+        },
+        coords={"mode": ["train", "eval"], "layer": ("unit", ["a"] * 3)},
+    )  # fmt: skip
+    right = draw("scale_invariance", {"run": xr.DataTree.from_dict({"/invariance": study})}).axes[1]
+    high, top = (right.transData.transform((1.0, value))[1] for value in (1e6, right.get_ylim()[1]))
+    assert top - high > 0.03 * right.bbox.height
+
+
 def test_what_is_pruned_is_not_counted(tmp_path: Path) -> None:
     model, data = half_normalised(), [batch(1)]
     apply_masks(model, {"0.weight": (torch.arange(4) > 0).view(4, 1, 1, 1).expand(4, 1, 3, 3)})

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from .conditions import by_condition, comparisons, conditions, first_comparison, names_of_conditions
-from .convergence import convergence, epoch_window, last_pruning
+from .convergence import convergence, epoch_window, last_pruning, most_frequent
 from .given import check_array
 from .intervals import half_width
 from .names import name_of
@@ -38,7 +38,8 @@ def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
     """:func:`compare` of :func:`analysis.convergence` in runs that ended, from the condition's last pruning on.
 
     It adds ``loss`` over ``step`` from there on: a moving average of the logged loss over as many steps as an epoch
-    has, or, at both ends, over those that exist, which are at least half as many.
+    has, or, at both ends, over those that exist, which are at least half as many; and ``comparable``, over ``seed``:
+    whether the run took as many steps from there on as most of its condition, without which its area says nothing.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss.
@@ -47,7 +48,12 @@ def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
     for name, rows in by_condition(comparisons(runs)).items():
         since = max(last_pruning(runs[label]) for label in rows.run)
         jobs[name] = rows, partial(_training_after, since=since)
-    return _compared(runs, jobs)
+    found = _compared(runs, jobs)
+    for measures in found.values():
+        steps = {measure: values.steps.to_series() for measure, values in measures.items()}
+        most = most_frequent(pd.concat(steps.values()))
+        measures |= {measure: values.assign(comparable=values.steps == most) for measure, values in measures.items()}
+    return found
 
 
 def final(run: xr.DataTree) -> xr.Dataset:
@@ -139,4 +145,5 @@ def _training_after(run: xr.DataTree, since: int) -> xr.Dataset:
     steps = columns(run, "steps", ["loss", "epoch"])
     after = steps.loss.sel(step=slice(since, None))
     window = epoch_window(steps, after)
-    return found.assign(loss=after.rolling(step=window, center=True, min_periods=max(1, window // 2)).mean())
+    loss = after.rolling(step=window, center=True, min_periods=max(1, window // 2)).mean()
+    return found.assign(loss=loss, steps=found.attrs["steps"])

@@ -13,6 +13,7 @@ from .names import name_of
 from .norm import network_norm
 from .prunings import prunings
 from .record import MissingQuantityError, ended
+from .run_statistics import trained_unevenly
 from .runs import Runs, each
 from .seed_tables import VERDICTS
 from .verdicts import claims
@@ -26,6 +27,12 @@ def fastest(runs: Runs) -> str:
     }
     if not pruned:
         raise MissingQuantityError("no pruned run has ended, so how fast it trained on is not known")
+    uneven = trained_unevenly(runs)
+    pruned = {label: run for label, run in pruned.items() if not uneven[label]}
+    if not pruned:
+        raise MissingQuantityError(
+            "all pruned runs trained on for different numbers of steps: their mean losses differ"
+        )
     areas = mean_by_measure(runs, {label: float(found.area) for label, found in each(pruned, convergence).items()})
     return f"Mean training loss after the last pruning, lowest first: {_listed(areas.sort_values(), '.3g')}."
 

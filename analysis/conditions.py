@@ -30,6 +30,7 @@ _MODES = {
 _TAKEN = (
     "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "stands", "seeds",
     "verdict", "relation", "order", "median relative error", "slope", "r squared", "rank correlation", "count",
+    "area", "steps taken", "comparable",
     *STATISTICS,
 )  # fmt: skip
 

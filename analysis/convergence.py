@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from .given import check_count
@@ -70,6 +71,15 @@ def _since(run: xr.DataTree, *, start: int) -> xr.Dataset:
 def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
     """Number of steps in an epoch, but at most as many as there are ``after`` the start."""
     return min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
+
+
+def most_frequent(counts: pd.Series) -> float:
+    """The number of steps that most runs took; NaN if several are equally frequent.
+
+    The mean losses of runs are compared, and averaged, only over equally many steps: longer training lowers them.
+    """
+    found = counts.mode()
+    return found.iloc[0] if len(found) == 1 else np.nan
 
 
 def last_pruning(run: xr.DataTree) -> int:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from .claims import CLAIMS
 from .conditions import MEASURES, compared_by, comparisons, conditions
-from .convergence import SHARES, convergence, last_pruning
+from .convergence import SHARES, convergence, last_pruning, most_frequent
 from .given import check_claims
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
@@ -60,24 +60,21 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
 def convergence_table(runs: Runs) -> pd.DataFrame:
     """:func:`analysis.convergence` by model, data, rounds and measure, from the last pruning on.
 
-    Area and final loss: mean ± half of its 95% interval over seeds. Steps to a share of the first loss: median over
+    Area and final loss: mean ± half of its 95% interval over seeds, of runs that took as many steps as most of their
+    condition. Steps to a share of the first loss: median over
     seeds, with the number of runs that reached it if not all did. Networks that were not pruned start with the others.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss after the last pruning.
     """
-    table = comparisons(runs)
-    same = compared_by(table)
-    since = pd.Series([last_pruning(runs[label]) for label in table.run])
-    since = since.groupby([table[name] for name in same], dropna=False).transform("max")
-    each = with_progress([*zip(table.run, since, strict=True)], "convergence")
-    found = [_convergence(runs[label], start) for label, start in each]
-    if not any(found):
+    table, same = _convergences(runs)
+    if "area" not in table:
         raise MissingQuantityError(
             "convergence needs runs that have ended, trained on after their last pruning, and logged their loss: "
             "recorder.log(loss=...)"
         )
-    table = table.assign(counts=[bool(one) and np.isfinite(one["area"]) for one in found]).join(pd.DataFrame(found))
+    table["counts"] = np.isfinite(table.area)
+    table[["area", "final loss"]] = table[["area", "final loss"]].where(table.comparable)
     cells = {title: partial(_mean, digits=".3g", interval=True) for title in ("area", "final loss")}
     return _over_seeds(table, same, cells | {f"steps to {share:.0%}": _median_steps for share in SHARES})
 
@@ -96,12 +93,15 @@ def pruned_last(runs: Runs) -> str:
 
 def uneven(runs: Runs) -> str:
     """A sentence on how many runs trained for longer or shorter than those they are compared with; "" if none did."""
-    count = int(trained_unevenly(runs).sum())
+    (table, _), of_seed = _convergences(runs), trained_unevenly(runs)
+    of_condition = table.run[~table.comparable & table.area.notna()] if "area" in table else []
+    count = len({*of_condition, *of_seed.index[of_seed]})
     if not count:
         return ""
     return (
-        f"{count} of {len(runs)} runs trained for another number of steps after the last pruning than most runs of the "
-        "same seed. Longer training lowers the mean loss, whatever the measure, so no claim compares their areas."
+        f"{count} of {len(runs)} runs trained for another number of steps after the last pruning than most that they "
+        "are compared with. Longer training lowers the mean loss, whatever the measure, so no mean over seeds holds "
+        "their areas and final losses, and no claim compares their areas with those of the same seed."
     )
 
 
@@ -182,6 +182,24 @@ def chance(found: pd.DataFrame) -> str:
     )
 
 
+def _convergences(runs: Runs) -> tuple[pd.DataFrame, list[str]]:
+    """Convergence of the rows of :func:`analysis.comparisons` from their condition's last pruning on, and its columns.
+
+    ``comparable``: whether it took as many steps as most runs of the condition.
+    """
+    table = comparisons(runs)
+    same = compared_by(table)
+    condition = [table[name] for name in same]
+    since = pd.Series([last_pruning(runs[label]) for label in table.run])
+    since = since.groupby(condition, dropna=False).transform("max")
+    each = with_progress([*zip(table.run, since, strict=True)], "convergence")
+    table = table.join(pd.DataFrame([_convergence(runs[label], start) for label, start in each], index=table.index))
+    if "steps taken" in table:
+        most = table["steps taken"].groupby(condition, dropna=False).transform(most_frequent)
+        table["comparable"] = table["steps taken"] == most
+    return table, same
+
+
 def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callable[[pd.Series], str]]) -> pd.DataFrame:
     """One row per comparison and measure; each cell is computed from its column, over the runs that count."""
     by = [*_telling(table, same), "measure"]
@@ -203,7 +221,8 @@ def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:
     except MissingQuantityError:
         return {}
     steps = {f"steps to {share:.0%}": float(found.steps_to_loss.sel(share=share)) for share in SHARES}
-    return {"area": float(found.area), "final loss": float(found.final_loss)} | steps
+    means = {"area": float(found.area), "final loss": float(found.final_loss)}
+    return means | steps | {"steps taken": found.attrs["steps"]}
 
 
 def _mean(values: pd.Series, *, digits: str, interval: bool) -> str:

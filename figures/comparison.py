@@ -51,10 +51,11 @@ def convergence(runs: Runs) -> Figure:
 
     One row per condition. Left: training loss after the last pruning, as a moving average over one epoch, over at least
     half an epoch at either end; median over seeds, with a band between the quartiles. Middle: the mean training loss of
-    these steps, the area under the curve. Right: steps until the mean loss of an epoch, hence at least one epoch, falls
-    to the given share of the first loss: the smallest share that all runs of the condition reached or, if there is
-    none, 75%, with the runs that reached it, and a mean where all of a measure did. Not drawn where all runs took the
-    same number. Small markers: single seeds; large: their mean with its 95% interval (Student's).
+    these steps, the area under the curve, of runs that took as many of them as most of the condition. Right: steps
+    until the mean loss of an epoch, hence at least one epoch, falls to the given share of the first loss: the smallest
+    share that all runs of the condition reached or, if there is none, 75%, with the runs that reached it, and a mean
+    where all of a measure did. Not drawn where all runs took the same number. Small markers: single seeds; large: their
+    mean with its 95% interval (Student's).
     """
     found = comparison.compare_convergence(runs)
     alone = _is_one_run(found)
@@ -66,12 +67,8 @@ def convergence(runs: Runs) -> Figure:
         if alone:
             continue
         share, steps = _reached(measures)
-        panels.draw_seeds(
-            {measure: values.area for measure, values in measures.items()}, named_styles(measures), ax=axes[1]
-        )
+        _draw_areas(measures, ax=axes[1])
         panels.draw_seeds(steps, named_styles(measures), ax=axes[2])
-        axes[1].set(xlabel="mean training loss  [L]")
-        axes[1].xaxis.set_major_locator(MaxNLocator(5))
         axes[2].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes[2].set(xlabel=f"steps to {share:.0%} of the first loss", yticklabels=[])
         known = np.concatenate([reached.dropna("seed") for reached in steps.values()])
@@ -218,6 +215,17 @@ def _draw_medians(ax: Axes, measures: comparison.ByMeasure, quantity: str, marks
     if quantity != "test_accuracy" and np.any(medians != 0):
         scales.scale_axis(ax.yaxis, shown)
     scales.fit_axis(ax.yaxis, shown)
+
+
+def _draw_areas(measures: comparison.ByMeasure, *, ax: Axes) -> None:
+    """Draw the areas over as many steps as most runs of the condition took, or say that there are none."""
+    areas = {measure: values.area[values.comparable.values] for measure, values in measures.items()}
+    panels.draw_seeds(areas, named_styles(measures), ax=ax)
+    ax.set(xlabel="mean training loss  [L]")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    if not any(of_seeds.size for of_seeds in areas.values()):
+        panels.say("not compared: these runs trained\nfor different numbers of steps", ax=ax)
+        ax.set_xticks([])
 
 
 def _is_one_run(found: Mapping[str, comparison.ByMeasure]) -> bool:

@@ -102,12 +102,16 @@ def draw_times(times: Iterable[float], others: Iterable[float] = (), *, ax: Axes
     return ax
 
 
+def say(text: str, *, ax: Axes) -> None:
+    """Write a text in the middle of a panel that has nothing to show."""
+    ax.text(0.5, 0.5, text, color="0.4", backgroundcolor="white", transform=ax.transAxes, ha="center", va="center")
+
+
 def say_where_empty(ax: Axes) -> Axes:
     """If none of a panel's points is finite, say so in its middle, and remove the ticks that are its own."""
     drawn = (line.get_xydata() for line in ax.lines if line.get_transform() is ax.transData)  # not one across the panel
     if not any(np.isfinite(points).all(1).any() for points in drawn):
-        place = {"transform": ax.transAxes, "ha": "center", "va": "center"}
-        ax.text(0.5, 0.5, "no finite value", color="0.4", backgroundcolor="white", **place)
+        say("no finite value", ax=ax)
         shared = {"labelbottom": ax.get_shared_x_axes(), "labelleft": ax.get_shared_y_axes()}
         own = [name for name, axes in shared.items() if len(axes.get_siblings(ax)) < 2]
         ax.tick_params(length=0, **dict.fromkeys(own, False))

@@ -1,5 +1,7 @@
 """A verdict is what the seeds bear out: known effects are found, their signs turn it, chance gives one in twenty."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from analysis import STATISTICS
 from analysis.intervals import half_width, p_value
 from analysis.overview import overview
 from analysis.verdicts import judged
+from figures.catalogue import finding
 
 
 def verdicts(found: pd.DataFrame) -> dict[str, str]:
@@ -212,6 +215,12 @@ def test_a_run_that_trained_longer_does_not_converge_faster_for_it() -> None:
     assert said[0].startswith("3 of 15 runs trained for another number of steps")
     even = {label: run for label, run in found.items() if not label.startswith("magnitude")}
     assert "Runs that trained for different numbers of steps" not in overview(even)
+    table = analysis.convergence_table(found).droplevel(["model", "data", "rounds"])
+    assert table.loc["magnitude", ["area", "final loss", "seeds"]].tolist() == ["–", "–", "3"]
+    assert "–" not in table.drop("magnitude").to_numpy()
+    said = finding("convergence", found)
+    assert said.startswith("Mean training loss after the last pruning")
+    assert not re.search(r"[:,] magnitude \d", said)
     two = {label: run for label, run in found.items() if label.startswith(("magnitude", "gradient_norm_increase"))}
     assert analysis.statistics(two).training_area.isna().all()
 

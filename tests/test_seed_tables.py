@@ -11,6 +11,7 @@ import xarray as xr
 from synthetic_runs import record, runs
 
 import analysis
+import figures
 from analysis.__main__ import main
 from analysis.comparison import mean_and_interval, median_and_quartiles
 from analysis.conditions import several_seeds
@@ -415,3 +416,38 @@ def test_of_a_run_that_does_not_say_what_it_is_no_rounds_are_told() -> None:
     table = analysis.accuracy_table({"mine": run})
     assert table.index.names == ["model", "data", "measure"]
     assert table["parameters pruned, %"].item() == "25.0"
+
+
+def longer(run: xr.DataTree, steps: int) -> xr.DataTree:
+    """The run with so many more steps at the end, at a loss of 0."""
+    rows = run["steps"].to_dataset()
+    after = xr.Dataset(
+        {"loss": ("step", np.zeros(steps)), "epoch": ("step", np.full(steps, 2))}, {"step": 8 + np.arange(steps)}
+    )
+    return xr.DataTree.from_dict(run.to_dict() | {"/steps": xr.concat([rows, after], "step")})
+
+
+def test_areas_are_averaged_over_equally_many_steps_alone(some: dict[str, xr.DataTree]) -> None:
+    """At a loss of 0.25 for 4 steps, the area is 0.25; 4 steps more at 0 would make it 0.125."""
+    found = some | {"magnitude 1": longer(some["magnitude 1"], 4)}
+    table = analysis.convergence_table(found).xs((1, "magnitude"), level=("rounds", "measure"))
+    assert table[["area", "final loss", "steps to 25%"]].iloc[0].tolist() == ["0.25 ± 0", "0.25 ± 0", "4"]
+    middle = figures.draw("convergence", found).axes[1]
+    drawn = np.concatenate([np.ravel(line.get_xdata()).astype(float) for line in middle.lines])
+    assert np.unique(drawn[np.isfinite(drawn)]).tolist() == [0.25, 3.0]
+    said = overview(found)["Runs that trained for different numbers of steps"][0]
+    assert said.startswith("1 of 5 runs trained for another number of steps")
+
+
+def test_where_no_two_runs_took_the_same_steps_no_areas_are_compared(some: dict[str, xr.DataTree]) -> None:
+    found = {"a": some["magnitude 0"], "b": longer(some["magnitude 1"], 4)}
+    assert analysis.convergence_table(found).area.item() == "–"
+    (text,) = figures.draw("convergence", found).axes[1].texts
+    assert text.get_text().startswith("not compared: these runs trained")
+
+
+def test_a_setting_may_be_called_like_a_column_of_convergence(some: dict[str, xr.DataTree]) -> None:
+    runs = {name: some["magnitude 0"].copy() for name in ("a", "b")}
+    for number, run in enumerate(runs.values()):
+        run.attrs = {"model": "m", "area": number, "steps taken": number, "seed": 0}
+    assert {"area (setting)", "steps taken (setting)"} <= set(analysis.convergence_table(runs).index.names)

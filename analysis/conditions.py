@@ -40,6 +40,8 @@ _OF_EVENTS = ("granularity",)
 # Whole numbers, whatever type they were given in.
 _COUNTED = ("rounds", "seed")
 
+_FEW = 6  # labels in a sentence
+
 # Settings that do not affect the network.
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
@@ -58,7 +60,7 @@ def conditions(runs: Runs) -> pd.DataFrame:
     Any other setting that differs between runs of one model and data set has its own column after these, NaN where a
     run does not have it. A run that lacks a setting differs from those that have it, with two exceptions: runs that
     were not pruned, if only pruned ones have it; and experiments of a version that did not know it. Instrumented loops
-    with the same settings are told apart by their labels, in a column ``record``.
+    with the same settings and the same seed are told apart by their labels, in a column ``record``.
 
     Raises:
         ValueError: no runs were given, or two experiments are the same, so that their values would count twice.
@@ -212,6 +214,20 @@ def _tell_apart(rows: pd.DataFrame, runs: Runs, others: list[str]) -> None:
     refuse_as_same([label for label in twice.index if experiment(runs[label])])
     if len(twice):
         rows["record"] = pd.Series(twice.index, index=twice.index)
+
+
+def alike(runs: Runs) -> str:
+    """A sentence on the instrumented loops that have all settings and the seed of another; "" if none has."""
+    table = conditions(runs)
+    labels = [str(label) for label in table.index[table["record"].notna()]] if "record" in table else []
+    if not labels:
+        return ""
+    few = ", ".join(labels[:_FEW]) + (", …" if len(labels) > _FEW else "")
+    return (
+        f"{len(labels)} runs have the seed and all settings of another, so they are told apart by their labels, as "
+        f"record, and not averaged: {few}. If they are repetitions, give each its seed: "
+        'Recorder(..., attributes={"seed": ...}), or run.attrs["seed"] = ... once it is opened.'
+    )
 
 
 def refuse_as_same(labels: Collection[str]) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from . import seed_tables
 from .claims import CLAIMS
-from .conditions import conditions, probe_mode, several_seeds
+from .conditions import alike, conditions, probe_mode, several_seeds
 from .findings import diverged
 from .record import MissingQuantityError, check_begun
 from .remembered import remembering
@@ -40,7 +40,8 @@ _PROBES = "How prunings were measured"
 _VERDICTS = "Claims: number of conditions by verdict"
 _LACKING = "Claims without a verdict: the measures that they need and no run has"
 _DIVERGED = "Runs that diverged"
-SUMMARY = (_DIVERGED, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # parts at the beginning of a report
+_ALIKE = "Runs with the same settings and seed"
+SUMMARY = (_DIVERGED, _ALIKE, _OUTCOME, _ACCURACY, _TEST_LOSS, _VERDICTS, _LACKING)  # first in a report
 
 
 @remembering()
@@ -51,7 +52,8 @@ def overview(runs: Runs, *, brief: bool = False) -> Parts:
         MissingQuantityError: the runs recorded nothing.
     """
     check_begun(*runs.values())
-    lost = {_DIVERGED: said} if (said := diverged(runs)) else {}
+    lost: Parts = {_DIVERGED: said} if (said := diverged(runs)) else {}
+    lost |= {_ALIKE: [said]} if (said := alike(runs)) else {}
     if not several_seeds(runs):
         return lost | _of_runs(runs, brief)
     reached = seed_tables.accuracy_table(runs)

@@ -227,6 +227,13 @@ def test_runs_that_said_the_same_are_told_apart_by_their_labels() -> None:
     assert table.record.tolist()[:2] == ["a", "b"]
     assert table.record.isna().tolist() == [False, False, True]
     assert analysis.accuracy_table(runs)["seeds"].tolist() == ["1", "1", "1"]
+    for brief in (False, True):
+        (said,) = overview(runs, brief=brief)["Runs with the same settings and seed"]
+        assert said.startswith("2 runs have the seed and all settings of another")
+        assert "not averaged: a, b. If they are repetitions, give each its seed: " in said
+    runs["b"].attrs["seed"] = 2
+    assert "Runs with the same settings and seed" not in overview(runs)
+    assert analysis.accuracy_table(runs)["seeds"].tolist() == ["3"]
 
 
 def test_what_a_stranger_said_in_another_kind_is_not_compared_by() -> None:

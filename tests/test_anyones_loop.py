@@ -708,6 +708,22 @@ def test_an_optimizer_that_never_steps_is_said(tmp_path: Path, watched: bool) ->
                 plain_step(model, trains, batch)
 
 
+@pytest.mark.parametrize("watched", [True, False])
+def test_closing_says_so_too_as_in_a_notebook(tmp_path: Path, watched: bool) -> None:
+    """A model and an optimizer that were made anew in another cell are not those of the recorder."""
+    old, batches = smooth_network(), vectors(2)
+    recorder = Recorder(tmp_path / "run", old, torch.optim.SGD(old.parameters(), 0.1))
+    model = smooth_network() if watched else old
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for batch in recorder.watch(batches) if watched else batches:
+        plain_step(model, optimizer, batch)
+    with pytest.warns(UserWarning, match="batches or gradients were seen, but the optimizer took no step") as said:
+        recorder.close()
+        recorder.close()
+    assert len(said) == 1
+    assert said[0].filename == __file__
+
+
 def test_curvature_of_a_pruned_network_is_that_of_what_is_left(tmp_path: Path) -> None:
     model, batches = smooth_network(), vectors(3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

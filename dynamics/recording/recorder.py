@@ -276,34 +276,43 @@ class Recorder:
         """Detach from the optimizer, write what is left and wait for it. Nothing of the recorder stays behind.
 
         What cannot be written is lost with a warning, not an exception, which would cost what comes after the training.
+        Unless an exception ends the training, a warning also says if it was not recorded, and why.
         """
-        if self._attachment:
-            if sys.exception() is not None:
-                self._steps.part()
-            self._attachment.end()
-            try:
-                self._steps.finish(ends=True)
-            finally:  # its warnings may be errors
-                self._attachment.close()
-                self._batches.close()
-                self._termination.close()
-                atexit.unregister(self._leave)
-                self._rows.close()
+        self._end(failed=sys.exception() is not None)
 
     def _leave(self) -> None:
         """Close at the interpreter's exit, without waiting for other processes."""
         self._steps.part()
-        self.close()
+        self._end(failed=True)
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        trained = bool(self._batches) or self._batches.position.backwards > 0
-        steps, wasted, unused = self._steps, self._batches.wasted, self._batches.unused
-        self.close()
-        if exception[0] is not None:
+        self._end(failed=exception[0] is not None)
+
+    def _end(self, *, failed: bool) -> None:
+        if not self._attachment:
             return
+        batches = self._batches
+        trained, wasted, unused = bool(batches) or batches.position.backwards > 0, batches.wasted, batches.unused
+        if sys.exception() is not None:
+            self._steps.part()
+        self._attachment.end()
+        try:
+            self._steps.finish(ends=True)
+        finally:  # its warnings may be errors
+            self._attachment.close()
+            self._batches.close()
+            self._termination.close()
+            atexit.unregister(self._leave)
+            self._rows.close()
+        if not failed:
+            self._say_what_was_missed(trained=trained, wasted=wasted, unused=unused)
+
+    def _say_what_was_missed(self, *, trained: bool, wasted: int, unused: int) -> None:
+        """Warn of batches, gradients or curvature that led to no rows, as far as the loop was one that trains."""
+        steps = self._steps
         if steps.taken and wasted > _WASTED:
             warn(
                 f"{wasted} backward passes after step {steps.number - 1} led to no optimizer step: if another "

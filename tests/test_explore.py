@@ -61,12 +61,12 @@ def test_a_quantity_is_drawn_of_the_layers_and_steps_that_are_chosen(run: xr.Dat
     page = pages.quantity_page({"mine": run}, "mine", ("steps", "grad_sqnorm"), ["2", pages.WHOLE], (1, 4))
     found = lines(drawn[0])
     values = run["steps"].grad_sqnorm.values
-    np.testing.assert_array_equal(found["2"], np.transpose([range(1, 5), values[1:5, 1]]))
+    np.testing.assert_array_equal(found["layer 2"], np.transpose([range(1, 5), values[1:5, 1]]))
     np.testing.assert_allclose(found[pages.WHOLE], np.transpose([range(1, 5), values[1:5].sum(1)]), rtol=1e-6)
     assert found["pruning"][0, 0] == 2.5
     assert "squared norm of the gradient" in page
     pages.quantity_page({"mine": run}, "mine", ("steps", "grad_sqnorm"), ["2"], (4, 5))
-    assert set(lines(drawn[1])) == {"2"}  # the pruning is outside
+    assert set(lines(drawn[1])) == {"layer 2"}  # the pruning is outside
 
 
 @pytest.mark.parametrize("name", ["loss", "temperature"])
@@ -82,7 +82,7 @@ def test_learning_rates_of_layers_are_not_added_up(run: xr.DataTree, drawn: list
     pages.quantity_page({"mine": run}, "mine", ("steps", "learning_rate"), [pages.WHOLE], (0, 5))
     found = lines(drawn[0])
     assert pages.WHOLE not in found
-    np.testing.assert_allclose(found["0"][:, 1], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(found["layer 0"][:, 1], 0.1, rtol=1e-6)
 
 
 def test_no_layer_is_said(run: xr.DataTree) -> None:

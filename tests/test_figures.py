@@ -120,7 +120,7 @@ def test_layers_are_labelled_by_the_table(runs: dict[str, xr.DataTree]) -> None:
     quantity = runs["none"]["steps"].grad_sqnorm
     ax = draw_layers(quantity)
     assert ax.get_ylabel() == label("grad_sqnorm") == "‖g‖²  [L² θ⁻²]"
-    assert [line.get_label() for line in ax.lines] == ["0", "2"]
+    assert [line.get_label() for line in ax.lines] == ["layer 0", "layer 2"]
     for line, layer in zip(ax.lines, ("0", "2"), strict=True):
         np.testing.assert_array_equal(line.get_ydata(), quantity.sel(layer=layer))
 

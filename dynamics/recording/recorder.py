@@ -49,13 +49,12 @@ from .epochs import Epochs, Pass
 from .event import Event
 from .events import Events
 from .flow_times import FlowTimes
+from .missed import missed
 from .resuming import begin
 from .rows import Rows
 from .steps import Steps, anyone_measures
 from .termination import on_termination
 from .watched import Watched, watched
-
-_WASTED = 16  # batches or backward passes at the end that led to no step: a loop may skip a few
 
 
 class Recorder:
@@ -294,46 +293,21 @@ class Recorder:
     def _end(self, *, failed: bool) -> None:
         if not self._attachment:
             return
-        batches = self._batches
-        trained, wasted, unused = bool(batches) or batches.position.backwards > 0, batches.wasted, batches.unused
         if sys.exception() is not None:
             self._steps.part()
         self._attachment.end()
+        said: list[str] = []
         try:
             self._steps.finish(ends=True)
+            said += missed(self._steps, self._batches, unseen=self._curvature.unseen)
         finally:  # its warnings may be errors
             self._attachment.close()
             self._batches.close()
             self._termination.close()
             atexit.unregister(self._leave)
             self._rows.close()
-        if not failed:
-            self._say_what_was_missed(trained=trained, wasted=wasted, unused=unused)
-
-    def _say_what_was_missed(self, *, trained: bool, wasted: int, unused: int) -> None:
-        """Warn of batches, gradients or curvature that led to no rows, as far as the loop was one that trains."""
-        steps = self._steps
-        if steps.taken and wasted > _WASTED:
-            warn(
-                f"{wasted} backward passes after step {steps.number - 1} led to no optimizer step: if another "
-                "optimizer took over, pass both from the start, Recorder(..., [first, second])"
-            )
-        elif steps.taken and unused > _WASTED:
-            warn(
-                f"{unused} batches after step {steps.number - 1} led to no optimizer step: if model and optimizer were "
-                "made anew, make a recorder anew, too"
-            )
-        if self._curvature.unseen and not self._batches.told:
-            warn(
-                "no batch was seen, so no curvature was recorded: iterate over recorder.watch(loader), call "
-                "recorder.observe(batch) for each batch, or set curvature_every=0"
-            )
-        if trained and not steps.taken:
-            warn(
-                "batches or gradients were seen, but the optimizer took no step: the one that trains the model "
-                "is not the one that the recorder was given. A copy of an optimizer has no hooks; of one that "
-                "steps through another, as SAM does, pass the inner one, its base_optimizer"
-            )
+        for sentence in () if failed else said:
+            warn(sentence)
 
     def __deepcopy__(self, memo: dict) -> Recorder:
         """Itself: the copy of a model that refers to its recorder refers to the same."""

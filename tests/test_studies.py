@@ -59,6 +59,10 @@ def test_a_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
                 event.add("scores", scores(0).isel(measure=0))
             with pytest.raises(ValueError, match=r"event.add\('scores'\) takes the variables .*score.*, got 'loss'$"):
                 event.add("scores", scores(0).rename(score="loss"))
+            with pytest.raises(
+                ValueError, match=r"a coordinate of 'scores' lies along one dimension, but 'trial' has \(\): .*'trial'"
+            ):
+                event.add("scores", scores(0).assign_coords(trial=3))
     assert not open_run(tmp_path / "run")["scores"].data_vars
 
 

@@ -78,8 +78,9 @@ class Event:
         """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.
 
         Raises:
-            ValueError: another name, a dataset with other variables or dimensions than the node's, or with other
-                measures, draws, fractions or units than in an earlier event.
+            ValueError: another name, a dataset with other variables or dimensions than the node's, with a coordinate
+                that does not lie along one of these, or with other measures, draws, fractions or units than in an
+                earlier event.
         """
         if node not in schema.STUDIES:
             raise ValueError(f"event.add() takes one of the studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
@@ -90,6 +91,12 @@ class Event:
             if set(values.dims) != set(dims[name]):
                 raise ValueError(
                     f"event.add({node!r}) takes {name!r} over the dimensions {dims[name]}, got it over {values.dims}"
+                )
+        for name, values in study.coords.items():
+            if len(values.dims) != 1:
+                raise ValueError(
+                    f"a coordinate of {node!r} lies along one dimension, but {name!r:.60} has {values.dims}: "
+                    f"drop it by study.drop_vars({name!r:.60})"
                 )
         before, now = self._past.studied.get(node, {}), coordinates(study)
         for name in (name for name in before if name in now):

@@ -36,6 +36,15 @@ def test_every_recorder_is_told_of_and_its_framework_installed_for_tests() -> No
         assert {*packages.split()} <= installed
 
 
+def test_a_framework_that_does_not_name_what_it_lacks_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> None:
+        raise ModuleNotFoundError("Required dependencies not available")  # as Lightning's packages say it
+
+    monkeypatch.setattr(frameworks, "import_module", lacking)
+    with pytest.raises(ModuleNotFoundError, match="Required dependencies not available"):
+        _ = frameworks.LightningRecorder
+
+
 @pytest.mark.parametrize(
     ("recorder", "module", "missing", "message"),
     [

@@ -29,7 +29,7 @@ def __getattr__(name: str) -> object:
     try:
         return getattr(import_module(f".{module}", __name__), name)
     except ModuleNotFoundError as error:
-        missing = error.name.partition(".")[0]
+        missing = (error.name or "").partition(".")[0]
         if missing not in frameworks:
             raise
         text = f"{name} needs {missing}, which is not installed: pip install {packages}"

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -140,7 +141,7 @@ def _experiments(path: str) -> list[Experiment]:
 class _File(ActionConfigFile):
     """A file of settings for `run`, which is to be as good YAML as a sweep's."""
 
-    def __call__(self, parser: ArgumentParser, settings: Namespace, path: str, option: str | None = None) -> None:
+    def __call__(self, parser: Any, settings: Any, path: Any, option: str | None = None) -> None:
         """Read it, after a check: jsonargparse would take the last of a setting that stands twice."""
         _configuration(path)
         super().__call__(parser, settings, path, option)

@@ -36,9 +36,10 @@ def exit_status(
         mistakes: exceptions that are user errors, besides wrong arguments, values and files.
         interrupted: what is printed then, after the notes of the interruption.
     """
+    of_users: tuple[type[Exception], ...] = (ArgumentError, ValueError, OSError, *mistakes)
     try:
         return execute() or 0
-    except (ArgumentError, ValueError, OSError, *mistakes) as error:
+    except of_users as error:
         print(f"error: {mistake(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

@@ -10,7 +10,7 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import error as DecompressionError
 
 import torch
@@ -100,7 +100,7 @@ class ImageSet(Dataset[Batch]):
         resident = replace(self, images=self.images.to(device), labels=self.labels.to(device))
         order = RandomSampler(self, generator=generator) if shuffle else SequentialSampler(self)
 
-        def prepare(batch: Batch) -> Batch:
+        def prepare(batch: Any) -> Batch:
             images, labels = batch
             shown = crop_and_flip(images, flip=self.flip, generator=generator) if augment else images
             return normalise(shown.contiguous(memory_format=torch.channels_last)), labels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 SCHEMA_VERSION = 1
 
@@ -217,7 +218,7 @@ def quantities(node: str) -> list[Quantity]:
     return [row for row in QUANTITIES.values() if node in row.nodes]
 
 
-def label(name: str) -> str:
+def label(name: Any) -> str:
     """Axis label ``symbol [unit]`` of a quantity; the name itself when the table does not know it."""
     row = QUANTITIES.get(name)
     if row is None:

@@ -54,12 +54,13 @@ def geometry(
     arguments that torch might refuse.
     """
     size = weight.shape[2:]
-    stride, dilation = _each(stride, size), _each(dilation, size)
-    if padding == "same" and stride == [1] * len(size) and dilation:
-        padding, input = _same(input, size, dilation)
-    padding = _each(0 if padding == "valid" else padding, size)
-    known = input.ndim == weight.ndim and stride and padding and dilation
-    return (Geometry(stride, padding, dilation, groups), input) if known else None
+    strides, dilations = _each(stride, size), _each(dilation, size)
+    if padding == "same" and strides == [1] * len(size) and dilations:
+        paddings, input = _same(input, size, dilations)
+    else:
+        paddings = _each(0 if padding == "valid" else padding, size)
+    known = input.ndim == weight.ndim and strides and paddings and dilations
+    return (Geometry(strides, paddings, dilations, groups), input) if known else None
 
 
 def transposed_geometry(
@@ -76,19 +77,19 @@ def transposed_geometry(
     None for an input without a batch dimension, and for arguments that torch might refuse.
     """
     size = weight.shape[2:]
-    stride, padding, more, dilation = (_each(given, size) for given in (stride, padding, output_padding, dilation))
-    if input.ndim != weight.ndim or len(weight) != input.shape[1] or not (stride and padding and more and dilation):
+    strides, paddings, more, dilations = (_each(given, size) for given in (stride, padding, output_padding, dilation))
+    if input.ndim != weight.ndim or len(weight) != input.shape[1] or not (strides and paddings and more and dilations):
         return None
-    if any(extra >= max(s, d) for extra, s, d in zip(more, stride, dilation, strict=True)):
+    if any(extra >= max(s, d) for extra, s, d in zip(more, strides, dilations, strict=True)):
         return None
     lengths = [
         (length - 1) * s - 2 * p + d * (k - 1) + extra + 1
-        for length, s, p, d, k, extra in zip(input.shape[2:], stride, padding, dilation, size, more, strict=True)
+        for length, s, p, d, k, extra in zip(input.shape[2:], strides, paddings, dilations, size, more, strict=True)
     ]
     if min(lengths) < 1:
         return None
     x = input.new_empty(()).expand(len(input), weight.shape[1] * groups, *lengths)
-    return Geometry(stride, padding, dilation, groups), x
+    return Geometry(strides, paddings, dilations, groups), x
 
 
 def _each(given: Any, size: torch.Size) -> list[int]:

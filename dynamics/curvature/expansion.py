@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Expansion:
     parameters are copied, so later changes of the model's own tensors have no effect here.
     """
 
-    def __init__(self, losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> None:
+    def __init__(self, losses: Sequence[LossFunction], weights: Sequence[float], theta: Mapping[str, Tensor]) -> None:
         self._losses = list(zip(losses, weights, strict=True))
         self.theta = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
         self._leaves = list(self.theta.values())
@@ -57,7 +57,8 @@ class Expansion:
     @full_precision()
     def _loss_and_grad(self) -> tuple[Tensor, list[Tensor]]:
         keep = len(self._losses) == 1
-        total_loss, total_grad = 0.0, _zero_sums(self._leaves)
+        total_loss: Any = 0.0
+        total_grad = _zero_sums(self._leaves)
         for loss_of, weight in self._losses:
             found = self._first(loss_of) if keep else _gradient(loss_of, self.theta)
             self.exact = self.exact and found.exact
@@ -138,10 +139,10 @@ class Expansion:
             leaf.grad = None
         way.check_whole()
 
-    def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: bool) -> list[Tensor]:
+    def _along(self, parts: Sequence[Tensor], vector: Sequence[Tensor], **graph: Any) -> list[Tensor]:
         """Gradient of the inner product of ``parts``, which depend on θ, with a constant vector."""
         check_differentiable(parts)
-        slope = sum((part * v.conj()).sum().real for part, v in zip(parts, vector, strict=True))  # complex: x + iy
+        slope: Any = sum((part * v.conj()).sum().real for part, v in zip(parts, vector, strict=True))  # complex: x + iy
         if not slope.requires_grad:  # constant in θ, as the loss is a polynomial of lower degree
             return [torch.zeros_like(leaf) for leaf in self._leaves]
         return list(torch.autograd.grad(slope, self._leaves, allow_unused=True, materialize_grads=True, **graph))
@@ -205,15 +206,15 @@ def _gradient(loss_of: LossFunction, theta: dict[str, Tensor], *, create_graph: 
         if not loss.requires_grad:
             raise ValueError("the loss depends on no trainable parameter")
         with on_the_way_back(loss, leaves) as way:
-            grad = torch.autograd.grad(
-                loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            grad = list(
+                torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
             )
     if way.again:
         grad = [part.detach() if leaf.grad is None else part.detach() + leaf.grad
                 for part, leaf in zip(grad, leaves, strict=True)]  # fmt: skip
         for leaf in leaves:
             leaf.grad = None
-    return _Gradient(loss if create_graph else loss.detach(), list(grad), not way.again)
+    return _Gradient(loss if create_graph else loss.detach(), grad, not way.again)
 
 
 @torch.no_grad()
@@ -223,7 +224,8 @@ def mean_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """L = Σ_b w_b L_b at θ and its gradient, one tensor per parameter."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in theta.items()}
-    total_loss, total_grad = 0.0, _zero_sums(leaves.values())
+    total_loss: Any = 0.0
+    total_grad = _zero_sums(leaves.values())
     for loss_of, weight in zip(losses, weights, strict=True):
         found = _gradient(loss_of, leaves)
         total_loss = total_loss + weight * precise(found.loss)
@@ -242,9 +244,10 @@ def _norm(vector: Sequence[Tensor]) -> Tensor:
 
 
 @full_precision()
-def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: dict[str, Tensor]) -> Tensor:
+def mean_loss(losses: Sequence[LossFunction], weights: Sequence[float], theta: Mapping[str, Tensor]) -> Tensor:
     """Σ_b w_b L_b(θ), a scalar without graph; gradients are enabled inside, because a loss may take some itself."""
     with torch.enable_grad():
         copies = {name: tensor.detach().clone() for name, tensor in theta.items()}  # the loss may write to them
         leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in copies.items()}
-        return sum(weight * precise(loss_of(leaves).detach()) for loss_of, weight in zip(losses, weights, strict=True))
+        terms = (weight * precise(loss_of(leaves).detach()) for loss_of, weight in zip(losses, weights, strict=True))
+        return sum(terms)  # type: ignore[return-value]  # not 0, as there is a batch

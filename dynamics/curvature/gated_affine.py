@@ -7,11 +7,11 @@ activations with their cotangents, and no gradient of the weight's shape is form
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ..float64 import widened
 
@@ -69,12 +69,12 @@ class _Inner(torch.autograd.Function):
     """:func:`inner` with a constant, as a differentiable operation."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, d: Tensor, constant: Tensor) -> Tensor:
+    def forward(ctx: Any, d: Tensor, constant: Tensor) -> Tensor:
         ctx.constant = constant
         return inner(d, constant)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, u: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         return u.to(ctx.constant.real.dtype) * ctx.constant, None
 
 
@@ -82,14 +82,14 @@ class Parameter(torch.autograd.Function):
     """p = θ + aθ + Σ_k b_k v_k, for all operations that have no cheaper derivatives here."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gated: Gated, scale: Tensor, *steps: Tensor) -> Tensor:
+    def forward(ctx: Any, gated: Gated, scale: Tensor, *steps: Tensor) -> Tensor:
         """A copy of θ, because an operation may change its parameter in place."""
         ctx.gated = gated
         ctx.set_materialize_grads(False)
         return gated.theta.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, d: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         """⟨δ, θ⟩ and ⟨δ, v_k⟩."""
         gated = ctx.gated
         if d is None:
@@ -116,7 +116,7 @@ class Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         phase: Phase,
         operation: Linear,
         weight: Gated,
@@ -133,7 +133,7 @@ class Affine(torch.autograd.Function):
         return operation.forward(x, weight.theta, bias.theta if bias else None)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, d: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         """Wᵀδ, ⟨δ, V_k x + β_k⟩ and, in the last backward pass only, ∂L/∂a."""
         ctx.phase.require_evaluated()
         none = (None,) * 4
@@ -148,7 +148,7 @@ class Affine(torch.autograd.Function):
         return *none, dx, None, None, _by_scale(ctx, d, x, dx), *(weight.slope(d, one) for one in moved)
 
 
-def _by_scale(ctx: FunctionCtx, d: Tensor, x: Tensor, dx: Tensor | None) -> Tensor:
+def _by_scale(ctx: Any, d: Tensor, x: Tensor, dx: Tensor | None) -> Tensor:
     """∂L/∂a = ⟨δ, Wx + β⟩, from Wᵀδ if that is known."""
     weight, bias, operation = ctx.weight, ctx.bias, ctx.operation
     if dx is None:
@@ -165,7 +165,7 @@ class _AffineBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, operation: Linear, weight: Gated, d: Tensor, x: Tensor, *gates_and_moved: Tensor
+        ctx: Any, operation: Linear, weight: Gated, d: Tensor, x: Tensor, *gates_and_moved: Tensor
     ) -> tuple[Tensor | None, ...]:
         moved = gates_and_moved[1 + len(weight.steps) :]
         ctx.save_for_backward(d, x, *moved)
@@ -176,7 +176,7 @@ class _AffineBackward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, u: Tensor | None, *ones: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, u: Tensor | None, *ones: Tensor | None) -> tuple[Tensor | None, ...]:
         d, x, *moved = ctx.saved_tensors
         weight, operation = ctx.weight, ctx.operation
         k = next(index for index, one in enumerate(ones) if one is not None)

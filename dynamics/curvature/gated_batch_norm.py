@@ -11,9 +11,12 @@ sums of δ, u and x − μ, each times one number per channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 _PIECE = 1 << 18  # so many numbers of each activation are processed at once on a CPU, to stay in its cache
 _backward = torch.ops.aten.native_batch_norm_backward
@@ -24,7 +27,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -40,7 +43,7 @@ class BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, d: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         """∂x, ∂γ, ∂β."""
         if d is None:
             return (None,) * 6
@@ -54,7 +57,7 @@ class _BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, d: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
+        ctx: Any, d: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         outputs = (x.requires_grad, True, True)
         dx, dweight, dbias = _backward(d, x, weight, None, None, mean, invstd, True, eps, outputs)
@@ -65,7 +68,7 @@ class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, u: Tensor | None, u_weight: Tensor | None, u_bias: Tensor | None
+        ctx: Any, u: Tensor | None, u_weight: Tensor | None, u_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         d, x, weight, mean, invstd, dweight, dbias = ctx.saved_tensors
         zeros = torch.zeros_like(invstd)
@@ -73,7 +76,7 @@ class _BatchNormBackward(torch.autograd.Function):
         means = [total / (x.numel() / len(mean)) for total in (*sums, dbias, dweight)]
         gamma = torch.ones_like(invstd) if weight is None else weight
         of_d, of_x, by_weight = _coefficients(
-            *means, gamma, invstd, zeros if u_weight is None else u_weight, zeros if u_bias is None else u_bias
+            means, gamma, invstd, zeros if u_weight is None else u_weight, zeros if u_bias is None else u_bias
         )
         dd, dx = _combine(d, x, u, mean, of_d, of_x if x.requires_grad else None)
         return dd, dx, None if weight is None else by_weight * (x.numel() / len(mean)), None, None, None
@@ -88,9 +91,10 @@ def _sums(u: Tensor, d: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tupl
 
 
 def _coefficients(
-    u: Tensor, xu: Tensor, ud: Tensor, d: Tensor, xd: Tensor, gamma: Tensor, s: Tensor, u_weight: Tensor, u_bias: Tensor
+    means: Sequence[Tensor], gamma: Tensor, s: Tensor, u_weight: Tensor, u_bias: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Coefficients of ∂δ for (1, u, x−μ) and of ∂x for (1, δ, u, x−μ), and ∂γ/n, from the means m(·)."""
+    """Coefficients of ∂δ for (1, u, x−μ) and of ∂x for (1, δ, u, x−μ), and ∂γ/n, from m of u, x̂u, uδ, δ, x̂δ."""
+    u, xu, ud, d, xd = means
     product = ud - u * d - xu * xd
     by_d, by_u = u_weight - gamma * s * xu, -gamma * s * xd
     h, xh = by_d * d + by_u * u, by_d * xd + by_u * xu
@@ -100,7 +104,7 @@ def _coefficients(
 
 
 def _combine(
-    d: Tensor, x: Tensor, u: Tensor | None, mean: Tensor, of_d: tuple[Tensor, ...], of_x: tuple[Tensor, ...] | None
+    d: Tensor, x: Tensor, u: Tensor | None, mean: Tensor, of_d: Sequence[Tensor], of_x: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
     """∂δ and ∂x from their coefficients, piece by piece."""
     channels = (1, -1) + (1,) * (x.ndim - 2)

@@ -14,7 +14,7 @@ for K directions 2 + 4K.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,12 +77,12 @@ def gated_products(
     return Products(loss.detach(), *(gates.rows(values, layers) for values in (slopes, by_scale, by_steps)))
 
 
-def _gradient(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], **how: bool) -> list[Tensor | None]:
+def _gradient(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], **how: Any) -> list[Tensor | None]:
     """The gradient of the sum of the outputs by each input; None for an input that they do not depend on."""
-    outputs = [output for output in outputs if output is not None and output.requires_grad]
-    if not outputs or not inputs:
+    varying = [output for output in outputs if output is not None and output.requires_grad]
+    if not varying or not inputs:
         return [None] * len(inputs)
-    return list(torch.autograd.grad(outputs, inputs, allow_unused=True, **how))
+    return list(torch.autograd.grad(varying, inputs, allow_unused=True, **how))
 
 
 class _Gates:

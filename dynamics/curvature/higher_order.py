@@ -6,7 +6,7 @@ one; a transposed convolution with output padding has no third derivative. For t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ class _Product(torch.autograd.Function):
         return None, None, *(_product(ctx.how, one, operands) if needed[one] else None for one in "dWx")
 
 
-def _product(how: Geometry, wanted: str, operands: Mapping[str, Tensor]) -> Tensor:
+def _product(how: Geometry, wanted: str, operands: dict[str, Tensor]) -> Tensor:
     product = how.product if is_batched(*operands.values()) else partial(_Product.apply, how)
     return product(wanted, *(operands | {wanted: operands[wanted].detach()}).values())
 

@@ -23,4 +23,4 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
         raise ValueError(
             f"torch cannot compile here: {first_line(error)}; install a C++ compiler such as g++, or leave compile off"
         ) from error
-    return torch.compile(model, dynamic=False)
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # a module, of a module

@@ -16,7 +16,7 @@ from ..schema import PRUNING_SETTINGS
 from .studies import PARTS
 
 # What a setting of each type takes, and how a message says it.
-_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+_KINDS: dict[Any, tuple[Callable[[object], bool], str]] = {
     "str": (lambda value: isinstance(value, str), "a string"),
     "str | None": (lambda value: value is None or isinstance(value, str), "a string"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),

@@ -101,7 +101,8 @@ class _Bar:
 
     def __init__(self, steps: Mapping[Experiment, int], runs: int) -> None:
         self._steps, self._done = steps, dict.fromkeys(steps, 0)
-        self._ended, self._runs, self._failed = set(), runs, 0
+        self._ended: set[Experiment] = set()
+        self._runs, self._failed = runs, 0
         self._bar = tqdm(total=sum(steps.values()), desc="sweep", unit="step")
         self._say()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import dask
@@ -54,7 +54,7 @@ def data_of(name: str, root: str | None, download: bool) -> Data:
 def here(runs: Runs, report: Report) -> Iterator[tuple[Experiment, str]]:
     """Run one after the other in this process; yields each with its error, "" if there was none."""
     for experiment, path in runs.items():
-        yield experiment, _attempt(experiment, path, lambda steps, experiment=experiment: report(experiment, steps))
+        yield experiment, _attempt(experiment, path, partial(report, experiment))
 
 
 @contextmanager
@@ -96,7 +96,8 @@ def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experi
     """
     topic, by_name = f"thetadot-{uuid.uuid4().hex}", {experiment.name: experiment for experiment in runs}
     submitted: dict[Future, tuple[Experiment, int | None]] = {}
-    began, waited = set(), Counter()
+    began: set[Experiment] = set()
+    waited: Counter[Experiment] = Counter()
 
     def hear(event: tuple[object, Mapping]) -> None:
         experiment, steps = by_name[event[1]["run"]], event[1]["steps"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -55,11 +55,11 @@ class Repeated:
     """
 
     def __init__(self) -> None:
-        self._places: list[Hashable] | None = None
+        self._places: Sequence[Hashable] | None = None
         self._captured: Captured | None = None
         self._left = _MOST
 
-    def __call__(self, work: Callable[[], _Result], places: list[Hashable], device: torch.device) -> _Result:
+    def __call__(self, work: Callable[[], _Result], places: Sequence[Hashable], device: torch.device) -> _Result:
         """The result of ``work()``; ``places``: memory addresses of all that it uses and that may ever move."""
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return work()

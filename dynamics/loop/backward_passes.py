@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Variable
 
 
@@ -22,7 +22,7 @@ class BackwardPasses:
     gradients is added.
     """
 
-    def __init__(self, parameters: Callable[[], Sequence[nn.Parameter]], *, averaged: bool = False) -> None:
+    def __init__(self, parameters: Callable[[], Sequence[Tensor]], *, averaged: bool = False) -> None:
         self._parameters, self._averaged = parameters, averaged
         self._before = 0  # backward passes until the last step
         self._counters: list[_Counter] = []
@@ -96,7 +96,7 @@ class BackwardPasses:
 class _Counter:
     """Counts the backward passes accumulated in a parameter's gradient; ``arrived`` counts all since the last step."""
 
-    def __init__(self, parameter: nn.Parameter, *, averaged: bool) -> None:
+    def __init__(self, parameter: Tensor, *, averaged: bool) -> None:
         self.parameter, self._averaged = parameter, averaged
         self.count = self.arrived = 0
         self._before: tuple[weakref.ref, int] | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..network.wrappers import is_compiled, unwrap
 from ..probing.bystanders import Bystanders
@@ -51,7 +51,7 @@ class Batches:
         model: nn.Module,
         device: torch.device,
         objective: Objective,
-        counted: Callable[[], Sequence[nn.Parameter]],
+        counted: Callable[[], Sequence[Tensor]],
         held: Callable[[], Sequence[nn.Parameter]],
         asleep: Callable[[], bool],
         *,

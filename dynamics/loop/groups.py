@@ -47,10 +47,10 @@ class Groups:
         self._rest: dict[tuple[int, ...], list[int]] = {}
         self._rescaled: set[int] = set()  # groups, by id, of optimizers that do not step along the gradient
         self.outside: list[torch.nn.Parameter] = []  # parameters that are not the model's, such as a loss's own
-        self._trained: list[dict[int, Group]] = [{} for _ in optimizers]
+        self._trained: list[Mapping[int, Group]] = [{} for _ in optimizers]
         self._settings: dict[int, _Settings] = {}  # by the group's id
         self._known: dict[str, _CachedSetting] = {}  # the last of each kind
-        self._decays: list[float] = []
+        self._decays: list[object] = []  # what the groups were, and the decay of each parameter
         self._decay = torch.empty(0)
 
     @property
@@ -88,7 +88,7 @@ class Groups:
         self.outside = [parameter for key, parameter in held.items() if key not in index_of]
         self._rest = {}
 
-    def parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """The model's parameters that an optimizer holds now."""
         held = set(map(id, self.of_anything()))
         return [parameter for parameter in self._layers.parameters if id(parameter) in held]
@@ -131,7 +131,7 @@ class Groups:
         found = getattr(self._optimizers[number], "found_inf", None)
         return None if found is None else widened(found.detach().reshape(()))
 
-    def trained(self, stepped: Sequence[int]) -> dict[int, Group]:
+    def trained(self, stepped: Sequence[int]) -> Mapping[int, Group]:
         """The group of each parameter that the optimizers trained when they ``stepped``, by the parameter's index."""
         if len(stepped) == 1:
             return self._trained[stepped[0]]

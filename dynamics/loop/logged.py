@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from .seen import Position
 
-Scalar = float | Tensor
+Scalar: TypeAlias = float | Tensor
 
 
 class _Entry(NamedTuple):

@@ -174,7 +174,7 @@ class Moments:
         self.beside = [name for name, one in changed.items() if id(one) not in held]
         self.outside = [one for one in outside if id(one) not in held]
         first = seen[0] if seen else None  # what moved since a later one came moved since this, too
-        since = first and (first.moment if first.again else first.first_moment)
+        since = None if first is None else first.moment if first.again else first.first_moment
         moved = since is not None and since.moved
         self.lost = moved and not self._keeps_frozen
         # a momentum encoder that begins as a copy of the trained network is first written with the numbers it has

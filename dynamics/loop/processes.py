@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # importing it takes long
     from torch.distributed.device_mesh import DeviceMesh
 
 _Made = TypeVar("_Made")
+_Name = TypeVar("_Name", bound=Hashable)
 _LONG = 15.0  # seconds
 
 
@@ -34,11 +35,12 @@ class Processes:
 
     def __init__(self, model: nn.Module) -> None:
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        for module in model.modules() if together else ():
+        modules: Iterable[Any] = model.modules() if together else ()
+        for module in modules:
             if callable(getattr(module, "unshard", None)):
                 module.reshard()
         self._wrappers = [one for one in model.modules() if isinstance(one, nn.parallel.DistributedDataParallel)]
-        meshes = [one.device_mesh for one in model.parameters() if hasattr(one, "to_local")] if together else []
+        meshes = [one.device_mesh for one in model.parameters() if hasattr(one, "device_mesh")] if together else []
         self.sharded = bool(meshes)
         self.replicated = together and bool(self._wrappers) and not self.sharded
         self.together = self.sharded or self.replicated
@@ -112,7 +114,7 @@ class Processes:
         """The values of all replicas, in the order of their ranks."""
         if not self.replicated:
             return [value]
-        found = [None] * dist.get_world_size(self._group)
+        found: list[Any] = [None] * dist.get_world_size(self._group)
         with torch.cuda.device(self._gpu):
             dist.all_gather_object(found, value, group=self._group)
         return found
@@ -146,7 +148,7 @@ class Processes:
         """The tensor, on the model's GPU if it has one, because NCCL takes no other."""
         return tensor.contiguous() if tensor.is_cuda or self._gpu < 0 else tensor.to(f"cuda:{self._gpu}")
 
-    def sum(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def sum(self, values: dict[_Name, Tensor]) -> dict[_Name, Tensor]:
         """The sum of each value over the sharding processes."""
         if not self.sharded or not values:
             return values
@@ -175,4 +177,6 @@ def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     if mesh.ndim == 1:
         return mesh.get_group()
     ranks = mesh.mesh.flatten().tolist()
-    return None if len(ranks) == dist.get_world_size() else dist.new_group(ranks, use_local_synchronization=True)
+    if len(ranks) == dist.get_world_size():
+        return None
+    return dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[return-value]  # an int elsewhere only

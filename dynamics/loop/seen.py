@@ -90,8 +90,8 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     behind = [came, known[slice(*_window(total, count, ahead))]]
     if len(used) != count and (ahead or total == count):  # several, or all, were read before a backward pass
         behind = behind[::-1]
-    windows = [(total - count, total), (0, count), (total - 1, total)]
-    windows = [known[start:end] for start, end in windows if 0 <= start < end <= total]
+    bounds = [(total - count, total), (0, count), (total - 1, total)]
+    windows = [known[start:end] for start, end in bounds if 0 <= start < end <= total]
     first = _behind(seen, used, used[0] - 1) if used else []
     others = [known[of_epoch:], known, known[-1:]]
     found = [*behind, *windows, first, *others] if count else others

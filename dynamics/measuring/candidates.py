@@ -130,7 +130,7 @@ class Candidates:
         certain = [_is_certain(seen) for _, seen in ends]
         differing = _moments_that_differ(likeliest), _weights_that_differ(likeliest), _changes_that_differ(likeliest)
         found = self._processes.gathered((bool(others), *differing, certain))
-        several, moments, weights, changes, certain = zip(*found, strict=True)
+        several, moments, weights, changes, certain_in_each = zip(*found, strict=True)
         ways = [
             _Way(moment, by_samples, changed)
             for moment in (name for name in _MOMENTS if any(name in names for names in moments))
@@ -139,7 +139,9 @@ class Candidates:
         ]
         return [
             self._candidate(number, seen, way)._replace(certain=all(in_each))
-            for (number, seen), *in_each in list(zip(ends, *certain, strict=True))[: 1 + any(several)]
+            for (number, seen), in_each in list(zip(ends, zip(*certain_in_each, strict=True), strict=True))[
+                : 1 + any(several)
+            ]
             for way in sorted(ways, key=self._is_unlikely)
         ]
 

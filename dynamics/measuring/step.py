@@ -120,7 +120,7 @@ class Measurement:
         for vector in (self.update, self.grad) if self.rest else ():
             vector.take([None] * len(self.rest), among=self.rest)
 
-    def step_values(self, trained: Mapping[int, Group]) -> Mapping[tuple[str, ...], Tensor]:
+    def step_values(self, trained: Mapping[int, Group]) -> dict[tuple[str, ...], Tensor]:
         """The layers' quantities of ``/steps`` in one tensor (name, layer), over all processes."""
         if not self._names:
             return {}

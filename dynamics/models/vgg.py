@@ -1,13 +1,13 @@
 """VGG for 32 × 32 images: 3 × 3 convolutions, each followed by ReLU and then batch normalisation."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-POOL = "M"
-VGG13: tuple[int | str, ...] = (
+POOL: Final = "M"
+VGG13: tuple[int | Literal["M"], ...] = (
     64, 64, POOL, 128, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL,
 )  # fmt: skip
 
@@ -23,7 +23,7 @@ class VGG(nn.Module):
 
     protected: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, widths: Sequence[int | str] = VGG13, *, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(self, widths: Sequence[int | Literal["M"]] = VGG13, *, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels

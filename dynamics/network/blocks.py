@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def is_any_missing(tensors: Sequence[Tensor | None]) -> bool:
     return type(None) in set(map(type, tensors))
 
 
-def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def plain(tensors: list[Tensor]) -> list[Tensor]:
     """The part of each tensor that this process accounts for, dense; of a distributed tensor, its local shard.
 
     A tensor that is replicated over processes counts in the first of them only; in the others its part is empty. Where
@@ -34,7 +35,7 @@ def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [_plain(tensor) for tensor in tensors]
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(tensor: Any) -> Tensor:
     if hasattr(tensor, "to_local"):
         if any(place.is_partial() for place in tensor.placements):
             from torch.distributed.tensor import Replicate  # imported already where tensors are distributed; slow else
@@ -85,7 +86,7 @@ class Vector:
     def __init__(self, blocks: Tensor, views: list[Tensor]) -> None:
         self.blocks, self.views = blocks, views
 
-    def take(self, tensors: Sequence[Tensor | None], among: Sequence[int] | None = None) -> Vector:
+    def take(self, tensors: list[Tensor] | list[Tensor | None], among: Sequence[int] | None = None) -> Vector:
         """Copy tensors, one per parameter, into the vector; None counts as zero.
 
         ``among`` holds the parameters' indices, by default all.

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+Layer: TypeAlias = (  # a module whose weight's rows are units, or in a transposed convolution its columns
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+)
 
 _ATTRIBUTE = "original_units"
 
@@ -33,18 +38,23 @@ def identities(model: nn.Module) -> dict[str, Identity]:
     return {name: identity(module) for name, module in layers.items()}
 
 
-def is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> TypeGuard[Layer]:
     """Whether a module is a convolution or a linear layer, whose units are the rows of its weight."""
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
 
 
-def keep_units(module: nn.Module, left: Tensor) -> None:
+def keep_units(module: Layer, left: Tensor) -> None:
     """Note that only the units at the indices ``left``, (unit,), of a layer's present units remain."""
     before = identity(module)
     setattr(module, _ATTRIBUTE, replace(before, index=before.index[left.cpu()]))
 
 
-def identity(module: nn.Module) -> Identity:
+def layer_named(model: nn.Module, name: str) -> Layer:
+    """The layer of that name, which is one of the model's."""
+    return model.get_submodule(name)  # type: ignore[return-value]
+
+
+def identity(module: Layer) -> Identity:
     """Identity of a layer's units; if it was never shrunk, all that it has."""
     count, groups = len(module.weight), getattr(module, "groups", 1)
     whole = Identity(torch.arange(count, device="cpu"), count, depthwise=groups == count > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter, is_
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     A parameter may be sharded over several groups of processes, each of which holds all of it, as FSDP2 does with one
     that tensor parallelism leaves out: it counts in the group of the first process.
     """
-    sharded = {name: parameter for name, parameter in named.items() if hasattr(parameter, "to_local")}
+    sharded: dict[str, Any] = {name: parameter for name, parameter in named.items() if hasattr(parameter, "to_local")}
     if not sharded:
         return named
     meshes = {parameter.device_mesh for parameter in sharded.values()}
@@ -31,7 +32,7 @@ def _held(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     counting = {mesh for mesh in meshes if (mesh.mesh == first).any()}
     others = any(any(mesh.get_coordinate()) for mesh in meshes)
     counted = sharded if others else named
-    return {name: one for name, one in counted.items() if name not in sharded or one.device_mesh in counting}
+    return {name: one for name, one in counted.items() if name not in sharded or sharded[name].device_mesh in counting}
 
 
 _kind = attrgetter("shape", "dtype", "device")
@@ -83,7 +84,7 @@ class Layers:
         self._tables = [table for table in tables if isinstance(table, dict)]  # a ScriptModule's stay as they are
         self._sizes = list(map(len, self._tables))
         slots = [(table, key, value) for table in self._tables for key, value in table.items()]
-        self._slots = [[slot[part] for slot in slots] for part in range(3)]  # tables, keys, values
+        self._slots: list[list[Any]] = [[slot[part] for slot in slots] for part in range(3)]  # tables, keys, values
         named = dict(self._model.named_parameters())
         self._plain = plain_names(named)
         found = {self._plain[name]: (name, parameter) for name, parameter in _held(named).items()}

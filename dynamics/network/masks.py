@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .identities import layer_named
+
 _MASKS = "_parameter_masks"
 
 
@@ -42,7 +44,7 @@ def parameter_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def filters_left(model: nn.Module, layer: str) -> Tensor:
     """Which filters of a layer are not pruned, boolean (filter,)."""
-    module = model.get_submodule(layer)
+    module = layer_named(model, layer)
     mask = _mask(module, "weight")
     kept = torch.ones_like(module.weight, dtype=torch.bool) if mask is None else mask.bool()
     return kept.flatten(1).any(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -12,9 +13,10 @@ from .hooks import hooks_removed
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of compilation, data parallelism and Fabric: only it has second derivatives."""
-    while hasattr(model, "_orig_mod") or _is_wrapper(model):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+    inner: Any = model
+    while hasattr(inner, "_orig_mod") or _is_wrapper(inner):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner
 
 
 def _is_wrapper(model: nn.Module) -> bool:
@@ -36,7 +38,7 @@ def forward_unwrapped(model: nn.Module) -> Iterator[None]:
     wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
     try:
         for module in wrapped:
-            module.forward = module._original_forward
+            module.forward = vars(module)["_original_forward"]
         with hooks_removed(model, lambda owner: hasattr(owner, "hooks_enabled")):
             yield
     finally:

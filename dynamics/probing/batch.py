@@ -73,7 +73,8 @@ def _contents(batch: Any) -> dict[tuple, Tensor | np.ndarray]:
     """
     found: dict[tuple, Tensor | np.ndarray] = {}
     known: dict[int, Any] = {}
-    waiting, room = deque([((), batch, False)]), _MOST
+    waiting: deque[tuple[tuple, Any, bool]] = deque([((), batch, False)])
+    room = _MOST
     while waiting:
         place, value, behind = waiting.popleft()
         if issubclass(type(value), Tensor | np.ndarray):
@@ -148,7 +149,12 @@ def layout(batch: Any) -> Hashable:
 def tensors_of(batch: Any) -> list[Tensor]:
     """All tensors in the batch."""
     found: list[Tensor] = []
-    mapped(batch, lambda tensor: found.append(tensor) or tensor)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(batch, note)
     return found
 
 

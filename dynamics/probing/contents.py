@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .ownership import content_of, is_users_module, slots
 
-PutBack = Callable[[], None]
+PutBack = Callable[[], object]
 Taken = tuple[PutBack, list[Any]]  # a function that puts the contents back, and the numbers among them
 Take = Callable[[], Taken]
 
@@ -105,9 +105,9 @@ def take_array(array: np.ndarray) -> Taken:
 
 def take_container(value: Any) -> Taken:
     """Save the entries of a dictionary, list, deque or set, by built-in methods even if a subclass overrides them."""
-    kind = next(one for one in (OrderedDict, dict, list, deque, set) if isinstance(value, one))
+    kind: Any = next(one for one in (OrderedDict, dict, list, deque, set) if isinstance(value, one))
     has_keys = issubclass(kind, dict)
-    fill = {list: list.extend, deque: deque.extend}.get(kind) or kind.update
+    fill: Any = {list: list.extend, deque: deque.extend}.get(kind) or kind.update
 
     def entries() -> list[Any]:
         return list(kind.items(value) if has_keys else kind.__iter__(value))
@@ -141,7 +141,7 @@ def take_object(value: Any) -> Taken:
     return put_back, _numbers([*own.values(), *(one for _, one in members)])
 
 
-def _take_generator(get: Callable[[], Any], put: Callable[[Any], None]) -> Taken:
+def _take_generator(get: Callable[[], Any], put: Callable[[Any], object]) -> Taken:
     state = get()
     return partial(put, state), [state]
 

@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Moment:
         self._norms, self._places = _norms(frozen), _places(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.replaced: dict[str, Tensor] = {}
-        self._outside: dict[str, Tensor] = {}  # for a forward pass: parameters when its batch was seen
+        self._outside: Mapping[str, Tensor] = {}  # for a forward pass: parameters when its batch was seen
         self.others: dict[nn.Module, _Other] = {}
         self.moved_others: set[nn.Module] = set()
         self.shares_parameters = False
@@ -185,7 +185,10 @@ class Moment:
         the model is evaluated with, and those that are ``present`` stay as they are. Yields the set to which these
         modules are added. Modules that other threads run meanwhile are ignored.
         """
-        put_back = [kept(self._model.modules(), self._objective).put_back, self._attributes.now().put_back]
+        put_back: list[PutBack] = [
+            kept(self._model.modules(), self._objective).put_back,
+            self._attributes.now().put_back,
+        ]
         ours, others, here = set(self._model.modules()), set(), threading.get_ident()
         stay = {id(one) for one in present}
 
@@ -258,7 +261,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
 
-def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
+def _lent(table: dict[str, Any], tensors: Tensors) -> PutBack:
     """Put copies of tensors into a module's table; returns a function that puts its own back.
 
     Copying into the module's own tensors would invalidate graphs that have saved them for their backward passes.
@@ -267,7 +270,7 @@ def _lent(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
     return _put(table, _copies({name: one for name, one in tensors.items() if name in own}))
 
 
-def _put(table: dict[str, Tensor | None], tensors: Tensors) -> PutBack:
+def _put(table: dict[str, Any], tensors: Tensors) -> PutBack:
     """Put tensors into a module's table in place of its own; returns a function that puts these back."""
     own = {name: table[name] for name in tensors}
     table.update(tensors)

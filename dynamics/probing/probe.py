@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..curvature.expansion import Expansion, LossFunction, mean_gradient, mean_loss
+from ..curvature.expansion import Expansion, mean_gradient, mean_loss
 from ..curvature.gates import Products, gated_products
 from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_again, rounding
 from ..curvature.ordinary import masked, with_masked_gradient
@@ -142,7 +142,7 @@ class Probe:
             mask.copy_(other._masks[name])
 
     @property
-    def _losses(self) -> list[LossFunction]:
+    def _losses(self) -> list[Callable[..., Tensor]]:
         """L_b as a function of θ, one per batch; not cached, because a probe that refers to itself would live on."""
         return [partial(self._loss, batch, moment) for batch, moment in self._at]
 
@@ -168,7 +168,9 @@ class Probe:
             if name in free
         }
         values = free | pruned | moment.buffers()
-        again = nullcontext(set()) if self._fixed else moment.again(present=present)
+        again: AbstractContextManager[set[nn.Module]] = (
+            nullcontext(set()) if self._fixed else moment.again(present=present)
+        )
         with differentiable_twice(), again as others, forward_unwrapped(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
             with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
@@ -232,12 +234,12 @@ class Probe:
         whole = [
             {name: channels_first(direction[name].to(theta[name].dtype)) for name in known} for direction in directions
         ]
-        total = None
+        total: list[Tensor] | None = None
         zero = self._masks.keys() - self._moved  # a parameter times a mask keeps its gates, which is cheaper
         losses = [partial(loss_of, zero=zero) for loss_of in self._losses]
         for loss_of, weight in zip(losses, self._weights, strict=True):
-            parts = gated_products(loss_of, theta, whole, layer_of, layers, frozen=frozen)
-            parts = [weight * part for part in parts]
+            products = gated_products(loss_of, theta, whole, layer_of, layers, frozen=frozen)
+            parts = [weight * part for part in products]
             total = parts if total is None else [one + other for one, other in zip(total, parts, strict=True)]
         return Products(*total)
 

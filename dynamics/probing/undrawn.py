@@ -123,8 +123,8 @@ def _places(value: Any) -> list[_Place]:
         return _entries(vars(value), attributes_of(value).items())
     if type(value) in (dict, list):
         return _entries(value, islice(value.items() if isinstance(value, dict) else enumerate(value), MOST))
-    own = is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)) and hasattr(value, "__dict__")
-    return _entries(vars(value), vars(value).items()) if own else []
+    of_users = is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)) and hasattr(value, "__dict__")
+    return _entries(vars(value), vars(value).items()) if of_users else []
 
 
 def _entries(holder: Any, entries: Iterable[tuple[Any, Any]]) -> list[_Place]:

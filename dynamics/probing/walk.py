@@ -16,7 +16,8 @@ def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded
 
     If ``bounded``, for at most ``MOST`` objects, down to depth ``_DEEPEST``.
     """
-    waiting, known = deque((value, 0) for value in values), set()
+    waiting = deque((value, 0) for value in values)
+    known: set[int] = set()
     while waiting and not (bounded and len(known) == MOST):
         value, depth = waiting.popleft()
         if id(value) in known:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..float64 import widened, widest
 from ..hardware.random_numbers import random_numbers_untouched
 from ..network.exchanged import exchanged
+from ..network.identities import layer_named
 from ..network.masks import parameter_masks
 from ..network.parameter_names import plain_names
 from ..network.wrappers import unwrap
@@ -59,13 +60,14 @@ def network_cost(model: nn.Module, shape: Sequence[int], keep: Mapping[str, Tens
         if keep:
             read.clear()
             _count(model, shape, _silence(model, keep))
-    total, parameters, layers = counts[""], 0, {weight_of(layer): layer for layer in read}
+    total: float = counts[""]
+    parameters, layers = 0, {weight_of(layer): layer for layer in read}
     named = dict(model.named_parameters())
     for (name, parameter), plain in zip(named.items(), plain_names(named).values(), strict=True):
         kept = keep.get(name, torch.ones((), dtype=torch.bool, device=parameter.device)).expand_as(parameter)
         layer = layers.get(plain)
-        if layer is not None and parameter.shape == model.get_submodule(layer).weight.shape:
-            kept = kept & weights_reading(model.get_submodule(layer), read[layer] | ~whole[layer])
+        if layer is not None and parameter.shape == layer_named(model, layer).weight.shape:
+            kept = kept & weights_reading(layer_named(model, layer), read[layer] | ~whole[layer])
             total -= counts[layer] * (1 - kept.sum().item() / kept.numel())
         parameters += int(kept.sum())
     return Cost(parameters, round(total / 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class Pruning:
     sparsity: float
     cost: Cost | None
     dense: Cost | None
-    settings: dict[str, str | float]
+    settings: dict[str, Any]
 
     def __repr__(self) -> str:
         left = units_left(self.alive, self.settings["granularity"])

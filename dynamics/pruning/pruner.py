@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..network.identities import layer_named
 from ..network.masks import apply_masks, filters_left, lift_masks, parameter_masks
 from ..network.structure import has_any
 from ..network.wrappers import unwrap
@@ -120,7 +121,7 @@ class Pruner:
         model = unwrap(self._model)
         if self._settings["granularity"] == "filter":
             return {name: filters_left(model, name).cpu() for name in self._units}
-        masks, shapes = parameter_masks(model), {name: model.get_submodule(name).weight.shape for name in self._units}
+        masks, shapes = parameter_masks(model), {name: layer_named(model, name).weight.shape for name in self._units}
         whole = {name: torch.ones(shape, dtype=torch.bool, device="cpu") for name, shape in shapes.items()}
         return {name: masks.get(weight_of(name), kept).cpu().clone() for name, kept in whole.items()}
 

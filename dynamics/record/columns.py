@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from ..float64 import widened
 LONGEST_TEXT = 64
 _COUNTS = ("step", "epoch", "event")
 
-Value = Tensor | np.ndarray | float | int | bool | str
-Row = Mapping[str | tuple[str, ...], Value]  # several names share a tensor, stacked along its first dimension
+Value: TypeAlias = Tensor | np.ndarray | float | int | bool | str
+Row = Mapping[Any, Value]  # by name or, where several names share a tensor, stacked first, by the tuple of them
 Columns = dict[str, Tensor | np.ndarray]
 
 

@@ -18,11 +18,11 @@ def foreign(path: Path, reason: str) -> RecordError:
     return RecordError(f"{path} is not a thetadot record (a folder written by Recorder): {reason}")
 
 
-def damaged(chunk: Path, error: Exception) -> RecordError:
+def damaged(chunk: Path, error: BaseException) -> RecordError:
     """The error for a chunk that cannot be decoded."""
     return RecordError(f"{chunk} is damaged ({said(error)}); {AGAIN}")
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """The beginning of an exception's message, on one line; its type if it has none."""
     return one_line(error)[:200] or type(error).__name__

@@ -104,11 +104,12 @@ class Store:
             KeyError: the record has no such variable.
         """
         group = zarr.open_group(str(self.path), mode="r", zarr_format=2, use_consolidated=True)
-        return np.asarray(group[f"{node}/{name}"][...])
+        values: Any = group[f"{node}/{name}"]
+        return np.asarray(values[...])
 
     def coordinates(self, node: str) -> dict[str, np.ndarray]:
         """The coordinates of a node that do not grow, by name; for a dimension without one, the positions along it."""
-        positions = {}
+        positions: dict[str, np.ndarray] = {}
         for name, values in self._open[node].items():
             positions |= {dim: np.arange(size) for dim, size in zip(_dims(node, name), values.shape, strict=True)}
         return {dim: of for dim, of in positions.items() if dim != NODES[node][0]} | self._coordinates[node]

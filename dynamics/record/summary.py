@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -20,8 +22,8 @@ def summary(run: xr.DataTree) -> str:
         lines.append("came to     " + ", ".join(reached))
     for name, node in run.children.items():
         rows = node.sizes.get(NODES[name][0], 0) if name in NODES else len(node.sizes)
-        sizes = " × ".join(map(counted, node.sizes.values(), node.sizes)) if rows else "empty"
-        lines.append(f"/{name:<10} {sizes}" + (f": {', '.join(node.data_vars)}" if node.data_vars else ""))
+        sizes = " × ".join(map(counted, node.sizes.values(), map(str, node.sizes))) if rows else "empty"
+        lines.append(f"/{name:<10} {sizes}" + (f": {', '.join(map(str, node.data_vars))}" if node.data_vars else ""))
     origin = ", ".join(
         f"{name} {run.attrs[name]}" for name in ("thetadot", "commit", "torch", "device") if run.attrs.get(name)
     )
@@ -32,7 +34,7 @@ def _outcome(run: xr.DataTree) -> list[str]:
     """The last known test accuracy and sparsity, and the numbers of steps and events."""
     said = []
     for node, name, words in (("epochs", "test_accuracy", "test accuracy"), ("pruning", "sparsity", "sparsity")):
-        values = run[node][name].values if name in run.children.get(node, ()) else np.empty(0)
+        values: Any = run[node][name].values if name in run.children.get(node, ()) else np.empty(0)
         if values.dtype.kind == "f" and (known := values[np.isfinite(values)]).size:  # a user's own may be text
             said.append(f"{words} {known[-1]:.1%}")
     if "step" in run.children.get("steps", ()) and (recorded := run["steps"].sizes["step"]):

@@ -145,7 +145,7 @@ def _has_hooks(optimizer: Any) -> bool:
     return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
-def check_scalar(name: str, value: float | Tensor) -> None:
+def check_scalar(name: str, value: Any) -> None:
     """Raise ValueError if the value cannot be logged under this name."""
     _check_name("log", name)
     row = schema.QUANTITIES.get(name)
@@ -199,7 +199,8 @@ def _is_number(value: Any) -> bool:
     """Whether a value is a real number, or a tensor with a single one."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not (value.is_complex() or value.is_meta)
-    return isinstance(value, Real) and not sys.float_info.max < abs(value) < math.inf  # an int may be too large
+    # an int may be too large
+    return isinstance(value, Real) and not sys.float_info.max < abs(value) < math.inf  # type: ignore[operator]
 
 
 def as_number(value: Any) -> Any:

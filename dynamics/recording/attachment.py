@@ -149,7 +149,7 @@ class Attachment:
     def _come_last(self) -> None:
         """Move the pre-step hooks behind all others, which may change the gradients."""
         for one, hook in zip(self._optimizers, self._pre_hooks, strict=True):
-            hooks = one._optimizer_step_pre_hooks
+            hooks: Any = one._optimizer_step_pre_hooks
             if hook.id in hooks and hook.id != next(reversed(hooks)):
                 hooks.move_to_end(hook.id)
 
@@ -191,7 +191,7 @@ class _Wrapper:
                 self.steps = False
                 done(within=self.within)
 
-        step.of = self
+        step.of = self  # type: ignore[attr-defined]
         self._step = vars(wrapper)["step"] = MethodType(step, wrapper)
 
     def _step_without(self, stepping: Any) -> Callable[..., Any]:

@@ -75,7 +75,7 @@ class Events:
                 "pruning on the same batches in all processes"
             )
         now = {"step": self._steps.number, "epoch": self._epochs.present}
-        row = {"event": self._past.count, "kind": kind, "mode": mode, **now}
+        row: dict[str, Any] = {"event": self._past.count, "kind": kind, "mode": mode, **now}
         with structure.again():  # predictions evaluate the network from before
             found = effect(self._layers, before, after)
         if kind == "prune" and not found["removed"].any():

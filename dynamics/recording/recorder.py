@@ -121,8 +121,8 @@ class Recorder:
         step: int | None = None,
     ) -> None:
         check_arguments(model, objective, every, curvature_every)
-        attributes = as_plain({} if attributes is None else attributes)
-        check_attributes(attributes)
+        described = as_plain({} if attributes is None else attributes)
+        check_attributes(described)
         check_resume(resume, step)
         names, curvature_names = wanted("steps", quantities), wanted("curvature", quantities)
         held, given, self._path = optimizers(optimizer), as_given(optimizer), path
@@ -131,10 +131,11 @@ class Recorder:
         self._layers = Layers(network)
         groups = Groups(held, self._layers)
         measurement = Measurement(self._layers, groups, processes, names)
-        origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | attributes
+        origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | described
         present = measurement.present()
-        store, *known = processes.in_writer(lambda: begin(path, origin, present, resume, step)) or (None,)
-        place, past = processes.broadcast(known)
+        begun = processes.in_writer(lambda: begin(path, origin, present, resume, step))
+        store = None if begun is None else begun[0]
+        place, past = processes.broadcast(begun and begun[1:])
         try:
             measurement.start_from(store, place.step, begins=place.begins)
         except BaseException:

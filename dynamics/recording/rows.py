@@ -11,6 +11,7 @@ from .. import schema
 from ..loop.logged import Logged, Scalar
 from ..loop.seen import Position
 from ..record.buffer import Buffer
+from ..record.columns import Row
 from ..record.store import Store
 from .event import Event
 from .finite_gradients import FiniteGradients
@@ -26,8 +27,8 @@ class Rows:
         self.gradients = FiniteGradients(layers)
         self._buffer = None if store is None else Buffer(store, self.gradients.look)
         self.logged = Logged()
-        self._step: dict[str, Any] = {}  # the row of the last step
-        self._so_far: dict[str, Any] = {}  # the row of the step that is under way, if it was sent
+        self._step: dict[Any, Any] = {}  # the row of the last step
+        self._so_far: dict[Any, Any] = {}  # the row of the step that is under way, if it was sent
         for node in ("steps", "curvature", "pruning"):
             self._coordinate(node, "layer", "layer", layers)
         self._coordinate("pruning", "stage", "stage", schema.STAGES)
@@ -36,7 +37,7 @@ class Rows:
         if self._buffer is not None:
             self._buffer.coordinate(node, name, dim, np.array(values))
 
-    def add(self, node: str, row: Mapping[str, Any]) -> None:
+    def add(self, node: str, row: Row) -> None:
         """Send a row."""
         if self._buffer is not None:
             self._buffer.add(node, row)
@@ -46,15 +47,16 @@ class Rows:
         """Send what was added to an event: its row of ``/units``, if any, and a row of each study."""
         for node, study in event.studies.items():
             for name, values in study.coords.items():
-                self._coordinate(node, name, *values.dims, values.values)
-            self.add(node, {"event": number, **{name: values.values for name, values in study.items()}})
+                (dim,) = values.dims
+                self._coordinate(node, str(name), str(dim), values.values)
+            self.add(node, {"event": number, **{str(name): values.values for name, values in study.items()}})
         if event.alive:
             layers, index = zip(*event.unit_labels(), strict=True)
             self._coordinate("units", "layer", "unit", layers)
             self._coordinate("units", "index", "unit", index)
             self.add("units", {"event": number, **event.unit_row()})
 
-    def step(self, row: Mapping[str, Any] | None, position: Position, *, late: bool) -> Mapping[str, Scalar]:
+    def step(self, row: Row | None, position: Position, *, late: bool) -> Mapping[str, Scalar]:
         """A step is done: send the row of the one before, and keep this one's, which is None if it is not recorded.
 
         Returns what was logged for the one before.
@@ -68,7 +70,7 @@ class Rows:
         self._step, self._so_far = known, {}
         return logged
 
-    def so_far(self, row: Mapping[str, Any], position: Position) -> None:
+    def so_far(self, row: Row, position: Position) -> None:
         """Send the row of the step under way as it is now, after the row of the last step."""
         of_last, logged = self.logged.so_far(position)
         if not self._so_far:
@@ -86,7 +88,7 @@ class Rows:
             self._send(self._step, logged)
         return logged
 
-    def _send(self, row: dict[str, Any], logged: Mapping[str, Scalar]) -> None:
+    def _send(self, row: dict[Any, Any], logged: Mapping[str, Scalar]) -> None:
         if row:
             row |= logged
             self.add("steps", row)

@@ -15,6 +15,7 @@ from ..loop.batches import Batches
 from ..loop.groups import Group, Groups
 from ..measuring.step import Measurement
 from ..measuring.step_curvature import StepCurvature
+from ..record.columns import Row
 from ..warning import warn
 from .epochs import Epochs
 from .flow_times import FlowTimes
@@ -68,11 +69,11 @@ class Steps:
     ) -> None:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
         self._asleep, self._rows, self._epochs, self._names, self._every = asleep, rows, epochs, names, every
-        self.number, self._flow_time, self._flow_times = place.step, place.flow_time, flow_times
-        self._first = place.step
+        self.number, self._first, self._flow_times = place.step, place.step, flow_times
+        self._flow_time: float | Tensor = place.flow_time
         self.busy = self._kept = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
-        self._so_far: tuple[list[int], dict[str, Any] | None] = [], None  # optimizers that have stepped, and their row
+        self._so_far: tuple[list[int], Row | None] = [], None  # optimizers that have stepped, and their row
         self._await_forward()
 
     @property
@@ -175,14 +176,14 @@ class Steps:
         self._batches.clear()
         self._await_forward()
 
-    def _row(self, stepped: list[int]) -> dict[str, Any] | None:
+    def _row(self, stepped: list[int]) -> Row | None:
         """The row of the step under way, in which these optimizers have stepped; None if it is not recorded."""
         known, row = self._so_far
         if known != stepped:
             row = self._measured(stepped)
         return row
 
-    def _measured(self, stepped: list[int]) -> dict[str, Any] | None:
+    def _measured(self, stepped: list[int]) -> Row | None:
         if self._begun:
             with self._or_stop(_FIRST_ORDER), self._busy():
                 self._measurement.end(stepped)

@@ -24,7 +24,8 @@ class Watched:
     """Yields the loader's batches; its length, and all other attributes, are read from and set on the loader."""
 
     def __init__(self, loader: Iterable, begins: Callable[[], Pass]) -> None:
-        self._loader, self._begins = loader, begins
+        self._loader: Any = loader
+        self._begins = begins
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -60,7 +61,8 @@ class _Pass:
 
     def __init__(self, batches: Iterator, begins: Callable[[], Pass]) -> None:
         self._batches, self._begins = batches, begins
-        self._begun, self._open = False, None
+        self._begun = False
+        self._open: Pass | None = None
 
     def __iter__(self) -> Iterator:
         return self

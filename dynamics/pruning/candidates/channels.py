@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ...network.identities import identity
+from ...network.identities import Layer, identity
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -71,8 +71,9 @@ _PRODUCTS_OF_MATRICES = (F.linear, F.bilinear, operator.matmul, torch.matmul, to
 
 def is_depthwise(module: nn.Module | None) -> bool:
     """Whether a module is a convolution with one filter per channel, even if only one channel is left."""
-    of_one_each = isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels
-    return of_one_each and identity(module).depthwise
+    if not isinstance(module, CONVOLUTIONS) or not module.groups == module.in_channels == module.out_channels:
+        return False
+    return identity(module).depthwise
 
 
 def does(node: fx.Node, module: nn.Module | None) -> str:
@@ -138,7 +139,7 @@ def _is_around_zero(low: Any, high: Any) -> bool:
     return all(isinstance(end, int | float) for end in (low, high)) and low <= 0 <= high
 
 
-def pads(node: fx.Node, layer: nn.Module) -> bool:
+def pads(node: fx.Node, layer: Layer) -> bool:
     """Whether an operation pads the pixels of a convolution's channels, by zeros or their own."""
     given = _given(node, "pad", "mode", "value") if node.target is F.pad else {}
     widths = given.get("pad")

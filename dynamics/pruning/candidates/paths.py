@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
 from ...errors import first_line
+from ...network.identities import Layer
 from ...probing.activations import activations_stay
 from ...probing.mode import mode_of
 from .channels import (
@@ -62,35 +64,34 @@ def traced(model: nn.Module) -> fx.Graph:
         ) from error
 
 
-def follow(model: nn.Module, node: fx.Node, layer: nn.Module, path: ChannelPath, *, flattened: bool = False) -> None:
+def follow(model: nn.Module, node: fx.Node, layer: Layer, path: ChannelPath, *, flattened: bool = False) -> None:
     """Follow a layer's channels from a node on until something mixes them, and note the path."""
     filters = len(layer.weight)
     for user in node.users:
-        module = model.get_submodule(user.target) if user.op == "call_module" else None
+        target: Any = user.target  # the name of a module that is called, or a function
+        module = model.get_submodule(target) if user.op == "call_module" else None
         if is_depthwise(module) or isinstance(module, NORMALISATIONS):
             if (module.out_channels if is_depthwise(module) else module.num_features) != filters:
                 continue  # channels were reshaped on the path, so they are not the layer's filters any more
             if isinstance(module, NORMALISATIONS) and module.weight is None:
-                path.refusal = (
-                    f"feeds into {user.target!r}, which has no γ and β: a silenced filter would not be silent"
-                )
-            path.modules.append(user.target)
+                path.refusal = f"feeds into {target!r}, which has no γ and β: a silenced filter would not be silent"
+            path.modules.append(target)
             path.nodes.add(user)
             follow(model, user, layer, path, flattened=flattened)
         elif is_sum(user):
             path.summed = True
         elif user.op != "output" and (effect := _effect(user, node, module, layer, flattened=flattened)) != "ends":
             if effect == "lifts":
-                what = user.target if isinstance(user.target, str) else user.target.__name__
+                what = target if isinstance(target, str) else target.__name__
                 kind = f" ({type(module).__name__})" if module is not None else ""
                 path.refusal = f"feeds into {what!r}{kind}, through which a silenced filter may still have an effect"
             else:
                 follow(model, user, layer, path, flattened=flattened or flattens(user, module))
         elif isinstance(module, LAYERS):
-            path.readers[user.target] = flattened
+            path.readers[target] = flattened
 
 
-def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Module, *, flattened: bool) -> str:
+def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: Layer, *, flattened: bool) -> str:
     """What the user of a node does to each of a layer's channels that come from there: see :func:`does`."""
     if pools(user, layer) or scales(user, node) or (not flattened and pads(user, layer)):
         return "alone"
@@ -100,7 +101,7 @@ def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: nn.Mo
     return "ends" if effect == "alone" and user.all_input_nodes[0] is not node else effect  # x.to(y) has x's channels
 
 
-def reads_each(layer: nn.Module, reader: nn.Module, *, flattened: bool) -> bool:
+def reads_each(layer: Layer, reader: Layer, *, flattened: bool) -> bool:
     """Whether each input channel of a reader, or group of flattened features, comes from one filter of the layer."""
     filters, inputs = len(layer.weight), reader.weight.shape[1]
     if flattened and not isinstance(layer, nn.Linear):
@@ -117,7 +118,7 @@ def reaches_output(model: nn.Module, node: fx.Node, layer: nn.Module, weights: C
         if user in seen or is_layer_of(user, source, weights, flattened=flattened):
             continue
         seen.add(user)
-        module = model.get_submodule(user.target) if user.op == "call_module" else None
+        module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
         if user.op == "output":
             return True
         if not isinstance(module, LAYERS) or is_depthwise(module):

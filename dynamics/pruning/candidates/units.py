@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from ...network.identities import Layer, layer_named
 from ...network.masks import filters_left
 from ...network.structure import check_initialised, check_whole
 from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, is_about, is_depthwise
@@ -121,7 +122,7 @@ def masks_of(
 
     ``layers`` says what is pruned with a layer's filters; if None, its units are single weights, in the weight's shape.
     """
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for name, kept in alive.items():
         layer = layers[name]
         for owned in [weight_of(name)] if layer is None else layer.parameter_names(model):
@@ -138,11 +139,11 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
     A channel is gone if its filter is pruned. Only layers that read a single, pruned layer's channels are listed: one
     that reads several layers' channels, summed or concatenated, keeps all its weights.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer in layers:
         left = filters_left(model, layer.name)
         for reader in layer.readers if not left.all() else ():
-            module = model.get_submodule(reader)
+            module = layer_named(model, reader)
             weights = weights_reading(module, left.repeat_interleave(module.weight.shape[1] // len(left)))
             found[reader] = found[reader] & weights if reader in found else weights
     return found
@@ -162,7 +163,7 @@ def _is_used(tensor: fx.Node) -> bool:
     return not all(is_about(user, tensor) for user in tensor.users)
 
 
-def _path(model: nn.Module, module: nn.Module, calls: Mapping[str, list[fx.Node]], name: str) -> ChannelPath:
+def _path(model: nn.Module, module: Layer, calls: Mapping[str, list[fx.Node]], name: str) -> ChannelPath:
     """The path of a layer's channels from all of its calls; refused where other channels meet them."""
     path = ChannelPath()
     for node in calls[name]:
@@ -172,14 +173,12 @@ def _path(model: nn.Module, module: nn.Module, calls: Mapping[str, list[fx.Node]
     return path
 
 
-def _readers(
-    model: nn.Module, module: nn.Module, calls: Mapping[str, list[fx.Node]], path: ChannelPath
-) -> tuple[str, ...]:
+def _readers(model: nn.Module, module: Layer, calls: Mapping[str, list[fx.Node]], path: ChannelPath) -> tuple[str, ...]:
     """The layers that read each of a layer's channels, and nothing else."""
     return tuple(
         reader
         for reader, flattened in path.readers.items()
-        if len(calls[reader]) == 1 and reads_each(module, model.get_submodule(reader), flattened=flattened)
+        if len(calls[reader]) == 1 and reads_each(module, layer_named(model, reader), flattened=flattened)
     )
 
 

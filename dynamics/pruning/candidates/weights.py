@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from ...network.identities import Layer
 from ...network.structure import check_initialised, check_whole
 from .channels import LAYERS, TRANSPOSED
 
@@ -37,7 +38,7 @@ def weight_of(layer: str) -> str:
     return f"{layer}.weight".removeprefix(".")
 
 
-def weights_reading(module: nn.Module, alive: Tensor) -> Tensor:
+def weights_reading(module: Layer, alive: Tensor) -> Tensor:
     """True where a layer's weight reads a channel that is ``alive``, (channel,); in the weight's shape."""
     weight = module.weight
     if isinstance(module, TRANSPOSED):

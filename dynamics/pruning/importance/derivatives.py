@@ -107,5 +107,5 @@ def _hessian_product(passing: Passing, batches: Iterable[Any], first: Derivative
     return {name: total / again.samples for name, total in again.hess_grad.items()}
 
 
-def _differs(one: Tensor, other: Tensor) -> bool:
+def _differs(one: Any, other: Any) -> bool:
     return bool((one - other).abs() > _SAME * other.abs())  # False for NaN: the network has diverged

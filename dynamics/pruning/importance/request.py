@@ -118,7 +118,8 @@ def _gammas(model: nn.Module, layers: Iterable[UnitLayer], rows: Sequence[Measur
             f"{needing[0]} needs a normalisation with a scale γ after every layer that is pruned, but "
             f"{lacking[0]!r} has none after it: name layers without one in protected=(...)"
         )
-    return {name: model.get_submodule(norm).weight for name, norm in followers.items() if norm is not None}
+    found = {name: model.get_submodule(norm) for name, norm in followers.items() if norm is not None}
+    return {name: norm.weight for name, norm in found.items()}  # type: ignore[misc]
 
 
 def initial_weights(

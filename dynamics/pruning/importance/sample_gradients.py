@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...hardware.precision import full_precision
 from ...hardware.random_numbers import random_numbers_untouched
+from ...network.identities import Layer, layer_named
 from ...probing.activations import activations_stay
 from ...probing.mode import mode_of
 from ...probing.objective import Objective
@@ -44,9 +45,9 @@ def squared_sample_grads(
 @contextmanager
 def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str, Tensor]]:
     """Inside, each layer's output, without its bias, is multiplied by a gate of ones (sample, filter)."""
-    gates = {}
+    gates: dict[str, Tensor] = {}
 
-    def gated(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def gated(name: str, module: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if len(output) != count:
             raise ValueError(
                 f"fisher needs the gradients of single samples, but layer {name!r} gives {len(output)} outputs "
@@ -60,7 +61,7 @@ def _gates(model: nn.Module, layers: list[str], count: int) -> Iterator[dict[str
 
     with ExitStack() as hooks:
         for name in layers:
-            weight = model.get_submodule(name).weight
+            weight = layer_named(model, name).weight
             gates[name] = torch.ones(count, len(weight), device=weight.device, dtype=weight.dtype, requires_grad=True)
             hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(gated, name)))
         yield gates

@@ -120,7 +120,7 @@ def _noise(model: nn.Module) -> Tensor:
 
 
 def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    names = {parameter: name for name, parameter in parameters.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             shape = value.shape if isinstance(value, Tensor) else torch.Size()

@@ -66,7 +66,8 @@ def agreement(run: xr.DataTree) -> xr.Dataset:
     Raises:
         MissingQuantityError: the record allows none of them.
     """
-    relations, reasons = {}, []
+    relations: dict[str, xr.Dataset] = {}
+    reasons = []
     for predicted in (
         lambda run: {"loss decrease": loss_decrease(run)},
         lambda run: {"norm rate": network_norm_rate(run)},

@@ -124,7 +124,8 @@ def title(label: str, runs: Runs) -> str:
 
 
 def _compared(runs: Runs, jobs: Mapping[str, tuple[pd.DataFrame, Callable]]) -> dict[str, ByMeasure]:
-    found, missing = {}, MissingQuantityError("no runs given")
+    found: dict[str, ByMeasure] = {}
+    missing = MissingQuantityError("no runs given")
     for name, (rows, analyse) in jobs.items():
         for measure, labels in rows.groupby("measure", sort=False).run:
             try:

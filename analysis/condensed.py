@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -91,12 +93,14 @@ def expand(path: str | Path) -> dict[str, xr.DataTree]:
     path = Path(path)
     named = _names(path, _check(path))
     with zarr.storage.ZipStore(path, mode="r") as store:
-        tree = xr.open_datatree(store, engine="zarr", consolidated=True, zarr_format=2, chunks=None).load()
+        opened: Any = store  # which xarray takes, but its stubs do not
+        tree = xr.open_datatree(opened, engine="zarr", consolidated=True, zarr_format=2, chunks=None).load()
     nodes = {name: {"/": xr.Dataset(attrs=attributes)} for name, attributes in named.items()}
     nodes = {name: of_run | {node: xr.Dataset() for node in NODES} for name, of_run in nodes.items()}
     for group, stack in tree.children.items():
         node = group.partition(".")[0]
-        rows, owner = stack.to_dataset().drop_vars("run"), stack["run"].values
+        stacked = stack.to_dataset()
+        rows, owner = stacked.drop_vars("run"), stacked["run"].values
         for number, of_run in enumerate(nodes.values()):
             if (owner == number).any():
                 of_run[node] = rows.isel({NODES[node][0]: np.flatnonzero(owner == number)})
@@ -105,7 +109,8 @@ def expand(path: str | Path) -> dict[str, xr.DataTree]:
 
 def _stacked(runs: Runs) -> dict[str, xr.Dataset]:
     """``node.0``, ``node.1``, ...: each the rows of a node, from all runs in which its arrays are alike."""
-    whole, stacks = _whole(runs), {}
+    whole = _whole(runs)
+    stacks: dict[tuple, list[xr.Dataset]] = {}
     for number, (label, run) in enumerate(runs.items()):
         for node, rows in _condensed(run, layers=label in whole):
             index = NODES[node][0]
@@ -120,7 +125,7 @@ def _stacked(runs: Runs) -> dict[str, xr.Dataset]:
     return named
 
 
-def _texts_of_fixed_size(rows: xr.Dataset) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+def _texts_of_fixed_size(rows: xr.Dataset) -> dict[Hashable, tuple[tuple[Hashable, ...], np.ndarray]]:
     """The coordinates that hold text, as fixed-size strings: concatenation may have turned them into objects."""
     return {name: (of.dims, of.values.astype(str)) for name, of in rows.coords.items() if of.dtype.kind in "OTU"}
 
@@ -204,7 +209,7 @@ def _check(path: Path) -> Metadata:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged, names, text = archive.testzip(), set(archive.namelist()), archive.read(METADATA)
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, KeyError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecordError(
             f"{path} is not a file of condensed records, or is damaged ({reason}); copy it again"

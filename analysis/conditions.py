@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import pandas as pd
 import xarray as xr
@@ -265,7 +266,7 @@ def _of_one_kind(values: pd.Series) -> pd.Series:
 
 def _said(label: str, run: xr.DataTree) -> dict:
     """Settings of an instrumented loop: its attributes and, about pruning, its events."""
-    said = {name: value for name, value in run.attrs.items() if name not in ORIGIN and value is not None}
+    said = {str(name): value for name, value in run.attrs.items() if name not in ORIGIN and value is not None}
     said = {name: value for name, value in said.items() if isinstance(value, COMPARED_BY.get(name, object))}
     unknown = {"model": "", "data": "", "measure": label, "rounds": 0, "sparsity": float("nan"), "seed": 0}
     if not said.keys() & {"model", "data", "measure"}:
@@ -278,7 +279,7 @@ def _pruned(run: xr.DataTree) -> dict:
     if not len(chosen := prunings(run)):
         return {"measure": "none"}
     pruned = run["pruning"].to_dataset().isel(event=chosen)
-    found = {"rounds": pruned.sizes["event"]}
+    found: dict[str, Any] = {"rounds": pruned.sizes["event"]}
     for name in ("measure", "granularity"):
         if name in pruned and len(said := set(pruned[name].values.tolist())) == 1:
             found[name] = said.pop()

@@ -154,7 +154,7 @@ def loss_and_gradient_at_pruning(run: xr.DataTree) -> xr.Dataset:
 
 
 def _attributes(events: xr.Dataset) -> dict[str, xr.DataArray]:
-    return {name: events[name] for name in events if events[name].dims == ("event",)}
+    return {str(name): events[name] for name in events if events[name].dims == ("event",)}
 
 
 def _rows(run: xr.DataTree) -> xr.Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import ArrayLike
 
 from .record import node
 from .remembered import remembered
@@ -27,8 +28,8 @@ def logged(run: xr.DataTree) -> xr.Dataset:
     return merged.map(lambda values: values.assign_attrs(epochs[values.name].attrs))
 
 
-def epochs_completed(epochs: xr.Dataset, steps: np.ndarray) -> np.ndarray:
+def epochs_completed(epochs: xr.Dataset, steps: ArrayLike) -> np.ndarray:
     """Number of epochs completed at each step, from ``/epochs``, interpolated linearly between the ends of epochs."""
     ends = pd.Series(epochs.step.values, epochs.epoch.values)
     ends = ends[ends > 0].groupby(level=0).max()
-    return np.interp(steps, np.r_[0, ends], np.r_[0, ends.index + 1]).round(6)
+    return np.interp(np.asarray(steps), np.r_[0, ends], np.r_[0, ends.index + 1]).round(6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,7 @@ def loss_prediction(runs: Runs) -> str:
 
 def loss_over_time(runs: Runs) -> str:
     """How the error of the prediction changes from the first half of the training to the second."""
-    halves = {"first": [], "second": []}
+    halves: dict[str, list[xr.Dataset]] = {"first": [], "second": []}
     for prediction in each(runs, loss_decrease).values():
         middle = prediction.sizes["step"] // 2
         halves["first"].append(prediction.isel(step=slice(middle)))
@@ -114,7 +115,7 @@ def layer_spread(runs: Runs) -> str:
         raise MissingQuantityError("fewer than two layers have a gradient that is finite and not zero")
     said = f"The layers' median ‖g‖² differ by up to a factor of {_rounded(float(typical.max() / typical.min()))}."
     try:
-        rate = np.abs(layer_norm_rate(run)).sum("step")
+        rate = abs(layer_norm_rate(run)).sum("step")
     except MissingQuantityError:
         return said
     if not 0 < rate.sum() < np.inf:
@@ -227,7 +228,7 @@ def _learning_rate_fell(runs: Runs) -> bool:
     return bool(halves) and all(float(late.mean()) < 0.999 * float(early.mean()) for early, late in halves)
 
 
-def _pool(predictions: Mapping[str, xr.Dataset]) -> xr.Dataset:
+def _pool(predictions: Mapping[Any, xr.Dataset]) -> xr.Dataset:
     """All runs' pairs of measured and predicted over one dim."""
     flat = [
         found.drop_vars([name for name in found.coords if name != "removed_share"]) for found in predictions.values()

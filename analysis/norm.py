@@ -135,7 +135,7 @@ def norm_balance(run: xr.DataTree) -> xr.Dataset:
         }
     ).transpose("step", "layer")
     balance = without_skipped(run, balance)
-    return described(balance, "param_sqnorm", **{name: name.replace("_", " ") for name in balance})
+    return described(balance, "param_sqnorm", **{str(name): str(name).replace("_", " ") for name in balance})
 
 
 def _window(run: xr.DataTree) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import pandas as pd
 
@@ -18,7 +19,7 @@ from .tables import agreement_table, brief_table, outcome_table
 from .typeset import MISSING
 from .verdicts import claims
 
-Part = pd.DataFrame | list[str]
+Part: TypeAlias = pd.DataFrame | list[str]
 Parts = dict[str, Part]
 
 _OUTCOME = "Outcome of the runs"

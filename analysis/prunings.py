@@ -71,7 +71,7 @@ def in_epochs(run: xr.DataTree) -> tuple[list[float], list[float]]:
     return _of_prunings_and_others(run, ends)
 
 
-def _of_prunings_and_others(run: xr.DataTree, times: Sequence[float]) -> tuple[list, list]:
+def _of_prunings_and_others(run: xr.DataTree, times: Sequence[float] | np.ndarray) -> tuple[list, list]:
     """Split the times of all events into those of prunings and those of others; both are empty if times are unknown."""
     pruned = np.isin(np.arange(len(times)), prunings(run))
     return np.array(times)[pruned].tolist(), np.array(times)[~pruned].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -240,7 +241,7 @@ def _median_steps(values: pd.Series) -> str:
     return said if reached in (0, len(values)) else f"{said} ({reached} of {len(values)})"
 
 
-def _effect(row: tuple) -> str:
+def _effect(row: Any) -> str:
     if np.isnan(row.value):
         return MISSING
     value, low, high = (_beside_null(number, row.null) for number in (row.value, row.low, row.high))

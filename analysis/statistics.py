@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -11,6 +12,8 @@ from .convergence import convergence
 from .effect import removed_decrease
 from .protocol import epoch_that_counts
 from .prunings import at_prunings
+
+_Values = TypeVar("_Values", np.ndarray, xr.DataArray)
 
 
 def decrease_per_parameter(run: xr.DataTree) -> float:
@@ -98,9 +101,10 @@ STATISTICS: dict[str, Callable[[xr.DataTree], float]] = {
 }
 
 
-def log(ratio: np.ndarray | xr.DataArray) -> np.ndarray | xr.DataArray:
+def log(ratio: _Values) -> _Values:
     """ln of a ratio, down to 2⁻²³: where nothing is left, it is as far from 1 as single precision tells."""
-    return np.log(np.maximum(ratio, np.finfo(np.float32).eps))
+    found: Any = np.log(np.maximum(ratio, np.finfo(np.float32).eps))
+    return found
 
 
 def _log_change(staged: xr.DataArray) -> xr.DataArray:
@@ -110,9 +114,9 @@ def _log_change(staged: xr.DataArray) -> xr.DataArray:
 
 
 def _mean_log_change(staged: xr.DataArray) -> float:
-    return float(np.abs(_log_change(staged)).mean(skipna=False))
+    return float(abs(_log_change(staged)).mean(skipna=False))
 
 
 def _mean_change(staged: xr.DataArray, scale: xr.DataArray) -> float:
     change = staged.sel(stage="after") - staged.sel(stage="before")
-    return float((np.abs(change) / scale).mean(skipna=False))
+    return float((abs(change) / scale).mean(skipna=False))

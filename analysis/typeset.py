@@ -6,6 +6,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -84,7 +85,7 @@ def _said(names: list[str], values: tuple) -> str:
     return ", ".join(map(_one_said, names, values))
 
 
-def _one_said(name: str | None, value: object) -> str:
+def _one_said(name: str | None, value: Any) -> str:
     if name == "run":
         return name_of(value)
     return cell(value) if isinstance(value, str) else f"{name or ''} {cell(value)}".strip()
@@ -138,7 +139,8 @@ FORMATS: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[str], str], Ca
 def _cells(table: pd.DataFrame) -> list[list[str]]:
     """The printed head and rows, with the index in front."""
     columns = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in table.columns]
-    rows, above = [[*(str(name or "") for name in table.index.names), *columns]], ()
+    rows = [[*(str(name or "") for name in table.index.names), *columns]]
+    above: tuple = ()
     for key, values in zip(table.index, table.itertuples(index=False, name=None), strict=True):
         key = key if isinstance(key, tuple) else (key,)
         same = next((i for i, (one, other) in enumerate(zip(key, above, strict=False)) if one != other), len(above))

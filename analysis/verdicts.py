@@ -97,7 +97,7 @@ def _judge(claim: Claim, values: pd.DataFrame) -> dict:
     effects = np.empty(0) if lacking else _effects(claim, whole[claim.statistic])
     mean = effects.mean() if len(effects) else np.nan
     half = half_width(effects)
-    bounds = mean, mean - half, mean + half
+    bounds = np.array([mean, mean - half, mean + half])
     p = p_value(effects)
     negligible = np.abs(bounds).max() <= _NEGLIGIBLE[claim.compare]
     value, low, high, null = (*np.exp(bounds), 1.0) if claim.compare == "ratio" else (*bounds, 0.0)

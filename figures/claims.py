@@ -23,6 +23,7 @@ from dynamics.words import counted
 
 from .labels import plain, wrapped
 from .layout import legend_below
+from .room import in_pixels
 from .style import VERDICTS, marker
 
 _BOUNDS = ["value", "low", "high"]
@@ -65,7 +66,7 @@ def claims(runs: Runs) -> Figure:
             ax.tick_params(axis="y", length=0, labelleft=column == 0)
             _scale(ax, kind)
         panels[0].set_title(network, fontsize=8)
-    _flush_left(axes[:, 0])
+    _flush_left(figure, axes[:, 0])
     legend_below(figure, *_legend(found, markers))
     return figure
 
@@ -137,13 +138,13 @@ def _scale(ax: Axes, kind: pd.DataFrame) -> None:
         ax.axvline(0, color="0.3", linewidth=0.9, zorder=1)
 
 
-def _flush_left(axes: Sequence[Axes]) -> None:
+def _flush_left(figure: Figure, axes: np.ndarray) -> None:
     """Align the claims beside the panels to the left."""
     labels = [label for ax in axes for label in ax.get_yticklabels()]
-    renderer = axes[0].figure.canvas.get_renderer()
-    widest = max(label.get_window_extent(renderer).width for label in labels)
+    with in_pixels(figure) as renderer:
+        widest = max(label.get_window_extent(renderer).width for label in labels)
     for ax in axes:
-        ax.tick_params(axis="y", pad=72 * widest / ax.figure.dpi + 4)
+        ax.tick_params(axis="y", pad=72 * widest / figure.dpi + 4)
     for label in labels:
         label.set_horizontalalignment("left")
 

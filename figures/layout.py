@@ -22,6 +22,7 @@ from analysis.runs import Runs
 
 from . import panels, scales
 from .labels import layer_names, wrapped
+from .room import in_pixels
 from .style import DEPTH, named_styles
 
 
@@ -123,7 +124,8 @@ def legend_below(figure: Figure, *others: Line2D) -> None:
 
 def _legend_width(figure: Figure, handles: list[Artist], columns: int) -> float:
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-    width = legend.get_window_extent(figure.canvas.get_renderer()).width
+    with in_pixels(figure) as renderer:
+        width = legend.get_window_extent(renderer).width
     legend.remove()
     return width
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, Tick
 from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import Bbox
@@ -19,34 +21,48 @@ _APART = 2  # pixels between labels
 
 def settle(figure: Figure) -> None:
     """Grow a finished figure until its data have most of its original size, and remove ticks whose labels collide."""
-    _grow(figure)
-    figure.draw_without_rendering()
-    for ax in _shown(figure):
-        _thin(ax.xaxis)
-        _thin(ax.yaxis)
+    figure.set_size_inches(*_grown(figure))
+    with in_pixels(figure):
+        figure.draw_without_rendering()
+        for ax in _shown(figure):
+            _thin(ax.xaxis)
+            _thin(ax.yaxis)
+
+
+@contextmanager
+def in_pixels(figure: Figure) -> Iterator[RendererBase]:
+    """Inside, the figure's texts have a size in pixels, whatever shows it: a backend of PDF or SVG has none."""
+    own = figure.canvas
+    try:
+        yield FigureCanvasAgg(figure).get_renderer()
+    finally:
+        figure.set_canvas(own)
 
 
 def _shown(figure: Figure) -> Iterator[Axes]:
     return (ax for ax in figure.axes if ax.get_visible())
 
 
-def _grow(figure: Figure) -> None:
-    renderer, size = figure.canvas.get_renderer(), figure.bbox.size
+def _grown(figure: Figure) -> tuple[float, float]:
+    """The size in inches at which the data have most of the present size."""
+    size = np.array(figure.bbox.size)
     columns: dict[int, float] = {}
     rows: dict[int, float] = {}
-    for ax in _shown(figure):
-        if spec := ax.get_subplotspec():
-            outer, inner = ax.get_tightbbox(renderer, for_layout_only=True), ax.get_window_extent(renderer)
-            wide, high = _KEPT * size / (spec.get_gridspec().ncols, spec.get_gridspec().nrows)
-            high = max(high, _names(ax, renderer))
-            column, row = spec.colspan.start, spec.rowspan.start
-            columns[column] = max(columns.get(column, 0), outer.width - inner.width + wide)
-            rows[row] = max(rows.get(row, 0), outer.height - inner.height + high)
-    beside = [text for text in figure.texts if text.get_rotation()]
-    over = [artist for artist in (*figure.texts, *figure.legends) if artist not in beside]
-    wide = sum(columns.values()) + sum(text.get_window_extent(renderer).width for text in beside)
-    high = sum(rows.values()) + sum(artist.get_window_extent(renderer).height for artist in over)
-    figure.set_size_inches(np.maximum(size, (wide, high)) / figure.dpi)
+    with in_pixels(figure) as renderer:
+        for ax in _shown(figure):
+            if spec := ax.get_subplotspec():
+                outer, inner = ax.get_tightbbox(renderer, for_layout_only=True), ax.get_window_extent(renderer)
+                wide, high = _KEPT * size / (spec.get_gridspec().ncols, spec.get_gridspec().nrows)
+                high = max(high, _names(ax, renderer))
+                column, row = spec.colspan.start, spec.rowspan.start
+                columns[column] = max(columns.get(column, 0), outer.width - inner.width + wide)
+                rows[row] = max(rows.get(row, 0), outer.height - inner.height + high)
+        beside = [text for text in figure.texts if text.get_rotation()]
+        over = [artist for artist in (*figure.texts, *figure.legends) if artist not in beside]
+        wide = sum(columns.values()) + sum(text.get_window_extent(renderer).width for text in beside)
+        high = sum(rows.values()) + sum(artist.get_window_extent(renderer).height for artist in over)
+    wide, high = np.maximum(size, (wide, high)) / figure.dpi
+    return wide, high
 
 
 def _names(ax: Axes, renderer: RendererBase) -> float:

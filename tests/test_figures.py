@@ -57,6 +57,21 @@ def report_of_one(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.D
     return write_report({"magnitude": runs["magnitude"]}, tmp_path_factory.mktemp("report"), records=["a.zarr"])
 
 
+@pytest.mark.parametrize("backend", ["pdf", "svg"])
+def test_a_figure_is_the_same_on_a_backend_that_only_writes_files(runs: dict[str, xr.DataTree], backend: str) -> None:
+    """Such a backend, which scripts on a cluster choose, has no pixels in which texts could be measured."""
+    on_screen = draw("training_curves", runs)
+    plt.switch_backend(backend)
+    try:
+        written = draw("training_curves", runs)
+    finally:
+        plt.switch_backend("agg")
+    assert written.get_size_inches().tolist() == on_screen.get_size_inches().tolist()
+    assert written.dpi == on_screen.dpi
+    assert written.legends[0]._ncols == on_screen.legends[0]._ncols
+    assert [ax.get_xticks().tolist() for ax in written.axes] == [ax.get_xticks().tolist() for ax in on_screen.axes]
+
+
 @pytest.mark.parametrize("name", OF_ONE_SEED)
 def test_every_figure_draws_and_says_what_it_claims(name: str, runs: dict[str, xr.DataTree]) -> None:
     before = dict(mpl.rcParams)

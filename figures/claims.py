@@ -24,7 +24,7 @@ from dynamics.words import counted
 from .labels import plain, wrapped
 from .layout import legend_below
 from .room import in_pixels
-from .style import VERDICTS, marker
+from .style import VERDICTS, Style, marker
 
 _BOUNDS = ["value", "low", "high"]
 _COLUMNS = 3
@@ -155,7 +155,7 @@ def _legend(found: pd.DataFrame, markers: Mapping[str, str]) -> list[Line2D]:
         for name, style in VERDICTS.items()
         if (found.verdict == name).any()
     ]
-    grey = {"color": "0.3", "linestyle": "none"}
+    grey: Style = {"color": "0.3", "linestyle": "none"}
     shapes = [
         Line2D([], [], marker=shape, markerfacecolor="none", label=pruning, **grey)
         for pruning, shape in markers.items()

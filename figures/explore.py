@@ -74,7 +74,7 @@ def explore(runs: Runs) -> Tab:
 
 def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
     """The quantities that runs recorded over their steps: printed name → group and name."""
-    found = dict.fromkeys((of.name, name) for of in _over_steps(runs) for name in of.data_vars)
+    found = dict.fromkeys((of.name, str(name)) for of in _over_steps(runs) for name in of.data_vars)
     known = {(node, row.name): f": {row.symbol}" for node in _OVER_STEPS for row in quantities(node)}
     order = [*(of for of in known if of in found), *(of for of in found if of not in known)]
     return [(f"/{node} {name}{known.get((node, name), '')}", (node, name)) for node, name in order]
@@ -82,7 +82,7 @@ def _quantities(runs: Runs) -> list[tuple[str, tuple[str, str]]]:
 
 def _over_steps(runs: Runs) -> list[xr.DataTree]:
     """The runs' groups that have any steps."""
-    return [run[name] for name in _OVER_STEPS for run in runs.values() if has(run, name)]
+    return [run.children[name] for name in _OVER_STEPS for run in runs.values() if has(run, name)]
 
 
 def _window(widgets: ModuleType, runs: Runs) -> ValueWidget:

@@ -23,7 +23,7 @@ from analysis.runs import Runs
 from . import panels, scales
 from .labels import layer_names, wrapped
 from .room import in_pixels
-from .style import DEPTH, named_styles
+from .style import DEPTH, Style, named_styles
 
 
 def compared(prediction: xr.Dataset) -> np.ndarray:
@@ -39,7 +39,7 @@ def symmetric(ax: Axes, values: np.ndarray) -> None:
             axis.set_major_locator(MaxNLocator(4))
         scales.fit_axis(axis, values)
     if ax.get_yscale() != "linear":
-        ax.xaxis.set_major_locator(FixedLocator(ax.get_yticks()))
+        ax.xaxis.set_major_locator(FixedLocator(ax.get_yticks().tolist()))
     panels.draw_identity(panels.say_where_empty(ax))
     ax.set_aspect("equal", adjustable="box")
 
@@ -99,7 +99,7 @@ def label_lowest(axes: list[Axes]) -> None:
 
 def named(ax: Axes, condition: str, *, panels: int = 1) -> None:
     """Title one or several panels in a row with their condition's name, in as many lines as it needs."""
-    inches = ax.get_position().width * ax.figure.get_figwidth() * panels
+    inches = ax.get_position().width * ax.get_figure(root=True).get_figwidth() * panels
     ax.set_title(wrapped(condition, int(19 * inches)), fontsize=8)
 
 
@@ -136,8 +136,9 @@ def depth_bar(figure: Figure, axes: list[Axes], layers: Sequence[str]) -> None:
     scale = ScalarMappable(Normalize(0, len(layers) - 1), DEPTH)
     bar = figure.colorbar(scale, ax=axes, location="bottom", aspect=50, shrink=0.8, ticks=[0, len(layers) - 1])
     first, *_, last = layer_names(layers)
-    for text, side in zip(bar.ax.set_xticklabels([first, last]), ("left", "right"), strict=True):
-        text.set_horizontalalignment(side)
+    beginning, end = bar.ax.set_xticklabels([first, last])
+    beginning.set_horizontalalignment("left")
+    end.set_horizontalalignment("right")
     bar.set_label(f"{len(layers)} layers")
 
 
@@ -157,15 +158,14 @@ def rows_of(
 
 
 def events_of(
-    runs: Runs, when: Callable[[xr.DataTree], tuple[list[float], list[float]]]
+    runs: Runs, when: Callable[[xr.DataTree], tuple[Sequence[float], Sequence[float]]]
 ) -> dict[str, tuple[list[float], list[float]]]:
     """By condition, the times of all its runs' prunings, and those of their other events: in steps, or in epochs."""
     found = {}
     for condition, rows in by_condition(comparisons(runs)).items():
         every = [when(runs[label]) for label in rows.run]
-        found[condition] = tuple(
-            sorted({time for times in kind for time in times}) for kind in zip(*every, strict=True)
-        )
+        prunings, others = (sorted({time for times in kind for time in times}) for kind in zip(*every, strict=True))
+        found[condition] = prunings, others
     return found
 
 
@@ -175,7 +175,7 @@ def models(runs: Runs, labels: Iterable[str]) -> dict[str, list[str]]:
     return {", ".join(name_of(part) for part in names if part): list(of) for names, of in groups.items()}
 
 
-def by_measure(runs: Runs, labels: Iterable[str]) -> dict[str, dict[str, object]]:
+def by_measure(runs: Runs, labels: Iterable[str]) -> dict[str, Style]:
     """Style of each run: that of its measure, which the legend names once. Runs are ordered with measures in turns.
 
     So where many points overlap, no measure's points hide all others'.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
+
+from .style import Style
 
 _FEW = 30  # up to so many points, each is marked
 _MANY = 500  # more points would be a solid block
@@ -16,7 +20,7 @@ ENDED = "last finite value of a run"
 
 def draw_line(
     x: np.ndarray, y: np.ndarray, *, ax: Axes, low: np.ndarray | None = None, high: np.ndarray | None = None,
-    band: bool = True, zeros: bool = True, **style: object,
+    band: bool = True, zeros: bool = True, **style: Any,
 ) -> None:  # fmt: skip
     """Draw a line through the known values, in the band from ``low`` to ``high``.
 
@@ -75,7 +79,7 @@ def _windows(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) ->
     return tuple(np.array(found).T)
 
 
-def _marked(count: int, style: dict[str, object]) -> dict[str, object]:
+def _marked(count: int, style: Style) -> Style:
     """The style with markers spaced so that they can be told apart; one or two points are always marked."""
     if "marker" in style and count > _FEW:
         return {"markevery": max(1, count // _DOZEN), **style}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +17,7 @@ from dynamics.schema import label
 from .labels import layer_names
 from .lines import draw_line, evenly, mark_end
 from .scales import count_axis, fit_axis
-from .style import DEPTH, LINES, MEASURED, OTHER_EVENT, PRUNING
+from .style import DEPTH, LINES, MEASURED, OTHER_EVENT, PRUNING, Style
 
 _LAYER_SIZE = 7  # points
 FEW_LAYERS = 15  # up to so many, a legend names them
@@ -44,7 +45,7 @@ def draw_over_time(prediction: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def draw_predicted_measured(prediction: xr.Dataset, order: str, *, ax: Axes | None = None, **style: object) -> Axes:
+def draw_predicted_measured(prediction: xr.Dataset, order: str, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Measured against predicted values of one order, one point per pair."""
     check_prediction(prediction)
     check_order(order, prediction)
@@ -86,7 +87,7 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def draw_events(steps: Collection[int], others: Collection[int] = (), *, ax: Axes | None = None) -> Axes:
+def draw_events(steps: Collection[float], others: Collection[float] = (), *, ax: Axes | None = None) -> Axes:
     """Vertical lines at prunings and at other events, each between the step before it and the step after it."""
     for numbers in (steps, others):
         check_steps(numbers)
@@ -114,11 +115,12 @@ def say_where_empty(ax: Axes) -> Axes:
         say("no finite value", ax=ax)
         shared = {"labelbottom": ax.get_shared_x_axes(), "labelleft": ax.get_shared_y_axes()}
         own = [name for name, axes in shared.items() if len(axes.get_siblings(ax)) < 2]
-        ax.tick_params(length=0, **dict.fromkeys(own, False))
+        hidden: Style = dict.fromkeys(own, False)
+        ax.tick_params(length=0, **hidden)
     return ax
 
 
-def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object) -> Axes:
+def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: Any) -> Axes:
     """The median over seeds of a quantity over its one dimension, with the band of quartiles; few points are marked.
 
     A cross marks where one of several seeds ends or is last finite; beyond it, the median is that of the others.
@@ -136,9 +138,7 @@ def draw_median(summary: xr.Dataset, *, ax: Axes | None = None, **style: object)
     return ax
 
 
-def draw_seeds(
-    values: Mapping[str, xr.DataArray], styles: Mapping[str, Mapping[str, object]], *, ax: Axes | None = None
-) -> Axes:
+def draw_seeds(values: Mapping[str, xr.DataArray], styles: Mapping[str, Style], *, ax: Axes | None = None) -> Axes:
     """One row per measure: its value in each seed (small) and their mean with its interval (large).
 
     The interval may extend beyond the axis.
@@ -158,11 +158,11 @@ def draw_seeds(
         )
     ax.set_yticks(range(len(rows)), [style["label"] for style in styles.values()])
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    fit_axis(ax.xaxis, np.concatenate([np.ravel(of_seeds) for of_seeds in values.values()] or [[]]))
+    fit_axis(ax.xaxis, np.concatenate([np.ravel(of_seeds) for of_seeds in values.values()] or [np.empty(0)]))
     return ax
 
 
-def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: float = 0.0, **style: object) -> Axes:
+def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: float = 0.0, **style: Any) -> Axes:
     """One point per layer, in the network's order; as many layers are named as there is room for.
 
     ``beside``: offset from the layer's place, in layers, to show several series beside each other.
@@ -203,7 +203,7 @@ def draw_layer_bars(summary: xr.Dataset, *, ax: Axes | None = None, beside: floa
 
 def _name_layers(ax: Axes, names: list[str]) -> None:
     """One tick per layer, with names for as many as there is room for."""
-    room = 72 * ax.figure.get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
+    room = 72 * ax.get_figure(root=True).get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
     labelled = np.arange(0, len(names), -(-len(names) // int(room)))
     ax.set_xticks(labelled, [names[place] for place in labelled], rotation=90, fontsize=_LAYER_SIZE)
     ax.set_xticks(np.arange(len(names)), minor=True)

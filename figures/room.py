@@ -8,12 +8,14 @@ from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis, Tick
+from matplotlib.axis import Tick
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import Bbox
+
+from .scales import Axis
 
 _KEPT = 0.6  # of a figure's size, for the data
 _APART = 2  # pixels between labels
@@ -86,7 +88,7 @@ def _thin(axis: Axis) -> None:
     boxes = [tick.label1.get_window_extent() for tick in ticks]
     kept = (_outward if axis.get_scale() == "symlog" else _every)(places, boxes, axis.axis_name)
     if len(kept) < len(places):
-        axis.set_major_locator(FixedLocator(places[kept]))
+        axis.set_major_locator(FixedLocator(places[kept].tolist()))
 
 
 def _every(places: np.ndarray, boxes: list[Bbox], along: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axis import Axis
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.ticker import (
     FixedLocator,
     LogFormatterSciNotation,
@@ -13,6 +13,8 @@ from matplotlib.ticker import (
     NullLocator,
     StrMethodFormatter,
 )
+
+Axis = XAxis | YAxis
 
 _STEPS = (1, 2, 5, 10)  # nice multiples
 
@@ -61,7 +63,7 @@ def percent(axis: Axis) -> None:
 def count_axis(axis: Axis) -> None:
     """Set ticks at whole numbers, of steps or epochs, as many as there is room for."""
     box = axis.axes.get_position()
-    inches = box.width * axis.axes.figure.get_figwidth()
+    inches = box.width * axis.axes.get_figure(root=True).get_figwidth()
     axis.set_major_locator(MaxNLocator(max(5, round(3 * inches)), steps=_STEPS, integer=True, min_n_ticks=1))
 
 
@@ -104,7 +106,7 @@ def _bounds(axis: Axis, values: np.ndarray) -> tuple[float, float]:
     """The least and the largest value; on a symmetric scale, at least the linear part on each side that has values."""
     low, high = float(values.min()), float(values.max())
     if axis.get_scale() == "symlog":
-        threshold = axis.get_transform().linthresh
+        threshold = axis.get_transform().linthresh  # type: ignore[attr-defined]
         low = min(low, -threshold) if low < 0 else low
         high = max(high, threshold) if high > 0 else high
     return low, high

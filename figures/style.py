@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,17 +18,19 @@ from analysis.names import name_of
 
 from .labels import wrapped
 
+Style = dict[str, Any]  # arguments of matplotlib's artists
+
 _THEME = Path(__file__).with_name("thetadot.mplstyle")
 
 # measured = dots, first order = dashed, second order = solid
-MEASURED = {"linestyle": "none", "marker": "o", "color": "0.25", "markersize": 3, "label": "measured"}
-LINES = {
+MEASURED: Style = {"linestyle": "none", "marker": "o", "color": "0.25", "markersize": 3, "label": "measured"}
+LINES: dict[str, Style] = {
     "first_order": {"linestyle": (0, (4, 2)), "color": "#0173b2", "label": "first order", "zorder": 2.2},
     "second_order": {"linestyle": "-", "color": "#d55e00", "label": "second order"},  # below the first
 }
 
 # the same at each layer, where a line would join what has no order
-POINTS = {
+POINTS: dict[str, Style] = {
     "first_order": {"linestyle": "none", "marker": "D", "color": "#0173b2", "markerfacecolor": "none", "markersize": 4,
                     "label": "first order"},
     "second_order": {"linestyle": "none", "marker": "s", "color": "#d55e00", "markersize": 3.5,
@@ -39,17 +42,17 @@ POINTS = {
 DEPTH = LinearSegmentedColormap.from_list("depth", plt.get_cmap("viridis")(np.linspace(0, 0.92, 64)))
 
 # where something was done to the network
-PRUNING = {"linestyle": ":", "color": "0.45", "label": "pruning"}
-OTHER_EVENT = {"linestyle": "-.", "color": "0.6", "label": "other event"}
+PRUNING: Style = {"linestyle": ":", "color": "0.45", "label": "pruning"}
+OTHER_EVENT: Style = {"linestyle": "-.", "color": "0.6", "label": "other event"}
 
 # the mode of a normalisation
-MODES = {
+MODES: dict[str, Style] = {
     "train": {"linestyle": "none", "marker": "o", "color": "#029e73", "markersize": 3, "label": "training mode"},
     "eval": {"linestyle": "none", "marker": "x", "color": "#cc78bc", "markersize": 3, "label": "eval mode"},
 }
 
 # what seeds say of a claim
-VERDICTS = {
+VERDICTS: dict[str, Style] = {
     "supported": {"color": "#0173b2"},
     "contradicted": {"color": "#d55e00"},
     "negligible": {"color": "0.1"},
@@ -79,7 +82,7 @@ def theme(measures: Iterable[str] = ()) -> Iterator[None]:
         _drawn.reset(before)
 
 
-def run_styles(labels: Iterable[str]) -> dict[str, dict[str, object]]:
+def run_styles(labels: Iterable[str]) -> dict[str, Style]:
     """Colour and marker of each label: a measure has the same in every figure; other labels get what is left, or all.
 
     These get theirs in the order of all labels that :func:`theme` was given; more than ten run from dark to light.
@@ -102,7 +105,7 @@ def marker(number: int) -> str:
     return _MARKERS[(number + max(number - 1, 0) // _COLOURS) % len(_MARKERS)]
 
 
-def named_styles(measures: Iterable[str]) -> dict[str, dict[str, object]]:
+def named_styles(measures: Iterable[str]) -> dict[str, Style]:
     """:func:`run_styles` of the measures, each once, with its printed name as the legend's label."""
     styles = run_styles(dict.fromkeys(measures))
     return {measure: style | {"label": wrapped(name_of(measure))} for measure, style in styles.items()}

@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHOWN := docs/records
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo figures test faults lint clean
+.PHONY: demo figures test faults lint types clean
 
 demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 	rm -rf out/demo
@@ -34,8 +34,11 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: .venv/installed-test  ## check the annotations
+	$(BIN)/mypy
+
 clean:  ## remove what the commands made
-	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 .venv/created:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'thetadot needs Python 3.11 or newer: make PYTHON=python3.12 ...')"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import xarray as xr
 
 
-def check_prediction(prediction: object, *dims: str) -> None:
+def check_prediction(prediction: Any, *dims: str) -> None:
     """Check that this is a dataset of measured and predicted values, of the first and the second order.
 
     Args:

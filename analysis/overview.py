@@ -53,7 +53,7 @@ def overview(runs: Runs, *, brief: bool = False) -> Parts:
         MissingQuantityError: the runs recorded nothing.
     """
     check_begun(*runs.values())
-    lost: Parts = {_DIVERGED: said} if (said := diverged(runs)) else {}
+    lost: Parts = {_DIVERGED: those} if (those := diverged(runs)) else {}
     lost |= {_ALIKE: [said]} if (said := alike(runs)) else {}
     if not several_seeds(runs):
         return lost | _of_runs(runs, brief)

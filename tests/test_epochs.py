@@ -2,8 +2,10 @@
 
 import gc
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -250,3 +252,35 @@ def test_passes_that_are_over_are_let_go(tmp_path: Path) -> None:
         assert passes() - before < 4
 
     record(tmp_path / "run.zarr", loop, curvature_every=1)
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        ("before", [1, np.nan, np.nan]),  # the mean of 0, 1 and 2
+        ("between", [np.nan, np.nan, 1, np.nan, np.nan, np.nan]),
+        ("inside", [1, 1, 1]),
+    ],
+)
+def test_what_a_watched_evaluation_logs_is_of_the_step_that_it_would_be_of_unwatched(
+    tmp_path: Path, when: str, expected: list[float]
+) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step, *, watched: bool) -> None:
+        def evaluation() -> None:
+            with torch.no_grad():
+                for number, (x, _) in enumerate(recorder.watch(loader) if watched else loader):
+                    model(x)
+                    recorder.log(evaluated=number)
+
+        for batch in recorder.watch(loader) if when == "between" else ():
+            step(batch)
+        if when != "inside":
+            evaluation()
+        for batch in recorder.watch(loader):
+            if when == "inside":
+                evaluation()
+            step(batch)
+
+    for watched in (True, False):
+        run, _ = record(tmp_path / f"{watched}.zarr", partial(loop, watched=watched), curvature_every=0)
+        np.testing.assert_array_equal(run["steps"].evaluated.values, expected)

@@ -1,6 +1,8 @@
 """What forward passes and objectives keep in odd places is what it was after a probe, and in it what the step had."""
 
+import copy
 import functools
+import pickle
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -362,3 +364,45 @@ def test_what_the_loop_has_taken_out_of_the_model_keeps_its_contents(tmp_path: P
 def test_a_scripted_part_is_no_hindrance(tmp_path: Path) -> None:
     model = nn.Sequential(torch.jit.script(nn.Linear(4, 3)), nn.Tanh())
     assert kept(model.modules()).are_as(kept(model.modules()))
+
+
+def test_what_an_objective_adds_to_an_object_is_taken_away() -> None:
+    class Weights:
+        first = 1.0
+
+    weights, scalar = Weights(), np.array(0.5)
+
+    def objective(model: nn.Module, batch: object) -> Tensor:
+        weights.second = 2.0
+        scalar[...] += 1
+        return model.weight.sum() * weights.first
+
+    model = nn.Linear(4, 3)
+    before = kept(model.modules(), objective)
+    objective(model, None)
+    assert not before.are_as(kept(model.modules(), objective))
+    before.put_back()
+    assert vars(weights) == {}
+    assert scalar == 0.5
+    assert before.are_as(kept(model.modules(), objective))
+
+
+def test_a_variable_that_an_objective_has_not_been_given_yet(tmp_path: Path) -> None:
+    def make() -> Callable:
+        def objective(model: nn.Module, batch: list[Tensor]) -> Tensor:
+            loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+            return loss if len(batch) == 2 else loss * scale
+
+        if tmp_path is None:
+            scale = 2.0
+        return objective
+
+    trained(tmp_path / "run", nn.Linear(4, 3), make(), lambda: None)
+
+
+def test_a_copy_of_a_model_that_refers_to_its_recorder(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    model.recorder = recorder = Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1))
+    assert copy.deepcopy(model).recorder is recorder
+    assert pickle.loads(pickle.dumps(model)).recorder is None
+    recorder.close()

@@ -248,3 +248,17 @@ def test_a_long_list_is_not_searched_for_iterators_to_its_end(monkeypatch: pytes
     with undrawn((), objective):
         pass
     assert next(seen) < 10_000
+
+
+def test_a_generator_that_is_sent_to_is_drawn_from(tmp_path: Path) -> None:
+    def numbers() -> Iterator[float]:
+        scale = 1.0
+        while True:
+            scale = (yield scale) or scale
+
+    def make() -> Callable:
+        more = numbers()
+        next(more)
+        return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) * more.send(0.5)
+
+    stays_the_same(tmp_path, lambda: nn.Linear(4, 3), make, lambda: vectors(3), 3)

@@ -16,6 +16,7 @@ from prunable import NETWORKS, batch, goes_with, train, trained
 from torch import nn
 
 import analysis.__main__
+import dynamics.__main__
 from analysis.protocol import epoch_that_counts, protocol_diff, protocol_table
 from dynamics import open_run
 from dynamics.experiments import protocols
@@ -306,3 +307,29 @@ def test_half_a_comparison_is_none_but_what_others_wrote_meanwhile_stays(
 def test_protocols_are_compared_in_runs_by_label(compared: Callable, given: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         compared(given)
+
+
+def test_a_comparison_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="samples must be positive, got 0"):
+        Comparison(samples=0)
+    (tmp_path / "default.zarr").mkdir()
+    with pytest.raises(FileExistsError, match=r"default\.zarr exists already: choose another folder, or remove it"):
+        compare(Comparison(), tmp_path)
+
+
+def test_an_interrupted_comparison_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dynamics.__main__, "compare", interrupted)
+    assert dynamics.__main__.main(["protocols", "-o", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing is kept\n"
+
+
+def test_protocols_of_trainings_have_the_accuracy_that_counts(compared: dict[str, xr.DataTree]) -> None:
+    epochs = xr.Dataset({"test_accuracy": ("epoch", [0.99, 0.5, 0.7, 0.6])}, coords={"epoch": np.arange(4)})
+    names = ("default", "reference")
+    runs = {name: xr.DataTree.from_dict(compared[name].to_dict() | {"/epochs": epochs}) for name in names}
+    assert protocol_table(runs)["test accuracy"].to_dict() == {"default": "60.0%", "reference": "70.0%"}

@@ -1,5 +1,6 @@
 """A watched loader is the loader: it draws when the loader would, and gives what the loader gives, in every way."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -116,3 +117,10 @@ def test_a_loader_that_was_not_watched_is_said(tmp_path: Path, seen: bool, every
         with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
             for batch in recorder.watch(batches) if seen else batches:
                 plain_step(model, optimizer, batch)
+
+
+def test_a_watched_loader_can_be_copied(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        watched = recorder.watch([1, 2])
+        assert list(map(len, (copy.copy(watched), copy.deepcopy(watched)))) == [2, 2]

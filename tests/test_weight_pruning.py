@@ -140,3 +140,10 @@ def test_a_model_may_be_one_layer(measure: str) -> None:
         assert (pruning.cost.parameters, pruning.cost.multiply_adds) == (12 + 3, 12)
         found.append((pruning.scores[name], pruning.alive[name], model.get_submodule(name).weight != 0))
     assert all(map(torch.equal, *found))
+
+
+def test_a_network_without_weights_to_prune_is_refused() -> None:
+    model = nn.Sequential(nn.LayerNorm(3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="Sequential has no convolution or linear layer whose weights could be pruned"):
+        Pruner(model, optimizer, "magnitude", granularity="weight")

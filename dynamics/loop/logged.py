@@ -85,26 +85,18 @@ class Logged:
         upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
         return WaitingScalars(upcoming, announced=self._announced, waits=self._waits, pass_ended=self._pass_ended)
 
-    def wait_again(self, waiting: WaitingScalars) -> None:
-        """Restore ``waiting``, as if no batch had been observed since.
-
-        What was logged meanwhile goes to the last step, if there was one and no batch was waiting; else it waits.
-        """
+    def wait_again(self, waiting: WaitingScalars, position: Position) -> None:
+        """Restore ``waiting``, as if no batch had been observed since; what was logged since is logged now."""
         since = self._upcoming
         known = {id(one) for entries in waiting.upcoming.values() for one in entries}
         given = {id(value) for values in self._of_last.values() for value in values}
         self._upcoming = {
             name: [one for one in entries if id(one.value) not in given] for name, entries in waiting.upcoming.items()
         }
+        _, self._announced, self._waits, self._pass_ended = waiting
         for name, entries in since.items():
             for entry in (one for one in entries if id(one) not in known):
-                if self._stepped and not waiting.waits:
-                    self._add_to_last(name, [entry.value])
-                else:
-                    self._upcoming.setdefault(name, []).append(
-                        entry._replace(position=entry.position._replace(batches=0))
-                    )
-        _, self._announced, self._waits, self._pass_ended = waiting
+                self.add(name, entry.value, position)
 
     def batch(self, *, first: bool, watched: bool) -> None:
         """A batch was observed, the first since a step or a further one; ``watched``: by iterating over a loader."""

@@ -84,7 +84,7 @@ class Pass:
         if idle and self._ran():
             self._epochs.last = last
             batches.wait_again(waiting[0])
-            self._epochs.logged.wait_again(waiting[1])
+            self._epochs.logged.wait_again(waiting[1], batches.position)
         else:
             batches.leave(whole=whole)
             if self._epochs.last is self and not self.drawn:

@@ -330,6 +330,9 @@ def test_an_interrupted_comparison_ends_the_command(
 
 def test_protocols_of_trainings_have_the_accuracy_that_counts(compared: dict[str, xr.DataTree]) -> None:
     epochs = xr.Dataset({"test_accuracy": ("epoch", [0.99, 0.5, 0.7, 0.6])}, coords={"epoch": np.arange(4)})
-    names = ("default", "reference")
-    runs = {name: xr.DataTree.from_dict(compared[name].to_dict() | {"/epochs": epochs}) for name in names}
+    runs = {}
+    for name in ("default", "reference"):
+        nodes = compared[name].to_dict()
+        pruning = nodes["/pruning"].assign(epoch=("event", [0, 0]))
+        runs[name] = xr.DataTree.from_dict(nodes | {"/epochs": epochs, "/pruning": pruning})
     assert protocol_table(runs)["test accuracy"].to_dict() == {"default": "60.0%", "reference": "70.0%"}

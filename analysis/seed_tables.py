@@ -62,8 +62,8 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     """:func:`analysis.convergence` by model, data, rounds and measure, from the last pruning on.
 
     Area and final loss: mean ± half of its 95% interval over seeds, of runs that took as many steps as most of their
-    condition. Steps to a share of the first loss: median over
-    seeds, with the number of runs that reached it if not all did. Networks that were not pruned start with the others.
+    condition. Steps to a share of the first loss: median over seeds, with the number of runs that reached it if not all
+    did. Networks that were not pruned start with the others.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss after the last pruning.

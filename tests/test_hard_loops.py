@@ -584,25 +584,27 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), 0.1)
 
 
+def many(alive: list[weakref.ref]) -> Iterator[tuple[Tensor, Tensor]]:
+    """300 batches of their own; ``alive`` gets a reference to each one's inputs, which ends with them."""
+    ((inputs, labels),) = vectors(1)
+    for _ in range(300):
+        batch = inputs.clone()
+        alive.append(weakref.ref(batch))
+        yield batch, labels
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_long_evaluation_keeps_no_batches_and_is_no_training(tmp_path: Path, *, compiled: bool, before: bool) -> None:
     network, optimizer = trained()
     model, alive = torch.compile(network, backend="eager") if compiled else network, []
-    ((inputs, labels),) = vectors(1)
-
-    def stream() -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(300):
-            batch = inputs.clone()
-            alive.append(weakref.ref(batch))
-            yield batch, labels
 
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
         for batch in () if before else recorder.watch(vectors(3)):
             plain_step(model, optimizer, batch)
         model.eval()
         with torch.no_grad():
-            for batch, _ in recorder.watch(stream()):
+            for batch, _ in recorder.watch(many(alive)):
                 model(batch)
                 assert sum(reference() is not None for reference in alive) < 140
         model.train()
@@ -627,20 +629,13 @@ def test_parametrizations_that_the_loop_computes_once_a_step(tmp_path: Path) -> 
 def test_an_optimizer_that_is_replaced_is_said_and_keeps_no_batches(tmp_path: Path) -> None:
     model, alive = smooth_network(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    ((inputs, labels),) = vectors(1)
-
-    def stream() -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(300):
-            batch = inputs.clone()
-            alive.append(weakref.ref(batch))
-            yield batch, labels
 
     with (
         pytest.warns(UserWarning, match="296 backward passes after step 2 led to no optimizer step"),
         pytest.warns(UserWarning, match="128 batches in a row led to no optimizer step"),
     ):
         with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
-            for number, batch in enumerate(recorder.watch(stream())):
+            for number, batch in enumerate(recorder.watch(many(alive))):
                 if number == 3:
                     optimizer = torch.optim.Adam(model.parameters(), 0.01)
                 plain_step(model, optimizer, batch)

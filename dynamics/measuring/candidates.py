@@ -127,21 +127,20 @@ class Candidates:
         """
         (_, likeliest), *others = known
         ends = known[0], known[-1]
-        certain = [_is_certain(seen) for _, seen in ends]
+        surely = [_is_certain(seen) for _, seen in ends]
         differing = _moments_that_differ(likeliest), _weights_that_differ(likeliest), _changes_that_differ(likeliest)
-        found = self._processes.gathered((bool(others), *differing, certain))
-        several, moments, weights, changes, certain_in_each = zip(*found, strict=True)
+        found = self._processes.gathered((bool(others), *differing, surely))
+        several, moments, weights, changes, certain = zip(*found, strict=True)
         ways = [
             _Way(moment, by_samples, changed)
             for moment in (name for name in _MOMENTS if any(name in names for names in moments))
             for by_samples in max(weights, key=len)
             for changed in max(changes, key=len)
         ]
+        tried = list(zip(ends, zip(*certain, strict=True), strict=True))[: 1 + any(several)]
         return [
             self._candidate(number, seen, way)._replace(certain=all(in_each))
-            for (number, seen), in_each in list(zip(ends, zip(*certain_in_each, strict=True), strict=True))[
-                : 1 + any(several)
-            ]
+            for (number, seen), in_each in tried
             for way in sorted(ways, key=self._is_unlikely)
         ]
 

@@ -146,6 +146,6 @@ def _defaults(function: FunctionType) -> list[_Place]:
 
 def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, dict | list | tuple):
-        return islice(value.values() if isinstance(value, dict) else value, MOST)
+        return value.values() if isinstance(value, dict) else value
     known = isinstance(value, partial | MethodType | BuiltinMethodType | FunctionType)
     return referred(value) if known or not isinstance(value, nn.Module) else ()

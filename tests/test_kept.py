@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
 from dynamics.probing.kept import kept
+from dynamics.probing.walk import MOST, walk
 
 RANDOM = np.random.RandomState(0)  # of a module, as scripts have it
 
@@ -406,3 +407,9 @@ def test_a_copy_of_a_model_that_refers_to_its_recorder(tmp_path: Path) -> None:
     assert copy.deepcopy(model).recorder is recorder
     assert pickle.loads(pickle.dumps(model)).recorder is None
     recorder.close()
+
+
+def test_a_bounded_walk_reads_no_long_container_to_its_end() -> None:
+    numbers = iter(range(100_000))
+    walk(["all"], lambda value: numbers if value == "all" else (), bounded=True)
+    assert next(numbers) <= MOST

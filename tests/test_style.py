@@ -1,9 +1,16 @@
-"""A figure's style ends with the figure: what matplotlib's backend needs to show the next one stays."""
+"""A figure's style ends with the figure, and one's own LaTeX, which lacks many symbols, does not typeset its texts."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.text import Text
+from synthetic_runs import runs
+
+from figures import draw
 
 # A backend like Jupyter's: it makes matplotlib interactive when it is first used.
 BACKEND = """
@@ -29,3 +36,10 @@ def test_a_first_figure_in_our_style_leaves_the_backend_awake(tmp_path: Path) ->
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "MPLBACKEND": "module://wakes_up"}
     done = subprocess.run([sys.executable, "-c", FIRST_FIGURE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_text_of_a_figure_is_typeset_by_latex(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plt.rcParams, "text.usetex", True)
+    figure = draw("accuracy", runs())
+    figure.draw_without_rendering()
+    assert not [text for text in figure.findobj(Text) if text.get_usetex()]

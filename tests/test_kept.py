@@ -315,6 +315,19 @@ def test_variables_of_an_objective_are_put_back() -> None:
     GLOBAL = 1.0
 
 
+def test_a_tensor_behind_many_of_the_same_is_put_back() -> None:
+    model, tensor = nn.Linear(4, 3), torch.zeros(3)
+    ring, given = [*[None] * 5000, tensor], {**dict.fromkeys(range(5000)), "last": np.zeros(3)}
+
+    def objective(model: nn.Module, batch: object) -> Tensor:
+        return ring[-1].add_(1).sum() + (given["last"].__iadd__(1)).sum()
+
+    before = kept(model.modules(), objective)
+    objective(model, None)
+    before.put_back()
+    assert tensor.tolist() == given["last"].tolist() == [0, 0, 0]
+
+
 def test_odd_objects_are_put_back_or_left_alone() -> None:
     model, chain = nn.Linear(4, 3), []
     for _ in range(5000):  # deeper than Python calls itself

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -26,4 +26,12 @@ def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded
         with suppress(Exception):  # an object may be anything
             inner = look(value)
             if not (bounded and depth == _DEEPEST):
-                waiting.extend((one, depth + 1) for one in (islice(inner, MOST) if bounded else inner))
+                waiting.extend((one, depth + 1) for one in (islice(_different(inner), MOST) if bounded else inner))
+
+
+def _different(values: Iterable[Any]) -> Iterator[Any]:
+    known: set[int] = set()
+    for value in values:
+        if id(value) not in known:
+            known.add(id(value))
+            yield value

@@ -571,12 +571,61 @@ def test_a_second_optimizer_that_takes_over_is_said(tmp_path: Path) -> None:
 
 
 def test_a_network_that_is_made_anew_is_said(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="20 batches after step 2 led to no optimizer step.*made anew"):
+    with pytest.warns(UserWarning, match="3 passes over watched data after step 5 led to no optimizer step.*made anew"):
         with Recorder(tmp_path / "run", *(present := trained()), curvature_every=0) as recorder:
-            for number, batch in enumerate(recorder.watch(vectors(23))):
-                present = trained() if number == 3 else present
-                plain_step(*present, batch)
-    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 3
+            for epoch in range(4):
+                present = trained() if epoch == 1 else present
+                for batch in recorder.watch(vectors(6)):
+                    plain_step(*present, batch)
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 6
+
+
+def test_what_a_loop_does_after_its_training_is_no_training_that_was_missed(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with Recorder(tmp_path / "run", model, optimizer) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            plain_step(model, optimizer, batch)
+        for batch in vectors(20):  # gradients of a step that is never taken
+            recorder.observe(batch)
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+    with Recorder(tmp_path / "another", model, optimizer) as recorder:
+        for batch in recorder.watch(vectors(3)):
+            plain_step(model, optimizer, batch)
+        for of in (vectors(20), vectors(30)):
+            with torch.no_grad():
+                for inputs, _ in recorder.watch(of):
+                    average(inputs)
+        for _ in range(4):
+            next(iter(recorder.watch(vectors(1))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_step_of_many_batches_without_backward_passes_is_right_or_refused(
+    tmp_path: Path, *, compiled: bool, enabled: bool
+) -> None:
+    """The gradient is a sum that the loop computes itself, of 150 batches in eval mode."""
+    network, optimizer = trained()
+    model = (torch.compile(network, backend="eager") if compiled else network).eval()
+    batches = vectors(150)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in batches:
+            with torch.set_grad_enabled(enabled):
+                recorder.observe(batch)
+            with torch.no_grad():
+                model(batch[0])
+        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        gradients = torch.autograd.grad(F.cross_entropy(network(inputs), labels), list(network.parameters()))
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        with nullcontext() if enabled and compiled else pytest.warns(UserWarning, match="128 batches were evaluated"):
+            optimizer.step()
+    run = open_run(tmp_path / "run")
+    if enabled and compiled:
+        np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
+    else:
+        assert not run["curvature"].sizes.get("step")
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:

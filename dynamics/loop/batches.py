@@ -20,7 +20,7 @@ from .moments import Moments
 from .seen import Position, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
-_IDLE = 128  # batches in a row that lead to no step
+_IDLE = 128  # batches in a row that lead to no step, or are evaluated
 
 
 class WaitingBatches(NamedTuple):
@@ -72,7 +72,8 @@ class Batches:
         self.bystanders = Bystanders(self._own, objective)
         self._awaits, self._asleep = False, asleep
         self._reader = threading.get_ident()
-        self._evaluates = False  # whether a compiled model, whose forward passes are not seen, was in eval mode
+        self._forgotten: Seen | None = None  # the last of many batches that were evaluated; the others were let go
+        self._passes = 0  # over the data since the last step, in which nothing is known to have happened
         self._idle = self.told = False
 
     def __len__(self) -> int:
@@ -131,15 +132,21 @@ class Batches:
             self.repeat(due=False)
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
         without = len(self._seen) - self._ahead - self._backward.count
-        if (without == _IDLE and (self._backward.count or not self.unused)) or len(self._seen) == _MOST:
-            if self.unused and not self._idle:
+        if (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
+            if not (self._idle or self._seen[-1].is_evaluated):
                 self._idle = True
                 warn(
-                    f"{_IDLE} batches in a row led to no optimizer step: check that the recorder was given the model "
-                    "that is trained, and the optimizer that trains it"
+                    f"more than {_IDLE} batches in a row led to no optimizer step: check that the recorder was given "
+                    "the model that is trained, and the optimizer that trains it"
                 )
             self._seen = self._seen[-1:]
-        self._evaluates = self._compiled and not trains(self._own)
+        elif (
+            len(self._seen) >= _IDLE
+            and all(seen.is_evaluated for seen in self._seen[: -_IDLE - 1 : -1])
+            and not trains(self._own)
+        ):
+            self._forgotten = self._seen[-1]
+            self._seen[-_IDLE:-1] = []
         self._see(batch, due=due, source=source)
 
     def repeat(self, *, due: bool) -> None:
@@ -153,9 +160,15 @@ class Batches:
         if whole:
             self._staying = []
 
+    def end_epoch(self, *, whole: bool, idle: bool) -> None:
+        """A pass ends, which may be ``idle``: without any backward pass or step; but it was no evaluation."""
+        self._passes += int(whole and idle)
+        self.leave(whole=whole)
+
     def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
         seen_at = self._stepped_at if again else self._backward.total
         seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source, seen_at=seen_at)
+        seen.with_gradients = torch.is_grad_enabled()
         self._seen.append(seen)
         if due:
             self.moments.keep(seen, self._after_step if again else None)
@@ -170,6 +183,11 @@ class Batches:
             raise RuntimeError(
                 "batches are read in a thread other than that of the steps: watch what the loop itself iterates "
                 "over, with recorder.watch(...) around what reads ahead"
+            )
+        if self._forgotten in self._seen and not self._is_of_later:
+            raise RuntimeError(
+                f"more than {_IDLE} batches were evaluated, in eval mode and without gradients, before this step, "
+                "which may be of all of them: these are too many to be kept"
             )
         self.moments.look_back(self._seen)
         of_epoch = self._of_epoch if self._backward else 0
@@ -196,10 +214,14 @@ class Batches:
         return used(starts, self._backward.total, self._backward.count)
 
     @property
-    def unused(self) -> int:
-        """How many batches since the last step led to none; 0 if the loop only evaluates them."""
-        evaluates = self._evaluates or any(seen.only_evaluated for seen in self._seen[-1:])
-        return 0 if evaluates else len(self._seen) - self._ahead
+    def _is_of_later(self) -> bool:
+        """Whether the gradients are those of batches that were seen after all that were evaluated."""
+        return bool(self._used) and not self._seen[self._used[0] - 1].is_evaluated
+
+    @property
+    def idle_passes(self) -> int:
+        """How many passes over the data since the last step left the model alone; 0 if it is compiled: none is seen."""
+        return 0 if self._compiled or self._backward.pending else self._passes
 
     @property
     def wasted(self) -> int:
@@ -250,7 +272,7 @@ class Batches:
         self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
         self._backward.stepped()
         self._stepped_at = self._backward.total
-        self._of_epoch, self._awaits, self._after_step = 0, False, None
+        self._of_epoch, self._passes, self._awaits, self._after_step, self._forgotten = 0, 0, False, None, None
         self._forward.leave()
         self.bystanders.leave()
 

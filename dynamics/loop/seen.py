@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..probing.moment import Moment
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Seen:
     """A batch that a loop has read, with the moments from which its loss may be evaluated again.
 
@@ -30,6 +30,7 @@ class Seen:
     changed: Any = None  # a copy from when its forward pass began, if the loop had changed the batch by then
     source: Any = None  # the pass over the data that it came from
     seen_at: int = 0
+    with_gradients: bool = True  # whether gradients were enabled when it was seen
     passed: bool = False  # whether its forward pass, with gradients, has begun
     passed_at: int = 0
     passed_in_eval_at: int | None = None  # as passed_at, if that pass was in eval mode
@@ -37,6 +38,11 @@ class Seen:
     only_evaluated: bool = False  # while this was the latest batch, the model ran without gradients and never with them
     again: bool = False  # whether a step on it has been taken already
     certain: bool = True  # False where the loop may have gone on to other batches
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether, for all that is known so far, the loop does not train on it."""
+        return self.only_evaluated or not (self.with_gradients or self.ran)
 
 
 class Position(NamedTuple):

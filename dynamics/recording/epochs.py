@@ -86,6 +86,6 @@ class Pass:
             batches.wait_again(waiting[0])
             self._epochs.logged.wait_again(waiting[1], batches.position)
         else:
-            batches.leave(whole=whole)
+            batches.end_epoch(whole=whole, idle=idle)
             if self._epochs.last is self and not self.drawn:
                 self._epochs.logged.pass_over(unused=whole and not batches.all_used)

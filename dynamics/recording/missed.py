@@ -8,6 +8,7 @@ from ..loop.batches import Batches
 from .steps import Steps
 
 _FEW = 16  # batches or backward passes at the end that led to no step: a loop may skip so many
+_PASSES = 2  # over the data at the end: a loop may evaluate another network, such as an average, or count labels
 
 
 def missed(steps: Steps, batches: Batches, *, unseen: int) -> Iterator[str]:
@@ -24,10 +25,10 @@ def missed(steps: Steps, batches: Batches, *, unseen: int) -> Iterator[str]:
             f"{batches.wasted} backward passes after step {last} led to no optimizer step: if another optimizer took "
             "over, pass both from the start, Recorder(..., [first, second])"
         )
-    elif steps.taken and batches.unused > _FEW:
+    elif steps.taken and batches.idle_passes > _PASSES and len(batches) > _FEW:
         yield (
-            f"{batches.unused} batches after step {last} led to no optimizer step: if model and optimizer were made "
-            "anew, make a recorder anew, too"
+            f"{batches.idle_passes} passes over watched data after step {last} led to no optimizer step: if model and "
+            "optimizer were made anew, make a recorder anew, too"
         )
     if unseen and not batches.told:
         yield (

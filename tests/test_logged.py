@@ -1,5 +1,6 @@
 """Of which step is what a loop logs: of that whose backward passes it came with, announced or not."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,57 @@ def test_an_evaluation_after_an_epoch_is_of_its_last_step(
     expected = [evaluations.get(number, np.nan) for number in range(len(losses))]
     np.testing.assert_allclose(steps.loss, losses, rtol=1e-12)
     np.testing.assert_allclose(steps.validation, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("told", ["watched", "observed", "not told"])
+@pytest.mark.parametrize("evaluated", ["itself", "compiled", "a copy", "not watched"])
+@pytest.mark.parametrize("first", ["never", "before training", "on the first batch"])
+def test_an_evaluation_tells_nothing_of_the_order_of_a_step(
+    tmp_path: Path, told: str, evaluated: str, first: str
+) -> None:
+    """Neither of what it logs itself nor of the loss, which is logged before its backward pass every time."""
+    if evaluated == "not watched" and told != "watched":
+        return  # it cannot be told from what is logged before each batch
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    network = torch.compile(model, backend="eager") if evaluated == "compiled" else model
+    batches, held_out, losses, rates = vectors(5), vectors(3, seed=9), [], []
+    with Recorder(tmp_path / "run", network, optimizer, curvature_every=0) as recorder:
+
+        def evaluate() -> None:
+            other = copy.deepcopy(model) if evaluated == "a copy" else network.eval()
+            with torch.no_grad():
+                for number, (inputs, _) in enumerate(
+                    held_out if evaluated == "not watched" else recorder.watch(held_out)
+                ):
+                    other(inputs)
+                    recorder.log(validation=number)  # 0, 1 and 2, whose mean is 1
+            network.train()
+
+        if first == "before training":
+            evaluate()
+        for _ in range(3):
+            for batch in recorder.watch(batches) if told == "watched" else batches:
+                if not losses and first == "on the first batch":
+                    evaluate()
+                if told != "watched":
+                    rates.append(len(rates))
+                    recorder.log(learning_rate_of_mine=rates[-1])
+                if told == "observed":
+                    recorder.observe(batch)
+                loss = F.cross_entropy(network(batch[0]), batch[1])
+                recorder.log(loss=loss)
+                losses.append(loss.item())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            evaluate()
+    steps = open_run(tmp_path / "run")["steps"]
+    at = [*([0] if first != "never" else []), 4, 9, 14]
+    np.testing.assert_allclose(steps.loss, losses, rtol=1e-12)
+    np.testing.assert_array_equal(steps.validation, [1 if number in at else np.nan for number in range(15)])
+    if told != "watched":
+        np.testing.assert_array_equal(steps.learning_rate_of_mine, rates)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -133,7 +133,8 @@ class Batches:
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
         without = len(self._seen) - self._ahead - self._backward.count
         if (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
-            if not (self._idle or self._seen[-1].is_evaluated):
+            last = self._seen[-1]
+            if not (self._idle or last.is_evaluated or (last.ran and not self._backward.pending)):
                 self._idle = True
                 warn(
                     f"more than {_IDLE} batches in a row led to no optimizer step: check that the recorder was given "

@@ -24,6 +24,7 @@ class WaitingScalars(NamedTuple):
     """A snapshot of :class:`Logged`: the scalars that wait for their step, by name, and its flags."""
 
     upcoming: dict[str, list[_Entry]]
+    before: set[str]
     announced: bool
     waits: bool
     pass_ended: bool
@@ -58,12 +59,13 @@ class Logged:
         other._upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
         return other.step(position, late=True), other._means()
 
-    def add(self, name: str, value: Scalar, position: Position) -> None:
-        """Keep a scalar for the step that it belongs to."""
+    def add(self, name: str, value: Scalar, position: Position, *, of_evaluation: bool = False) -> None:
+        """Keep a scalar for the step that it belongs to; one ``of_evaluation`` tells nothing of the order in a step."""
         known = not self._announced or self._waits
         if not (self._stepped or self._under_way) and known and not position.backwards:
             self._before.add(name)
-        if self._waits or position.pending or self._under_way or name in self._before or not self._stepped:
+        comes_before = name in self._before and not of_evaluation
+        if self._waits or position.pending or self._under_way or comes_before or not self._stepped:
             self._upcoming.setdefault(name, []).append(_Entry(value, position, self._waits and not self._pass_ended))
         else:
             self._add_to_last(name, [value])
@@ -83,7 +85,8 @@ class Logged:
     def waiting(self) -> WaitingScalars:
         """What waits for its step now; :meth:`wait_again` restores it."""
         upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
-        return WaitingScalars(upcoming, announced=self._announced, waits=self._waits, pass_ended=self._pass_ended)
+        flags = {"announced": self._announced, "waits": self._waits, "pass_ended": self._pass_ended}
+        return WaitingScalars(upcoming, set(self._before), **flags)
 
     def wait_again(self, waiting: WaitingScalars, position: Position) -> None:
         """Restore ``waiting``, as if no batch had been observed since; what was logged since is logged now."""
@@ -93,10 +96,10 @@ class Logged:
         self._upcoming = {
             name: [one for one in entries if id(one.value) not in given] for name, entries in waiting.upcoming.items()
         }
-        _, self._announced, self._waits, self._pass_ended = waiting
+        _, self._before, self._announced, self._waits, self._pass_ended = waiting
         for name, entries in since.items():
             for entry in (one for one in entries if id(one) not in known):
-                self.add(name, entry.value, position)
+                self.add(name, entry.value, position, of_evaluation=True)
 
     def batch(self, *, first: bool, watched: bool) -> None:
         """A batch was observed, the first since a step or a further one; ``watched``: by iterating over a loader."""
@@ -105,7 +108,7 @@ class Logged:
         self._announced = self._waits = True
         self._watched = watched
         if first or self._pass_ended:
-            self._give_back()
+            self._give_back(ends=first and watched)  # what is not given back would be dropped below
         if first:
             self._upcoming = {
                 name: own

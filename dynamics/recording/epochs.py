@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..loop.batches import Batches
 from ..loop.logged import Logged
 from .resuming import Place
@@ -15,8 +17,9 @@ class Epochs:
 
     Without watched data, ``log_epoch`` separates epochs.
 
-    A step belongs to the pass that yielded its last batch. A pass in which the model ran without any backward pass or
-    step was an evaluation and leaves no trace: batches and logged values that waited for a step before it still do.
+    A step belongs to the pass that yielded its last batch. A pass without any backward pass or step was an evaluation
+    if the model ran in it, or if gradients were disabled whenever it yielded a batch. It leaves no trace: batches and
+    logged values that waited for a step before it still do.
 
     Attributes:
         present: the epoch of the last step, from 0.
@@ -63,6 +66,7 @@ class Pass:
         self._epochs, self._sees = epochs, sees
         self.epoch: int | None = None
         self._given = 0
+        self._with_gradients = False  # whether they were enabled at any of its batches
         self.drawn = False  # whether it only drew a single batch, as next(iter(loader)) does: that is no epoch
         self._before = epochs.last, epochs.number(), epochs.batches.position.backwards
         self._waiting = epochs.batches.waiting, epochs.logged.waiting
@@ -73,6 +77,7 @@ class Pass:
         """The pass yields a batch to the loop."""
         self._epochs.last = self
         self._given += 1
+        self._with_gradients |= torch.is_grad_enabled()
         self._sees(batch, source=self)
 
     def ends(self, *, whole: bool) -> None:
@@ -81,7 +86,7 @@ class Pass:
         self._before = self._waiting = None  # else each pass would keep the one before, and its batches, alive
         idle = self._epochs.number() == step and batches.position.backwards == backwards
         self.drawn = idle and not whole and self._given == 1
-        if idle and self._ran():
+        if idle and (self._ran() or (self._given and not self._with_gradients)):
             self._epochs.last = last
             batches.wait_again(waiting[0])
             self._epochs.logged.wait_again(waiting[1], batches.position)

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from .conditions import by_condition, comparisons, conditions, first_comparison, names_of_conditions
-from .convergence import convergence, epoch_window, last_pruning, most_frequent
+from .convergence import convergence, epoch_window, equally_long, last_pruning
 from .given import check_array
 from .intervals import half_width
 from .names import name_of
@@ -39,7 +39,8 @@ def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
 
     It adds ``loss`` over ``step`` from there on: a moving average of the logged loss over as many steps as an epoch
     has, or, at both ends, over those that exist, which are at least half as many; and ``comparable``, over ``seed``:
-    whether the run took as many steps from there on as most of its condition, without which its area says nothing.
+    whether the run took as many steps from there on as most pruned ones of its condition, or as most if none was
+    pruned, without which its area says nothing.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss.
@@ -50,9 +51,12 @@ def compare_convergence(runs: Runs) -> dict[str, ByMeasure]:
         jobs[name] = rows, partial(_training_after, since=since)
     found = _compared(runs, jobs)
     for measures in found.values():
-        steps = {measure: values.steps.to_series() for measure, values in measures.items()}
-        most = most_frequent(pd.concat(steps.values()))
-        measures |= {measure: values.assign(comparable=values.steps == most) for measure, values in measures.items()}
+        steps = pd.concat({measure: values.steps.to_series() for measure, values in measures.items()})
+        even = equally_long(steps, pruned=steps.index.get_level_values(0) != "none")
+        measures |= {
+            measure: values.assign(comparable=("seed", even[measure].to_numpy()))
+            for measure, values in measures.items()
+        }
     return found
 
 

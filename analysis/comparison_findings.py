@@ -7,15 +7,13 @@ import pandas as pd
 import xarray as xr
 
 from .conditions import comparisons, conditions, mean_by_measure
-from .convergence import convergence
 from .effect import loss_and_gradient_at_pruning
 from .names import name_of
 from .norm import network_norm
 from .prunings import prunings
 from .record import MissingQuantityError, ended
-from .run_statistics import trained_unevenly
 from .runs import Runs, each
-from .seed_tables import VERDICTS
+from .seed_tables import VERDICTS, convergences
 from .verdicts import claims
 
 
@@ -27,14 +25,14 @@ def fastest(runs: Runs) -> str:
     }
     if not pruned:
         raise MissingQuantityError("no pruned run has ended, so how fast it trained on is not known")
-    uneven = trained_unevenly(runs)
-    pruned = {label: run for label, run in pruned.items() if not uneven[label]}
-    if not pruned:
+    table, _ = convergences(runs)
+    areas = table[table.comparable & table.run.isin(pruned)].set_index("run").area if "area" in table else table.run[:0]
+    if areas.empty:
         raise MissingQuantityError(
             "all pruned runs trained on for different numbers of steps: their mean losses differ"
         )
-    areas = mean_by_measure(runs, {label: float(found.area) for label, found in each(pruned, convergence).items()})
-    return f"Mean training loss after the last pruning, lowest first: {_listed(areas.sort_values(), '.3g')}."
+    means = mean_by_measure(runs, areas.to_dict())
+    return f"Mean training loss after the last pruning, lowest first: {_listed(means.sort_values(), '.3g')}."
 
 
 def norm_growth(runs: Runs) -> str:

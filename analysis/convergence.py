@@ -73,13 +73,15 @@ def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
     return min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
 
 
-def most_frequent(counts: pd.Series) -> float:
-    """The number of steps that most runs took; NaN if several are equally frequent.
+def equally_long(steps: pd.Series, *, pruned: pd.Series | np.ndarray | None = None) -> pd.Series:
+    """Whether each run took as many steps as most of these runs, or of those that were ``pruned``, if any was.
 
-    The mean losses of runs are compared, and averaged, only over equally many steps: longer training lowers them.
+    The mean losses of runs are compared, and averaged, only over equally many steps: longer training lowers them. If
+    several numbers of steps are the most frequent, no run took as many as most.
     """
-    found = counts.mode()
-    return found.iloc[0] if len(found) == 1 else np.nan
+    known = steps.dropna() if pruned is None else steps[pruned].dropna()
+    most = (known if len(known) else steps).mode()
+    return steps == (most.iloc[0] if len(most) == 1 else np.nan)
 
 
 def last_pruning(run: xr.DataTree) -> int:

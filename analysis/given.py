@@ -59,15 +59,24 @@ def check_claims(found: object) -> None:
     check(fits, "the table of claims, analysis.claims(runs)", found)
 
 
-def check_array(values: object, *dims: str, others: bool = True) -> None:
-    """Check that this is an array over these dimensions, and over no ``others`` unless it may have them.
+def check_array(values: object, dim: str) -> None:
+    """Check that this is an array over this dimension, among others.
 
     Raises:
         ValueError: it is not.
     """
-    found = set(values.dims) if isinstance(values, xr.DataArray) else set()
-    fits = found >= set(dims) if others else found == set(dims)
-    check(fits, f"a DataArray over {' and '.join(dims)}{'' if others else ' alone'}", values)
+    check(isinstance(values, xr.DataArray) and dim in values.dims, f"a DataArray over {dim}", values)
+
+
+def check_axes(values: Any, *names: str) -> None:
+    """Check that this is an array over these dimensions alone, or over others with coordinates of these names.
+
+    Raises:
+        ValueError: it is not.
+    """
+    fits = isinstance(values, xr.DataArray) and {*names} <= {*values.dims, *values.coords}
+    fits = fits and sorted(values[name].dims for name in names) == sorted((dim,) for dim in values.dims)
+    check(fits, f"a DataArray over {' and '.join(names)} alone", values)
 
 
 def check_steps(steps: object) -> None:

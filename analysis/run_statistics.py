@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from .conditions import conditions
-from .convergence import convergence, most_frequent
+from .convergence import convergence, equally_long
 from .progress import with_progress
 from .record import MissingQuantityError, ended
 from .remembered import remembered
@@ -40,8 +40,8 @@ def trained_unevenly(runs: Runs) -> pd.Series:
     table = table[table.measure != "none"]
     steps = pd.Series({label: _steps_after_pruning(runs[label]) for label in table.index}, dtype=float)
     paired = [table[name] for name in table if name != "measure"]
-    most = steps.groupby(paired, dropna=False).transform(most_frequent)
-    return (steps.notna() & (steps != most)).reindex(list(runs), fill_value=False)
+    even = steps.groupby(paired, dropna=False).transform(equally_long).astype(bool)
+    return (steps.notna() & ~even).reindex(list(runs), fill_value=False)
 
 
 def _steps_after_pruning(run: xr.DataTree) -> float:

@@ -12,7 +12,7 @@ import xarray as xr
 
 from .claims import CLAIMS
 from .conditions import MEASURES, compared_by, comparisons, conditions
-from .convergence import SHARES, convergence, last_pruning, most_frequent
+from .convergence import SHARES, convergence, equally_long, last_pruning
 from .given import check_claims
 from .intervals import CONFIDENCE, half_width
 from .names import name_of
@@ -61,14 +61,14 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
 def convergence_table(runs: Runs) -> pd.DataFrame:
     """:func:`analysis.convergence` by model, data, rounds and measure, from the last pruning on.
 
-    Area and final loss: mean ± half of its 95% interval over seeds, of runs that took as many steps as most of their
-    condition. Steps to a share of the first loss: median over seeds, with the number of runs that reached it if not all
-    did. Networks that were not pruned start with the others.
+    Area and final loss: mean ± half of its 95% interval over seeds, of runs that took as many steps as most pruned ones
+    of their condition; with the number of these, if not all did. Steps to a share of the first loss: median over seeds,
+    with the number of runs that reached it if not all did. Networks that were not pruned start with the others.
 
     Raises:
         MissingQuantityError: no run that ended logged its loss after the last pruning.
     """
-    table, same = _convergences(runs)
+    table, same = convergences(runs)
     if "area" not in table:
         raise MissingQuantityError(
             "convergence needs runs that have ended, trained on after their last pruning, and logged their loss: "
@@ -93,17 +93,22 @@ def pruned_last(runs: Runs) -> str:
 
 
 def uneven(runs: Runs) -> str:
-    """A sentence on how many runs trained for longer or shorter than those they are compared with; "" if none did."""
-    (table, _), of_seed = _convergences(runs), trained_unevenly(runs)
-    of_condition = table.run[~table.comparable & table.area.notna()] if "area" in table else []
-    count = len({*of_condition, *of_seed.index[of_seed]})
-    if not count:
-        return ""
-    return (
-        f"{count} of {len(runs)} runs trained for another number of steps after the last pruning than most that they "
-        "are compared with. Longer training lowers the mean loss, whatever the measure, so no mean over seeds holds "
-        "their areas and final losses, and no claim compares their areas with those of the same seed."
-    )
+    """Sentences on how many runs trained for longer or shorter than those they are compared with; "" if none did."""
+    table, _ = convergences(runs)
+    of_condition = int((~table.comparable & table.area.notna()).sum()) if "area" in table else 0
+    of_seed = int(trained_unevenly(runs).sum())
+    said = ["Longer training lowers the mean loss after the last pruning, whatever the measure."]
+    if of_condition:
+        said.append(
+            f"{of_condition} of {len(runs)} runs took another number of steps than most of their condition: no mean "
+            "over seeds holds their areas and final losses."
+        )
+    if of_seed:
+        said.append(
+            f"{of_seed} of {len(runs)} runs took another number of steps than most of their seed: no claim compares "
+            "their areas."
+        )
+    return " ".join(said) if len(said) > 1 else ""
 
 
 def agreement_over_runs(runs: Runs) -> pd.DataFrame:
@@ -183,10 +188,10 @@ def chance(found: pd.DataFrame) -> str:
     )
 
 
-def _convergences(runs: Runs) -> tuple[pd.DataFrame, list[str]]:
+def convergences(runs: Runs) -> tuple[pd.DataFrame, list[str]]:
     """Convergence of the rows of :func:`analysis.comparisons` from their condition's last pruning on, and its columns.
 
-    ``comparable``: whether it took as many steps as most runs of the condition.
+    ``comparable``: whether it took as many steps as most pruned runs of the condition, or as most if none was pruned.
     """
     table = comparisons(runs)
     same = compared_by(table)
@@ -196,8 +201,9 @@ def _convergences(runs: Runs) -> tuple[pd.DataFrame, list[str]]:
     each = with_progress([*zip(table.run, since, strict=True)], "convergence")
     table = table.join(pd.DataFrame([_convergence(runs[label], start) for label, start in each], index=table.index))
     if "steps taken" in table:
-        most = table["steps taken"].groupby(condition, dropna=False).transform(most_frequent)
-        table["comparable"] = table["steps taken"] == most
+        of = table.groupby(condition, dropna=False)["steps taken"]
+        even = of.transform(lambda steps: equally_long(steps, pruned=table.measure[steps.index] != "none"))
+        table["comparable"] = even.astype(bool)
     return table, same
 
 
@@ -229,8 +235,10 @@ def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:
 def _mean(values: pd.Series, *, digits: str, interval: bool) -> str:
     if not values.notna().any():
         return MISSING
-    half = half_width(values.dropna()) if interval else np.nan
-    return f"{values.mean():{digits}}" + (f" ± {half:{digits}}" if np.isfinite(half) else "")
+    known = values.dropna()
+    half = half_width(known) if interval else np.nan
+    said = f"{known.mean():{digits}}" + (f" ± {half:{digits}}" if np.isfinite(half) else "")
+    return said if len(known) == len(values) else f"{said} ({len(known)} of {len(values)})"
 
 
 def _median_steps(values: pd.Series) -> str:

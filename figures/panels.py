@@ -11,7 +11,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from analysis.comparison import mean_and_interval
-from analysis.given import check, check_array, check_order, check_prediction, check_steps
+from analysis.given import check, check_axes, check_order, check_prediction, check_steps
 from dynamics.schema import label
 
 from .labels import layer_names
@@ -67,10 +67,10 @@ def draw_identity(ax: Axes | None = None) -> Axes:
 def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
     """One line per layer over ``step``, coloured by depth from dark (input) to light (output), named if they are few.
 
-    Where no value is negative and the axis is logarithmic, lines skip zeros: in a network whose optimizers take turns,
-    each layer's gradient is drawn at the steps in which it is trained.
+    ``step`` may also be a coordinate, of events say. Where no value is negative and the axis is logarithmic, lines skip
+    zeros: in a network whose optimizers take turns, each layer's gradient is drawn at the steps in which it is trained.
     """
-    check_array(quantity, "layer", "step", others=False)
+    check_axes(quantity, "layer", "step")
     ax = _axes(ax)
     names = layer_names(quantity.layer.values)
     few = len(names) <= FEW_LAYERS
@@ -167,7 +167,7 @@ def draw_over_layers(values: xr.DataArray, *, ax: Axes | None = None, beside: fl
 
     ``beside``: offset from the layer's place, in layers, to show several series beside each other.
     """
-    check_array(values, "layer", others=False)
+    check_axes(values, "layer")
     ax = _axes(ax)
     names = layer_names(values.layer.values)
     ax.plot(np.arange(len(names)) + beside, values, **{"marker": "o", **style, "linestyle": "none"})

@@ -130,6 +130,10 @@ def test_an_array_over_other_dimensions_is_not_drawn() -> None:
         figures.draw_layers(OF_LAYERS[0])
     with pytest.raises(ValueError, match=r"^give a DataArray over layer alone, got a DataArray over step, layer$"):
         figures.draw_over_layers(OF_LAYERS)
+    of_events = xr.DataArray(
+        [[1.0, 2.0]], dims=("event", "layer"), coords={"layer": ["a", "b"], "step": ("event", [4])}
+    )
+    assert len(figures.draw_layers(of_events.rename("removed")).lines) == 2
 
 
 @pytest.mark.parametrize("given", ["third_order", "measured", None, 2, ["first_order"]])

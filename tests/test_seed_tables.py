@@ -19,6 +19,7 @@ from analysis.intervals import stand
 from analysis.overview import SUMMARY, overview
 from analysis.seed_tables import VERDICTS, agreement_over_runs, chance, claims_table, verdict_table
 from analysis.typeset import FORMATS, as_latex, as_markdown, page
+from figures.catalogue import finding
 
 
 def unpruned(seed: int, *, accuracy: float) -> xr.DataTree:
@@ -431,12 +432,48 @@ def test_areas_are_averaged_over_equally_many_steps_alone(some: dict[str, xr.Dat
     """At a loss of 0.25 for 4 steps, the area is 0.25; 4 steps more at 0 would make it 0.125."""
     found = some | {"magnitude 1": longer(some["magnitude 1"], 4)}
     table = analysis.convergence_table(found).xs((1, "magnitude"), level=("rounds", "measure"))
-    assert table[["area", "final loss", "steps to 25%"]].iloc[0].tolist() == ["0.25 ± 0", "0.25 ± 0", "4"]
+    assert table.iloc[0][["area", "final loss", "steps to 25%"]].tolist() == ["0.25 ± 0 (2 of 3)"] * 2 + ["4"]
     middle = figures.draw("convergence", found).axes[1]
     drawn = np.concatenate([np.ravel(line.get_xdata()).astype(float) for line in middle.lines])
     assert np.unique(drawn[np.isfinite(drawn)]).tolist() == [0.25, 3.0]
     said = overview(found)["Runs that trained for different numbers of steps"][0]
-    assert said.startswith("1 of 5 runs trained for another number of steps")
+    assert said.endswith(
+        "1 of 5 runs took another number of steps than most of their condition: no mean over seeds holds their areas "
+        "and final losses."
+    )
+
+
+def test_the_sentence_on_convergence_says_the_areas_of_the_table(some: dict[str, xr.DataTree]) -> None:
+    """A seed that one measure alone has, and that took more steps, is not in its mean."""
+    found = {name: run for name, run in some.items() if name.startswith("magnitude")}
+    found |= {f"loss {seed}": record("loss_preservation", seed, area=0.5) for seed in range(3)}
+    found["magnitude 3"] = longer(record("magnitude", 3, area=0.1), 20)
+    assert finding("convergence", found).endswith("lowest first: magnitude 0.25, loss preservation 0.5.")
+    table = analysis.convergence_table(found).droplevel(["model", "data", "rounds"])
+    assert table.area.to_dict() == {"magnitude": "0.25 ± 0 (3 of 4)", "loss preservation": "0.5 ± 0"}
+
+
+def test_steps_are_compared_with_those_of_pruned_runs(some: dict[str, xr.DataTree]) -> None:
+    """However many were not pruned: the mean losses of these are drawn beside the others'."""
+    found = {f"none {seed}": unpruned(seed, accuracy=0.9) for seed in range(3)}
+    found |= {of: longer(record(of, 0, area=0.5), 4) for of in ("magnitude", "loss_preservation")}
+    areas = analysis.convergence_table(found).droplevel(["model", "data", "rounds"]).area
+    assert areas.to_dict() == {"not pruned": "–", "magnitude": "0.25", "loss preservation": "0.25"}
+    said = overview(found)["Runs that trained for different numbers of steps"][0]
+    assert "3 of 5 runs took another number of steps than most of their condition" in said
+    assert "claim" not in said
+
+
+def test_a_tie_of_a_seed_is_of_claims_alone(some: dict[str, xr.DataTree]) -> None:
+    found = {name: run for name, run in some.items() if name.startswith("magnitude")}
+    found |= {f"loss {seed}": record("loss_preservation", seed, area=0.2) for seed in range(3)}
+    found["loss 2"] = longer(found["loss 2"], 8)
+    said = overview(found)["Runs that trained for different numbers of steps"][0]
+    assert "1 of 6 runs took another number of steps than most of their condition" in said
+    assert said.endswith(
+        "2 of 6 runs took another number of steps than most of their seed: no claim compares their areas."
+    )
+    assert analysis.statistics(found).training_area.isna().sum() == 2
 
 
 def test_where_no_two_runs_took_the_same_steps_no_areas_are_compared(some: dict[str, xr.DataTree]) -> None:

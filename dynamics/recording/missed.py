@@ -8,6 +8,7 @@ from ..loop.batches import Batches
 from .steps import Steps
 
 _FEW = 16  # batches or backward passes at the end that led to no step: a loop may skip so many
+_LOOKED_AT = 2  # batches before any step: a first one, of two loaders, say
 _PASSES = 2  # over the data at the end: a loop may evaluate another network, such as an average, or count labels
 
 
@@ -35,7 +36,7 @@ def missed(steps: Steps, batches: Batches, *, unseen: int) -> Iterator[str]:
             "no batch was seen, so no curvature was recorded: iterate over recorder.watch(loader), call "
             "recorder.observe(batch) for each batch, or set curvature_every=0"
         )
-    if not steps.taken and (batches or batches.position.backwards):
+    if not steps.taken and (len(batches) > _LOOKED_AT or batches.position.backwards):
         yield (
             "batches or gradients were seen, but the optimizer took no step: the one that trains the model is not the "
             "one that the recorder was given. A copy of an optimizer has no hooks; of one that steps through another, "

@@ -51,11 +51,11 @@ def convergence(runs: Runs) -> Figure:
 
     One row per condition. Left: training loss after the last pruning, as a moving average over one epoch, over at least
     half an epoch at either end; median over seeds, with a band between the quartiles. Middle: the mean training loss of
-    these steps, the area under the curve, of runs that took as many of them as most of the condition. Right: steps
-    until the mean loss of an epoch, hence at least one epoch, falls to the given share of the first loss: the smallest
-    share that all runs of the condition reached or, if there is none, 75%, with the runs that reached it, and a mean
-    where all of a measure did. Not drawn where all runs took the same number. Small markers: single seeds; large: their
-    mean with its 95% interval (Student's).
+    these steps, the area under the curve, of runs that took as many of them as most pruned ones of the condition.
+    Right: steps until the mean loss of an epoch, hence at least one epoch, falls to the given share of the first loss:
+    the smallest share that all runs of the condition reached or, if there is none, 75%, with the runs that reached it,
+    and a mean where all of a measure did. Not drawn where all runs took the same number. Small markers: single seeds;
+    large: their mean with its 95% interval (Student's).
     """
     found = comparison.compare_convergence(runs)
     alone = _is_one_run(found)
@@ -218,7 +218,7 @@ def _draw_medians(ax: Axes, measures: comparison.ByMeasure, quantity: str, marks
 
 
 def _draw_areas(measures: comparison.ByMeasure, *, ax: Axes) -> None:
-    """Draw the areas over as many steps as most runs of the condition took, or say that there are none."""
+    """Draw the areas over as many steps as most pruned runs of the condition took, or say that there are none."""
     areas = {measure: values.area[values.comparable.values] for measure, values in measures.items()}
     panels.draw_seeds(areas, named_styles(measures), ax=ax)
     ax.set(xlabel="mean training loss  [L]")

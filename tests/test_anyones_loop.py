@@ -711,7 +711,7 @@ def test_an_optimizer_that_never_steps_is_said(tmp_path: Path, watched: bool) ->
 @pytest.mark.parametrize("watched", [True, False])
 def test_closing_says_so_too_as_in_a_notebook(tmp_path: Path, watched: bool) -> None:
     """A model and an optimizer that were made anew in another cell are not those of the recorder."""
-    old, batches = smooth_network(), vectors(2)
+    old, batches = smooth_network(), vectors(3)
     recorder = Recorder(tmp_path / "run", old, torch.optim.SGD(old.parameters(), 0.1))
     model = smooth_network() if watched else old
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -722,6 +722,15 @@ def test_closing_says_so_too_as_in_a_notebook(tmp_path: Path, watched: bool) -> 
         recorder.close()
     assert len(said) == 1
     assert said[0].filename == __file__
+
+
+def test_a_look_at_the_data_is_no_training(tmp_path: Path) -> None:
+    model = smooth_network()
+    recorder = Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1))
+    for _ in range(2):
+        inputs, _ = next(iter(recorder.watch(vectors(3))))
+    model(inputs)
+    recorder.close()
 
 
 def test_curvature_of_a_pruned_network_is_that_of_what_is_left(tmp_path: Path) -> None:

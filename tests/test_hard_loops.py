@@ -619,7 +619,11 @@ def test_a_step_of_many_batches_without_backward_passes_is_right_or_refused(
         gradients = torch.autograd.grad(F.cross_entropy(network(inputs), labels), list(network.parameters()))
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        with nullcontext() if enabled and compiled else pytest.warns(UserWarning, match="128 batches were evaluated"):
+        with (
+            nullcontext()
+            if enabled and compiled
+            else pytest.warns(UserWarning, match="128 batches that were evaluated")
+        ):
             optimizer.step()
     run = open_run(tmp_path / "run")
     if enabled and compiled:

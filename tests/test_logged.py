@@ -213,6 +213,49 @@ def test_an_evaluation_tells_nothing_of_the_order_of_a_step(
         np.testing.assert_array_equal(steps.learning_rate_of_mine, rates)
 
 
+@pytest.mark.parametrize("told", ["observed", "not told"])
+@pytest.mark.parametrize("when", ["before its batch", "between its batch and its step"])
+def test_a_watched_evaluation_leaves_what_waits_where_it_is(tmp_path: Path, told: str, when: str) -> None:
+    """A learning rate, which is the same object each time, is logged before the batch of every third step."""
+    model, rate = smooth_network(), 0.1
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+
+        def evaluate() -> None:
+            with torch.no_grad():
+                for inputs, _ in recorder.watch(vectors(2, seed=9)):
+                    model(inputs)
+
+        for number, batch in enumerate(vectors(9)):
+            if number % 3 == 0:
+                recorder.log(rate_of_mine=rate)
+                if when == "before its batch":
+                    evaluate()
+            if told == "observed":
+                recorder.observe(batch)
+            if when != "before its batch":
+                evaluate()
+            plain_step(model, optimizer, batch)
+    expected = [rate if number % 3 == 0 else np.nan for number in range(9)]
+    np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].rate_of_mine, expected)
+
+
+def test_data_that_are_read_without_gradients_are_trained_on(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for _ in range(2):
+            with torch.no_grad():
+                batches = list(recorder.watch(vectors(4)))
+            for batch in batches:
+                losses.append(plain_step(model, optimizer, batch).item())
+                recorder.log(loss=losses[-1])
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-9)
+    np.testing.assert_allclose(run["steps"].loss, losses, rtol=1e-12)
+    assert run["steps"].epoch.values.tolist() == [0] * 4 + [1] * 4
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_what_is_logged_before_each_batch_is_observed_is_of_its_step(tmp_path: Path, every: int) -> None:
     model, losses = smooth_network(), []

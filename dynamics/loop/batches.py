@@ -105,8 +105,9 @@ class Batches:
 
     def _evaluation_begins(self) -> None:
         """The model runs without gradients: it evaluates the present batch, unless that batch is trained on later."""
-        if (present := self._present) is not None and not (present.passed or present.ran):
-            present.only_evaluated = True
+        if (present := self._present) is not None:
+            present.evaluated = True
+            present.only_evaluated |= not (present.passed or present.ran)
 
     @property
     def _present(self) -> Seen | None:
@@ -132,22 +133,17 @@ class Batches:
             self.repeat(due=False)
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
         without = len(self._seen) - self._ahead - self._backward.count
-        if (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
-            last = self._seen[-1]
-            if not (self._idle or last.is_evaluated or (last.ran and not self._backward.pending)):
+        if self._has_evaluated_many:
+            self._forgotten = self._seen[-1]
+            self._seen[-_IDLE:-1] = []
+        elif (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
+            if not (self._idle or self._evaluates):
                 self._idle = True
                 warn(
                     f"more than {_IDLE} batches in a row led to no optimizer step: check that the recorder was given "
                     "the model that is trained, and the optimizer that trains it"
                 )
             self._seen = self._seen[-1:]
-        elif (
-            len(self._seen) >= _IDLE
-            and all(seen.is_evaluated for seen in self._seen[: -_IDLE - 1 : -1])
-            and not trains(self._own)
-        ):
-            self._forgotten = self._seen[-1]
-            self._seen[-_IDLE:-1] = []
         self._see(batch, due=due, source=source)
 
     def repeat(self, *, due: bool) -> None:
@@ -185,11 +181,6 @@ class Batches:
                 "batches are read in a thread other than that of the steps: watch what the loop itself iterates "
                 "over, with recorder.watch(...) around what reads ahead"
             )
-        if self._forgotten in self._seen and not self._is_of_later:
-            raise RuntimeError(
-                f"more than {_IDLE} batches were evaluated, in eval mode and without gradients, before this step, "
-                "which may be of all of them: these are too many to be kept"
-            )
         self.moments.look_back(self._seen)
         of_epoch = self._of_epoch if self._backward else 0
         self._candidates = candidates(
@@ -215,9 +206,24 @@ class Batches:
         return used(starts, self._backward.total, self._backward.count)
 
     @property
-    def _is_of_later(self) -> bool:
-        """Whether the gradients are those of batches that were seen after all that were evaluated."""
-        return bool(self._used) and not self._seen[self._used[0] - 1].is_evaluated
+    def _has_evaluated_many(self) -> bool:
+        """Whether so many batches in a row were evaluated that they are not kept."""
+        last = self._seen[: -_IDLE - 1 : -1]
+        return len(last) == _IDLE and all(seen.is_evaluated for seen in last) and not trains(self._own)
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the loop evaluates the batches that it reads now, as far as is known."""
+        last, idle = self._seen[-1], not self._backward.pending
+        return last.is_evaluated or (idle and (last.ran or self.may_run_unseen))
+
+    @property
+    def forgotten(self) -> int:
+        """How many evaluated batches are too many to be kept, if the step may be of them; else 0."""
+        if self._forgotten not in self._seen:
+            return 0
+        first = self._seen[self._used[0] - 1 if self._used else -1]
+        return _IDLE if first.evaluated or not first.with_gradients else 0
 
     @property
     def idle_passes(self) -> int:
@@ -258,6 +264,11 @@ class Batches:
         before = self._forward.count
         return lambda: self._forward.count > before
 
+    @property
+    def may_run_unseen(self) -> bool:
+        """Whether the model is compiled, so that its passes are not seen, and in eval mode."""
+        return self._compiled and not trains(self._own)
+
     def wait_again(self, waiting: WaitingBatches) -> None:
         """Restore the batches that waited for their step, and forget those that came since."""
         self._seen, self._staying, self._of_epoch, self._stays_surely = waiting
@@ -270,7 +281,8 @@ class Batches:
     def clear(self) -> None:
         """Forget the batches whose step was taken: all except those that were read ahead."""
         self.moments.steps_here()
-        self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
+        seen = [] if self.forgotten else self._seen
+        self._seen = read_ahead(seen, self._used, self._backward.count, self._ahead) if seen else []
         self._backward.stepped()
         self._stepped_at = self._backward.total
         self._of_epoch, self._passes, self._awaits, self._after_step, self._forgotten = 0, 0, False, None, None

@@ -21,11 +21,14 @@ class _Entry(NamedTuple):
 
 
 class WaitingScalars(NamedTuple):
-    """A snapshot of :class:`Logged`: the scalars that wait for their step, by name, and its flags."""
+    """A snapshot of :class:`Logged`: the scalars of the last step and those that wait for theirs, and its flags."""
 
+    of_last: dict[str, list[_Entry]]
+    initial: set[str]
     upcoming: dict[str, list[_Entry]]
     before: set[str]
     announced: bool
+    watched: bool
     waits: bool
     pass_ended: bool
 
@@ -43,7 +46,7 @@ class Logged:
     """
 
     def __init__(self) -> None:
-        self._of_last: dict[str, list[Scalar]] = {}
+        self._of_last: dict[str, list[_Entry]] = {}
         self._initial: set[str] = set()  # names whose scalar of the first step was logged before all training
         self._upcoming: dict[str, list[_Entry]] = {}
         self._before: set[str] = set()  # names that are logged before the backward pass, or the batch, of their step
@@ -65,39 +68,44 @@ class Logged:
         if not (self._stepped or self._under_way) and known and not position.backwards:
             self._before.add(name)
         comes_before = name in self._before and not of_evaluation
+        entry = _Entry(value, position, self._waits and not self._pass_ended)
         if self._waits or position.pending or self._under_way or comes_before or not self._stepped:
-            self._upcoming.setdefault(name, []).append(_Entry(value, position, self._waits and not self._pass_ended))
+            self._upcoming.setdefault(name, []).append(entry)
         else:
-            self._add_to_last(name, [value])
+            self._add_to_last(name, [entry])
 
     @property
     def _under_way(self) -> bool:
         """Whether some, but not all, of several optimizers have stepped."""
         return self._first is not None
 
-    def _add_to_last(self, name: str, values: list[Scalar]) -> None:
+    def _add_to_last(self, name: str, entries: list[_Entry]) -> None:
         if name in self._initial:
             self._initial.remove(name)
             del self._of_last[name]
-        self._of_last[name] = [*self._of_last.get(name, ()), *values]  # one assignment: a signal handler may flush
+        self._of_last[name] = [*self._of_last.get(name, ()), *entries]  # one assignment: a signal handler may flush
 
     @property
     def waiting(self) -> WaitingScalars:
-        """What waits for its step now; :meth:`wait_again` restores it."""
-        upcoming = {name: list(entries) for name, entries in self._upcoming.items()}
-        flags = {"announced": self._announced, "waits": self._waits, "pass_ended": self._pass_ended}
-        return WaitingScalars(upcoming, set(self._before), **flags)
+        """What is known now, and what waits for its step; :meth:`wait_again` restores it."""
+        return WaitingScalars(
+            dict(self._of_last),
+            set(self._initial),
+            {name: list(entries) for name, entries in self._upcoming.items()},
+            set(self._before),
+            announced=self._announced,
+            watched=self._watched,
+            waits=self._waits,
+            pass_ended=self._pass_ended,
+        )
 
     def wait_again(self, waiting: WaitingScalars, position: Position) -> None:
         """Restore ``waiting``, as if no batch had been observed since; what was logged since is logged now."""
-        since = self._upcoming
-        known = {id(one) for entries in waiting.upcoming.values() for one in entries}
-        given = {id(value) for values in self._of_last.values() for value in values}
-        self._upcoming = {
-            name: [one for one in entries if id(one.value) not in given] for name, entries in waiting.upcoming.items()
-        }
-        _, self._before, self._announced, self._waits, self._pass_ended = waiting
-        for name, entries in since.items():
+        now = [*self._of_last.items(), *self._upcoming.items()]
+        known = {id(one) for of in (waiting.of_last, waiting.upcoming) for entries in of.values() for one in entries}
+        self._of_last, self._initial, self._upcoming, self._before, *flags = waiting
+        self._announced, self._watched, self._waits, self._pass_ended = flags
+        for name, entries in now:
             for entry in (one for one in entries if id(one) not in known):
                 self.add(name, entry.value, position, of_evaluation=True)
 
@@ -105,10 +113,11 @@ class Logged:
         """A batch was observed, the first since a step or a further one; ``watched``: by iterating over a loader."""
         if watched and not self._announced:
             self._before.clear()  # what was logged before all training says nothing about the order within a step
+        dropped = first and watched and self._watched  # below, unless it is given back
         self._announced = self._waits = True
         self._watched = watched
         if first or self._pass_ended:
-            self._give_back(ends=first and watched)  # what is not given back would be dropped below
+            self._give_back(ends=dropped)
         if first:
             self._upcoming = {
                 name: own
@@ -141,9 +150,9 @@ class Logged:
             position = position._replace(first_backward=min(position.first_backward, self._first))
         if not position.backwards:  # the loop sets gradients itself: a name that the last batch lacks comes after it
             self._before -= {name for name in self._before if self._lacks_last(name, position)}
-        kept: dict[str, list[Scalar]] = {}
+        kept: dict[str, list[_Entry]] = {}
         for name, entries in self._upcoming.items():
-            if own := [one.value for one in entries if self._counts(name, one, position)]:
+            if own := [one for one in entries if self._counts(name, one, position)]:
                 kept[name] = own
                 self._upcoming[name] = [one for one in entries if not self._counts(name, one, position)]
         self._first = None
@@ -152,7 +161,7 @@ class Logged:
             initial = {
                 name: own
                 for name, entries in self._upcoming.items()
-                if name not in kept and (own := [one.value for one in entries if not one.waited])
+                if name not in kept and (own := [one for one in entries if not one.waited])
             }
         self._of_last, self._initial = kept | initial, set(initial)
         self._upcoming, self._waits, self._stepped = later, late, True
@@ -177,7 +186,7 @@ class Logged:
         return self._means()
 
     def _means(self) -> dict[str, Scalar]:
-        return {name: _mean(values) for name, values in self._of_last.items()}
+        return {name: _mean([one.value for one in entries]) for name, entries in self._of_last.items()}
 
     def _comes_before(self, name: str) -> bool:
         """Whether a name is logged before the batch of its step is observed."""
@@ -196,7 +205,7 @@ class Logged:
             return
         lacks = self._upcoming.keys() - (self._of_last.keys() - self._initial)
         for name in lacks if ends else lacks - self._before:
-            if own := [one.value for one in self._upcoming[name] if not one.waited]:
+            if own := [one for one in self._upcoming[name] if not one.waited]:
                 self._add_to_last(name, own)
                 self._upcoming[name] = [one for one in self._upcoming[name] if one.waited]
 

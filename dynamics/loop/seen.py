@@ -35,6 +35,7 @@ class Seen:
     passed_at: int = 0
     passed_in_eval_at: int | None = None  # as passed_at, if that pass was in eval mode
     ran: bool = False  # whether the model ran with gradients while this was the latest batch
+    evaluated: bool = False  # whether the model ran without gradients while this was the latest batch
     only_evaluated: bool = False  # while this was the latest batch, the model ran without gradients and never with them
     again: bool = False  # whether a step on it has been taken already
     certain: bool = True  # False where the loop may have gone on to other batches

@@ -108,12 +108,19 @@ class StepCurvature:
                     "the loader, or observe each batch, in all processes",
                     "known here",
                 )
+            elif self._batches.forgotten:
+                self._warn_once(
+                    f"curvature is not recorded at step {step}, which may be of all of the more than "
+                    f"{self._batches.forgotten} batches that were evaluated before it, in eval mode and without "
+                    "gradients: so many are not kept",
+                    "forgotten",
+                )
             elif self._batches.told and not self._batches:
                 self._say_unknown(step)
 
     def _known(self) -> list[tuple[int, list[Seen]]]:
         """The batches that the step may be of, none if none was seen; keeps what else the measurement starts from."""
-        if not self._batches:
+        if not self._batches or self._batches.forgotten:
             return []
         self._probed.keep_outside()
         return self._candidates.known()

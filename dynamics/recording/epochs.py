@@ -17,9 +17,11 @@ class Epochs:
 
     Without watched data, ``log_epoch`` separates epochs.
 
-    A step belongs to the pass that yielded its last batch. A pass without any backward pass or step was an evaluation
-    if the model ran in it, or if gradients were disabled whenever it yielded a batch. It leaves no trace: batches and
-    logged values that waited for a step before it still do.
+    A step belongs to the pass that yielded its last batch. A pass in which the model ran without any backward pass or
+    step was an evaluation and leaves no trace: batches and logged values that waited for a step before it still do.
+    Whether a compiled model ran is not seen: in eval mode, gradients that were disabled whenever the pass yielded a
+    batch tell. If the model did not run, what was logged is of the evaluation of something else, but the batches may
+    have been read ahead.
 
     Attributes:
         present: the epoch of the last step, from 0.
@@ -86,11 +88,14 @@ class Pass:
         self._before = self._waiting = None  # else each pass would keep the one before, and its batches, alive
         idle = self._epochs.number() == step and batches.position.backwards == backwards
         self.drawn = idle and not whole and self._given == 1
-        if idle and (self._ran() or (self._given and not self._with_gradients)):
+        without = idle and self._given > 0 and not self._with_gradients
+        evaluated = idle and (self._ran() or (without and batches.may_run_unseen))
+        if evaluated:
             self._epochs.last = last
             batches.wait_again(waiting[0])
-            self._epochs.logged.wait_again(waiting[1], batches.position)
         else:
             batches.end_epoch(whole=whole, idle=idle)
-            if self._epochs.last is self and not self.drawn:
-                self._epochs.logged.pass_over(unused=whole and not batches.all_used)
+        if evaluated or without:
+            self._epochs.logged.wait_again(waiting[1], batches.position)
+        elif self._epochs.last is self and not self.drawn:
+            self._epochs.logged.pass_over(unused=whole and not batches.all_used)

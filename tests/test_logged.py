@@ -240,6 +240,24 @@ def test_a_watched_evaluation_leaves_what_waits_where_it_is(tmp_path: Path, told
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].rate_of_mine, expected)
 
 
+@pytest.mark.parametrize("told", ["observed", "not told"])
+def test_a_loss_of_an_evaluation_before_training_moves_no_other(tmp_path: Path, told: str) -> None:
+    model = smooth_network()
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        with torch.no_grad():
+            for inputs, labels in recorder.watch(vectors(2, seed=9)):
+                recorder.log(loss=F.cross_entropy(model(inputs), labels), before=1.0)
+        for batch in vectors(5):
+            if told == "observed":
+                recorder.observe(batch)
+            losses.append(plain_step(model, optimizer, batch).item())
+            recorder.log(loss=losses[-1])
+    steps = open_run(tmp_path / "run")["steps"]
+    np.testing.assert_allclose(steps.loss, losses, rtol=1e-12)
+    np.testing.assert_array_equal(steps.before, [1.0] + [np.nan] * 4)
+
+
 def test_data_that_are_read_without_gradients_are_trained_on(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []

@@ -281,8 +281,10 @@ class Batches:
     def clear(self) -> None:
         """Forget the batches whose step was taken: all except those that were read ahead."""
         self.moments.steps_here()
-        seen = [] if self.forgotten else self._seen
-        self._seen = read_ahead(seen, self._used, self._backward.count, self._ahead) if seen else []
+        if self.forgotten:
+            self._seen = self._staying = []
+        else:
+            self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
         self._backward.stepped()
         self._stepped_at = self._backward.total
         self._of_epoch, self._passes, self._awaits, self._after_step, self._forgotten = 0, 0, False, None, None

@@ -64,8 +64,8 @@ class Logged:
 
     def add(self, name: str, value: Scalar, position: Position, *, of_evaluation: bool = False) -> None:
         """Keep a scalar for the step that it belongs to; one ``of_evaluation`` tells nothing of the order in a step."""
-        known = not self._announced or self._waits
-        if not (self._stepped or self._under_way) and known and not position.backwards:
+        known = not (of_evaluation or (self._announced and not self._waits))
+        if known and not (self._stepped or self._under_way or position.backwards):
             self._before.add(name)
         comes_before = name in self._before and not of_evaluation
         entry = _Entry(value, position, self._waits and not self._pass_ended)
@@ -157,7 +157,7 @@ class Logged:
                 self._upcoming[name] = [one for one in entries if not self._counts(name, one, position)]
         self._first = None
         values, initial = self.of_last(), {}
-        if self._announced and not self._stepped:
+        if not self._stepped:
             initial = {
                 name: own
                 for name, entries in self._upcoming.items()

@@ -19,9 +19,9 @@ class Epochs:
 
     A step belongs to the pass that yielded its last batch. A pass in which the model ran without any backward pass or
     step was an evaluation and leaves no trace: batches and logged values that waited for a step before it still do.
-    Whether a compiled model ran is not seen: in eval mode, gradients that were disabled whenever the pass yielded a
-    batch tell. If the model did not run, what was logged is of the evaluation of something else, but the batches may
-    have been read ahead.
+    Gradients that were disabled whenever it yielded a batch tell of an evaluation, too: of a compiled model in eval
+    mode, whose passes are not seen, or of another one within a step. Between steps the batches may have been read ahead,
+    but what was logged is no step's.
 
     Attributes:
         present: the epoch of the last step, from 0.
@@ -72,6 +72,7 @@ class Pass:
         self.drawn = False  # whether it only drew a single batch, as next(iter(loader)) does: that is no epoch
         self._before = epochs.last, epochs.number(), epochs.batches.position.backwards
         self._waiting = epochs.batches.waiting, epochs.logged.waiting
+        self._within_step = bool(epochs.batches) or epochs.batches.position.pending
         epochs.batches.begin_epoch()
         self._ran = epochs.batches.look_for_evaluation()
 
@@ -89,13 +90,13 @@ class Pass:
         idle = self._epochs.number() == step and batches.position.backwards == backwards
         self.drawn = idle and not whole and self._given == 1
         without = idle and self._given > 0 and not self._with_gradients
-        evaluated = idle and (self._ran() or (without and batches.may_run_unseen))
+        evaluated = (idle and self._ran()) or (without and (self._within_step or batches.may_run_unseen))
         if evaluated:
-            self._epochs.last = last
             batches.wait_again(waiting[0])
         else:
             batches.end_epoch(whole=whole, idle=idle)
         if evaluated or without:
+            self._epochs.last = last
             self._epochs.logged.wait_again(waiting[1], batches.position)
         elif self._epochs.last is self and not self.drawn:
             self._epochs.logged.pass_over(unused=whole and not batches.all_used)

@@ -20,8 +20,8 @@ class Epochs:
     A step belongs to the pass that yielded its last batch. A pass in which the model ran without any backward pass or
     step was an evaluation and leaves no trace: batches and logged values that waited for a step before it still do.
     Gradients that were disabled whenever it yielded a batch tell of an evaluation, too: of a compiled model in eval
-    mode, whose passes are not seen, or of another one within a step. Between steps the batches may have been read ahead,
-    but what was logged is no step's.
+    mode, whose passes are not seen, or of another model within a step. Between steps the batches may have been read
+    ahead, but what was logged is no step's.
 
     Attributes:
         present: the epoch of the last step, from 0.

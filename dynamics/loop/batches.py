@@ -220,7 +220,7 @@ class Batches:
     @property
     def forgotten(self) -> int:
         """How many evaluated batches are too many to be kept, if the step may be of them; else 0."""
-        if self._forgotten not in self._seen:
+        if self._forgotten is None or self._forgotten not in self._seen:
             return 0
         first = self._seen[self._used[0] - 1 if self._used else -1]
         return _IDLE if first.evaluated or not first.with_gradients else 0
@@ -282,9 +282,8 @@ class Batches:
         """Forget the batches whose step was taken: all except those that were read ahead."""
         self.moments.steps_here()
         if self.forgotten:
-            self._seen = self._staying = []
-        else:
-            self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
+            self._seen, self._staying = [], []
+        self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
         self._backward.stepped()
         self._stepped_at = self._backward.total
         self._of_epoch, self._passes, self._awaits, self._after_step, self._forgotten = 0, 0, False, None, None

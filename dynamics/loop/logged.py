@@ -161,11 +161,15 @@ class Logged:
             initial = {
                 name: own
                 for name, entries in self._upcoming.items()
-                if name not in kept and (own := [one for one in entries if not one.waited])
+                if name not in kept and (own := [one for one in entries if self._is_initial(one)])
             }
         self._of_last, self._initial = kept | initial, set(initial)
         self._upcoming, self._waits, self._stepped = later, late, True
         return values
+
+    def _is_initial(self, entry: _Entry) -> bool:
+        """Whether a scalar was logged before all training."""
+        return not (entry.waited if self._announced else entry.position.backwards)
 
     def _lacks_last(self, name: str, step: Position) -> bool:
         """Whether a name was logged for batches of a step, but not for its last one."""

@@ -99,8 +99,7 @@ def label_lowest(axes: list[Axes]) -> None:
 
 def named(ax: Axes, condition: str, *, panels: int = 1) -> None:
     """Title one or several panels in a row with their condition's name, in as many lines as it needs."""
-    inches = ax.get_position().width * ax.get_figure(root=True).get_figwidth() * panels
-    ax.set_title(wrapped(condition, int(19 * inches)), fontsize=8)
+    ax.set_title(wrapped(condition, int(19 * scales.width_in_inches(ax) * panels)), fontsize=8)
 
 
 def headed(figure: Figure, what: str) -> None:

@@ -16,7 +16,7 @@ from dynamics.schema import label
 
 from .labels import layer_names
 from .lines import draw_line, evenly, mark_end
-from .scales import count_axis, fit_axis
+from .scales import count_axis, fit_axis, width_in_inches
 from .style import DEPTH, LINES, MEASURED, OTHER_EVENT, PRUNING, Style
 
 _LAYER_SIZE = 7  # points
@@ -203,7 +203,7 @@ def draw_layer_bars(summary: xr.Dataset, *, ax: Axes | None = None, beside: floa
 
 def _name_layers(ax: Axes, names: list[str]) -> None:
     """One tick per layer, with names for as many as there is room for."""
-    room = 72 * ax.get_figure(root=True).get_figwidth() * ax.get_position().width / (1.25 * _LAYER_SIZE)
+    room = 72 * width_in_inches(ax) / (1.25 * _LAYER_SIZE)
     labelled = np.arange(0, len(names), -(-len(names) // int(room)))
     ax.set_xticks(labelled, [names[place] for place in labelled], rotation=90, fontsize=_LAYER_SIZE)
     ax.set_xticks(np.arange(len(names)), minor=True)

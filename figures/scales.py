@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.ticker import (
     FixedLocator,
@@ -62,9 +63,13 @@ def percent(axis: Axis) -> None:
 
 def count_axis(axis: Axis) -> None:
     """Set ticks at whole numbers, of steps or epochs, as many as there is room for."""
-    box = axis.axes.get_position()
-    inches = box.width * axis.axes.get_figure(root=True).get_figwidth()
-    axis.set_major_locator(MaxNLocator(max(5, round(3 * inches)), steps=_STEPS, integer=True, min_n_ticks=1))
+    room = max(5, round(3 * width_in_inches(axis.axes)))
+    axis.set_major_locator(MaxNLocator(room, steps=_STEPS, integer=True, min_n_ticks=1))
+
+
+def width_in_inches(ax: Axes) -> float:
+    """The width of a panel, which may be one of a figure's part."""
+    return ax.bbox.width / ax.get_figure(root=True).dpi
 
 
 def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:

@@ -140,15 +140,18 @@ def test_layers_are_labelled_by_the_table(runs: dict[str, xr.DataTree]) -> None:
         np.testing.assert_array_equal(line.get_ydata(), quantity.sel(layer=layer))
 
 
+@pytest.mark.parametrize("share", [1, 3])
 @pytest.mark.parametrize("count", [1, 10, 57, 400])
-def test_the_names_of_layers_do_not_meet(count: int) -> None:
+def test_the_names_of_layers_do_not_meet(count: int, share: int) -> None:
     names = [f"blocks.{number}.conv" for number in range(count)]
-    ax = draw_over_layers(xr.DataArray(np.arange(count), {"layer": names}, ["layer"]))
-    ax.figure.draw_without_rendering()
+    figure = plt.figure()
+    part = figure.subfigures(1, share, squeeze=False)[0, 0]
+    ax = draw_over_layers(xr.DataArray(np.arange(count), {"layer": names}, ["layer"]), ax=part.subplots())
+    figure.draw_without_rendering()
     shown = {tick.get_text(): tick.get_window_extent() for tick in ax.get_xticklabels()}
     assert list(shown) == layer_names(names)[:: -(-count // len(shown))]
     assert all(one.x1 < other.x0 for one, other in pairwise(shown.values()))
-    assert len(shown) >= min(count, 25)
+    assert len(shown) >= min(count, 25 // share)
 
 
 def test_shares_of_layers_are_seen_as_colours_of_one_network_or_of_several() -> None:

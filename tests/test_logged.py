@@ -241,6 +241,26 @@ def test_a_watched_evaluation_leaves_what_waits_where_it_is(tmp_path: Path, told
 
 
 @pytest.mark.parametrize("told", ["observed", "not told"])
+def test_a_flush_within_a_step_moves_nothing(tmp_path: Path, told: str) -> None:
+    """Every second step logs after the first of its two backward passes, when the last step lacks that name."""
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for number, batch in enumerate(vectors(16)):
+            if told == "observed":
+                recorder.observe(batch)
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            if number % 4 == 2:
+                recorder.log(now_and_then=number)
+                recorder.flush()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    found = open_run(tmp_path / "run")["steps"].now_and_then
+    np.testing.assert_array_equal(found, [np.nan, 2, np.nan, 6, np.nan, 10, np.nan, 14])
+
+
+@pytest.mark.parametrize("told", ["observed", "not told"])
 def test_a_loss_of_an_evaluation_before_training_moves_no_other(tmp_path: Path, told: str) -> None:
     model = smooth_network()
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []

@@ -156,7 +156,8 @@ class Logged:
                 kept[name] = own
                 self._upcoming[name] = [one for one in entries if not self._counts(name, one, position)]
         self._first = None
-        values, initial = self.of_last(), {}
+        self._give_back()
+        values, initial = self._means(), {}
         if not self._stepped:
             initial = {
                 name: own
@@ -186,7 +187,8 @@ class Logged:
 
     def of_last(self, *, ends: bool = False) -> dict[str, Scalar]:
         """The scalars of the last step; if the training ``ends``, with those that waited for a step that never came."""
-        self._give_back(ends=ends)
+        if ends:
+            self._give_back(ends=True)
         return self._means()
 
     def _means(self) -> dict[str, Scalar]:

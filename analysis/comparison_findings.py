@@ -26,7 +26,7 @@ def fastest(runs: Runs) -> str:
     if not pruned:
         raise MissingQuantityError("no pruned run has ended, so how fast it trained on is not known")
     table, _ = convergences(runs)
-    areas = table[table.comparable & table.run.isin(pruned)].set_index("run").area if "area" in table else table.run[:0]
+    areas = table[table.comparable & table.run.isin(pruned)].set_index("run").area
     if areas.empty:
         raise MissingQuantityError(
             "all pruned runs trained on for different numbers of steps: their mean losses differ"

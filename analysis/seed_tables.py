@@ -26,6 +26,8 @@ from .tables import agreement_table
 from .typeset import MISSING, told_apart
 from .verdicts import JUDGED
 
+_STEPS_TO = [f"steps to {share:.0%}" for share in SHARES]
+_CONVERGENCE = ["area", "final loss", *_STEPS_TO, "steps taken"]
 VERDICTS = ("supported", "contradicted", "negligible", "inconclusive", "no verdict")
 
 
@@ -69,7 +71,7 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
         MissingQuantityError: no run that ended logged its loss after the last pruning.
     """
     table, same = convergences(runs)
-    if "area" not in table:
+    if table["steps taken"].isna().all():
         raise MissingQuantityError(
             "convergence needs runs that have ended, trained on after their last pruning, and logged their loss: "
             "recorder.log(loss=...)"
@@ -77,7 +79,7 @@ def convergence_table(runs: Runs) -> pd.DataFrame:
     table["counts"] = np.isfinite(table.area)
     table[["area", "final loss"]] = table[["area", "final loss"]].where(table.comparable)
     cells = {title: partial(_mean, digits=".3g", interval=True) for title in ("area", "final loss")}
-    return _over_seeds(table, same, cells | {f"steps to {share:.0%}": _median_steps for share in SHARES})
+    return _over_seeds(table, same, cells | dict.fromkeys(_STEPS_TO, _median_steps))
 
 
 def pruned_last(runs: Runs) -> str:
@@ -95,7 +97,7 @@ def pruned_last(runs: Runs) -> str:
 def uneven(runs: Runs) -> str:
     """Sentences on how many runs trained for longer or shorter than those they are compared with; "" if none did."""
     table, _ = convergences(runs)
-    of_condition = int((~table.comparable & table.area.notna()).sum()) if "area" in table else 0
+    of_condition = int((~table.comparable & table.area.notna()).sum())
     of_seed = int(trained_unevenly(runs).sum())
     said = ["Longer training lowers the mean loss after the last pruning, whatever the measure."]
     if of_condition:
@@ -199,12 +201,11 @@ def convergences(runs: Runs) -> tuple[pd.DataFrame, list[str]]:
     since = pd.Series([last_pruning(runs[label]) for label in table.run])
     since = since.groupby(condition, dropna=False).transform("max")
     each = with_progress([*zip(table.run, since, strict=True)], "convergence")
-    table = table.join(pd.DataFrame([_convergence(runs[label], start) for label, start in each], index=table.index))
-    if "steps taken" in table:
-        of = table.groupby(condition, dropna=False)["steps taken"]
-        even = of.transform(lambda steps: equally_long(steps, pruned=table.measure[steps.index] != "none"))
-        table["comparable"] = even.astype(bool)
-    return table, same
+    found = [_convergence(runs[label], start) for label, start in each]
+    table = table.join(pd.DataFrame(found, index=table.index, columns=_CONVERGENCE, dtype=float))
+    of = table.groupby(condition, dropna=False)["steps taken"]
+    even = of.transform(lambda steps: equally_long(steps, pruned=table.measure[steps.index] != "none"))
+    return table.assign(comparable=even.astype(bool)), same
 
 
 def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callable[[pd.Series], str]]) -> pd.DataFrame:
@@ -220,16 +221,16 @@ def _over_seeds(table: pd.DataFrame, same: list[str], cells: Mapping[str, Callab
 
 
 def _convergence(run: xr.DataTree, since: int) -> dict[str, float]:
-    """The numbers in :func:`convergence_table` for one run; none if it did not end or logged no loss."""
+    """What ``_CONVERGENCE`` names, of one run; nothing if it did not end or logged no loss."""
     if not ended(run):
         return {}
     try:
         found = convergence(run, since=since)
     except MissingQuantityError:
         return {}
-    steps = {f"steps to {share:.0%}": float(found.steps_to_loss.sel(share=share)) for share in SHARES}
-    means = {"area": float(found.area), "final loss": float(found.final_loss)}
-    return means | steps | {"steps taken": found.attrs["steps"]}
+    steps = [float(found.steps_to_loss.sel(share=share)) for share in SHARES]
+    values = [float(found.area), float(found.final_loss), *steps, found.attrs["steps"]]
+    return dict(zip(_CONVERGENCE, values, strict=True))
 
 
 def _mean(values: pd.Series, *, digits: str, interval: bool) -> str:

@@ -164,8 +164,8 @@ class Batches:
 
     def _see(self, batch: Any, *, due: bool, again: bool = False, source: Any = None) -> None:
         seen_at = self._stepped_at if again else self._backward.total
-        seen = Seen(batch, None, again=again, certain=self._stays_surely or not again, source=source, seen_at=seen_at)
-        seen.with_gradients = torch.is_grad_enabled()
+        certain, enabled = self._stays_surely or not again, torch.is_grad_enabled()
+        seen = Seen(batch, None, again=again, certain=certain, source=source, seen_at=seen_at, with_gradients=enabled)
         self._seen.append(seen)
         if due:
             self.moments.keep(seen, self._after_step if again else None)

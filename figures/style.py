@@ -68,7 +68,7 @@ _drawn: ContextVar[tuple[str, ...]] = ContextVar("the measures of a figure", def
 
 @contextmanager
 def theme(measures: Iterable[str] = ()) -> Iterator[None]:
-    """Inside, figures are drawn in thetadot's style; afterwards the user's own is restored.
+    """Inside, figures are drawn in thetadot's style alone, on white paper; afterwards the user's own is restored.
 
     Args:
         measures: all that are drawn, in order: each has one colour and marker in all panels.
@@ -76,7 +76,7 @@ def theme(measures: Iterable[str] = ()) -> Iterator[None]:
     plt.draw_if_interactive()  # wakes the backend: what it sets to show later figures must not end with the style
     before = _drawn.set(tuple(measures))
     try:
-        with plt.style.context(_THEME):
+        with plt.style.context(_THEME, after_reset=True):
             yield
     finally:
         _drawn.reset(before)

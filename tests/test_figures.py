@@ -141,9 +141,10 @@ def test_layers_are_labelled_by_the_table(runs: dict[str, xr.DataTree]) -> None:
 
 
 @pytest.mark.parametrize("share", [1, 3])
-@pytest.mark.parametrize("count", [1, 10, 57, 400])
-def test_the_names_of_layers_do_not_meet(count: int, share: int) -> None:
-    names = [f"blocks.{number}.conv" for number in range(count)]
+@pytest.mark.parametrize("count", [1, 4, 10, 57, 400])
+@pytest.mark.parametrize("name", ["blocks.{}.conv", "{}", "i.{}M"])
+def test_the_names_of_layers_do_not_meet(name: str, count: int, share: int) -> None:
+    names = [name.format(number) for number in range(count)]
     figure = plt.figure()
     part = figure.subfigures(1, share, squeeze=False)[0, 0]
     ax = draw_over_layers(xr.DataArray(np.arange(count), {"layer": names}, ["layer"]), ax=part.subplots())
@@ -152,6 +153,9 @@ def test_the_names_of_layers_do_not_meet(count: int, share: int) -> None:
     assert list(shown) == layer_names(names)[:: -(-count // len(shown))]
     assert all(one.x1 < other.x0 for one, other in pairwise(shown.values()))
     assert len(shown) >= min(count, 25 // share)
+    upright = any(tick.get_rotation() for tick in ax.get_xticklabels())
+    letters = sum(map(len, layer_names(names)))
+    assert upright if letters > 60 // share else not upright or letters > 30 // share
 
 
 def test_shares_of_layers_are_seen_as_colours_of_one_network_or_of_several() -> None:

@@ -1,4 +1,4 @@
-"""A figure's style ends with the figure, and one's own LaTeX, which lacks many symbols, does not typeset its texts."""
+"""A figure has its own style alone, whatever the user's, and that ends with the figure."""
 
 import os
 import subprocess
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from synthetic_runs import runs
 
@@ -43,3 +45,17 @@ def test_no_text_of_a_figure_is_typeset_by_latex(monkeypatch: pytest.MonkeyPatch
     figure = draw("accuracy", runs())
     figure.draw_without_rendering()
     assert not [text for text in figure.findobj(Text) if text.get_usetex()]
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("name", ["accuracy", "training_curves"])
+def test_a_figure_is_the_same_in_every_style_of_its_user(name: str) -> None:
+    """Grey dots on a dark page, say, would hardly be seen."""
+    own = pixels(draw(name, runs()))
+    with plt.style.context(["dark_background", {"font.size": 20, "lines.linewidth": 5, "axes.titlesize": 30}]):
+        figure = draw(name, runs())
+    np.testing.assert_array_equal(pixels(figure), own)

@@ -34,3 +34,8 @@ def __getattr__(name: str) -> object:
             raise
         text = f"{name} needs {missing}, which is not installed: pip install {packages}"
         raise ModuleNotFoundError(text, name=missing) from error
+
+
+def __dir__() -> list[str]:
+    """The module's names, with the recorders that are yet to be imported."""
+    return sorted({*globals(), *__all__})

@@ -28,6 +28,7 @@ def test_nothing_is_imported_unless_asked_for() -> None:
 
 def test_every_recorder_is_told_of_and_its_framework_installed_for_tests() -> None:
     assert frameworks.__all__ == [*frameworks._HOMES]
+    assert {*frameworks.__all__} <= {*dir(frameworks)}
     page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["frameworks"]
     installed = {re.match(r"[\w-]+", requirement)[0] for requirement in extra}

@@ -16,6 +16,7 @@ from dynamics.words import counted
 from .names import name_of
 from .prunings import compounded, prunings
 from .record import columns, has
+from .remembered import remembered
 from .runs import Runs, check_runs
 from .statistics import STATISTICS
 from .typeset import MISSING, percentages, told_apart
@@ -47,6 +48,7 @@ _FEW = 6  # labels in a sentence
 _OF_THE_RECORD = ("device", "root", "download", "curvature_every", "studies")
 
 
+@remembered
 def conditions(runs: Runs) -> pd.DataFrame:
     """The conditions of each run, one row per run: columns model, data, measure, rounds, sparsity, seed.
 

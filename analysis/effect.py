@@ -80,6 +80,7 @@ def pruning_effect_per_layer(run: xr.DataTree) -> xr.Dataset:
     return _of_events(run, per_layer=True)
 
 
+@remembered
 def first_pruning_per_layer(run: xr.DataTree) -> xr.Dataset:
     """:func:`pruning_effect_per_layer` of the first pruning alone: dims (quantity, layer).
 

@@ -1,10 +1,10 @@
-"""Caches the analyses of a run while several figures and tables ask for them."""
+"""Caches the analyses of a run, or of several, while figures and tables ask for them."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -13,12 +13,14 @@ import xarray as xr
 
 Found = TypeVar("Found")
 
-_MEMORY: ContextVar[dict[tuple, tuple[xr.DataTree, Any]] | None] = ContextVar("_MEMORY", default=None)
+Analysed = xr.DataTree | Mapping[str, xr.DataTree]
+
+_MEMORY: ContextVar[dict[tuple, tuple[Analysed, Any]] | None] = ContextVar("_MEMORY", default=None)
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Inside, each :func:`remembered` analysis of a run is computed only once; the runs must not change meanwhile."""
+    """Inside, each :func:`remembered` analysis is computed only once; runs and mappings of them must not change."""
     token = _MEMORY.set({} if (memory := _MEMORY.get()) is None else memory)
     try:
         yield
@@ -27,16 +29,19 @@ def remembering() -> Iterator[None]:
 
 
 def remembered(analyse: Callable[..., Found]) -> Callable[..., Found]:
-    """Decorates an analysis so that :func:`remembering` caches it; each caller gets a shallow copy of the result."""
+    """Decorates an analysis, of a run or of a mapping of runs, so that :func:`remembering` caches it.
+
+    Each caller gets a copy of the result, which shares its arrays if it is a dataset.
+    """
 
     @functools.wraps(analyse)
-    def once(run: xr.DataTree, **settings: Any) -> Found:
+    def once(runs: Analysed, **settings: Any) -> Found:
         memory = _MEMORY.get()
         if memory is None:
-            return analyse(run, **settings)
-        key = analyse, id(run), *settings.items()
+            return analyse(runs, **settings)
+        key = analyse, id(runs), *settings.items()
         if key not in memory:
-            memory[key] = run, analyse(run, **settings)  # the run stays alive, so that no other gets its id
+            memory[key] = runs, analyse(runs, **settings)  # these stay alive, so that no others get their id
         return copy.copy(memory[key][1])
 
     return once

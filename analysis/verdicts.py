@@ -8,6 +8,7 @@ import pandas as pd
 from .claims import CLAIMS, Claim
 from .conditions import refuse_as_same
 from .intervals import half_width, p_value, stand
+from .remembered import remembered
 from .run_statistics import statistics
 from .runs import Runs
 from .statistics import STATISTICS, log
@@ -19,6 +20,7 @@ _NEGLIGIBLE = {"ratio": np.log(1.01), "difference": 0.001}
 _ROUNDING = 1e-6  # accuracies that are closer differ in single precision only: this is one image in a million
 
 
+@remembered
 def claims(runs: Runs) -> pd.DataFrame:
     """Each claim of :data:`CLAIMS` under each condition (model, data, rounds, sparsity), with its verdict.
 

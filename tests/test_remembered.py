@@ -46,6 +46,22 @@ def test_once_a_run_and_setting(mean, calls: list[str]) -> None:
     assert calls == ["one", "one", "other", "other"]
 
 
+def test_once_a_mapping_of_runs(calls: list[str]) -> None:
+    @remembered
+    def lengths(runs: dict[str, xr.DataTree]) -> pd.Series:
+        calls.append("|".join(runs))
+        return pd.Series({label: one["steps"].sizes["step"] for label, one in runs.items()})
+
+    both = {"one": run("one", 1.0, 3.0), "other": run("other", 1.0)}
+    with remembering():
+        for _ in range(2):
+            found = lengths(both)
+            assert found.tolist() == [2, 1]
+            found["one"] = 0  # the caller's own
+            assert lengths({"other": both["other"]}).tolist() == [1]
+    assert calls == ["one|other", "other", "other"]
+
+
 def test_a_memory_within_a_memory_is_one_and_ends_with_the_outer(mean, calls: list[str]) -> None:
     one = run("one", 1.0, 3.0)
     with remembering():

@@ -195,9 +195,9 @@ def _changes(rows: xr.Dataset, *, per_layer: bool) -> xr.Dataset:
     if _OF_EVENTS in sums:
         first["param_hess_grad"] = sums[_OF_EVENTS]
     parts = {"measured": measured, "first_order": first, "second_order": second}
-    quantity, missing = xr.Variable("quantity", list(_STAGED)), first["loss"].where(False)
+    missing = first["loss"].where(False)
     changes = {
-        part: xr.concat([values.get(name, missing) for name in _STAGED], quantity, coords="minimal")
+        part: xr.Dataset({name: values.get(name, missing) for name in _STAGED}).to_array("quantity")
         for part, values in parts.items()
     }
     share = sums.removed / sums.remaining.sel(stage="before")

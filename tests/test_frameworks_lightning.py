@@ -1,5 +1,6 @@
 """What the callback records of a fit of Lightning is what the module itself sees, and it stays the same fit."""
 
+import pickle
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -147,10 +148,135 @@ class InPercent(lightning.Callback):
         pl_module.log("test_accuracy", 87.0)
 
 
-def test_metrics_that_cannot_be_recorded_do_not_end_a_fit(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="metrics of an epoch are not recorded: .* from 0 to 1, got 87"):
+def test_metrics_that_cannot_be_recorded_end_neither_a_fit_nor_cost_others(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the metric test_accuracy is not recorded: .* from 0 to 1, got 87"):
         trained([InPercent(), frameworks.LightningRecorder(tmp_path / "run")])
-    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 10
+    run = open_run(tmp_path / "run")
+    assert run["steps"].sizes["step"] == 10
+    assert np.isfinite(run["epochs"].val_loss).sum() == 2
+    assert "test_accuracy" not in run["epochs"]
+
+
+class Validations(lightning.Callback):
+    """The step before which a validation ended, and what it found."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.found[trainer.global_step] = trainer.callback_metrics["val/loss"].item()
+
+
+@pytest.mark.parametrize(
+    "often", [{"val_check_interval": 2}, {"val_check_interval": 7, "check_val_every_n_epoch": None}, {}]
+)
+def test_each_validation_has_its_row_whether_amid_an_epoch_or_at_its_end(tmp_path: Path, often: dict) -> None:
+    validations = Validations()
+    settings = {"num_sanity_val_steps": 0, "epochs": 3} | often
+    trained([validations, frameworks.LightningRecorder(tmp_path / "run")], **settings)
+    epochs = open_run(tmp_path / "run")["epochs"].to_dataset().load()
+    validated = epochs.isel(epoch=np.flatnonzero(np.isfinite(epochs.val_loss)))
+    assert dict(zip(validated.step.values.tolist(), validated.val_loss.values, strict=True)) == validations.found
+    ends = epochs.isel(epoch=np.flatnonzero(np.isfinite(epochs.train_loss)))
+    assert ends.step.values.tolist() == [5, 10, 15]
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_what_an_objective_logs_is_not_among_the_metrics(tmp_path: Path, package: str) -> None:
+    framework = import_module(package)
+
+    class Logging(framework.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = convolutional_network(dropout=0.3)
+
+        def loss(self, batch: Any) -> Tensor:
+            loss = F.cross_entropy(self.network(batch[0]), batch[1])
+            self.log("train_loss", loss, on_step=False, on_epoch=True)
+            self.log_dict({"last": loss})
+            return loss
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fitted(callbacks: list[Any]) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        trainer = framework.Trainer(callbacks=callbacks, max_epochs=2, **QUIET)
+        trainer.fit(Logging(), DataLoader(DATA, 8, shuffle=True))
+        return dict(trainer.callback_metrics)
+
+    recorder = frameworks.LightningRecorder(
+        tmp_path / "run", curvature_every=1, objective=lambda module, batch: module.loss(batch)
+    )
+    alone, recorded = fitted([]), fitted([recorder])
+    assert alone == recorded
+    assert {*alone} == {"train_loss", "last"}
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-10)
+    assert "log" not in vars(Logging)
+    assert float(run["epochs"].train_loss[-1]) == alone["train_loss"].item()
+
+
+class ByHand(lightning.LightningModule):
+    """Optimizes by itself, as ``step`` says of each batch and the loss; keeps the losses of the batches that count."""
+
+    def __init__(self, step: Callable[[Any, int, Tensor], bool]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network, self.step, self.losses = convolutional_network(), step, []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        if self.step(self, batch_idx, loss):
+            self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_batch_that_a_module_skips_is_in_no_steps_loss(tmp_path: Path) -> None:
+    def all_but_the_third(module: ByHand, number: int, loss: Tensor) -> bool:
+        if number != 2:
+            module.optimizers().zero_grad()
+            module.manual_backward(loss)
+            module.optimizers().step()
+        return number != 2
+
+    module, callback = ByHand(all_but_the_third), frameworks.LightningRecorder(tmp_path / "run", curvature_every=1)
+    lightning.Trainer(callbacks=[callback], max_epochs=2, **QUIET).fit(module, DataLoader(DATA, 8))
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["steps"].loss, module.losses, rtol=1e-10)
+    np.testing.assert_allclose(run["curvature"].loss_before, module.losses, rtol=1e-10)
+
+
+def test_several_steps_on_a_batch_are_all_measured(tmp_path: Path) -> None:
+    def twice(module: ByHand, number: int, loss: Tensor) -> bool:
+        for again in range(2):
+            loss = F.cross_entropy(module(DATA[8 * number : 8 * number + 8][0]), DATA[8 * number : 8 * number + 8][1])
+            module.optimizers().zero_grad()
+            module.manual_backward(loss)
+            module.optimizers().step()
+            module.losses.append(loss.item())
+        return not again
+
+    module, callback = ByHand(twice), frameworks.LightningRecorder(tmp_path / "run", curvature_every=1)
+    lightning.Trainer(callbacks=[callback], max_epochs=1, **QUIET).fit(module, DataLoader(DATA, 8))
+    curvature = open_run(tmp_path / "run")["curvature"]
+    assert curvature.step.values.tolist() == list(range(10))
+    np.testing.assert_allclose(curvature.loss_before, module.losses, rtol=1e-10)
+
+
+def test_a_callback_is_sent_to_processes_that_are_spawned(tmp_path: Path) -> None:
+    sent = pickle.loads(pickle.dumps(frameworks.LightningRecorder(tmp_path / "run", curvature_every=2)))
+    trained([sent])
+    assert open_run(tmp_path / "run")["curvature"].step.values.tolist() == [0, 2, 4, 6, 8]
 
 
 def test_a_fit_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
@@ -195,7 +321,7 @@ def test_a_checkpoint_finds_what_was_recorded_before_it_on_the_disk(tmp_path: Pa
 def test_epochs_go_on_from_a_checkpoint_within_one_or_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr("dynamics.frameworks.lightning_callback.simple_scalars", lambda metrics: {})  # as if none were
+    monkeypatch.setattr("dynamics.frameworks.common.simple_scalars", lambda metrics: {})  # as if there were none
     trained([frameworks.LightningRecorder(tmp_path / "run"), Saving(tmp_path / "one.ckpt", step)])
     recorder = frameworks.LightningRecorder(tmp_path / "run", resume="rewind")
     trained([recorder], checkpoint=tmp_path / "one.ckpt")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from torch import Tensor, nn
 
 from dynamics import frameworks, open_run
@@ -169,6 +170,23 @@ def test_a_loss_of_the_trainers_own_is_given_as_objective(tmp_path: Path) -> Non
     training.train()
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-5)
+
+
+def test_an_objective_that_is_the_models_loss_is_as_if_none_were_given(tmp_path: Path) -> None:
+    """Of accumulated batches, too, of which each has a share of the step's loss; what it counts is put back."""
+    counted = [0]
+
+    def of_model(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        counted[0] += 1
+        return model(**batch).loss
+
+    for name, given in (("default", {}), ("given", {"objective": of_model})):
+        recorder = frameworks.TrainerRecorder(tmp_path / name, curvature_every=1, **given)
+        trained(language_model(), tmp_path, [recorder], gradient_accumulation_steps=2)
+    default, own = (open_run(tmp_path / name) for name in ("default", "given"))
+    xr.testing.assert_allclose(own["curvature"].to_dataset(), default["curvature"].to_dataset(), rtol=1e-4)
+    np.testing.assert_allclose(own["curvature"].loss_before, own["steps"].loss, rtol=1e-5)
+    assert counted == [0]
 
 
 def test_a_loss_of_the_trainers_own_that_is_not_given_is_said(tmp_path: Path) -> None:

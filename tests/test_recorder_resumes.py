@@ -377,6 +377,28 @@ def test_epochs_are_counted_on_where_steps_are_recorded_seldom(tmp_path: Path, m
     assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_a_rewound_training_is_in_the_epoch_in_which_it_stopped(tmp_path: Path, stop: int) -> None:
+    """Its first pass is the rest of that epoch, or the next one if it stopped at an end."""
+    batches, model = vectors(5), smooth_network()
+    optimizer, saved = torch.optim.SGD(model.parameters(), 0.1), {}
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for _ in range(3):
+            for batch in recorder.watch(batches):
+                plain_step(model, optimizer, batch)
+                if len(saved) < stop:
+                    recorder.flush()
+                    saved[len(saved)] = copy.deepcopy(model.state_dict())
+    epoch, done = divmod(stop, 5)
+    model.load_state_dict(saved[stop - 1])
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0, resume="rewind") as recorder:
+        for rest in (batches[done:], *[batches] * (2 - epoch)):
+            for batch in recorder.watch(rest):
+                plain_step(model, optimizer, batch)
+    steps = open_run(tmp_path / "run")["steps"]
+    assert steps.epoch.values.tolist() == [number // 5 for number in range(15)]
+
+
 def test_epochs_are_counted_on_whatever_quantities_are_recorded(tmp_path: Path) -> None:
     pair, batches = fresh(), vectors(2)
     for step, quantities in ((0, ["grad_sqnorm"]), (4, ["epoch"]), (8, ["grad_sqnorm"])):

@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import signature
 from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..recording.arguments import check_epoch_scalar
 from ..recording.recorder import Recorder
 from ..recording.resuming import Counted
+from ..warning import warn
 
 
 def recorder_factory(path: str | os.PathLike, **settings: Any) -> Callable[..., Recorder]:
@@ -29,13 +32,29 @@ def recorder_factory(path: str | os.PathLike, **settings: Any) -> Callable[..., 
         TypeError: a setting that :class:`Recorder` does not have; raised now, not when the training begins.
     """
     signature(Recorder).bind(path, None, None, **settings)
+    return partial(_made, path, settings)  # which processes that are spawned can be sent
 
-    def make_recorder(model: nn.Module, optimizer: Any, step: int, *, again: bool = False) -> Recorder:
-        resumes = bool(settings.get("resume")) and step > 0
-        given = ({"step": Counted(step)} if resumes else {}) | settings
-        return Recorder(path, model, optimizer, **given | {"resume": settings.get("resume") or again})
 
-    return make_recorder
+def _made(
+    path: str | os.PathLike, settings: Mapping[str, Any], model: nn.Module, optimizer: Any, step: int, *,
+    again: bool = False,
+) -> Recorder:  # fmt: skip
+    resumes = bool(settings.get("resume")) and step > 0
+    given = ({"step": Counted(step)} if resumes else {}) | dict(settings)
+    return Recorder(path, model, optimizer, **given | {"resume": settings.get("resume") or again})
+
+
+def log_metrics(recorder: Recorder, metrics: Mapping[str, Any]) -> None:
+    """Append the scalars among metrics to ``/epochs``; warn of those that a row cannot hold: no reason to end it."""
+    fit = {}
+    for name, value in simple_scalars(metrics).items():
+        try:
+            check_epoch_scalar(name, value)
+            fit[name] = value
+        except ValueError as error:
+            warn(f"the metric {name} is not recorded: {error}")
+    if fit:
+        recorder.log_epoch(**fit)
 
 
 def simple_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

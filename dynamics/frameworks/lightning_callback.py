@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recording.recorder import Recorder
-from ..warning import warn
-from .common import recorder_factory, simple_scalars
+from .common import log_metrics, recorder_factory
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -38,8 +37,8 @@ class LightningRecorder(*_callbacks()):
         trainer = L.Trainer(callbacks=[LightningRecorder("run.zarr", curvature_every=64)])
 
     ``loss`` in ``/steps`` is what ``training_step`` returns (with LBFGS, the first of several times), and ``/epochs``
-    holds what each training epoch added to ``trainer.callback_metrics``. Curvature is that of
-    ``objective(module, batch)``: Lightning cannot run ``training_step`` outside its loop, so the default is the
+    holds what each training epoch, and each validation within one, added to ``trainer.callback_metrics``. Curvature is
+    that of ``objective(module, batch)``: Lightning cannot run ``training_step`` outside its loop, so the default is the
     cross-entropy of ``(inputs, labels)`` with ``module(inputs)`` as logits. During a fit, ``recorder`` is its
     :class:`dynamics.Recorder`.
 
@@ -54,7 +53,7 @@ class LightningRecorder(*_callbacks()):
         self._losses: list[Tensor] = []
         self._evaluated: list[Tensor] = []  # of one batch: LBFGS asks for its loss several times
         self._stepped = 0
-        self._metrics: dict[str, Any] = {}  # when the last epoch was logged
+        self._metrics: dict[str, Any] = {}  # when metrics were last logged
         self._epoch_ended = False
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -76,7 +75,7 @@ class LightningRecorder(*_callbacks()):
         if batch_idx == 0:
             self.recorder.begin_epoch()
         self._evaluated = []
-        self.recorder.observe(batch)
+        self.recorder._observe(batch, stays=True)  # for further steps on it, if ``training_step`` takes several
 
     def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
         """Keep the loss at the parameters from which the step starts: the first, if the optimizer asks for several."""
@@ -84,14 +83,25 @@ class LightningRecorder(*_callbacks()):
             self._evaluated = [*self._evaluated[:1], loss.detach()]
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After a step, log the mean loss of its batches; each arrives divided by the number of batches per step."""
+        """After a step, log the mean loss of its batches; each arrives divided by the number of batches per step.
+
+        If the module itself optimizes, it may skip batches, which the recorder finds out.
+        """
         if outputs and outputs.get("loss") is not None:
             loss = self._evaluated[0] if len(self._evaluated) > 1 else outputs["loss"].detach()
-            self._losses.append(loss * trainer.accumulate_grad_batches)
+            if pl_module.automatic_optimization:
+                self._losses.append(loss * trainer.accumulate_grad_batches)
+            else:
+                self.recorder.log(loss=loss)
         if trainer.global_step > self._stepped:
             if self._losses:
                 self.recorder.log(loss=torch.stack(self._losses).mean())
             self._losses, self._stepped = [], trainer.global_step
+
+    def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Log a validation amid an epoch; what one at its end found is logged with the epoch."""
+        if self.recorder and not (trainer.sanity_checking or trainer.is_last_batch):
+            self._log_metrics(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Note that the epoch ended; it is logged later, because the module's own hook runs after this one."""
@@ -112,15 +122,16 @@ class LightningRecorder(*_callbacks()):
         self._close(trainer)
 
     def _log_epoch(self, trainer: Any) -> None:
-        """Log the metrics of the epoch that has ended, without those left over from earlier epochs."""
+        """Log the metrics of the epoch that has ended."""
         if self._epoch_ended:
-            before, self._metrics, self._epoch_ended = self._metrics, dict(trainer.callback_metrics), False
-            new = {name: value for name, value in self._metrics.items() if value is not before.get(name)}
-            if metrics := simple_scalars(new):
-                try:
-                    self.recorder.log_epoch(**metrics)
-                except ValueError as error:  # which is no reason to end a training
-                    warn(f"the metrics of an epoch are not recorded: {error}")
+            self._epoch_ended = False
+            self._log_metrics(trainer)
+
+    def _log_metrics(self, trainer: Any) -> None:
+        """Log the metrics that are new since this was last done."""
+        before, self._metrics = self._metrics, dict(trainer.callback_metrics)
+        new = {name: value for name, value in self._metrics.items() if value is not before.get(name)}
+        log_metrics(self.recorder, new)
 
     def _close(self, trainer: Any) -> None:
         if self.recorder:

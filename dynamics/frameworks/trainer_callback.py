@@ -39,13 +39,15 @@ class TrainerRecorder(TrainerCallback):
     Args:
         path: where the record goes, a new folder.
         objective: ``objective(model, batch) -> scalar loss``, the batch a mapping; by default the loss that the model
-            returns for it.
+            returns for it. If the batch has ``num_items_in_batch``, the loss is taken to be divided by that, as the
+            Trainer wants it, and so to be the batch's share of the step's.
         settings: further keyword arguments of :class:`dynamics.Recorder`.
     """
 
     def __init__(self, path: str | os.PathLike, *, objective: Objective | None = None, **settings: Any) -> None:
         self.recorder: Recorder | None = None
-        self._make_recorder = recorder_factory(path, objective=objective or self._share_of_the_step, **settings)
+        self._objective = objective or _loss_of_model
+        self._make_recorder = recorder_factory(path, objective=self._share_of_the_step, **settings)
         self._hook: RemovableHandle | None = None
         self._samples, self._processes = 0, 1
         self._within_epoch = False
@@ -91,26 +93,19 @@ class TrainerRecorder(TrainerCallback):
             self.recorder.observe(batch)
 
     def _share_of_the_step(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The loss that the model returns for a batch, scaled so that the recorder's mean over batches is the step's.
+        """The objective of a batch, scaled so that the recorder's mean over batches is the step's loss.
 
         A loss that is given ``num_items_in_batch``, the number of the whole step's items, is the batch's share of the
         step's loss, and the Trainer adds these up.
         """
-        outputs = model(**batch)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-        if loss is None:
-            raise ValueError(
-                f"the model returned no loss for a batch of {sorted(batch)}. Curvature needs the labels, which "
-                "label_smoothing_factor, compute_loss_func, or a compute_loss that pops them keeps from the "
-                "model: override Trainer.compute_loss so that the labels stay in what the model is given"
-            )
+        loss = self._objective(model, batch)
         if "num_items_in_batch" not in batch:
             return loss
         return loss * (self._processes * self._samples / sample_count(batch))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **training: Any) -> None:
-        """Log the training loss."""
-        if self.recorder and "loss" in logs:
+        """Log the training loss, unless it is the objective that logs."""
+        if self.recorder and "loss" in logs and not self.recorder.measuring:
             self.recorder.log(loss=logs["loss"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **training: Any) -> None:
@@ -139,6 +134,19 @@ class TrainerRecorder(TrainerCallback):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _loss_of_model(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss that the model returns for a batch."""
+    outputs = model(**batch)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if loss is None:
+        raise ValueError(
+            f"the model returned no loss for a batch of {sorted(batch)}. Curvature needs the labels, which "
+            "label_smoothing_factor, compute_loss_func, or a compute_loss that pops them keeps from the "
+            "model: override Trainer.compute_loss so that the labels stay in what the model is given"
+        )
+    return loss
 
 
 def _by_name(model: nn.Module, args: tuple) -> dict[str, Any]:

@@ -1,15 +1,23 @@
-"""Hooks on a model's modules that collect statistics of the training must not see the recorder's evaluations."""
+"""What collects statistics of the training, hooks and logs, must not see the recorder's evaluations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_LIGHTNING, _LOGS = {"lightning", "pytorch_lightning"}, ("log", "log_dict")
+
+
+@contextmanager
+def unseen(model: nn.Module, theirs: Callable[[Any], bool]) -> Iterator[None]:
+    """Inside, neither hooks that are methods of objects for which ``theirs`` is true nor logs tell of evaluations."""
+    with hooks_removed(model, theirs), unlogged(model):
+        yield
 
 
 @contextmanager
@@ -37,3 +45,29 @@ def _owner(hook: Any) -> Any:
     while isinstance(hook, partial):
         hook = hook.func
     return getattr(hook, "__self__", None)
+
+
+@contextmanager
+def unlogged(model: nn.Module) -> Iterator[None]:
+    """Inside, what Lightning's modules in a model log is dropped: it would count among the metrics of the training.
+
+    It is their classes that do not log, because the attributes of a module may be put back inside to what they were.
+    """
+    kinds = {type(module) for module in model.modules()}
+    with ExitStack() as stack:
+        for kind in filter(_is_lightnings, kinds):
+            for name in _LOGS:
+                if name in vars(kind):
+                    stack.callback(setattr, kind, name, vars(kind)[name])
+                else:
+                    stack.callback(delattr, kind, name)
+                setattr(kind, name, _nothing)
+        yield
+
+
+def _is_lightnings(kind: type) -> bool:
+    return any(base.__module__.partition(".")[0] in _LIGHTNING for base in kind.__mro__)
+
+
+def _nothing(*given: object, **settings: object) -> None:
+    """What is logged while the recorder evaluates."""

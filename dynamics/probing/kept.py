@@ -31,7 +31,7 @@ from .contents import (
     take_tensor,
     takes_of_variables,
 )
-from .ownership import OF_OTHERS, OURS, held, is_users, manages, package, referred
+from .ownership import OF_OTHERS, OURS, held, is_users, manages, package, passed_on, referred
 from .walk import walk
 
 _FEW = 2**20  # so many numbers are kept in any case
@@ -155,7 +155,7 @@ class _Keeper:
 
     def look_into(self, function: Any) -> None:
         """Keep what a function of the user's own refers to: its closure and global variables, and objects in these."""
-        walk([function], self._visit_referred, bounded=True)
+        walk([passed_on(function)], self._visit_referred, bounded=True)
 
     def _visit_referred(self, value: Any) -> Iterable[Any]:
         if id(value) in self._seen or isinstance(value, nn.Module):

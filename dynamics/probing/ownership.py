@@ -92,11 +92,15 @@ def referred(value: Any) -> Iterable[Any]:
         contents = chain.from_iterable(map(content_of, value.__closure__ or ()))
         named = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
         return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
-    if package(type(value)) == OURS:  # a framework callback, which passes on the user's objective
-        return [getattr(value, "_objective", None)]
     if is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)):
         return held(value)
     return []
+
+
+def passed_on(function: Any) -> Any:
+    """The user's objective that a function is or, if it is a method of a framework's callback, that this passes on."""
+    owner = getattr(function, "__self__", None)
+    return getattr(owner, "_objective", function) if package(type(owner)) == OURS else function
 
 
 def content_of(cell: CellType) -> tuple[Any, ...]:

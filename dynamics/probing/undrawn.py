@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .contents import attributes_of
-from .ownership import OF_OTHERS, OURS, content_of, is_users, is_users_module, package, referred
+from .ownership import OF_OTHERS, OURS, content_of, is_users, is_users_module, package, passed_on, referred
 from .walk import MOST, walk
 
 
@@ -87,7 +87,7 @@ def undrawn(modules: Iterable[nn.Module], function: Callable | None) -> Iterator
         for module in modules:
             visit(module)
         if function is not None:
-            walk([function], visit, bounded=True)
+            walk([passed_on(function)], visit, bounded=True)
         yield
     finally:
         for place, stand_in, iterator in replaced:

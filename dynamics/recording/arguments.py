@@ -178,21 +178,26 @@ def _check_name(method: str, name: str) -> None:
 def check_epoch(scalars: Mapping[str, Any]) -> None:
     """Raise ValueError if a row of ``/epochs`` cannot hold the scalars; warn if a name looks like a misspelt one."""
     for name, value in scalars.items():
-        _check_name("log_epoch", name)
-        _check_whole("log_epoch", name, value)
-        if not _is_number(value):
-            raise ValueError(f"log_epoch() takes numbers, but {name!r} is {value!r:.60}")
-        waits = isinstance(value, Tensor) and value.is_cuda  # the check is not worth waiting for the GPU
-        if name in _SHARES and not waits and abs(float(value) - 0.5) > 0.5 + _ROUNDING:
-            raise ValueError(
-                f"log_epoch() takes {name} as a fraction of correct answers, from 0 to 1, got {float(value):g}"
-            )
+        check_epoch_scalar(name, value)
         near = [one for one in _READ if "_" in name and one.startswith(name)]  # "test_acc"
         near = near or difflib.get_close_matches(name, [one for one in _READ if one[:2] == name[:2]], 1, _CLOSE)
         if near and near[0] not in scalars:
             warn(f"log_epoch() records {name!r}, but tables and figures read {near[0]!r}")
     if counted := sorted({"epoch", "step"} & scalars.keys()):
         raise ValueError(f"log_epoch() cannot take {counted[0]!r}: the recorder counts steps and epochs itself")
+
+
+def check_epoch_scalar(name: str, value: Any) -> None:
+    """Raise ValueError if a row of ``/epochs`` cannot hold this scalar."""
+    _check_name("log_epoch", name)
+    _check_whole("log_epoch", name, value)
+    if not _is_number(value):
+        raise ValueError(f"log_epoch() takes numbers, but {name!r} is {value!r:.60}")
+    waits = isinstance(value, Tensor) and value.is_cuda  # the check is not worth waiting for the GPU
+    if name in _SHARES and not waits and abs(float(value) - 0.5) > 0.5 + _ROUNDING:
+        raise ValueError(
+            f"log_epoch() takes {name} as a fraction of correct answers, from 0 to 1, got {float(value):g}"
+        )
 
 
 def _is_number(value: Any) -> bool:

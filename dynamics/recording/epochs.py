@@ -23,6 +23,8 @@ class Epochs:
     mode, whose passes are not seen, or of another model within a step. Between steps the batches may have been read
     ahead, but what was logged is no step's.
 
+    After a checkpoint from amid an epoch, as a record that is rewound to it tells, the first pass is the rest of that.
+
     Attributes:
         present: the epoch of the last step, from 0.
     """
@@ -32,7 +34,7 @@ class Epochs:
         self.last: Pass | None = None
         self._by_hand = self._watched = False
         self._stepped = place.rows > 0
-        self._ended = self._stepped and place.ended
+        self._ended, self._within = self._stepped and place.ended, place.within
 
     def begin(self) -> None:
         """The loop, which counts epochs itself, says that one begins."""
@@ -53,11 +55,11 @@ class Epochs:
         if of is not None and not (self._by_hand or of.drawn):
             self._watched = True
             if of.epoch is None:
-                of.epoch = self.present + self._stepped
+                of.epoch = self.present + (self._stepped and not self._within)
             self.present = max(self.present, of.epoch)
         elif self._ended and not (self._by_hand or self._watched):
             self.present += 1
-        self._ended = False
+        self._ended = self._within = False
         self._stepped = True
 
 

@@ -24,7 +24,7 @@ from ..loop.processes import Processes
 from ..measuring.probed_step import ProbedStep
 from ..measuring.step import Measurement
 from ..measuring.step_curvature import StepCurvature
-from ..network.hooks import hooks_removed
+from ..network.hooks import unseen
 from ..network.layers import Layers
 from ..network.wrappers import unwrap
 from ..probing.objective import Objective, cross_entropy_objective
@@ -76,7 +76,8 @@ class Recorder:
             measured loss decreases. Needed only if the loss is not the cross-entropy of ``(inputs, labels)``. If a step
             has several batches, their mean is measured, weighted by samples, equally or otherwise, whichever the
             gradient shows. It may draw random numbers, and count or collect in variables of its own; all of this is
-            restored afterwards.
+            restored afterwards. What it sends elsewhere, to a logger, say, is sent at each evaluation: ask
+            :attr:`measuring`.
         every: record first-order quantities at every such step.
         curvature_every: measure gᵀHg, θᵀHg, ΔθᵀHΔθ and the loss decrease at every such step; 0 means never. If
             networks are trained in turn, choose a number that has no divisor in common with the steps of a turn, so
@@ -153,7 +154,7 @@ class Recorder:
             network, objective, self._batches, probed, processes, place.step, curvature_every, capture=capture
         )
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
-        asleep = partial(hooks_removed, network, lambda owner: any(owner is one for one in (*held, *given)))
+        asleep = partial(unseen, network, lambda owner: any(owner is one for one in (*held, *given)))
         self._steps = Steps(
             groups, measurement, self._curvature, self._batches, asleep, self._rows, self._epochs, place,
             FlowTimes(store), names, every,

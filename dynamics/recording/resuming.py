@@ -25,7 +25,8 @@ _SAME = 16  # rounding errors by which ‖θ‖² may differ where it is the sum
 class Place:
     """The point between two steps at which recording resumes, and how much of the record lies before it.
 
-    ``ended``: whether an epoch was logged at this point. ``rows``: number of recorded steps before it.
+    ``ended``: whether an epoch was logged at this point. ``within``: whether the record went on with a step of the same
+    epoch. ``rows``: number of recorded steps before it.
     """
 
     step: int = 0
@@ -33,6 +34,7 @@ class Place:
     events: int = 0
     flow_time: float = 0.0
     ended: bool = False
+    within: bool = False
     rows: int = 0
 
     @property
@@ -76,7 +78,8 @@ class Record:
         logged = self.column("epochs", "epoch")[:count][-1:].tolist()
         epoch = int(max([0, *of_rows, *logged]))
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
-        return Place(step, epoch, events, self._flow_time(step, before), ended, before)
+        within = bool(of_rows) and not ended and self.epochs[before : before + 1].tolist() == [epoch]
+        return Place(step, epoch, events, self._flow_time(step, before), ended, within, before)
 
     def logged_by(self, step: int) -> int | None:
         """Number of rows of ``/epochs`` logged by a step; None if the rows do not have a step."""

@@ -258,13 +258,13 @@ def test_a_batch_that_a_module_skips_is_in_no_steps_loss(tmp_path: Path) -> None
 
 def test_several_steps_on_a_batch_are_all_measured(tmp_path: Path) -> None:
     def twice(module: ByHand, number: int, loss: Tensor) -> bool:
-        for again in range(2):
+        for _ in range(2):
             loss = F.cross_entropy(module(DATA[8 * number : 8 * number + 8][0]), DATA[8 * number : 8 * number + 8][1])
             module.optimizers().zero_grad()
             module.manual_backward(loss)
             module.optimizers().step()
             module.losses.append(loss.item())
-        return not again
+        return False
 
     module, callback = ByHand(twice), frameworks.LightningRecorder(tmp_path / "run", curvature_every=1)
     lightning.Trainer(callbacks=[callback], max_epochs=1, **QUIET).fit(module, DataLoader(DATA, 8))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import xarray as xr
+
+from dynamics.record.reading import experiment
 
 from .agreement import agreement
 from .findings import NOT_FINITE, error_in_percent
 from .outcome import outcome, pruned_units
 from .prunings import prunings
-from .record import MissingQuantityError
+from .record import MissingQuantityError, ended, length
 from .runs import Runs, check_runs, each
 from .typeset import MISSING, known
 
 
 def outcome_table(runs: Runs) -> pd.DataFrame:
-    """One row per run: accuracy and loss and, if any run was pruned, sparsity, in words and per cent."""
+    """One row per run: accuracy and loss and, if any run was pruned, sparsity, in words and per cent.
+
+    If a run has not ended, the epochs that each has completed.
+    """
     table = _outcomes(runs)
     table.columns = [f"{what} pruned" if of == "pruned" else f"{of} {what}" for of, what in table]
     return table
@@ -50,7 +56,15 @@ def _outcomes(runs: Runs) -> pd.DataFrame:
     if any(len(prunings(run)) for run in runs.values()):
         rows["pruned", pruned_units(runs.values())] = [known(of.sparsity, ".1%") for of in found.values()]
         rows["pruned", "parameters"] = [known(of.removed_parameters, ".1%") for of in found.values()]
+    if not all(map(ended, runs.values())):
+        rows["epochs", "completed"] = [_completed(run) for run in runs.values()]
     return pd.DataFrame(rows, index=pd.Index(found, name="run"))
+
+
+def _completed(run: xr.DataTree) -> str:
+    """The number of epochs logged, of those that the experiment has."""
+    whole = sum(experiment(run).get("epochs", ()))
+    return f"{length(run, 'epochs')} of {whole}" if whole else MISSING
 
 
 def agreement_table(runs: Runs) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from .command_line import exit_status, printing
+from .command_line import exit_status, printing, status_of, termination_interrupts
 from .data import DataError
 from .errors import one_line
 from .experiments.experiment import Experiment
@@ -118,7 +118,8 @@ _Loader.add_implicit_resolver(
 
 def _configuration(path: str) -> dict:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no configuration file {path}: give a YAML file, e.g. configs/demo.yaml")
+        there = f"{path} is not a plain file" if Path(path).exists() else f"no configuration file {path}"
+        raise FileNotFoundError(f"{there}: give a YAML file, e.g. configs/demo.yaml")
     content = Path(path).read_bytes()
     try:
         settings = yaml.load(content.decode(), _Loader)
@@ -173,7 +174,8 @@ def _sweep(settings: Namespace) -> int:
     from .experiments.sweep import failure, sweep  # and with it Dask, which no other command needs
 
     experiments, folder = _experiments(settings.configuration), Path(settings.output)
-    failed = sweep(experiments, folder, workers=settings.workers, scheduler=settings.scheduler)
+    with termination_interrupts():
+        failed = sweep(experiments, folder, workers=settings.workers, scheduler=settings.scheduler)
     for name, error in failed.items():
         print(failure(name, error), file=sys.stderr)
     recorded = len(experiments) - len(failed)
@@ -185,14 +187,15 @@ def _sweep(settings: Namespace) -> int:
 
 
 def _protocols(settings: Namespace) -> int:
-    """Compare protocols; 130 if it is interrupted: half of a comparison is not kept."""
+    """Compare protocols; if it is interrupted, half of a comparison is not kept."""
     comparison = Comparison(**{name: settings[name] for name in Comparison.__dataclass_fields__})
     folder = Path(settings.output)
     try:
-        paths = compare(comparison, folder)
-    except KeyboardInterrupt:
+        with termination_interrupts():
+            paths = compare(comparison, folder)
+    except KeyboardInterrupt as interrupt:
         print("interrupted; nothing is kept", file=sys.stderr)
-        return 130
+        return status_of(interrupt)
     print(f"recorded {len(paths)} protocols in {folder}")
     quoted = quote(str(folder))
     print(f"see them with: python -m analysis protocol-diff {quoted}/default.zarr {quoted}/*.zarr")

@@ -4,13 +4,41 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jsonargparse import ArgumentError
 
 from .errors import one_line
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a queue sends before it kills, where it interrupts as Ctrl-C does."""
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`Terminated`; only Python's main thread may handle signals."""
+
+    def interrupt(*given: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """The exit status after an interruption: 128 and the signal's number, as shells have it."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
 
 
 @contextmanager
@@ -29,7 +57,9 @@ def exit_status(
     mistakes: tuple[type[Exception], ...] = (),
     interrupted: str = "interrupted",
 ) -> int:
-    """Exit status of a command: what it returns, or 0; 2 with one line on stderr for a user error, 130 if interrupted.
+    """Exit status of a command: what it returns, or 0; 2 with one line on stderr for a user error.
+
+    If it is interrupted, 130, or 143 after a SIGTERM.
 
     Args:
         execute: the command.
@@ -44,7 +74,7 @@ def exit_status(
         return 2
     except KeyboardInterrupt as interrupt:
         print(*getattr(interrupt, "__notes__", ()), interrupted, sep="\n", file=sys.stderr)
-        return 130
+        return status_of(interrupt)
 
 
 def mistake(error: Exception) -> str:

@@ -23,6 +23,7 @@ from dynamics.data import Data
 from dynamics.experiments import checkpoint, running
 from dynamics.experiments.experiment import Experiment
 from dynamics.experiments.running import run
+from dynamics.experiments.sweep import sweep
 from dynamics.record.store import Store
 
 TINY = Experiment(
@@ -150,6 +151,44 @@ def test_a_finished_record_keeps_nothing_to_go_on_with(tmp_path: Path, data: Dat
     assert {file.name for file in path.glob(".*")} == {*METADATA}
     assert {file.name for file in whole.glob(".*")} == {*METADATA}
     assert_same_records(path, whole)
+
+
+@pytest.mark.parametrize("again", ["run", "sweep"])
+def test_what_a_process_left_that_was_killed_while_it_finished_goes_when_it_is_run_again(
+    tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise Interruption
+
+    short = replace(TINY, epochs=(1, 0), rounds=1, measure="none", curvature_every=0)
+    path = tmp_path / f"{short.name}.zarr"
+    with monkeypatch.context() as patched, pytest.raises(Interruption):
+        patched.setattr(Store, "drop_kept", interrupted)
+        run(short, path, data=data, progress=False)
+    assert open_run(path).attrs["finished"]
+    assert {".checkpoint"} < {file.name for file in path.glob(".*")} - {*METADATA}
+    if again == "run":
+        run(short, path, data=data, progress=False)
+    else:
+        assert sweep([short], tmp_path, workers=0) == {}
+    assert {file.name for file in path.glob(".*")} == {*METADATA}
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_full_disk_is_said_with_the_record_and_what_to_do(
+    tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    short = replace(TINY, epochs=(1, 0), rounds=1, measure="none", curvature_every=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "keep", full)
+        said = r"No space left on device, so .*run\.zarr is not finished: make room, and the same command continues it"
+        with pytest.raises(OSError, match=said):
+            run(short, tmp_path / "run.zarr", data=data, progress=False)
+    run(short, tmp_path / "run.zarr", data=data, progress=False)
+    assert open_run(tmp_path / "run.zarr").attrs["finished"]
 
 
 def test_where_and_how_it_would_prune_make_no_other_experiment() -> None:

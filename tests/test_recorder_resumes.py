@@ -20,6 +20,7 @@ from torch import nn
 
 from dynamics import Recorder, RecordError, open_run
 from dynamics.network.masks import apply_masks
+from dynamics.record import provenance
 from dynamics.record.store import Store
 from dynamics.recording.flow_times import FlowTimes
 
@@ -375,6 +376,27 @@ def test_epochs_are_counted_on_where_steps_are_recorded_seldom(tmp_path: Path, m
                 plain_step(*pair, batch)
             recorder.log_epoch(test_accuracy=epoch / 10)
     assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
+
+
+def test_a_trace_tells_where_a_record_was_continued_by_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [
+        {"commit": "one"},
+        {"commit": "two", "torch": "3.0"},
+        {"commit": "two", "torch": "3.0"},
+        {"commit": "one"},
+    ]
+    model, optimizer = fresh()
+    origin = provenance.attributes()
+    for version in versions:
+        monkeypatch.setattr(provenance, "attributes", lambda version=version: origin | {"torch": "2.0"} | version)
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0, resume=True) as recorder:
+            for batch in recorder.watch(vectors(1)):
+                plain_step(model, optimizer, batch)
+    run = open_run(tmp_path / "run")
+    told = [{name: one[name] for name in ("commit", "torch") if name in one} for one in run.attrs["resumed"]]
+    assert (run.attrs["commit"], told) == ("one", [versions[1], {}, {"commit": "one", "torch": "2.0"}])
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])

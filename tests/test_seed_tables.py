@@ -18,7 +18,9 @@ from analysis.conditions import several_seeds
 from analysis.intervals import stand
 from analysis.overview import SUMMARY, overview
 from analysis.seed_tables import VERDICTS, agreement_over_runs, chance, claims_table, verdict_table
+from analysis.tables import brief_table
 from analysis.typeset import FORMATS, as_latex, as_markdown, page
+from dynamics.record.summary import summary
 from figures.catalogue import finding
 
 
@@ -34,6 +36,16 @@ def some() -> dict[str, xr.DataTree]:
     found = {f"magnitude {seed}": record("magnitude", seed, accuracy=0.8 + 0.02 * seed, area=0.25) for seed in range(3)}
     found |= {"none": unpruned(0, accuracy=0.9), "more": record("magnitude", 0, rounds=2, accuracy=0.5, area=2.0)}
     return found
+
+
+def test_a_run_that_has_not_ended_is_told_from_others() -> None:
+    runs = {"whole": record("magnitude", 0), "half": record("magnitude", 1, ended=False)}
+    assert analysis.outcome_table(runs)["epochs completed"].tolist() == ["2 of 2", "1 of 2"]
+    assert brief_table(runs)["epochs", "completed"].tolist() == ["2 of 2", "1 of 2"]
+    assert "epochs completed" not in analysis.outcome_table({"whole": runs["whole"]})
+    whole, half = map(summary, runs.values())
+    assert "8 steps, unfinished after 1 of 2 epochs" in half
+    assert "unfinished" not in whole
 
 
 def test_a_median_stays_where_a_mean_is_carried_away() -> None:

@@ -227,6 +227,17 @@ def test_what_cannot_be_written_is_never_lost_in_silence(tmp_path: Path, monkeyp
         recorded(tmp_path / "run.zarr", model, optimizer, vectors(2))
 
 
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system names none when a write fails."""
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
+        replace(tmp_path / "file", b"")
+
+
 def test_a_closed_record_takes_nothing_more(tmp_path: Path) -> None:
     model = smooth_network()
     with Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:

@@ -242,15 +242,21 @@ def test_the_command_line_says_what_failed(tmp_path: Path, capsys: pytest.Captur
     assert "100%" not in shown.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_says_what_failed_until_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by: signal.Signals
 ) -> None:
     def interrupted(experiment: Experiment, *args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt if experiment.seed == 1 else torch.OutOfMemoryError("no memory")
+        if experiment.seed == 1:
+            signal.raise_signal(by)
+        raise torch.OutOfMemoryError("no memory")
+
+    handler = signal.getsignal(signal.SIGTERM)
 
     monkeypatch.setattr(workers, "run", interrupted)
     write(tmp_path / "grid.yaml", {**TINY.identity, "seed": [0, 1, 2]})
-    assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "0"]) == 130
+    assert main(["sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "out"), "--workers", "0"]) == 128 + by
+    assert signal.getsignal(signal.SIGTERM) == handler
     *_, failed, last = capsys.readouterr().err.splitlines()
     assert failed == f"failed: {TINY.name}: OutOfMemoryError: no memory"
     assert last.startswith("interrupted")
@@ -280,6 +286,30 @@ def test_workers_keep_the_memory_they_use_again(monkeypatch: pytest.MonkeyPatch)
     with workers.connected({TINY: Path("out")}, workers=1, scheduler=None) as client:
         (found,) = client.run(os.getenv, "MALLOC_TRIM_THRESHOLD_").values()
     assert found is None
+
+
+def test_runs_find_the_data_of_the_sweep_whatever_folder_their_worker_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    submitted = []
+    client = SimpleNamespace(
+        submit=lambda task, experiment, *more, **how: submitted.append(experiment.root) or Given(""),
+        subscribe_topic=lambda *given: None,
+    )
+    monkeypatch.setattr(workers, "as_completed", Futures)
+    runs = {replace(TINY, root="data", seed=1): tmp_path, replace(TINY, root="/data", seed=2): tmp_path, TINY: tmp_path}
+    assert [error for _, error in workers.on_dask(client, runs, print)] == [""] * 3
+    assert submitted == [str(tmp_path / "data"), "/data", None]
+
+
+def test_it_says_that_it_waits_for_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        LocalCluster(n_workers=0, dashboard_address=":0") as cluster,
+        workers.connected({TINY: Path("out")}, workers=None, scheduler=cluster.scheduler_address),
+    ):
+        said = capsys.readouterr().err
+    assert f"has no worker yet; runs wait for one: `dask worker {cluster.scheduler_address} --nthr" in said
 
 
 def test_each_worker_has_a_gpu_of_its_own() -> None:

@@ -54,7 +54,7 @@ def _product(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"unknown settings {', '.join(unknown)}{meant}: an experiment has {', '.join(known)}")
     varied: dict[str, list[Any]] = {}
     for name, value in settings.items():
-        if value == []:
+        if isinstance(value, list) and not value:
             raise ValueError(f"{name} is an empty list: give at least one value, or leave the setting out")
         varied[name] = value if isinstance(value, list) and name not in _LISTS else [value]
     return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -30,6 +31,8 @@ from . import checkpoint
 from .experiment import Experiment, configuration
 from .training import Training, chosen
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def run(
     experiment: Experiment,
@@ -56,13 +59,15 @@ def run(
         FileExistsError: something else is at ``path``. BlockingIOError: another process runs the experiment there.
         FileNotFoundError: the data set is not on disk and ``download`` is off.
         ValueError: the training diverged, so that nothing can be ranked. What was recorded until then is kept.
+        OSError: the disk is full.
     """
     path = Path(path)
     if not is_finished(path, experiment):
-        with _alone(path):
+        with _said_if_full(path), _alone(path):
             if not is_finished(path, experiment):  # another process may have finished it meanwhile
                 _run(experiment, path, data, report, progress=progress)
                 _finish(path)
+    tidy(path)
     return path
 
 
@@ -93,6 +98,18 @@ def _run(
         raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
 
 
+@contextmanager
+def _said_if_full(path: Path) -> Iterator[None]:
+    """What is raised inside says which record a full disk has stopped, and how to continue it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        advice = "make room, and the same command continues it"
+        raise OSError(error.errno, f"{error.strerror}, so {path} is not finished: {advice}") from error
+
+
 def _said(chosen: Experiment, device: torch.device) -> str:
     """A line that says what is trained."""
     epochs = len(chosen.schedule())
@@ -115,7 +132,7 @@ def _restore(training: Training, state: dict[str, Any], path: Path) -> None:
     advice = f"remove {checkpoint.place(path)} to start the run anew"
     try:
         training.restore(state)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint in {path} is from another training ({named(error)[:120]}); {advice}"
         ) from error
@@ -177,6 +194,13 @@ def is_finished(path: Path, experiment: Experiment) -> bool:
             f"{path} holds another experiment, with {', '.join(other)}; choose another path, or remove it first"
         )
     return bool(attributes.get("finished"))
+
+
+def tidy(path: Path) -> None:
+    """Delete what a process that was killed while it finished a record left in and beside it, if that can be done."""
+    if checkpoint.place(path).exists():
+        with suppress(OSError), _alone(path):
+            _finish(path)
 
 
 def _finish(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
@@ -12,13 +13,17 @@ from tqdm.auto import tqdm
 from ..hardware.device import find_device
 from ..places import check_folder
 from .experiment import Experiment
-from .running import is_finished
+from .running import is_finished, tidy
 from .training import steps_of
 from .workers import connected, data_of, here, on_dask
 
 
 def sweep(
-    experiments: Iterable[Experiment], folder: Path, *, workers: int | None = None, scheduler: str | None = None
+    experiments: Iterable[Experiment],
+    folder: str | os.PathLike,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
 ) -> dict[str, str]:
     """Run all experiments that are not finished; each is recorded at ``folder / NAME.zarr``.
 
@@ -39,15 +44,17 @@ def sweep(
         ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
         FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
     """
-    if workers is not None and (workers < 0 or scheduler is not None):
+    if workers is not None and (not isinstance(workers, int) or workers < 0 or scheduler is not None):
         raise ValueError(
-            "workers must be 0 or more, and not be given with a scheduler, which has its own; got workers "
-            f"{workers}, {scheduler=}"
+            "workers must be a whole number, 0 or more, and not be given with a scheduler, which has its own; got "
+            f"{workers=}, {scheduler=}"
         )
-    experiments = list(experiments)
+    experiments, folder = list(experiments), Path(folder)
     paths = {experiment: folder.resolve() / f"{experiment.name}.zarr" for experiment in experiments}
     _check_names(experiments)
     left = {experiment: path for experiment, path in paths.items() if not is_finished(path, experiment)}
+    for experiment in paths.keys() - left:
+        tidy(paths[experiment])
     if not left:
         return {}
     check_folder(folder, "the records of a sweep", "out/sweep")

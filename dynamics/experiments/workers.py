@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import time
 import uuid
 from collections import Counter
@@ -86,6 +87,9 @@ def connected(runs: Runs, *, workers: int | None, scheduler: str | None) -> Iter
         except (OSError, TypeError, ValueError) as error:
             advice = "give the address that `dask scheduler` prints, e.g. tcp://10.0.0.1:8786"
             raise OSError(f"no scheduler answers at {scheduler}: {advice}") from error
+        if not client.scheduler_info()["workers"]:
+            start = f"`dask worker {scheduler} --nthreads 1 --no-nanny` starts one"
+            print(f"the scheduler at {scheduler} has no worker yet; runs wait for one: {start}", file=sys.stderr)
         yield client
 
 
@@ -108,7 +112,7 @@ def on_dask(client: Client, runs: Runs, report: Report) -> Iterator[tuple[Experi
     def submit(experiment: Experiment) -> Future:
         path = runs[experiment]
         began.discard(experiment)
-        future = client.submit(_on_worker, experiment, path, topic, pure=False)
+        future = client.submit(_on_worker, _rooted(experiment), path, topic, pure=False)
         submitted[future] = experiment, checkpoint.saved_at(path)
         return future
 
@@ -184,6 +188,11 @@ def _on_worker(experiment: Experiment, path: Path, topic: str) -> str:
     worker.log_event(topic, {"run": experiment.name, "steps": None})
     placed = _placed(experiment, worker.name, torch.cuda.device_count())
     return _attempt(placed, path, report, patience=_PATIENCE)
+
+
+def _rooted(experiment: Experiment) -> Experiment:
+    """The experiment with the absolute path of its data, because workers may run in other folders."""
+    return replace(experiment, root=experiment.root and str(Path(experiment.root).expanduser().absolute()))
 
 
 def _placed(experiment: Experiment, worker: object, gpus: int) -> Experiment:

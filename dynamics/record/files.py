@@ -23,7 +23,9 @@ def replace(path: Path, data: bytes | memoryview) -> None:
     try:
         half.write_bytes(data)
         half.replace(path)
-    except OSError:
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # when a disk is full, the system does not say where
+            error.filename = str(path)
         with suppress(OSError):
             half.unlink(missing_ok=True)
         raise

@@ -40,6 +40,9 @@ def _outcome(run: xr.DataTree) -> list[str]:
     if "step" in run.children.get("steps", ()) and (recorded := run["steps"].sizes["step"]):
         taken = _taken(run)
         said.append(counted(taken, "step"))
+        logged = run["epochs"].sizes.get("epoch", 0) if "epochs" in run.children else 0
+        whole = sum(experiment(run).get("epochs", ()))
+        said += [f"unfinished after {logged} of {counted(whole, 'epoch')}"] * (logged < whole)
         said += [f"{recorded} of them recorded"] * (recorded < taken)
     if "pruning" in run.children and (events := run["pruning"].sizes.get("event", 0)):
         said.append(counted(events, "event"))

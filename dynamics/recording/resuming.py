@@ -18,6 +18,7 @@ from ..warning import warn
 from .flow_times import FlowTimes
 from .past_events import PastEvents
 
+_ORIGIN = ("thetadot", "commit", "torch", "cuda", "device")
 _SAME = 16  # rounding errors by which ‖θ‖² may differ where it is the sum of ‖θ‖², 2θᵀΔθ and ‖Δθ‖²
 
 
@@ -167,14 +168,14 @@ def begin(
         return Store(path, attributes), Place(step=step or 0), PastEvents()
     store = Store.reopen(path)
     try:
-        place = resume(store, present, step, mode == "rewind")
+        place = resume(store, present, step, mode == "rewind", attributes)
         return store, place, PastEvents.of(store, place.events)
     except BaseException:
         store.close()
         raise
 
 
-def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Place:
+def resume(store: Store, present: Present, step: int | None, rewind: bool, attributes: Mapping[str, Any]) -> Place:
     """Find where the model is in the record, and drop what lies beyond, if that was asked for.
 
     Args:
@@ -182,6 +183,7 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
         present: the model as it is now.
         step: the step at which training goes on; None: found by the layers' ‖θ‖².
         rewind: whether rows beyond that step may be dropped.
+        attributes: what a record that began now would have; the trace tells in what of its origin this one differs.
 
     Raises:
         ValueError: the record of another network, a model that is nowhere in it, or rows beyond it without ``rewind``.
@@ -203,9 +205,12 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool) -> Pl
         )
     place = record.place(*met)
     _check_masks(record, present, met[1])
+    traces = store.attributes.get("resumed", [])
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
+    before = {**store.attributes, **{name: value for one in traces for name, value in one.items()}}
+    trace |= {name: attributes[name] for name in _ORIGIN if attributes.get(name, before.get(name)) != before.get(name)}
     FlowTimes(store).forget_from(place.step)
-    store.note("resumed", [*store.attributes.get("resumed", []), trace])
+    store.note("resumed", [*traces, trace])
     ahead = record.column("curvature", "step") >= met[0]  # curvature of a step whose own row was never written
     if met < end or ahead.any():  # after the trace, so that a kill in between loses neither
         _truncate(store, record, *met)

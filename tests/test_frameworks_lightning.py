@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, frameworks, open_run
+from dynamics.pruning import scores_by_measure
 
 lightning = pytest.importorskip("lightning.pytorch")
 pytest.importorskip("pytorch_lightning")
@@ -190,8 +191,11 @@ def test_what_an_objective_logs_is_not_among_the_metrics(tmp_path: Path, package
             super().__init__()
             self.network = convolutional_network(dropout=0.3)
 
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.network(inputs)
+
         def loss(self, batch: Any) -> Tensor:
-            loss = F.cross_entropy(self.network(batch[0]), batch[1])
+            loss = F.cross_entropy(self(batch[0]), batch[1])
             self.log("train_loss", loss, on_step=False, on_epoch=True)
             self.log_dict({"last": loss})
             return loss
@@ -202,16 +206,21 @@ def test_what_an_objective_logs_is_not_among_the_metrics(tmp_path: Path, package
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), 0.1)
 
+    def loss(module: Logging, batch: Any) -> Tensor:
+        return module.loss(batch)
+
+    class Scoring(framework.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Logging, *others: Any) -> None:
+            scores_by_measure(module, [DATA[:8]], ["loss_preservation", "fisher"], objective=loss)
+
     def fitted(callbacks: list[Any]) -> dict[str, Tensor]:
         torch.manual_seed(3)
         trainer = framework.Trainer(callbacks=callbacks, max_epochs=2, **QUIET)
         trainer.fit(Logging(), DataLoader(DATA, 8, shuffle=True))
         return dict(trainer.callback_metrics)
 
-    recorder = frameworks.LightningRecorder(
-        tmp_path / "run", curvature_every=1, objective=lambda module, batch: module.loss(batch)
-    )
-    alone, recorded = fitted([]), fitted([recorder])
+    recorder = frameworks.LightningRecorder(tmp_path / "run", curvature_every=1, objective=loss)
+    alone, recorded = fitted([]), fitted([recorder, Scoring()])
     assert alone == recorded
     assert {*alone} == {"train_loss", "last"}
     run = open_run(tmp_path / "run")

@@ -737,7 +737,7 @@ def test_hooks_of_optimizers_are_looked_for_at_steps_that_are_measured_alone(
         looks.append(recorder._steps.number)
         yield
 
-    monkeypatch.setattr("dynamics.recording.recorder.unseen", asleep)
+    monkeypatch.setattr("dynamics.recording.recorder.hooks_removed", asleep)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=4) as recorder:
         for batch in recorder.watch(vectors(9)):
             plain_step(model, optimizer, batch)

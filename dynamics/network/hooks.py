@@ -1,4 +1,4 @@
-"""What collects statistics of the training, hooks and logs, must not see the recorder's evaluations."""
+"""What collects statistics of the training, hooks and logs, must not see evaluations besides it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from torch import nn
 
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _LIGHTNING, _LOGS = {"lightning", "pytorch_lightning"}, ("log", "log_dict")
-
-
-@contextmanager
-def unseen(model: nn.Module, theirs: Callable[[Any], bool]) -> Iterator[None]:
-    """Inside, neither hooks that are methods of objects for which ``theirs`` is true nor logs tell of evaluations."""
-    with hooks_removed(model, theirs), unlogged(model):
-        yield
 
 
 @contextmanager
@@ -70,4 +63,4 @@ def _is_lightnings(kind: type) -> bool:
 
 
 def _nothing(*given: object, **settings: object) -> None:
-    """What is logged while the recorder evaluates."""
+    """What an objective logs that is evaluated besides the training."""

@@ -17,6 +17,7 @@ from ..curvature.graph import hooks_on_tensors, lend_on_the_way_back, may_run_ag
 from ..curvature.ordinary import masked, with_masked_gradient
 from ..hardware.memory_order import channels_first
 from ..network.exchanged import exchanged
+from ..network.hooks import unlogged
 from ..network.masks import parameter_masks
 from ..network.wrappers import forward_unwrapped, unwrap
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
@@ -173,7 +174,12 @@ class Probe:
         )
         with differentiable_twice(), again as others, forward_unwrapped(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
-            with exchanged(self._model, values), mode_of(self._model, self._mode), hooks_on_tensors() as hooks:
+            with (
+                exchanged(self._model, values),
+                mode_of(self._model, self._mode),
+                unlogged(self._model),
+                hooks_on_tensors() as hooks,
+            ):
                 loss = self._objective(self._model, given)
             self.others |= others
             if hooks:

@@ -24,7 +24,7 @@ from ..loop.processes import Processes
 from ..measuring.probed_step import ProbedStep
 from ..measuring.step import Measurement
 from ..measuring.step_curvature import StepCurvature
-from ..network.hooks import unseen
+from ..network.hooks import hooks_removed
 from ..network.layers import Layers
 from ..network.wrappers import unwrap
 from ..probing.objective import Objective, cross_entropy_objective
@@ -154,7 +154,7 @@ class Recorder:
             network, objective, self._batches, probed, processes, place.step, curvature_every, capture=capture
         )
         self._epochs = Epochs(place, self._batches, self._rows.logged, lambda: self._steps.number)
-        asleep = partial(unseen, network, lambda owner: any(owner is one for one in (*held, *given)))
+        asleep = partial(hooks_removed, network, lambda owner: any(owner is one for one in (*held, *given)))
         self._steps = Steps(
             groups, measurement, self._curvature, self._batches, asleep, self._rows, self._epochs, place,
             FlowTimes(store), names, every,

@@ -44,7 +44,7 @@ class Steps:
 
     Args:
         groups, measurement, curvature, batches: those of the training.
-        asleep: a context without the hooks that the optimizers have put on the model, as K-FAC does, and without logs.
+        asleep: a context without the hooks that the optimizers have put on the model, as K-FAC does.
         rows: where the rows go.
         epochs: counts the epochs.
         place: where in the record the training begins.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...hardware.precision import full_precision
 from ...hardware.random_numbers import random_numbers_untouched
+from ...network.hooks import unlogged
 from ...network.identities import Layer, layer_named
 from ...probing.activations import activations_stay
 from ...probing.mode import mode_of
@@ -33,7 +34,7 @@ def squared_sample_grads(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with random_numbers_untouched(device), mode_of(model, mode), _gates(model, layers, count) as gates:
-            with torch.enable_grad(), activations_stay():
+            with torch.enable_grad(), activations_stay(), unlogged(model):
                 loss = objective(model, None) * count
             parts = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
     finally:

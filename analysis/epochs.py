@@ -29,7 +29,14 @@ def logged(run: xr.DataTree) -> xr.Dataset:
 
 
 def epochs_completed(epochs: xr.Dataset, steps: ArrayLike) -> np.ndarray:
-    """Number of epochs completed at each step, from ``/epochs``, interpolated linearly between the ends of epochs."""
-    ends = pd.Series(epochs.step.values, epochs.epoch.values)
-    ends = ends[ends > 0].groupby(level=0).max()
-    return np.interp(np.asarray(steps), np.r_[0, ends], np.r_[0, ends.index + 1]).round(6)
+    """Number of epochs completed at each step, from ``/epochs``, interpolated linearly between the ends of epochs.
+
+    Where rows are logged amid epochs, too, the last epoch is not over before it is as long as the one before.
+    """
+    logged = pd.Series(epochs.step.values, epochs.epoch.values)
+    by_epoch = logged[logged > 0].groupby(level=0)
+    ends, completed = np.r_[0, by_epoch.max()], np.r_[0.0, by_epoch.max().index + 1]
+    if len(ends) > 2 and (by_epoch.nunique().iloc[:-1] > 1).any():
+        steps_per_epoch = (ends[-2] - ends[-3]) / (completed[-2] - completed[-3])
+        completed[-1] = min(completed[-1], completed[-2] + (ends[-1] - ends[-2]) / steps_per_epoch)
+    return np.interp(np.asarray(steps), ends, completed).round(6)

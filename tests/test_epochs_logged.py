@@ -52,6 +52,23 @@ def test_rows_lie_where_they_were_logged(tmp_path: Path, watches: bool) -> None:
     assert (float(found.test_accuracy), float(found.train_loss)) == (0.8, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("rows", "completed"),
+    [
+        ([(0, 2), (0, 5), (1, 7)], [0.4, 1, 1.4]),  # it goes on, or ended amid an epoch
+        ([(0, 2), (0, 5), (1, 7), (1, 10)], [0.4, 1, 1.4, 2]),
+        ([(0, 0), (0, 2), (0, 5), (2, 15), (3, 17)], [0, 0.4, 1, 3, 3.4]),  # no row in the second
+        ([(0, 2)], [1]),  # how long an epoch is, nothing tells
+        ([(0, 8), (1, 12)], [1, 2]),  # batches that grow
+    ],
+)
+def test_the_last_row_may_lie_amid_an_epoch(rows: list[tuple[int, int]], completed: list[float]) -> None:
+    epochs, steps = zip(*rows, strict=True)
+    logged = {"step": ("epoch", list(steps)), "test_accuracy": ("epoch", [0.5] * len(rows))}
+    run = xr.DataTree.from_dict({"/epochs": xr.Dataset(logged, {"epoch": list(epochs)})})
+    assert analysis.training_curve(run).epoch.values.tolist() == completed
+
+
 def test_runs_of_other_lengths_are_drawn_together(tmp_path: Path) -> None:
     runs = {str(seed): train(tmp_path / str(seed), watches=True, epochs=3 - seed, seed=seed) for seed in range(2)}
     accuracy = draw("training_curves", runs).axes[1]

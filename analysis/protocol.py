@@ -90,14 +90,17 @@ def protocol_table(runs: Runs) -> pd.DataFrame:
 def epoch_that_counts(run: xr.DataTree) -> xr.Dataset:
     """The row of ``/epochs`` that counts: the last or, if the protocol selects on the test set, the best on that.
 
-    The paper's code looks for the best among the epochs after the last round of pruning only.
+    What the last row lacks, because it was logged apart amid the same epoch, is what was last known in that epoch. The
+    paper's code looks for the best among the epochs after the last round of pruning only.
 
     Raises:
         MissingQuantityError: no epochs were logged.
     """
     epochs = logged(run)
     if not configured(run, "protocol").get("select_on_test") or "test_accuracy" not in epochs:
-        return epochs.isel(epoch=-1)
+        recent = epochs.isel(epoch=np.flatnonzero(epochs.epoch > epochs.epoch[-1] - 1))
+        several = recent.sizes["epoch"] > 1
+        return (xr.Dataset.from_dataframe(recent.to_dataframe().ffill()) if several else recent).isel(epoch=-1)
     after = int(at_prunings(run, ["epoch"]).epoch[-1]) + 1 if len(prunings(run)) else 0
     final = epochs.isel(epoch=slice(min(int((epochs.epoch <= after).sum()), epochs.sizes["epoch"] - 1), None))
     return final.isel(epoch=int(final.test_accuracy.argmax("epoch")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,12 +34,14 @@ def remembered(analyse: Callable[..., Found]) -> Callable[..., Found]:
 
     Each caller gets a copy of the result, which shares its arrays if it is a dataset.
     """
+    first = next(iter(inspect.signature(analyse).parameters))
 
     @functools.wraps(analyse)
-    def once(runs: Analysed, **settings: Any) -> Found:
+    def once(*given: Analysed, **settings: Any) -> Found:
         memory = _MEMORY.get()
-        if memory is None:
-            return analyse(runs, **settings)
+        if memory is None or len(given) + (first in settings) != 1:
+            return analyse(*given, **settings)
+        runs = given[0] if given else settings.pop(first)
         key = analyse, id(runs), *settings.items()
         if key not in memory:
             memory[key] = runs, analyse(runs, **settings)  # these stay alive, so that no others get their id

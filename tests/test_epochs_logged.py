@@ -69,6 +69,20 @@ def test_the_last_row_may_lie_amid_an_epoch(rows: list[tuple[int, int]], complet
     assert analysis.training_curve(run).epoch.values.tolist() == completed
 
 
+def test_what_was_tested_amid_the_last_epoch_counts_but_not_in_the_one_before() -> None:
+    nan = float("nan")
+    values = {
+        "train_loss": [nan, 0.5, nan, 0.4],
+        "test_accuracy": [0.6, nan, 0.7, nan],
+        "test_loss": [3, nan, nan, nan],
+    }
+    logged = {name: ("epoch", column) for name, column in values.items()}
+    epochs = xr.Dataset({"step": ("epoch", [3, 5, 8, 10])} | logged, {"epoch": [0, 0, 1, 1]})
+    found = analysis.outcome(xr.DataTree.from_dict({"/epochs": epochs}))
+    assert (float(found.test_accuracy), float(found.train_loss)) == (0.7, 0.4)
+    assert found.test_loss.isnull()
+
+
 def test_runs_of_other_lengths_are_drawn_together(tmp_path: Path) -> None:
     runs = {str(seed): train(tmp_path / str(seed), watches=True, epochs=3 - seed, seed=seed) for seed in range(2)}
     accuracy = draw("training_curves", runs).axes[1]

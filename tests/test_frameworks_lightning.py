@@ -167,6 +167,9 @@ class Validations(lightning.Callback):
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.found[trainer.global_step] = trainer.callback_metrics["val/loss"].item()
 
+    def on_train_batch_end(self, trainer: Any, pl_module: lightning.LightningModule, *others: Any) -> None:
+        pl_module.log("train/step", float(trainer.global_step), on_step=True, on_epoch=True)
+
 
 @pytest.mark.parametrize(
     "often", [{"val_check_interval": 2}, {"val_check_interval": 7, "check_val_every_n_epoch": None}, {}]
@@ -180,6 +183,7 @@ def test_each_validation_has_its_row_whether_amid_an_epoch_or_at_its_end(tmp_pat
     assert dict(zip(validated.step.values.tolist(), validated.val_loss.values, strict=True)) == validations.found
     ends = epochs.isel(epoch=np.flatnonzero(np.isfinite(epochs.train_loss)))
     assert ends.step.values.tolist() == [5, 10, 15]
+    assert epochs.train_step.dropna("epoch").values.tolist() == [3, 8, 13]  # no single step's value
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])

@@ -189,6 +189,20 @@ def test_an_objective_that_is_the_models_loss_is_as_if_none_were_given(tmp_path:
     assert counted == [0]
 
 
+def test_an_objective_that_does_not_count_items_is_the_mean_that_it_is(tmp_path: Path) -> None:
+    """The Trainer divides by all six tokens of a text, though the model predicts five of them."""
+
+    def mean(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+    model = language_model()
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=1, objective=mean)
+    with pytest.warns(UserWarning, match="the loss of step 0 was logged as 1"):
+        trained(model, tmp_path, [recorder], gradient_accumulation_steps=2)
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss * 6 / 5, rtol=1e-5)
+
+
 def test_a_loss_of_the_trainers_own_that_is_not_given_is_said(tmp_path: Path) -> None:
     """Half of what the model returns, whose gradient points alike."""
 

@@ -378,6 +378,26 @@ def test_epochs_are_counted_on_where_steps_are_recorded_seldom(tmp_path: Path, m
     assert_equal(open_run(tmp_path / "run"), open_run(tmp_path / "whole"))
 
 
+def test_a_rewound_training_finds_its_epoch_where_steps_are_recorded_seldom(tmp_path: Path) -> None:
+    """No step of the rest of the epoch is recorded, but its end was logged."""
+    batches, model, how = vectors(5), smooth_network(), {"every": 10, "curvature_every": 0}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, **how) as recorder:
+        for epoch in range(4):
+            for number, batch in enumerate(recorder.watch(batches)):
+                plain_step(model, optimizer, batch)
+                if (epoch, number) == (2, 1):
+                    recorder.flush()
+                    saved = copy.deepcopy(model.state_dict())
+            recorder.log_epoch(test_accuracy=0.5)
+    model.load_state_dict(saved)
+    with Recorder(tmp_path / "run", model, optimizer, **how, resume="rewind", step=12) as recorder:
+        for rest in (batches[2:], batches, batches):
+            for batch in recorder.watch(rest):
+                plain_step(model, optimizer, batch)
+    assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == [0, 2, 4]
+
+
 def test_a_trace_tells_where_a_record_was_continued_by_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

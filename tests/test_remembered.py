@@ -90,6 +90,16 @@ def test_each_has_a_copy_of_its_own(mean) -> None:
         assert not mean(one).attrs
 
 
+def test_a_run_may_be_given_by_name(mean, calls: list[str]) -> None:
+    one = run("one", 1.0, 3.0)
+    assert float(mean(run=one).loss) == 2.0
+    with remembering():
+        assert [float(mean(run=one).loss), float(mean(one).loss)] == [2.0, 2.0]
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'run'"):
+            mean(since=1)
+    assert calls == ["one"] * 2
+
+
 def test_what_fails_fails_again(mean, calls: list[str]) -> None:
     one = run("one", 1.0, 3.0)
     with remembering():

@@ -53,7 +53,8 @@ class LightningRecorder(*_callbacks()):
         self._losses: list[Tensor] = []
         self._evaluated: list[Tensor] = []  # of one batch: LBFGS asks for its loss several times
         self._stepped = 0
-        self._metrics: dict[str, Any] = {}  # when metrics were last logged
+        self._metrics: dict[str, Any] = {}  # that were logged
+        self._before_validation: dict[str, Any] = {}
         self._epoch_ended = False
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -98,10 +99,14 @@ class LightningRecorder(*_callbacks()):
                 self.recorder.log(loss=torch.stack(self._losses).mean())
             self._losses, self._stepped = [], trainer.global_step
 
+    def on_validation_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Note the metrics there are, which are not the validation's."""
+        self._before_validation = dict(trainer.callback_metrics)
+
     def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Log a validation amid an epoch; what one at its end found is logged with the epoch."""
         if self.recorder and not (trainer.sanity_checking or trainer.is_last_batch):
-            self._log_metrics(trainer)
+            self._log_metrics(trainer, self._before_validation)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Note that the epoch ended; it is logged later, because the module's own hook runs after this one."""
@@ -125,12 +130,12 @@ class LightningRecorder(*_callbacks()):
         """Log the metrics of the epoch that has ended."""
         if self._epoch_ended:
             self._epoch_ended = False
-            self._log_metrics(trainer)
+            self._log_metrics(trainer, self._metrics)
 
-    def _log_metrics(self, trainer: Any) -> None:
-        """Log the metrics that are new since this was last done."""
-        before, self._metrics = self._metrics, dict(trainer.callback_metrics)
-        new = {name: value for name, value in self._metrics.items() if value is not before.get(name)}
+    def _log_metrics(self, trainer: Any, before: dict[str, Any]) -> None:
+        """Log the metrics that are not those ``before``."""
+        new = {name: value for name, value in trainer.callback_metrics.items() if value is not before.get(name)}
+        self._metrics = self._metrics | new
         log_metrics(self.recorder, new)
 
     def _close(self, trainer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from inspect import signature
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from ..hardware.random_numbers import random_numbers_untouched
 from ..loop.processes import replica_of
 from ..probing.batch import sample_count
 from ..probing.objective import Objective
@@ -39,14 +41,15 @@ class TrainerRecorder(TrainerCallback):
     Args:
         path: where the record goes, a new folder.
         objective: ``objective(model, batch) -> scalar loss``, the batch a mapping; by default the loss that the model
-            returns for it. If the batch has ``num_items_in_batch``, the loss is taken to be divided by that, as the
-            Trainer wants it, and so to be the batch's share of the step's.
+            returns for it. If it changes with the batch's ``num_items_in_batch``, it is taken to be divided by that, as
+            the Trainer wants it, and so to be the batch's share of the step's loss.
         settings: further keyword arguments of :class:`dynamics.Recorder`.
     """
 
     def __init__(self, path: str | os.PathLike, *, objective: Objective | None = None, **settings: Any) -> None:
         self.recorder: Recorder | None = None
         self._objective = objective or _loss_of_model
+        self._shares: bool | None = None if objective else True  # whether it is divided by num_items_in_batch
         self._make_recorder = recorder_factory(path, objective=self._share_of_the_step, **settings)
         self._hook: RemovableHandle | None = None
         self._samples, self._processes = 0, 1
@@ -99,7 +102,9 @@ class TrainerRecorder(TrainerCallback):
         step's loss, and the Trainer adds these up.
         """
         loss = self._objective(model, batch)
-        if "num_items_in_batch" not in batch:
+        if "num_items_in_batch" in batch and self._shares is None:
+            self._shares = _depends_on_count(self._objective, model, batch)
+        if "num_items_in_batch" not in batch or not self._shares:
             return loss
         return loss * (self._processes * self._samples / sample_count(batch))
 
@@ -134,6 +139,17 @@ class TrainerRecorder(TrainerCallback):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@torch.no_grad()
+def _depends_on_count(objective: Objective, model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether a batch's loss is another if the step has twice as many items, and draws the same random numbers."""
+    more = {**batch, "num_items_in_batch": 2 * batch["num_items_in_batch"]}
+    losses = []
+    for one in (batch, more):
+        with random_numbers_untouched(next(model.parameters()).device):
+            losses.append(float(objective(model, one)))
+    return not math.isclose(*losses, rel_tol=1e-4)
 
 
 def _loss_of_model(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

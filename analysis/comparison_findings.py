@@ -32,6 +32,8 @@ def fastest(runs: Runs) -> str:
             "all pruned runs trained on for different numbers of steps: their mean losses differ"
         )
     means = mean_by_measure(runs, areas.to_dict())
+    if means.empty:
+        raise MissingQuantityError("no two pruned runs have a condition in common: their mean losses are of their own")
     return f"Mean training loss after the last pruning, lowest first: {_listed(means.sort_values(), '.3g')}."
 
 
@@ -41,8 +43,10 @@ def norm_growth(runs: Runs) -> str:
         label: float(found.param_sqnorm[-1] / found.param_sqnorm[0])
         for label, found in each(runs, network_norm).items()
     }
-    listed = _listed(mean_by_measure(runs, growth), ".2f") or "not finite"
-    return f"‖θ‖² at the last step divided by that at the first: {listed}."
+    means = mean_by_measure(runs, growth)
+    if means.empty and any(map(np.isfinite, growth.values())):
+        means = pd.Series(growth)  # runs of different conditions, each by its label
+    return f"‖θ‖² at the last step divided by that at the first: {_listed(means) or 'not finite'}."
 
 
 def moved_at_pruning(runs: Runs) -> str:
@@ -57,7 +61,7 @@ def moved_at_pruning(runs: Runs) -> str:
     loss, norm = (
         pd.Series({name: float(pooled[name][quantity]) for name in order}) for quantity in ("loss", "grad_sqnorm")
     )
-    return f"Median ratio of after to before a pruning. Loss: {_listed(loss, '.2f')}. ‖g‖²: {_listed(norm, '.2f')}."
+    return f"Median ratio of after to before a pruning. Loss: {_listed(loss)}. ‖g‖²: {_listed(norm)}."
 
 
 def verdicts(runs: Runs) -> str:
@@ -69,5 +73,11 @@ def verdicts(runs: Runs) -> str:
     return f"{len(judged)} intervals: {listed}; {judged.stands.sum()} stand after correction for their number."
 
 
-def _listed(values: pd.Series, form: str) -> str:
-    return ", ".join(f"{name_of(name)} {value:{form}}" for name, value in values.items() if np.isfinite(value))
+def _listed(values: pd.Series, form: str = "") -> str:
+    """The finite values by name; without a ``form``, ratios with two decimals or two digits."""
+    printed = {name: f"{value:{form or _of_ratio(value)}}" for name, value in values.items() if np.isfinite(value)}
+    return ", ".join(f"{name_of(name)} {value}" for name, value in printed.items())
+
+
+def _of_ratio(value: float) -> str:
+    return ".2f" if value == 0 or 0.1 <= abs(value) < 1000 else ".2g"

@@ -13,6 +13,7 @@ from dynamics.words import counted
 
 from .agreement import ORDERS, agree
 from .conditions import (
+    MEASURES,
     comparisons,
     conditions,
     first_comparison,
@@ -141,7 +142,7 @@ def final_accuracy(runs: Runs) -> str:
         return f"Final test accuracy{mean}: {_from_to(whole)}."
     said = f"Final test accuracy of the pruned networks{mean}: {_from_to(pruned)}"
     without = f"; without pruning {_from_to(whole)}" if len(whole) else ""
-    alone = " One seed each, so no verdict on the measures." * (not several_seeds(runs))
+    alone = " One seed each, so no verdict on which is better." * (not several_seeds(runs))
     return f"{said}{without}.{alone}"
 
 
@@ -163,8 +164,9 @@ def layer_choice(runs: Runs) -> str:
     layer = (left.max("measure") - left.min("measure")).idxmax("layer").item()
     there = left.sel(layer=layer)
     low, high = there.idxmin("measure").item(), there.idxmax("measure").item()
+    compared = "measures" if set(shares) <= {*MEASURES} else "networks"
     return (
-        f"{where}the measures differ most in layer {layer}, where {name_of(low)} leaves "
+        f"{where}the {compared} differ most in layer {layer}, where {name_of(low)} leaves "
         f"{float(there.min()):.0%} of the filters and {name_of(high)} {float(there.max()):.0%}."
     )
 
@@ -249,6 +251,8 @@ def _errors(pooled: xr.Dataset) -> str:
     count = int(agreed["count"].max())
     if not count:
         raise MissingQuantityError(NOT_FINITE)
+    if not (pooled.measured != 0).any():
+        raise MissingQuantityError("everything measured is zero: relative errors need a network that changes")
     first, second = map(error_in_percent, agreed.median_relative_error.values)
     return f"Median relative error over {counted(count, 'point')}: {first} in first order, {second} in second order."
 
@@ -259,6 +263,8 @@ def error_in_percent(share: float) -> str:
         return "not finite"
     if 0 < share < 1e-5:
         return "under 0.001%"
+    if share >= 10:
+        return f"{float(f'{100 * share:.2g}'):,.0f}%".replace(",", " ")
     return f"{share:.1%}" if share == 0 or share >= 0.0005 else f"{100 * share:.1g}%"
 
 
@@ -271,4 +277,4 @@ def _from_to(values: pd.Series) -> str:
 
 
 def _rounded(value: float) -> str:
-    return f"{float(f'{value:.1g}'):,.0f}".replace(",", " ")
+    return f"{float(f'{value:.1g}'):,.0f}".replace(",", " ") if value >= 9.5 else f"{value:.2g}"

@@ -26,10 +26,11 @@ def termination_interrupts() -> Iterator[None]:
     def interrupt(*given: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGTERM)  # None: not installed from Python, so it could not be put back
+    if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -33,8 +33,9 @@ def accuracy(runs: Runs) -> Figure:
     found = comparison.compare(runs, comparison.final)
     if _is_one_run(found):
         raise MissingQuantityError("one run alone has nothing to be compared with; training_curves draws its accuracy")
-    figure, axes = grid(len(found), width=4.1, height=max(1.9, _height(found)), columns=2, sharex=False, sharey=True)
-    styles = named_styles([measure for measures in found.values() for measure in measures])
+    every = dict.fromkeys(measure for measures in found.values() for measure in measures)  # rows that panels share
+    figure, axes = grid(len(found), width=4.1, height=max(1.9, _height([every])), columns=2, sharex=False, sharey=True)
+    styles = named_styles(every)
     for ax, (condition, measures) in zip(axes, found.items(), strict=True):
         panels.draw_seeds({measure: values.test_accuracy for measure, values in measures.items()}, styles, ax=ax)
         if "none" in measures:
@@ -59,7 +60,7 @@ def convergence(runs: Runs) -> Figure:
     """
     found = comparison.compare_convergence(runs)
     alone = _is_one_run(found)
-    figure, rows = rows_of(len(found), 1 if alone else 3, width=3.6, height=max(2.3, _height(found)))
+    figure, rows = rows_of(len(found), 1 if alone else 3, width=3.6, height=max(2.3, _height(found.values())))
     for axes, (condition, measures) in zip(rows, found.items(), strict=True):
         _draw_medians(axes[0], measures, "loss")
         axes[0].set(ylabel="training loss  [L]")
@@ -102,8 +103,8 @@ def training_curves(runs: Runs) -> Figure:
     """What a pruning costs in loss and accuracy, and how much of it further training recovers.
 
     One row per condition: training loss and test accuracy after each epoch, in experiments before any pruning at its
-    end; test loss where no accuracy was logged. Median over seeds, with a band between the quartiles. Each pruning is
-    marked after the steps that precede it.
+    end; test loss where no accuracy was logged. Median over seeds, with a band between the quartiles, which may extend
+    beyond the panel. Each pruning is marked after the steps that precede it.
     """
     found, events = comparison.compare(runs, analysis.training_curve), events_of(runs, in_epochs)
     figure, rows = rows_of(len(found), 2, width=3.7, height=2.5)
@@ -191,7 +192,7 @@ def loss_and_gradient_at_pruning(runs: Runs) -> Figure:
                 ax.plot(found[label].removed_share, found[label][quantity], linestyle="none", alpha=0.8, **style)
             panels.say_where_empty(ax)
             ax.axhline(1, color="0.7", linewidth=0.9, zorder=0)
-            scales.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines[:-1]]))
+            scales.scale_axis(ax.yaxis, np.concatenate([line.get_ydata() for line in ax.lines]))
             scales.percent(ax.xaxis)
         rows[1][column].set(xlabel="share of the parameters removed")
         named(rows[0][column], name)
@@ -232,9 +233,9 @@ def _is_one_run(found: Mapping[str, comparison.ByMeasure]) -> bool:
     return sum(values.sizes["seed"] for measures in found.values() for values in measures.values()) < 2
 
 
-def _height(found: Mapping[str, comparison.ByMeasure]) -> float:
-    """Inches of a panel with one row per measure, each as high as the lines of its name."""
-    lines = (sum(1 + wrapped(name_of(measure)).count("\n") for measure in measures) for measures in found.values())
+def _height(panels: Iterable[Iterable[str]]) -> float:
+    """Inches of panels with one row per measure, each as high as the lines of its name."""
+    lines = (sum(1 + wrapped(name_of(measure)).count("\n") for measure in measures) for measures in panels)
     return 0.7 + 0.16 * max(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,19 @@ def draw_line(
 
     NaN between two values means that nothing was recorded there: the line goes on, unless the gap is more than ten
     times as long as those beside it, because recording paused. If NaN at the end lasts for longer than it ever did
-    between values, the line ends at a cross. Many points are drawn as the median of windows, and the band covers all
-    values in these. If points are few, each is marked; else about a dozen are. ``band=False``: without a band, for so
-    many lines that bands would hide them. ``zeros=False``: the axis has no place for zeros, so the line skips them like
-    NaN.
+    between values, the line ends at a cross. Many points are drawn as the median of windows, as are the bounds of the
+    band; without bounds, it covers all values in these. If points are few, each is marked; else about a dozen are.
+    ``band=False``: without a band, for so many lines that bands would hide them. ``zeros=False``: the axis has no place
+    for zeros, so the line skips them like NaN.
     """
     x, y = np.asarray(x), np.asarray(y)
     known = ~np.isnan(y) & (zeros | (y != 0))
     ended = _ended(y)
+    bounds = (np.median, np.median) if low is not None and high is not None else (np.min, np.max)
     low, high = (y if bound is None else np.asarray(bound) for bound in (low, high))
     x, y, low, high = x[known], y[known], low[known], high[known]
     if len(y) > _MANY:
-        x, y, low, high = _windows(x, y, low, high)
+        x, y, low, high = _windows((x, np.mean), (y, np.median), (low, bounds[0]), (high, bounds[1]))
     pauses = _pauses(x)
     y, low, high = (np.insert(of.astype(float), pauses, np.nan) for of in (y, low, high))
     x = np.insert(x, pauses, x[pauses])
@@ -50,8 +52,9 @@ def draw_line(
 
 
 def mark_end(x: np.ndarray, y: np.ndarray, *, ax: Axes, color: object) -> None:
-    """Draw a cross at a run's last finite value."""
-    ax.plot(x, y, "x", color=color, markersize=6, label=ENDED, zorder=3)
+    """Draw a cross at a run's last finite value, which a legend names once."""
+    label = None if any(line.get_label() == ENDED for line in ax.lines) else ENDED
+    ax.plot(x, y, "x", color=color, markersize=6, label=label, zorder=3)
 
 
 def evenly(count: int, most: int) -> np.ndarray:
@@ -73,10 +76,9 @@ def _pauses(x: np.ndarray) -> np.ndarray:
     return 2 + np.flatnonzero(gaps[1:-1] > _PAUSE * np.maximum(gaps[:-2], gaps[2:]))
 
 
-def _windows(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
-    parts = np.array_split(np.arange(len(x)), _WINDOWS)
-    found = [(x[part].mean(), np.median(y[part]), low[part].min(), high[part].max()) for part in parts]
-    return tuple(np.array(found).T)
+def _windows(*columns: tuple[np.ndarray, Callable]) -> Iterator[np.ndarray]:
+    """Each column's windows, summed up by the function beside it."""
+    return (np.array([summary(part) for part in np.array_split(of, _WINDOWS)]) for of, summary in columns)
 
 
 def _marked(count: int, style: Style) -> Style:

@@ -205,7 +205,7 @@ def _name_layers(ax: Axes, names: list[str]) -> None:
     """One tick per layer, with its name; if not all fit side by side, upright, as many as there is room for."""
     room = 72 * width_in_inches(ax) / _LAYER_SIZE  # in heights of a letter, which are about 0.65 wide
     beside = len(names) * (0.65 * max(map(len, names), default=0) + 1) <= room
-    labelled = np.arange(0, len(names), 1 if beside else -(-len(names) // int(room / 1.25)))
+    labelled = np.arange(0, len(names), 1 if beside else -(-len(names) // max(1, int(room / 1.25))))
     shown = [names[place] for place in labelled]
     ax.set_xticks(labelled, shown, rotation=0 if beside else 90, fontsize=_LAYER_SIZE)
     ax.set_xticks(np.arange(len(names)), minor=True)

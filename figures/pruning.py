@@ -196,7 +196,7 @@ def measure_agreement(runs: Runs) -> Figure:
             layers = ours.isel(event=0).drop_sel(layer=WHOLE)
             panels.draw_over_layers(layers.rank_correlation, ax=axes[2], **style)
     axes[1].axhline(_OVERLAP_SHARE, color="0.7", zorder=0)
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(bottom=-0.03 * axes[1].get_ylim()[1])  # so that a marker at 0 is whole
     with_other = [
         f"with {plain(name_of(reference))}, {which}"
         for which in ("all filters", f"the lowest {_OVERLAP_SHARE:.0%}", "in each layer")

@@ -12,13 +12,13 @@ from matplotlib.axis import Tick
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator
 from matplotlib.transforms import Bbox
 
 from .scales import Axis
 
 _KEPT = 0.6  # of a figure's size, for the data
-_APART = 2  # pixels between labels
+_APART = {"x": 6, "y": 2}  # pixels between labels
 
 
 def settle(figure: Figure) -> None:
@@ -82,7 +82,10 @@ def _in_view(axis: Axis) -> list[Tick]:
 def _thin(axis: Axis) -> None:
     """Remove ticks until no labels collide, but not zero: single ones on a symmetric scale, else every second or so."""
     ticks = _in_view(axis)
-    if not ticks or not ticks[0].label1.get_visible():
+    names = isinstance(
+        axis.get_major_formatter(), FixedFormatter
+    )  # which no reader can guess, as numbers between others
+    if names or not ticks or not ticks[0].label1.get_visible():
         return
     places = np.array([tick.get_loc() for tick in ticks])
     boxes = [tick.label1.get_window_extent() for tick in ticks]
@@ -112,4 +115,4 @@ def _outward(places: np.ndarray, boxes: list[Bbox], along: str) -> list[int]:
 
 def _meet(boxes: list[Bbox], along: str) -> bool:
     ends = sorted((getattr(box, f"{along}0"), getattr(box, f"{along}1")) for box in boxes)
-    return any(one[1] + _APART > other[0] for one, other in pairwise(ends))
+    return any(one[1] + _APART[along] > other[0] for one, other in pairwise(ends))

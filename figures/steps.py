@@ -72,8 +72,9 @@ def loss_decrease_scatter(runs: Runs) -> Figure:
 def loss_decrease_over_time(runs: Runs) -> Figure:
     """How predicted and measured loss decreases of single steps compare over training.
 
-    Loss decrease of each measured step on its own batch; of many steps, dots show a selection. One panel per measure
-    and one seed each; with several conditions, those of the first that was pruned.
+    Loss decrease of each measured step on its own batch; of many steps, dots show a selection. Lines of more than 500
+    steps are medians of windows, with a band over all values in these. One panel per measure and one seed each; with
+    several conditions, those of the first that was pruned.
     """
     return _over_time(runs, analysis.each(runs, analysis.loss_decrease), ylabel="loss decrease  [L]")
 
@@ -82,8 +83,9 @@ def norm_rate(runs: Runs) -> Figure:
     """Gradient flow moves the squared norm at −2θᵀg − 2λ‖θ‖²; a step of finite length Δt adds Δt‖g‖².
 
     d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. The prediction
-    is that of gradient descent; with momentum, steps follow the flow only after about 1/(1−β) of them. One panel per
-    measure and one seed each; with several conditions, those of the first that was pruned.
+    is that of gradient descent; with momentum, steps follow the flow only after about 1/(1−β) of them. Lines of more
+    than 500 steps are medians of windows, with a band over all values in these. One panel per measure and one seed each;
+    with several conditions, those of the first that was pruned.
     """
     return _over_time(runs, analysis.each(runs, analysis.network_norm_rate), ylabel="d‖θ‖²/dt  [L]")
 
@@ -92,7 +94,8 @@ def quantities_per_layer(runs: Runs) -> Figure:
     """How much norm, gradient and curvature differ between layers, and how a pruning changes them.
 
     The quantities of each layer over the steps of one run, the first pruned one if there is any; d‖θ‖²/dt as measured,
-    averaged over windows of steps.
+    averaged over windows of steps. Lines of more than 500 steps are medians of windows, with a band over all values in
+    these, unless there are many layers.
     """
     label = in_layers(runs)
     run = runs[label]

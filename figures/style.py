@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ VERDICTS: dict[str, Style] = {
 }
 
 _MARKERS = "osD^vPX*<>"
-_COLOURS = 10  # in seaborn's palette
+_PALETTE = sns.color_palette("colorblind", 10).as_hex()
+_PALETTE[6], _PALETTE[8] = "#882255", "#999933"  # instead of a pink and a yellow that are hardly seen on white
 _LIGHTEST = 0.88  # part of viridis that is visible on white
 
 _drawn: ContextVar[tuple[str, ...]] = ContextVar("the measures of a figure", default=())
@@ -91,8 +93,8 @@ def run_styles(labels: Iterable[str]) -> dict[str, Style]:
     known = dict.fromkeys([*_drawn.get(), *labels])
     taken = MEASURES if known.keys() & set(MEASURES) else MEASURES[:1]
     order = [*taken, *(label for label in known if label not in taken)]
-    colours = ["0.35", *sns.color_palette("colorblind", len(order) - 1)]
-    if len(order) > 1 + _COLOURS:
+    colours: list[Any] = ["0.35", *islice(cycle(_PALETTE), len(order) - 1)]
+    if len(order) > 1 + len(_PALETTE):
         many = len(order) - len(taken)
         colours[len(taken) :] = [
             tuple(colour[:3]) for colour in plt.get_cmap("viridis")(np.linspace(0, _LIGHTEST, many))
@@ -102,7 +104,7 @@ def run_styles(labels: Iterable[str]) -> dict[str, Style]:
 
 def marker(number: int) -> str:
     """The marker of a number; each time the colours repeat, a colour gets another marker."""
-    return _MARKERS[(number + max(number - 1, 0) // _COLOURS) % len(_MARKERS)]
+    return _MARKERS[(number + max(number - 1, 0) // len(_PALETTE)) % len(_MARKERS)]
 
 
 def named_styles(measures: Iterable[str]) -> dict[str, Style]:

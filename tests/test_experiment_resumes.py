@@ -175,15 +175,17 @@ def test_what_a_process_left_that_was_killed_while_it_finished_goes_when_it_is_r
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("method", ["keep", "append"])  # of the training's own thread, and of the writer's
+@pytest.mark.filterwarnings("ignore:.*run.zarr:UserWarning")
 def test_a_full_disk_is_said_with_the_record_and_what_to_do(
-    tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     def full(*given: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     short = replace(TINY, epochs=(1, 0), rounds=1, measure="none", curvature_every=0)
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "keep", full)
+        patched.setattr(Store, method, full)
         said = r"No space left on device, so .*run\.zarr is not finished: make room, and the same command continues it"
         with pytest.raises(OSError, match=said):
             run(short, tmp_path / "run.zarr", data=data, progress=False)

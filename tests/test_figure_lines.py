@@ -168,3 +168,22 @@ def test_steps_to_a_loss_have_a_mean_only_where_all_seeds_reached_it() -> None:
     plt.close(ax.figure)
     assert [np.isfinite(line.get_xdata()).sum() for line in small] == [2, 3]
     assert [float(line.get_xdata()[0]) for line in means] == pytest.approx([np.nan, 6.0], nan_ok=True)
+
+
+def test_a_legend_names_the_ends_of_runs_once() -> None:
+    ax = plt.figure().gca()
+    for height in (1.0, 2.0):
+        lines.draw_line(np.arange(6), np.array([height] * 3 + [np.nan] * 3), ax=ax, label=f"run {height}")
+    assert [text.get_text() for text in ax.legend().get_texts()] == ["run 1.0", lines.ENDED, "run 2.0"]
+    assert sum(line.get_marker() == "x" for line in ax.lines) == 2
+
+
+def test_a_band_between_quartiles_is_still_one_where_steps_are_many() -> None:
+    """Single values far outside are no part of it; of a line alone, the band covers all values."""
+    steps, far = np.arange(3000), np.zeros(3000)
+    far[::20] = 1e6
+    for bounds, highest in (({"low": -1 - far, "high": 1 + far}, 1.0), ({}, 1e6)):
+        ax = plt.figure().gca()
+        lines.draw_line(steps, np.zeros(3000) + (far if not bounds else 0), ax=ax, **bounds)
+        (band,) = ax.collections
+        assert band.get_datalim(ax.transData).y1 == highest

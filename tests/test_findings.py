@@ -1,5 +1,6 @@
 """What is said of many runs is their mean by measure, not a list of runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_accuracies_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
     single = {name: runs[name] for name in ("m0", "l0")}
     assert findings.final_accuracy(single) == (
         "Final test accuracy of the pruned networks: 50.0% (loss preservation) to 80.0% (magnitude). One seed each, so "
-        "no verdict on the measures."
+        "no verdict on which is better."
     )
     with pytest.raises(MissingQuantityError, match="no run has ended"):
         findings.final_accuracy({"broken": runs["broken"]})
@@ -111,6 +112,33 @@ def test_what_prunings_move_is_in_the_median_over_all_of_them() -> None:
     assert found.startswith(
         "Median ratio of after to before a pruning. Loss: magnitude 3.00, loss preservation 0.50. ‖g‖²"
     )
+
+
+def test_runs_that_have_no_condition_in_common_are_told_by_their_labels_or_not_at_all() -> None:
+    runs = {"m": record("magnitude", 0), "l": record("loss_preservation", 0, rounds=2)}
+    with pytest.raises(MissingQuantityError, match="no two pruned runs have a condition in common"):
+        comparison_findings.fastest(runs)
+    for run, last in zip(runs.values(), (1.0, 0.001), strict=True):
+        norm = np.linspace([2.0], [2 * last], run["steps"].sizes["step"])
+        run["steps"] = (
+            run["steps"].to_dataset().assign_coords(layer=["a"]).assign(param_sqnorm=(("step", "layer"), norm))
+        )
+    found = comparison_findings.norm_growth(runs)
+    assert found == "‖θ‖² at the last step divided by that at the first: m 1.00, l 0.001."
+
+
+def test_what_are_no_measures_are_not_called_so(runs: dict[str, xr.DataTree]) -> None:
+    one, other = runs["m0"], runs["l0"]
+    for name, run in (("slow", one), ("fast", other)):
+        settings = json.loads(run.attrs["experiment"])
+        run.attrs = {"experiment": json.dumps(settings | {"measure": name})}
+    assert "the networks differ most in layer a, where fast" in findings.layer_choice({"a": one, "b": other})
+
+
+def test_nothing_is_said_of_predictions_where_nothing_moves() -> None:
+    still = steps([0.0] * 12, 1)
+    with pytest.raises(MissingQuantityError, match="everything measured is zero"):
+        findings.loss_prediction({"still": still})
 
 
 def test_shares_removed_are_means_by_measure(runs: dict[str, xr.DataTree]) -> None:
@@ -189,6 +217,7 @@ def test_an_error_that_is_small_is_not_zero() -> None:
     assert findings.error_in_percent(0.0) == "0.0%"
     assert findings.error_in_percent(4e-16) == "under 0.001%"
     assert findings.error_in_percent(0.0234) == "2.3%"
+    assert findings.error_in_percent(6450.4392) == "650 000%"
     assert findings.error_in_percent(float("nan")) == "not finite"
 
 

@@ -269,10 +269,13 @@ def test_a_batch_that_a_module_skips_is_in_no_steps_loss(tmp_path: Path) -> None
     np.testing.assert_allclose(run["curvature"].loss_before, module.losses, rtol=1e-10)
 
 
-def test_several_steps_on_a_batch_are_all_measured(tmp_path: Path) -> None:
+def test_of_several_steps_in_one_the_first_is_measured_and_others_whose_batch_is_told(tmp_path: Path) -> None:
     def twice(module: ByHand, number: int, loss: Tensor) -> bool:
-        for _ in range(2):
-            loss = F.cross_entropy(module(DATA[8 * number : 8 * number + 8][0]), DATA[8 * number : 8 * number + 8][1])
+        for again in range(2):
+            batch = DATA[8 * number : 8 * number + 8] if not again else DATA[:4]
+            if again and number:
+                callback.recorder.observe(batch)
+            loss = F.cross_entropy(module(batch[0]), batch[1])
             module.optimizers().zero_grad()
             module.manual_backward(loss)
             module.optimizers().step()
@@ -280,10 +283,11 @@ def test_several_steps_on_a_batch_are_all_measured(tmp_path: Path) -> None:
         return False
 
     module, callback = ByHand(twice), frameworks.LightningRecorder(tmp_path / "run", curvature_every=1)
-    lightning.Trainer(callbacks=[callback], max_epochs=1, **QUIET).fit(module, DataLoader(DATA, 8))
+    with pytest.warns(UserWarning, match="curvature is not recorded at step 1, whose batch is not known"):
+        lightning.Trainer(callbacks=[callback], max_epochs=1, **QUIET).fit(module, DataLoader(DATA, 8))
     curvature = open_run(tmp_path / "run")["curvature"]
-    assert curvature.step.values.tolist() == list(range(10))
-    np.testing.assert_allclose(curvature.loss_before, module.losses, rtol=1e-10)
+    assert curvature.step.values.tolist() == [0, *range(2, 10)]
+    np.testing.assert_allclose(curvature.loss_before, [module.losses[0], *module.losses[2:]], rtol=1e-10)
 
 
 def test_a_callback_is_sent_to_processes_that_are_spawned(tmp_path: Path) -> None:
@@ -339,6 +343,17 @@ def test_epochs_go_on_from_a_checkpoint_within_one_or_at_its_end(
     recorder = frameworks.LightningRecorder(tmp_path / "run", resume="rewind")
     trained([recorder], checkpoint=tmp_path / "one.ckpt")
     np.testing.assert_array_equal(open_run(tmp_path / "run")["steps"].epoch, np.repeat([0, 1], 5))
+
+
+@pytest.mark.parametrize("step", [4, 6, 7])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_validations_amid_epochs_leave_these_counted_after_a_checkpoint(tmp_path: Path, step: int) -> None:
+    """Whether a validation came just before it or comes just after."""
+    how = {"val_check_interval": 2, "epochs": 3, "num_sanity_val_steps": 0}
+    trained([frameworks.LightningRecorder(tmp_path / "run"), Saving(tmp_path / "one.ckpt", step)], **how)
+    recorder = frameworks.LightningRecorder(tmp_path / "run", resume="rewind")
+    trained([recorder], checkpoint=tmp_path / "one.ckpt", **how)
+    np.testing.assert_array_equal(open_run(tmp_path / "run")["steps"].epoch, np.repeat([0, 1, 2], 5))
 
 
 def test_another_objective_is_given_module_and_batch_and_is_said(tmp_path: Path) -> None:

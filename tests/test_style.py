@@ -8,11 +8,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from synthetic_runs import runs
 
 from figures import draw
+from figures.style import run_styles
 
 # A backend like Jupyter's: it makes matplotlib interactive when it is first used.
 BACKEND = """
@@ -59,3 +61,12 @@ def test_a_figure_is_the_same_in_every_style_of_its_user(name: str) -> None:
     with plt.style.context(["dark_background", {"font.size": 20, "lines.linewidth": 5, "axes.titlesize": 30}]):
         figure = draw(name, runs())
     np.testing.assert_array_equal(pixels(figure), own)
+
+
+def test_every_colour_is_seen_on_white() -> None:
+    """Luminance as W3C has it; by its contrast with white, a line of 1.3 points needs more than a hairline's 2:1."""
+    for style in run_styles([f"run {number}" for number in range(10)]).values():
+        red, green, blue = (
+            of / 12.92 if of <= 0.04045 else ((of + 0.055) / 1.055) ** 2.4 for of in to_rgb(style["color"])
+        )
+        assert 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) > 2

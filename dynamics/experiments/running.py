@@ -94,8 +94,10 @@ def _run(
         if progress:
             print(_said(experiment, device), file=sys.stderr)
         training.run(recorder, path, report, progress=progress)
-    if recorder.failure is not None:
-        raise OSError(f"the record {path} is incomplete: {recorder.failure}") from recorder.failure
+    if (failure := recorder.failure) is not None:
+        if getattr(failure, "errno", None) in _FULL:
+            raise failure
+        raise OSError(f"the record {path} is incomplete: {failure}") from failure
 
 
 @contextmanager

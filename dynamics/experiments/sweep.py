@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -44,7 +45,7 @@ def sweep(
         ValueError: two of the experiments would have the same name, or a device cannot be used; then none is run.
         FileNotFoundError, DataError: a data set is not on disk, or damaged; then none is run.
     """
-    if workers is not None and (not isinstance(workers, int) or workers < 0 or scheduler is not None):
+    if workers is not None and (not isinstance(workers, Integral) or workers < 0 or scheduler is not None):
         raise ValueError(
             "workers must be a whole number, 0 or more, and not be given with a scheduler, which has its own; got "
             f"{workers=}, {scheduler=}"

@@ -53,6 +53,7 @@ class LightningRecorder(*_callbacks()):
         self._losses: list[Tensor] = []
         self._evaluated: list[Tensor] = []  # of one batch: LBFGS asks for its loss several times
         self._stepped = 0
+        self._begun = False  # whether a batch has been seen
         self._metrics: dict[str, Any] = {}  # that were logged
         self._before_validation: dict[str, Any] = {}
         self._epoch_ended = False
@@ -65,7 +66,7 @@ class LightningRecorder(*_callbacks()):
         if pl_module.automatic_optimization and trainer.world_size == 1:  # else it may be a part of the step's
             self.recorder.trust_loss()
         self._losses, self._stepped = [], trainer.global_step
-        self._metrics, self._epoch_ended = {}, False
+        self._metrics, self._epoch_ended, self._begun = {}, False, False
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Log the previous epoch."""
@@ -73,10 +74,11 @@ class LightningRecorder(*_callbacks()):
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Observe the batch; the first one begins an epoch: after a checkpoint, nothing else may tell of its start."""
-        if batch_idx == 0:
-            self.recorder.begin_epoch()
+        if batch_idx == 0 or not self._begun:
+            self.recorder.begin_epoch(anew=batch_idx == 0)
+        self._begun = True
         self._evaluated = []
-        self.recorder._observe(batch, stays=True)  # for further steps on it, if ``training_step`` takes several
+        self.recorder.observe(batch)
 
     def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
         """Keep the loss at the parameters from which the step starts: the first, if the optimizer asks for several."""

@@ -80,8 +80,8 @@ class TrainerRecorder(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:
         """Count the epoch, unless a checkpoint was saved within it."""
-        if self.recorder and not self._within_epoch:
-            self.recorder.begin_epoch()
+        if self.recorder:
+            self.recorder.begin_epoch(anew=not self._within_epoch)
         self._within_epoch = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **training: Any) -> None:

@@ -36,10 +36,10 @@ class Epochs:
         self._stepped = place.rows > 0
         self._ended, self._within = self._stepped and place.ended, place.within
 
-    def begin(self) -> None:
-        """The loop, which counts epochs itself, says that one begins."""
+    def begin(self, *, anew: bool) -> None:
+        """The loop, which counts epochs itself, says that one begins or, if not ``anew``, goes on."""
         self.batches.begin_epoch()
-        self.present += int(self._by_hand or self._stepped)
+        self.present += int(anew and (self._by_hand or self._stepped))
         self._by_hand = True
 
     def end(self) -> None:

@@ -225,10 +225,14 @@ class Recorder:
         self._rows.add("epochs", {"epoch": self._epochs.present, "step": step, **values})
         self._epochs.end()
 
-    def begin_epoch(self) -> None:
-        """Say that a pass over the data begins, if no loader is watched. Batches that led to no step are forgotten."""
+    def begin_epoch(self, *, anew: bool = True) -> None:
+        """Say that a pass over the data begins, if no loader is watched. Batches that led to no step are forgotten.
+
+        Args:
+            anew: False after a checkpoint from amid an epoch, which goes on.
+        """
         self._attachment.end()
-        self._epochs.begin()
+        self._epochs.begin(anew=anew)
 
     @contextmanager
     def event(

@@ -80,7 +80,7 @@ class Record:
         epoch = int(max([0, *of_rows, *logged]))
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
         later = self.column("epochs", "epoch")[self.column("epochs", "step") > step]
-        within = bool(of_rows) and not ended and epoch in [*self.epochs[before : before + 1], *later[:1]]
+        within = bool(of_rows) and epoch in [*self.epochs[before : before + 1], *later[:1]]
         return Place(step, epoch, events, self._flow_time(step, before), ended, within, before)
 
     def logged_by(self, step: int) -> int | None:

@@ -84,8 +84,8 @@ def norm_rate(runs: Runs) -> Figure:
 
     d‖θ‖²/dt of the whole network in flow time, measured and predicted, averaged over windows of steps. The prediction
     is that of gradient descent; with momentum, steps follow the flow only after about 1/(1−β) of them. Lines of more
-    than 500 steps are medians of windows, with a band over all values in these. One panel per measure and one seed each;
-    with several conditions, those of the first that was pruned.
+    than 500 steps are medians of windows, with a band over all values in these. One panel per measure and one seed
+    each; with several conditions, those of the first that was pruned.
     """
     return _over_time(runs, analysis.each(runs, analysis.network_norm_rate), ylabel="d‖θ‖²/dt  [L]")
 

@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from .scales import Axis
 
 _KEPT = 0.6  # of a figure's size, for the data
-_APART = {"x": 6, "y": 2}  # pixels between labels
+_APART = {"x": 3, "y": 2}  # pixels between labels
 
 
 def settle(figure: Figure) -> None:

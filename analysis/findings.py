@@ -264,7 +264,7 @@ def error_in_percent(share: float) -> str:
     if 0 < share < 1e-5:
         return "under 0.001%"
     if share >= 10:
-        return f"{float(f'{100 * share:.2g}'):,.0f}%".replace(",", " ")
+        return f"{_spaced(float(f'{100 * share:.2g}'))}%"
     return f"{share:.1%}" if share == 0 or share >= 0.0005 else f"{100 * share:.1g}%"
 
 
@@ -277,4 +277,9 @@ def _from_to(values: pd.Series) -> str:
 
 
 def _rounded(value: float) -> str:
-    return f"{float(f'{value:.1g}'):,.0f}".replace(",", " ") if value >= 9.5 else f"{value:.2g}"
+    return _spaced(float(f"{value:.1g}")) if value >= 9.5 else f"{value:.2g}"
+
+
+def _spaced(value: float) -> str:
+    """A whole number with spaces between thousands."""
+    return f"{value:,.0f}".replace(",", " ")

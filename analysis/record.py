@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.record.errors import RecordError
-from dynamics.record.reading import experiment
+from dynamics.record.reading import planned_epochs
 from dynamics.schema import NODES, QUANTITIES
 
 from .given import in_a_line
@@ -119,7 +119,7 @@ def layers(run: xr.DataTree) -> list[str]:
 
 def ended(run: xr.DataTree) -> bool:
     """Whether all epochs of the experiment were recorded; True for a user's own loop, whose number is unknown."""
-    return length(run, "epochs") >= sum(experiment(run).get("epochs", ()))
+    return length(run, "epochs") >= planned_epochs(run)
 
 
 def described(dataset: xr.Dataset, like: str, **symbols: str) -> xr.Dataset:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from dynamics.record.reading import experiment
+from dynamics.record.reading import planned_epochs
 
 from .agreement import agreement
 from .findings import NOT_FINITE, error_in_percent
@@ -63,7 +63,7 @@ def _outcomes(runs: Runs) -> pd.DataFrame:
 
 def _completed(run: xr.DataTree) -> str:
     """The number of epochs logged, of those that the experiment has."""
-    whole = sum(experiment(run).get("epochs", ()))
+    whole = planned_epochs(run)
     return f"{length(run, 'epochs')} of {whole}" if whole else MISSING
 
 

@@ -102,11 +102,11 @@ class TrainerRecorder(TrainerCallback):
         step's loss, and the Trainer adds these up.
         """
         loss = self._objective(model, batch)
-        if "num_items_in_batch" in batch and self._shares is None:
-            self._shares = _depends_on_count(self._objective, model, batch)
-        if "num_items_in_batch" not in batch or not self._shares:
+        if "num_items_in_batch" not in batch:
             return loss
-        return loss * (self._processes * self._samples / sample_count(batch))
+        if self._shares is None:
+            self._shares = _depends_on_count(self._objective, model, batch)
+        return loss * (self._processes * self._samples / sample_count(batch)) if self._shares else loss
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **training: Any) -> None:
         """Log the training loss, unless it is the objective that logs."""

@@ -62,6 +62,11 @@ def experiment(run: xr.DataTree) -> dict[str, Any]:
     return found if found.keys() >= set(COMPARED_BY) else {}
 
 
+def planned_epochs(run: xr.DataTree) -> int:
+    """The number of epochs that the record's experiment has; 0 for any other training loop, where it is unknown."""
+    return sum(experiment(run).get("epochs", ()))
+
+
 def configured(run: xr.DataTree, name: str) -> dict[str, Any]:
     """The dictionary in an experiment's attribute of this name; empty if the attribute is someone else's or absent."""
     try:

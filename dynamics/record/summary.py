@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..schema import NODES
 from ..words import counted
-from .reading import experiment
+from .reading import experiment, planned_epochs
 
 
 def summary(run: xr.DataTree) -> str:
@@ -41,7 +41,7 @@ def _outcome(run: xr.DataTree) -> list[str]:
         taken = _taken(run)
         said.append(counted(taken, "step"))
         logged = run["epochs"].sizes.get("epoch", 0) if "epochs" in run.children else 0
-        whole = sum(experiment(run).get("epochs", ()))
+        whole = planned_epochs(run)
         said += [f"unfinished after {logged} of {counted(whole, 'epoch')}"] * (logged < whole)
         said += [f"{recorded} of them recorded"] * (recorded < taken)
     if "pruning" in run.children and (events := run["pruning"].sizes.get("event", 0)):

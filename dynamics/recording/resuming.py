@@ -75,12 +75,12 @@ class Record:
         """The place at a step, with the counters as they were there."""
         before = int(np.searchsorted(self.steps, step))
         of_rows = self.epochs[before - 1 : before].tolist() if before else []
-        count = self.logged_by(step) or 0  # /epochs may know of a later epoch, if few steps are recorded
-        logged = self.column("epochs", "epoch")[:count][-1:].tolist()
-        epoch = int(max([0, *of_rows, *logged]))
+        known, rows = self.logged_by(step), self.column("epochs", "epoch").tolist()
+        count = known or 0  # /epochs may know of a later epoch, if few steps are recorded
+        epoch = int(max([0, *of_rows, *rows[:count][-1:]]))
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
-        later = self.column("epochs", "epoch")[self.column("epochs", "step") > step]
-        within = bool(of_rows) and epoch in [*self.epochs[before : before + 1], *later[:1]]
+        later = rows[count : count + 1] if known is not None else []
+        within = bool(of_rows) and epoch in [*self.epochs[before : before + 1], *later]
         return Place(step, epoch, events, self._flow_time(step, before), ended, within, before)
 
     def logged_by(self, step: int) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -30,9 +31,16 @@ def runs(folder: Path) -> dict[str, xr.DataTree]:
     return recorded(folder)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.DataTree]) -> Path:
+    return analysis.condense(runs, tmp_path_factory.mktemp("written") / "records" / "small.zarr.zip")
+
+
 @pytest.fixture
-def file(tmp_path: Path, runs: dict[str, xr.DataTree]) -> Path:
-    return analysis.condense(runs, tmp_path / "records" / "small.zarr.zip")
+def file(tmp_path: Path, written: Path) -> Path:
+    """The file, for each test to change."""
+    (tmp_path / "records").mkdir()
+    return Path(shutil.copy(written, tmp_path / "records"))
 
 
 ANALYSES = (

@@ -48,6 +48,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]:
 
 
 @pytest.fixture(scope="module")
+def condensed(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.DataTree]) -> dict[str, xr.DataTree]:
+    return analysis.expand(analysis.condense(runs, tmp_path_factory.mktemp("condensed") / "condensed.zarr.zip"))
+
+
+@pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, xr.DataTree]) -> Path:
     return write_report(runs, tmp_path_factory.mktemp("report"), records=["a.zarr"])
 
@@ -94,9 +99,8 @@ def test_every_figure_draws_one_run_alone(name: str, runs: dict[str, xr.DataTree
 
 @pytest.mark.parametrize("name", OF_ONE_SEED)
 def test_figures_of_condensed_records_are_those_of_the_records(
-    name: str, runs: dict[str, xr.DataTree], tmp_path: Path
+    name: str, runs: dict[str, xr.DataTree], condensed: dict[str, xr.DataTree]
 ) -> None:
-    condensed = analysis.expand(analysis.condense(runs, tmp_path / "condensed.zarr.zip"))
     whole, ours = (numbers_of(draw(name, those)) for those in (runs, condensed))
     assert len(ours) == len(whole) > 0
     for one, other in zip(ours, whole, strict=True):

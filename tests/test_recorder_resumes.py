@@ -8,6 +8,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -501,6 +502,24 @@ def test_where_parameters_stood_still_the_step_is_asked_for(tmp_path: Path) -> N
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 4
     Recorder(tmp_path / "run", *loaded(state), resume="rewind", step=np.int64(2)).close()
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("also", [[], ["param_update"], ["update_sqnorm"], ["param_update", "update_sqnorm"]])
+def test_the_step_is_found_by_the_norms_of_parameters_that_are_recorded(tmp_path: Path, also: list[str]) -> None:
+    """After the last step, that takes those of its update, too."""
+    pair, states = fresh(), []
+    settings = {"curvature_every": 0, "quantities": ["param_sqnorm", *also]}
+    with Recorder(tmp_path / "run", *pair, **settings):
+        for batch in vectors(3):
+            plain_step(*pair, batch)
+            states.append(checkpoint(pair))
+    known = len(also) == 2
+    with nullcontext() if known else pytest.raises(ValueError, match="parameters match no step of"):
+        Recorder(tmp_path / "run", *loaded(states[2]), resume=True, **settings).close()
+    Recorder(tmp_path / "run", *loaded(states[0]), resume="rewind", **settings).close()
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == [0]
+    assert [trace["step"] for trace in run.attrs["resumed"]] == [3, 1][not known :]
 
 
 def test_a_record_of_no_step_yet_is_gone_on_with_from_its_beginning(tmp_path: Path) -> None:

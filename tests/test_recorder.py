@@ -427,6 +427,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
             recorder.log(loss=torch.zeros(2))
         with pytest.raises(ValueError, match="cannot take 'grad_sqnorm'"):
             recorder.log(grad_sqnorm=1.0)
+        recorder.log(test_accuracy=0.5)  # of an epoch, or of a step
         with pytest.raises(ValueError, match="cannot take the name 'val/loss'"):
             recorder.log(**{"val/loss": 1.0})
         with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, but 'note' is 'good'"):

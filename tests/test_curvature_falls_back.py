@@ -12,6 +12,7 @@ from networks import recorded, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
+from dynamics.loop.logged_loss import LoggedLoss
 
 KNOWN = "derivative for aten::_thnn_fused_lstm_cell_backward is not implemented"
 
@@ -218,6 +219,20 @@ def test_a_loss_divided_by_the_number_of_unequal_batches_is_said(tmp_path: Path)
     """Their mean by samples, the objective, is not exactly their mean."""
     with pytest.warns(UserWarning, match="is 1/3 of the objective's"):
         noisy_steps(tmp_path / "run", lambda loss: loss / 3, (64, 32, 32))
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("factor", [1 / 8, 1 / 3, 0.4, 1.0, 2.5, 3.0, 8.0])
+def test_a_part_or_a_multiple_of_the_loss_is_another_only_if_it_is_surely_the_one_trained_on(
+    factor: float, trusted: bool
+) -> None:
+    """Loops log sums over micro-batches, or parts of the loss, whatever they do to gradients; frameworks do not."""
+    compared = LoggedLoss()
+    compared.trusted = trusted
+    compared.measured(0, 0.5, [torch.tensor(2.0)], 1, precise=True)
+    compared.logged(0, 2.0 * factor)
+    differs = factor != 1 if trusted else factor in (0.4, 2.5)
+    assert [kind for kind, _ in compared.differing(0)] == ["doubtful"] * differs
 
 
 def test_rounded_products_of_matrices_are_no_other_loss(tmp_path: Path) -> None:

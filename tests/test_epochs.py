@@ -1,6 +1,7 @@
 """An epoch is a pass over the data in which the network trains; evaluations and looks are none, and leave no trace."""
 
 import gc
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,17 @@ def test_epochs_that_the_loop_counts_are_its_own(tmp_path: Path) -> None:
     assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
 
 
+def test_an_epoch_that_the_loop_counts_counts_if_no_step_is_taken_in_it(tmp_path: Path) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        for trains in (False, True, False, True):
+            recorder.begin_epoch()
+            if trains:
+                step(next(iter(loader)))
+
+    run, _ = record(tmp_path / "run.zarr", loop, curvature_every=0)
+    assert run["steps"].epoch.values.tolist() == [1, 3]
+
+
 def test_a_held_look_at_other_data_is_no_epoch(tmp_path: Path) -> None:
     def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
         others = recorder.watch(loader)
@@ -199,6 +211,41 @@ def test_a_held_look_at_other_data_is_no_epoch(tmp_path: Path) -> None:
     run, losses = record(tmp_path / "run.zarr", loop, curvature_every=1)
     assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("reads", "every"),
+    [
+        ("before the forward pass, without gradients", 0),
+        ("before the forward pass, without gradients", 2),
+        ("before the backward pass", 1),
+        ("before the step", 0),
+        ("before the step", 2),
+    ],
+)
+def test_nor_is_one_within_a_step(tmp_path: Path, reads: str, every: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    batches = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(3)]
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=every) as recorder:
+        held = iter(recorder.watch(batches * 3))
+        for _ in range(3):
+            for x, y in recorder.watch(batches):
+                if reads.startswith("before the forward pass"):
+                    evaluate(model, itertools.islice(held, 1))
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                if reads == "before the backward pass":
+                    evaluate(model, [next(held)])
+                loss.backward()
+                if reads == "before the step":
+                    evaluate(model, [next(held)])
+                optimizer.step()
+                losses.append(loss.item())
+    run = open_run(tmp_path / "run.zarr")
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    if every:
+        assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses[::every], rel=1e-12)
 
 
 def test_batches_of_a_pass_inside_another_are_trained_on(tmp_path: Path) -> None:

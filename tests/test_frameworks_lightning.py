@@ -325,12 +325,15 @@ class Saving(lightning.Callback):
             trainer.save_checkpoint(self._path)
 
 
-def test_a_checkpoint_finds_what_was_recorded_before_it_on_the_disk(tmp_path: Path) -> None:
-    found, saving = [], Saving(tmp_path / "eight.ckpt", 8)
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_checkpoint_finds_what_was_recorded_before_it_on_the_disk(tmp_path: Path, step: int) -> None:
+    """The epoch, too, where it is saved at its end."""
+    found, saving = [], Saving(tmp_path / "one.ckpt", step)
+    saving.on_train_epoch_end = saving.on_train_batch_end
     saving.on_save_checkpoint = lambda *others: found.append(open_run(tmp_path / "run"))
     trained([frameworks.LightningRecorder(tmp_path / "run"), saving])
-    assert found[0]["steps"].loss.notnull().sum() == 8
-    assert found[0]["epochs"].step.values.tolist() == [5]
+    assert found[-1]["steps"].loss.notnull().sum() == step
+    assert found[-1]["epochs"].step.values.tolist() == [5]
 
 
 @pytest.mark.parametrize("step", [3, 5])

@@ -124,6 +124,7 @@ def test_what_evaluations_find_is_in_the_row_of_the_step_before(tmp_path: Path) 
     losses = open_run(tmp_path / "run")["steps"].eval_loss.dropna("step")
     assert dict(zip(losses.step.values.tolist(), losses.values.tolist(), strict=True)) == found
     assert list(found) == [1, 3, 5, 7, 9]
+    assert training.evaluate()["eval_loss"] == found[9]  # after the training, of which the record is closed
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 5}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import ByHand
 from networks import plain_step, smooth_network, vectors
 from torch import nn
 
@@ -379,3 +380,26 @@ def test_a_flush_while_a_step_of_only_some_optimizers_is_under_way_moves_nothing
                     act(recorder)
         steps = open_run(tmp_path / act.__name__)["steps"]
         np.testing.assert_array_equal(steps.loss, np.array([0.5, np.nan, 2, 3])[::every])
+
+
+def test_a_flush_within_a_step_of_two_optimizers_costs_no_row_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As among several processes, of which one flushes alone."""
+    monkeypatch.setattr(Steps, "together", True)
+    model = smooth_network()
+    optimizers, hand = [torch.optim.SGD(model[index].parameters(), 0.1) for index in (0, 2)], ByHand(model)
+    with Recorder(tmp_path / "run", model, optimizers, curvature_every=0) as recorder:
+        for number, (inputs, labels) in enumerate(vectors(4)):
+            model.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            recorder.log(loss=number)
+            hand.before()
+            optimizers[0].step()
+            if number == 2:
+                recorder.flush()
+            optimizers[1].step()
+            hand.after()
+    steps = open_run(tmp_path / "run")["steps"]
+    hand.agrees_with(steps)
+    assert steps.loss.values.tolist() == [0, 1, 2, 3]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import ByHand
 from networks import (
     all_but_row,
     closure_step,
@@ -241,6 +242,29 @@ def test_frozen_unused_and_tied_parameters(tmp_path: Path) -> None:
     np.testing.assert_allclose(steps.grad_sqnorm.sel(layer="0")[-1], (weight**2).sum(), rtol=1e-12)
 
 
+def test_layers_that_an_optimizer_takes_on_and_gives_up_are_recorded_as_it_holds_them(tmp_path: Path) -> None:
+    """As where a network is thawed from its head on."""
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    by_hand, rates = ByHand(model), []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for number, (inputs, labels) in enumerate(recorder.watch(vectors(6))):
+            if number == 2:
+                optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.05})
+            if number == 4:
+                del optimizer.param_groups[0]
+            model.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            by_hand.before([one for group in optimizer.param_groups for one in group["params"]])
+            optimizer.step()
+            by_hand.after()
+            rates.append([0.05 * (number >= 2), 0.1 * (number < 4)])
+    run = open_run(tmp_path / "run")
+    by_hand.agrees_with(run["steps"])
+    assert run["steps"].learning_rate.values.tolist() == rates
+    np.testing.assert_allclose(run["curvature"].applied_grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("announce", ["watch", "observe", "nothing"])
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -403,6 +427,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path: Path) -> Non
             recorder.log(loss=torch.zeros(2))
         with pytest.raises(ValueError, match="cannot take 'grad_sqnorm'"):
             recorder.log(grad_sqnorm=1.0)
+        recorder.log(test_accuracy=0.5)  # of an epoch, or of a step
         with pytest.raises(ValueError, match="cannot take the name 'val/loss'"):
             recorder.log(**{"val/loss": 1.0})
         with pytest.raises(ValueError, match=r"log_epoch\(\) takes numbers, but 'note' is 'good'"):

@@ -8,6 +8,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +101,11 @@ def test_going_back_is_refused_unless_asked_for(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize(("every", "step"), [(1, None), (10, None), (1, 3)])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, when: str, every: int) -> None:
+def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(
+    tmp_path: Path, when: str, every: int, step: int | None
+) -> None:
     pair, batches = fresh(), vectors(6)
     keep = {"0.weight": (torch.arange(5) > 1).view(5, 1).expand(5, 4)}
     state = {}
@@ -125,7 +128,7 @@ def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(tmp_path: Path, whe
         with pytest.warns(UserWarning, match="8 parameters that were pruned when event 0 .* no mask now .* layer '0'"):
             Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume=True).close()
         apply_masks(pair[0], keep)
-    Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume="rewind").close()
+    Recorder(tmp_path / "run", *pair, curvature_every=2, every=every, resume="rewind", step=step).close()
     run = open_run(tmp_path / "run")
     assert run["steps"].sizes["step"] == (3 if every == 1 else 1)
     assert run["pruning"].sizes["event"] == run["units"].sizes["event"] == (1 if when == "after" else 0)
@@ -476,6 +479,8 @@ def test_epochs_logged_behind_the_last_recorded_step_are_taken_back_as_well(tmp_
 def test_epochs_without_watched_data_go_on_where_they_were(tmp_path: Path) -> None:
     def trained(path: Path, pair: Pair, epochs: int, **settings: object) -> list[dict]:
         with Recorder(path, *pair, curvature_every=0, **settings) as recorder:
+            if not settings:
+                recorder.log_epoch(test_accuracy=0.1)  # which ends no epoch, as no step was taken
             for _ in range(epochs):
                 for batch in batches:
                     plain_step(*pair, batch)
@@ -484,8 +489,9 @@ def test_epochs_without_watched_data_go_on_where_they_were(tmp_path: Path) -> No
 
     batches = vectors(3)
     trained(tmp_path / "whole", fresh(), 3)
-    state = trained(tmp_path / "parts", fresh(), 1)
-    trained(tmp_path / "parts", loaded(state), 2, resume=True)
+    state = trained(tmp_path / "parts", fresh(), 0)
+    for epochs in (1, 2):
+        state = trained(tmp_path / "parts", loaded(state), epochs, resume=True)
     whole, parts = (open_run(tmp_path / name) for name in ("whole", "parts"))
     assert whole["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert_equal(parts, whole)
@@ -501,6 +507,24 @@ def test_where_parameters_stood_still_the_step_is_asked_for(tmp_path: Path) -> N
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 4
     Recorder(tmp_path / "run", *loaded(state), resume="rewind", step=np.int64(2)).close()
     assert open_run(tmp_path / "run")["steps"].step.values.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("also", [[], ["param_update"], ["update_sqnorm"], ["param_update", "update_sqnorm"]])
+def test_the_step_is_found_by_the_norms_of_parameters_that_are_recorded(tmp_path: Path, also: list[str]) -> None:
+    """After the last step, that takes those of its update, too."""
+    pair, states = fresh(), []
+    settings = {"curvature_every": 0, "quantities": ["param_sqnorm", *also]}
+    with Recorder(tmp_path / "run", *pair, **settings):
+        for batch in vectors(3):
+            plain_step(*pair, batch)
+            states.append(checkpoint(pair))
+    known = len(also) == 2
+    with nullcontext() if known else pytest.raises(ValueError, match="parameters match no step of"):
+        Recorder(tmp_path / "run", *loaded(states[2]), resume=True, **settings).close()
+    Recorder(tmp_path / "run", *loaded(states[0]), resume="rewind", **settings).close()
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == [0]
+    assert [trace["step"] for trace in run.attrs["resumed"]] == [3, 1][not known :]
 
 
 def test_a_record_of_no_step_yet_is_gone_on_with_from_its_beginning(tmp_path: Path) -> None:

@@ -122,12 +122,20 @@ def test_what_is_done_around_a_step_is_part_of_it(tmp_path: Path, name: str, clo
     assert taken in (type(optimizer).step, getattr(type(optimizer).step, "__wrapped__", None))
 
 
-def test_a_wrapper_that_something_else_wraps_meanwhile_goes_on(tmp_path: Path) -> None:
-    model = nn.Linear(4, 3)
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_wrapper_that_something_else_wraps_meanwhile_goes_on(tmp_path: Path, when: str) -> None:
+    model, calls = nn.Linear(4, 3), []
     optimizer = Noam(sgd(list(model.parameters())))
-    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
-        inner, calls = optimizer.step, []
+
+    def wrap() -> None:
+        inner = optimizer.step
         optimizer.step = lambda: (calls.append(1), inner())
+
+    if when == "before":
+        wrap()
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0):
+        if when == "meanwhile":
+            wrap()
         optimizer.step()
     optimizer.step()
     assert len(calls) == optimizer.taken == 2
@@ -259,6 +267,30 @@ def test_a_wrapped_step_that_fails_is_none(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.step()
     assert open_run(tmp_path / "run").steps.sizes["step"] == 2
+
+
+def test_a_step_that_failed_within_one_of_another_optimizer_goes_on_no_more(tmp_path: Path) -> None:
+    """That other one is not given to the recorder, and its step is on the call stack each time."""
+
+    class Outer(torch.optim.SGD):
+        def step(self) -> None:
+            self.inner.step()
+
+    model, outer = nn.Linear(4, 3), Outer([nn.Parameter(torch.zeros(1))], 0.1)
+    outer.inner, hand = sgd(list(model.parameters())), ByHand(model)
+    with Recorder(tmp_path / "run", model, outer.inner, curvature_every=0):
+        for rate in (0.1, None, 0.1, 0.1):
+            outer.inner.param_groups[0]["lr"] = rate
+            model.zero_grad()
+            model(torch.randn(2, 4)).square().sum().backward()
+            hand.before()
+            if rate is None:
+                with pytest.raises(TypeError):
+                    outer.step()
+            else:
+                outer.step()
+                hand.after()
+    hand.agrees_with(open_run(tmp_path / "run").steps)
 
 
 def test_what_moves_after_a_wrapper_that_did_not_step_is_no_part_of_the_next_step(tmp_path: Path) -> None:

@@ -120,8 +120,13 @@ class Batches:
 
     @property
     def source(self) -> Any:
-        """The pass over the data that the step's last batch came from; None if unknown."""
-        ours = [seen for seen in self._seen if not seen.only_evaluated] or self._seen
+        """The pass over the data that the step's last batch came from; None if unknown.
+
+        That batch was read before the last backward pass, if one came, and not to be evaluated.
+        """
+        used = self._used
+        read = self._seen[: used[-1]] if used else self._seen
+        ours = [seen for seen in read if seen.with_gradients and not seen.only_evaluated] or read
         return ours[-1].source if ours else None
 
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:

@@ -77,7 +77,7 @@ class Groups:
             for one in self._optimizers
         ]
         held = {id(parameter): parameter for group in groups for parameter in group["params"]}
-        if known is not None and not (any(self._group_of) or self._layers.has_any(held.values())):
+        if known is not None and not self._layers.has_any(held.values()):
             warn(
                 "the optimizer that the recorder was given no longer holds any of the model's parameters, so it "
                 "trains nothing: they were replaced, as load_state_dict(assign=True) does. Create the optimizer "

@@ -285,6 +285,18 @@ def test_what_is_not_the_models_business_is_left_alone() -> None:
     assert (data[0], trained.tolist(), trainer.stop, trainer.numbers) == (1, [1, 1], True, [1, 2])
 
 
+def test_what_a_library_puts_into_a_module_stays_as_it_is_now() -> None:
+    """A forward pass that it lends for a while, a hook, and a statistic."""
+    model = nn.BatchNorm1d(3)
+    model.forward = lambda x: 2 * x
+    put_back = kept(model.modules()).put_back
+    del model.forward
+    model.register_forward_hook(lambda module, inputs, output: output + 5)
+    model.running_mean.add_(1)
+    put_back()
+    assert model.eval()(torch.ones(1, 3)).tolist() == [[5.0] * 3]
+
+
 def test_variables_of_an_objective_are_put_back() -> None:
     model, numbers, tensor, array, baseline = nn.Linear(4, 3), [1, 2], torch.zeros(3), np.zeros(2), 0.5
 

@@ -297,6 +297,19 @@ def test_what_a_library_puts_into_a_module_stays_as_it_is_now() -> None:
     assert model.eval()(torch.ones(1, 3)).tolist() == [[5.0] * 3]
 
 
+def test_what_a_forward_pass_adds_to_its_class_is_taken_away() -> None:
+    class Noting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).last = x
+            return super().forward(x)
+
+    model = Noting(4, 3)
+    put_back = kept([model]).put_back
+    model(torch.ones(1, 4))
+    put_back()
+    assert not hasattr(Noting, "last")
+
+
 def test_variables_of_an_objective_are_put_back() -> None:
     model, numbers, tensor, array, baseline = nn.Linear(4, 3), [1, 2], torch.zeros(3), np.zeros(2), 0.5
 

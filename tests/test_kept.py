@@ -362,6 +362,7 @@ def test_odd_objects_are_put_back_or_left_alone() -> None:
     model.temperature = torch.ones((), requires_grad=True)
     model.order = OrderedDict(a=1, b=2)
     model.history = first = [1.0]
+    model.empty, model.fixed, model.sparse = np.zeros((0, 3)), np.broadcast_to(np.ones(1), 3), torch.eye(2).to_sparse()
     before = kept(model.modules())
     version = model.constant._version
     loss = model.temperature * 2

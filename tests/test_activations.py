@@ -122,6 +122,7 @@ def test_hooks_in_another_thread_go_on() -> None:
         torch.ones(2, requires_grad=True).square()
         with saved_tensors_hooks(packed.append, lambda _: None):
             torch.ones(2, requires_grad=True).square()
+        torch.ones(2, requires_grad=True).square()
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -151,6 +151,15 @@ class Growing(nn.Module):
         return self.layer(inputs) * self.scale
 
 
+class Fading(Growing):
+    """Each forward pass has less of it."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = super().forward(inputs)
+        self.scale = self.scale * 0.5
+        return outputs
+
+
 def grow(number: int, model: nn.Module) -> None:
     if number == 3:
         model.scale = torch.tensor([2.0, 1.0, 0.5])
@@ -184,6 +193,10 @@ class Counting(nn.Module):
         return outputs / self.count
 
 
+def counting() -> nn.Module:
+    return nn.Sequential(smooth_network(), Counting())
+
+
 def averaging() -> nn.Module:
     """Its BatchNorm asks for the number of batches so far."""
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, momentum=None), nn.Tanh(), nn.Linear(5, 3))
@@ -201,7 +214,9 @@ LOOPS = {
     "class": (smooth_network, lambda: [Pair(*batch) for batch in vectors(6)], of_pair, keep, 0),
     "buffer of another": (smooth_network, lambda: vectors(6), lambda: nn.BatchNorm1d(3, affine=False), keep, 0),
     "number of another": (smooth_network, lambda: vectors(6), Counting, keep, 0),
+    "number of its own": (counting, lambda: vectors(6), cross_entropy_objective, keep, 0),
     "buffer": (Growing, lambda: vectors(6), cross_entropy_objective, grow, 4),
+    "values of a buffer": (Fading, lambda: vectors(6), cross_entropy_objective, keep, 2),
 }
 
 

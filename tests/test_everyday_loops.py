@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynamics import Recorder, open_run
 from dynamics.probing.batch import copied, sample_count, to_device
 from dynamics.probing.moment import Moment
+from dynamics.probing.objective import cross_entropy_objective
 from dynamics.pruning import Pruner, removal_curve, resampled_scores
 
 
@@ -853,6 +854,12 @@ def test_a_regression_whose_objective_was_forgotten_is_said(tmp_path: Path, outp
     run = open_run(tmp_path / "run")
     assert run["steps"].sizes["step"] == 3
     assert not run["curvature"].data_vars
+
+
+def test_labels_are_probabilities_of_which_some_are_zero() -> None:
+    model, ((inputs, labels),) = nn.Linear(4, 3), vectors(1)
+    found = cross_entropy_objective(model, (inputs, F.one_hot(labels, 3).double()))
+    torch.testing.assert_close(found, F.cross_entropy(model(inputs), labels))
 
 
 def test_an_objective_without_a_gradient_is_said(tmp_path: Path) -> None:

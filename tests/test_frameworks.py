@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from networks import plain_step, smooth_network, vectors
+from torch import nn
 
 from dynamics import frameworks, open_run
 from dynamics.frameworks.common import recorder_factory, simple_scalars
+from dynamics.network.hooks import unlogged
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +81,27 @@ def test_a_setting_that_the_recorder_lacks_is_refused_at_once() -> None:
 def test_metrics_get_names_that_are_variables() -> None:
     metrics = {"val/loss": 0.5, "f1-micro": 1, "epoch": 2.0, "step": 7.0, "confusion": [[1, 0], [0, 1]], "kind": "text"}
     assert simple_scalars(metrics) == {"val_loss": 0.5, "f1_micro": 1.0}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_module_logs_again_after_an_evaluation_besides_the_training(*, own: bool) -> None:
+    class Base(nn.Module):
+        def log(self, name: str, value: float) -> None:
+            logged.append(name)
+
+    class Logging(Base):
+        __module__ = "lightning.pytorch.core.module"
+
+        if own:
+
+            def log(self, name: str, value: float) -> None:
+                logged.append(f"own {name}")
+
+    logged, module = [], Logging()
+    with unlogged(module):
+        module.log("besides", 1.0)
+    module.log("loss", 1.0)
+    assert logged == ["own loss" if own else "loss"]
 
 
 def test_a_training_goes_on_at_the_step_of_its_parameters_whatever_the_framework_counts(tmp_path: Path) -> None:

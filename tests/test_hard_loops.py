@@ -28,9 +28,10 @@ from networks import (
 )
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from dynamics import Recorder, open_run
+from dynamics.network.structure import Structure
 from dynamics.probing.probe import Probe
 from dynamics.pruning import Pruner
 
@@ -166,6 +167,58 @@ def test_a_weight_that_is_split_up_for_a_while_has_its_distance_again(tmp_path: 
             plain_step(model, optimizer, batch)
     last = open_run(tmp_path / "run")["steps"].distance_sqnorm[-1]
     np.testing.assert_allclose(last.sum("layer", skipna=False), expected, rtol=1e-12)
+
+
+class Half(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("kept", [(), ("weight",), ("weight", "bias")])
+@pytest.mark.parametrize("now", [(), ("weight",), ("weight", "bias")])
+def test_a_network_is_again_what_it_was_with_other_parametrizations(
+    kept: tuple[str, ...], now: tuple[str, ...]
+) -> None:
+    model, ((inputs, _),) = smooth_network(), vectors(1)
+    for name in kept:
+        parametrize.register_parametrization(model[2], name, Half())
+    before, structure = model(inputs), Structure(model)
+    for name in kept:
+        if name not in now:
+            parametrize.remove_parametrizations(model[2], name, leave_parametrized=False)
+    for name in now:
+        if name not in kept:
+            parametrize.register_parametrization(model[2], name, Half())
+    after = model(inputs)
+    with structure.again():
+        assert torch.equal(model(inputs), before)
+    assert torch.equal(model(inputs), after)
+
+
+def test_tensors_made_without_autograd_are_of_the_step_as_others_are(tmp_path: Path) -> None:
+    """A frozen layer, an attribute, a buffer and the batches, none of which has a version."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest = smooth_network()
+            with torch.inference_mode():
+                self.first, self.scale = nn.Linear(4, 4).requires_grad_(False), torch.tensor(0.5)
+                self.register_buffer("shift", torch.ones(4))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.rest(self.first(inputs) * self.scale + self.shift)
+
+    model, batches, losses = Scaled(), vectors(3), []
+    with torch.inference_mode():
+        batches = [(inputs.clone(), labels) for inputs, labels in batches]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for batch in recorder.watch(batches):
+            losses.append(plain_step(model, optimizer, batch).item())
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
 def test_two_optimizers_of_the_same_parameters_one_after_the_other(tmp_path: Path) -> None:

@@ -301,8 +301,10 @@ REFUSED = {
     "a weight of another size": lambda: F.batch_norm(images(), None, None, torch.ones(1), None, training=True),
     "no epsilon": lambda: F.batch_norm(images(), None, None, training=True, eps=0.0),
     "one value a channel of an instance": lambda: F.instance_norm(torch.randn(3, 4, 1)),
+    "an instance of no dimension": lambda: F.instance_norm(torch.randn(3, 4)),
     "a row of another size": lambda: F.layer_norm(images(), (3,)),
     "a shorter weight of a row": lambda: F.layer_norm(images(), (4,), torch.ones(1)),
+    "a row of no dimension": lambda: F.layer_norm(torch.tensor(1.0), ()),
     "no channels' dimension": lambda: F.batch_norm(torch.randn(4), None, None, training=True),
 }
 TAKEN = {

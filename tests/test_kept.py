@@ -285,6 +285,31 @@ def test_what_is_not_the_models_business_is_left_alone() -> None:
     assert (data[0], trained.tolist(), trainer.stop, trainer.numbers) == (1, [1, 1], True, [1, 2])
 
 
+def test_what_a_library_puts_into_a_module_stays_as_it_is_now() -> None:
+    """A forward pass that it lends for a while, a hook, and a statistic."""
+    model = nn.BatchNorm1d(3)
+    model.forward = lambda x: 2 * x
+    put_back = kept(model.modules()).put_back
+    del model.forward
+    model.register_forward_hook(lambda module, inputs, output: output + 5)
+    model.running_mean.add_(1)
+    put_back()
+    assert model.eval()(torch.ones(1, 3)).tolist() == [[5.0] * 3]
+
+
+def test_what_a_forward_pass_adds_to_its_class_is_taken_away() -> None:
+    class Noting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).last = x
+            return super().forward(x)
+
+    model = Noting(4, 3)
+    put_back = kept([model]).put_back
+    model(torch.ones(1, 4))
+    put_back()
+    assert not hasattr(Noting, "last")
+
+
 def test_variables_of_an_objective_are_put_back() -> None:
     model, numbers, tensor, array, baseline = nn.Linear(4, 3), [1, 2], torch.zeros(3), np.zeros(2), 0.5
 
@@ -337,6 +362,7 @@ def test_odd_objects_are_put_back_or_left_alone() -> None:
     model.temperature = torch.ones((), requires_grad=True)
     model.order = OrderedDict(a=1, b=2)
     model.history = first = [1.0]
+    model.empty, model.fixed, model.sparse = np.zeros((0, 3)), np.broadcast_to(np.ones(1), 3), torch.eye(2).to_sparse()
     before = kept(model.modules())
     version = model.constant._version
     loss = model.temperature * 2

@@ -54,6 +54,11 @@ def from_a_dictionary() -> Callable:
     return lambda model, batch: semi_supervised(model, batch, next(loaders["unlabelled"])[0])
 
 
+def from_a_dictionary_in_another() -> Callable:
+    loaders = {"train": {"unlabelled": iter(pool())}}
+    return lambda model, batch: semi_supervised(model, batch, next(loaders["train"]["unlabelled"])[0])
+
+
 def from_a_default() -> Callable:
     return lambda model, batch, more=iter(pool()): semi_supervised(model, batch, next(more)[0])  # noqa: B008
 
@@ -119,6 +124,7 @@ def stays_the_same(tmp_path: Path, network: Callable, make: Callable, batches: C
         from_a_cycle,
         from_a_global,
         from_a_dictionary,
+        from_a_dictionary_in_another,
         from_a_default,
         from_an_argument,
         lambda: Trainer().loss,

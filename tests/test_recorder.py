@@ -28,6 +28,7 @@ from torch.nn.utils import prune
 
 from dynamics import Recorder, open_run
 from dynamics.curvature.expansion import Expansion
+from dynamics.measuring.step import Measurement
 from dynamics.network.layers import Layers
 from dynamics.pruning import Pruner
 from dynamics.quantities import Vectors
@@ -328,6 +329,26 @@ def test_nothing_of_second_order_is_computed_unasked(tmp_path: Path, monkeypatch
     assert set(run["curvature"].data_vars) == set(wanted)
     with pytest.raises(UserWarning, match="nobody asked"):
         recorded(tmp_path / "other", model, optimizer, vectors(1), quantities=["grad_hess_grad"])
+
+
+def test_where_measuring_steps_fails_curvature_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError("no more")
+
+    with (
+        pytest.warns(match="from step 2 on: .*no more") as said,
+        Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder,
+    ):
+        for number, batch in enumerate(recorder.watch(vectors(4))):
+            if number == 2:
+                monkeypatch.setattr(Measurement, "take_update", fail)
+            plain_step(model, optimizer, batch)
+    assert len(said) == 1
+    run = open_run(tmp_path / "run")
+    assert run["steps"].step.values.tolist() == run["curvature"].step.values.tolist() == [0, 1]
 
 
 def test_dictionary_batches_and_own_objectives(tmp_path: Path) -> None:

@@ -54,8 +54,7 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As ``F.instance_norm`` without running statistics: each channel of each sample is normalised by itself."""
-    plain = input is not None and _is_plain(input, [], weight, bias, training=use_input_stats)
-    if not plain or running_mean is not None or input.ndim < 3:
+    if running_mean is not None or not _is_plain(input, [], weight, bias, training=use_input_stats):
         return NotImplemented
     weight, bias = (None if one is None else one.repeat(len(input)) for one in (weight, bias))
     y = batch_norm(input.reshape(1, -1, *input.shape[2:]), None, None, weight, bias, training=True, eps=eps)

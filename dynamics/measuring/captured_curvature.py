@@ -20,8 +20,9 @@ class CapturedCurvature:
     """Measures probes as a :class:`ProbedStep` does, by CUDA graphs from the second probe of a kind on.
 
     The graphs read the batches, buffers and masks of that probe, into which those of later ones are copied. A probe of
-    another kind, such as of a smaller batch, is measured without graphs; so is one that draws random numbers, runs
-    modules with buffers outside the model, or has no second derivative. If a capture fails, no other is tried.
+    another kind, such as of a smaller batch, is measured without graphs; so is one that draws random numbers, counts in
+    attributes or variables, runs modules with buffers outside the model, or has no second derivative. If a capture
+    fails, no other is tried.
     """
 
     def __init__(self, probed: ProbedStep) -> None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _TABLES = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
+
+
+class _OfModule(NamedTuple):
+    """A module's class and tables; ``computed``: that class's properties, if a parametrization has made the class."""
+
+    kind: type
+    tables: dict[str, dict[Any, Any]]
+    computed: dict[str, property] | None
 
 
 class Structure:
@@ -19,8 +28,9 @@ class Structure:
         self._kept = [self._of(module) for module in self._modules]
 
     @staticmethod
-    def _of(module: nn.Module) -> tuple[type, dict[str, dict[Any, Any]]]:
-        return type(module), {name: dict(vars(module)[name]) for name in _TABLES}
+    def _of(module: nn.Module) -> _OfModule:
+        kind, tables = type(module), {name: dict(vars(module)[name]) for name in _TABLES}
+        return _OfModule(kind, tables, _properties(kind) if is_parametrized(module) else None)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -32,14 +42,23 @@ class Structure:
         finally:
             self._put(now)
 
-    def _put(self, kept: list[tuple[type, dict[str, dict[Any, Any]]]]) -> None:
-        for module, (kind, tables) in zip(self._modules, kept, strict=True):
+    def _put(self, kept: list[_OfModule]) -> None:
+        for module, (kind, tables, computed) in zip(self._modules, kept, strict=True):
             if type(module) is not kind:  # a parametrization changes the class
                 module.__class__ = kind
+            if computed is not None:  # and a further one, or its removal, the properties of that class
+                for name in _properties(kind).keys() - computed.keys():
+                    delattr(kind, name)
+                for name, one in computed.items():
+                    setattr(kind, name, one)
             for name, content in tables.items():
                 table = vars(module)[name]
                 table.clear()
                 table.update(content)
+
+
+def _properties(kind: type) -> dict[str, property]:
+    return {name: one for name, one in vars(kind).items() if isinstance(one, property)}
 
 
 def has_any(model: nn.Module, parameters: Iterable[Tensor]) -> bool:

@@ -164,6 +164,10 @@ class Moment:
         """Whether random numbers were drawn since this moment."""
         return RandomState(self._device) != self._random
 
+    def counted(self) -> bool:
+        """Whether numbers that modules or the objective keep have changed since this moment; buffers do not count."""
+        return not self._attributes.now().are_as(self._attributes)
+
     def layout(self) -> tuple[Hashable, ...]:
         """Name, shape and type of each tensor that is kept by name."""
         return tuple((name, one.shape, one.dtype) for name, one in (self._buffers | self.frozen).items())

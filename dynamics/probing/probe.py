@@ -70,7 +70,7 @@ class Probe:
         self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
         self.own_operations = False  # whether the loss goes through operations or hooks of someone's own
         self.rounding = 0.0  # of the loss, if so: the unit of the coarsest type on the way
-        self.repeatable = True  # unless an evaluation drew random numbers, or ran modules that keep or share something
+        self.repeatable = True  # unless an evaluation drew random numbers, or what it ran keeps or shares something
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -185,7 +185,8 @@ class Probe:
             if hooks:
                 self.repeatable, self.own_operations = False, True
             if self.repeatable and not self._fixed:
-                self.repeatable = not (moment.drawn() or moment.shares_parameters or any(map(_keeps, self.others)))
+                kept = moment.counted() or moment.shares_parameters or any(map(_keeps, self.others))
+                self.repeatable = not (moment.drawn() or kept)
             loss = scalar(loss)
             if may_run_again(loss, self._model.parameters()):
                 self.repeatable, self.own_operations = False, True

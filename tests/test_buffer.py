@@ -324,6 +324,17 @@ def test_a_disk_that_hangs_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPa
         rows.close()
 
 
+def test_what_is_on_the_disk_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffer, "_BOUND", 10_000)
+    store = Memory()
+    rows = Buffer(store)
+    for step in range(30):  # 1000 bytes each
+        rows.add("steps", {"value": torch.full((125,), float(step))})
+        rows.flush(wait=True)
+    rows.close()
+    assert [row[0] for row in store.appended["steps"]] == list(range(30))
+
+
 def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> None:
     store = Memory()
     rows = Buffer(store)
@@ -338,6 +349,7 @@ def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> Non
     rows.add("steps", {"value": 3.0})
     with pytest.warns(UserWarning, match="is incomplete: 4 rows"):
         rows.close()
+    rows.close()  # it is not said again
     assert store.appended == {"steps": [1.0]}
 
 

@@ -362,6 +362,12 @@ def test_variables_that_come_in_one_tensor_are_columns_of_their_own() -> None:
     np.testing.assert_array_equal(columns["alone"], [np.nan, 5.0])
 
 
+def test_an_array_that_one_row_lacks_is_missing_there() -> None:
+    columns = arrays(stack([{"value": np.array([1.0, 2.0])}, {"other": "text"}, {"value": np.array([3.0, 4.0])}])[0])
+    np.testing.assert_array_equal(columns["value"], [[1.0, 2.0], [np.nan, np.nan], [3.0, 4.0]])
+    assert columns["other"].tolist() == ["", "text", ""]
+
+
 def test_the_same_object_is_one_row_of_a_node() -> None:
     store = Memory()
     rows = Buffer(store)

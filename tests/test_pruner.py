@@ -220,6 +220,14 @@ def test_of_a_loss_that_it_cannot_evaluate_importance_says_what_it_is_of() -> No
         pruner.plan(0.3, texts)
 
 
+def test_what_one_s_own_loss_raises_is_left_as_it_is() -> None:
+    def broken(model: nn.Module, batch: object) -> torch.Tensor:
+        raise IndexError("of one's own")
+
+    with pytest.raises(IndexError, match=r"^of one's own$"):
+        Pruner(nn.Conv2d(3, 2, 1), None, "taylor", granularity="weight", objective=broken).plan(0.3, [batch(0)])
+
+
 def test_nothing_need_train_on() -> None:
     one, _ = trained("vgg13", steps=1)
     other = copy.deepcopy(one)

@@ -346,7 +346,8 @@ def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> Non
     with pytest.warns(UserWarning, match="stack expects each tensor to be equal size"):
         rows.flush()
     rows.add("steps", last)
-    rows.add("steps", {"value": 3.0})
+    rows.add("steps", late := {"value": 3.0})
+    rows.add("steps", late)
     with pytest.warns(UserWarning, match="is incomplete: 4 rows"):
         rows.close()
     rows.close()  # it is not said again

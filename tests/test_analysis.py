@@ -13,6 +13,7 @@ from networks import plain_step, prune_row, recorded, smooth_network, vectors
 import analysis
 from analysis import MissingQuantityError
 from analysis.overview import overview
+from analysis.tables import brief_table
 from dynamics import Recorder, open_run
 from dynamics.models import VGG, build
 from dynamics.pruning import Pruner
@@ -178,6 +179,15 @@ def test_a_diverged_step_is_not_taken_for_zero(tmp_path: Path) -> None:
     decrease = analysis.loss_decrease(run)
     for name in ("measured", "first_order", "second_order"):
         assert np.isnan(decrease[name].values).tolist() == [False, True, True]
+
+
+def test_where_no_step_is_finite_the_brief_table_has_no_error(tmp_path: Path) -> None:
+    model, batches = smooth_network(), [(inputs * torch.nan, labels) for inputs, labels in vectors(2)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="is not finite at step 0"):
+        run = recorded(tmp_path / "run", model, optimizer, batches, curvature_every=1)
+    table = brief_table({"run": run})
+    assert table["error of loss decrease"].loc["run"].tolist() == ["–", "–", "0"]
 
 
 def test_an_event_that_prunes_nothing_leaves_the_outcome_as_it_was(tmp_path: Path) -> None:

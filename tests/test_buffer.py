@@ -324,6 +324,17 @@ def test_a_disk_that_hangs_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPa
         rows.close()
 
 
+def test_what_is_on_the_disk_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffer, "_BOUND", 10_000)
+    store = Memory()
+    rows = Buffer(store)
+    for step in range(30):  # 1000 bytes each
+        rows.add("steps", {"value": torch.full((125,), float(step))})
+        rows.flush(wait=True)
+    rows.close()
+    assert [row[0] for row in store.appended["steps"]] == list(range(30))
+
+
 def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> None:
     store = Memory()
     rows = Buffer(store)
@@ -335,9 +346,11 @@ def test_rows_that_do_not_fit_together_cost_the_record_not_the_training() -> Non
     with pytest.warns(UserWarning, match="stack expects each tensor to be equal size"):
         rows.flush()
     rows.add("steps", last)
-    rows.add("steps", {"value": 3.0})
+    rows.add("steps", late := {"value": 3.0})
+    rows.add("steps", late)
     with pytest.warns(UserWarning, match="is incomplete: 4 rows"):
         rows.close()
+    rows.close()  # it is not said again
     assert store.appended == {"steps": [1.0]}
 
 
@@ -348,6 +361,12 @@ def test_variables_that_come_in_one_tensor_are_columns_of_their_own() -> None:
     np.testing.assert_array_equal(columns["value"], [[1.0, 2.0], [np.nan, np.nan]])
     np.testing.assert_array_equal(columns["other"], [[3.0, 4.0], [np.nan, np.nan]])
     np.testing.assert_array_equal(columns["alone"], [np.nan, 5.0])
+
+
+def test_an_array_that_one_row_lacks_is_missing_there() -> None:
+    columns = arrays(stack([{"value": np.array([1.0, 2.0])}, {"other": "text"}, {"value": np.array([3.0, 4.0])}])[0])
+    np.testing.assert_array_equal(columns["value"], [[1.0, 2.0], [np.nan, np.nan], [3.0, 4.0]])
+    assert columns["other"].tolist() == ["", "text", ""]
 
 
 def test_the_same_object_is_one_row_of_a_node() -> None:

@@ -150,6 +150,16 @@ def test_what_follows_negative_numbers_is_counted() -> None:
     assert cost.parameters == 3 * 28 + 5 * 28 + 162
 
 
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_running_statistics_do_not_matter(statistic: str) -> None:
+    """They are not finite after a batch that overflowed, whose step the loop may have skipped."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    getattr(model[1], statistic).fill_(torch.nan)
+    cost = Pruner(model, None, "magnitude").prune(1 / 3, [(torch.rand(2, 1, 8, 8), None)]).cost
+    assert cost.parameters == 2 * 10 + 2 * 2 + 2 * 2 * 9 + 2
+    assert cost.multiply_adds == 2 * 9 * 36 + 2 * 2 * 9 * 16
+
+
 def test_attention_is_counted() -> None:
     """Of 6 tokens: three projections and one, weights and values, two layers. torch's fast path hides them."""
     model = nn.TransformerEncoderLayer(8, 2, 10, batch_first=True)

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -460,3 +460,17 @@ def test_bad_arguments_are_said() -> None:
 
     with pytest.raises(ValueError, match=r"Branching cannot be traced by torch\.fx"):
         scores(Branching(), None, "magnitude")
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Batches whose number nobody knows."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from images(2)
+
+
+def test_a_loader_that_does_not_know_its_length_is_read() -> None:
+    model = convolutional_network()
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    expected = scores(model, images(2), "taylor")
+    assert all(torch.equal(found, expected[name]) for name, found in scores(model, loader, "taylor").items())

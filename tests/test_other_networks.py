@@ -421,9 +421,18 @@ def test_what_has_another_s_type_does_not_have_its_channels() -> None:
         lambda x: F.pad(x, (1, 1), value=1.0),
         lambda x: x**0,
         lambda x: x.clamp(0.1, 6),
+        lambda x: x.clamp(x.mean(), 6),
+        lambda x: x.abs() ** x.mean(),
         lambda x: F.pad(x, [0] * 6),
     ],
-    ids=["padded by ones", "to the power of zero", "clamped above zero", "padded channels"],
+    ids=[
+        "padded by ones",
+        "to the power of zero",
+        "clamped above zero",
+        "clamped above the mean",
+        "to the power of the mean",
+        "padded channels",
+    ],
 )
 def test_what_makes_something_of_zero_ends_what_goes_with_a_filter(between: Callable[[Tensor], Tensor]) -> None:
     first, last = unit_layers(Separable(between))

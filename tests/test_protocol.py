@@ -335,4 +335,6 @@ def test_protocols_of_trainings_have_the_accuracy_that_counts(compared: dict[str
         nodes = compared[name].to_dict()
         pruning = nodes["/pruning"].assign(epoch=("event", [0, 0]))
         runs[name] = xr.DataTree.from_dict(nodes | {"/epochs": epochs, "/pruning": pruning})
-    assert protocol_table(runs)["test accuracy"].to_dict() == {"default": "60.0%", "reference": "70.0%"}
+    table, last = protocol_table(runs), protocol_diff(runs).isel(event=-1)
+    assert table["test accuracy"].to_dict() == {"default": "60.0%", "reference": "70.0%"}
+    assert table["reached"].tolist() == [f"{100 * share:.1f}%" for share in last.reached.values]

@@ -220,6 +220,24 @@ def test_of_a_loss_that_it_cannot_evaluate_importance_says_what_it_is_of() -> No
         pruner.plan(0.3, texts)
 
 
+class Hungry(nn.Linear):
+    """It needs more memory than there is."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+
+def test_what_one_s_own_loss_raises_is_left_as_it_is() -> None:
+    def broken(model: nn.Module, batch: object) -> torch.Tensor:
+        raise IndexError("of one's own")
+
+    settings = {"measure": "taylor", "granularity": "weight"}
+    with pytest.raises(IndexError, match=r"^of one's own$"):
+        Pruner(nn.Linear(3, 2), None, **settings, objective=broken).plan(0.3, [batch(0)])
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no memory$"):  # loops that catch it go on with smaller batches
+        Pruner(Hungry(3, 2), None, **settings).plan(0.3, [batch(0)])
+
+
 def test_nothing_need_train_on() -> None:
     one, _ = trained("vgg13", steps=1)
     other = copy.deepcopy(one)

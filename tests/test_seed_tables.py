@@ -265,6 +265,11 @@ TABLE = pd.DataFrame(
 )
 
 
+def test_a_page_has_tables_and_sentences_under_their_titles() -> None:
+    whole = page({"Numbers": TABLE, "Notes": ["One.", "Two."]}, "markdown")
+    assert whole == f"## Numbers\n\n{as_markdown(TABLE)}\n\n## Notes\n\n- One.\n- Two."
+
+
 def test_markdown_is_a_table() -> None:
     assert as_markdown(TABLE).splitlines() == [
         "| model |  | θᵀHg, % | share |",

@@ -634,6 +634,9 @@ def test_what_is_in_the_way_is_said() -> None:
         normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1)))
     with pytest.raises(ValueError, match=r"^0.weight_g is turned into the layer's own"):
         shrink(normed, None)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 1)))
+    with pytest.raises(ValueError, match=r"^0.parametrizations.weight.original0 is turned into the layer's own"):
+        shrink(normed, None)
 
 
 def test_a_transformer_is_refused() -> None:

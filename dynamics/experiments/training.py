@@ -95,7 +95,6 @@ class Training:
             "model": self.model.state_dict(),
             "masks": parameter_masks(self.model),
             "optimizer": self.optimizer.state_dict(),
-            "alive": {} if self._pruner is None else self._pruner.alive,
             "order": self._order.get_state(),
             "choice": self._choice.get_state(),
             "random": torch.get_rng_state(),
@@ -108,8 +107,6 @@ class Training:
         self.model.load_state_dict(state["model"])
         apply_masks(self.model, state["masks"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self._pruner is not None:
-            self._pruner.alive = state["alive"]
         self._order.set_state(state["order"])
         self._choice.set_state(state["choice"])
         torch.set_rng_state(state["random"])

@@ -7,7 +7,6 @@ slices of weights that read it are removed, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -36,33 +35,23 @@ _LIFTING = frozenset(f"{name}Backward" for name in ("Sigmoid", "Hardsigmoid", "S
 
 
 def dependency_graph(model: nn.Module, inputs: Any) -> Any:
-    """torch-pruning's dependency graph, for which it runs the model on the inputs, in eval mode.
+    """torch-pruning's dependency graph, for which it runs the model, a copy, on the inputs, in eval mode.
+
+    Its parameters become contiguous: in channels-last format a global average ends in a view that is not known.
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.
         ValueError: torch-pruning fails on the model.
     """
     tools, inputs = _torch_pruning(), mapped(inputs, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     try:
-        with _contiguous(model):
-            return tools.DependencyGraph().build_dependency(
-                model, inputs, forward_fn=lambda model, inputs: model(inputs), verbose=False
-            )
+        return tools.DependencyGraph().build_dependency(
+            model, inputs, forward_fn=lambda model, inputs: model(inputs), verbose=False
+        )
     except Exception as error:
         raise ValueError(f"torch-pruning cannot follow the channels of {type(model).__name__}: {error}") from error
-
-
-@contextmanager
-def _contiguous(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters are contiguous: in channels-last format a global average ends in a view that is not known."""
-    lent = {parameter: parameter.data for parameter in model.parameters()}
-    for parameter, data in lent.items():
-        parameter.data = data.clone(memory_format=torch.contiguous_format)
-    try:
-        yield
-    finally:
-        for parameter, data in lent.items():
-            parameter.data = data
 
 
 def _torch_pruning() -> ModuleType:

@@ -25,10 +25,10 @@ def is_transformed() -> bool:
     )
 
 
-def is_batched(*tensors: Tensor | None) -> bool:
+def is_batched(*tensors: Tensor) -> bool:
     """Whether torch.func or vmap may batch the tensors; a custom autograd function would see only one direction."""
     return torch._C._functorch.peek_interpreter_stack() is not None or any(
-        tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors
+        torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors
     )
 
 

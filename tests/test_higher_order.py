@@ -1,5 +1,6 @@
 """Convolution and BatchNorm of the probes, against torch's own derivatives, or finite differences where it has none."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -125,6 +126,52 @@ def test_a_backward_pass_that_cannot_be_recorded_has_differences() -> None:
     torch.testing.assert_close(flat(expansion.grad), gradient(loss, theta))
     ahead, behind = (gradient(loss, moved(theta, v, step)) for step in (1e-5, -1e-5))
     assert_near(flat(expansion.hessian_product(v)), (ahead - behind) / 2e-5, 1e-6)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_a_polynomial_has_the_derivatives_it_has(degree: int) -> None:
+    x, u, v = torch.randn(3, 5)
+    expansion = Expansion([lambda theta: math.prod([theta["x"]] * degree).sum()], [1.0], {"x": x})
+    first, second, third = (math.perm(degree, order) * x ** max(degree - order, 0) for order in (1, 2, 3))
+    torch.testing.assert_close(expansion.grad[0], first)
+    torch.testing.assert_close(expansion.hessian_product([u])[0], second * u)
+    torch.testing.assert_close(expansion.third_products([u], [[v]])[0][0], third * u * v)
+
+
+class Double(torch.autograd.Function):
+    """2x, whose backward pass is ``once_differentiable``."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Cube(torch.autograd.Function):
+    """x³, whose backward pass has a derivative, but no second one."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * grad * x * Double.apply(x) / 2
+
+
+@pytest.mark.parametrize("of", [lambda x: Double.apply(x) ** 3 / 8, Cube.apply], ids=["second", "third"])
+def test_a_third_derivative_that_autograd_lacks_is_no_number(of: Callable[[Tensor], Tensor]) -> None:
+    """It would leave out, without a word, what goes through the operation that has none."""
+    x, u, v = torch.randn(3, 5)
+    expansion = Expansion([lambda theta: of(theta["x"]).sum()], [1.0], {"x": x})
+    torch.testing.assert_close(expansion.hessian_product([u])[0], 6 * x * u, rtol=1e-6, atol=1e-6)
+    assert expansion.third_products([u], [[v]])[0][0].isnan().all()
 
 
 def check(loss: Callable[[dict[str, Tensor]], Tensor], theta: dict[str, Tensor]) -> None:
@@ -314,6 +361,10 @@ TAKEN = {
     "no channels": lambda: F.batch_norm(torch.randn(2, 0, 4), None, None, training=True),
     "a weight in a matrix": lambda: F.batch_norm(images(), torch.ones(2), torch.ones(2), torch.ones(2, 1)),
     "instances with statistics": lambda: F.instance_norm(images(), torch.zeros(2), torch.ones(2)),
+    "half precision, whose squares are too large": lambda: F.batch_norm(
+        1000 * images().half(), None, None, training=True
+    ),
+    "rows of half precision, whose squares are too large": lambda: F.layer_norm(1000 * images().half(), (4, 4)),
     "no rows": lambda: F.layer_norm(torch.randn(0, 4), (4,)),
     "no data": lambda: F.conv2d(images().to("meta"), weight().to("meta")),
 }

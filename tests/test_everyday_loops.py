@@ -312,8 +312,9 @@ class Centred(nn.Module):
 
 @pytest.mark.parametrize("buffer", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("gradients", ["arrive", "are put there"])
 def test_the_state_of_the_loss_and_of_a_teacher_is_that_of_the_step(
-    tmp_path: Path, buffer: bool, micro_batches: int
+    tmp_path: Path, buffer: bool, micro_batches: int, gradients: str
 ) -> None:
     model, teacher, loss_of = small(), nn.Sequential(nn.BatchNorm1d(4), small()), Centred(buffer)
     teacher.requires_grad_(False)
@@ -328,7 +329,11 @@ def test_the_state_of_the_loss_and_of_a_teacher_is_that_of_the_step(
     with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
         for number, batch in enumerate(recorder.watch(vectors(6))):
             loss = objective(model, batch) / micro_batches
-            loss.backward()
+            if gradients == "arrive":
+                loss.backward()
+            else:
+                for one, grad in zip(model.parameters(), torch.autograd.grad(loss, model.parameters()), strict=True):
+                    one.grad = grad if one.grad is None else one.grad + grad
             losses.append(loss.item())
             if (number + 1) % micro_batches == 0:
                 optimizer.step()

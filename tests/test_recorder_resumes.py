@@ -134,6 +134,22 @@ def test_a_checkpoint_knows_on_which_side_of_a_pruning_it_is(
     assert run["pruning"].sizes["event"] == run["units"].sizes["event"] == (1 if when == "after" else 0)
 
 
+def test_complex_parameters_without_the_mask_they_had_are_said(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3, dtype=torch.complex128)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    probe = [torch.randn(2, 4, dtype=torch.complex128)]
+    recorder = Recorder(tmp_path / "run", model, optimizer, objective=lambda model, x: model(x).abs().sum())
+    with recorder, recorder.event("prune", probe=probe):
+        apply_masks(model, {"weight": torch.arange(3).view(3, 1).expand(3, 4) > 0}, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Recorder(tmp_path / "run", model, optimizer, resume=True).close()
+    free = nn.Linear(4, 3, dtype=torch.complex128)
+    free.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="8 parameters that were pruned when event 0 .* no mask now"):  # 4, of 2 each
+        Recorder(tmp_path / "run", free, torch.optim.SGD(free.parameters(), 0.1), resume=True).close()
+
+
 def test_a_checkpoint_that_is_later_than_the_record_needs_its_step(tmp_path: Path) -> None:
     batches, pair = vectors(8), fresh()
     train(tmp_path / "run", pair, batches[:4])

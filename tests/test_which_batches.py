@@ -129,9 +129,22 @@ def test_a_model_that_changes_its_precision(tmp_path: Path) -> None:
     assert steps.distance_sqnorm.notnull().all()
 
 
-def test_a_forward_pass_for_another_sake_comes_first(tmp_path: Path) -> None:
+class Centring(nn.Module):
+    """Subtracts a running mean, which each forward pass moves in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(9))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.centre.lerp_(inputs.detach().mean(0), 0.5)
+        return torch.tanh(inputs - self.centre)
+
+
+@pytest.mark.parametrize("between", [lambda: nn.Dropout(0.3), Centring], ids=["draws", "moves a buffer"])
+def test_a_forward_pass_for_another_sake_comes_first(tmp_path: Path, between: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    model, scale = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.3), nn.Linear(9, 3)), nn.Parameter(torch.ones(()))
+    model, scale = nn.Sequential(nn.Linear(4, 9), between(), nn.Linear(9, 3)), nn.Parameter(torch.ones(()))
     optimizer, other = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD([scale], 0.1)
     losses = []
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:

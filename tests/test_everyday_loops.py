@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from by_hand import ByHand, is_of_its_steps
-from networks import one_ahead, plain_step, recorded, smooth_network, step_along, vectors
+from networks import one_ahead, plain_step, prune_row, recorded, smooth_network, step_along, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -346,6 +346,25 @@ def test_the_state_of_the_loss_and_of_a_teacher_is_that_of_the_step(
     expected = np.reshape(losses, (-1, micro_batches)).sum(1)
     np.testing.assert_allclose(run["curvature"].loss_before, expected, rtol=1e-12)
     np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm, rtol=1e-10)
+
+
+class Unfolding(nn.Module):
+    """Has a part and a buffer only from its first forward pass on."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not hasattr(self, "part"):
+            self.part = nn.Tanh()
+            self.register_buffer("scale", torch.ones(4))
+        return self.part(inputs) * self.scale
+
+
+def test_a_forward_pass_of_an_event_adds_nothing_to_the_network(tmp_path: Path) -> None:
+    model = nn.Sequential(Unfolding(), nn.Linear(4, 3))
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("prune", probe=vectors(1)):
+            prune_row(model, "1.weight", 0)
+    assert len(list(model[0].modules())) == 1
+    assert not model[0].state_dict()
 
 
 def test_what_the_objective_does_not_run_is_looked_at_once(tmp_path: Path) -> None:

@@ -185,8 +185,8 @@ def test_a_setting_in_place_of_the_measure_leaves_out_runs_that_did_not_end() ->
         settings = json.loads(run.attrs["experiment"]) | {"learning_rate": float(label.split()[0])}
         run.attrs["experiment"] = json.dumps(settings)
     expected = (
-        "Final test accuracy of the pruned networks, means over conditions and seeds: 60.0% (learning rate 0.1) to 90.0% "
-        "(learning rate 0.4)."
+        "Final test accuracy of the pruned networks, means over conditions and seeds: 60.0% (learning rate 0.1) to "
+        "90.0% (learning rate 0.4)."
     )
     assert findings.final_accuracy(by_setting(runs)) == expected
     for label, run in runs.items():

@@ -236,7 +236,7 @@ def test_events_without_units_are_no_rounds(compared: dict[str, xr.DataTree]) ->
     xr.testing.assert_equal(protocol_diff({"run": looked}), protocol_diff({"run": run}))
     assert "test accuracy" not in protocol_table({"run": looked})
     only_looks = xr.DataTree.from_dict(nodes | {"/units": nodes["/units"].isel(event=[0]).assign_coords(event=[1])})
-    with pytest.raises(MissingQuantityError, match="no pruning has units: call event.units"):
+    with pytest.raises(MissingQuantityError, match=r"no pruning has units: call event\.units"):
         protocol_diff({"run": only_looks})
 
 

@@ -119,13 +119,17 @@ def by_setting(runs: Runs) -> dict[str, xr.DataTree]:
     said = name.removesuffix(" (setting)").replace("_", " ")
     table = table.assign(measure=f"{said} " + told_apart(table[name]).fillna(MISSING)).sort_values(name)
     kept = table.drop(columns=[name])
-    return {label: _saying(runs[label], row.dropna().to_dict()) for label, row in kept.iterrows()}
+    return {label: _saying(runs[label], row.dropna().to_dict(), replaced=name) for label, row in kept.iterrows()}
 
 
-def _saying(run: xr.DataTree, said: dict) -> xr.DataTree:
-    """A copy of a run whose attributes are these and those of its origin."""
-    found = run.copy(deep=False)
-    found.attrs = {name: value for name, value in run.attrs.items() if name in ORIGIN} | said
+def _saying(run: xr.DataTree, said: dict, *, replaced: str) -> xr.DataTree:
+    """A copy of a run that says these settings of itself; an experiment still has its number of epochs and protocol."""
+    found, settings = run.copy(deep=False), experiment(run)
+    if settings:
+        planned = {"epochs": settings["epochs"]} if "epochs" in settings and replaced != "epochs" else {}
+        found.attrs = said | run.attrs | {"experiment": json.dumps(said | planned)}
+    else:
+        found.attrs = {name: value for name, value in run.attrs.items() if name in ORIGIN} | said
     return found
 
 

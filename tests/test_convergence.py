@@ -29,6 +29,7 @@ def test_the_area_is_the_geometric_series(pruned_at: int | None) -> None:
     count, q = STEPS - first, np.exp(-RATE)
     assert float(found.area) == pytest.approx(2 * q**first * (1 - q**count) / (1 - q) / count, rel=1e-12)
     assert found.attrs["since"] == first
+    assert (found.area.attrs["units"], found.steps_to_loss.attrs["units"]) == ("L", "1")
 
 
 @pytest.mark.parametrize("pruned_at", [None, 16])

@@ -177,6 +177,34 @@ def test_what_is_said_of_settings_is_a_mean_of_each_setting() -> None:
     assert "Learning rate: 0.1, 0.4" in _done(runs)
 
 
+def test_a_setting_in_place_of_the_measure_leaves_out_runs_that_did_not_end() -> None:
+    """And of those selected on the test set it has the best epoch, not the last."""
+    runs = {f"{rate} {seed}": record("magnitude", seed, accuracy=0.5 + rate, ended=(rate, seed) != (0.4, 1))
+            for rate in (0.1, 0.4) for seed in (0, 1)}  # fmt: skip
+    for label, run in runs.items():
+        settings = json.loads(run.attrs["experiment"]) | {"learning_rate": float(label.split()[0])}
+        run.attrs["experiment"] = json.dumps(settings)
+    expected = (
+        "Final test accuracy of the pruned networks, means over conditions and seeds: 60.0% (learning rate 0.1) to "
+        "90.0% (learning rate 0.4)."
+    )
+    assert findings.final_accuracy(by_setting(runs)) == expected
+    for label, run in runs.items():
+        accuracies = {"test_accuracy": ("epoch", [0.1, 0.5 + float(label.split()[0]), 0.3])}
+        run["epochs"] = xr.DataTree(xr.Dataset(accuracies, {"epoch": [1, 2, 3]}))
+        run["pruning"] = run["pruning"].to_dataset().assign(epoch=("event", [0]))
+        run.attrs["protocol"] = json.dumps({"select_on_test": True})
+    assert findings.final_accuracy(by_setting(runs)) == expected
+
+
+def test_measures_are_fast_or_slow_by_runs_that_ended() -> None:
+    runs = {"half": record("magnitude", 0, ended=False)}
+    with pytest.raises(MissingQuantityError, match="no pruned run has ended"):
+        comparison_findings.fastest(runs)
+    runs |= {"whole": record("magnitude", 1, area=2.0), "none": record("none", 1, area=1.0)}
+    assert comparison_findings.fastest(runs) == "Mean training loss after the last pruning, lowest first: magnitude 2."
+
+
 def test_what_is_not_finite_is_not_averaged() -> None:
     whole = steps([0.1] * 16, 1.0)
     lost = whole.map_over_datasets(lambda node: node.where(node.step < 8) if "step" in node.dims else node)

@@ -17,6 +17,7 @@ from torch import nn
 
 import analysis.__main__
 import dynamics.__main__
+from analysis import MissingQuantityError
 from analysis.protocol import epoch_that_counts, protocol_diff, protocol_table
 from dynamics import open_run
 from dynamics.experiments import protocols
@@ -234,6 +235,9 @@ def test_events_without_units_are_no_rounds(compared: dict[str, xr.DataTree]) ->
     looked = xr.DataTree.from_dict(nodes)
     xr.testing.assert_equal(protocol_diff({"run": looked}), protocol_diff({"run": run}))
     assert "test accuracy" not in protocol_table({"run": looked})
+    only_looks = xr.DataTree.from_dict(nodes | {"/units": nodes["/units"].isel(event=[0]).assign_coords(event=[1])})
+    with pytest.raises(MissingQuantityError, match=r"no pruning has units: call event\.units"):
+        protocol_diff({"run": only_looks})
 
 
 def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,30 @@ def test_where_no_accuracy_was_logged_test_losses_are_the_outcome() -> None:
     assert "test loss" not in analysis.accuracy_table(known)
 
 
+@pytest.mark.parametrize(
+    ("granularities", "units"),
+    [
+        (["weight"], "weights"),
+        ([""], "filters"),
+        (["", "weight"], "weights"),
+        (["weight", "filter"], "filters or weights"),
+    ],
+)
+def test_pruned_shares_are_of_the_units_that_events_name_in_per_cent_beside_a_loss(
+    granularities: list[str], units: str
+) -> None:
+    runs = {}
+    for seed, granularity in enumerate(granularities):
+        nodes = record("magnitude", seed).to_dict()
+        nodes["/epochs"] = xr.Dataset({"test_loss": ("epoch", [9.0, 2.0])}, {"epoch": [0, 1]})
+        nodes["/pruning"] = nodes["/pruning"].assign(granularity=("event", [granularity]), sparsity=("event", [0.5]))
+        runs[granularity] = xr.DataTree.from_dict(nodes)
+    columns = analysis.accuracy_table(runs).reset_index(drop=True).iloc[0]
+    assert columns[f"{units} pruned, %"] == "50.0"
+    assert columns["parameters pruned, %"] == "25.0"
+    assert columns["test loss"].startswith("2")
+
+
 @pytest.mark.parametrize("setting", ["rate", "relation", "order", "slope", "count", "rank correlation", "runs"])
 def test_agreement_is_a_median_over_runs_of_one_setting(setting: str) -> None:
     def measured(error: float, **said: object) -> xr.DataTree:

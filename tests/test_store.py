@@ -319,3 +319,16 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(OSError, match=r"run\.zarr is on a file system without locks \(No locks available"):
         Store(tmp_path / "run.zarr", {"schema_version": 1})
+
+
+def test_a_coordinate_stays_as_it_was_first_written(tmp_path: Path) -> None:
+    """It is a coordinate to xarray, too, though it has not its dimension's name; and a record may have any name."""
+    written = Store(tmp_path / "run.zip", ATTRIBUTES)
+    written.write_coordinate("units", "layer", "unit", np.array(["a", "b"]))
+    written.append("units", {"event": np.array([0]), "alive": np.array([[True, False]])})
+    with pytest.raises(ValueError, match=r"coordinate 'layer' of /units changed, but a record's units are fixed"):
+        written.write_coordinate("units", "layer", "unit", np.array(["a", "c"]))
+    written.commit()
+    written.close()
+    found = open_run(tmp_path / "run.zip")["units"].to_dataset()
+    assert found.coords["layer"].values.tolist() == ["a", "b"]

@@ -131,3 +131,55 @@ def test_protected_layers_are_not_studied_and_a_curve_ends_where_layers_do() -> 
         for layer, kept in planned.alive.items():  # one filter a layer is left
             weight = model.get_parameter(f"{layer}.weight")
             apply_masks(model, {f"{layer}.weight": (torch.arange(len(kept)) == 0).view(-1, 1, 1, 1).expand_as(weight)})
+
+
+def curve(**values: np.ndarray) -> xr.Dataset:
+    """As ``removal_curve`` gives it, of two extents in a network of two layers; ``values`` over both."""
+    given = {name: (["fraction", "layer"], of) for name, of in values.items()}
+    return xr.Dataset({"loss": (["fraction", "stage"], np.ones((2, 2))), **given}, coords={"fraction": [0.1, 0.2]})
+
+
+@pytest.mark.parametrize("dtype", [np.int64, bool, np.float16])
+@pytest.mark.parametrize("flushed", [False, True])
+def test_numbers_of_a_study_are_recorded_whatever_the_type_of_the_first(
+    tmp_path: Path, dtype: type, flushed: bool
+) -> None:
+    """A study that lacks them has NaN there; a later one may have fractions or 10⁵, which half precision has not."""
+    model, batches = smooth_network(), vectors(1)
+    values = [np.array([[0, 1], [1, 1]], dtype), None, np.array([[0.5, 1e5], [-1, 0.1]])]
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        for removed in values:
+            with recorder.event("look", probe=batches) as event:
+                event.add("curve", curve() if removed is None else curve(removed=removed))
+            if flushed:
+                recorder.flush()
+    found = open_run(tmp_path / "run")["curve"].removed.values
+    np.testing.assert_array_equal(found, [values[0], np.full((2, 2), np.nan), values[2]])
+
+
+@pytest.mark.parametrize("values", [[[1j, 0], [0, 0]], [["1", "2"], ["3", "4"]], [[None, 1], [2, 3]]])
+def test_what_no_record_can_hold_is_refused_and_the_others_are_kept(tmp_path: Path, values: list) -> None:
+    model, batches = smooth_network(), vectors(1)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        with recorder.event("look", probe=batches) as event:
+            with pytest.raises(ValueError, match=r"event.add\('curve'\) takes real numbers, got 'removed' of the type"):
+                event.add("curve", curve(removed=np.array(values)))
+            for labels in (np.array(["2026-01-01", "2026-01-02"], "datetime64[s]"), np.array([b"0", b"1"])):
+                with pytest.raises(ValueError, match=r"labels of a coordinate of 'curve' .* 'layer' have the type"):
+                    event.add("curve", curve(removed=np.ones((2, 2))).assign_coords(layer=labels))
+            with pytest.raises(ValueError, match=r"event.add\(\) cannot take the name 'one/other'"):
+                event.add("curve", curve().assign_coords({"one/other": ("fraction", [1, 2])}))
+            event.add("curve", curve(removed=np.ones((2, 2))))
+    assert (open_run(tmp_path / "run")["curve"].removed == 1).all()
+
+
+def test_labels_that_pandas_keeps_as_objects_are_recorded_as_strings(tmp_path: Path) -> None:
+    model, batches = smooth_network(), vectors(1)
+    layers = np.array(["conv", "head"], dtype=object)
+    with Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        for _ in range(2):
+            with recorder.event("look", probe=batches) as event:
+                event.add("curve", curve(removed=np.ones((2, 2))).assign_coords(layer=layers))
+    found = open_run(tmp_path / "run")["curve"].to_dataset()
+    assert found.layer.values.tolist() == ["conv", "head"]
+    assert found.sizes["event"] == 2

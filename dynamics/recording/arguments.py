@@ -147,7 +147,7 @@ def _has_hooks(optimizer: Any) -> bool:
 
 def check_scalar(name: str, value: Any) -> None:
     """Raise ValueError if the value cannot be logged under this name."""
-    _check_name("log", name)
+    check_name("log", name)
     row = schema.QUANTITIES.get(name)
     if name in ("step", "layer") or (row and "steps" in row.nodes and name != "loss"):
         raise ValueError(f"log() cannot take {name!r}, which the recorder measures itself: choose another name")
@@ -167,7 +167,8 @@ def _check_whole(method: str, name: str, value: Any) -> None:
         )
 
 
-def _check_name(method: str, name: str) -> None:
+def check_name(method: str, name: str) -> None:
+    """Raise ValueError if no variable of a record can have the name, which the method was given."""
     if not name or name.startswith(".") or set(name) & set("/\\") or len(name) > LONGEST_TEXT:
         raise ValueError(
             f"{method}() cannot take the name {name!r:.80}: a name has 1 to {LONGEST_TEXT} characters, no slash, and "
@@ -189,7 +190,7 @@ def check_epoch(scalars: Mapping[str, Any]) -> None:
 
 def check_epoch_scalar(name: str, value: Any) -> None:
     """Raise ValueError if a row of ``/epochs`` cannot hold this scalar."""
-    _check_name("log_epoch", name)
+    check_name("log_epoch", name)
     _check_whole("log_epoch", name, value)
     if not _is_number(value):
         raise ValueError(f"log_epoch() takes numbers, but {name!r} is {value!r:.60}")
@@ -224,7 +225,7 @@ def check_description(kind: str, attributes: Mapping[str, Any], texts: Mapping[s
     if taken := sorted(measured & attributes.keys()):
         raise ValueError(f"event() cannot take {taken}, which the recorder measures itself: choose other names")
     for name, value in {"kind": kind, **attributes}.items():
-        _check_name("event", name)
+        check_name("event", name)
         _check_whole("event", name, value)
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise ValueError(f"event() takes strings of up to {LONGEST_TEXT} characters, but {name!r} has {len(value)}")

@@ -16,7 +16,8 @@ from ..network.identities import as_original, identities
 from ..network.layers import Layers
 from ..quantities import Vectors
 from ..warning import warn
-from .past_events import PastEvents, coordinates
+from .arguments import check_name
+from .past_events import PastEvents, coordinates, labels
 
 
 class Event:
@@ -77,10 +78,13 @@ class Event:
     def add(self, node: str, study: xr.Dataset) -> None:
         """Record a study of the network: "curve", "scores" or "invariance", as dynamics.pruning computes them.
 
+        Its variables are recorded as double precision numbers, and are NaN in a study that lacks them.
+
         Raises:
-            ValueError: another name, a dataset with other variables or dimensions than the node's, with a coordinate
-                that does not lie along one of these, or with other measures, draws, fractions or units than in an
-                earlier event.
+            ValueError: another name; a dataset with other variables or dimensions than the node's; variables that are
+                no real numbers; a coordinate that does not lie along one dimension, is neither numbers nor strings, or
+                has a name that no variable can have; other measures, draws, fractions or units than in an earlier
+                event.
         """
         if node not in schema.STUDIES:
             raise ValueError(f"event.add() takes one of the studies {', '.join(schema.STUDIES)}, got {node!r:.60}")
@@ -92,11 +96,19 @@ class Event:
                 raise ValueError(
                     f"event.add({node!r}) takes {name!r} over the dimensions {dims[name]}, got it over {values.dims}"
                 )
+            if values.dtype.kind not in "biuf":
+                raise ValueError(f"event.add({node!r}) takes real numbers, got {name!r} of the type {values.dtype}")
         for name, values in study.coords.items():
+            check_name("event.add", str(name))
             if len(values.dims) != 1:
                 raise ValueError(
                     f"a coordinate of {node!r} lies along one dimension, but {name!r:.60} has {values.dims}: "
                     f"drop it by study.drop_vars({name!r:.60})"
+                )
+            if (found := labels(values)).dtype.kind not in "biufU" or found.shape != values.shape:
+                raise ValueError(
+                    f"the labels of a coordinate of {node!r} are numbers or strings, but those of {name!r:.60} have "
+                    f"the type {values.dtype}"
                 )
         before, now = self._past.studied.get(node, {}), coordinates(study)
         for name in (name for name in before if name in now):
@@ -106,7 +118,7 @@ class Event:
                     f"event.add({node!r}) takes the same {name!r} in all events of a record: it was {was} before, and "
                     f"is {has} now"
                 )
-        self.studies[node] = study.map(lambda values: values.transpose(*dims[values.name]))
+        self.studies[node] = study.map(lambda values: values.transpose(*dims[values.name]).astype(np.float64))
 
     def unit_labels(self) -> list[tuple[str, int]]:
         """Layer and index of each unit, in the order of :meth:`unit_row`."""

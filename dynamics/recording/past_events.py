@@ -61,8 +61,14 @@ class PastEvents:
 
 def coordinates(study: xr.Dataset) -> Coordinates:
     """The labels along each dimension of a study, in the form of :meth:`Store.coordinates`."""
-    labels = {str(name): values.values for name, values in study.coords.items()}
-    return {str(dim): np.arange(size) for dim, size in study.sizes.items()} | labels
+    given = {str(name): labels(values) for name, values in study.coords.items()}
+    return {str(dim): np.arange(size) for dim, size in study.sizes.items()} | given
+
+
+def labels(coordinate: xr.DataArray) -> np.ndarray:
+    """The labels of a coordinate; strings that pandas keeps as objects are numpy's own."""
+    found = coordinate.values
+    return np.array(found.tolist()) if found.dtype.kind in "OT" else found
 
 
 def _sparsity(store: Store, count: int) -> float | str:

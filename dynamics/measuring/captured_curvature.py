@@ -38,6 +38,7 @@ class CapturedCurvature:
         kind = probe.kind, self._probed.places
         if kind != self._kind:
             self.drop()
+            probe.doubted = True
             found = self._probed.gradient(probe)
             self._kind = kind if None not in kind and self._may_capture(probe) else None
             return found

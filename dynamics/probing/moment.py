@@ -165,8 +165,11 @@ class Moment:
         return RandomState(self._device) != self._random
 
     def counted(self) -> bool:
-        """Whether numbers that modules or the objective keep have changed since this moment; buffers do not count."""
-        return not self._attributes.now().are_as(self._attributes)
+        """Whether what modules or the objective keep has changed since this moment, in place or by something new.
+
+        Buffers do not count.
+        """
+        return not kept(self._model.modules(), self._objective).are_as(self._attributes)
 
     def layout(self) -> tuple[Hashable, ...]:
         """Name, shape and type of each tensor that is kept by name."""

@@ -66,10 +66,11 @@ class Probe:
         self._at = list(zip(batches, moments, strict=True))
         for moment in moments:
             moment.look_for_replaced()
-        self._fixed = self._evaluated = False
+        self._fixed = False
         self.others: set[nn.Module] = set()  # modules outside the model that evaluations have run
         self.own_operations = False  # whether the loss goes through operations or hooks of someone's own
         self.rounding = 0.0  # of the loss, if so: the unit of the coarsest type on the way
+        self.doubted = False  # whether evaluations look for what modules or the objective count, in milliseconds
         self.repeatable = True  # unless an evaluation drew random numbers, or what it ran keeps or shares something
 
     def __len__(self) -> int:
@@ -186,9 +187,7 @@ class Probe:
                 self.repeatable, self.own_operations = False, True
             if self.repeatable and not self._fixed:
                 kept = moment.shares_parameters or any(map(_keeps, self.others))
-                counted = not self._evaluated and moment.counted()  # asked once, as it takes a millisecond
-                self.repeatable = not (moment.drawn() or kept or counted)
-            self._evaluated = True
+                self.repeatable = not (moment.drawn() or kept or (self.doubted and moment.counted()))
             loss = scalar(loss)
             if may_run_again(loss, self._model.parameters()):
                 self.repeatable, self.own_operations = False, True

@@ -1,6 +1,7 @@
 """What the callback records of Hugging Face's Trainer is what the Trainer applies, and it trains the same."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,6 +216,17 @@ def test_a_loss_of_the_trainers_own_that_is_not_given_is_said(tmp_path: Path) ->
     training.compute_loss = Halving.compute_loss.__get__(training)
     with pytest.warns(UserWarning, match=r"the loss of step 0 was logged as .* but the objective is .* cosine 1\.000"):
         training.train()
+
+
+def test_the_mean_loss_of_an_epoch_is_not_taken_for_that_of_its_last_step(tmp_path: Path) -> None:
+    """The two differ by more than rounding at this learning rate, and no warning says so."""
+    recorder = frameworks.TrainerRecorder(tmp_path / "run", curvature_every=4)
+    training = trainer(classifier(), tmp_path, [recorder], logging_strategy="epoch", learning_rate=3.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the loss of step")
+        training.train()
+    run = open_run(tmp_path / "run")
+    assert abs(run["steps"].loss.values[4] - run["curvature"].loss_before.sel(step=4).item()) > 0.3
 
 
 def test_a_model_that_is_given_its_inputs_by_position(tmp_path: Path) -> None:

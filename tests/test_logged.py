@@ -99,6 +99,26 @@ def test_a_backward_pass_for_another_network_comes_before_the_log(tmp_path: Path
     np.testing.assert_allclose(open_run(tmp_path / "run")["steps"].loss, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("announce", ["watch", "nothing"])
+def test_a_log_after_a_backward_pass_for_another_network_fills_the_rows_that_lack_it(
+    tmp_path: Path, announce: str
+) -> None:
+    """Those of every second step, which does not log that name itself."""
+    critic, generator = smooth_network(), nn.Linear(2, 4)
+    optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+    with Recorder(tmp_path / "run", critic, optimizer, curvature_every=0) as recorder:
+        batches = vectors(6)
+        for number, (inputs, labels) in enumerate(recorder.watch(batches) if announce == "watch" else batches):
+            critic.zero_grad()
+            F.cross_entropy(critic(inputs), labels).backward()
+            if number % 2 == 0:
+                recorder.log(value=number)
+            optimizer.step()
+            critic(generator(inputs[:, :2])).mean().backward()
+            recorder.log(value=100 + number)
+    assert open_run(tmp_path / "run")["steps"].value.values.tolist() == [0, 101, 2, 103, 4, 105]
+
+
 def test_a_log_now_and_then_between_backward_pass_and_step(tmp_path: Path) -> None:
     model, expected = smooth_network(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

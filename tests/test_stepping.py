@@ -227,6 +227,31 @@ def test_a_wrapper_of_two_is_refused_and_said_what_to_give(tmp_path: Path) -> No
         Recorder(tmp_path / "run", model, Both(list(model.parameters())))
 
 
+@pytest.mark.parametrize("first", ["inner", "other"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_wrapper_that_steps_another_given_optimizer_too(tmp_path: Path, first: str, wrapped: bool) -> None:
+    class Chain(Noam):
+        def step(self) -> None:
+            steps = [super().step, other.step]
+            for step in steps if first == "inner" else steps[::-1]:
+                step()
+
+    model = smooth_network()
+    inner, other = (sgd(list(model[index].parameters())) for index in (0, 2))
+    other, hand = Noam(other) if wrapped else other, ByHand(model)
+    chain = Chain(inner)
+    with Recorder(tmp_path / "run", model, [chain, other], curvature_every=1) as recorder:
+        for inputs, labels in recorder.watch(vectors(4)):
+            model.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            hand.before()
+            chain.step()
+            hand.after()
+    run = open_run(tmp_path / "run")
+    hand.agrees_with(run["steps"])
+    np.testing.assert_allclose(run["curvature"].grad_applied_grad, run["curvature"].grad_sqnorm, 1e-9)
+
+
 def test_a_wrapper_that_fails_after_the_step_within_has_stepped(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     optimizer = Noam(sgd(list(model.parameters())))

@@ -25,7 +25,7 @@ class Attachment:
     the other optimizers that had already stepped. Pre-step hooks that others add to an optimizer run before these from
     the end of the next step, or :meth:`end`, on. While ``steps`` is busy, hooks do nothing. ``given`` are the
     optimizers as the user passed them: what a wrapper does around the step of the inner one, such as Lookahead's
-    averaging, is part of the step.
+    averaging, is part of the step; but not what it does after it has also stepped another of these optimizers.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], given: Sequence[Any], steps: Steps) -> None:
@@ -56,6 +56,8 @@ class Attachment:
         if self._stepping == number and (self._is_wrapped(number) or _is_within_a_step_of(optimizer)):
             self._nested += 1
             return None
+        if (outer := self._stepping) is not None and self._is_wrapped(outer) and self._wrappers[outer].within:
+            self._through(outer)  # this one steps within the wrapper of another that has stepped
         if self._stepping is not None or number in self._stepped:
             self._finish(late=True)
         self._stepping = number

@@ -252,6 +252,32 @@ def test_a_wrapper_that_steps_another_given_optimizer_too(tmp_path: Path, first:
     np.testing.assert_allclose(run["curvature"].grad_applied_grad, run["curvature"].grad_sqnorm, 1e-9)
 
 
+def test_a_hook_that_was_registered_later_stays_where_a_wrapper_steps_another_optimizer(tmp_path: Path) -> None:
+    """The other one has stepped already, so that a step of the record ends while torch calls its hooks."""
+
+    class Chain(Noam):
+        def step(self) -> None:
+            super().step()
+            hand.after()
+            hand.before(list(model[2].parameters()))
+            other.step()
+
+    model, calls = smooth_network(), []
+    inner, other = (sgd(list(model[index].parameters())) for index in (0, 2))
+    chain, hand = Chain(inner), ByHand(model)
+    with Recorder(tmp_path / "run", model, [chain, other], curvature_every=0):
+        other.register_step_pre_hook(lambda *_: calls.append(1))
+        for inputs, labels in vectors(3):
+            model.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            hand.before()
+            other.step()
+            chain.step()
+            hand.after()
+    assert len(calls) == 6
+    hand.agrees_with(open_run(tmp_path / "run")["steps"])
+
+
 def test_a_wrapper_that_fails_after_the_step_within_has_stepped(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     optimizer = Noam(sgd(list(model.parameters())))

@@ -164,7 +164,8 @@ def test_what_no_record_can_hold_is_refused_and_the_others_are_kept(tmp_path: Pa
         with recorder.event("look", probe=batches) as event:
             with pytest.raises(ValueError, match=r"event.add\('curve'\) takes real numbers, got 'removed' of the type"):
                 event.add("curve", curve(removed=np.array(values)))
-            for labels in (np.array(["2026-01-01", "2026-01-02"], "datetime64[s]"), np.array([b"0", b"1"])):
+            days, mixed = np.array(["2026-01-01", "2026-01-02"], "datetime64[s]"), np.array(["0", 1], dtype=object)
+            for labels in (days, mixed, np.array([b"0", b"1"]), np.array([0, 1], "c16")):
                 with pytest.raises(ValueError, match=r"labels of a coordinate of 'curve' .* 'layer' have the type"):
                     event.add("curve", curve(removed=np.ones((2, 2))).assign_coords(layer=labels))
             with pytest.raises(ValueError, match=r"event.add\(\) cannot take the name 'one/other'"):

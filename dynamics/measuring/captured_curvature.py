@@ -38,7 +38,7 @@ class CapturedCurvature:
         kind = probe.kind, self._probed.places
         if kind != self._kind:
             self.drop()
-            probe.doubted = True
+            probe.doubted = self._captures
             found = self._probed.gradient(probe)
             self._kind = kind if None not in kind and self._may_capture(probe) else None
             return found
@@ -70,7 +70,12 @@ class CapturedCurvature:
             release_memory()
 
     def _may_capture(self, probe: Probe) -> bool:
-        return probe.repeatable and not self._refused and self._on_gpu()
+        return probe.repeatable and self._captures
+
+    @property
+    def _captures(self) -> bool:
+        """Whether anything may be captured at all."""
+        return not self._refused and self._on_gpu()
 
     def _on_gpu(self) -> bool:
         return self._probed.on_one_gpu

@@ -57,7 +57,7 @@ class Attachment:
             self._nested += 1
             return None
         if (outer := self._stepping) is not None and self._is_wrapped(outer) and self._wrappers[outer].within:
-            self._through(outer)  # this one steps within the wrapper of another that has stepped
+            self._has_stepped(outer)  # this one steps within the wrapper of another that has stepped
         if self._stepping is not None or number in self._stepped:
             self._finish(late=True)
         self._stepping = number
@@ -118,13 +118,17 @@ class Attachment:
         """An optimizer's step is done, if one had begun."""
         if self._stepping is None:
             return
+        self._has_stepped(number)
+        if len(self._stepped) == len(self._optimizers):
+            self.end()
+
+    def _has_stepped(self, number: int) -> None:
+        """Count an optimizer among those that have stepped."""
         self._steps.take_update(number)  # before it counts: an interruption would end the step with an old update
         self._stepped.add(number)
         if len(self._stepped) < len(self._optimizers):
             self._steps.pause(sorted(self._stepped))
         self._stepping = None
-        if len(self._stepped) == len(self._optimizers):
-            self.end()
 
     @property
     def under_way(self) -> list[int]:

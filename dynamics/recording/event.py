@@ -19,6 +19,8 @@ from ..warning import warn
 from .arguments import check_name
 from .past_events import PastEvents, coordinates, labels
 
+_FLOATS = (np.float16, np.float32, np.float64)  # which a record can hold
+
 
 class Event:
     """What the body of ``with recorder.event(...) as event`` may add to the record."""
@@ -105,7 +107,7 @@ class Event:
                     f"a coordinate of {node!r} lies along one dimension, but {name!r:.60} has {values.dims}: "
                     f"drop it by study.drop_vars({name!r:.60})"
                 )
-            if (found := labels(values)).dtype.kind not in "biufU" or found.shape != values.shape:
+            if (found := labels(values).dtype).kind not in "biuU" and found not in _FLOATS:
                 raise ValueError(
                     f"the labels of a coordinate of {node!r} are numbers or strings, but those of {name!r:.60} have "
                     f"the type {values.dtype}"

@@ -68,7 +68,8 @@ def coordinates(study: xr.Dataset) -> Coordinates:
 def labels(coordinate: xr.DataArray) -> np.ndarray:
     """The labels of a coordinate; strings that pandas keeps as objects are numpy's own."""
     found = coordinate.values
-    return np.array(found.tolist()) if found.dtype.kind in "OT" else found
+    strings = found.dtype.kind in "OT" and all(isinstance(one, str) for one in found.ravel())
+    return np.array(found.tolist(), dtype=str) if strings else found
 
 
 def _sparsity(store: Store, count: int) -> float | str:

@@ -17,7 +17,7 @@ from ..network.layers import Layers
 from ..quantities import Vectors
 from ..warning import warn
 from .arguments import check_name
-from .past_events import PastEvents, coordinates, labels
+from .past_events import PastEvents, coordinates
 
 _FLOATS = (np.float16, np.float32, np.float64)  # which a record can hold
 
@@ -68,7 +68,7 @@ class Event:
                 )
         found = {layer: kept.detach().cpu().clone() for layer, kept in as_original(alive, known).items()}
         before = self._past.units
-        if before and (other := sorted(set(_labels(found)) ^ set(before))):
+        if before and (other := sorted(set(_units(found)) ^ set(before))):
             layer, index = other[0]
             raise ValueError(
                 f"event.units() takes the same units in all events of a record, but unit {index} of layer {layer!r} is "
@@ -100,6 +100,7 @@ class Event:
                 )
             if values.dtype.kind not in "biuf":
                 raise ValueError(f"event.add({node!r}) takes real numbers, got {name!r} of the type {values.dtype}")
+        labels = {name: (values.dims, _labels(values)) for name, values in study.coords.items()}
         for name, values in study.coords.items():
             check_name("event.add", str(name))
             if len(values.dims) != 1:
@@ -107,11 +108,12 @@ class Event:
                     f"a coordinate of {node!r} lies along one dimension, but {name!r:.60} has {values.dims}: "
                     f"drop it by study.drop_vars({name!r:.60})"
                 )
-            if (found := labels(values).dtype).kind not in "biuU" and found not in _FLOATS:
+            if (found := labels[name][1].dtype).kind not in "biuU" and found not in _FLOATS:
                 raise ValueError(
                     f"the labels of a coordinate of {node!r} are numbers or strings, but those of {name!r:.60} have "
                     f"the type {values.dtype}"
                 )
+        study = study.assign_coords(labels)
         before, now = self._past.studied.get(node, {}), coordinates(study)
         for name in (name for name in before if name in now):
             if not np.array_equal(before[name], now[name]):
@@ -124,7 +126,7 @@ class Event:
 
     def unit_labels(self) -> list[tuple[str, int]]:
         """Layer and index of each unit, in the order of :meth:`unit_row`."""
-        return _labels(self.alive)
+        return _units(self.alive)
 
     def unit_row(self) -> dict[str, Tensor]:
         """Scores and survival of all units, each (unit,)."""
@@ -133,7 +135,7 @@ class Event:
         return {"score": torch.cat(scores), "alive": torch.cat(list(self.alive.values()))}
 
 
-def _labels(alive: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+def _units(alive: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     return [(layer, index) for layer, kept in alive.items() for index in range(len(kept))]
 
 
@@ -269,3 +271,10 @@ def predicted(layers: Layers, before: Stage, after: Stage, removal: Tensor, node
     else:
         (vectors["third_removal"],) = before.third_products(removal, removal)
     return layers.evaluate(names, before.vectors(**vectors))
+
+
+def _labels(coordinate: xr.DataArray) -> np.ndarray:
+    """The labels of a coordinate; strings that pandas keeps as objects are numpy's own."""
+    found = coordinate.values
+    strings = found.dtype.kind in "OT" and all(isinstance(one, str) for one in found.ravel())
+    return np.array(found.tolist(), dtype=str) if strings else found

@@ -61,15 +61,8 @@ class PastEvents:
 
 def coordinates(study: xr.Dataset) -> Coordinates:
     """The labels along each dimension of a study, in the form of :meth:`Store.coordinates`."""
-    given = {str(name): labels(values) for name, values in study.coords.items()}
-    return {str(dim): np.arange(size) for dim, size in study.sizes.items()} | given
-
-
-def labels(coordinate: xr.DataArray) -> np.ndarray:
-    """The labels of a coordinate; strings that pandas keeps as objects are numpy's own."""
-    found = coordinate.values
-    strings = found.dtype.kind in "OT" and all(isinstance(one, str) for one in found.ravel())
-    return np.array(found.tolist(), dtype=str) if strings else found
+    labels = {str(name): values.values for name, values in study.coords.items()}
+    return {str(dim): np.arange(size) for dim, size in study.sizes.items()} | labels
 
 
 def _sparsity(store: Store, count: int) -> float | str:

@@ -15,7 +15,6 @@ from ..record.columns import Row
 from ..record.store import Store
 from .event import Event
 from .finite_gradients import FiniteGradients
-from .past_events import labels
 
 
 class Rows:
@@ -49,7 +48,7 @@ class Rows:
         for node, study in event.studies.items():
             for name, values in study.coords.items():
                 (dim,) = values.dims
-                self._coordinate(node, str(name), str(dim), labels(values))
+                self._coordinate(node, str(name), str(dim), values.values)
             self.add(node, {"event": number, **{str(name): values.values for name, values in study.items()}})
         if event.alive:
             layers, index = zip(*event.unit_labels(), strict=True)

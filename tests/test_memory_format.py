@@ -1,5 +1,8 @@
 """Weights and images lie channels-last in memory, all through a network; what is recorded does not depend on it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,30 @@ def test_images_lie_channels_last() -> None:
     for augment in (False, True):
         shown = type(digits)(colour, torch.arange(6), flip=True).batches(4, augment=augment)
         assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in shown)
+
+
+NARROW = """
+import copy, torch
+from dynamics.models.resnet import BasicBlock
+torch.manual_seed(0)
+for threads in (2, 1):
+    torch.set_num_threads(threads)
+    for width in (1, 2, 3, 4, 7, 8):
+        block = BasicBlock(width, width, stride=2).eval().to(memory_format=torch.channels_last)
+        precise = copy.deepcopy(block).double()
+        inputs = torch.randn(16, width, 16, 16).contiguous(memory_format=torch.channels_last)
+        block(inputs).square().sum().backward()
+        precise(inputs.double()).square().sum().backward()
+        for (name, parameter), exact in zip(block.named_parameters(), precise.parameters(), strict=True):
+            error = (parameter.grad - exact.grad).norm() / exact.grad.norm()
+            assert error < 1e-4, f"{name}, width {width}, {threads} threads: {error:.2g}"
+"""
+
+
+def test_gradients_of_narrow_residual_blocks_are_right_without_avx512() -> None:
+    """In a process of its own, which torch's library of convolutions could crash, and told not to use AVX-512."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", NARROW], env=environment, check=True, timeout=120)
 
 
 def recorded(path: Path, memory_format: torch.memory_format) -> xr.DataTree:

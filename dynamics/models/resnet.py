@@ -13,25 +13,29 @@ WIDTHS = (16, 32, 64)
 class BasicBlock(nn.Module):
     """inputs ↦ ReLU(F(inputs) + shortcut(inputs)) with F = conv → BN → ReLU → conv → BN, 3 × 3 without bias.
 
-    The shortcut is the identity where the shape stays, else a 1 × 1 convolution without bias → batch normalisation.
-    Modules in order: `conv1`, `norm1`, `conv2`, `norm2`, `shortcut`.
+    The shortcut is the identity where the shape stays, else a 1 × 1 convolution without bias → batch normalisation, of
+    every `stride`-th row and column. Modules in order: `conv1`, `norm1`, `conv2`, `norm2`, `shortcut`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+            # Without a stride of its own: on CPUs with AVX2 and no AVX-512 such a convolution of fewer than 8 channels
+            # that lie last has a wrong gradient, hangs or crashes (oneDNN, issue 6035).
+            projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, in_channels, S, S) → (N, out_channels, ⌈S / stride⌉, ⌈S / stride⌉)."""
         residual = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(inputs)))))
-        return functional.relu(residual + self.shortcut(inputs))
+        kept = inputs[..., :: self.stride, :: self.stride] if self.stride > 1 else inputs
+        return functional.relu(residual + self.shortcut(kept))
 
 
 class ResNet(nn.Module):

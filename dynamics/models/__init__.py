@@ -25,7 +25,8 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, width: float = 1
 
     name: a key of `MODELS`. width: factor on every channel count inside, c → max(1, round(width · c)).
     The network's class attribute `protected` names the convolutions that are never pruned. Weights, and so activations,
-    are channels-last in memory, which makes convolutions faster on GPUs and CPUs.
+    are channels-last in memory, which makes convolutions faster on GPUs and CPUs, but BatchNorm on CPUs less exact:
+    docs/record.md.
 
     Raises ValueError for an unknown name, a count below 1 or a width that is not a positive number.
     """

@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, in_channels, S, S) → (N, out_channels, ⌈S / stride⌉, ⌈S / stride⌉)."""
         residual = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(inputs)))))
-        kept = inputs[..., :: self.stride, :: self.stride] if self.stride > 1 else inputs
+        kept = functional.avg_pool2d(inputs, 1, self.stride) if self.stride > 1 else inputs
         return functional.relu(residual + self.shortcut(kept))
 
 

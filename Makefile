@@ -4,7 +4,7 @@ BIN := .venv/bin
 SHOWN := docs/records
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo figures test faults lint types clean
+.PHONY: demo figures test test-long faults lint types clean
 
 demo: .venv/installed  ## train, prune, record, check and draw, into out/demo
 	rm -rf out/demo
@@ -24,8 +24,11 @@ else
 endif
 	@echo "Next: open out/figures/report.html, or run python -m analysis $(or $(RECORDS),$(SHOWN)/laptop.zarr.zip) for the tables and claims."
 
-test: .venv/installed-test lint  ## tests and linter
-	$(BIN)/python -m pytest -n auto --dist worksteal
+test: .venv/installed-test lint  ## tests and linter, but for the long tests
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
+
+test-long: .venv/installed-test  ## the long tests: README and docs as printed, notebooks, trainings killed at each instant
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 faults: .venv/installed-test  ## kill writers of records 100 times at random; `make test` does it 8 times
 	THETADOT_KILLS=100 $(BIN)/python -m pytest tests/faults

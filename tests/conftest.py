@@ -28,6 +28,9 @@ def _closed_figures() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.long)
     if torch.cuda.is_available():
         return
     for item in items:

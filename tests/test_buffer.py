@@ -134,6 +134,7 @@ def interrupted_anywhere(kind: type[Loop], action: Callable[[Loop], None]) -> It
     assert at > 1000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("action", [ctrl_c, handler_flushes, handler_adds_and_flushes, handler_flushes_then_ctrl_c])
 def test_interrupted_at_any_bytecode(monkeypatch: pytest.MonkeyPatch, action: Callable[[Loop], None]) -> None:
     monkeypatch.setattr(buffer, "_ROWS", 4)
@@ -164,6 +165,7 @@ class Amending(Loop):
         self.rows.flush(wait=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("action", [ctrl_c, handler_flushes, handler_flushes_then_ctrl_c])
 def test_a_row_that_says_more_after_a_flush_interrupted_at_any_bytecode(action: Callable[[Loop], None]) -> None:
     for at, store in interrupted_anywhere(Amending, action):

@@ -205,6 +205,7 @@ def test_a_run_is_reproducible_bit_for_bit(tmp_path: Path, data: Data, record: x
     assert not np.isclose(record["steps"].loss[:2], changed["steps"].loss).any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("measure", [name for name in MEASURES if name != "magnitude"] + ["none"])
 def test_every_measure_sees_the_same_training_until_it_prunes(
     tmp_path: Path, data: Data, record: xr.DataTree, measure: str

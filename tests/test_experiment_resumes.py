@@ -72,6 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
     return run(TINY, tmp_path_factory.mktemp("whole") / "run.zarr", data=data, progress=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [(1,), (2,), (4,), (1, 3, 3, 6)], ids=str)
 def test_killed_at_any_step(tmp_path: Path, data: Data, whole: Path, steps: tuple[int, ...]) -> None:
     path = tmp_path / "run.zarr"
@@ -94,6 +95,7 @@ CHOSEN = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("measure", CHOSEN)
 def test_with_each_kind_of_measure(tmp_path: Path, data: Data, measure: str) -> None:
     chosen = replace(TINY, measure=measure, **CHOSEN[measure])
@@ -120,6 +122,7 @@ tests.run(tests.TINY, sys.argv[1], data=tests.few_digits(64, 64), progress=False
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as POSIX has it")
 @pytest.mark.parametrize("instant", ["step", "checkpoint", "end"])
 def test_killed_by_a_signal(tmp_path: Path, data: Data, whole: Path, instant: str) -> None:

@@ -87,6 +87,7 @@ def replay(
 SIGNED, ABSOLUTE = "gradient_norm_increase", "loss_preservation"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("protocol", "measure"),
     [

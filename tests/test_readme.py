@@ -22,6 +22,7 @@ COMMANDS = re.findall(r"python -m (\w+)((?: [^\s`]+| \"[^\"]*\")+)", README)
 OF_SNIPPETS = [command for command in COMMANDS if "out/run.zarr" in command[1]]  # which make that record
 
 
+@pytest.mark.long
 def test_snippets_run_as_printed_and_commands_on_what_they_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,6 +34,7 @@ def test_snippets_run_as_printed_and_commands_on_what_they_record(
     assert (tmp_path / "out" / "drawn" / "report.html").exists()
 
 
+@pytest.mark.long
 def test_the_other_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)

@@ -344,6 +344,7 @@ def launch(path: Path, *state: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     path, state = tmp_path / "run", ()
     for checkpoints in (2, 4):

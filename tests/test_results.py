@@ -20,6 +20,8 @@ from analysis.verdicts import judged
 from dynamics.models import build
 from figures import FIGURES, caption, claim
 
+pytestmark = pytest.mark.long
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
 FLAT = " ".join(PAGE.split())  # whatever its line breaks

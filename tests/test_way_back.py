@@ -405,6 +405,7 @@ def train_swish(path: Path, model: nn.Module, batch: tuple[Tensor, Tensor], step
             optimizer.step()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_an_operation_with_a_derivative_is_believed_where_the_loss_has_come_to_nothing(
     tmp_path: Path, seed: int

@@ -61,7 +61,7 @@ for threads in (2, 1):
 
 
 def test_gradients_of_narrow_residual_blocks_are_right_without_avx512() -> None:
-    """In a process of its own, which torch's library of convolutions could crash, and told not to use AVX-512."""
+    """In a process of its own, which oneDNN could crash, and which is told not to use AVX-512."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     subprocess.run([sys.executable, "-c", NARROW], env=environment, check=True, timeout=120)
 

@@ -62,7 +62,8 @@ def main() -> None:
     for name, (width, data, batch_size) in NETWORKS.items():
         torch.manual_seed(0)
         trained = build(name, num_classes=10, in_channels=1, width=width)
-        batches = list(itertools.islice(load(data).train.batches(batch_size, augment=True), given.steps + 1))
+        passes = itertools.repeat(load(data).train.batches(batch_size, augment=True))
+        batches = list(itertools.islice(itertools.chain.from_iterable(passes), given.steps + 1))
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.02, momentum=0.9)
         for batch in batches[:-1]:
             step(trained, optimizer, batch)

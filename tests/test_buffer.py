@@ -74,6 +74,7 @@ def interrupted(work: Callable[[], None], at: int, action: Callable[[], None]) -
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 traces bytecodes if a frame asked for them before
     sys.settrace(trace)
     try:
         work()

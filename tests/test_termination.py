@@ -146,6 +146,7 @@ def recorded(
     before = sys.gettrace()
     try:
         with Recorder(path, model, optimizers, curvature_every=0) as recorder:
+            sys._getframe().f_trace_opcodes = True  # Python 3.12 traces bytecodes if a frame asked for them before
             sys.settrace(trace)
             for number, batch in enumerate(vectors(4)):
                 recorder.log(before=number)

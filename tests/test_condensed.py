@@ -113,6 +113,23 @@ def test_layers_stay_where_their_sums_would_say_less(tmp_path: Path) -> None:
     np.testing.assert_allclose(analysis.norm_rate(ours).first_order, analysis.norm_rate(run).first_order, rtol=1e-5)
 
 
+def test_a_layer_that_moves_at_a_rate_of_zero_stays_beside_the_others(tmp_path: Path) -> None:
+    """With a dampening of 1 the flow does not go on, but what momentum holds from before still moves the layer."""
+    model, batches = convolutional_network(), images(4)
+    groups = [{"params": child.parameters()} for child in model if list(child.parameters())]
+    optimizer = torch.optim.SGD(groups, 0.1, momentum=0.9)
+    with Recorder(tmp_path / "run.zarr", model, optimizer, curvature_every=0) as recorder:
+        for batch in recorder.watch(batches):
+            plain_step(model, optimizer, batch)
+            optimizer.param_groups[0]["dampening"] = 1.0
+    run = open_run(tmp_path / "run.zarr")
+    assert (run["steps"].update_sqnorm > 0).all()
+    assert (run["steps"].flow_step[1:] == 0).any("layer").all()
+    two = {"first": run, "second": run}
+    ours = analysis.expand(analysis.condense(two, tmp_path / "two.zarr.zip"))["second"]
+    assert ours["steps"].layer.values.tolist() == run["steps"].layer.values.tolist()
+
+
 def test_claims_and_tables_are_those_of_the_records(tmp_path: Path) -> None:
     whole = synthetic(2)
     ours = analysis.expand(analysis.condense(whole, tmp_path / "many.zarr.zip"))

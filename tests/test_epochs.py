@@ -260,6 +260,21 @@ def test_batches_of_a_pass_inside_another_are_trained_on(tmp_path: Path) -> None
     assert run["curvature"].loss_before.values.tolist() == pytest.approx(losses, rel=1e-12)
 
 
+def test_batches_drawn_one_by_one_after_epochs_begin_no_others(tmp_path: Path) -> None:
+    def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:
+        watched = recorder.watch(loader)
+        for _ in range(2):
+            for batch in watched:
+                step(batch)
+            recorder.log_epoch(test_accuracy=0.5)
+        for _ in range(2):
+            step(next(iter(watched)))
+            recorder.log_epoch(test_accuracy=0.5)
+
+    run, _ = record(tmp_path / "run.zarr", loop, curvature_every=0)
+    assert run["steps"].epoch.values.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("when", ["after the step", "after the evaluation", "after the epoch's"])
 def test_a_watched_evaluation_takes_nothing_from_what_is_logged(tmp_path: Path, when: str) -> None:
     def loop(recorder: Recorder, model: nn.Module, loader: DataLoader, step: Step) -> None:

@@ -199,6 +199,19 @@ def test_the_comparison_says_what_a_quirk_changes(compared: dict[str, xr.DataTre
     assert (found.sel(run="count_copies").reached != found.sel(run="default").reached).any()
 
 
+def test_what_is_no_pruning_is_no_round(compared: dict[str, xr.DataTree]) -> None:
+    """Between the rounds all runs were looked at: an event that has units, too."""
+
+    def looked_at(run: xr.DataTree) -> xr.DataTree:
+        three = {node: run[node].to_dataset().isel(event=[0, 0, 1]).assign_coords(event=range(3))
+                 for node in ("pruning", "units")}  # fmt: skip
+        three["pruning"]["kind"] = "event", ["prune", "look", "prune"]
+        return xr.DataTree.from_dict(three)
+
+    found = protocol_diff({label: looked_at(run) for label, run in compared.items()})
+    xr.testing.assert_equal(found, protocol_diff(compared))
+
+
 def test_samples_are_augmented_for_those_that_score_them_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All from the same images, which augmenting shifts: beside ours, nothing but zeros moves in."""
     seen: dict[str, torch.Tensor] = {}

@@ -10,7 +10,8 @@ from prunable import NETWORKS, batch, train, trained
 from torch import nn
 
 from dynamics.models import build
-from dynamics.pruning import MEASURES, Pruner, share_left
+from dynamics.network.masks import parameter_masks
+from dynamics.pruning import MEASURES, Pruner, apply_masks, share_left
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -267,3 +268,19 @@ def test_what_another_pruner_took_is_gone() -> None:
     for layer, kept in left.items():
         assert torch.equal(pruning.alive[layer], kept)
         assert not (kept & gone[layer]).any()
+
+
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_masks_of_one_s_own_stay(granularity: str) -> None:
+    model, optimizer = trained("vgg13")
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    own = {name: torch.rand(model.get_parameter(name).shape) > 0.1 for name in names}
+    apply_masks(model, own, optimizer)
+    pruner = Pruner(model, optimizer, "magnitude", granularity=granularity)
+    for number, sparsity in enumerate((0.2, 0.4)):
+        pruner.prune(sparsity, [batch(number)])
+        train(model, optimizer, 1)
+        masks = parameter_masks(model)
+        for name, kept in own.items():
+            assert not (masks[name] & ~kept).any()
+            assert not model.get_parameter(name)[~kept].any()

@@ -17,7 +17,7 @@ from dynamics.record.reading import configured
 from .effect import filters_left
 from .epochs import logged
 from .opening import open_runs
-from .prunings import at_prunings, prunings
+from .prunings import in_epochs, prunings
 from .record import MissingQuantityError, columns, has, node
 from .runs import Runs, check_runs
 from .typeset import known
@@ -101,8 +101,9 @@ def epoch_that_counts(run: xr.DataTree) -> xr.Dataset:
         recent = epochs.isel(epoch=np.flatnonzero(epochs.epoch > epochs.epoch[-1] - 1))
         several = recent.sizes["epoch"] > 1
         return (xr.Dataset.from_dataframe(recent.to_dataframe().ffill()) if several else recent).isel(epoch=-1)
-    after = int(at_prunings(run, ["epoch"]).epoch[-1]) + 1 if len(prunings(run)) else 0
-    final = epochs.isel(epoch=slice(min(int((epochs.epoch <= after).sum()), epochs.sizes["epoch"] - 1), None))
+    pruned_at, _ = in_epochs(run)
+    before = int((epochs.epoch <= max(pruned_at, default=0)).sum())
+    final = epochs.isel(epoch=slice(min(before, epochs.sizes["epoch"] - 1), None))
     return final.isel(epoch=int(final.test_accuracy.argmax("epoch")))
 
 

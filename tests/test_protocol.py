@@ -270,17 +270,32 @@ def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--rounds=2 is for a fresh network: give either that or records" in capsys.readouterr().err
 
 
-def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol() -> None:
+@pytest.mark.parametrize(
+    ("pruned_at", "best"), [([], 0.99), ([0], 0.99), ([10], 0.8), ([10, 15], 0.8), ([10, 20], 0.7)]
+)
+def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol(
+    pruned_at: list[int], best: float
+) -> None:
+    """Among the epochs that end after the last pruning; each has ten steps."""
     epochs = xr.Dataset(
-        {"test_accuracy": ("epoch", [0.99, 0.5, 0.7, 0.6])}, coords={"epoch": np.arange(4)}
-    )  # fmt: skip
-    pruning = xr.Dataset({"epoch": ("event", [0]), "loss": ("event", [1.0])})
+        {"test_accuracy": ("epoch", [0.99, 0.8, 0.7, 0.6]), "step": ("epoch", [10, 20, 30, 40])},
+        coords={"epoch": np.arange(4)},
+    )
+    pruning = xr.Dataset({"step": ("event", pruned_at), "loss": ("event", np.ones(len(pruned_at)))})
     accuracies = {}
     for name in ("default", "select_on_test"):
-        run = xr.DataTree.from_dict({"epochs": epochs, "pruning": pruning})
+        run = xr.DataTree.from_dict({"epochs": epochs} | ({"pruning": pruning} if pruned_at else {}))
         run.attrs["protocol"] = json.dumps(asdict(PROTOCOLS[name]))
         accuracies[name] = float(epoch_that_counts(run).test_accuracy)
-    assert accuracies == {"default": 0.6, "select_on_test": 0.7}  # the best before the last pruning does not count
+    assert accuracies == {"default": 0.6, "select_on_test": best}
+
+
+def test_the_best_epoch_counts_in_records_without_steps_too() -> None:
+    epochs = xr.Dataset({"test_accuracy": ("epoch", [0.99, 0.8, 0.7, 0.6])}, coords={"epoch": np.arange(4)})
+    pruning = xr.Dataset({"epoch": ("event", [0]), "loss": ("event", [1.0])})
+    run = xr.DataTree.from_dict({"epochs": epochs, "pruning": pruning})
+    run.attrs["protocol"] = json.dumps(asdict(PROTOCOLS["select_on_test"]))
+    assert float(epoch_that_counts(run).test_accuracy) == 0.8  # the best of all was before the pruning
 
 
 @pytest.mark.parametrize(

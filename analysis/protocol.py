@@ -94,13 +94,15 @@ def epoch_that_counts(run: xr.DataTree) -> xr.Dataset:
     paper's code looks for the best among the epochs after the last round of pruning only.
 
     Raises:
-        MissingQuantityError: no epochs were logged.
+        MissingQuantityError: no epochs were logged, or it is not known in which one the network was pruned.
     """
     epochs = logged(run)
     if not configured(run, "protocol").get("select_on_test") or "test_accuracy" not in epochs:
         recent = epochs.isel(epoch=np.flatnonzero(epochs.epoch > epochs.epoch[-1] - 1))
         several = recent.sizes["epoch"] > 1
         return (xr.Dataset.from_dataframe(recent.to_dataframe().ffill()) if several else recent).isel(epoch=-1)
+    if len(prunings(run)):
+        node(run, "pruning", ["epoch"])  # else it is not known when they were
     pruned_at, _ = in_epochs(run)
     before = int((epochs.epoch <= max(pruned_at, default=0)).sum())
     final = epochs.isel(epoch=slice(min(before, epochs.sizes["epoch"] - 1), None))

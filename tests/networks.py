@@ -38,6 +38,12 @@ def normalised_network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3))
 
 
+def attention_network() -> nn.Sequential:
+    """Of the :func:`vectors`, each number for itself."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Linear(4, 8), layer, nn.Flatten(), nn.Linear(8, 3))
+
+
 def vectors(batches: int, seed: int = 1) -> list[Batch]:
     """Batches of 16 for :func:`smooth_network`."""
     generator = torch.Generator().manual_seed(seed)

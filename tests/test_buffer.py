@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import threading
 import time
 import warnings
@@ -10,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import pytest
 import torch
+from bytecodes import before_bytecode
 
 from dynamics.record import buffer, writer
 from dynamics.record.buffer import Buffer
@@ -60,27 +59,9 @@ class Memory:
 
 def interrupted(work: Callable[[], None], at: int, action: Callable[[], None]) -> bool:
     """Run the work, with the action before the ``at``-th bytecode of buffer.py or writer.py, if there are so many."""
-    left = at
-
-    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
-        nonlocal left
-        if frame.f_code.co_filename not in (buffer.__file__, writer.__file__):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                action()
-        return trace
-
-    before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True  # Python 3.12 traces bytecodes if a frame asked for them before
-    sys.settrace(trace)
-    try:
+    with before_bytecode(at, action, lambda code: code.co_filename in (buffer.__file__, writer.__file__)) as reached:
         work()
-    finally:
-        sys.settrace(before)
-    return left <= 0
+    return reached()
 
 
 class Loop:

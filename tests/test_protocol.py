@@ -281,7 +281,9 @@ def test_the_best_epoch_on_the_test_set_counts_only_where_that_is_the_protocol(
         {"test_accuracy": ("epoch", [0.99, 0.8, 0.7, 0.6]), "step": ("epoch", [10, 20, 30, 40])},
         coords={"epoch": np.arange(4)},
     )
-    pruning = xr.Dataset({"step": ("event", pruned_at), "loss": ("event", np.ones(len(pruned_at)))})
+    pruning = xr.Dataset(
+        {"step": ("event", pruned_at), "epoch": ("event", [max(step - 1, 0) // 10 for step in pruned_at])}
+    )
     accuracies = {}
     for name in ("default", "select_on_test"):
         run = xr.DataTree.from_dict({"epochs": epochs} | ({"pruning": pruning} if pruned_at else {}))
@@ -296,6 +298,9 @@ def test_the_best_epoch_counts_in_records_without_steps_too() -> None:
     run = xr.DataTree.from_dict({"epochs": epochs, "pruning": pruning})
     run.attrs["protocol"] = json.dumps(asdict(PROTOCOLS["select_on_test"]))
     assert float(epoch_that_counts(run).test_accuracy) == 0.8  # the best of all was before the pruning
+    run["pruning"] = pruning.drop_vars("epoch")
+    with pytest.raises(MissingQuantityError, match=r"/pruning needs \['epoch'\]"):
+        epoch_that_counts(run)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from by_hand import ByHand
 from networks import (
     all_but_row,
+    attention_network,
     closure_step,
     convolutional_network,
     dense,
@@ -500,8 +501,7 @@ def test_sums_in_low_precision_are_right(dtype: torch.dtype) -> None:
 
 
 def test_attention_has_curvature(tmp_path: Path) -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Linear(4, 8), layer, nn.Flatten(), nn.Linear(8, 3))
+    model = attention_network()
     optimizer, batches = torch.optim.SGD(model.parameters(), 0.01), vectors(2)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
         for batch in recorder.watch(batches):

@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from networks import Batch, convolutional_network, images, plain_step, smooth_network, vectors
+from networks import (
+    Batch,
+    attention_network,
+    convolutional_network,
+    images,
+    plain_step,
+    prune_row,
+    smooth_network,
+    vectors,
+)
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
-from dynamics.pruning import apply_masks
 
 
 class Recurrent(nn.Module):
@@ -28,15 +36,10 @@ class Recurrent(nn.Module):
         return self.head(self.recurrent(inputs.unflatten(1, (4, 1)))[0][:, -1])
 
 
-def attention() -> nn.Sequential:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Linear(4, 8), layer, nn.Flatten(), nn.Linear(8, 3))
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Batch]]]] = {
     "tanh": (smooth_network, vectors),
     "BatchNorm": (convolutional_network, images),
-    "attention": (attention, vectors),
+    "attention": (attention_network, vectors),
     "GRU": (Recurrent, vectors),
 }
 OPTIMIZERS = {  # large steps: Δθ is known to the rounding of θ alone; with this eps, Adam takes no steps along noise
@@ -46,16 +49,15 @@ OPTIMIZERS = {  # large steps: Δθ is known to the rounding of θ alone; with t
 
 
 def record(path: Path, model: nn.Module, optimizer: Callable, batches: list[Batch]) -> xr.DataTree:
-    """Two steps, their curvature, and a pruning of a third of the first weight."""
+    """Two steps, their curvature, and a pruning of a row of the first weight."""
     dtype = next(model.parameters()).dtype
     batches = [(inputs.to(dtype), labels) for inputs, labels in batches]
     optimizer = optimizer(model.parameters())
     with Recorder(path, model, optimizer, curvature_every=1) as recorder:
         for batch in recorder.watch(batches[:2]):
             plain_step(model, optimizer, batch)
-        name, weight = next(iter(model.named_parameters()))
         with recorder.event("pruning", probe=batches[2:]):
-            apply_masks(model, {name: (torch.arange(weight.numel()) % 3 > 0).view_as(weight)})
+            prune_row(model, next(name for name, _ in model.named_parameters()), 0)
     return open_run(path)
 
 

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from types import CodeType
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+from bytecodes import before_bytecode
 from networks import plain_step, smooth_network, vectors
 
 from dynamics import Recorder, open_run
@@ -130,37 +132,24 @@ def recorded(
 
     If ``several``, each is one of two optimizers, and what they did is flushed when one of them is through.
     """
-    model, left = smooth_network(), [at]
+    model = smooth_network()
     parts = [model[:1], model[1:]] if several else [model]
     optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts]
+    recorder = Recorder(path, model, optimizers, curvature_every=0)
 
-    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
-        if among is None or frame.f_code is not among.__code__:
-            return None
-        frame.f_trace_opcodes = True
-        left[0] -= event == "opcode"
-        if event == "opcode" and left[0] == 0:
-            act(recorder)
-        return trace
+    def within(code: CodeType) -> bool:
+        return among is not None and code is among.__code__
 
-    before = sys.gettrace()
-    try:
-        with Recorder(path, model, optimizers, curvature_every=0) as recorder:
-            sys._getframe().f_trace_opcodes = True  # Python 3.12 traces bytecodes if a frame asked for them before
-            sys.settrace(trace)
-            for number, batch in enumerate(vectors(4)):
-                recorder.log(before=number)
-                plain_step(model, optimizers[0], batch)
-                for other in optimizers[1:]:
-                    recorder.flush()
-                    other.step()
-                    other.zero_grad()
-                recorder.log(number=float(number))
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return left[0] <= 0
+    with suppress(KeyboardInterrupt), before_bytecode(at, lambda: act(recorder), within) as reached, recorder:
+        for number, batch in enumerate(vectors(4)):
+            recorder.log(before=number)
+            plain_step(model, optimizers[0], batch)
+            for other in optimizers[1:]:
+                recorder.flush()
+                other.step()
+                other.zero_grad()
+            recorder.log(number=float(number))
+    return reached()
 
 
 def interrupt(recorder: Recorder) -> None:

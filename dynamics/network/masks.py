@@ -4,19 +4,22 @@ The masks of a module's own parameters are a dictionary in an attribute of the m
 the state dict. They are not buffers, because an averaged copy of a model (torch.optim.swa_utils) pairs buffers by
 position. Three things keep a pruned parameter at zero: its value is set to zero, its gradient is masked as it arrives,
 and its optimizer state is masked once. That suffices for any optimizer whose update of a parameter with zero value,
-gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...). Loaded values are masked, too.
+gradient and state is zero (SGD with momentum and weight decay, Adam, AdamW, ...); of any other there is a warning.
+Loaded values are masked, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .identities import layer_named
+from .optimizer_state import of_each_entry
+from .optimizers import with_those_within
+from .zeros import watch_zeros
 
 _MASKS = "_parameter_masks"
 
@@ -56,6 +59,13 @@ def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
     if leaf in masks and masks[leaf].device != (device := getattr(owner, leaf).device):
         masks[leaf] = masks[leaf].to(device)
     return masks.get(leaf)
+
+
+def _pruned(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, value and mask of each parameter that is masked by this file."""
+    for path, module in model.named_modules():
+        for leaf in module.__dict__.get(_MASKS, {}):
+            yield f"{path}.{leaf}".removeprefix("."), getattr(module, leaf), cast(Tensor, _mask(module, leaf))
 
 
 def _register(model: nn.Module, name: str, mask: Tensor) -> None:
@@ -121,21 +131,29 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
     """Prune: set parameters to zero for good where ``keep`` is False, with their gradients and optimizer state.
 
     ``keep`` maps parameter names to boolean tensors of the parameter's shape. A later call can only prune more.
+    Optimizers that steps go through, in a wrapper such as Lookahead, are masked with it. One that moves what is pruned
+    all the same, because it mixes entries as Shampoo does, is warned of.
+
+    Raises:
+        ValueError: an optimizer keeps quantised numbers of a parameter. Nothing is then pruned.
     """
+    called = {getattr(*_owner(model, name)): name for name in keep}
+    states = of_each_entry(called, with_those_within(optimizers))
+    lessened = False
     for name, kept in keep.items():
         owner, leaf = _owner(model, name)
         parameter, mask = getattr(owner, leaf), _mask(owner, leaf)
         if mask is None:
             mask = torch.ones_like(parameter, dtype=torch.bool)
             _register(model, name, mask)
-        mask.logical_and_(kept.to(mask.device))
-        _zero(parameter, mask)
-        if parameter.grad is not None:
-            _zero(parameter.grad, mask)
-        states = chain.from_iterable(one.state.get(parameter, {}).values() for one in optimizers)
-        for state in states:
-            if isinstance(state, Tensor) and state.shape == mask.shape:
-                _zero(state, mask)
+        kept = kept.to(mask.device)
+        lessened |= bool((mask & ~kept).any())
+        mask.logical_and_(kept)
+        for tensor in (parameter, parameter.grad, *states[parameter]):
+            if tensor is not None:
+                _zero(tensor, mask)
+    if lessened:
+        watch_zeros(model, optimizers, _pruned)
 
 
 def lift_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:

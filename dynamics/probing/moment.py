@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from ..curvature.ordinary import is_batched
 from ..hardware.random_numbers import RandomState, random_numbers_untouched
 from .contents import PutBack, storage_of
 from .kept import kept
+from .ownership import modules_of
 from .undrawn import undrawn
 
 Tensors = Mapping[str, Tensor | None]
@@ -24,13 +25,15 @@ Tensors = Mapping[str, Tensor | None]
 class _Other(NamedTuple):
     """A module outside the model as it ran: its attributes, buffers and parameters.
 
-    Of parameters that are not kept, ``norms`` tell whether they have moved since.
+    Of parameters that are not kept, ``norms`` tell whether they have moved since. ``itself``: whether it was called
+    itself, or may have been run by another that was called.
     """
 
     attributes: PutBack
     buffers: Tensors
     parameters: Tensors
     norms: Mapping[str, float]
+    itself: bool
 
 
 class Moment:
@@ -40,8 +43,9 @@ class Moment:
     says what.
 
     Attributes:
+        beside: modules outside the model that the objective refers to, and may run by any of their methods.
         frozen: copies of the parameters that are not trained, which a forward pass may move; only if ``keep_frozen``.
-        others: modules outside the model that have run since, each with its state when it last began to run.
+        others: modules outside the model that were called since, each with its state when its last forward pass began.
         replaced: parameters that a forward pass has replaced by others, as found by :meth:`look_for_replaced`.
         moved_others: modules whose parameters were not kept, and had changed when they ran :meth:`again`.
         shares_parameters: whether a module outside that ran :meth:`again` shares parameters with the model.
@@ -66,6 +70,10 @@ class Moment:
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.replaced: dict[str, Tensor] = {}
         self._outside: Mapping[str, Tensor] = {}  # for a forward pass: parameters when its batch was seen
+        ours = set(model.modules())
+        self.beside = [module for module in modules_of(objective) if module not in ours]
+        self._attributes_beside = kept(self.beside)
+        self._buffers_beside = [(module._buffers, _copies(_own(module._buffers))) for module in self.beside]
         self.others: dict[nn.Module, _Other] = {}
         self.moved_others: set[nn.Module] = set()
         self.shares_parameters = False
@@ -85,7 +93,7 @@ class Moment:
         moment._random, moment.others, moment.moved_others = RandomState(self._device), dict(self.others), set()
         return moment
 
-    def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
+    def keep_another(self, module: nn.Module, *, parameters: bool, itself: bool) -> None:
         """Keep the state of a module outside the model as it runs; its ``parameters`` too if asked, for these may move.
 
         The last run counts: a network may run for its own loss, step, and then run for this one. Parameters that it
@@ -94,7 +102,7 @@ class Moment:
         own = {name: one for name, one in _own(module._parameters).items() if id(one) not in self._names}
         held = _copies(own) if parameters else {}
         norms = {} if held else _norms(own)
-        self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms)
+        self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms, itself)
 
     def _shared(self, module: nn.Module) -> Tensors:
         """The parameters that a module outside shares with the model: the tensors that the model has for them now."""
@@ -197,28 +205,44 @@ class Moment:
             self._attributes.now().put_back,
         ]
         ours, others, here = set(self._model.modules()), set(), threading.get_ident()
-        stay = {id(one) for one in present}
+        stay, saved = {id(one) for one in present}, set()
 
-        def keep_another(module: nn.Module, inputs: tuple) -> None:
+        def save(modules: Iterable[nn.Module]) -> None:
+            new = [module for module in modules if not (module in ours or module in saved)]
+            saved.update(new)
+            put_back.append(kept(new).put_back)
+            put_back.extend(_lent(module._buffers, module._buffers) for module in new)
+
+        def calls(module: nn.Module, inputs: tuple) -> None:
             if threading.get_ident() == here and module not in ours and module not in others:
                 others.add(module)
                 if is_batched():  # torch.func has put tensors into the module that are not its own
                     return
-                was = self.others.get(module, _Other(_nothing, module._buffers, {}, {}))
-                if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
-                    self.moved_others.add(module)
-                put_back.extend([kept([module]).put_back, _lent(module._buffers, was.buffers)])
-                shared = self._shared(module)
-                self.shares_parameters |= bool(shared)
-                put_back.append(_put(module._parameters, shared))
-                now = module._parameters
-                theirs = {name: one for name, one in was.parameters.items() if id(now.get(name)) not in stay}
-                put_back.append(_lent(module._parameters, theirs))
-                was.attributes()
+                save(module.modules())
+                begin_again(module, self.others.get(module, _Other(_nothing, module._buffers, {}, {}, True)))
+                for part in module.modules():  # which may be run by its forward method, so that no hook is called
+                    if part not in ours and part not in others and part in self.others and not self.others[part].itself:
+                        others.add(part)
+                        begin_again(part, self.others[part])
+
+        def begin_again(module: nn.Module, was: _Other) -> None:
+            if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
+                self.moved_others.add(module)
+            put_back.append(_lent(module._buffers, was.buffers))
+            shared = self._shared(module)
+            self.shares_parameters |= bool(shared)
+            put_back.append(_put(module._parameters, shared))
+            now = module._parameters
+            theirs = {name: one for name, one in was.parameters.items() if id(now.get(name)) not in stay}
+            put_back.append(_lent(module._parameters, theirs))
+            was.attributes()
 
         with random_numbers_untouched(self._device):
-            hook = register_module_forward_pre_hook(keep_another)
+            hook = register_module_forward_pre_hook(calls)
             try:
+                save([*self.beside, *self.others])  # before a call begins: what it enters is left again when it ends
+                self._attributes_beside.put_back()
+                put_back.extend(_lent(*buffers) for buffers in self._buffers_beside)
                 self._attributes.put_back()
                 self._random.restore()
                 with undrawn(self._model.modules(), self._objective):

@@ -6,16 +6,19 @@ import functools
 import sys
 import sysconfig
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType
+from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .walk import walk
 
 OF_OTHERS = (
     *(nn.Module, Dataset, DataLoader, Sampler, threading.Thread),
@@ -95,6 +98,28 @@ def referred(value: Any) -> Iterable[Any]:
     if is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)):
         return held(value)
     return []
+
+
+def modules_of(function: Any) -> list[nn.Module]:
+    """The networks and losses, with all their parts, that a function of the user's own refers to.
+
+    They may be in objects of any library, such as the one that infers with a model and a guide in Pyro.
+    """
+    found: dict[nn.Module, None] = {}
+
+    def look(value: Any) -> Iterable[Any]:
+        if isinstance(value, nn.Module):
+            found.update(dict.fromkeys(value.modules()))
+        elif isinstance(value, Mapping):
+            return value.values()
+        elif isinstance(value, list | tuple | set | deque):
+            return value
+        elif isinstance(value, type | ModuleType):
+            return ()
+        return referred(value) or held(value)
+
+    walk([passed_on(function)], look, bounded=True)
+    return list(found)
 
 
 def passed_on(function: Any) -> Any:

@@ -186,7 +186,7 @@ class Probe:
             if hooks:
                 self.repeatable, self.own_operations = False, True
             if self.repeatable and not self._fixed:
-                kept = moment.shares_parameters or any(map(_keeps, self.others))
+                kept = moment.shares_parameters or any(map(_keeps, [*self.others, *moment.beside]))
                 self.repeatable = not (moment.drawn() or kept or (self.doubted and moment.counted()))
             loss = scalar(loss)
             if may_run_again(loss, self._model.parameters()):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..network.identities import layer_named
 from ..network.masks import apply_masks, filters_left, lift_masks, parameter_masks
+from ..network.optimizers import as_given, innermost
 from ..network.structure import has_any
 from ..network.wrappers import unwrap
 from ..probing.batch import sample_count
 from ..probing.objective import Objective, cross_entropy_objective
-from ..recording.arguments import as_given
 from ..warning import warn
 from .candidates.units import masks_of, units_of
 from .candidates.weights import weight_of, within
@@ -44,7 +44,8 @@ class Pruner:
         model: see :func:`scores`.
         optimizer: one, or a list of several, whose state is masked along with the parameters; None if nothing is
             trained afterwards. What is pruned stays at zero if the optimizer leaves zeros alone whose gradient and
-            state are zero: torch's do, except LBFGS, and Muon where single weights are pruned.
+            state are zero: torch's do, except LBFGS, and Muon where single weights are pruned. Of any that does not
+            there is a warning.
         measure: a name from :data:`MEASURES`.
         granularity: "filter", or "weight" for single weights of all convolutions and linear layers.
         objective: ``objective(model, batch) -> scalar loss`` that importance refers to; see :func:`scores`.
@@ -196,16 +197,16 @@ class Pruner:
         """Silence for good the units that a plan prunes, and mask or drop the optimizer's state.
 
         Raises:
-            ValueError: the model was shrunk since the plan was made. It is then untouched.
+            ValueError: the model was shrunk since the plan was made, or the state that is kept is quantised. The model
+                is then untouched.
         """
         self._check_sizes(pruning.alive)
         model = unwrap(self._model)
+        for optimizer in innermost(self._optimizers) if not self._keep_state else []:
+            optimizer.state.clear()
+        apply_masks(model, self._touched(pruning.alive), *self._optimizers)
         if self._protocol.revive_silenced:
             lift_masks(model, masks_of(model, self._units, pruning.alive))
-        apply_masks(model, self._touched(pruning.alive), *self._optimizers)
-        if not self._keep_state:
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
         self.alive = self._standing()
 
     def _possible(self, ranked: dict[str, Ranked], sparsity: float) -> int:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import schema
+from ..network.optimizers import as_given, stepping
 from ..network.structure import check_initialised, has_any
 from ..record.columns import LONGEST_TEXT
 from ..warning import warn
 
-_WITHIN = ("optimizer", "base_optimizer", "_base_optimizer", "optim")  # wrappers' attributes for the inner optimizer
 _SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 _READ = [row.name for row in schema.quantities("epochs")]
@@ -113,36 +113,10 @@ def optimizers(given: Any) -> list[torch.optim.Optimizer]:
     Raises:
         TypeError: something given is neither.
     """
-    found = [_stepping(one) for one in as_given(given)]
+    found = [stepping(one) for one in as_given(given)]
     if not found:
         raise TypeError("optimizer must be a torch.optim.Optimizer or a list of them, got an empty list")
     return found
-
-
-def as_given(given: Any) -> list[Any]:
-    """The given optimizers, one or several, as a list."""
-    return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _stepping(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer itself if it has step hooks, else the one with hooks that it wraps."""
-    given = optimizer
-    while not _has_hooks(optimizer):
-        named = [getattr(optimizer, name, None) for name in _WITHIN]
-        held = {id(one): one for one in getattr(optimizer, "__dict__", {}).values()}.values()
-        within = [one for one in named if isinstance(one, torch.optim.Optimizer)]
-        within = within[:1] or [one for one in held if isinstance(one, torch.optim.Optimizer)]
-        if len(within) != 1:
-            advice = f", which wraps {len(within)} optimizers: pass these as a list" if within else ""
-            kind = f"{type(given).__module__}.{type(given).__name__}".removeprefix("builtins.")
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {kind}{advice}")
-        (optimizer,) = within
-    return optimizer
-
-
-def _has_hooks(optimizer: Any) -> bool:
-    """Whether it is an initialised torch optimizer: Accelerate's wrapper is an instance without calling __init__."""
-    return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def check_scalar(name: str, value: Any) -> None:

@@ -26,13 +26,13 @@ from ..measuring.step import Measurement
 from ..measuring.step_curvature import StepCurvature
 from ..network.hooks import hooks_removed
 from ..network.layers import Layers
+from ..network.optimizers import as_given
 from ..network.wrappers import unwrap
 from ..probing.objective import Objective, cross_entropy_objective
 from ..record import provenance
 from ..warning import warn
 from ..words import counted
 from .arguments import (
-    as_given,
     as_number,
     as_plain,
     check_arguments,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...network.identities import Identity, expand, identities, is_layer, keep_units
 from ...network.masks import parameter_masks, replace_mask
+from ...network.optimizers import as_given
 from ...network.structure import check_whole
 from ...network.wrappers import unwrap
-from ...recording.arguments import as_given
 from ...words import counted
 from ..candidates.weights import weight_of
 from .cut import find_cut, rows_left, take

@@ -145,7 +145,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("learning_rate", "η", (2, -1), 0, ("steps",), _LAYER,
                  "learning rate: 0 where nothing is trained, NaN where the layer's parameters differ in it"),
         Quantity("flow_step", "Δt", (2, -1), 0, ("steps",), _LAYER,
-                 "flow time of the step, η(1−dampening)/(1−β) with momentum β; NaN but for SGD"),
+                 "flow time of the step, η(1−dampening)/(1−β) with momentum β; NaN but for SGD by itself"),
         Quantity("flow_time", "t", (2, -1), 0, ("steps",), _WHOLE,
                  "flow time elapsed before the step, in the optimizer's first parameter group"),
         Quantity("epoch", "epoch", (0, 0), 0, ("steps",), _WHOLE,

@@ -46,9 +46,24 @@ class OtherChild(torch.optim.SGD):
         super().step()
 
 
+class Wrapper:
+    """It goes back half of each step, as an average would, so that SGD's learning rate is not its own."""
+
+    def __init__(self, inner):
+        self.optimizer, self.param_groups, self.zero_grad = inner, inner.param_groups, inner.zero_grad
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        before = [one.clone() for group in self.param_groups for one in group["params"]]
+        self.optimizer.step()
+        for now, then in zip([one for group in self.param_groups for one in group["params"]], before, strict=True):
+            now.lerp_(then, 0.5)
+
+
 OPTIMIZERS = {
     "sgd": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.5), 0.2), "asgd": (lambda p: torch.optim.ASGD(p, 0.1), np.nan),
     "child": (lambda p: Child(p, 0.1), 0.1), "other child": (lambda p: OtherChild(p, 0.1), np.nan),
+    "wrapper": (lambda p: Wrapper(torch.optim.SGD(p, 0.1)), np.nan),
     "plain": (lambda p: Plain(p, 0.1), np.nan), "adamw": (lambda p: torch.optim.AdamW(p, 0.1), np.nan),
     "rmsprop": (lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9), np.nan), "lion": (lambda p: Lion(p, 0.1), np.nan),
 }  # fmt: skip

@@ -103,22 +103,38 @@ def test_another_network_in_the_objective_is_left_alone(tmp_path: Path) -> None:
     assert open_run(tmp_path / "run")["curvature"].sizes["step"] == 3
 
 
-def test_an_optimizer_in_the_backward_pass(tmp_path: Path) -> None:
-    model = smooth_network()
+@pytest.mark.parametrize("batches", ["watched", "observed", "unknown"])
+@pytest.mark.parametrize("first", ["the loop's hooks", "the recorder"])
+def test_an_optimizer_in_the_backward_pass(tmp_path: Path, first: str, batches: str) -> None:
+    """One for each parameter, which steps as soon as its gradient is there."""
+    model, losses = smooth_network(), []
     optimizers = {parameter: torch.optim.SGD([parameter], 0.1) for parameter in model.parameters()}
 
     def step(parameter: Tensor) -> None:
         optimizers[parameter].step()
         optimizers[parameter].zero_grad()
 
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(step)
+    def hook() -> None:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+
+    if first == "the loop's hooks":
+        hook()
     with Recorder(tmp_path / "run", model, list(optimizers.values()), curvature_every=0) as recorder:
-        for batch in recorder.watch(vectors(3)):
-            cross_entropy(model, batch).backward()
+        if first == "the recorder":
+            hook()
+        for _ in range(2):
+            for batch in recorder.watch(vectors(3)) if batches == "watched" else vectors(3):
+                if batches == "observed":
+                    recorder.observe(batch)
+                loss = cross_entropy(model, batch)
+                loss.backward()
+                recorder.log(loss=loss)
+                losses.append(loss.item())
     steps = open_run(tmp_path / "run")["steps"]
-    assert steps.sizes["step"] == 3
+    assert steps.sizes["step"] == 6
     np.testing.assert_allclose(steps.update_sqnorm, 0.01 * steps.grad_sqnorm, rtol=1e-10)
+    np.testing.assert_array_equal(steps.loss, losses)
 
 
 @pytest.mark.parametrize("blocks", ["as many", "fewer"])

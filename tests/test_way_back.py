@@ -215,7 +215,7 @@ def test_a_backward_pass_that_has_no_derivative_is_said(tmp_path: Path, once: bo
         return F.cross_entropy(model[1](operation.apply(model[0](batch[0]))), batch[1])
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    said = "curvature is approximate" if once else "operation of your own is not the change of its gradient"
+    said = "curvature is approximate" if once else "operation that is not torch.s is not the change of its gradient"
     with pytest.warns(UserWarning, match=said):
         with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
             for batch in recorder.watch([(torch.randn(8, 4).double(), torch.randint(3, (8,)))]):

@@ -101,7 +101,17 @@ class _Counter:
         self.count = self.arrived = 0
         self._before: tuple[weakref.ref, int] | None = None
         self._hook = parameter.register_post_accumulate_grad_hook(self._arrived)
+        self._come_first()
         self.remove = self._hook.remove
+
+    def _come_first(self) -> None:
+        """Move the hook before the loop's own, with which an optimizer may step in the backward pass.
+
+        Autograd calls them in the order of the dictionary beneath their table, which the table's own methods leave.
+        """
+        hooks: Any = self.parameter._post_accumulate_grad_hooks
+        for key in [key for key in hooks if key != self._hook.id]:
+            hooks[key] = hooks.pop(key)
 
     @property
     def is_idle(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..float64 import widened
 from ..network.blocks import Vector, is_any_missing
 from ..network.layers import Layers
+from ..network.optimizers import does_more
 from ..warning import warn
 
 Group = Mapping[str, Any]
@@ -38,11 +39,17 @@ class _CachedSetting(NamedTuple):
 class Groups:
     """The parameter groups of one or more optimizers, by parameter and by layer; looked up again when they change.
 
-    A parameter is trained in a step if an optimizer that stepped holds it and was given a gradient for it.
+    A parameter is trained in a step if an optimizer that stepped holds it and was given a gradient for it. ``given``
+    are the optimizers as the user passed them, each itself or what steps through it.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], layers: Layers) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], given: Sequence[Any], layers: Layers) -> None:
         self._optimizers, self._layers = optimizers, layers
+        self._rescaling = [
+            one
+            for one, outer in zip(optimizers, given, strict=True)
+            if _rescales(one) or (outer is not one and does_more(outer))
+        ]
         self._of: tuple | None = None
         self._rest: dict[tuple[int, ...], list[int]] = {}
         self._rescaled: set[int] = set()  # groups, by id, of optimizers that do not step along the gradient
@@ -65,7 +72,7 @@ class Groups:
         if now == self._of:
             return
         known, self._of = self._of, now
-        self._rescaled = {id(group) for one in self._optimizers if _rescales(one) for group in one.param_groups}
+        self._rescaled = {id(group) for one in self._rescaling for group in one.param_groups}
         index_of = {id(parameter): index for index, parameter in enumerate(self._layers.parameters)}
         self._group_of = [
             {

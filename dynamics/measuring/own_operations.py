@@ -42,7 +42,7 @@ def doubt(probe: Probe, theta: _Theta, grad: _Theta, grad_hess_grad: Tensor) -> 
     if _differ(passed_on, slope, 0.05, noise * rounded + bent):
         return Doubt(
             True,
-            "an operation or hook of your own passes on a gradient other than that of what it computes, as "
+            "an operation or hook that is not torch's passes on a gradient other than that of what it computes, as "
             f"gradient reversal and straight-through estimators do: along g the loss changes by {slope:.4g}, "
             f"but by {passed_on:.4g} according to g. Predicted changes of the loss use the gradient that is "
             "passed on, which is not that of the measured loss and has no curvature",
@@ -50,7 +50,7 @@ def doubt(probe: Probe, theta: _Theta, grad: _Theta, grad_hess_grad: Tensor) -> 
     if _differ(exact, change, 0.1, noise * length**2 + 3 * bent / epsilon):
         return Doubt(
             False,
-            "the curvature of an operation of your own is not the change of its gradient: gᵀHg is "
+            "the curvature of an operation that is not torch's is not the change of its gradient: gᵀHg is "
             f"{exact:.4g} by its backward pass, and {change:.4g} by differences of gradients. An operation "
             "that passes on a gradient other than its own has no curvature; if autograd cannot differentiate "
             "its backward pass, or a hook on a tensor, write it as a function with "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,6 +33,13 @@ def stepping(optimizer: Any) -> torch.optim.Optimizer:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {kind}{advice}")
         (optimizer,) = within
     return optimizer
+
+
+def does_more(wrapper: Any) -> bool:
+    """Whether a wrapper's step may do more than step the inner optimizer, as frameworks' wrappers do not."""
+    framework = type(wrapper).__module__.partition(".")[0] in ("accelerate", "lightning", "pytorch_lightning")
+    own = inspect.getattr_static(type(wrapper), "step", None)
+    return not framework and isinstance(own, FunctionType) and isinstance(getattr(wrapper, "__dict__", None), dict)
 
 
 def with_those_within(given: Iterable[Any]) -> list[Any]:

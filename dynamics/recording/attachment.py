@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType, FunctionType, MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
 
+from ..network.optimizers import does_more
 from .steps import Steps
 
 _OF_TORCH = sys.modules[torch.optim.Optimizer.__module__].__file__
@@ -37,7 +37,7 @@ class Attachment:
         self._wrappers = {
             number: _Wrapper(outer, begins, partial(done, number))
             for number, (outer, one) in enumerate(zip(given, optimizers, strict=True))
-            if outer is not one and _does_more(outer)
+            if outer is not one and does_more(outer)
         }
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._pre_hooks = [one.register_step_pre_hook(partial(before, number)) for number, one in enumerate(optimizers)]
@@ -218,13 +218,6 @@ class _Wrapper:
             del vars(self._wrapper)["step"]
         else:
             vars(self._wrapper)["step"] = own
-
-
-def _does_more(wrapper: Any) -> bool:
-    """Whether a wrapper's step may do more than step the inner optimizer, as frameworks' wrappers do not."""
-    framework = type(wrapper).__module__.partition(".")[0] in ("accelerate", "lightning", "pytorch_lightning")
-    own = inspect.getattr_static(type(wrapper), "step", None)
-    return not framework and isinstance(own, FunctionType) and isinstance(getattr(wrapper, "__dict__", None), dict)
 
 
 def _is_within_a_step_of(optimizer: torch.optim.Optimizer) -> bool:

@@ -130,7 +130,7 @@ class Recorder:
         network, processes = unwrap(model), Processes(model)
         check_pair(model, held)
         self._layers = Layers(network)
-        groups = Groups(held, self._layers)
+        groups = Groups(held, given, self._layers)
         measurement = Measurement(self._layers, groups, processes, names)
         origin = provenance.attributes() | {"device": _device_name(self._layers.device)} | described
         present = measurement.present()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from other_optimizers import Lookahead, WithoutHooks
 from prunable import NETWORKS, OPTIMIZERS, batch, goes_with, parameters_with, train
 from prunable import trained as trained_small
 from test_masks import cut
@@ -112,6 +113,29 @@ def test_it_computes_and_trains_as_the_masked_network(name: str, optimizer_name:
         if steps < 2:
             train(model.train(), optimizer, 1)
             train(masked.train(), of_masked, 1)
+
+
+@pytest.mark.parametrize("wrapper", [Lookahead, WithoutHooks])
+def test_an_optimizer_inside_a_wrapper_trains_on_as_the_masked_network_s(wrapper: type) -> None:
+    model, inner = trained("vgg13")
+    masked, of_masked = twin(model, inner)
+    dense, small = (masked, wrapper(of_masked)), (model, wrapper(inner))
+    for pair in (dense, small):
+        train(*pair, 1)
+        Pruner(*pair, "magnitude").prune(0.5)
+    kept = shrink(*small).kept
+    for pair in (dense, small):
+        train(*pair, 3)
+    for (name, parameter), whole in zip(model.named_parameters(), masked.parameters(), strict=True):
+        assert_same(parameter, whole.flatten()[kept[name]] if name in kept else whole)
+
+
+def test_what_an_optimizer_keeps_of_all_parameters_by_a_name_is_refused() -> None:
+    model, optimizer = trained("vgg13")
+    Pruner(model, optimizer, "magnitude").prune(0.5)
+    optimizer.state["all"] = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    with pytest.raises(ValueError, match="SGD keeps 'all' of its parameters in a shape of its own"):
+        shrink(model, optimizer)
 
 
 @pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1"])

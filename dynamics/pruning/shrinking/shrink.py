@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...network.identities import Identity, expand, identities, is_layer, keep_units
 from ...network.masks import parameter_masks, replace_mask
-from ...network.optimizers import as_given
+from ...network.optimizers import as_given, with_those_within
 from ...network.structure import check_whole
 from ...network.wrappers import unwrap
 from ...words import counted
@@ -68,7 +68,7 @@ def shrink(
         ValueError: a silenced filter's channel feeds into something that cannot be shrunk, which is named; or the model
             does not run on the inputs. Model and optimizer are then untouched.
     """
-    optimizers = [] if optimizer is None else as_given(optimizer)
+    optimizers = [] if optimizer is None else with_those_within(as_given(optimizer))
     _check_plain(model)
     model = unwrap(model)
     inputs = _noise(model) if inputs is None else inputs
@@ -121,7 +121,9 @@ def _noise(model: nn.Module) -> Tensor:
 
 def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in getattr(optimizer, "state", {}).items():
+        if not isinstance(parameter, Tensor):  # what is kept of all parameters, by a name
+            state = {parameter: state}
         for key, value in state.items():
             shape = value.shape if isinstance(value, Tensor) else torch.Size()
             of_all = isinstance(value, list | tuple | dict)  # LBFGS keeps one history of all parameters
@@ -156,9 +158,9 @@ def _replace(model: nn.Module, name: str, kept: Tensor, optimizers: Sequence[tor
 
 
 def _replace_in(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, kept: Tensor) -> None:
-    for group in optimizer.param_groups:
+    for group in getattr(optimizer, "param_groups", ()):
         group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
-    if old in optimizer.state:
+    if old in getattr(optimizer, "state", ()):
         optimizer.state[new] = {
             key: take(value, kept) if isinstance(value, Tensor) and value.shape == old.shape else value
             for key, value in optimizer.state.pop(old).items()

@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
+from numbers import Number
 from pathlib import Path
 from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .walk import walk
@@ -25,6 +27,7 @@ OF_OTHERS = (
     *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
 )
 OURS = __name__.partition(".")[0]
+_WITHOUT_MODULES = (Number, str, bytes, Tensor, np.ndarray, type, ModuleType)
 
 
 def package(kind: type) -> str:
@@ -114,7 +117,7 @@ def modules_of(function: Any) -> list[nn.Module]:
             return value.values()
         elif isinstance(value, list | tuple | set | deque):
             return value
-        elif isinstance(value, type | ModuleType):
+        elif isinstance(value, _WITHOUT_MODULES):  # of which there may be many
             return ()
         return referred(value) or held(value)
 

@@ -1,7 +1,8 @@
 """What a loss refers to besides the model, such as a memory bank: as it was, whichever of its methods is called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,6 +95,9 @@ WAYS: dict[str, tuple[type[nn.Module], Callable[[nn.Module], Callable]]] = {
 }
 
 
+METHODS = ("method", "in a list", "in a dictionary", "in a library's object")
+
+
 def made(way: str) -> tuple[nn.Module, nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
     """A model, what is beside it, and the objective."""
     kind, objective = WAYS[way]
@@ -126,6 +130,8 @@ def test_a_training_beside_it_stays_as_it_was_and_is_measured_as_it_was(tmp_path
         assert counts == ((0, 0) if isinstance(beside, Entered) else (4, 4))
     assert losses[True] == losses[False]
     assert all(map(torch.equal, ends[True], ends[False]))
+    if way in METHODS:  # of which nobody tells when they run: they are measured as they are then
+        return
     curvature = open_run(tmp_path / "True").curvature
     for quantity in by_hand[0]:
         found = curvature[quantity].sum("layer") if "layer" in curvature[quantity].dims else curvature[quantity]
@@ -145,14 +151,16 @@ def test_an_event_before_the_training_leaves_no_trace_of_it(tmp_path: Path, way:
     assert (beside.depth if isinstance(beside, Entered) else beside.bank.times) == 0
 
 
-def test_what_is_run_by_a_method_is_no_state_that_a_graph_could_repeat() -> None:
-    model, _, objective = made("method")
-    probe = Probe(model, objective, [torch.randn(8, 6)])
+@pytest.mark.parametrize("runs", [True, False])
+def test_what_is_run_by_a_method_is_no_state_that_a_graph_could_repeat(runs: bool) -> None:
+    model, beside = nn.Linear(6, 4), Loss()
+    probe = Probe(model, lambda model, x: beside.measure(model(x)) if runs else model(x).sum(), [torch.randn(8, 6)])
+    probe.doubted = True
     probe.loss()
-    assert not probe.repeatable
-    plain = Probe(model, lambda model, x: model(x).square().mean(), [torch.randn(8, 6)])
-    plain.loss()
-    assert plain.repeatable
+    assert probe.repeatable != runs
+
+
+UNRELATED = nn.BatchNorm1d(4)
 
 
 def test_modules_that_an_objective_refers_to() -> None:
@@ -161,3 +169,110 @@ def test_modules_that_an_objective_refers_to() -> None:
     assert set(modules_of(lambda model, x: holder.one)) == {loss, loss.bank, other}
     assert modules_of(None) == []
     assert modules_of(lambda model, x: model(x)) == []
+    assert modules_of(lambda model, x: UNRELATED) == [UNRELATED]
+
+
+class Loading(Mapping):
+    """A data set that loads what one looks at."""
+
+    loaded = 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+    def __getitem__(self, key: int) -> Tensor:
+        self.loaded += 1
+        return torch.randn(6)
+
+
+class Listed(list):
+    def __iter__(self) -> Iterator[Any]:
+        torch.randn(1)
+        return super().__iter__()
+
+
+class Trainer:
+    """Holds much that its loss does not use."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.data, self.items, self.loss = Loading(), Listed([1, 2]), loss
+        self.lazy, self.scripted, self.busy = nn.LazyBatchNorm1d(), torch.jit.script(nn.Linear(2, 2)), Bank()
+        self.loss.items = Listed([1.0, 2.0])
+
+    def objective(self, model: nn.Module, x: Tensor) -> Tensor:
+        return self.loss.measure(model(x))
+
+
+def test_nothing_that_the_loss_does_not_use_is_touched(tmp_path: Path) -> None:
+    """No code of its own runs, and what another thread or a graph of the loop has of it stays as it is."""
+    losses = {}
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model, trainer = nn.Linear(6, 4), Trainer(Loss())
+        scale = torch.ones(4)
+        trainer.busy.scale = scale
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        losses[recorded] = []
+        with Recorder(tmp_path / f"{recorded}", model, optimizer, objective=trainer.objective,
+                      curvature_every=recorded) as recorder:  # fmt: skip
+            for _ in range(3):
+                x = torch.randn(8, 6)
+                recorder.observe(x)
+                loss = trainer.objective(model, x)
+                other = (torch.ones(4, requires_grad=True) * scale).sum()  # its graph keeps the scale
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                other.backward()
+                losses[recorded].append(loss.item())
+        assert trainer.data.loaded == 0
+    assert losses[True] == losses[False]
+    assert open_run(tmp_path / "True").curvature.sizes["step"] == 3
+
+
+def test_what_another_thread_runs_meanwhile_stays(tmp_path: Path) -> None:
+    """Its calls are told apart by their hooks."""
+    model, trainer = nn.Linear(6, 4), Trainer(Loss())
+
+    def objective(model: nn.Module, x: Tensor) -> Tensor:
+        thread = Thread(target=trainer.busy, args=(torch.ones(2, 4),))
+        thread.start()
+        thread.join()
+        return trainer.loss.measure(model(x))
+
+    Probe(model, objective, [torch.randn(8, 6)]).loss()
+    assert trainer.busy.times == 1
+    assert trainer.busy.mean.any()
+    assert trainer.loss.bank.times == 0
+
+
+class Whole(nn.Module):
+    """Runs one of two parts by itself, the other one only if asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Bank(), Bank()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x)
+
+
+def test_a_part_that_is_called_by_itself_before_the_whole_is_measured_as_it_was_called(tmp_path: Path) -> None:
+    model, whole, losses = nn.Linear(6, 4), Whole(), []
+
+    def objective(model: nn.Module, x: Tensor) -> Tensor:
+        outputs = model(x)
+        return whole.first(outputs) + whole(outputs)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for _ in range(3):
+            recorder.observe(x := torch.randn(8, 6))
+            losses.append(objective(model, x))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+    np.testing.assert_allclose(open_run(tmp_path / "run").curvature.loss_before, [one.item() for one in losses], 1e-12)

@@ -29,9 +29,9 @@ def train(model: nn.Module, optimizer: Any, steps: int) -> None:
         optimizer.step()
 
 
-def columns(model: nn.Module, optimizer: Any, **settings: Any) -> Tensor:
+def columns(model: nn.Module, optimizer: Any, *, sparsity: float = 0.5, **settings: Any) -> Tensor:
     """Prune single weights by magnitude, as a user does; returns which of the first layer are gone."""
-    pruned = Pruner(model, optimizer, "magnitude", granularity="weight", **settings).prune(0.5)
+    pruned = Pruner(model, optimizer, "magnitude", granularity="weight", **settings).prune(sparsity)
     return ~pruned.alive["0"]
 
 
@@ -111,9 +111,11 @@ def test_an_optimizer_that_moves_what_is_pruned_is_told_of_once_and_can_be_mende
             assert model[0].weight[gone].any()
             apply_masks(model, parameter_masks(model), optimizer)
             assert not model[0].weight[gone].any()
-    assert len(said) == 1
-    assert said[0].filename == __file__
-    assert not optimizer._optimizer_step_post_hooks
+        assert len(said) == 1
+        assert said[0].filename == __file__
+        columns(model, optimizer, sparsity=0.7)
+        train(model, optimizer, 1)
+        assert len(said) == 1
 
 
 def test_a_wrapper_that_moves_it_later_is_told_of_by_its_own_name() -> None:
@@ -153,3 +155,89 @@ def test_a_network_that_is_gone_is_not_looked_at() -> None:
     del model
     weights[0].data[0, 0] = 1
     optimizer.step()
+
+
+def test_networks_that_are_gone_leave_no_hooks() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)
+    for _ in range(5):
+        apply_masks(network(), {"0.weight": torch.arange(36).view(6, 6) != 0}, optimizer)
+        optimizer.step()
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
+def test_a_parameter_that_is_removed_or_made_of_others_is_not_looked_at() -> None:
+    """Nor is what makes it run: a power iteration would be one more than the training's."""
+    model = network()
+    optimizer = sgd(model)
+    apply_masks(model, {"0.weight": torch.arange(36).view(6, 6) != 0, "0.bias": torch.arange(6) != 0}, optimizer)
+    model[0].bias = None
+    made: list[Tensor] = []
+
+    class Making(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            made.append(weight)
+            return weight
+
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Making())
+    made.clear()
+    train(model, optimizer, 2)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("given", [[], "a list", None])
+def test_what_is_no_optimizer_is_refused_before_anything_is_pruned(given: Any) -> None:
+    model = network()
+    given = [sgd(model)] if given == "a list" else given
+    with pytest.raises(TypeError, match="an optimizer, or what steps through one, has a state"):
+        apply_masks(model, {"0.weight": torch.arange(36).view(6, 6) != 0}, given)
+    assert not parameter_masks(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_masks_of_other_types(dtype: torch.dtype) -> None:
+    model = network()
+    apply_masks(model, {"0.weight": (torch.arange(36).view(6, 6) != 0).to(dtype)}, sgd(model))
+    assert (model[0].weight != 0).sum() == 35
+    assert parameter_masks(model)["0.weight"].dtype is torch.bool
+
+
+def test_state_of_which_nothing_is_pruned_may_be_quantised_and_truth_values_are_masked() -> None:
+    model = network()
+    optimizer = Keeping(model.parameters(), *QUANTISED["codes"][:2])
+    train(model, optimizer, 2)
+    optimizer.state[model[2].bias]["kept"] = torch.ones(3, dtype=torch.bool)
+    whole = {"0.weight": torch.ones(6, 6, dtype=torch.bool)}
+    apply_masks(model, whole | {"2.bias": torch.arange(3) != 0}, optimizer)
+    assert optimizer.state[model[2].bias]["kept"].tolist() == [False, True, True]
+
+
+def test_a_name_that_is_projected_elsewhere_is_masked_where_it_is_not() -> None:
+    """As GaLore keeps moments: of another shape where it projects a gradient, of the parameter's where it does not."""
+    model = network()
+    optimizer = sgd(model)
+    train(model, optimizer, 2)
+    optimizer.state[model[0].weight]["momentum_buffer"] = torch.randn(2, 6)
+    apply_masks(model, {"2.weight": torch.arange(18).view(3, 6) != 0}, optimizer)
+    assert (optimizer.state[model[2].weight]["momentum_buffer"] == 0).sum() == 1
+
+
+def test_state_is_dropped_of_this_network_alone_and_of_all_its_parameters() -> None:
+    class Hybrid(torch.optim.SGD):
+        """Steps some of its parameters by another optimizer, and knows one of another network."""
+
+        def __init__(self, model: nn.Module, other: nn.Module) -> None:
+            super().__init__(model[0].parameters(), 0.1, momentum=0.9)
+            self.aux, self.partner = sgd(model[2]), sgd(other)
+
+        def step(self, closure: Callable | None = None) -> None:
+            super().step()
+            self.aux.step()
+
+    model, other = network(), network()
+    optimizer = Hybrid(model, other)
+    train(model, optimizer, 2)
+    train(other, optimizer.partner, 2)
+    columns(model, optimizer, keep_state=False)
+    assert not optimizer.state
+    assert not optimizer.aux.state
+    assert len(optimizer.partner.state) == 4

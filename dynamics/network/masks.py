@@ -55,17 +55,18 @@ def filters_left(model: nn.Module, layer: str) -> Tensor:
 
 def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
     """A parameter's own mask, moved to the parameter's device; None if it has none."""
-    masks = owner.__dict__.get(_MASKS, {})
-    if leaf in masks and masks[leaf].device != (device := getattr(owner, leaf).device):
-        masks[leaf] = masks[leaf].to(device)
+    masks, parameter = owner.__dict__.get(_MASKS, {}), owner._parameters.get(leaf)
+    if leaf in masks and parameter is not None and masks[leaf].device != parameter.device:
+        masks[leaf] = masks[leaf].to(parameter.device)
     return masks.get(leaf)
 
 
 def _pruned(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, value and mask of each parameter that is masked by this file."""
+    """Name, value and mask of each parameter that is masked by this file, and still there."""
     for path, module in model.named_modules():
         for leaf in module.__dict__.get(_MASKS, {}):
-            yield f"{path}.{leaf}".removeprefix("."), getattr(module, leaf), cast(Tensor, _mask(module, leaf))
+            if (parameter := module._parameters.get(leaf)) is not None:
+                yield f"{path}.{leaf}".removeprefix("."), parameter, cast(Tensor, _mask(module, leaf))
 
 
 def _register(model: nn.Module, name: str, mask: Tensor) -> None:
@@ -135,9 +136,10 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
     all the same, because it mixes entries as Shampoo does, is warned of.
 
     Raises:
+        TypeError: an optimizer is none, such as a list of some.
         ValueError: an optimizer keeps quantised numbers of a parameter. Nothing is then pruned.
     """
-    called = {getattr(*_owner(model, name)): name for name in keep}
+    called = {getattr(*_owner(model, name)): name for name, kept in keep.items() if not kept.all()}
     states = of_each_entry(called, with_those_within(optimizers))
     lessened = False
     for name, kept in keep.items():
@@ -146,10 +148,10 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
         if mask is None:
             mask = torch.ones_like(parameter, dtype=torch.bool)
             _register(model, name, mask)
-        kept = kept.to(mask.device)
+        kept = kept.to(mask.device, torch.bool)
         lessened |= bool((mask & ~kept).any())
         mask.logical_and_(kept)
-        for tensor in (parameter, parameter.grad, *states[parameter]):
+        for tensor in (parameter, parameter.grad, *states.get(parameter, ())):
             if tensor is not None:
                 _zero(tensor, mask)
     if lessened:

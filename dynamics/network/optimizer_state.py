@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .optimizers import held_by, with_those_within
 
 
 def of_each_entry(parameters: Mapping[Tensor, str], optimizers: Iterable[Any]) -> dict[Tensor, list[Tensor]]:
     """The tensors of each parameter's state that have its shape, so that an entry of them belongs to one of its own.
 
-    What is called the same but has another shape than its parameter elsewhere, such as the preconditioners of Shampoo,
-    has that of a square one by chance, and is left out.
+    A square matrix of a square parameter is left out if what is called the same has another shape than its parameter
+    elsewhere: it has the same by chance, as the preconditioners of Shampoo have.
 
     Raises:
+        TypeError: one of the optimizers is none.
         ValueError: some of them are quantised, so that no one knows which number stands for zero.
     """
     found: dict[Tensor, list[Tensor]] = {parameter: [] for parameter in parameters}
     for optimizer in optimizers:
-        named = {key: dict(_named(kept)) for key, kept in getattr(optimizer, "state", {}).items()}
+        if not isinstance(state := getattr(optimizer, "state", None), Mapping):
+            raise TypeError(f"an optimizer, or what steps through one, has a state by parameter; got {optimizer!r:.60}")
+        named = {key: dict(_named(kept)) for key, kept in state.items()}
         others = {
             name
             for key, tensors in named.items()
@@ -29,10 +35,26 @@ def of_each_entry(parameters: Mapping[Tensor, str], optimizers: Iterable[Any]) -
         }
         for parameter, called in parameters.items():
             for name, tensor in named.get(parameter, {}).items():
-                if tensor.shape == parameter.shape and name not in others:
+                by_chance = name in others and tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+                if tensor.shape == parameter.shape and not by_chance:
                     _check(tensor, f"{type(optimizer).__name__} keeps {name[-1]!r} of {called!r}")
                     found[parameter].append(tensor)
     return found
+
+
+def drop_state(optimizers: Iterable[Any], parameters: Iterable[Tensor]) -> None:
+    """Drop what optimizers, and those that these hold, keep of parameters.
+
+    What a wrapper itself keeps of those that an optimizer within it holds stays, such as Lookahead's slow weights.
+    """
+    ours = set(parameters)
+    for optimizer in with_those_within(optimizers):
+        groups = [group for inner in held_by(optimizer) for group in inner.param_groups]
+        dropped = ours.difference(*(group["params"] for group in groups))
+        if dropped.issuperset(optimizer.state):
+            optimizer.state.clear()
+        for parameter in dropped.intersection(optimizer.state):
+            del optimizer.state[parameter]
 
 
 def _named(state: Any, *path: Any) -> Iterator[tuple[tuple, Tensor]]:
@@ -45,7 +67,8 @@ def _named(state: Any, *path: Any) -> Iterator[tuple[tuple, Tensor]]:
 
 
 def _check(tensor: Tensor, said: str) -> None:
-    if is_traceable_wrapper_subclass(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+    known = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
+    if is_traceable_wrapper_subclass(tensor) or not known:
         kind = str(tensor.dtype).removeprefix("torch.") if type(tensor) is Tensor else type(tensor).__name__
         raise ValueError(
             f"{said} as {kind}, whose entries cannot be set to zero: drop the state as you prune, with "

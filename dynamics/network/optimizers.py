@@ -26,7 +26,7 @@ def stepping(optimizer: Any) -> torch.optim.Optimizer:
     given = optimizer
     while not _has_hooks(optimizer):
         named = [getattr(optimizer, name, None) for name in _WITHIN]
-        within = [one for one in named if isinstance(one, torch.optim.Optimizer)][:1] or _held(optimizer)
+        within = [one for one in named if isinstance(one, torch.optim.Optimizer)][:1] or held_by(optimizer)
         if len(within) != 1:
             advice = f", which wraps {len(within)} optimizers: pass these as a list" if within else ""
             kind = f"{type(given).__module__}.{type(given).__name__}".removeprefix("builtins.")
@@ -49,16 +49,11 @@ def with_those_within(given: Iterable[Any]) -> list[Any]:
         one = ahead.pop(0)
         if id(one) not in found:
             found[id(one)] = one
-            ahead += _held(one)
+            ahead += held_by(one)
     return list(found.values())
 
 
-def innermost(given: Iterable[Any]) -> list[Any]:
-    """Those of the given optimizers, and of all that these hold, that hold no other."""
-    return [one for one in with_those_within(given) if not _held(one)]
-
-
-def _held(optimizer: Any) -> list[torch.optim.Optimizer]:
+def held_by(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The optimizers among an object's attributes, each once."""
     held = {id(one): one for one in getattr(optimizer, "__dict__", {}).values()}.values()
     return [one for one in held if isinstance(one, torch.optim.Optimizer)]

@@ -25,9 +25,12 @@ def watch_zeros(model: nn.Module, optimizers: Iterable[Any], pruned: Pruned) -> 
             optimizer = stepping(given)
         except TypeError:
             continue
-        hooks = optimizer._optimizer_step_post_hooks.values()
-        if looks := [hook for hook in hooks if isinstance(hook, _Look) and hook.model() is model]:
-            looks[0].steps = 0
+        looks = [hook for hook in optimizer._optimizer_step_post_hooks.values() if isinstance(hook, _Look)]
+        for look in looks:
+            if look.model() is None:
+                look.remove()
+        if of_model := [look for look in looks if look.model() is model]:
+            of_model[0].steps = 0
         else:
             _Look(model, optimizer, type(given).__name__, pruned)
 
@@ -37,28 +40,29 @@ class _Look:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, name: str, pruned: Pruned) -> None:
         self.model, self.steps = weakref.ref(model), 0
-        self._name, self._pruned = name, pruned
-        self._hook = optimizer.register_step_post_hook(self)
+        self._name, self._pruned, self._said = name, pruned, False
+        self.remove = optimizer.register_step_post_hook(self).remove
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         model = self.model()
         if model is None or torch.compiler.is_compiling() or _is_captured():
             return
         self.steps += 1
-        if self.steps & (self.steps - 1):
+        if self._said or self.steps & (self.steps - 1):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter, mask in self._pruned(model):
             if id(parameter) in held and _is_whole(parameter, mask):
-                values = parameter.detach()[~mask]
+                values = parameter.detach().masked_fill(mask, 0)
                 if moved := int(values.count_nonzero()):
-                    self._hook.remove()
+                    self._said = True
                     warn(
-                        f"{moved} of {len(values)} pruned entries of {name!r} are not zero after a step of "
+                        f"{moved} of {int((~mask).sum())} pruned entries of {name!r} are not zero after a step of "
                         f"{self._name}, the largest of them {float(values.abs().max()):.2g}. They stay at zero only if "
-                        "an optimizer updates each entry by its own gradient and state. Dropping that state as you "
-                        "prune may be enough: Pruner(..., keep_state=False). If not, set them to zero after each step: "
-                        "apply_masks(model, parameter_masks(model), optimizer), both from dynamics.pruning"
+                        "nothing else sets them, and the optimizer updates each entry by its own gradient and state. "
+                        "Dropping that state as you prune may be enough: Pruner(..., keep_state=False). If not, set "
+                        "them to zero after each step: apply_masks(model, parameter_masks(model), optimizer), both "
+                        "from dynamics.pruning"
                     )
                     return
 

@@ -48,11 +48,8 @@ class Bystanders:
             if not (self._known is None or module in self._known):
                 return
             if (at := moment()) is not None:
-                for one in module.modules():
-                    with suppress(Exception):  # a module may be anything; then its state when the probe runs has to do
-                        if one not in ours:
-                            parameters = one in self._moving or self._are_few(one)
-                            at.keep_another(one, parameters=parameters, itself=one is module)
+                with suppress(Exception):  # a module may be anything; then its state when the probe runs has to do
+                    at.keep_another(module, parameters=module in self._moving or self._are_few(module))
 
         self._hook = register_module_forward_pre_hook(runs)
 

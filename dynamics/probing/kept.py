@@ -31,7 +31,7 @@ from .contents import (
     take_tensor,
     takes_of_variables,
 )
-from .ownership import OF_OTHERS, OURS, held, is_users, manages, package, passed_on, referred
+from .ownership import OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on, referred
 from .walk import walk
 
 _FEW = 2**20  # so many numbers are kept in any case
@@ -69,7 +69,7 @@ class Kept:
         return len(self._numbers) == len(other._numbers) and all(map(are_equal, self._numbers, other._numbers))
 
 
-def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept:
+def kept(modules: Iterable[nn.Module], function: Callable | None = None, *, bounded: bool = False) -> Kept:
     """Keep the plain attributes of modules, of their classes and parameters, and what a function refers to.
 
     Attributes are put back as the same objects. The contents of tensors, arrays, lists, dictionaries, sets, deques and
@@ -79,10 +79,10 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
     forward methods refer to, directly or through the user's own objects, only random generators are kept. Of the
     function, these are kept and its closure and global variables, if they are numbers, tensors, collections or the
     user's own objects; but not what is trained, nor many more numbers than the modules have parameters, as in a data
-    set.
+    set. If ``bounded``, no more than some objects of the modules are kept, those that lie nearest to them.
     """
     modules = list(modules)
-    keeper = _Keeper(modules)
+    keeper = _Keeper(modules, bounded)
     own = (module for module in modules if not isinstance(module, torch.jit.ScriptModule))
     forwards = (getattr(type(module), "forward", None) for module in own)
     keeper.look_for_generators(list(dict.fromkeys(forwards)))
@@ -94,7 +94,7 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None) -> Kept
 class _Keeper:
     """Finds what is to be kept, each object once; objects that cannot be examined are left alone."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], bounded: bool) -> None:
         self.takes: list[Take] = []
         self.trained: list[Tensor] = []
         self._seen: set[Any] = {storage_of(one) for module in modules for one in module._parameters.values()}
@@ -110,7 +110,7 @@ class _Keeper:
         for kind in {type(module) for module in modules if is_users(type(module))}:
             self.takes.append(partial(take_class, kind))
             values += data_of(kind).values()
-        walk(values, self._visit_once, bounded=False)
+        walk(values, self._visit_once, bounded=bounded)
 
     def _visit_once(self, value: Any) -> Iterable[Any]:
         if id(value) in self._seen:
@@ -130,9 +130,9 @@ class _Keeper:
                 self.takes.append(partial(take_array, value))
         elif isinstance(value, dict | list | deque | set):
             self.takes.append(partial(take_container, value))
-            return list(value.values() if isinstance(value, dict) else value)
+            return entries(value)
         elif isinstance(value, tuple):
-            return value
+            return entries(value)
         elif isinstance(value, BuiltinMethodType | partial):
             return referred(value)
         elif self._is_own(value):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..curvature.ordinary import is_batched
 from ..hardware.random_numbers import RandomState, random_numbers_untouched
-from .contents import PutBack, storage_of
-from .kept import kept
+from .contents import PutBack, may_be_kept, storage_of, take_tensor
+from .kept import Kept, kept
 from .ownership import modules_of
 from .undrawn import undrawn
 
@@ -25,15 +26,15 @@ Tensors = Mapping[str, Tensor | None]
 class _Other(NamedTuple):
     """A module outside the model as it ran: its attributes, buffers and parameters.
 
-    Of parameters that are not kept, ``norms`` tell whether they have moved since. ``itself``: whether it was called
-    itself, or may have been run by another that was called.
+    Of parameters that are not kept, ``norms`` tell whether they have moved since. ``by``: the module that was called,
+    itself or the one that it is a part of, and may have been run by.
     """
 
     attributes: PutBack
     buffers: Tensors
     parameters: Tensors
     norms: Mapping[str, float]
-    itself: bool
+    by: nn.Module
 
 
 class Moment:
@@ -43,12 +44,12 @@ class Moment:
     says what.
 
     Attributes:
-        beside: modules outside the model that the objective refers to, and may run by any of their methods.
         frozen: copies of the parameters that are not trained, which a forward pass may move; only if ``keep_frozen``.
         others: modules outside the model that were called since, each with its state when its last forward pass began.
         replaced: parameters that a forward pass has replaced by others, as found by :meth:`look_for_replaced`.
         moved_others: modules whose parameters were not kept, and had changed when they ran :meth:`again`.
         shares_parameters: whether a module outside that ran :meth:`again` shares parameters with the model.
+        changed_beside: whether a module that the objective refers to was changed :meth:`again`, if that was looked for.
     """
 
     def __init__(
@@ -70,13 +71,9 @@ class Moment:
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.replaced: dict[str, Tensor] = {}
         self._outside: Mapping[str, Tensor] = {}  # for a forward pass: parameters when its batch was seen
-        ours = set(model.modules())
-        self.beside = [module for module in modules_of(objective) if module not in ours]
-        self._attributes_beside = kept(self.beside)
-        self._buffers_beside = [(module._buffers, _copies(_own(module._buffers))) for module in self.beside]
         self.others: dict[nn.Module, _Other] = {}
         self.moved_others: set[nn.Module] = set()
-        self.shares_parameters = False
+        self.shares_parameters = self.changed_beside = False
 
     def _frozen(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
@@ -93,16 +90,23 @@ class Moment:
         moment._random, moment.others, moment.moved_others = RandomState(self._device), dict(self.others), set()
         return moment
 
-    def keep_another(self, module: nn.Module, *, parameters: bool, itself: bool) -> None:
+    def keep_another(self, module: nn.Module, *, parameters: bool) -> None:
         """Keep the state of a module outside the model as it runs; its ``parameters`` too if asked, for these may move.
 
         The last run counts: a network may run for its own loss, step, and then run for this one. Parameters that it
-        shares with the model are the model's, and move with these.
+        shares with the model are the model's, and move with these. Its parts are kept, too, without their parameters,
+        because it may run them by their forward methods, which call no hooks; those that are called keep themselves.
         """
+        ours = set(self._model.modules())
         own = {name: one for name, one in _own(module._parameters).items() if id(one) not in self._names}
         held = _copies(own) if parameters else {}
-        norms = {} if held else _norms(own)
-        self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms, itself)
+        self._keep(module, held, {} if held else _norms(own), module)
+        for part in module.modules():
+            if part not in ours and (part not in self.others or self.others[part].by is module is not part):
+                self._keep(part, {}, {}, module)
+
+    def _keep(self, module: nn.Module, held: Tensors, norms: Mapping[str, float], by: nn.Module) -> None:
+        self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms, by)
 
     def _shared(self, module: nn.Module) -> Tensors:
         """The parameters that a module outside shares with the model: the tensors that the model has for them now."""
@@ -190,7 +194,7 @@ class Moment:
             ours.copy_(theirs[name])
 
     @contextmanager
-    def again(self, *, present: Collection[Tensor] = ()) -> Iterator[set[nn.Module]]:
+    def again(self, *, present: Collection[Tensor] = (), look: bool = False) -> Iterator[set[nn.Module]]:
         """Inside, random generators and attributes are those of the moment; afterwards they are as they were before.
 
         Iterators cannot be drawn from.
@@ -199,6 +203,9 @@ class Moment:
         their buffers and attributes are restored afterwards. Parameters that they share with the model are those that
         the model is evaluated with, and those that are ``present`` stay as they are. Yields the set to which these
         modules are added. Modules that other threads run meanwhile are ignored.
+
+        A module that the objective refers to may be run by other methods, which call no hooks, or change before its
+        hooks run: it begins as it is at present, and what changed is put back.
         """
         put_back: list[PutBack] = [
             kept(self._model.modules(), self._objective).put_back,
@@ -206,6 +213,17 @@ class Moment:
         ]
         ours, others, here = set(self._model.modules()), set(), threading.get_ident()
         stay, saved = {id(one) for one in present}, set()
+        elsewhere: set[nn.Module] = set()
+        beside = [one for one in (*modules_of(self._objective), *self.others) if one not in ours and may_keep(one)]
+        guards = [_Guard(module) for module in dict.fromkeys(beside)]
+
+        def put_back_beside() -> None:
+            here_only = [guard for guard in guards if guard.module not in elsewhere]
+            self.changed_beside |= look and any(guard.has_changed() for guard in here_only)
+            for guard in here_only:
+                guard.put_back()
+
+        put_back.insert(0, put_back_beside)  # what is first here is put back last: a call has left what it entered
 
         def save(modules: Iterable[nn.Module]) -> None:
             new = [module for module in modules if not (module in ours or module in saved)]
@@ -214,14 +232,16 @@ class Moment:
             put_back.extend(_lent(module._buffers, module._buffers) for module in new)
 
         def calls(module: nn.Module, inputs: tuple) -> None:
-            if threading.get_ident() == here and module not in ours and module not in others:
+            if threading.get_ident() != here:
+                elsewhere.update(module.modules())
+            elif module not in ours and module not in others:
                 others.add(module)
                 if is_batched():  # torch.func has put tensors into the module that are not its own
                     return
-                save(module.modules())
-                begin_again(module, self.others.get(module, _Other(_nothing, module._buffers, {}, {}, True)))
-                for part in module.modules():  # which may be run by its forward method, so that no hook is called
-                    if part not in ours and part not in others and part in self.others and not self.others[part].itself:
+                save(module.modules())  # a part may be run by its forward method, which calls no hook
+                begin_again(module, self.others.get(module, _Other(_nothing, module._buffers, {}, {}, module)))
+                for part in module.modules():
+                    if part not in others and part in self.others and self.others[part].by is module:
                         others.add(part)
                         begin_again(part, self.others[part])
 
@@ -240,9 +260,6 @@ class Moment:
         with random_numbers_untouched(self._device):
             hook = register_module_forward_pre_hook(calls)
             try:
-                save([*self.beside, *self.others])  # before a call begins: what it enters is left again when it ends
-                self._attributes_beside.put_back()
-                put_back.extend(_lent(*buffers) for buffers in self._buffers_beside)
                 self._attributes.put_back()
                 self._random.restore()
                 with undrawn(self._model.modules(), self._objective):
@@ -252,6 +269,37 @@ class Moment:
                 with ExitStack() as all_of_them:  # all run even if one fails
                     for one in put_back:
                         all_of_them.callback(one)
+
+
+class _Guard:
+    """The state of a module as it is now, to be put back in place where it changes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self._takes = module, []
+        with suppress(Exception):  # a module may be anything
+            self._takes = [kept([module], bounded=True)]
+            self._takes += [Kept([partial(take_tensor, one) for one in _dense(module._buffers)])]
+        self._buffers = dict(module._buffers) if self._takes else {}
+
+    def has_changed(self) -> bool:
+        """Whether it has changed since."""
+        replaced = any(self.module._buffers.get(name) is not one for name, one in self._buffers.items())
+        return replaced or not all(take.now().are_as(take) for take in self._takes)
+
+    def put_back(self) -> None:
+        """Give it its state back."""
+        self.module._buffers.update(self._buffers)
+        for take in self._takes:
+            take.put_back()
+
+
+def may_keep(module: nn.Module) -> bool:
+    """Whether a module may keep state from one run to the next."""
+    return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
+
+
+def _dense(tensors: Tensors) -> list[Tensor]:
+    return [one for one in tensors.values() if one is not None and may_be_kept(one)]
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ OF_OTHERS = (
     *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
 )
 OURS = __name__.partition(".")[0]
+_CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, deque)
 _WITHOUT_MODULES = (Number, str, bytes, Tensor, np.ndarray, type, ModuleType)
 
 
@@ -106,23 +107,31 @@ def referred(value: Any) -> Iterable[Any]:
 def modules_of(function: Any) -> list[nn.Module]:
     """The networks and losses, with all their parts, that a function of the user's own refers to.
 
-    They may be in objects of any library, such as the one that infers with a model and a guide in Pyro.
+    They may be in objects of any library, such as the one that infers with a model and a guide in Pyro. None of the
+    objects' own code runs.
     """
     found: dict[nn.Module, None] = {}
 
     def look(value: Any) -> Iterable[Any]:
         if isinstance(value, nn.Module):
-            found.update(dict.fromkeys(value.modules()))
-        elif isinstance(value, Mapping):
-            return value.values()
-        elif isinstance(value, list | tuple | set | deque):
-            return value
+            found.update({one: None for one in value.modules() if not isinstance(one, torch.jit.ScriptModule)})
+        elif isinstance(value, _CONTAINERS):
+            return entries(value)
         elif isinstance(value, _WITHOUT_MODULES):  # of which there may be many
             return ()
-        return referred(value) or held(value)
+        elif isinstance(value, FunctionType | BuiltinMethodType | MethodType | partial):
+            return referred(value)
+        return held(value)
 
     walk([passed_on(function)], look, bounded=True)
     return list(found)
+
+
+def entries(container: Any) -> list[Any]:
+    """What a dictionary, list, tuple, set or deque holds, by built-in methods even if a subclass overrides them."""
+    if isinstance(container, dict):
+        return list(dict.values(container))
+    return list(next(kind for kind in _CONTAINERS if isinstance(container, kind)).__iter__(container))
 
 
 def passed_on(function: Any) -> Any:

@@ -23,7 +23,7 @@ from ..network.wrappers import forward_unwrapped, unwrap
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .differentiable import differentiable_twice
 from .mode import mode_of
-from .moment import Moment
+from .moment import Moment, may_keep
 from .objective import Objective, scalar
 
 Theta = Mapping[str, Tensor]
@@ -171,7 +171,7 @@ class Probe:
         }
         values = free | pruned | moment.buffers()
         again: AbstractContextManager[set[nn.Module]] = (
-            nullcontext(set()) if self._fixed else moment.again(present=present)
+            nullcontext(set()) if self._fixed else moment.again(present=present, look=self.doubted and self.repeatable)
         )
         with differentiable_twice(), again as others, forward_unwrapped(self._model), _without_gradients(self._model):
             given = as_measured(copied(batch), self._device)
@@ -186,7 +186,7 @@ class Probe:
             if hooks:
                 self.repeatable, self.own_operations = False, True
             if self.repeatable and not self._fixed:
-                kept = moment.shares_parameters or any(map(_keeps, [*self.others, *moment.beside]))
+                kept = moment.shares_parameters or any(map(may_keep, self.others))
                 self.repeatable = not (moment.drawn() or kept or (self.doubted and moment.counted()))
             loss = scalar(loss)
             if may_run_again(loss, self._model.parameters()):
@@ -195,6 +195,7 @@ class Probe:
                 lend_on_the_way_back(loss, partial(self._lent, values, now))
             if self.own_operations:
                 self.rounding = max(self.rounding, rounding(loss))
+        self.repeatable = self.repeatable and not moment.changed_beside
         return loss
 
     @contextmanager
@@ -265,11 +266,6 @@ def _off_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
 def _listed(booleans: Sequence[Tensor]) -> list[bool]:
     """Scalar tensors as Python booleans, with a single wait for the GPU."""
     return torch.stack([one.to(booleans[0].device) for one in booleans]).tolist() if booleans else []
-
-
-def _keeps(module: nn.Module) -> bool:
-    """Whether a module may keep state from one forward pass to the next."""
-    return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..network.identities import layer_named
 from ..network.masks import apply_masks, filters_left, lift_masks, parameter_masks
-from ..network.optimizers import as_given, innermost
+from ..network.optimizer_state import drop_state
+from ..network.optimizers import as_given
 from ..network.structure import has_any
 from ..network.wrappers import unwrap
 from ..probing.batch import sample_count
@@ -202,8 +203,8 @@ class Pruner:
         """
         self._check_sizes(pruning.alive)
         model = unwrap(self._model)
-        for optimizer in innermost(self._optimizers) if not self._keep_state else []:
-            optimizer.state.clear()
+        if not self._keep_state:
+            drop_state(self._optimizers, model.parameters())
         apply_masks(model, self._touched(pruning.alive), *self._optimizers)
         if self._protocol.revive_silenced:
             lift_masks(model, masks_of(model, self._units, pruning.alive))

@@ -126,7 +126,7 @@ def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
             state = {parameter: state}
         for key, value in state.items():
             shape = value.shape if isinstance(value, Tensor) else torch.Size()
-            of_all = isinstance(value, list | tuple | dict)  # LBFGS keeps one history of all parameters
+            of_all = isinstance(value, list | tuple | dict) and bool(value)  # LBFGS keeps one history of all parameters
             if names and (of_all or (parameter in names and shape.numel() != 1 and shape != parameter.shape)):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {key!r} of {names.get(parameter, 'its parameters')} in a shape "

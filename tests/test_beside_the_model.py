@@ -233,6 +233,46 @@ def test_nothing_that_the_loss_does_not_use_is_touched(tmp_path: Path) -> None:
     assert open_run(tmp_path / "True").curvature.sizes["step"] == 3
 
 
+def test_a_buffer_that_a_method_fills_before_its_graph_keeps_it(tmp_path: Path) -> None:
+    """Putting it back in place would end the evaluation's own backward pass."""
+    model, bank, losses = nn.Linear(6, 4), Bank(), []
+
+    def objective(model: nn.Module, x: Tensor) -> Tensor:
+        bank.mean.fill_(x.mean())
+        return (bank.mean * model(x)).square().mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for _ in range(3):
+            recorder.observe(x := torch.randn(8, 6))
+            losses.append(objective(model, x))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+    np.testing.assert_allclose(open_run(tmp_path / "run").curvature.loss_before, [one.item() for one in losses], 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore:.torch.jit.trace_method")
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_scripted_teacher(tmp_path: Path, mode: str) -> None:
+    teacher = torch.jit.script(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).train(mode == "train"))
+    model, losses = nn.Linear(6, 4), []
+
+    def objective(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x) - teacher(x)).square().mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for _ in range(3):
+            recorder.observe(x := torch.randn(8, 6))
+            losses.append(objective(model, x))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+    np.testing.assert_allclose(open_run(tmp_path / "run").curvature.loss_before, [one.item() for one in losses], 1e-12)
+    assert teacher[1].num_batches_tracked == (3 if mode == "train" else 0)
+
+
 def test_what_another_thread_runs_meanwhile_stays(tmp_path: Path) -> None:
     """Its calls are told apart by their hooks."""
     model, trainer = nn.Linear(6, 4), Trainer(Loss())

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..curvature.ordinary import is_batched
 from ..hardware.random_numbers import RandomState, random_numbers_untouched
-from .contents import PutBack, may_be_kept, storage_of, take_tensor
+from .contents import PutBack, are_equal, storage_of, take_tensor
 from .kept import Kept, kept
 from .ownership import modules_of
 from .undrawn import undrawn
@@ -215,13 +215,14 @@ class Moment:
         stay, saved = {id(one) for one in present}, set()
         elsewhere: set[nn.Module] = set()
         beside = [one for one in (*modules_of(self._objective), *self.others) if one not in ours and may_keep(one)]
+        beside = [one for one in beside if not isinstance(one, torch.jit.ScriptModule)]
         guards = [_Guard(module) for module in dict.fromkeys(beside)]
 
         def put_back_beside() -> None:
             here_only = [guard for guard in guards if guard.module not in elsewhere]
             self.changed_beside |= look and any(guard.has_changed() for guard in here_only)
-            for guard in here_only:
-                guard.put_back()
+            for guard in guards:
+                guard.leave() if guard.module in elsewhere else guard.put_back()
 
         put_back.insert(0, put_back_beside)  # what is first here is put back last: a call has left what it entered
 
@@ -272,34 +273,40 @@ class Moment:
 
 
 class _Guard:
-    """The state of a module as it is now, to be put back in place where it changes."""
+    """Gives a module copies of its buffers, so that graphs may save either, and keeps its attributes as they are."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self._takes = module, []
+        self.module, self._attributes, self._own = module, Kept([]), {}
         with suppress(Exception):  # a module may be anything
-            self._takes = [kept([module], bounded=True)]
-            self._takes += [Kept([partial(take_tensor, one) for one in _dense(module._buffers)])]
-        self._buffers = dict(module._buffers) if self._takes else {}
+            self._attributes = kept([module], bounded=True)
+            own = dict(module._buffers)
+            module._buffers.update(_copies(_own(own)))
+            self._own = own
 
     def has_changed(self) -> bool:
-        """Whether it has changed since."""
-        replaced = any(self.module._buffers.get(name) is not one for name, one in self._buffers.items())
-        return replaced or not all(take.now().are_as(take) for take in self._takes)
+        """Whether buffers or attributes have changed since."""
+        now = self.module._buffers
+        same = all(one is None or are_equal(now.get(name), one) for name, one in self._own.items())
+        return not (same and self._attributes.now().are_as(self._attributes))
 
     def put_back(self) -> None:
-        """Give it its state back."""
-        self.module._buffers.update(self._buffers)
-        for take in self._takes:
-            take.put_back()
+        """Give the module its own buffers and its attributes back."""
+        self.module._buffers.update(self._own)
+        self._attributes.put_back()
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Give the module its own buffers back, with what was written to the copies; another thread has run it."""
+        now = dict(self.module._buffers)
+        self.module._buffers.update(self._own)
+        for name, one in self._own.items():
+            if one is not None and one.shape == getattr(now.get(name), "shape", None):
+                one.copy_(now[name])
 
 
 def may_keep(module: nn.Module) -> bool:
     """Whether a module may keep state from one run to the next."""
     return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
-
-
-def _dense(tensors: Tensors) -> list[Tensor]:
-    return [one for one in tensors.values() if one is not None and may_be_kept(one)]
 
 
 @torch.no_grad()
@@ -346,12 +353,16 @@ def _lent(table: dict[str, Any], tensors: Tensors) -> PutBack:
     Copying into the module's own tensors would invalidate graphs that have saved them for their backward passes.
     """
     own = _own(table)
+    if not isinstance(table, dict):  # that of a scripted module, whose tensors cannot be exchanged
+        return Kept([partial(take_tensor, one) for one in own.values() if one is not None]).put_back
     return _put(table, _copies({name: one for name, one in tensors.items() if name in own}))
 
 
 def _put(table: dict[str, Any], tensors: Tensors) -> PutBack:
     """Put tensors into a module's table in place of its own; returns a function that puts these back."""
     own = {name: table[name] for name in tensors}
+    if not own:
+        return _nothing
     table.update(tensors)
     return lambda: table.update(own)
 

@@ -233,6 +233,20 @@ def test_nothing_that_the_loss_does_not_use_is_touched(tmp_path: Path) -> None:
     assert open_run(tmp_path / "True").curvature.sizes["step"] == 3
 
 
+def test_a_buffer_that_two_losses_share_is_shared_where_it_is_measured() -> None:
+    model, first, second = nn.Linear(6, 4), Bank(), Bank()
+    second.mean = first.mean
+
+    def objective(model: nn.Module, x: Tensor) -> Tensor:
+        first.mean.fill_(2.0)
+        return (model(x) * second.mean).sum()
+
+    x = torch.randn(8, 6)
+    np.testing.assert_allclose(Probe(model, objective, [x]).loss().item(), 2 * model(x).sum().item(), 1e-12)
+    assert second.mean is first.mean
+    assert not first.mean.any()
+
+
 def test_a_buffer_that_a_method_fills_before_its_graph_keeps_it(tmp_path: Path) -> None:
     """Putting it back in place would end the evaluation's own backward pass."""
     model, bank, losses = nn.Linear(6, 4), Bank(), []

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..curvature.ordinary import is_batched
 from ..hardware.random_numbers import RandomState, random_numbers_untouched
-from .contents import PutBack, are_equal, storage_of, take_tensor
-from .kept import Kept, kept
+from .contents import PutBack, storage_of
+from .kept import kept
+from .lending import Guard, Tensors, copies, lent, may_keep, own_of, put
 from .ownership import modules_of
 from .undrawn import undrawn
-
-Tensors = Mapping[str, Tensor | None]
 
 
 class _Other(NamedTuple):
@@ -61,6 +59,7 @@ class Moment:
         keep_frozen: bool = False,
     ) -> None:
         self._model, self._device, self._objective = model, device, objective
+        self._ours = set(model.modules())
         self._random, self._attributes = RandomState(device), kept(model.modules(), objective)
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._parameters = {name: one for name, one in model.named_parameters() if isinstance(one, nn.Parameter)}
@@ -97,16 +96,15 @@ class Moment:
         shares with the model are the model's, and move with these. Its parts are kept, too, without their parameters,
         because it may run them by their forward methods, which call no hooks; those that are called keep themselves.
         """
-        ours = set(self._model.modules())
-        own = {name: one for name, one in _own(module._parameters).items() if id(one) not in self._names}
-        held = _copies(own) if parameters else {}
+        own = {name: one for name, one in own_of(module._parameters).items() if id(one) not in self._names}
+        held = copies(own) if parameters else {}
         self._keep(module, held, {} if held else _norms(own), module)
         for part in module.modules():
-            if part not in ours and (part not in self.others or self.others[part].by is module is not part):
+            if part not in self._ours and (part not in self.others or self.others[part].by is module is not part):
                 self._keep(part, {}, {}, module)
 
     def _keep(self, module: nn.Module, held: Tensors, norms: Mapping[str, float], by: nn.Module) -> None:
-        self.others[module] = _Other(kept([module]).put_back, _copies(_own(module._buffers)), held, norms, by)
+        self.others[module] = _Other(kept([module]).put_back, copies(own_of(module._buffers)), held, norms, by)
 
     def _shared(self, module: nn.Module) -> Tensors:
         """The parameters that a module outside shares with the model: the tensors that the model has for them now."""
@@ -216,7 +214,7 @@ class Moment:
         elsewhere: set[nn.Module] = set()
         beside = [one for one in (*modules_of(self._objective), *self.others) if one not in ours and may_keep(one)]
         beside = [one for one in beside if not isinstance(one, torch.jit.ScriptModule)]
-        guards = [_Guard(module) for module in dict.fromkeys(beside)]
+        guards: list[Guard] = []
 
         def put_back_beside() -> None:
             here_only = [guard for guard in guards if guard.module not in elsewhere]
@@ -229,8 +227,9 @@ class Moment:
         def save(modules: Iterable[nn.Module]) -> None:
             new = [module for module in modules if not (module in ours or module in saved)]
             saved.update(new)
-            put_back.append(kept(new).put_back)
-            put_back.extend(_lent(module._buffers, module._buffers) for module in new)
+            if new:
+                put_back.append(kept(new).put_back)
+                put_back.extend(lent(module._buffers, module._buffers) for module in new)
 
         def calls(module: nn.Module, inputs: tuple) -> None:
             if threading.get_ident() != here:
@@ -249,18 +248,22 @@ class Moment:
         def begin_again(module: nn.Module, was: _Other) -> None:
             if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
                 self.moved_others.add(module)
-            put_back.append(_lent(module._buffers, was.buffers))
+            put_back.append(lent(module._buffers, was.buffers))
             shared = self._shared(module)
             self.shares_parameters |= bool(shared)
-            put_back.append(_put(module._parameters, shared))
+            put_back.append(put(module._parameters, shared))
             now = module._parameters
             theirs = {name: one for name, one in was.parameters.items() if id(now.get(name)) not in stay}
-            put_back.append(_lent(module._parameters, theirs))
+            put_back.append(lent(module._parameters, theirs))
             was.attributes()
 
         with random_numbers_untouched(self._device):
             hook = register_module_forward_pre_hook(calls)
             try:
+                same: dict[int, Tensor] = {}
+                for module in dict.fromkeys(beside):
+                    guards.append(Guard(module))
+                    guards[-1].lend(same)
                 self._attributes.put_back()
                 self._random.restore()
                 with undrawn(self._model.modules(), self._objective):
@@ -270,43 +273,6 @@ class Moment:
                 with ExitStack() as all_of_them:  # all run even if one fails
                     for one in put_back:
                         all_of_them.callback(one)
-
-
-class _Guard:
-    """Gives a module copies of its buffers, so that graphs may save either, and keeps its attributes as they are."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self._attributes, self._own = module, Kept([]), {}
-        with suppress(Exception):  # a module may be anything
-            self._attributes = kept([module], bounded=True)
-            own = dict(module._buffers)
-            module._buffers.update(_copies(_own(own)))
-            self._own = own
-
-    def has_changed(self) -> bool:
-        """Whether buffers or attributes have changed since."""
-        now = self.module._buffers
-        same = all(one is None or are_equal(now.get(name), one) for name, one in self._own.items())
-        return not (same and self._attributes.now().are_as(self._attributes))
-
-    def put_back(self) -> None:
-        """Give the module its own buffers and its attributes back."""
-        self.module._buffers.update(self._own)
-        self._attributes.put_back()
-
-    @torch.no_grad()
-    def leave(self) -> None:
-        """Give the module its own buffers back, with what was written to the copies; another thread has run it."""
-        now = dict(self.module._buffers)
-        self.module._buffers.update(self._own)
-        for name, one in self._own.items():
-            if one is not None and one.shape == getattr(now.get(name), "shape", None):
-                one.copy_(now[name])
-
-
-def may_keep(module: nn.Module) -> bool:
-    """Whether a module may keep state from one run to the next."""
-    return bool(module._buffers) or type(module).__module__.partition(".")[0] != "torch"
 
 
 @torch.no_grad()
@@ -331,40 +297,6 @@ def _places(tensors: Tensors) -> dict[str, tuple]:
 def _same(norms: Mapping[str, float], now: Mapping[str, float]) -> bool:
     """Whether norms are unchanged; tensors that are gone, or whose norm was NaN, count as unchanged."""
     return all(now.get(name, norm) == norm or norm != norm for name, norm in norms.items())
-
-
-def _own(tensors: Tensors) -> Tensors:
-    """A module's own tensors: leaves, not results of operations that torch.func.functional_call has put there."""
-    return {name: one for name, one in tensors.items() if one is None or one.is_leaf}
-
-
-def _copies(tensors: Tensors) -> dict[str, Tensor | None]:
-    return {name: None if tensor is None else _copy(tensor) for name, tensor in tensors.items()}
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    own = tensor.detach().clone()
-    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
-
-
-def _lent(table: dict[str, Any], tensors: Tensors) -> PutBack:
-    """Put copies of tensors into a module's table; returns a function that puts its own back.
-
-    Copying into the module's own tensors would invalidate graphs that have saved them for their backward passes.
-    """
-    own = _own(table)
-    if not isinstance(table, dict):  # that of a scripted module, whose tensors cannot be exchanged
-        return Kept([partial(take_tensor, one) for one in own.values() if one is not None]).put_back
-    return _put(table, _copies({name: one for name, one in tensors.items() if name in own}))
-
-
-def _put(table: dict[str, Any], tensors: Tensors) -> PutBack:
-    """Put tensors into a module's table in place of its own; returns a function that puts these back."""
-    own = {name: table[name] for name in tensors}
-    if not own:
-        return _nothing
-    table.update(tensors)
-    return lambda: table.update(own)
 
 
 def _nothing() -> None:

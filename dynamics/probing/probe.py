@@ -22,8 +22,9 @@ from ..network.masks import parameter_masks
 from ..network.wrappers import forward_unwrapped, unwrap
 from .batch import as_measured, copied, layout, sample_count, tensors_of, to_device
 from .differentiable import differentiable_twice
+from .lending import may_keep
 from .mode import mode_of
-from .moment import Moment, may_keep
+from .moment import Moment
 from .objective import Objective, scalar
 
 Theta = Mapping[str, Tensor]

@@ -35,7 +35,19 @@ def columns(model: nn.Module, optimizer: Any, *, sparsity: float = 0.5, **settin
     return ~pruned.alive["0"]
 
 
+class Scheduled:
+    """No optimizer at all: it keeps nothing, and steps by one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        self.optimizer.param_groups[0]["lr"] *= 0.9
+        self.optimizer.step()
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "wrapper without state": lambda model: Scheduled(sgd(model)),
     "wrapper": lambda model: Lookahead(sgd(model)),
     "wrapper without hooks": lambda model: WithoutHooks(sgd(model)),
     "wrapper of a wrapper": lambda model: Lookahead(WithoutHooks(sgd(model))),
@@ -209,6 +221,17 @@ def test_state_of_which_nothing_is_pruned_may_be_quantised_and_truth_values_are_
     whole = {"0.weight": torch.ones(6, 6, dtype=torch.bool)}
     apply_masks(model, whole | {"2.bias": torch.arange(3) != 0}, optimizer)
     assert optimizer.state[model[2].bias]["kept"].tolist() == [False, True, True]
+
+
+def test_what_was_pruned_before_is_masked_again() -> None:
+    """Even by a mask that prunes nothing, as the state may come from before."""
+    model = network()
+    optimizer = sgd(model)
+    apply_masks(model, {"0.weight": torch.arange(36).view(6, 6) != 0}, optimizer)
+    train(model, optimizer, 1)
+    optimizer.state[model[0].weight]["momentum_buffer"] = torch.ones(6, 6)
+    apply_masks(model, {"0.weight": torch.ones(6, 6, dtype=torch.bool)}, optimizer)
+    assert (optimizer.state[model[0].weight]["momentum_buffer"] == 0).sum() == 1
 
 
 def test_a_name_that_is_projected_elsewhere_is_masked_where_it_is_not() -> None:

@@ -139,9 +139,10 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
         TypeError: an optimizer is none, such as a list of some.
         ValueError: an optimizer keeps quantised numbers of a parameter. Nothing is then pruned.
     """
-    called = {getattr(*_owner(model, name)): name for name, kept in keep.items() if not kept.all()}
+    pruned = [name for name, kept in keep.items() if not kept.all() or _mask(*_owner(model, name)) is not None]
+    called = {getattr(*_owner(model, name)): name for name in pruned}
     states = of_each_entry(called, with_those_within(optimizers))
-    lessened = False
+    newly = False
     for name, kept in keep.items():
         owner, leaf = _owner(model, name)
         parameter, mask = getattr(owner, leaf), _mask(owner, leaf)
@@ -149,12 +150,12 @@ def apply_masks(model: nn.Module, keep: Mapping[str, Tensor], *optimizers: torch
             mask = torch.ones_like(parameter, dtype=torch.bool)
             _register(model, name, mask)
         kept = kept.to(mask.device, torch.bool)
-        lessened |= bool((mask & ~kept).any())
+        newly |= bool((mask & ~kept).any())
         mask.logical_and_(kept)
         for tensor in (parameter, parameter.grad, *states.get(parameter, ())):
             if tensor is not None:
                 _zero(tensor, mask)
-    if lessened:
+    if newly:
         watch_zeros(model, optimizers, _pruned)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -24,9 +24,7 @@ def of_each_entry(parameters: Mapping[Tensor, str], optimizers: Iterable[Any]) -
     """
     found: dict[Tensor, list[Tensor]] = {parameter: [] for parameter in parameters}
     for optimizer in optimizers:
-        if not isinstance(state := getattr(optimizer, "state", None), Mapping):
-            raise TypeError(f"an optimizer, or what steps through one, has a state by parameter; got {optimizer!r:.60}")
-        named = {key: dict(_named(kept)) for key, kept in state.items()}
+        named = {key: dict(_named(kept)) for key, kept in _state(optimizer).items()}
         others = {
             name
             for key, tensors in named.items()
@@ -51,10 +49,19 @@ def drop_state(optimizers: Iterable[Any], parameters: Iterable[Tensor]) -> None:
     for optimizer in with_those_within(optimizers):
         groups = [group for inner in held_by(optimizer) for group in inner.param_groups]
         dropped = ours.difference(*(group["params"] for group in groups))
-        if dropped.issuperset(optimizer.state):
-            optimizer.state.clear()
-        for parameter in dropped.intersection(optimizer.state):
-            del optimizer.state[parameter]
+        state = _state(optimizer)
+        if dropped.issuperset(state):
+            state.clear()
+        for parameter in dropped.intersection(state):
+            del state[parameter]
+
+
+def _state(optimizer: Any) -> MutableMapping[Any, Any]:
+    """What an optimizer keeps, by parameter; nothing if it only steps through another."""
+    state = getattr(optimizer, "state", {} if held_by(optimizer) else None)
+    if not isinstance(state, MutableMapping):
+        raise TypeError(f"an optimizer, or what steps through one, has a state by parameter; got {optimizer!r:.60}")
+    return state
 
 
 def _named(state: Any, *path: Any) -> Iterator[tuple[tuple, Tensor]]:

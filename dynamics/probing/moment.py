@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..curvature.ordinary import is_batched
 from ..hardware.random_numbers import RandomState, random_numbers_untouched
-from .contents import PutBack, storage_of
+from .contents import storage_of
 from .kept import kept
-from .lending import Guard, Tensors, copies, lent, may_keep, own_of, put
+from .lending import Tensors, copies, own_of
+from .others import Other, OthersAgain, norms_of, same
 from .ownership import modules_of
 from .undrawn import undrawn
-
-
-class _Other(NamedTuple):
-    """A module outside the model as it ran: its attributes, buffers and parameters.
-
-    Of parameters that are not kept, ``norms`` tell whether they have moved since. ``by``: the module that was called,
-    itself or the one that it is a part of, and may have been run by.
-    """
-
-    attributes: PutBack
-    buffers: Tensors
-    parameters: Tensors
-    norms: Mapping[str, float]
-    by: nn.Module
 
 
 class Moment:
@@ -66,11 +50,11 @@ class Moment:
         self._names = {id(one): name for name, one in self._parameters.items()}
         self._versions = {name: one._version for name, one in self._parameters.items() if one.requires_grad}
         frozen = self._frozen()
-        self._norms, self._places = _norms(frozen), _places(frozen)
+        self._norms, self._places = norms_of(frozen), _places(frozen)
         self.frozen = {name: one.detach().clone() for name, one in frozen.items()} if keep_frozen else {}
         self.replaced: dict[str, Tensor] = {}
         self._outside: Mapping[str, Tensor] = {}  # for a forward pass: parameters when its batch was seen
-        self.others: dict[nn.Module, _Other] = {}
+        self.others: dict[nn.Module, Other] = {}
         self.moved_others: set[nn.Module] = set()
         self.shares_parameters = self.changed_beside = False
 
@@ -98,15 +82,15 @@ class Moment:
         """
         own = {name: one for name, one in own_of(module._parameters).items() if id(one) not in self._names}
         held = copies(own) if parameters else {}
-        self._keep(module, held, {} if held else _norms(own), module)
+        self._keep(module, held, {} if held else norms_of(own), module)
         for part in module.modules():
             if part not in self._ours and (part not in self.others or self.others[part].by is module is not part):
                 self._keep(part, {}, {}, module)
 
     def _keep(self, module: nn.Module, held: Tensors, norms: Mapping[str, float], by: nn.Module) -> None:
-        self.others[module] = _Other(kept([module]).put_back, copies(own_of(module._buffers)), held, norms, by)
+        self.others[module] = Other(kept([module]).put_back, copies(own_of(module._buffers)), held, norms, by)
 
-    def _shared(self, module: nn.Module) -> Tensors:
+    def shared(self, module: nn.Module) -> Tensors:
         """The parameters that a module outside shares with the model: the tensors that the model has for them now."""
         names = {own: self._names[id(one)] for own, one in module._parameters.items() if id(one) in self._names}
         now = dict(self._model.named_parameters()) if names else {}
@@ -136,7 +120,7 @@ class Moment:
     @property
     def moved(self) -> bool:
         """Whether a parameter that is not trained has changed since."""
-        return not _same(self._norms, _norms(self._frozen()))
+        return not same(self._norms, norms_of(self._frozen()))
 
     @property
     def touched(self) -> bool:
@@ -161,10 +145,10 @@ class Moment:
         """Whether a forward pass starts from the same state at both moments, as far as both keep it."""
         theirs = other._buffers | other.frozen
         dense = {name: one for name, one in (self._buffers | self.frozen).items() if one.layout is torch.strided}
-        same = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
+        alike = all(torch.equal(ours, theirs[name]) for name, ours in dense.items() if name in theirs)
         beside = self.others.keys() == other.others.keys()
-        same = same and beside and all(other.others[module] is was for module, was in self.others.items())
-        return same and self._random == other._random and self._attributes.are_as(other._attributes)
+        alike = alike and beside and all(other.others[module] is was for module, was in self.others.items())
+        return alike and self._random == other._random and self._attributes.are_as(other._attributes)
 
     def buffers(self) -> dict[str, Tensor]:
         """A fresh copy of each buffer, by name."""
@@ -203,101 +187,25 @@ class Moment:
         modules are added. Modules that other threads run meanwhile are ignored.
 
         A module that the objective refers to may be run by other methods, which call no hooks, or change before its
-        hooks run: it begins as it is at present, and what changed is put back.
+        hooks run: it begins as it is at present, and what changed is put back; if ``look``, a change is noted.
         """
-        put_back: list[PutBack] = [
-            kept(self._model.modules(), self._objective).put_back,
-            self._attributes.now().put_back,
-        ]
-        ours, others, here = set(self._model.modules()), set(), threading.get_ident()
-        stay, saved = {id(one) for one in present}, set()
-        elsewhere: set[nn.Module] = set()
-        beside = [one for one in (*modules_of(self._objective), *self.others) if one not in ours and may_keep(one)]
-        beside = [one for one in beside if not isinstance(one, torch.jit.ScriptModule)]
-        guards: list[Guard] = []
-
-        def put_back_beside() -> None:
-            here_only = [guard for guard in guards if guard.module not in elsewhere]
-            self.changed_beside |= look and any(guard.has_changed() for guard in here_only)
-            for guard in guards:
-                guard.leave() if guard.module in elsewhere else guard.put_back()
-
-        put_back.insert(0, put_back_beside)  # what is first here is put back last: a call has left what it entered
-
-        def save(modules: Iterable[nn.Module]) -> None:
-            new = [module for module in modules if not (module in ours or module in saved)]
-            saved.update(new)
-            if new:
-                put_back.append(kept(new).put_back)
-                put_back.extend(lent(module._buffers, module._buffers) for module in new)
-
-        def calls(module: nn.Module, inputs: tuple) -> None:
-            if threading.get_ident() != here:
-                elsewhere.update(module.modules())
-            elif module not in ours and module not in others:
-                others.add(module)
-                if is_batched():  # torch.func has put tensors into the module that are not its own
-                    return
-                save(module.modules())  # a part may be run by its forward method, which calls no hook
-                begin_again(module, self.others.get(module, _Other(_nothing, module._buffers, {}, {}, module)))
-                for part in module.modules():
-                    if part not in others and part in self.others and self.others[part].by is module:
-                        others.add(part)
-                        begin_again(part, self.others[part])
-
-        def begin_again(module: nn.Module, was: _Other) -> None:
-            if not _same(was.norms, _norms({name: module._parameters.get(name) for name in was.norms})):
-                self.moved_others.add(module)
-            put_back.append(lent(module._buffers, was.buffers))
-            shared = self._shared(module)
-            self.shares_parameters |= bool(shared)
-            put_back.append(put(module._parameters, shared))
-            now = module._parameters
-            theirs = {name: one for name, one in was.parameters.items() if id(now.get(name)) not in stay}
-            put_back.append(lent(module._parameters, theirs))
-            was.attributes()
-
-        with random_numbers_untouched(self._device):
-            hook = register_module_forward_pre_hook(calls)
+        ours = set(self._model.modules())
+        with random_numbers_untouched(self._device), ExitStack() as afterwards:  # all of it, the last first
+            others = OthersAgain(self, ours, present, afterwards, look=look)
+            afterwards.callback(kept(ours, self._objective).put_back)
+            afterwards.callback(self._attributes.now().put_back)
+            hook = register_module_forward_pre_hook(others.begins)
             try:
-                same: dict[int, Tensor] = {}
-                for module in dict.fromkeys(beside):
-                    guards.append(Guard(module))
-                    guards[-1].lend(same)
+                others.guard(one for one in (*modules_of(self._objective), *self.others) if one not in ours)
                 self._attributes.put_back()
                 self._random.restore()
                 with undrawn(self._model.modules(), self._objective):
-                    yield others
+                    yield others.called
             finally:
                 hook.remove()
-                with ExitStack() as all_of_them:  # all run even if one fails
-                    for one in put_back:
-                        all_of_them.callback(one)
-
-
-@torch.no_grad()
-def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The norm of each dense floating-point tensor, by name: it shows cheaply whether the tensor has changed."""
-    told = {
-        name: one
-        for name, one in tensors.items()
-        if one is not None and one.layout is torch.strided and one.is_floating_point()
-    }
-    precise = {name: torch.promote_types(one.dtype, torch.float32) for name, one in told.items()}
-    norms = {name: torch.linalg.vector_norm(one, dtype=precise[name]).cpu() for name, one in told.items()}
-    return {name: norm.item() for name, norm in norms.items()}
 
 
 def _places(tensors: Tensors) -> dict[str, tuple]:
     """Memory and version of each tensor, by name: one of them changes when the tensor is written to or replaced."""
     dense = {name: one for name, one in tensors.items() if one is not None and not one.is_inference()}
     return {name: (storage_of(one), one._version) for name, one in dense.items()}
-
-
-def _same(norms: Mapping[str, float], now: Mapping[str, float]) -> bool:
-    """Whether norms are unchanged; tensors that are gone, or whose norm was NaN, count as unchanged."""
-    return all(now.get(name, norm) == norm or norm != norm for name, norm in norms.items())
-
-
-def _nothing() -> None:
-    pass

@@ -55,8 +55,9 @@ def filters_left(model: nn.Module, layer: str) -> Tensor:
 
 def _mask(owner: nn.Module, leaf: str) -> Tensor | None:
     """A parameter's own mask, moved to the parameter's device; None if it has none."""
-    masks, parameter = owner.__dict__.get(_MASKS, {}), owner._parameters.get(leaf)
-    if leaf in masks and parameter is not None and masks[leaf].device != parameter.device:
+    masks = owner.__dict__.get(_MASKS, {})
+    parameter = owner._parameters.get(leaf) if leaf in masks else None  # None if it is made of others since
+    if parameter is not None and masks[leaf].device != parameter.device:
         masks[leaf] = masks[leaf].to(parameter.device)
     return masks.get(leaf)
 

@@ -93,8 +93,6 @@ WAYS: dict[str, tuple[type[nn.Module], Callable[[nn.Module], Callable]]] = {
     "entered": (Entered, lambda loss: through(loss, lambda place: place)),
     "entered far away": (Entered, lambda loss: through(far(loss), at)),
 }
-
-
 METHODS = ("method", "in a list", "in a dictionary", "in a library's object")
 
 
@@ -103,6 +101,19 @@ def made(way: str) -> tuple[nn.Module, nn.Module, Callable[[nn.Module, Tensor], 
     kind, objective = WAYS[way]
     model, beside = nn.Linear(6, 4), kind()
     return model, beside, objective(beside)
+
+
+def is_measured_as_it_was(path: Path, model: nn.Module, objective: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Assert that the losses of a training are recorded, as of before each step."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    with Recorder(path, model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for _ in range(3):
+            recorder.observe(x := torch.randn(8, 6))
+            losses.append(objective(model, x))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+    np.testing.assert_allclose(open_run(path).curvature.loss_before, [one.item() for one in losses], 1e-12)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -249,41 +260,25 @@ def test_a_buffer_that_two_losses_share_is_shared_where_it_is_measured() -> None
 
 def test_a_buffer_that_a_method_fills_before_its_graph_keeps_it(tmp_path: Path) -> None:
     """Putting it back in place would end the evaluation's own backward pass."""
-    model, bank, losses = nn.Linear(6, 4), Bank(), []
+    model, bank = nn.Linear(6, 4), Bank()
 
     def objective(model: nn.Module, x: Tensor) -> Tensor:
         bank.mean.fill_(x.mean())
         return (bank.mean * model(x)).square().mean()
 
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
-        for _ in range(3):
-            recorder.observe(x := torch.randn(8, 6))
-            losses.append(objective(model, x))
-            optimizer.zero_grad()
-            losses[-1].backward()
-            optimizer.step()
-    np.testing.assert_allclose(open_run(tmp_path / "run").curvature.loss_before, [one.item() for one in losses], 1e-12)
+    is_measured_as_it_was(tmp_path / "run", model, objective)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore:.torch.jit.trace_method")
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_scripted_teacher(tmp_path: Path, mode: str) -> None:
     teacher = torch.jit.script(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).train(mode == "train"))
-    model, losses = nn.Linear(6, 4), []
+    model = nn.Linear(6, 4)
 
     def objective(model: nn.Module, x: Tensor) -> Tensor:
         return (model(x) - teacher(x)).square().mean()
 
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
-        for _ in range(3):
-            recorder.observe(x := torch.randn(8, 6))
-            losses.append(objective(model, x))
-            optimizer.zero_grad()
-            losses[-1].backward()
-            optimizer.step()
-    np.testing.assert_allclose(open_run(tmp_path / "run").curvature.loss_before, [one.item() for one in losses], 1e-12)
+    is_measured_as_it_was(tmp_path / "run", model, objective)
     assert teacher[1].num_batches_tracked == (3 if mode == "train" else 0)
 
 
@@ -315,18 +310,10 @@ class Whole(nn.Module):
 
 
 def test_a_part_that_is_called_by_itself_before_the_whole_is_measured_as_it_was_called(tmp_path: Path) -> None:
-    model, whole, losses = nn.Linear(6, 4), Whole(), []
+    model, whole = nn.Linear(6, 4), Whole()
 
     def objective(model: nn.Module, x: Tensor) -> Tensor:
         outputs = model(x)
         return whole.first(outputs) + whole(outputs)
 
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
-        for _ in range(3):
-            recorder.observe(x := torch.randn(8, 6))
-            losses.append(objective(model, x))
-            optimizer.zero_grad()
-            losses[-1].backward()
-            optimizer.step()
-    np.testing.assert_allclose(open_run(tmp_path / "run").curvature.loss_before, [one.item() for one in losses], 1e-12)
+    is_measured_as_it_was(tmp_path / "run", model, objective)

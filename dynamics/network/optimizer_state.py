@@ -24,7 +24,7 @@ def of_each_entry(parameters: Mapping[Tensor, str], optimizers: Iterable[Any]) -
     """
     found: dict[Tensor, list[Tensor]] = {parameter: [] for parameter in parameters}
     for optimizer in optimizers:
-        named = {key: dict(_named(kept)) for key, kept in _state(optimizer).items()}
+        named = {key: dict(_named(kept)) for key, kept in state_of(optimizer).items()}
         others = {
             name
             for key, tensors in named.items()
@@ -40,6 +40,18 @@ def of_each_entry(parameters: Mapping[Tensor, str], optimizers: Iterable[Any]) -
     return found
 
 
+def state_of(optimizer: Any) -> MutableMapping[Any, Any]:
+    """What an optimizer keeps, by parameter; nothing if it only steps through another.
+
+    Raises:
+        TypeError: it is no optimizer.
+    """
+    state = getattr(optimizer, "state", {} if held_by(optimizer) else None)
+    if not isinstance(state, MutableMapping):
+        raise TypeError(f"an optimizer, or what steps through one, has a state by parameter; got {optimizer!r:.60}")
+    return state
+
+
 def drop_state(optimizers: Iterable[Any], parameters: Iterable[Tensor]) -> None:
     """Drop what optimizers, and those that these hold, keep of parameters.
 
@@ -49,19 +61,11 @@ def drop_state(optimizers: Iterable[Any], parameters: Iterable[Tensor]) -> None:
     for optimizer in with_those_within(optimizers):
         groups = [group for inner in held_by(optimizer) for group in inner.param_groups]
         dropped = ours.difference(*(group["params"] for group in groups))
-        state = _state(optimizer)
+        state = state_of(optimizer)
         if dropped.issuperset(state):
             state.clear()
         for parameter in dropped.intersection(state):
             del state[parameter]
-
-
-def _state(optimizer: Any) -> MutableMapping[Any, Any]:
-    """What an optimizer keeps, by parameter; nothing if it only steps through another."""
-    state = getattr(optimizer, "state", {} if held_by(optimizer) else None)
-    if not isinstance(state, MutableMapping):
-        raise TypeError(f"an optimizer, or what steps through one, has a state by parameter; got {optimizer!r:.60}")
-    return state
 
 
 def _named(state: Any, *path: Any) -> Iterator[tuple[tuple, Tensor]]:

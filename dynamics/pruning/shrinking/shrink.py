@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...network.identities import Identity, expand, identities, is_layer, keep_units
 from ...network.masks import parameter_masks, replace_mask
+from ...network.optimizer_state import state_of
 from ...network.optimizers import as_given, with_those_within
 from ...network.structure import check_whole
 from ...network.wrappers import unwrap
@@ -121,7 +122,7 @@ def _noise(model: nn.Module) -> Tensor:
 
 def _check_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-    for parameter, state in getattr(optimizer, "state", {}).items():
+    for parameter, state in state_of(optimizer).items():
         if not isinstance(parameter, Tensor):  # what is kept of all parameters, by a name
             state = {parameter: state}
         for key, value in state.items():
@@ -160,8 +161,9 @@ def _replace(model: nn.Module, name: str, kept: Tensor, optimizers: Sequence[tor
 def _replace_in(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, kept: Tensor) -> None:
     for group in getattr(optimizer, "param_groups", ()):
         group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
-    if old in getattr(optimizer, "state", ()):
-        optimizer.state[new] = {
+    states = state_of(optimizer)
+    if old in states:
+        states[new] = {
             key: take(value, kept) if isinstance(value, Tensor) and value.shape == old.shape else value
-            for key, value in optimizer.state.pop(old).items()
+            for key, value in states.pop(old).items()
         }

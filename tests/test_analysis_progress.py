@@ -33,6 +33,7 @@ def test_a_terminal_shows_each_pass_over_the_runs_and_nothing_when_it_is_done(
     assert "\r" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_so_it_does_of_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("figures.__main__.open_runs", lambda paths: {"run": record("magnitude", 0)})
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())

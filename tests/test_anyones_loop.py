@@ -128,9 +128,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], Loss]] = {
     "recurrent": (Recurrent, partial(images, 3), cross_entropy),
     "several terms": (smooth_network, partial(vectors, 3), several_terms),
 }
+NAMES = [pytest.param(name, marks=pytest.mark.long) if name == "resnet18" else name for name in MODELS]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_model(tmp_path: Path, name: str) -> None:
     make, batches, loss_of = MODELS[name]
     model = make()
@@ -144,7 +145,7 @@ def test_every_model(tmp_path: Path, name: str) -> None:
     assert not run["curvature"].approximate.any()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_model_trains_as_if_nobody_looked(tmp_path: Path, name: str) -> None:
     make, batches, loss_of = MODELS[name]
     states = []

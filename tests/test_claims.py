@@ -121,6 +121,7 @@ def random_statistics(*, conditions: int, seeds: int, rounds: int) -> pd.DataFra
     return table.assign(data="digits", rounds=rounds, sparsity=0.5)
 
 
+@pytest.mark.long
 def test_permuted_labels_get_a_verdict_one_time_in_twenty() -> None:
     found = judged(random_statistics(conditions=100, seeds=3, rounds=1))
     shares = found.verdict.value_counts(normalize=True)
@@ -198,6 +199,7 @@ def test_one_run_counts_once() -> None:
         analysis.claims(again)
 
 
+@pytest.mark.long
 def test_a_run_that_trained_longer_does_not_converge_faster_for_it() -> None:
     """All fall by the same curve; those by magnitude were let to go on with it."""
     found = runs()

@@ -88,6 +88,7 @@ def test_help_of_protocol_diff_says_what_it_does_without_arguments(capsys: pytes
         assert f"{setting} for the fresh network (default: {getattr(comparison, setting)})" in shown
 
 
+@pytest.mark.long
 def test_from_nothing_to_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +166,7 @@ def test_the_configurations_that_ship_are_valid(
     assert experiments_run(monkeypatch, ["sweep", str(configuration), "-o", str(tmp_path)])
 
 
+@pytest.mark.long
 def test_a_mistake_reaches_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dynamics", "run", "-o", str(tmp_path / "new.zarr"), "--measure", "magic"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -105,6 +105,7 @@ def test_how_a_measure_was_evaluated_is_recorded(tmp_path: Path, data: Data) -> 
     assert events.score_samples.item() == 20  # 2 of each class
 
 
+@pytest.mark.long
 def test_where_a_pruning_is_measured_changes_the_measurement_alone(
     tmp_path: Path, data: Data, record: xr.DataTree
 ) -> None:
@@ -115,6 +116,7 @@ def test_where_a_pruning_is_measured_changes_the_measurement_alone(
     assert not np.isclose(other["pruning"].loss, record["pruning"].loss).any()
 
 
+@pytest.mark.long
 def test_single_weights_are_pruned_too(tmp_path: Path, data: Data) -> None:
     weights = replace(TINY, granularity="weight", measure="snip", sparsity=0.8, curvature_every=0)
     record = recorded(tmp_path / "run.zarr", weights, data)
@@ -129,6 +131,7 @@ def test_single_weights_are_pruned_too(tmp_path: Path, data: Data) -> None:
             replace(weights, **changes)
 
 
+@pytest.mark.long
 def test_the_reference_protocol_is_an_experiments_too(tmp_path: Path, data: Data) -> None:
     quirky = replace(TINY, model="resnet56", protocol="reference", epochs=(2, 0), curvature_every=0, sparsity=0.3)
     record = recorded(tmp_path / "run.zarr", quirky, data)
@@ -169,6 +172,7 @@ def test_importance_is_scored_where_the_protocol_does(
     assert np.mean(middle) < 0.2 if shifted else all(middle)
 
 
+@pytest.mark.long
 def test_studies_are_made_before_the_first_and_the_last_pruning(tmp_path: Path, data: Data) -> None:
     plain = replace(
         TINY, measure="grasp", rounds=3, epochs=(3, 0), sparsity=0.3, curvature_every=0, batch_size=64,
@@ -216,6 +220,7 @@ def test_every_measure_sees_the_same_training_until_it_prunes(
     assert ("alive" in run_of_it["units"].data_vars) == (measure != "none")
 
 
+@pytest.mark.long
 def test_every_measure_sees_the_same_batches_after_it_pruned(tmp_path: Path, data: Data) -> None:
     """With nothing to prune, all that could differ is the data: also after a round that drew its own samples."""
     same = replace(TINY, sparsity=0.0, curvature_every=0, keep_momentum=True)
@@ -227,6 +232,7 @@ def test_every_measure_sees_the_same_batches_after_it_pruned(tmp_path: Path, dat
         np.testing.assert_array_equal(losses, runs[0])
 
 
+@pytest.mark.long
 def test_momentum_is_dropped_unless_kept(tmp_path: Path, data: Data) -> None:
     for kept in (False, True):
         short = replace(TINY, keep_momentum=kept, epochs=(2, 0), sparsity=0.0, weight_decay=0.0, curvature_every=0)
@@ -236,6 +242,7 @@ def test_momentum_is_dropped_unless_kept(tmp_path: Path, data: Data) -> None:
         assert (float(update) == pytest.approx(plain, rel=1e-9)) != kept
 
 
+@pytest.mark.long
 def test_a_share_of_the_training_set_is_the_same_for_every_measure(tmp_path: Path, data: Data) -> None:
     few = replace(TINY, train_samples=30)
     runs = [recorded(tmp_path / f"{name}.zarr", replace(few, measure=name), data) for name in ("none", "magnitude")]
@@ -246,7 +253,7 @@ def test_a_share_of_the_training_set_is_the_same_for_every_measure(tmp_path: Pat
     assert other["steps"].loss.values[0] != losses[0]
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name != TINY.model])
+@pytest.mark.parametrize("model", ["mobilenet_v1", pytest.param("resnet56", marks=pytest.mark.long)])
 def test_the_other_networks_run_too(tmp_path: Path, data: Data, model: str) -> None:
     small = replace(TINY, model=model, epochs=(1, 0), rounds=1, curvature_every=0, measure="loss_preservation")
     record = recorded(tmp_path / "run.zarr", small, data)
@@ -290,6 +297,7 @@ def test_impossible_settings_are_refused(change: dict, message: str) -> None:
         replace(TINY, **change)
 
 
+@pytest.mark.long
 def test_it_says_first_what_is_trained(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     settings = replace(TINY, device="cpu")
     run(settings, tmp_path / "run.zarr", data=data)
@@ -301,6 +309,7 @@ def test_it_says_first_what_is_trained(tmp_path: Path, data: Data, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_the_bar_says_while_it_prunes(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     run(TINY, tmp_path / "run.zarr", data=data)
     bars = capsys.readouterr().err.split("\r")

@@ -146,6 +146,7 @@ def test_a_finished_record_is_left_as_it_is(data: Data, whole: Path) -> None:
     assert contents(whole) == before
 
 
+@pytest.mark.long
 def test_a_finished_record_keeps_nothing_to_go_on_with(tmp_path: Path, data: Data, whole: Path) -> None:
     """θ₀ is as large as the network; what is left is what xarray reads, and a lock."""
     killed(TINY, path := tmp_path / "run.zarr", data, 3)
@@ -227,6 +228,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, data: Data, monkeypatch: pyte
     assert not Path("trapped").exists()
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_does_not_fit_its_record_is_refused(tmp_path: Path, data: Data) -> None:
     """Damaged; of a step that the record did not reach, as where a copy was made of both meanwhile; of another net."""
     path = tmp_path / "run.zarr"
@@ -254,6 +256,7 @@ def test_a_checkpoint_that_does_not_fit_its_record_is_refused(tmp_path: Path, da
     assert open_run(path).steps.sizes["step"] == 3
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_costs_a_checkpoint(tmp_path: Path, data: Data, whole: Path, monkeypatch) -> None:
     write = Path.write_bytes
 

@@ -55,6 +55,7 @@ def test_an_effect_is_right_of_the_line_where_it_is_as_claimed() -> None:
     assert {found.verdict[name] for name in ("iii.e", "iii.f")} == {"contradicted"}
 
 
+@pytest.mark.long
 def test_a_single_round_has_the_same_marker_whatever_else_is_drawn() -> None:
     of = {rounds: {f"{measure}-{rounds}-{seed}": record(measure, seed, rounds=rounds, area=1 + seed / 10)
                    for measure in MEASURES for seed in range(2)} for rounds in (1, 5)}  # fmt: skip

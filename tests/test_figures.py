@@ -306,6 +306,7 @@ def test_shares_of_filters_are_in_per_cent_in_points_as_in_colours(runs: dict[st
     assert ax.yaxis.get_major_formatter()(0.5, 0) == "50%"
 
 
+@pytest.mark.long
 def test_the_report_stands_alone(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     for name in OF_ONE_SEED:
@@ -317,6 +318,7 @@ def test_the_report_stands_alone(report: Path) -> None:
     assert not any(link in page for link in ('src="http', "href="))
 
 
+@pytest.mark.long
 def test_figures_of_other_records_do_not_stay(tmp_path: Path, runs: dict[str, xr.DataTree]) -> None:
     names = ["removal_curve.png", "removal_curve.pdf", "notes.txt", "loss_decrease_scatter.png"]
     for name in names:
@@ -342,6 +344,7 @@ def test_a_table_of_the_report_says_once_what_its_rows_have_in_common() -> None:
     assert groups == {"vgg13, digits, rounds 5": [["magnitude", "77 ± 2", "0.123"], ["grasp", "59", "–"]]}
 
 
+@pytest.mark.long
 def test_the_report_has_every_number_of_the_tables(report_of_one: Path, runs: dict[str, xr.DataTree]) -> None:
     page = report_of_one.read_text(encoding="utf-8")
     parts = overview({"magnitude": runs["magnitude"]})
@@ -433,6 +436,7 @@ def test_a_record_of_an_event_alone_has_a_report(tmp_path: Path) -> None:
     assert "quantities_per_layer</code>: no quantity per layer" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_report_of_one_measure_claims_no_comparison(
     runs: dict[str, xr.DataTree], report: Path, report_of_one: Path
 ) -> None:
@@ -467,6 +471,7 @@ def test_a_report_may_go_to_a_folder_by_its_name(tmp_path: Path) -> None:
     assert (tmp_path / "drawn" / "training_curves.png").exists()
 
 
+@pytest.mark.long
 def test_a_report_is_written_whatever_was_recorded(tmp_path: Path) -> None:
     for name, quantities in (("few", ["param_sqnorm", "loss"]), ("still", None)):
         model, batches = smooth_network(), vectors(3)

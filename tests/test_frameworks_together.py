@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 HERE = Path(__file__).parent
 
 
+@pytest.mark.long
 def test_two_processes_leave_one_record(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

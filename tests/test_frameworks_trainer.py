@@ -174,6 +174,7 @@ def test_a_loss_of_the_trainers_own_is_given_as_objective(tmp_path: Path) -> Non
     np.testing.assert_allclose(run["curvature"].loss_before, run["steps"].loss, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_an_objective_that_is_the_models_loss_is_as_if_none_were_given(tmp_path: Path) -> None:
     """Of accumulated batches, too, of which each has a share of the step's loss; what it counts is put back."""
     counted = [0]
@@ -308,6 +309,7 @@ class FullMemory(transformers.TrainerCallback):
             raise RuntimeError("CUDA out of memory.")
 
 
+@pytest.mark.long
 def test_a_training_that_the_trainer_begins_anew_goes_on_in_the_record(tmp_path: Path) -> None:
     callbacks = [frameworks.TrainerRecorder(tmp_path / "run", curvature_every=0), FullMemory()]
     applied = trained(language_model(), tmp_path, callbacks, auto_find_batch_size=True, num_train_epochs=1)

@@ -60,6 +60,7 @@ for threads in (2, 1):
 """
 
 
+@pytest.mark.long
 def test_gradients_of_narrow_residual_blocks_are_right_without_avx512() -> None:
     """In a process of its own, which oneDNN could crash, and which is told not to use AVX-512."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -85,6 +86,7 @@ def recorded(path: Path, memory_format: torch.memory_format) -> xr.DataTree:
     return open_run(path)
 
 
+@pytest.mark.long
 def test_the_record_is_the_same_in_either_format(tmp_path: Path) -> None:
     """Of a pruning too: all that is recorded, but for rounding."""
     formats = {"last": torch.channels_last, "first": torch.contiguous_format}

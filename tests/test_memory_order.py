@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamics import Recorder, open_run
 from dynamics.hardware import memory_order
-from dynamics.models import MODELS, build
+from dynamics.models import build
 from dynamics.pruning import Pruner
 
 CONVOLUTIONS = {torch.ops.aten.convolution.default: 2, torch.ops.aten.convolution_backward.default: 3}
@@ -59,7 +59,9 @@ def measured(path: Path, name: str) -> tuple[xr.DataTree, list[Tensor], set[bool
     return open_run(path), scores, operands.channels_last
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["vgg13", *(pytest.param(name, marks=pytest.mark.long) for name in ("mobilenet_v1", "resnet56"))]
+)
 def test_no_convolution_has_channels_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     before, scores, operands = measured(tmp_path / "before", name)
     assert True in operands  # or the network could not tell

@@ -14,7 +14,8 @@ from dynamics.network.masks import parameter_masks
 from dynamics.pruning import Pruner, scores
 from dynamics.pruning.candidates.units import unit_layers
 
-TORCHVISION = ["resnet18", "alexnet", "mobilenet_v2", "squeezenet1_0", "densenet121", "shufflenet_v2_x0_5"]
+LONG = pytest.param("alexnet", marks=pytest.mark.long)
+TORCHVISION = ["resnet18", LONG, "mobilenet_v2", "squeezenet1_0", "densenet121", "shufflenet_v2_x0_5"]
 
 
 def data(size: int) -> list[tuple[Tensor, Tensor]]:

@@ -139,6 +139,7 @@ def test_a_step_within_autocast_is_measured_in_full_precision(tmp_path: Path) ->
     xr.testing.assert_equal(measured(tmp_path / "in", inside=True), measured(tmp_path / "out", inside=False))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_batches_of_a_network_of_few_digits_are_measured_as_one(tmp_path: Path, dtype: torch.dtype) -> None:
     def measured(count: int) -> xr.Dataset:

@@ -74,6 +74,7 @@ def assert_same(one: xr.DataTree, other: xr.DataTree, node: str, rtol: float = 1
         np.testing.assert_allclose(one[node][name], expected, rtol, least, err_msg=name)
 
 
+@pytest.mark.long
 def test_replicas_record_what_one_process_would(tmp_path: Path, together: Processes) -> None:
     run, said = together(tmp_path / "run", "replicas")
     assert "is inside what DistributedDataParallel returned" in said  # of the one that each gave by itself

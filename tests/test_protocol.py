@@ -178,6 +178,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, xr.DataTree]
     return {path.stem: open_run(path) for path in paths}
 
 
+@pytest.mark.long
 def test_the_comparison_says_what_a_quirk_changes(compared: dict[str, xr.DataTree]) -> None:
     found = protocol_diff(compared)
     assert list(found.run.values) == [name for name in PROTOCOLS if name != "select_on_test"]
@@ -254,6 +255,7 @@ def test_events_without_units_are_no_rounds(compared: dict[str, xr.DataTree]) ->
         protocol_diff({"run": only_looks})
 
 
+@pytest.mark.long
 def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model", "vgg13", "--measure", "magnitude", "--rounds", "1", "--width", "0.05"]
     assert analysis.__main__.main(["protocol-diff", *small]) == 0

@@ -113,6 +113,7 @@ def test_what_is_wrapped_is_described_as_before(mean) -> None:
     assert mean.__doc__ == "The mean from a step on."
 
 
+@pytest.mark.long
 def test_a_report_takes_its_claims_from_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its figure, what was found and its tables all need them."""
     looked, accuracy = Counter(), STATISTICS["accuracy"]

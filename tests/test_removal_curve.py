@@ -72,7 +72,7 @@ def plain_loss(model: nn.Module, batches: list) -> Tensor:
     return torch.stack([F.cross_entropy(model(inputs), labels) for inputs, labels in batches]).mean()
 
 
-@pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1", "resnet"])
+@pytest.mark.parametrize("name", ["vgg13", pytest.param("mobilenet_v1", marks=pytest.mark.long), "resnet"])
 def test_both_directions_lead_to_the_pruned_network(name: str) -> None:
     model, _ = trained(name)
     protected = ("stem",) if name == "resnet" else ()

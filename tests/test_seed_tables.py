@@ -270,6 +270,7 @@ def test_an_overview_holds_every_definition() -> None:
         page(parts, "pdf")
 
 
+@pytest.mark.long
 def test_the_command_line_prints_it_in_each_format(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,7 @@ def test_going_back_takes_studies_back_as_well(tmp_path: Path) -> None:
     assert run["pruning"].event.values.tolist() == run["scores"].event.values.tolist() == [0, 1]
 
 
+@pytest.mark.long
 def test_protected_layers_are_not_studied_and_a_curve_ends_where_layers_do() -> None:
     model, optimizer = trained("resnet")
     for sparsity, studied in ((0.2, {"curve", "scores", "invariance"}), (0.7, {"scores", "invariance"})):

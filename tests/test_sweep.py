@@ -181,6 +181,7 @@ def test_a_scheduler_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [record.getMessage() for record in said] == []
 
 
+@pytest.mark.long
 def test_the_same_in_this_process_and_on_workers(tmp_path: Path, scheduler: str) -> None:
     experiments = [TINY, replace(TINY, measure="none")]
     assert sweep(experiments, tmp_path / "here", workers=0) == {}
@@ -206,6 +207,7 @@ def test_what_is_recorded_may_lie_where_nobody_writes(tmp_path: Path, monkeypatc
         sweep([TINY, replace(TINY, seed=1)], tmp_path, workers=0)
 
 
+@pytest.mark.long
 def test_a_killed_worker_costs_an_epoch(tmp_path: Path, scheduler: str) -> None:
     with Client(scheduler) as client:
         client.run(arm, tmp_path / "fuse")
@@ -220,6 +222,7 @@ def test_a_killed_worker_costs_an_epoch(tmp_path: Path, scheduler: str) -> None:
     assert resumed == [2]  # the second of three epochs was lost
 
 
+@pytest.mark.long
 def test_a_run_that_fails_stops_no_other(tmp_path: Path, scheduler: str) -> None:
     failed = sweep([DIVERGING, TINY], tmp_path, scheduler=scheduler)
     assert list(failed) == [DIVERGING.name]
@@ -264,6 +267,7 @@ def test_interrupted_it_says_what_failed_until_then(
     assert last.startswith("interrupted")
 
 
+@pytest.mark.long
 def test_interrupted_it_goes_on_later(tmp_path: Path) -> None:
     """Ctrl-C in a terminal: all processes get the signal; as by default, the runs are on new ones."""
     long = replace(TINY, epochs=(40,))
@@ -282,6 +286,7 @@ def test_interrupted_it_goes_on_later(tmp_path: Path) -> None:
     assert 0 < open_run(path)["epochs"].sizes["epoch"] < 40
 
 
+@pytest.mark.long
 def test_workers_keep_the_memory_they_use_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dask's threshold for giving it back makes a training twice as slow on a processor."""
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)  # another cluster of this process leaves its own here

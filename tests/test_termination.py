@@ -156,6 +156,7 @@ def interrupt(recorder: Recorder) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("act", [Recorder.flush, interrupt])
 @pytest.mark.parametrize(
     "among", [Attachment._through, Steps.take_update, Rows.step, Logged._add_to_last], ids=lambda one: one.__qualname__
@@ -180,6 +181,7 @@ def test_a_row_is_right_or_missing_wherever_a_signal_comes(tmp_path: Path, among
     assert at > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("among", [Steps.finish, Rows.so_far, Rows.add, Rows.step], ids=lambda one: one.__qualname__)
 def test_a_signal_comes_anywhere_among_rows_of_which_only_some_optimizers_have_stepped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, among: Callable

@@ -57,6 +57,7 @@ def test_bfloat16_is_for_training_alone(tmp_path: Path, data: Data) -> None:
     assert by_hand.item() == pytest.approx(exact, rel=0.01)
 
 
+@pytest.mark.long
 def test_a_compiled_experiment_is_the_eager_one(tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruned, and with a last batch that is smaller. Traced by torch.compile, but run as it is: not to take minutes."""
     asked = []

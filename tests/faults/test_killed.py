@@ -150,7 +150,7 @@ def equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(left[name], right[name]) for name in right)
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [pytest.param(False, marks=pytest.mark.long), True])
 def test_killed_at_each_file_operation(
     tmp_path: Path, processes: multiprocessing.context.BaseContext, half: bool
 ) -> None:

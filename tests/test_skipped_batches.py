@@ -329,10 +329,10 @@ def test_gradients_are_of_the_batches_behind_which_they_came() -> None:
 def test_what_was_read_behind_the_last_gradient_is_left_but_not_what_was_only_looked_at() -> None:
     seen = [Seen(name, None) for name in "abcd"]
     seen[3].only_evaluated = True
-    assert [one.batch for one in read_ahead(seen, [1, 2], 2, 0)] == ["c"]
-    assert read_ahead(seen, [], 0, 0) == read_ahead(seen, [], 0, 1) == []
-    assert [one.batch for one in read_ahead(seen[:3], [2], 1, 1)] == ["c"]
-    assert [one.batch for one in read_ahead(seen[:2], [2], 2, 1)] == ["b"]  # two gradients of one batch
+    assert [one.batch for one in read_ahead(seen, [1, 2], 2, 0, once=False)] == ["c"]
+    assert read_ahead(seen, [], 0, 0, once=True) == read_ahead(seen, [], 0, 1, once=False) == []
+    assert [one.batch for one in read_ahead(seen[:3], [2], 1, 1, once=False)] == ["c"]
+    assert [one.batch for one in read_ahead(seen[:2], [2], 2, 1, once=False)] == ["b"]  # two gradients of one batch
 
 
 def test_several_gradients_of_a_batch_that_was_read_ahead_are_a_candidate() -> None:

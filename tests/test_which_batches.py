@@ -4,6 +4,7 @@ import queue
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -67,25 +68,103 @@ def test_batches_that_are_read_ahead_and_evaluated_when_they_were_trained_on(
     np.testing.assert_allclose(found, losses, rtol=1e-12)
 
 
+def prefetched(batches: Iterable[Batch], ahead: int) -> Iterator[Batch]:
+    """As a loader that copies to a GPU while the network computes."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > ahead:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def in_groups(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """As a trainer that counts the items of a step before it."""
+    waiting = iter(batches)
+    while group := list(islice(waiting, size)):
+        yield from group
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize(("reads", "count"), [(prefetched, 1), (prefetched, 2), (in_groups, 2), (in_groups, 3)])
+def test_how_many_batches_are_read_ahead_may_change_and_there_are_none_when_a_pass_is_over(
+    tmp_path: Path, reads: Callable, count: int, parts: int, every: int
+) -> None:
+    """A batch that is kept for a later step, although it was used, would shift which forward pass is whose."""
+    model, losses = nn.Sequential(nn.Dropout(0.3), smooth_network()), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = vectors(12)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
+        for _ in range(3):
+            waiting = []
+            for inputs, labels in reads(recorder.watch(batches), count):
+                loss = F.cross_entropy(model(inputs), labels)
+                (loss / parts).backward()
+                waiting.append(loss.item())
+                if len(waiting) == parts:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    losses.append(np.mean(waiting))
+                    waiting = []
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, losses[::every], rtol=1e-12)
+    assert run["steps"].epoch.values.tolist() == np.repeat(range(3), 12 // parts).tolist()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("told", ["in a hook of the model", "in the forward method"])
+def test_a_batch_that_is_told_while_the_model_runs_on_it(tmp_path: Path, told: str, parts: int) -> None:
+    """Hooks that the recorder puts on the model then come too late for this run; a second one has no gradients."""
+
+    class Telling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(nn.Dropout(0.3), smooth_network())
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if told == "in the forward method":
+                tell()
+            return self.network(inputs)
+
+    def tell(*called: object) -> None:
+        if torch.is_grad_enabled() and not recorder.measuring:
+            recorder.observe(batch)
+
+    def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs, labels = batch
+        logits = model(inputs)
+        with torch.no_grad():
+            earlier = model(inputs)
+        return F.cross_entropy(logits - earlier / 2, labels)
+
+    model, losses, waiting = Telling(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        if told == "in a hook of the model":
+            model.register_forward_pre_hook(tell)
+        for number, batch in enumerate(vectors(6), 1):
+            loss = objective(model, batch)
+            (loss / parts).backward()
+            waiting.append(loss.item())
+            if number % parts == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(np.mean(waiting))
+                waiting = []
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
+
+
 @pytest.mark.parametrize("log", ["before the backward pass", "after the step"])
 @pytest.mark.parametrize("ahead", [1, 2])
 @pytest.mark.parametrize("every", [1, 3])
 def test_batches_that_are_read_ahead(tmp_path: Path, ahead: int, every: int, log: str) -> None:
-    def prefetched(batches: Iterable[Batch]) -> Iterator[Batch]:
-        """As a loader that copies to a GPU while the network computes."""
-        waiting: list[Batch] = []
-        for batch in batches:
-            waiting.append(batch)
-            if len(waiting) > ahead:
-                yield waiting.pop(0)
-        yield from waiting
-
     model, losses = smooth_network(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     by_hand = ByHand(model)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
         for _ in range(2):
-            for batch in prefetched(recorder.watch(vectors(5))):
+            for batch in prefetched(recorder.watch(vectors(5)), ahead):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(batch[0]), batch[1])
                 if log == "before the backward pass":

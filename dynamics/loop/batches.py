@@ -64,6 +64,8 @@ class Batches:
         self._after_step: Moment | None = None  # from which a further step on the batch that stays may begin
         self._of_epoch = 0  # how many of the batches seen came from earlier passes over the data
         self._ahead = 0  # how many batches the loop reads before it uses them
+        self._once = False  # whether each batch has one backward pass, for all that the last chosen candidate tells
+        self._left: list[Seen] | None = None  # the batches after those of the chosen candidate, if one was chosen
         self._stepped_at = 0  # the number of backward passes until the last step
         self._candidates: list[list[Seen]] = []
         self._backward = BackwardPasses(counted, averaged=averaged)
@@ -194,15 +196,18 @@ class Batches:
         return self._candidates
 
     def chosen(self, candidate: int) -> None:
-        """The gradient has chosen this candidate. If it was not the first, the batches after it were read ahead."""
+        """The gradient has chosen this candidate: the batches after it were read ahead."""
+        batches = self._candidates[candidate]
+        end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
         if candidate:
-            batches = self._candidates[candidate]
-            end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
             for seen in batches:
                 seen.passed, seen.only_evaluated = True, False
             for seen in self._seen[end:]:  # the forward passes belonged to the step's batches
                 seen.passed = False
-            self._ahead = sum(not seen.only_evaluated for seen in self._seen[end:])
+        self._once = len(batches) == self._backward.count
+        self._left = [seen for seen in self._seen[end:] if not seen.only_evaluated]
+        if candidate:
+            self._ahead = len(self._left)
 
     @property
     def _used(self) -> list[int]:
@@ -287,8 +292,11 @@ class Batches:
         """Forget the batches whose step was taken: all except those that were read ahead."""
         self.moments.steps_here()
         if self.forgotten:
-            self._seen, self._staying = [], []
-        self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead)
+            self._seen, self._staying, self._left = [], [], None
+        if self._left is None:
+            self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead, once=self._once)
+        else:
+            self._seen, self._left = self._left, None
         self._backward.stepped()
         self._stepped_at = self._backward.total
         self._of_epoch, self._passes, self._awaits, self._after_step, self._forgotten = 0, 0, False, None, None

@@ -108,11 +108,18 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     return list({tuple(map(id, batches)): batches for batches in found}.values())
 
 
-def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int) -> list[Seen]:
-    """The batches that a step leaves for later: those read after its last backward pass, or those read ``ahead``."""
+def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int, *, once: bool) -> list[Seen]:
+    """The batches that a step leaves for later: those read after its last backward pass, or those read ``ahead``.
+
+    Where each batch has ``once`` a backward pass, they are those after the first ``count`` if the first of these passes
+    came before so many batches were read ahead, or if several came after the same batch was read: a loop may read by
+    twos or threes, and reads nothing ahead any more at the end of its data.
+    """
+    known = trained_on(seen) if count else []
+    if once and used and (len(used) < count or used[0] <= ahead):
+        return known[count:]
     if not ahead:
         return [one for one in seen[used[-1] :] if not one.only_evaluated] if used else []
-    known = trained_on(seen) if count else []
     return known[_window(len(known), count, ahead)[1] if len(used) == count else -ahead :]
 
 

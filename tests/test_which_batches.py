@@ -113,19 +113,8 @@ def test_how_many_batches_are_read_ahead_may_change_and_there_are_none_when_a_pa
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
-@pytest.mark.parametrize("told", ["in a hook of the model", "in the forward method"])
-def test_a_batch_that_is_told_while_the_model_runs_on_it(tmp_path: Path, told: str, parts: int) -> None:
-    """Hooks that the recorder puts on the model then come too late for this run; a second one has no gradients."""
-
-    class Telling(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = nn.Sequential(nn.Dropout(0.3), smooth_network())
-
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            if told == "in the forward method":
-                tell()
-            return self.network(inputs)
+def test_a_batch_that_is_told_by_a_hook_of_the_model(tmp_path: Path, parts: int) -> None:
+    """Hooks that the recorder then puts on the model come too late for this pass; a second one has no gradients."""
 
     def tell(*called: object) -> None:
         if torch.is_grad_enabled() and not recorder.measuring:
@@ -138,11 +127,10 @@ def test_a_batch_that_is_told_while_the_model_runs_on_it(tmp_path: Path, told: s
             earlier = model(inputs)
         return F.cross_entropy(logits - earlier / 2, labels)
 
-    model, losses, waiting = Telling(), [], []
+    model, losses, waiting = nn.Sequential(nn.Dropout(0.3), smooth_network()), [], []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
-        if told == "in a hook of the model":
-            model.register_forward_pre_hook(tell)
+        model.register_forward_pre_hook(tell)
         for number, batch in enumerate(vectors(6), 1):
             loss = objective(model, batch)
             (loss / parts).backward()

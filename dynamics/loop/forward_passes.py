@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ class ForwardPasses:
         self.count = 0  # of all forward passes that were seen, with gradients or without
 
     def watch(self) -> None:
-        """Watch from now on.
+        """Watch from now on; a forward pass that has begun, but not ended yet, begins as if it did so now.
 
         Raises:
             RuntimeError: the model is a ScriptModule.
@@ -32,6 +33,8 @@ class ForwardPasses:
         if not self._hooks:
             parts = [part for part in self._model.modules() if part is not self._model]
             self._hook_on(*([self._model] if _can_be_called(self._model) else parts))
+            if _is_running(self._model):  # the hooks of this pass were looked up before
+                self._run(self._model, ())
 
     def _hook_on(self, *modules: nn.Module) -> None:
         self._hooks = [module.register_forward_pre_hook(self._hook) for module in modules]
@@ -71,6 +74,15 @@ class _OfOneModel:
 
 def _can_be_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Whether this thread is within a call of the module: in its forward method or in a hook of it."""
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module:
+            return True
+    return False
 
 
 def trains(module: nn.Module) -> bool:

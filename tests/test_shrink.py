@@ -1,11 +1,11 @@
 """A shrunk network is the masked one without its zeros: it computes and trains the same; its units keep their names."""
 
 import copy
+import operator
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from operator import is_
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +182,7 @@ def test_gradients_go_along_and_the_optimizer_is_the_same() -> None:
         expected = gradients[name].flatten()[kept[name]] if name in kept else gradients[name]
         assert torch.equal(parameter.grad, expected)
     assert [(id(group), id(group["params"])) for group in optimizer.param_groups] == groups
-    assert all(map(is_, optimizer.param_groups[0]["params"], model.parameters()))
+    assert all(map(operator.is_, optimizer.param_groups[0]["params"], model.parameters()))
     assert {id(parameter) for parameter in optimizer.state} == {id(parameter) for parameter in model.parameters()}
 
 
@@ -426,6 +426,48 @@ def test_channels_are_followed_from_whatever_the_model_takes_in_whatever_order()
     assert_same(model(inputs), masked(inputs))
 
 
+class OfTwo(nn.Module):
+    """A network of an image and of what is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, image: Tensor, other: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head((self.left(image).relu() + scale * self.right(other).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("given", ["a tuple", "a list", "by name"])
+def test_a_model_of_several_inputs_is_given_all_of_them(given: str) -> None:
+    model, (images, _) = OfTwo(), batch(7)
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"left": [1, 2], "right": [1, 2]})
+    masked, inputs = copy.deepcopy(model), (images, 2 * images)
+    by_name = {"other": 2 * images, "image": images}
+    shrink(model, inputs={"a tuple": inputs, "a list": list(inputs), "by name": by_name}[given])
+    assert model.head.weight.shape == (3, 2)
+    assert_same(model(*inputs), masked(*inputs))
+    assert latency(model, inputs, repeats=1) > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (2, 3, 4, 8)])
+def test_neurons_that_see_one_token_after_another_are_followed(shape: tuple[int, ...], bias: bool) -> None:
+    """A linear layer of more than two dimensions is a product of matrices between two views."""
+    layers = nn.Linear(8, 12, bias), nn.GELU(), nn.Linear(12, 6, bias), nn.Tanh(), nn.Linear(6, 4)
+    model, inputs = nn.Sequential(*layers), torch.randn(shape)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    silence(model, optimizer, {"0": [0, 5, 11], "2": [3]})
+    masked, of_masked = twin(model, optimizer)
+    shrink(model, optimizer, inputs=inputs)
+    assert [tuple(layer.weight.shape) for layer in model[::2]] == [(9, 8), (5, 9), (4, 5)]
+    for _ in range(3):
+        assert_same(model(inputs), masked(inputs))
+        for network, its_optimizer in ((model, optimizer), (masked, of_masked)):
+            its_optimizer.zero_grad()
+            network(inputs).square().sum().backward()
+            its_optimizer.step()
+
+
 def test_gates_on_channels_stay_whole() -> None:
     """Squeeze and excitation: a filter's channel is multiplied by a gate that nobody silenced."""
     torch.set_default_dtype(torch.float32)
@@ -494,6 +536,17 @@ class Odd(nn.Module):
         return self.second(self.between(F.relu(self.first(inputs)))).mean((2, 3))
 
 
+class Shifted(nn.Module):
+    """A parameter that nobody has trained yet is added to all channels; the silenced ones are not silent for long."""
+
+    def __init__(self, shifts: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.shifts, self.shift = shifts, nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.shifts(hidden, self.shift).relu()
+
+
 class OnlyInTraining(Odd):
     def __init__(self) -> None:
         super().__init__(nn.Identity())
@@ -530,6 +583,10 @@ UNKNOWN = {
     "'between' \\(ConvTranspose2d": lambda: Odd(nn.ConvTranspose2d(4, 4, 3, padding=1)),
     "'between' \\(Conv2d.*groups=2": lambda: Odd(nn.Conv2d(4, 4, 3, padding=1, groups=2)),
     "feed into SigmoidBackward0": lambda: Odd(torch.sigmoid),
+    "feed into a sum with the parameter 'between.shift'": lambda: Odd(Shifted(operator.add)),
+    "feed into a sum with the parameter 'between.shift', where": lambda: Odd(
+        Shifted(lambda hidden, shift: hidden - 2 * shift, 1)
+    ),
     "feed into FlipBackward0": lambda: Odd(lambda hidden: hidden.flip(1)),
     "feed into PermuteBackward0": lambda: Odd(lambda hidden: hidden.permute(0, 1, 3, 2)),
     "feed into ChannelShuffleBackward0": lambda: Odd(nn.ChannelShuffle(2)),
@@ -625,7 +682,7 @@ def _is_left_alone(model: nn.Module, optimizer: torch.optim.Optimizer, message: 
     now = (model.state_dict(), optimizer.state_dict(), parameter_masks(model), str(model))
     torch.testing.assert_close(now[:3], state[:3], rtol=0, atol=0)
     assert now[3] == state[3]
-    assert all(map(is_, model.parameters(), parameters))
+    assert all(map(operator.is_, model.parameters(), parameters))
     assert model.training == mode
     assert torch.equal(torch.get_rng_state(), random)
 

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from ..probing.mode import mode_of
+from .call import call
 
 
 @torch.no_grad()
 def latency(model: nn.Module, inputs: Any, *, repeats: int = 20, warm_up: int = 3) -> float:
     """Seconds of a forward pass in eval mode: the median of ``repeats``, after ``warm_up`` passes that do not count.
 
-    On a GPU each pass is waited for, so one batch at a time is measured. ``inputs`` must be on the model's device.
+    On a GPU each pass is waited for, so one batch at a time is measured. ``inputs``, as :func:`shrink` takes
+    them, must be on the model's device.
     Compare networks alternately, in one process: other programs and clock rates change the speed of a machine.
 
     Raises:
@@ -32,7 +34,7 @@ def latency(model: nn.Module, inputs: Any, *, repeats: int = 20, warm_up: int = 
 def _seconds(model: nn.Module, inputs: Any, device: torch.device) -> float:
     _wait(device)
     begin = time.perf_counter()
-    model(inputs)
+    call(model, inputs)
     _wait(device)
     return time.perf_counter() - begin
 

@@ -17,6 +17,7 @@ from ...errors import named
 from ...network.identities import is_layer
 from ...network.masks import parameter_masks
 from ...probing.batch import mapped
+from ..call import call
 from ..candidates.channels import NORMALISATIONS, is_depthwise
 
 _POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdaptiveAvg") for dims in (1, 2, 3)]
@@ -30,6 +31,8 @@ _OTHERS += ["AdaptiveMaxPool2D", "AdaptiveMaxPool3D", *(f"UpsampleNearest{dims}D
 _OTHERS += ["UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleTrilinear3D"]
 # Operations that treat every channel alike and map 0 to 0: autograd's names without the number at the end.
 CHANNELWISE = frozenset(f"{name}Backward" for name in (*_POOLINGS, *_ACTIVATIONS, *_OTHERS))
+_SUMS = ("AddBackward", "SubBackward")
+_VIEWS = frozenset(f"{name}Backward" for name in ("View", "UnsafeView", "Expand", "Permute", "Transpose", "T"))
 # These treat every channel alike, but do not map 0 to 0: what reads their results does not read zeros.
 _LIFTING = frozenset(f"{name}Backward" for name in ("Sigmoid", "Hardsigmoid", "Softplus", "Exp"))
 
@@ -47,9 +50,7 @@ def dependency_graph(model: nn.Module, inputs: Any) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     try:
-        return tools.DependencyGraph().build_dependency(
-            model, inputs, forward_fn=lambda model, inputs: model(inputs), verbose=False
-        )
+        return tools.DependencyGraph().build_dependency(model, inputs, forward_fn=call, verbose=False)
     except Exception as error:
         raise ValueError(f"torch-pruning cannot follow the channels of {type(model).__name__}: {error}") from error
 
@@ -146,6 +147,37 @@ def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
         known = plain or isinstance(module, (*NORMALISATIONS, nn.PReLU))
         return f"{graph._module2name[module]!r} ({module})", known
     operation = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
-    of_a_weight = operation == "TBackward0" and not node.inputs  # a linear layer transposes its weight
-    known = operation in ("ConcatOp", "ReshapeOp", "OutputOp") or operation.rstrip("0123456789") in operations
-    return operation, known or of_a_weight
+    shifts = [_shift(operand) for operand in _operands(node.grad_fn)] if _kind(operation) in _SUMS else []
+    if (shift := next((one for one in shifts if one is not None), None)) is not None:
+        name = next((name for name, parameter in graph.model.named_parameters() if parameter is shift), "of the model")
+        return f"a sum with the parameter {name!r}", False
+    known = operation in ("ConcatOp", "ReshapeOp", "OutputOp") or _kind(operation) in operations
+    return operation, known or _is_of_a_linear_layer(node, operation)
+
+
+def _kind(operation: str) -> str:
+    """Autograd's name of an operation without the number at its end."""
+    return operation.rstrip("0123456789")
+
+
+def _operands(function: Any) -> list[Any]:
+    """The functions whose results autograd's function takes; what needs no gradient has none."""
+    return [operand for operand, _ in function.next_functions if operand is not None]
+
+
+def _shift(function: Any) -> Tensor | None:
+    """A parameter of which this is made, and of nothing else that was trained; None if there is other."""
+    if hasattr(function, "variable"):
+        return function.variable
+    operands = _operands(function) if _kind(function.name()) in CHANNELWISE | _VIEWS else []
+    parameters = [_shift(operand) for operand in operands]
+    return None if any(one is None for one in parameters) else next(iter(parameters), None)
+
+
+def _is_of_a_linear_layer(node: Any, operation: str) -> bool:
+    """Whether an operation is part of a linear layer: its weight's transposition, or the product behind a view."""
+    if operation == "TBackward0":
+        return not node.inputs
+    layers = (reader for reader in node.outputs if isinstance(reader.module, nn.Linear))
+    within = (node.grad_fn in _operands(layer.grad_fn) for layer in layers if "View" in layer.grad_fn.name())
+    return _kind(operation) in ("AddmmBackward", "MmBackward") and any(within)

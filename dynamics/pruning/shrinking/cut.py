@@ -18,6 +18,7 @@ from ...hardware.precision import precise
 from ...hardware.random_numbers import random_numbers_untouched
 from ...network.identities import is_layer
 from ...probing.batch import mapped
+from ..call import call
 from .coupling import dependency_graph, plan, silent_units
 
 _OUTPUT = "the output"
@@ -145,8 +146,10 @@ def _run(model: nn.Module, inputs: Any, otherwise: str, in_training: str = "") -
     try:
         with torch.no_grad(), random_numbers_untouched(next(model.parameters()).device):
             with _noted(model, outputs):
-                outputs[_OUTPUT] = list(_tensors(model.eval()(inputs)))
-            model.train()(inputs)  # last: it changes running statistics, with dropout by numbers that depend on sizes
+                outputs[_OUTPUT] = list(_tensors(call(model.eval(), inputs)))
+            call(
+                model.train(), inputs
+            )  # last: it changes running statistics, with dropout by numbers that depend on sizes
             model.eval()
     except Exception as error:
         reason = one_line(error)[:200]

@@ -62,7 +62,8 @@ def shrink(
     Args:
         model: convolutions, linear layers and BatchNorm, pruned by :class:`Pruner`. It may be compiled.
         optimizer: the one that trains it, or a list of several.
-        inputs: inputs that the model takes, to follow its channels. By default two 32 × 32 images of noise.
+        inputs: inputs that the model takes, to follow its channels: one, or a tuple of several, or a mapping of these
+            by name. By default two 32 × 32 images of noise.
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.

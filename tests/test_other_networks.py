@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dynamics.network.masks import parameter_masks
-from dynamics.pruning import Pruner, scores
+from dynamics.pruning import Pruner, scores, shrink
 from dynamics.pruning.candidates.units import unit_layers
 
 LONG = pytest.param("alexnet", marks=pytest.mark.long)
@@ -293,6 +294,58 @@ def test_a_layer_that_inherits_torch_s_forward_pass_is_as_torch_s() -> None:
     model = nn.Sequential(Initialised(3, 6, 3), Gentle(6), *between, *end)
     first, second = unit_layers(model)
     assert (first.modules, first.readers, second.modules) == (("0", "1"), ("3",), ("3",))
+
+
+class Activated(nn.BatchNorm2d):
+    """A normalisation with a forward pass of its own, which ends in an activation, as timm's has it."""
+
+    def __init__(self, count: int, *, of_all: bool = False) -> None:
+        super().__init__(count)
+        self.activation, self.of_all = nn.SiLU(), of_all
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        trains = self.training or self.running_mean is None
+        statistics = self.running_mean, self.running_var
+        normalised = F.batch_norm(inputs, *statistics, self.weight, self.bias, trains, self.momentum, self.eps)
+        return self.activation(normalised) + (normalised.sigmoid() if self.of_all else 0)
+
+
+def test_a_normalisation_of_its_own_code_goes_with_the_filters_whose_channels_it_normalises() -> None:
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Activated(6), nn.Conv2d(6, 4, 1, bias=False), Activated(4), *end)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    train = [(torch.randn(5, 3, 8, 8), torch.arange(5) % 2) for _ in range(3)]
+    assert [layer.modules for layer in unit_layers(model)] == [("0", "1"), ("2", "3")]
+
+    def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        for inputs, labels in train:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model.train()(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    trained(model, optimizer)
+    pruned = Pruner(model, optimizer, "taylor").prune(0.4, train)
+    seen = []
+    for layer in ("1", "3"):
+        model.get_submodule(layer).register_forward_hook(lambda _, inputs, output: seen.append(output))
+    trained(model, optimizer)
+    for output, gone in zip(seen[-2:], (~pruned.alive["0"], ~pruned.alive["2"]), strict=True):
+        assert gone.any()
+        assert (output[:, gone] == 0).all()
+    masked = copy.deepcopy((model, optimizer))
+    shrunk = shrink(model, optimizer, inputs=train[0][0])
+    assert sum(map(len, shrunk.units.values())) == 6 + 2  # and the classes
+    np.testing.assert_allclose(trained(model, optimizer), trained(*masked), rtol=1e-10)
+
+
+def test_a_normalisation_of_its_own_code_lifts_what_it_lifts() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Activated(6, of_all=True), nn.Conv2d(6, 4, 1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"layer '0' feeds into 'sigmoid', through which a silenced filter may"):
+        unit_layers(model)
 
 
 def test_a_convolution_called_twice_goes_with_all_that_follows_it() -> None:

@@ -76,6 +76,19 @@ def is_depthwise(module: nn.Module | None) -> bool:
     return identity(module).depthwise
 
 
+def normalised_by(node: fx.Node, model: nn.Module) -> str | None:
+    """Name of the BatchNorm whose own forward method this is part of, where it applies its γ and β; else None."""
+    given = _given(node, "running_mean", "running_var", "weight", "bias") if node.target is F.batch_norm else {}
+    owners = {one.target.rpartition(".")[0] for key, one in given.items() if key in ("weight", "bias") and _is_own(one)}
+    named = [owner for owner in owners if isinstance(model.get_submodule(owner), NORMALISATIONS)]
+    return named[0] if len(owners) == len(named) == 1 else None
+
+
+def _is_own(given: Any) -> bool:
+    """Whether an argument is one of the model's own tensors."""
+    return isinstance(given, fx.Node) and given.op == "get_attr"
+
+
 def does(node: fx.Node, module: nn.Module | None) -> str:
     """ "alone", "ends" or "lifts": what an operation that is neither depthwise nor BatchNorm does to a channel."""
     if isinstance(module, _CONSTANT_PADS):

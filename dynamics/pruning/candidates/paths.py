@@ -22,6 +22,7 @@ from .channels import (
     is_depthwise,
     is_layer_of,
     is_sum,
+    normalised_by,
     pads,
     pools,
     scales,
@@ -68,8 +69,9 @@ def follow(model: nn.Module, node: fx.Node, layer: Layer, path: ChannelPath, *, 
     """Follow a layer's channels from a node on until something mixes them, and note the path."""
     filters = len(layer.weight)
     for user in node.users:
-        target: Any = user.target  # the name of a module that is called, or a function
-        module = model.get_submodule(target) if user.op == "call_module" else None
+        normalisation = normalised_by(user, model)
+        target: Any = normalisation or user.target  # the name of a module that is called, or a function
+        module = model.get_submodule(target) if user.op == "call_module" or normalisation else None
         if is_depthwise(module) or isinstance(module, NORMALISATIONS):
             if (module.out_channels if is_depthwise(module) else module.num_features) != filters:
                 continue  # channels were reshaped on the path, so they are not the layer's filters any more

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ...network.identities import Layer, layer_named
 from ...network.masks import filters_left
 from ...network.structure import check_initialised, check_whole
-from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, is_about, is_depthwise
+from .channels import CONVOLUTIONS, LAYERS, NORMALISATIONS, TRANSPOSED, is_about, is_depthwise, normalised_by
 from .paths import ChannelPath, follow, own_tensors, reaches_output, reads_each, traced
 from .weights import LEAVE, not_plain, weight_layers, weight_of, weights_reading, within
 
@@ -66,7 +66,7 @@ def unit_layers(model: nn.Module, protected: Iterable[str] = ()) -> list[UnitLay
     check_whole(model, "prune")
     protected = within(model, protected)
     graph = traced(model)
-    calls = _calls(graph)
+    calls = _calls(graph, model)
     weights = own_tensors(graph)
     used = {node.target: node for node in weights if node.op == "get_attr" and _is_used(node)}
     layers, refusals = [], []
@@ -149,12 +149,12 @@ def weights_left(model: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Ten
     return found
 
 
-def _calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
-    """Module → the nodes that call it."""
+def _calls(graph: fx.Graph, model: nn.Module) -> dict[str, list[fx.Node]]:
+    """Module → the nodes that call it or, of a BatchNorm whose forward method was traced, normalise by it."""
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(node.target, []).append(node)
+        if name := node.target if node.op == "call_module" else normalised_by(node, model):
+            calls.setdefault(name, []).append(node)
     return calls
 
 

@@ -152,7 +152,7 @@ def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
         name = next((name for name, parameter in graph.model.named_parameters() if parameter is shift), "of the model")
         return f"a sum with the parameter {name!r}", False
     known = operation in ("ConcatOp", "ReshapeOp", "OutputOp") or _kind(operation) in operations
-    return operation, known or _is_of_a_linear_layer(node, operation)
+    return operation, known or _is_within_a_module(graph, node, _kind(operation))
 
 
 def _kind(operation: str) -> str:
@@ -174,10 +174,15 @@ def _shift(function: Any) -> Tensor | None:
     return None if any(one is None for one in parameters) else next(iter(parameters), None)
 
 
-def _is_of_a_linear_layer(node: Any, operation: str) -> bool:
-    """Whether an operation is part of a linear layer: its weight's transposition, or the product behind a view."""
-    if operation == "TBackward0":
-        return not node.inputs
-    layers = (reader for reader in node.outputs if isinstance(reader.module, nn.Linear))
-    within = (node.grad_fn in _operands(layer.grad_fn) for layer in layers if "View" in layer.grad_fn.name())
-    return _kind(operation) in ("AddmmBackward", "MmBackward") and any(within)
+def _is_within_a_module(graph: Any, node: Any, kind: str) -> bool:
+    """Whether an operation is part of a linear layer or BatchNorm in the graph, but not its last one.
+
+    A linear layer transposes its weight, and may view its result; a BatchNorm of its own code may end in an activation.
+    """
+    if kind in ("AddmmBackward", "MmBackward"):
+        readers = [one for one in node.outputs if node.grad_fn in _operands(one.grad_fn)]
+        return any(isinstance(one.module, nn.Linear) and "View" in one.grad_fn.name() for one in readers)
+    if kind in ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward"):
+        own = {id(module.weight) for module in graph.module2node if isinstance(module, NORMALISATIONS)}
+        return any(id(getattr(operand, "variable", None)) in own for operand in _operands(node.grad_fn))
+    return kind == "TBackward" and not node.inputs

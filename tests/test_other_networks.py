@@ -200,6 +200,26 @@ class Autoencoder(nn.Module):
         return self.head(F.linear(torch.tanh(self.encoder(inputs)), self.encoder.weight.t()))
 
 
+class Then(nn.Module):
+    """Part of a chain that is a function."""
+
+    def __init__(self, function: Callable[..., Tensor], *parts: nn.Module) -> None:
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(parts)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.function(inputs, *self.parts)
+
+
+def of_channels_last(inputs: Tensor, norm: nn.Module) -> Tensor:
+    return norm(inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def gated(inputs: Tensor) -> Tensor:
+    values, gates = inputs.chunk(2, 1)
+    return torch.cat([values * gates.sigmoid()] * 2, 1)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "untraceable": (Branching, r"Branching cannot be traced by torch\.fx"),
     "grouped": (lambda: chain(nn.Conv2d(4, 4, 1, groups=2)), r"layer '1' has 2 groups: only plain and depthwise"),
@@ -207,6 +227,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sigmoid": (lambda: chain(nn.Sigmoid()), r"layer '0' feeds into '1' \(Sigmoid\), through which a silenced"),
     "RMS norm": (lambda: chain(nn.RMSNorm(4)), r"layer '0' feeds into '1' \(RMSNorm\), .* may still have an effect"),
     "group norm": (lambda: chain(nn.GroupNorm(2, 4)), r"layer '0' feeds into '1' \(GroupNorm\)"),
+    "channels are normalised where they are last": (
+        lambda: chain(Then(of_channels_last, nn.LayerNorm(4))),
+        r"^layer '0' feeds into '1\.parts\.0' \(LayerNorm\), through which a silenced filter may still have an effect",
+    ),
+    "sigmoid of channels that are last": (
+        lambda: chain(Then(lambda x: torch.transpose(x, 1, 2).sigmoid())),
+        "^layer '0' feeds into 'sigmoid', through which",
+    ),
+    "gates are half of the channels": (lambda: chain(Then(gated)), "^layer '0' feeds into 'sigmoid', through"),
+    "gated linear unit": (lambda: chain(nn.GLU(1), nn.Conv2d(2, 4, 1)), r"^layer '0' feeds into '1' \(GLU\), through"),
     "no γ and β": (lambda: chain(nn.BatchNorm2d(4, affine=False)), "layer '0' feeds into '1', which has no γ and β"),
     "one norm for two": (
         OneNorm,

@@ -1,7 +1,8 @@
 """What the operations of a traced network do to a channel: keep it separate, end it, or lift its zeros.
 
-``alone``: each channel is processed by itself, and zero stays zero. ``ends``: the channel is mixed with others (by a
-layer or a sum), or the operation is not known here; up to it, a silenced channel is zero. ``lifts``: a silenced
+``alone``: each channel is processed by itself, and zero stays zero. ``moves``: the channels come to be in another
+dimension or part. ``ends``: the channel is mixed with others (by a layer or a sum), or the operation is not known here;
+up to it, a silenced channel is zero. ``lifts``: a silenced
 channel still has an effect, because zero becomes something else (sigmoid) or divides (1/x), or because other channels
 are normalised together with it (RMSNorm).
 """
@@ -37,7 +38,7 @@ _OWN_PADS = (
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _LIFTS = (
     nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin,
-    nn.AlphaDropout, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.AlphaDropout, nn.GLU, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
     nn.InstanceNorm3d, nn.RMSNorm,
 )  # fmt: skip
 _ALONE_FUNCTIONS: frozenset[Callable] = frozenset({
@@ -49,7 +50,7 @@ _ALONE_FUNCTIONS: frozenset[Callable] = frozenset({
     torch.relu_, torch.tanh, torch.flatten,
 })  # fmt: skip
 _LIFTING_FUNCTIONS: frozenset[Callable] = frozenset({
-    F.sigmoid, F.hardsigmoid, F.logsigmoid, F.softplus, F.softmax, F.log_softmax, F.group_norm, F.layer_norm,
+    F.sigmoid, F.hardsigmoid, F.logsigmoid, F.softplus, F.glu, F.softmax, F.log_softmax, F.group_norm, F.layer_norm,
     F.batch_norm, F.instance_norm, torch.sigmoid, torch.softmax, torch.exp, torch.cos, torch.log, torch.rsqrt,
     torch.reciprocal,
 })  # fmt: skip
@@ -57,7 +58,17 @@ _ALONE_METHODS = (
     "relu", "relu_", "tanh", "neg", "abs", "square", "contiguous", "clone", "flatten", "to", "float", "double", "half",
     "bfloat16",
 )  # fmt: skip
+_MOVING_FUNCTIONS: frozenset[Callable] = frozenset({
+    torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.reshape, torch.squeeze, torch.unsqueeze,
+    torch.unflatten, torch.chunk, torch.split, operator.getitem,
+})  # fmt: skip
+_MOVING_METHODS = (
+    "permute", "transpose", "swapaxes", "movedim", "view", "reshape", "squeeze", "unsqueeze", "unflatten", "chunk",
+    "split",
+)  # fmt: skip
 _LIFTING_METHODS = ("sigmoid", "softmax", "exp", "log", "rsqrt", "reciprocal")
+_FUNCTIONS = _ALONE_FUNCTIONS, _MOVING_FUNCTIONS, _LIFTING_FUNCTIONS
+_METHODS = _ALONE_METHODS, _MOVING_METHODS, _LIFTING_METHODS
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 _QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide")
 _CLAMPS = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
@@ -90,7 +101,7 @@ def _is_own(given: Any) -> bool:
 
 
 def does(node: fx.Node, module: nn.Module | None) -> str:
-    """ "alone", "ends" or "lifts": what an operation that is neither depthwise nor BatchNorm does to a channel."""
+    """What an operation that is neither depthwise nor BatchNorm does to a channel, in one of the words above."""
     if isinstance(module, _CONSTANT_PADS):
         return "lifts" if module.value else "alone"
     if isinstance(module, nn.Hardtanh) or node.target is F.hardtanh:
@@ -98,11 +109,11 @@ def does(node: fx.Node, module: nn.Module | None) -> str:
         return "alone" if _is_around_zero(given.get("min_val", -1), given.get("max_val", 1)) else "lifts"
     if node.op == "call_module":
         alone, lifts = isinstance(module, (*_ALONE, *_OWN_PADS)), isinstance(module, _LIFTS)
-    elif node.op == "call_function":
-        alone, lifts = node.target in _ALONE_FUNCTIONS, node.target in _LIFTING_FUNCTIONS
+        moves = isinstance(module, nn.Unflatten)
     else:
-        alone, lifts = node.target in _ALONE_METHODS, node.target in _LIFTING_METHODS
-    return "alone" if alone else "lifts" if lifts else "ends"
+        known = _METHODS if node.op == "call_method" else _FUNCTIONS
+        alone, moves, lifts = (node.target in operations for operations in known)
+    return "alone" if alone else "moves" if moves else "lifts" if lifts else "ends"
 
 
 def is_layer_of(node: fx.Node, source: fx.Node, weights: Collection[fx.Node], *, flattened: bool) -> bool:

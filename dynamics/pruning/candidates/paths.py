@@ -83,14 +83,32 @@ def follow(model: nn.Module, node: fx.Node, layer: Layer, path: ChannelPath, *, 
         elif is_sum(user):
             path.summed = True
         elif user.op != "output" and (effect := _effect(user, node, module, layer, flattened=flattened)) != "ends":
-            if effect == "lifts":
-                what = target if isinstance(target, str) else target.__name__
-                kind = f" ({type(module).__name__})" if module is not None else ""
-                path.refusal = f"feeds into {what!r}{kind}, through which a silenced filter may still have an effect"
+            if effect in ("lifts", "moves"):
+                path.refusal = _lifted(model, user, node, layer) or path.refusal
             else:
                 follow(model, user, layer, path, flattened=flattened or flattens(user, module))
         elif isinstance(module, LAYERS):
             path.readers[target] = flattened
+
+
+def _lifted(model: nn.Module, user: fx.Node, node: fx.Node, layer: Layer) -> str | None:
+    """Why a layer's channels cannot be pruned if their node has this user, by which they are moved or lifted, or none.
+
+    Of channels that were moved it is not known which they are, so nothing is pruned with them.
+    """
+    waiting, seen = [(user, node)], set()
+    while waiting:
+        user, node = waiting.pop()
+        module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
+        stays = user.op == "output" or is_sum(user) or isinstance(module, (*LAYERS, *NORMALISATIONS))
+        effect = "ends" if user in seen or stays else _effect(user, node, module, layer, flattened=True)
+        seen.add(user)
+        if effect == "lifts":
+            what = user.target if isinstance(user.target, str) else user.target.__name__
+            kind = f" ({type(module).__name__})" if module is not None else ""
+            return f"feeds into {what!r}{kind}, through which a silenced filter may still have an effect"
+        waiting += [(after, user) for after in user.users if effect != "ends"]
+    return None
 
 
 def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: Layer, *, flattened: bool) -> str:
@@ -100,7 +118,9 @@ def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: Layer
     if (flattened or isinstance(layer, nn.Linear)) and shifts(module):
         return "ends"
     effect = "lifts" if divides_by(user, node) else does(user, module)
-    return "ends" if effect == "alone" and user.all_input_nodes[0] is not node else effect  # x.to(y) has x's channels
+    return (
+        "ends" if effect in ("alone", "moves") and user.all_input_nodes[0] is not node else effect
+    )  # x.to(y) has x's channels
 
 
 def reads_each(layer: Layer, reader: Layer, *, flattened: bool) -> bool:

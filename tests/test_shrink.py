@@ -468,8 +468,54 @@ def test_neurons_that_see_one_token_after_another_are_followed(shape: tuple[int,
             its_optimizer.step()
 
 
-def test_gates_on_channels_stay_whole() -> None:
-    """Squeeze and excitation: a filter's channel is multiplied by a gate that nobody silenced."""
+class Excited(nn.Module):
+    """Squeeze and excitation: channels are multiplied by gates, which are made of the means of all channels."""
+
+    def __init__(self, gates: Callable[[Tensor], Tensor], *, flat: bool, again: bool = False) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.squeeze, self.excite = (
+            (nn.Linear(8, 3), nn.Linear(3, 8)) if flat else (nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1))
+        )
+        self.gates, self.flat, self.again = gates, flat, again
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = F.silu(self.norm(self.first(inputs)))
+        means = hidden.mean((2, 3)) if self.flat else hidden.mean((2, 3), keepdim=True)
+        gates = self.gates(self.excite(self.squeeze(means).relu()))
+        gates = gates.view(*gates.shape[:2], 1, 1) if self.flat else gates
+        hidden = hidden * gates + (gates if self.again else 0)
+        return self.last(hidden).mean((2, 3))
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("gates", [torch.sigmoid, F.hardsigmoid])
+def test_gates_of_channels_go_with_them(gates: Callable[[Tensor], Tensor], flat: bool, optimizer_name: str) -> None:
+    model = Excited(gates, flat=flat)
+    optimizer = OPTIMIZERS[optimizer_name](list(model.parameters()))
+    train(model, optimizer, 2)
+    silence(model, optimizer, {"first": [1, 2, 6], "norm": [1, 2, 6], "squeeze": [0]})
+    masked, of_masked = twin(model, optimizer)
+    shrunk = shrink(model, optimizer)
+    assert [len(model.get_submodule(one).weight) for one in ("first", "norm", "squeeze", "excite")] == [5, 5, 2, 5]
+    assert shrunk.units["excite"].tolist() == [0, 3, 4, 5, 7]
+    for _ in range(3):
+        assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+        train(model, optimizer, 1)
+        train(masked, of_masked, 1)
+
+
+def test_gates_of_channels_that_are_heard_stay() -> None:
+    model = Excited(torch.sigmoid, flat=False, again=True)
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"first": [1, 2], "norm": [1, 2], "squeeze": [0]})
+    masked = copy.deepcopy(model)
+    shrink(model)
+    assert [len(model.get_submodule(one).weight) for one in ("first", "norm", "squeeze", "excite")] == [8, 8, 2, 8]
+    assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+
+
+def test_what_a_depthwise_layer_silences_stays_with_what_it_reads() -> None:
     torch.set_default_dtype(torch.float32)
     model = efficientnet_b0(num_classes=4).eval()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -478,6 +524,17 @@ def test_gates_on_channels_stay_whole() -> None:
     shrink(model, optimizer)
     assert weights(model) == before
     assert parameter_masks(model)
+
+
+def test_an_efficient_network_is_half_as_large_if_half_its_filters_are_pruned() -> None:
+    torch.set_default_dtype(torch.float32)
+    model, inputs = efficientnet_b0(num_classes=4), torch.randn(2, 3, 32, 32)
+    gates = [name for name, _ in model.named_modules() if name.endswith("fc2")]
+    Pruner(model, None, "magnitude", protected=gates).prune(0.5)
+    masked, whole = copy.deepcopy(model), sum(map(torch.numel, model.parameters()))
+    shrink(model)
+    assert sum(map(torch.numel, model.parameters())) < 0.7 * whole
+    torch.testing.assert_close(model.eval()(inputs), masked.eval()(inputs), rtol=1e-4, atol=1e-6)
 
 
 PASSED: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # what a pruner follows channels through, by dimensions

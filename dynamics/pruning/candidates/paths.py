@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ...errors import first_line
@@ -59,9 +60,11 @@ def traced(model: nn.Module) -> fx.Graph:
         with mode_of(model, "eval"), activations_stay():
             return _Tracer().trace(model, concrete_args=settings or None)
     except Exception as error:
+        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+        instead = "prune the module that was scripted" if scripted else "granularity='weight' needs no tracing"
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which shows what belongs to a filter: "
-            f"{first_line(error)}; granularity='weight' needs no tracing"
+            f"{first_line(error)}; {instead}"
         ) from error
 
 

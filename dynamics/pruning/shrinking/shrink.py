@@ -13,11 +13,18 @@ from ...network.identities import Identity, expand, identities, is_layer, keep_u
 from ...network.masks import parameter_masks, replace_mask
 from ...network.optimizer_state import state_of
 from ...network.optimizers import as_given, with_those_within
-from ...network.structure import check_whole
+from ...network.structure import check_initialised, check_whole
 from ...network.wrappers import unwrap
 from ...words import counted
 from ..candidates.weights import weight_of
 from .cut import find_cut, rows_left, take
+
+_MADE_PERMANENT = {
+    "parametrizations.": "parametrize.remove_parametrizations(module, name)",
+    "_orig.": "prune.remove(module, name)",
+    "weight_g.": "remove_weight_norm(module)",
+    "weight_v.": "remove_weight_norm(module)",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def shrink(
     optimizers that update every entry independently (SGD, Adam, AdamW, ...). Parameters that get smaller become new
     objects, in the model and in the optimizer's groups, with their gradients and optimizer state; the optimizer itself
     and its hooks stay. A silenced filter that cannot be removed, because another layer writes to the same channel (in a
-    residual sum), stays with its mask.
+    residual sum) or gates it (squeeze and excitation), stays with its mask.
 
     Args:
         model: convolutions, linear layers and BatchNorm, pruned by :class:`Pruner`. It may be compiled.
@@ -99,13 +106,13 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError(
             "DistributedDataParallel keeps its own list of parameters: shrink model.module, then wrap it again"
         )
+    check_initialised(unwrap(model))
     check_whole(unwrap(model), "shrink")
     for name, _ in unwrap(model).named_parameters():
-        if "parametrizations." in name or name.endswith(("_orig", "weight_g", "weight_v")):
+        if ways := [way for part, way in _MADE_PERMANENT.items() if part in f"{name}."]:
             raise ValueError(
-                f"{name} is turned into the layer's own parameter by torch.nn.utils (prune, parametrize, "
-                "weight_norm): make that permanent first, with torch.nn.utils.prune.remove(module, name) for "
-                "example"
+                f"{name} is turned into the layer's own parameter by torch.nn.utils: make that permanent first, with "
+                f"torch.nn.utils.{ways[0]}"
             )
 
 

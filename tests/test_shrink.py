@@ -471,21 +471,26 @@ def test_neurons_that_see_one_token_after_another_are_followed(shape: tuple[int,
 class Excited(nn.Module):
     """Squeeze and excitation: channels are multiplied by gates, which are made of the means of all channels."""
 
-    def __init__(self, gates: Callable[[Tensor], Tensor], *, flat: bool, again: bool = False) -> None:
+    def __init__(
+        self,
+        gates: Callable[[Tensor], Tensor] = torch.sigmoid,
+        applied: Callable[[Tensor, Tensor], Tensor] = operator.mul,
+        *,
+        flat: bool = False,
+    ) -> None:
         super().__init__()
         self.first, self.norm, self.last = nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
         self.squeeze, self.excite = (
             (nn.Linear(8, 3), nn.Linear(3, 8)) if flat else (nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1))
         )
-        self.gates, self.flat, self.again = gates, flat, again
+        self.gates, self.applied, self.flat = gates, applied, flat
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = F.silu(self.norm(self.first(inputs)))
         means = hidden.mean((2, 3)) if self.flat else hidden.mean((2, 3), keepdim=True)
         gates = self.gates(self.excite(self.squeeze(means).relu()))
         gates = gates.view(*gates.shape[:2], 1, 1) if self.flat else gates
-        hidden = hidden * gates + (gates if self.again else 0)
-        return self.last(hidden).mean((2, 3))
+        return self.last(self.applied(hidden, gates)).mean((2, 3))
 
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
@@ -506,12 +511,43 @@ def test_gates_of_channels_go_with_them(gates: Callable[[Tensor], Tensor], flat:
         train(masked, of_masked, 1)
 
 
-def test_gates_of_channels_that_are_heard_stay() -> None:
-    model = Excited(torch.sigmoid, flat=False, again=True)
+APPLIED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {  # and how many of 8 channels are left
+    "added, too": (lambda hidden, gates: gates + hidden * gates, 8),
+    "added afterwards": (lambda hidden, gates: hidden * gates + gates, 8),
+    "and a constant": (lambda hidden, gates: hidden * (1 + gates), 6),
+    "to an activation": (lambda hidden, gates: (hidden * gates).relu(), 6),
+    "twice": (lambda hidden, gates: gates.abs() * (gates.neg() * hidden), 8),  # a gate of two readers stays
+}
+
+
+@pytest.mark.parametrize("how", APPLIED)
+def test_gates_that_are_heard_otherwise_stay(how: str) -> None:
+    applied, left = APPLIED[how]
+    model = Excited(applied=applied)
     silence(model, torch.optim.SGD(model.parameters(), 0.1), {"first": [1, 2], "norm": [1, 2], "squeeze": [0]})
     masked = copy.deepcopy(model)
     shrink(model)
-    assert [len(model.get_submodule(one).weight) for one in ("first", "norm", "squeeze", "excite")] == [8, 8, 2, 8]
+    assert [len(model.get_submodule(one).weight) for one in ("first", "squeeze", "excite")] == [left, 2, left]
+    assert_same(model(batch(7)[0]), masked(batch(7)[0]))
+
+
+def test_gates_after_gates_go_with_their_channels() -> None:
+    class Twice(Excited):
+        def __init__(self) -> None:
+            super().__init__(applied=lambda hidden, gates: hidden * gates)
+            self.other = nn.Conv2d(3, 8, 1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = F.silu(self.norm(self.first(inputs)))
+            squeezed = self.squeeze(hidden.mean((2, 3), keepdim=True)).relu()
+            hidden = hidden * self.excite(squeezed).sigmoid() * self.other(squeezed).sigmoid()
+            return self.last(hidden).mean((2, 3))
+
+    model = Twice()
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"first": [1, 2], "norm": [1, 2]})
+    masked = copy.deepcopy(model)
+    shrink(model)
+    assert [len(model.get_submodule(one).weight) for one in ("first", "excite", "other")] == [6, 6, 6]
     assert_same(model(batch(7)[0]), masked(batch(7)[0]))
 
 

@@ -447,6 +447,10 @@ def test_bad_arguments_are_said() -> None:
         for granularity in ("filter", "weight"):
             with pytest.raises(ValueError, match=r"'0\.\w+' has no shape yet: run a batch"):
                 scores(nn.Sequential(lazy, nn.Conv2d(2, 2, 3)), None, "magnitude", granularity=granularity)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Conv2d(2, 2, 3))
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device, where it has no numbers: initialise"):
+        Pruner(empty, None, "magnitude")
     with pytest.raises(ValueError, match="layer '0' has 2 groups"):
         scores(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), None, "magnitude")
 

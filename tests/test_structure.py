@@ -38,8 +38,8 @@ FLOORS = {  # from the ground: whatever stands on one may import what stands bel
         {"__init__", "__main__"},
     ),
     "dynamics.pruning": (
-        {"candidates", "latency", "schedule", "selection"},
-        {"cost", "importance", "invariance", "protocol", "shrinking"},
+        {"call", "candidates", "schedule", "selection"},
+        {"cost", "importance", "invariance", "latency", "protocol", "shrinking"},
         {"curve", "plan"},
         {"pruner"},
         {"__init__"},

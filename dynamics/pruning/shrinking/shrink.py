@@ -64,7 +64,8 @@ def shrink(
     optimizers that update every entry independently (SGD, Adam, AdamW, ...). Parameters that get smaller become new
     objects, in the model and in the optimizer's groups, with their gradients and optimizer state; the optimizer itself
     and its hooks stay. A silenced filter that cannot be removed, because another layer writes to the same channel (in a
-    residual sum) or gates it (squeeze and excitation), stays with its mask.
+    residual sum), stays with its mask. Layers that do no more than gate silenced channels (squeeze and excitation) lose
+    the units that do it.
 
     Args:
         model: convolutions, linear layers and BatchNorm, pruned by :class:`Pruner`. It may be compiled.

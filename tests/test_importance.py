@@ -449,7 +449,7 @@ def test_bad_arguments_are_said() -> None:
                 scores(nn.Sequential(lazy, nn.Conv2d(2, 2, 3)), None, "magnitude", granularity=granularity)
     with torch.device("meta"):
         empty = nn.Sequential(nn.Conv2d(2, 2, 3))
-    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device, where it has no numbers: initialise"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device and has no values yet: initialise"):
         Pruner(empty, None, "magnitude")
     with pytest.raises(ValueError, match="layer '0' has 2 groups"):
         scores(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), None, "magnitude")

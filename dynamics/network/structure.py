@@ -67,15 +67,15 @@ def has_any(model: nn.Module, parameters: Iterable[Tensor]) -> bool:
 
 
 def check_initialised(model: nn.Module) -> None:
-    """Raise ValueError if a lazy module has no parameters yet, or the model no numbers."""
+    """Raise ValueError if a lazy module has no parameters yet, or none of the model's parameters has numbers."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run a batch through the model first")
-        if parameter.is_meta:
-            raise ValueError(
-                f"parameter {name!r} is on the meta device, where it has no numbers: initialise the model first, with "
-                "model.to_empty(device=...) and its own reset_parameters() or a checkpoint"
-            )
+    if (first := next(model.named_parameters(), None)) and all(one.is_meta for one in model.parameters()):
+        raise ValueError(
+            f"parameter {first[0]!r} is on the meta device and has no values yet: initialise the model first, with "
+            "model.to_empty(device=...) and its own reset_parameters() or a checkpoint"
+        )
 
 
 def check_whole(model: nn.Module, what: str) -> None:

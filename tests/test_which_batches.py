@@ -112,6 +112,26 @@ def test_how_many_batches_are_read_ahead_may_change_and_there_are_none_when_a_pa
     assert run["steps"].epoch.values.tolist() == np.repeat(range(3), 12 // parts).tolist()
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_batch_that_has_no_share_in_a_step_is_left_for_the_next(tmp_path: Path, every: int) -> None:
+    """Each of two batches of a step has two backward passes, and two more are read before; the shares are fitted."""
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = vectors(8)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
+        for _ in range(3):
+            for number, batch in enumerate(prefetched(recorder.watch(batches), 2), 1):
+                parts = [part / 2 for part in halves(model, batch)]
+                for part in parts:
+                    part.backward()
+                losses.append(sum(parts).item())
+                if number % 2 == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    sums = np.add(losses[::2], losses[1::2])
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, sums[::every], rtol=1e-12)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_a_batch_that_is_told_by_a_hook_of_the_model(tmp_path: Path, parts: int) -> None:
     """Hooks that the recorder then puts on the model come too late for this pass; a second one has no gradients."""

@@ -20,6 +20,7 @@ from .moments import Moments
 from .seen import Position, Seen, candidates, read_ahead, used
 
 _MOST = 4096  # batches of one step
+_NO_SHARE = 1e-4  # of the largest share
 _IDLE = 128  # batches in a row that lead to no step, or are evaluated
 
 
@@ -195,9 +196,13 @@ class Batches:
         )
         return self._candidates
 
-    def chosen(self, candidate: int) -> None:
-        """The gradient has chosen this candidate: the batches after it were read ahead."""
-        batches = self._candidates[candidate]
+    def chosen(self, candidate: int, shares: Sequence[float]) -> None:
+        """The gradient has chosen this candidate, in such shares: the batches after it were read ahead.
+
+        A batch whose fitted share is zero, up to rounding, is none of the step's.
+        """
+        weighted = zip(self._candidates[candidate], shares, strict=True)
+        batches = [seen for seen, share in weighted if share > _NO_SHARE * max(shares)] or self._candidates[candidate]
         end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
         if candidate:
             for seen in batches:

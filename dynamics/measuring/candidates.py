@@ -156,7 +156,7 @@ class Candidates:
         if not (best.candidate.certain or best.sure):
             return None
         self._way = best.candidate.way
-        self._batches.chosen(best.candidate.number)
+        self._batches.chosen(best.candidate.number, best.candidate.probe.shares)
         return best
 
 

@@ -105,6 +105,11 @@ class Probe:
         return tuple(batches), tuple(self._weights), *settings
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """Each batch's share in the mean."""
+        return tuple(self._weights)
+
+    @property
     def share(self) -> float:
         """Sum of its batches' shares in the mean: 1, unless it is one of several replicas' probes :meth:`in_shares`."""
         return sum(self._weights)

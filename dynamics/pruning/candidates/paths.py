@@ -103,7 +103,8 @@ def _lifted(model: nn.Module, user: fx.Node, node: fx.Node, layer: Layer) -> str
     while waiting:
         user, node = waiting.pop()
         module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
-        stays = user.op == "output" or is_sum(user) or isinstance(module, (*LAYERS, *NORMALISATIONS))
+        mixed = is_sum(user) or isinstance(module, LAYERS)
+        stays = user.op == "output" or mixed or isinstance(module, NORMALISATIONS) or normalised_by(user, model)
         effect = "ends" if user in seen or stays else _effect(user, node, module, layer, flattened=True)
         seen.add(user)
         if effect == "lifts":

@@ -6,7 +6,7 @@ slices of weights that read it are removed, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,6 @@ from ...network.masks import parameter_masks
 from ...probing.batch import mapped
 from ..call import call
 from ..candidates.channels import NORMALISATIONS, is_depthwise
-from .gates import Gate, operation
 
 _POOLINGS = [f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg", "MkldnnAdaptiveAvg") for dims in (1, 2, 3)]
 _ACTIVATIONS = ["Relu", "LeakyRelu", "RreluWithNoise", "Hardtanh", "Elu", "Celu", "Gelu", "Silu", "Mish", "Hardswish"]
@@ -97,24 +96,13 @@ def _removable(graph: Any, name: str, module: nn.Module, silent: Mapping[str, Te
     units = units[len(units) == len(silent[name]) :]  # a layer keeps one unit, even if all are silenced
     while units:
         group = _group(graph, name, module, units)
-        nodes = [item.dep.target for item in group.items]
-        _check_known(graph, nodes, name, CHANNELWISE | _LIFTING)
-        heard: dict[Any, set[int]] = {}
-        for item in group.items:
-            if graph.is_out_channel_pruning_fn(item.dep.handler) and _writes(graph, item.dep.target):
-                heard.setdefault(item.dep.target, set()).update(_heard(graph, item, silent))
-        gates = {node: Gate(node, _keeps_place) for node, roots in heard.items() if roots}
-        staying = {root for node, gate in gates.items() for root in gate.opens(heard[node], heard)}
+        _check_known(graph, group, name, CHANNELWISE | _LIFTING)
+        staying = {root for item in group.items for root in _staying(graph, item, silent)}
         if not staying:
-            passed = {id(node) for gate in gates.values() for node in gate.passed}
-            _check_known(graph, [node for node in nodes if id(node) not in passed], name, CHANNELWISE)
+            _check_known(graph, group, name, CHANNELWISE)
             return group.items
         units = [unit for unit in units if unit not in staying]
     return []
-
-
-def _keeps_place(name: str) -> bool:
-    return name == "ReshapeOp" or _kind(name) in CHANNELWISE | _LIFTING
 
 
 def _group(graph: Any, name: str, module: nn.Module, units: list[int]) -> Any:
@@ -126,24 +114,22 @@ def _group(graph: Any, name: str, module: nn.Module, units: list[int]) -> Any:
         ) from error
 
 
-def _writes(graph: Any, node: Any) -> bool:
-    """Whether a node is the network's output, or a layer or normalisation."""
-    return not node.outputs or (node.module in graph._module2name and not isinstance(node.module, nn.PReLU))
+def _staying(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[int]:
+    """Units that must stay because this member of their group is the network's output, or writes to them unsilenced."""
+    node, puts_out = item.dep.target, graph.is_out_channel_pruning_fn(item.dep.handler)
+    if puts_out and not node.outputs:
+        yield from item.root_idxs
+    elif puts_out and node.module in graph._module2name and not isinstance(node.module, nn.PReLU):
+        gone = silent.get(graph._module2name[node.module], torch.empty(0))
+        yield from (
+            root for index, root in zip(item.idxs, item.root_idxs, strict=True) if index >= len(gone) or not gone[index]
+        )
 
 
-def _heard(graph: Any, item: Any, silent: Mapping[str, Tensor]) -> Iterator[int]:
-    """Units that this member of their group puts out unsilenced; all if it is the network's output."""
-    node = item.dep.target
-    gone = silent.get(graph._module2name.get(node.module), torch.empty(0)) if node.outputs else torch.empty(0)
-    for index, root in zip(item.idxs, item.root_idxs, strict=True):
-        if index >= len(gone) or not gone[index]:
-            yield root
-
-
-def _check_known(graph: Any, nodes: Iterable[Any], name: str, operations: Set[str]) -> None:
+def _check_known(graph: Any, group: Any, name: str, operations: Set[str]) -> None:
     """Raise ValueError if a layer's channels meet something that may mix, move or shift them."""
-    for node in nodes:
-        met, known = _met(graph, node, operations)
+    for dependency, _ in group.items:
+        met, known = _met(graph, dependency.target, operations)
         if not known:
             raise ValueError(
                 f"the silenced filters of layer {name!r} feed into {met}, where shrink() cannot tell what becomes "
@@ -160,18 +146,19 @@ def _met(graph: Any, node: Any, operations: Set[str]) -> tuple[str, bool]:
         plain = is_layer(module) and (getattr(module, "groups", 1) == 1 or is_depthwise(module))
         known = plain or isinstance(module, (*NORMALISATIONS, nn.PReLU))
         return f"{graph._module2name[module]!r} ({module})", known
-    kind = _kind(operation(node))
-    shifts = [_shift(operand) for operand in _operands(node.grad_fn)] if kind in _SUMS else []
+    operation = getattr(module, "_grad_fn", type(module).__name__.strip("_"))
+    sums = () if operations >= _LIFTING else _SUMS  # a shift lifts, too
+    shifts = [_shift(operand) for operand in _operands(node.grad_fn)] if _kind(operation) in sums else []
     if (shift := next((one for one in shifts if one is not None), None)) is not None:
         name = next((name for name, parameter in graph.model.named_parameters() if parameter is shift), "of the model")
         return f"a sum with the parameter {name!r}", False
-    known = kind in ("ConcatOp", "ReshapeOp", "OutputOp") or kind in operations
-    return operation(node), known or _is_within_a_module(graph, node, kind)
+    known = operation in ("ConcatOp", "ReshapeOp", "OutputOp") or _kind(operation) in operations
+    return operation, known or _is_within_a_module(graph, node, _kind(operation))
 
 
-def _kind(name: str) -> str:
+def _kind(operation: str) -> str:
     """Autograd's name of an operation without the number at its end."""
-    return name.rstrip("0123456789")
+    return operation.rstrip("0123456789")
 
 
 def _operands(function: Any) -> list[Any]:

@@ -64,14 +64,13 @@ def shrink(
     optimizers that update every entry independently (SGD, Adam, AdamW, ...). Parameters that get smaller become new
     objects, in the model and in the optimizer's groups, with their gradients and optimizer state; the optimizer itself
     and its hooks stay. A silenced filter that cannot be removed, because another layer writes to the same channel (in a
-    residual sum), stays with its mask. Layers that do no more than gate silenced channels (squeeze and excitation) lose
-    the units that do it.
+    residual sum) or gates it (squeeze and excitation), stays with its mask.
 
     Args:
         model: convolutions, linear layers and BatchNorm, pruned by :class:`Pruner`. It may be compiled.
         optimizer: the one that trains it, or a list of several.
-        inputs: inputs that the model takes, to follow its channels: one, or a tuple of several, or a mapping of these
-            by name. By default two 32 × 32 images of noise.
+        inputs: inputs that the model takes, to follow its channels: one or, if its ``forward`` needs several, a
+            tuple of these, or a mapping by name. By default two 32 × 32 images of noise.
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.

@@ -112,24 +112,30 @@ def test_how_many_batches_are_read_ahead_may_change_and_there_are_none_when_a_pa
     assert run["steps"].epoch.values.tolist() == np.repeat(range(3), 12 // parts).tolist()
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_batch_that_has_no_share_in_a_step_is_left_for_the_next(tmp_path: Path, every: int) -> None:
-    """Each of two batches of a step has two backward passes, and two more are read before; the shares are fitted."""
-    model, losses = smooth_network(), []
+@pytest.mark.parametrize(("reads", "count", "every"), [(prefetched, 2, 1), (in_groups, 4, 2)])
+def test_a_batch_that_has_no_share_in_a_step_is_left_for_the_next(
+    tmp_path: Path, reads: Callable, count: int, every: int
+) -> None:
+    """Each batch has two backward passes, and others are read before: what each has of the step is fitted."""
+    model, losses, waiting = smooth_network(), [], []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    batches = vectors(8)
+    size = 2 if reads is prefetched else 1
+    batches = vectors(9 if reads is prefetched else 12)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
-        for _ in range(3):
-            for number, batch in enumerate(prefetched(recorder.watch(batches), 2), 1):
-                parts = [part / 2 for part in halves(model, batch)]
-                for part in parts:
-                    part.backward()
-                losses.append(sum(parts).item())
-                if number % 2 == 0:
+        for _ in range(2):
+            for number, (inputs, labels) in enumerate(reads(recorder.watch(batches), count), 1):
+                for _ in range(2):
+                    loss = F.cross_entropy(model(inputs), labels)
+                    (loss / (2 * size)).backward()
+                waiting.append(loss.item())
+                if number % size == 0 or number == len(batches):
                     optimizer.step()
                     optimizer.zero_grad()
-    sums = np.add(losses[::2], losses[1::2])
-    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, sums[::every], rtol=1e-12)
+                    losses.append(np.mean(waiting))
+                    waiting = []
+    run = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(run.loss_before, np.array(losses)[run.step], rtol=1e-9)
+    assert run.sizes["step"] == len(losses[::every])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

@@ -70,12 +70,12 @@ def images(batches: int, seed: int = 1, size: int = 8) -> list[Batch]:
     ]
 
 
-def one_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, each read before the one before it is used, as by a loader that copies while a network computes."""
+def prefetched(batches: Iterable[Batch], ahead: int = 1) -> Iterator[Batch]:
+    """The batches, each read so many before it is used, as by a loader that copies while a network computes."""
     waiting: list[Batch] = []
     for batch in batches:
         waiting.append(batch)
-        if len(waiting) > 1:
+        if len(waiting) > ahead:
             yield waiting.pop(0)
     yield from waiting
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from by_hand import ByHand, is_of_its_steps
-from networks import one_ahead, plain_step, prune_row, recorded, smooth_network, step_along, vectors
+from networks import plain_step, prefetched, prune_row, recorded, smooth_network, step_along, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -705,7 +705,7 @@ def test_a_batch_that_is_changed_in_place_before_its_forward_pass(tmp_path: Path
 
     with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
         batches = recorder.watch([(x + 5, y) for x, y in vectors(4)])
-        for batch in one_ahead(map(normalised, batches)) if by == "what reads ahead" else batches:
+        for batch in prefetched(map(normalised, batches)) if by == "what reads ahead" else batches:
             losses.append(step_along(objective(model, normalised(batch) if by == "the loop" else batch), optimizer))
     is_of_its_steps(tmp_path / "run", losses)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, one_ahead, smooth_network, vectors
+from networks import Batch, prefetched, smooth_network, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -71,7 +71,7 @@ def test_accumulation_over_batches_that_are_read_ahead(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
         for _ in range(2):
-            for number, batch in enumerate(one_ahead(recorder.watch(vectors(6)))):
+            for number, batch in enumerate(prefetched(recorder.watch(vectors(6)))):
                 loss = cross_entropy(model, batch)
                 (loss / 2).backward()
                 recorder.log(loss=loss)

@@ -372,6 +372,12 @@ def test_a_normalisation_of_its_own_code_goes_with_the_filters_whose_channels_it
     np.testing.assert_allclose(trained(model, optimizer), trained(*masked), rtol=1e-10)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Activated])
+def test_a_normalisation_of_a_part_of_the_pixels_goes_with_no_filter(norm: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Then(lambda x: x[:, :, 1:]), norm(4), nn.Conv2d(4, 2, 1), nn.Flatten())
+    assert unit_layers(model)[0].modules == ("0",)
+
+
 def test_a_normalisation_of_its_own_code_lifts_what_it_lifts() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), Activated(6, of_all=True), nn.Conv2d(6, 4, 1), nn.Flatten())
     with pytest.raises(ValueError, match=r"layer '0' feeds into 'sigmoid', through which a silenced filter may"):

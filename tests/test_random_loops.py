@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import Batch, one_ahead, vectors
+from networks import Batch, prefetched, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -72,7 +72,7 @@ class Training:
         """Train, and find by hand what each step was."""
         batches = vectors(7) if recorder is None else recorder.watch(vectors(7))
         passes: list[Forward] = []
-        for number, batch in enumerate(one_ahead(batches) if self.ahead else batches):
+        for number, batch in enumerate(prefetched(batches) if self.ahead else batches):
             if number == self.skipped and not self.ahead:
                 continue
             if self.looks_first and not self.ahead:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import one_ahead, plain_step, smooth_network, vectors
+from networks import plain_step, prefetched, smooth_network, vectors
 
 from dynamics import Recorder, open_run
 from dynamics.record.store import Store
@@ -21,7 +21,7 @@ def test_a_loop_that_reads_ahead_goes_on_at_any_step(tmp_path: Path, stop: int) 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for part in (batches[:stop], batches[stop:]):
         with Recorder(tmp_path / "run", model, optimizer, curvature_every=4, resume=True) as recorder:
-            for inputs, labels in one_ahead(recorder.watch(part)):
+            for inputs, labels in prefetched(recorder.watch(part)):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(inputs), labels)
                 loss.backward()

@@ -4,6 +4,7 @@ import copy
 import operator
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -513,6 +514,29 @@ def test_channels_that_others_gate_or_are_added_to_stay(how: str) -> None:
         assert_same(model(batch(7)[0]), masked(batch(7)[0]))
         train(model, optimizer, 1)
         train(masked, of_masked, 1)
+
+
+def test_a_shift_of_channels_that_stay_is_no_matter() -> None:
+    class Summed(Odd):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            self.other, self.shift = nn.Conv2d(1, 4, 3, padding=1), nn.Parameter(torch.zeros(()))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.second((self.first(inputs) + self.shift + self.other(inputs)).relu()).mean((2, 3))
+
+    model = Summed()
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"first": [1]})
+    before = weights(model)
+    shrink(model)
+    assert weights(model) == before
+
+
+def test_a_layer_may_be_called_as_what_torch_keeps_is() -> None:
+    model = nn.Sequential(OrderedDict(conv_orig=nn.Conv2d(1, 4, 3), last=nn.Conv2d(4, 2, 1)))
+    silence(model, torch.optim.SGD(model.parameters(), 0.1), {"conv_orig": [1]})
+    shrink(model)
+    assert model.conv_orig.weight.shape == (3, 1, 3, 3)
 
 
 class Optional(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import Batch, convolutional_network, images, one_ahead, smooth_network, vectors
+from networks import Batch, convolutional_network, images, prefetched, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
@@ -22,6 +22,28 @@ from dynamics.probing.probe import Probe
 
 def halves(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
     return [F.cross_entropy(model(part[0]), part[1]) / 2 for part in zip(*(t.chunk(2) for t in batch), strict=True)]
+
+
+def accumulated(
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    loss_of: Callable[[Batch], torch.Tensor],
+    parts: int,
+    after: Callable[[Batch, bool], None] = lambda batch, steps: None,
+) -> list[float]:
+    """The losses of the steps, each of so many batches, of a loop that calls ``after`` behind each of them."""
+    losses, waiting = [], []
+    for batch in batches:
+        loss = loss_of(batch)
+        (loss / parts).backward()
+        waiting.append(loss.item())
+        if steps := len(waiting) == parts:
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(np.mean(waiting))
+            waiting = []
+        after(batch, steps)
+    return losses
 
 
 def test_two_backward_passes_a_batch_and_batches_that_are_left_out(tmp_path: Path) -> None:
@@ -47,35 +69,23 @@ def test_batches_that_are_read_ahead_and_evaluated_when_they_were_trained_on(
     tmp_path: Path, parts: int, evaluated: str, dropout: float
 ) -> None:
     """The model runs without gradients on a batch that is not the one which was read last."""
-    model, losses, waiting = nn.Sequential(smooth_network(), nn.Dropout(dropout)), [], []
+    model = nn.Sequential(smooth_network(), nn.Dropout(dropout))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    @torch.no_grad()
+    def evaluate(batch: Batch, steps: bool) -> None:
+        if steps or evaluated == "each batch":
+            model(batch[0])
+
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
-        for number, (inputs, labels) in enumerate(one_ahead(recorder.watch(vectors(9))), 1):
-            loss = F.cross_entropy(model(inputs), labels)
-            (loss / parts).backward()
-            waiting.append(loss.item())
-            if number % parts == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(np.mean(waiting))
-                waiting = []
-            if number % parts == 0 or evaluated == "each batch":
-                with torch.no_grad():
-                    model(inputs)
+        batches = prefetched(recorder.watch(vectors(9)))
+        losses = accumulated(
+            optimizer, batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), parts, evaluate
+        )
     found = open_run(tmp_path / "run")["curvature"].loss_before.values
     if dropout and parts == 3 and evaluated == "each batch":  # its first step may begin from a later forward pass
         found, losses = found[1:], losses[1:]
     np.testing.assert_allclose(found, losses, rtol=1e-12)
-
-
-def prefetched(batches: Iterable[Batch], ahead: int) -> Iterator[Batch]:
-    """As a loader that copies to a GPU while the network computes."""
-    waiting: list[Batch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if len(waiting) > ahead:
-            yield waiting.pop(0)
-    yield from waiting
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
@@ -97,16 +107,8 @@ def test_how_many_batches_are_read_ahead_may_change_and_there_are_none_when_a_pa
     batches = vectors(12)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
         for _ in range(3):
-            waiting = []
-            for inputs, labels in reads(recorder.watch(batches), count):
-                loss = F.cross_entropy(model(inputs), labels)
-                (loss / parts).backward()
-                waiting.append(loss.item())
-                if len(waiting) == parts:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    losses.append(np.mean(waiting))
-                    waiting = []
+            read = reads(recorder.watch(batches), count)
+            losses += accumulated(optimizer, read, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), parts)
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["curvature"].loss_before, losses[::every], rtol=1e-12)
     assert run["steps"].epoch.values.tolist() == np.repeat(range(3), 12 // parts).tolist()
@@ -144,7 +146,7 @@ def test_a_batch_that_is_told_by_a_hook_of_the_model(tmp_path: Path, parts: int)
 
     def tell(*called: object) -> None:
         if torch.is_grad_enabled() and not recorder.measuring:
-            recorder.observe(batch)
+            recorder.observe(present[-1])
 
     def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
         inputs, labels = batch
@@ -153,19 +155,15 @@ def test_a_batch_that_is_told_by_a_hook_of_the_model(tmp_path: Path, parts: int)
             earlier = model(inputs)
         return F.cross_entropy(logits - earlier / 2, labels)
 
-    model, losses, waiting = nn.Sequential(nn.Dropout(0.3), smooth_network()), [], []
+    def loss_of(batch: Batch) -> torch.Tensor:
+        present.append(batch)
+        return objective(model, batch)
+
+    model, present = nn.Sequential(nn.Dropout(0.3), smooth_network()), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
         model.register_forward_pre_hook(tell)
-        for number, batch in enumerate(vectors(6), 1):
-            loss = objective(model, batch)
-            (loss / parts).backward()
-            waiting.append(loss.item())
-            if number % parts == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(np.mean(waiting))
-                waiting = []
+        losses = accumulated(optimizer, vectors(6), loss_of, parts)
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 
 
@@ -555,7 +553,7 @@ def test_a_batch_that_was_read_ahead_is_not_tried_from_where_an_earlier_step_beg
     model = smooth_network().double()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
-        for inputs, labels in one_ahead(recorder.watch(vectors(6))):
+        for inputs, labels in prefetched(recorder.watch(vectors(6))):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), labels).backward()
             for parameter in model.parameters():
@@ -582,7 +580,7 @@ def test_a_batch_on_which_the_objective_fails_is_not_mistaken_for_another_that_w
         pytest.warns(match=r"not recorded from step 3 on: the objective failed .*the fourth is odd"),
         Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder,
     ):
-        for inputs, labels in one_ahead(recorder.watch(batches)):
+        for inputs, labels in prefetched(recorder.watch(batches)):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), labels).backward()
             nn.utils.clip_grad_value_(model.parameters(), 0.05)

@@ -204,15 +204,14 @@ class Batches:
         weighted = zip(self._candidates[candidate], shares, strict=True)
         batches = [seen for seen, share in weighted if share > _NO_SHARE * max(shares)] or self._candidates[candidate]
         end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
+        self._left = [seen for seen in self._seen[end:] if not seen.only_evaluated]
+        self._once = len(batches) == self._backward.count
         if candidate:
+            self._ahead = len(self._left)
             for seen in batches:
                 seen.passed, seen.only_evaluated = True, False
             for seen in self._seen[end:]:  # the forward passes belonged to the step's batches
                 seen.passed = False
-        self._once = len(batches) == self._backward.count
-        self._left = [seen for seen in self._seen[end:] if not seen.only_evaluated]
-        if candidate:
-            self._ahead = len(self._left)
 
     @property
     def _used(self) -> list[int]:

@@ -14,6 +14,7 @@ from ..curvature.ordinary import is_batched
 from ..errors import named
 from ..hardware.precision import is_precise
 from ..hardware.random_numbers import random_numbers_untouched
+from ..network.structure import is_scripted
 from ..probing.batch import changes, copied
 from ..probing.moment import Moment
 from ..probing.objective import Objective
@@ -60,8 +61,7 @@ class Moments:
         self.beside: list[str] = []
         self.precise = False
         self.outside: list[Tensor] = []
-        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-        self.failure = _SCRIPTED if scripted else None
+        self.failure = _SCRIPTED if is_scripted(model) else None
         self._thread = threading.get_ident()
 
     @contextmanager

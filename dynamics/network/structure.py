@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -64,6 +65,11 @@ def _properties(kind: type) -> dict[str, property]:
 def has_any(model: nn.Module, parameters: Iterable[Tensor]) -> bool:
     """Whether one of these tensors is a parameter of the model."""
     return not set(map(id, model.parameters())).isdisjoint(map(id, parameters))
+
+
+def is_scripted(model: nn.Module) -> bool:
+    """Whether any part of a model is a ScriptModule, which hides what it computes."""
+    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
 
 
 def check_initialised(model: nn.Module) -> None:

@@ -102,7 +102,7 @@ class Probe:
             return None
         modes = [module.training for module in self._model.modules()]
         settings = tuple(modes), self._mode, tuple(self._masks), self._moved, frozenset(self._trained)
-        return tuple(batches), tuple(self._weights), *settings
+        return tuple(batches), self.shares, *settings
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -7,11 +7,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ...errors import first_line
 from ...network.identities import Layer
+from ...network.structure import is_scripted
 from ...probing.activations import activations_stay
 from ...probing.mode import mode_of
 from .channels import (
@@ -60,7 +60,7 @@ def traced(model: nn.Module) -> fx.Graph:
         with mode_of(model, "eval"), activations_stay():
             return _Tracer().trace(model, concrete_args=settings or None)
     except Exception as error:
-        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+        scripted = is_scripted(model)
         instead = "prune the module that was scripted" if scripted else "granularity='weight' needs no tracing"
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which shows what belongs to a filter: "
@@ -122,9 +122,8 @@ def _effect(user: fx.Node, node: fx.Node, module: nn.Module | None, layer: Layer
     if (flattened or isinstance(layer, nn.Linear)) and shifts(module):
         return "ends"
     effect = "lifts" if divides_by(user, node) else does(user, module)
-    return (
-        "ends" if effect in ("alone", "moves") and user.all_input_nodes[0] is not node else effect
-    )  # x.to(y) has x's channels
+    of_others = user.all_input_nodes[0] is not node  # x.to(y) has x's channels
+    return "ends" if of_others and effect in ("alone", "moves") else effect
 
 
 def reads_each(layer: Layer, reader: Layer, *, flattened: bool) -> bool:

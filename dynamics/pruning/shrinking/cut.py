@@ -147,9 +147,8 @@ def _run(model: nn.Module, inputs: Any, otherwise: str, in_training: str = "") -
         with torch.no_grad(), random_numbers_untouched(next(model.parameters()).device):
             with _noted(model, outputs):
                 outputs[_OUTPUT] = list(_tensors(call(model.eval(), inputs)))
-            call(
-                model.train(), inputs
-            )  # last: it changes running statistics, with dropout by numbers that depend on sizes
+            # last: it changes running statistics, with dropout by numbers that depend on sizes
+            call(model.train(), inputs)
             model.eval()
     except Exception as error:
         reason = one_line(error)[:200]

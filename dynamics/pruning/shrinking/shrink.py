@@ -19,11 +19,12 @@ from ...words import counted
 from ..candidates.weights import weight_of
 from .cut import find_cut, rows_left, take
 
-_MADE_PERMANENT = {
-    "parametrizations.": "parametrize.remove_parametrizations(module, name)",
-    "_orig.": "prune.remove(module, name)",
-    "weight_g.": "remove_weight_norm(module)",
-    "weight_v.": "remove_weight_norm(module)",
+_PARAMETRIZED = "parametrizations."  # part of the name of a parameter that a layer's own is made of
+_MADE_PERMANENT = {  # by that part, or by the end of the name
+    _PARAMETRIZED: "parametrize.remove_parametrizations(module, name)",
+    "_orig": "prune.remove(module, name)",
+    "weight_g": "remove_weight_norm(module)",
+    "weight_v": "remove_weight_norm(module)",
 }
 
 
@@ -109,7 +110,8 @@ def _check_plain(model: nn.Module) -> None:
     check_initialised(unwrap(model))
     check_whole(unwrap(model), "shrink")
     for name, _ in unwrap(model).named_parameters():
-        if ways := [way for part, way in _MADE_PERMANENT.items() if part in f"{name}."]:
+        kind = _PARAMETRIZED if _PARAMETRIZED in name else name
+        if ways := [way for end, way in _MADE_PERMANENT.items() if kind.endswith(end)]:
             raise ValueError(
                 f"{name} is turned into the layer's own parameter by torch.nn.utils: make that permanent first, with "
                 f"torch.nn.utils.{ways[0]}"

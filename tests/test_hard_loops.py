@@ -575,6 +575,22 @@ def test_what_an_objective_should_have_returned_is_said(tmp_path: Path, made_of:
             plain_step(model, optimizer, batch)
 
 
+def test_an_objective_that_makes_an_optimizer_is_told_what_to_do_instead(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        torch.optim.SGD(model.parameters(), 0.1)  # of inner steps
+        return cross_entropy(model, batch)
+
+    with (
+        pytest.warns(UserWarning, match=r"cannot make an optimizer .* itself, with torch\.autograd\.grad"),
+        Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder,
+    ):
+        for batch in recorder.watch(vectors(2)):
+            plain_step(model, optimizer, batch)
+
+
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_skipped_step_shifts_no_logged_loss(tmp_path: Path, fused: bool, watched: bool) -> None:

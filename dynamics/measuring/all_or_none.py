@@ -17,8 +17,11 @@ _OBJECTIVE = (
     "Give the recorder an objective that fits model and loader, Recorder(..., objective=lambda "
     "model, batch: <scalar loss>)"
 )
-_TWICE = "backward through the graph a second time"  # in the text of torch's error
-_BACKWARD = "If the objective calls backward(), leave that and step() to the loop"
+_ADVICE = {  # by what torch's error says
+    "backward through the graph a second time": "If the objective calls backward(), leave that and step() to the loop",
+    "can't optimize a non-leaf Tensor": "The objective cannot make an optimizer of the model's parameters: let it take "
+    "inner steps itself, with torch.autograd.grad and torch.func.functional_call",
+}
 _MEMORY = "A second derivative takes several times the memory of a step: use smaller batches"
 
 
@@ -54,7 +57,7 @@ class AllOrNone:
         except Exception as error:
             failed = f"measuring failed with {named(error)}"
             if evaluates:
-                advice = _BACKWARD if _TWICE in str(error) else _OBJECTIVE
+                advice = next((advice for text, advice in _ADVICE.items() if text in str(error)), _OBJECTIVE)
                 advice = _MEMORY if isinstance(error, torch.OutOfMemoryError) else advice
                 failed = f"the objective failed on this step's batch with {named(error)}. {advice}"
             reason = f"{failed}, or set curvature_every=0"

@@ -13,7 +13,8 @@ from networks import Batch, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
-from dynamics.loop.seen import Seen, candidates, read_ahead, used
+from dynamics.loop.reading_ahead import read_ahead
+from dynamics.loop.seen import Seen, candidates, used
 
 VALIDATION = vectors(1, seed=9)[0][0]
 

@@ -13,15 +13,14 @@ from ..network.wrappers import is_compiled, unwrap
 from ..probing.bystanders import Bystanders
 from ..probing.moment import Moment
 from ..probing.objective import Objective
-from ..warning import warn
 from .backward_passes import BackwardPasses
 from .forward_passes import ForwardPasses, trains
 from .moments import Moments
-from .seen import Position, Seen, candidates, read_ahead, used
+from .reading_ahead import ReadingAhead
+from .seen import Position, Seen, candidates, used
+from .too_many import TooMany
 
-_MOST = 4096  # batches of one step
 _NO_SHARE = 1e-4  # of the largest share
-_IDLE = 128  # batches in a row that lead to no step, or are evaluated
 
 
 class WaitingBatches(NamedTuple):
@@ -64,9 +63,7 @@ class Batches:
         self._stays_surely = True
         self._after_step: Moment | None = None  # from which a further step on the batch that stays may begin
         self._of_epoch = 0  # how many of the batches seen came from earlier passes over the data
-        self._ahead = 0  # how many batches the loop reads before it uses them
-        self._once = False  # whether each batch has one backward pass, for all that the last chosen candidate tells
-        self._left: list[Seen] | None = None  # the batches after those of the chosen candidate, if one was chosen
+        self._reading = ReadingAhead()
         self._stepped_at = 0  # the number of backward passes until the last step
         self._candidates: list[list[Seen]] = []
         self._backward = BackwardPasses(counted, averaged=averaged)
@@ -75,9 +72,9 @@ class Batches:
         self.bystanders = Bystanders(self._own, objective)
         self._awaits, self._asleep = False, asleep
         self._reader = threading.get_ident()
-        self._forgotten: Seen | None = None  # the last of many batches that were evaluated; the others were let go
+        self._too_many = TooMany(self._own, compiled=self._compiled)
         self._passes = 0  # over the data since the last step, in which nothing is known to have happened
-        self._idle = self.told = False
+        self.told = False
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -115,7 +112,7 @@ class Batches:
     @property
     def _present(self) -> Seen | None:
         """The loop's present batch: the last before those that it reads ahead; None if its step was taken."""
-        return self._seen[-1 - self._ahead] if len(self._seen) > self._ahead else None
+        return self._seen[-1 - self._reading.count] if len(self._seen) > self._reading.count else None
 
     def _moment_of_last(self) -> Moment | None:
         self.repeat(due=True)
@@ -140,18 +137,7 @@ class Batches:
         if self._backward.pending:  # the backward pass was that of the batch that stays
             self.repeat(due=False)
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
-        without = len(self._seen) - self._ahead - self._backward.count
-        if self._has_evaluated_many:
-            self._forgotten = self._seen[-1]
-            self._seen[-_IDLE:-1] = []
-        elif (without == _IDLE and self._backward.count) or len(self._seen) == _MOST:
-            if not (self._idle or self._evaluates):
-                self._idle = True
-                warn(
-                    f"more than {_IDLE} batches in a row led to no optimizer step: check that the recorder was given "
-                    "the model that is trained, and the optimizer that trains it"
-                )
-            self._seen = self._seen[-1:]
+        self._seen = self._too_many.remaining(self._seen, self._backward, self._reading.count)
         self._see(batch, due=due, source=source)
 
     def repeat(self, *, due: bool) -> None:
@@ -192,7 +178,7 @@ class Batches:
         self.moments.look_back(self._seen)
         of_epoch = self._of_epoch if self._backward else 0
         self._candidates = candidates(
-            self._seen, self._used, self._backward.count, ahead=self._ahead, of_epoch=of_epoch
+            self._seen, self._used, self._backward.count, ahead=self._reading.count, of_epoch=of_epoch
         )
         return self._candidates
 
@@ -203,15 +189,7 @@ class Batches:
         """
         weighted = zip(self._candidates[candidate], shares, strict=True)
         batches = [seen for seen, share in weighted if share > _NO_SHARE * max(shares)] or self._candidates[candidate]
-        end = next(place for place, seen in enumerate(self._seen, 1) if seen is batches[-1])
-        self._left = [seen for seen in self._seen[end:] if not seen.only_evaluated]
-        self._once = len(batches) == self._backward.count
-        if candidate:
-            self._ahead = len(self._left)
-            for seen in batches:
-                seen.passed, seen.only_evaluated = True, False
-            for seen in self._seen[end:]:  # the forward passes belonged to the step's batches
-                seen.passed = False
+        self._reading.chosen(batches, self._seen, self._backward.count, expected=not candidate)
 
     @property
     def _used(self) -> list[int]:
@@ -220,24 +198,9 @@ class Batches:
         return used(starts, self._backward.total, self._backward.count)
 
     @property
-    def _has_evaluated_many(self) -> bool:
-        """Whether so many batches in a row were evaluated that they are not kept."""
-        last = self._seen[: -_IDLE - 1 : -1]
-        return len(last) == _IDLE and all(seen.is_evaluated for seen in last) and not trains(self._own)
-
-    @property
-    def _evaluates(self) -> bool:
-        """Whether the loop evaluates the batches that it reads now, as far as is known."""
-        last, idle = self._seen[-1], not self._backward.pending
-        return last.is_evaluated or (idle and (last.ran or self.may_run_unseen))
-
-    @property
     def forgotten(self) -> int:
-        """How many evaluated batches are too many to be kept, if the step may be of them; else 0."""
-        if self._forgotten is None or self._forgotten not in self._seen:
-            return 0
-        first = self._seen[self._used[0] - 1 if self._used else -1]
-        return _IDLE if first.evaluated or not first.with_gradients else 0
+        """How many evaluated batches were too many to be kept, if the step may be of them; else 0."""
+        return self._too_many.forgotten(self._seen, self._used)
 
     @property
     def idle_passes(self) -> int:
@@ -296,14 +259,12 @@ class Batches:
         """Forget the batches whose step was taken: all except those that were read ahead."""
         self.moments.steps_here()
         if self.forgotten:
-            self._seen, self._staying, self._left = [], [], None
-        if self._left is None:
-            self._seen = read_ahead(self._seen, self._used, self._backward.count, self._ahead, once=self._once)
-        else:
-            self._seen, self._left = self._left, None
+            self._seen, self._staying = [], []
+        self._seen = self._reading.left(self._seen, self._used, self._backward.count)
         self._backward.stepped()
         self._stepped_at = self._backward.total
-        self._of_epoch, self._passes, self._awaits, self._after_step, self._forgotten = 0, 0, False, None, None
+        self._of_epoch, self._passes, self._awaits, self._after_step = 0, 0, False, None
+        self._too_many.clear()
         self._forward.leave()
         self.bystanders.leave()
 

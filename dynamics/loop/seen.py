@@ -94,7 +94,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     known = trained_on(seen)
     total = len(known)
     came = _behind(seen, used, ahead)
-    behind = [came, known[slice(*_window(total, count, ahead))]]
+    behind = [came, known[slice(*window(total, count, ahead))]]
     if len(used) != count and (ahead or total == count):  # several, or all, were read before a backward pass
         behind = behind[::-1]
     bounds = [(total - count, total), (0, count), (total - 1, total)]
@@ -108,27 +108,12 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     return list({tuple(map(id, batches)): batches for batches in found}.values())
 
 
-def read_ahead(seen: list[Seen], used: Sequence[int], count: int, ahead: int, *, once: bool) -> list[Seen]:
-    """The batches that a step leaves for later: those read after its last backward pass, or those read ``ahead``.
-
-    Where each batch has ``once`` a backward pass, they are those after the first ``count`` if the first of these passes
-    came before so many batches were read ahead, or if several came after the same batch was read: a loop may read by
-    twos or threes, and reads nothing ahead any more at the end of its data.
-    """
-    known = trained_on(seen) if count else []
-    if once and used and (len(used) < count or used[0] <= ahead):
-        return known[count:]
-    if not ahead:
-        return [one for one in seen[used[-1] :] if not one.only_evaluated] if used else []
-    return known[_window(len(known), count, ahead)[1] if len(used) == count else -ahead :]
+def window(total: int, count: int, ahead: int) -> tuple[int, int]:
+    """Start and end, among ``total`` batches, of the last ``count`` before those that were read ``ahead``."""
+    start = max(total - ahead - count, 0)
+    return start, start + count
 
 
 def _behind(seen: list[Seen], used: Sequence[int], ahead: int) -> list[Seen]:
     """The batches of the backward passes that came at ``used``, if the loop had read so many batches ahead by then."""
     return [seen[place - 1 - ahead] for place in used] if used and used[0] > ahead else []
-
-
-def _window(total: int, count: int, ahead: int) -> tuple[int, int]:
-    """Start and end, among all batches, of the last ``count`` before those that were read ahead."""
-    start = max(total - ahead - count, 0)
-    return start, start + count

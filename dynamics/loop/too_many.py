@@ -1,0 +1,59 @@
+"""Batches that are too many to be kept until a step: those that a loop evaluates, and those that lead to no step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..warning import warn
+from .backward_passes import BackwardPasses
+from .forward_passes import trains
+from .seen import Seen
+
+_MOST = 4096  # batches of one step
+_IDLE = 128  # batches in a row that lead to no step, or are evaluated
+
+
+class TooMany:
+    """Lets batches go. If the model is ``compiled``, its forward passes are not seen."""
+
+    def __init__(self, model: nn.Module, *, compiled: bool) -> None:
+        self._model, self._compiled = model, compiled
+        self._last: Seen | None = None  # the last of many batches that were evaluated; the others were let go
+        self._warned = False
+
+    def remaining(self, seen: list[Seen], backward: BackwardPasses, ahead: int) -> list[Seen]:
+        """Those batches that are kept when a further one comes; a loop reads ``ahead`` so many."""
+        without = len(seen) - ahead - backward.count
+        if self._are_evaluated(seen[: -_IDLE - 1 : -1]):
+            self._last = seen[-1]
+            return [*seen[:-_IDLE], seen[-1]]
+        if not ((without == _IDLE and backward.count) or len(seen) == _MOST):
+            return seen
+        if not (self._warned or self._is_evaluated(seen[-1], idle=not backward.pending)):
+            self._warned = True
+            warn(
+                f"more than {_IDLE} batches in a row led to no optimizer step: check that the recorder was given "
+                "the model that is trained, and the optimizer that trains it"
+            )
+        return seen[-1:]
+
+    def _are_evaluated(self, latest: Sequence[Seen]) -> bool:
+        """Whether so many batches in a row were evaluated that they are not kept."""
+        return len(latest) == _IDLE and all(one.is_evaluated for one in latest) and not trains(self._model)
+
+    def _is_evaluated(self, last: Seen, *, idle: bool) -> bool:
+        """Whether the loop evaluates the batches that it reads now, as far as is known."""
+        return last.is_evaluated or (idle and (last.ran or (self._compiled and not trains(self._model))))
+
+    def forgotten(self, seen: Sequence[Seen], used: Sequence[int]) -> int:
+        """How many evaluated batches were too many to be kept, if the step may be of them; else 0."""
+        if self._last is None or self._last not in seen:
+            return 0
+        first = seen[used[0] - 1 if used else -1]
+        return _IDLE if first.evaluated or not first.with_gradients else 0
+
+    def clear(self) -> None:
+        """The step was taken."""
+        self._last = None

@@ -24,12 +24,12 @@ def differentiable_twice() -> Iterator[None]:
     """
     afresh = mock.patch.object(torch.nn.utils.parametrize, "_cache_enabled", 0)  # the loop may have cached()
     by_itself = mock.patch.object(nn.parallel.DistributedDataParallel, "forward", _by_itself)
-    unchosen = mock.patch("torch.nn.attention._sdpa_kernel", create=True)  # overrules the model's own sdpa_kernel
+    unchosen = mock.patch("torch.nn.attention._sdpa_kernel", _nothing, create=True)  # overrules the model's sdpa_kernel
     with activations_stay(), sdpa_kernel(SDPBackend.MATH), unchosen, afresh, by_itself:
         if "torch._dynamo" not in sys.modules:  # nothing is compiled then, and importing it takes seconds
             yield
         else:
-            unasked = mock.patch("torch.nn.modules.module._has_any_global_hook", return_value=False)  # they are ours
+            unasked = mock.patch("torch.nn.modules.module._has_any_global_hook", _no)  # they are ours
             with torch.compiler.set_stance("force_eager"), unasked:
                 yield
 
@@ -37,3 +37,11 @@ def differentiable_twice() -> Iterator[None]:
 def _by_itself(replica: nn.parallel.DistributedDataParallel, *inputs: Any, **named: Any) -> Any:
     """Replaces a replica's forward pass, which would expect a backward pass, and add up that of the next batch."""
     return replica.module(*inputs, **named)
+
+
+def _nothing(*anything: Any, **named: Any) -> None:
+    pass
+
+
+def _no() -> bool:
+    return False

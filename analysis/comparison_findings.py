@@ -8,7 +8,7 @@ import xarray as xr
 
 from .conditions import comparisons, conditions, mean_by_measure
 from .effect import loss_and_gradient_at_pruning
-from .names import name_of
+from .names import names_of
 from .norm import network_norm
 from .prunings import prunings
 from .record import MissingQuantityError, ended
@@ -38,15 +38,15 @@ def fastest(runs: Runs) -> str:
 
 
 def norm_growth(runs: Runs) -> str:
-    """By which factor ‖θ‖² changed over the training, by measure."""
-    growth = {
-        label: float(found.param_sqnorm[-1] / found.param_sqnorm[0])
-        for label, found in each(runs, network_norm).items()
-    }
+    """By which factor ‖θ‖² changed over the training, by measure: geometric means, as of factors."""
+    norms = {label: found.param_sqnorm for label, found in each(runs, network_norm).items()}
+    growth = {label: float(np.log(norm[-1] / norm[0])) for label, norm in norms.items()}
     means = mean_by_measure(runs, growth)
     if means.empty and any(map(np.isfinite, growth.values())):
         means = pd.Series(growth)  # runs of different conditions, each by its label
-    return f"‖θ‖² at the last step divided by that at the first: {_listed(means) or 'not finite'}."
+    several = ", geometric means over conditions and seeds" * (len(growth) > len(means))
+    listed = _listed(np.exp(means)) or "not finite"
+    return f"‖θ‖² at the last step divided by that at the first{several}: {listed}."
 
 
 def moved_at_pruning(runs: Runs) -> str:
@@ -75,8 +75,9 @@ def verdicts(runs: Runs) -> str:
 
 def _listed(values: pd.Series, form: str = "") -> str:
     """The finite values by name; without a ``form``, ratios with two decimals or two digits."""
+    names = names_of(values.index)
     printed = {name: f"{value:{form or _of_ratio(value)}}" for name, value in values.items() if np.isfinite(value)}
-    return ", ".join(f"{name_of(name)} {value}" for name, value in printed.items())
+    return ", ".join(f"{names[name]} {value}" for name, value in printed.items())
 
 
 def _of_ratio(value: float) -> str:

@@ -13,7 +13,7 @@ from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTINGS
 from dynamics.words import counted
 
-from .names import name_of
+from .names import names_of
 from .prunings import compounded, prunings
 from .record import columns, has
 from .remembered import remembered
@@ -38,6 +38,9 @@ _TAKEN = (
 
 # Settings known only from events: if these do not give one, it is unknown, which does not count as a value.
 _OF_EVENTS = ("granularity",)
+
+# Of a sparsity: one that is computed, from what each round removes say, is rounded in another way than one that is given.
+_DECIMALS = 7
 
 # Whole numbers, whatever type they were given in.
 _COUNTED = ("rounds", "seed")
@@ -167,20 +170,28 @@ def compared_by(table: pd.DataFrame) -> list[str]:
 
 
 def names_of_conditions(table: pd.DataFrame) -> pd.Series:
-    """The printed name of each row's condition: what the runs of its comparison have in common."""
+    """The printed name of each row's condition: what the runs of its comparison have in common.
+
+    Conditions that would share a name are numbered.
+    """
     by = compared_by(table)
     settings = table[by].drop(columns=["model", "data", "rounds", "sparsity"])
     printed = {name: told_apart(settings[name]) for name in settings} | {"sparsity": percentages(table.sparsity)}
-    return table[by].assign(**printed).apply(_in_print, axis=1)
+    printed |= {name: table[name].map(names_of(table[name].unique())) for name in ("model", "data")}
+    names = table[by].assign(**printed).apply(_in_print, axis=1)
+    condition = table.groupby(by, dropna=False, sort=False).ngroup()
+    number = condition.groupby(names).transform(lambda alike: pd.factorize(alike)[0])
+    return names.where(number == 0, names + " (" + (number + 1).astype(str) + ")")
 
 
 def _in_print(condition: pd.Series) -> str:
     model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
     extent = "" if pd.isna(sparsity) else f"{sparsity}% "
-    pruned = f"{extent}pruned in {counted(rounds, 'round')}" if rounds else ""
+    once = f"{extent}pruned" if extent and float(sparsity) else ""  # in an unknown number of rounds
+    pruned = f"{extent}pruned in {counted(rounds, 'round')}" if rounds else once
     others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
     settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
-    parts = [name_of(model), name_of(data), pruned, *settings]
+    parts = [model, data, pruned, *settings]
     return ", ".join(part for part in parts if part)
 
 
@@ -253,6 +264,7 @@ def _row(label: str, run: xr.DataTree) -> dict:
             "sparsity": 0.0,
         }
     row |= {name: int(row[name]) for name in _COUNTED if float(row[name]).is_integer()}
+    row["sparsity"] = round(row["sparsity"], _DECIMALS)
     return {name: _comparable(value) for name, value in row.items()}
 
 

@@ -29,7 +29,7 @@ from .outcome import outcome
 from .prunings import prunings
 from .record import MissingQuantityError, columns, ended, has, layers
 from .runs import Runs, check_runs, each
-from .typeset import known
+from .typeset import percent
 
 NOT_FINITE = "no finite measurement has a finite prediction"
 
@@ -60,7 +60,8 @@ def loss_prediction(runs: Runs) -> str:
     first, second = (np.abs(pooled.measured - pooled[order]).values for order in ORDERS)
     closer = (second < first)[np.isfinite(first) & np.isfinite(second)].mean()
     return (
-        f"{said} The second order is closer in {closer:.0%} of the steps{_ranks(agree(pooled).rank_correlation[1:])}."
+        f"{said} The second order is closer in {percent(closer)} of the steps"
+        f"{_ranks(agree(pooled).rank_correlation[1:])}."
     )
 
 
@@ -159,15 +160,17 @@ def layer_choice(runs: Runs) -> str:
     if len(shares) < 2:
         (share,) = shares.values()
         layer = share.idxmin("layer").item()
-        return f"{where}layer {layer} keeps the smallest share of its filters, {float(share.min()):.0%}."
+        return f"{where}layer {layer} keeps the smallest share of its filters, {percent(share.min())}."
     left = xr.concat(list(shares.values()), xr.Variable("measure", list(shares)), join="outer")
     layer = (left.max("measure") - left.min("measure")).idxmax("layer").item()
     there = left.sel(layer=layer)
     low, high = there.idxmin("measure").item(), there.idxmax("measure").item()
     compared = "measures" if set(shares) <= {*MEASURES} else "networks"
+    if there.min() == there.max():
+        return f"{where}the {compared} leave the same share of the filters in every layer."
     return (
         f"{where}the {compared} differ most in layer {layer}, where {name_of(low)} leaves "
-        f"{float(there.min()):.0%} of the filters and {name_of(high)} {float(there.max()):.0%}."
+        f"{percent(there.min())} of the filters and {name_of(high)} {percent(there.max())}."
     )
 
 
@@ -186,9 +189,9 @@ def effect_prediction(runs: Runs) -> str:
     extent = f", {'each ' * (removed.size != 1)}removing {share}% of the remaining parameters"
     event = "pruning" if any(len(prunings(run)) for run in runs.values()) else "event"
     return (
-        f"Loss: median relative error {known(first, '.0%')} in first and {known(second, '.0%')} in second order"
-        f"{_ranks(loss.rank_correlation)}. ‖g‖², first order: {known(norm.median_relative_error[0], '.0%')}"
-        f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt, first order: {known(rate.median_relative_error[0], '.0%')}"
+        f"Loss: median relative error {percent(first)} in first and {percent(second)} in second order"
+        f"{_ranks(loss.rank_correlation)}. ‖g‖², first order: {percent(norm.median_relative_error[0])}"
+        f"{_ranks(norm.rank_correlation[:1])}. d‖θ‖²/dt, first order: {percent(rate.median_relative_error[0])}"
         f"{_ranks(rate.rank_correlation[:1])}. n = {counted(removed.size, event)}"
         f"{extent * (event == 'pruning')}."
     )
@@ -200,9 +203,9 @@ def time_unstable(runs: Runs) -> str:
     ratios = np.concatenate([of.stability.values for of in found.values()])
     ratios = ratios[np.isfinite(ratios)]
     share, middle = (ratios > 2).mean(), np.median(ratios)
-    said = f"The ratio has a median of {middle:.2g} and exceeds 2 in {share:.0%} of the measured steps"
+    said = f"The ratio has a median of {middle:.2g} and exceeds 2 in {percent(share)} of the measured steps"
     lowered = np.concatenate([_decreases(runs[label], of.step[of.stability > 2]) for label, of in found.items()]) > 0
-    also = f"; {lowered.mean():.0%} of these lowered the loss on their own batch" if lowered.size else ""
+    also = f"; {percent(lowered.mean())} of these lowered the loss on their own batch" if lowered.size else ""
     return f"{said}{also}."
 
 

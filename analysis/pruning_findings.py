@@ -12,7 +12,7 @@ from .measures import WHOLE, rank_agreement, score_noise
 from .names import name_of
 from .record import MissingQuantityError
 from .runs import Runs, each
-from .typeset import known
+from .typeset import known, percent
 
 
 def layers_moved(runs: Runs) -> str:
@@ -21,7 +21,7 @@ def layers_moved(runs: Runs) -> str:
     parts = []
     for quantity, symbol in (("grad_sqnorm", "‖g‖²"), ("param_sqnorm_rate", "d‖θ‖²/dt")):
         first = agree(effect.sel(quantity=quantity)).sel(order="first_order")
-        parts.append(f"{symbol} {known(first.rank_correlation, '.2f')} ({known(first.median_relative_error, '.0%')})")
+        parts.append(f"{symbol} {known(first.rank_correlation, '.2f')} ({percent(first.median_relative_error)})")
     return (
         "Rank correlation of predicted and measured change over layers (and median relative error), in first order: "
         f"{', '.join(parts)}."
@@ -49,7 +49,7 @@ def curve_errors(runs: Runs) -> str:
     curve = next(iter(each(runs, removal_curve).values())).isel(event=0).sel(quantity="loss")
     error = np.abs(residuals(curve) / curve.measured)
     few, many = (
-        [known(error[order].sel(direction=direction)[index], ".0%") for direction in ("output", "parameters")
+        [percent(error[order].sel(direction=direction)[index]) for direction in ("output", "parameters")
          for order in ORDERS]
         for index in (0, -1)
     )  # fmt: skip
@@ -98,7 +98,7 @@ def filters_invariant(runs: Runs) -> str:
     share = scale_invariance(runs[label]).invariant.mean(("event", "unit"))
     rank = grasp_and_gradient(runs[label]).rank_correlation.mean("event")
     said = [
-        f"for {known(share.sel(mode=mode), '.0%')} of the filters in {name}, where the rank correlation of Σθ(Hg) and "
+        f"for {percent(share.sel(mode=mode))} of the filters in {name}, where the rank correlation of Σθ(Hg) and "
         f"−‖g‖² is {known(rank.sel(mode=mode), '.2f')}"
         for mode, name in (("train", "training mode"), ("eval", "eval mode"))
     ]

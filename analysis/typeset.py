@@ -177,6 +177,11 @@ def cell(value: object) -> str:
     return " ".join(str(value).splitlines())
 
 
+def percent(share: float) -> str:
+    """A share in whole per cent or, below one, to its first digit; if it is not finite, the sign for a missing one."""
+    return known(share, ".0%") if share == 0 or not abs(share) < 0.0095 else f"{100 * float(share):.1g}%"
+
+
 def known(value: float, form: str) -> str:
     """A value in a format such as ``.1%``; if it is not finite, the sign for a missing one."""
     return f"{float(value):{form}}" if math.isfinite(value) else MISSING

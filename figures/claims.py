@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodF
 import analysis
 from analysis import CLAIMS, MissingQuantityError
 from analysis.conditions import names_of_conditions
-from analysis.names import name_of
+from analysis.names import names_of
 from analysis.runs import Runs
 from analysis.typeset import percentages
 from analysis.verdicts import JUDGED, as_claimed
@@ -73,7 +73,7 @@ def claims(runs: Runs) -> Figure:
 
 def _networks(found: pd.DataFrame) -> list[str]:
     """Model, data and sparsity of each row, as lines of a title."""
-    names = zip(found.model.map(name_of), found["data"].map(name_of), strict=True)
+    names = zip(*(found[name].map(names_of(found[name].unique())) for name in ("model", "data")), strict=True)
     pruned = ["" if pd.isna(share) else f"{share}% pruned" for share in percentages(found.sparsity)]
     titles = (wrapped(", ".join(filter(None, name)), _TITLE) for name in names)
     return ["\n".join(filter(None, lines)) for lines in zip(titles, pruned, strict=True)]
@@ -82,7 +82,7 @@ def _networks(found: pd.DataFrame) -> list[str]:
 def _prunings(found: pd.DataFrame) -> list[str]:
     """Rounds and further settings of each row, as printed."""
     settings = found.drop(columns=["claim", "says", *JUDGED])
-    others = names_of_conditions(settings.assign(model="", data="", rounds=0))
+    others = names_of_conditions(settings.assign(model="", data="", rounds=0, sparsity=float("nan")))
     rounds = [counted(count, "round") for count in found.rounds]
     return [plain(", ".join(filter(None, said))) for said in zip(rounds, others, strict=True)]
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from analysis.agreement import ORDERS
 from analysis.conditions import by_condition, comparisons, conditions
-from analysis.names import name_of
+from analysis.names import names_of
 from analysis.runs import Runs
 
 from . import panels, scales
@@ -171,7 +171,8 @@ def events_of(
 def models(runs: Runs, labels: Iterable[str]) -> dict[str, list[str]]:
     """Runs grouped by model and data set, under the printed names of these."""
     groups = conditions(runs).loc[list(labels)].groupby(["model", "data"], sort=False).groups
-    return {", ".join(name_of(part) for part in names if part): list(of) for names, of in groups.items()}
+    printed = names_of({part for names in groups for part in names})
+    return {", ".join(printed[part] for part in names if part): list(of) for names, of in groups.items()}
 
 
 def by_measure(runs: Runs, labels: Iterable[str]) -> dict[str, Style]:

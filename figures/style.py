@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.colors import LinearSegmentedColormap
 
 from analysis.conditions import MEASURES
-from analysis.names import name_of
+from analysis.names import names_of
 
 from .labels import wrapped
 
@@ -110,4 +110,5 @@ def marker(number: int) -> str:
 def named_styles(measures: Iterable[str]) -> dict[str, Style]:
     """:func:`run_styles` of the measures, each once, with its printed name as the legend's label."""
     styles = run_styles(dict.fromkeys(measures))
-    return {measure: style | {"label": wrapped(name_of(measure))} for measure, style in styles.items()}
+    names = names_of(styles)
+    return {measure: style | {"label": wrapped(names[measure])} for measure, style in styles.items()}

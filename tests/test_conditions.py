@@ -6,7 +6,8 @@ import numpy as np
 import xarray as xr
 
 import analysis
-from analysis.conditions import first_comparison, names_of_conditions, probe_mode, several_seeds
+from analysis.conditions import by_condition, first_comparison, names_of_conditions, probe_mode, several_seeds
+from figures.layout import models
 
 SETTINGS = {
     "model": "vgg13", "data": "digits", "measure": "magnitude", "sparsity": 0.5, "rounds": 3, "granularity": "filter",
@@ -100,6 +101,28 @@ def test_a_sparsity_that_nobody_asked_for_is_not_in_a_conditions_name() -> None:
     runs = {"masked": xr.DataTree.from_dict(own), "asked": record()}
     names = names_of_conditions(analysis.comparisons(runs))
     assert sorted(names) == ["VGG-13, digits, 50% pruned in 3 rounds", "net, images, pruned in 2 rounds"]
+
+
+def test_conditions_that_would_be_printed_alike_are_not_taken_for_one() -> None:
+    runs = {f"{model} {seed}": record(model=model, seed=seed) for model in ("net_a", "net a") for seed in (0, 1)}
+    names = {f"{model}, digits, 50% pruned in 3 rounds": 2 for model in ("net a", "net_a")}
+    assert {name: len(rows) for name, rows in by_condition(analysis.comparisons(runs)).items()} == names
+    assert list(models(runs, runs)) == ["net_a, digits", "net a, digits"]
+    twice = {"one": record(model="a, b", data="c"), "other": record(model="a", data="b, c")}
+    both = ["a, b, c, 50% pruned in 3 rounds", "a, b, c, 50% pruned in 3 rounds (2)"]
+    assert sorted(by_condition(analysis.comparisons(twice))) == both
+
+
+def test_sparsities_reached_in_an_unknown_number_of_rounds_are_told_apart() -> None:
+    own = {"model": "net", "data": "", "measure": "mine"}
+    runs = {f"{share}": xr.DataTree(xr.Dataset(attrs=own | {"sparsity": share})) for share in (0.5, 0.9, 0.0)}
+    assert sorted(names_of_conditions(analysis.comparisons(runs))) == ["net", "net, 50% pruned", "net, 90% pruned"]
+
+
+def test_a_sparsity_that_was_rounded_in_another_way_is_the_same() -> None:
+    shares = {"given": 0.9, "computed": 1 - (1 - 0.1) * (0.1 / 0.9), "in single precision": float(np.float32(0.9))}
+    runs = {name: record(sparsity=share, seed=seed) for seed, (name, share) in enumerate(shares.items())}
+    assert analysis.conditions(runs).sparsity.unique().tolist() == [0.9]
 
 
 def test_the_mode_of_the_prunings_is_said() -> None:

@@ -13,6 +13,7 @@ from synthetic_runs import record
 
 from analysis import MissingQuantityError, comparison_findings, findings, pruning_findings
 from analysis.conditions import by_setting, mean_by_measure
+from analysis.typeset import percent
 from dynamics import Recorder, open_run
 from figures import catalogue
 from figures.report import _done
@@ -125,6 +126,31 @@ def test_runs_that_have_no_condition_in_common_are_told_by_their_labels_or_not_a
         )
     found = comparison_findings.norm_growth(runs)
     assert found == "‖θ‖² at the last step divided by that at the first: m 1.00, l 0.001."
+
+
+def test_a_network_that_grew_in_one_seed_alone_did_not_grow_on_average() -> None:
+    """Factors are averaged as factors: what doubles once and halves once stays."""
+    runs = {f"m{seed}": record("magnitude", seed) for seed in range(3)}
+    for run, last in zip(runs.values(), (0.5, 0.5, 4.0), strict=True):
+        norm = np.linspace([2.0], [2 * last], run["steps"].sizes["step"])
+        run["steps"] = (
+            run["steps"].to_dataset().assign_coords(layer=["a"]).assign(param_sqnorm=(("step", "layer"), norm))
+        )
+    assert comparison_findings.norm_growth(runs) == (
+        "‖θ‖² at the last step divided by that at the first, geometric means over conditions and seeds: magnitude 1.00."
+    )
+
+
+def test_measures_that_leave_the_same_are_not_said_to_differ(runs: dict[str, xr.DataTree]) -> None:
+    same = {"m": runs["m0"], "l": units(record("loss_preservation", 0), [1, 1, 1, 0])}
+    assert findings.layer_choice(same) == (
+        "VGG-13, digits, 50% pruned in 1 round: the measures leave the same share of the filters in every layer."
+    )
+
+
+def test_small_errors_are_not_said_to_be_none() -> None:
+    said = [percent(share) for share in (0.0, 0.00042, 0.002, 0.0094, 0.0096, 0.37, 12.0, float("nan"))]
+    assert said == ["0%", "0.04%", "0.2%", "0.9%", "1%", "37%", "1200%", "–"]
 
 
 def test_what_are_no_measures_are_not_called_so(runs: dict[str, xr.DataTree]) -> None:

@@ -39,7 +39,7 @@ _TAKEN = (
 # Settings known only from events: if these do not give one, it is unknown, which does not count as a value.
 _OF_EVENTS = ("granularity",)
 
-# Of a sparsity: one that is computed, from what each round removes say, is rounded in another way than one that is given.
+# Of a sparsity: one that is computed, from those of the rounds say, is rounded in another way than one that is given.
 _DECIMALS = 7
 
 # Whole numbers, whatever type they were given in.

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import ByHand
-from networks import Batch, convolutional_network, images, prefetched, smooth_network, vectors
+from networks import Batch, convolutional_network, images, plain_step, prefetched, smooth_network, vectors
 from torch import nn
 
 from dynamics import Recorder, open_run
@@ -112,6 +112,46 @@ def test_how_many_batches_are_read_ahead_may_change_and_there_are_none_when_a_pa
     run = open_run(tmp_path / "run")
     np.testing.assert_allclose(run["curvature"].loss_before, losses[::every], rtol=1e-12)
     assert run["steps"].epoch.values.tolist() == np.repeat(range(3), 12 // parts).tolist()
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 5])
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize(("first_pass", "skipped"), [(1, 0), (2, 0), (3, 0), (7, 1), (7, 3)])
+def test_how_far_a_loop_reads_ahead_may_not_show_at_its_first_step(
+    tmp_path: Path, first_pass: int, skipped: int, ahead: int, every: int
+) -> None:
+    """After a checkpoint, a loop passes over the batches that it has used, or reads the few that are left."""
+    model, losses = nn.Sequential(nn.Dropout(0.3), smooth_network()), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
+        for epoch, count in enumerate([first_pass, 7, 7]):
+            read = prefetched(recorder.watch(vectors(count)), ahead)
+            used = islice(read, skipped, None) if epoch == 0 else read
+            losses += accumulated(optimizer, used, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), 1)
+    run = open_run(tmp_path / "run")["curvature"]
+    assert run.step.values.tolist() == list(range(0, len(losses), every))
+    np.testing.assert_allclose(run.loss_before, losses[::every], rtol=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+@pytest.mark.parametrize("validates", [(1,), (4,), (1, 3), (0, 2, 5)])
+def test_batches_that_were_read_before_a_validation_are_not_taken_to_be_evaluated(
+    tmp_path: Path, validates: tuple[int, ...], ahead: int, every: int
+) -> None:
+    model, losses = nn.Sequential(nn.Dropout(0.3), smooth_network()), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder:
+        for _ in range(2):
+            for number, batch in enumerate(prefetched(recorder.watch(vectors(6)), ahead)):
+                losses.append(plain_step(model, optimizer, batch).item())
+                if number in validates:
+                    with torch.no_grad():
+                        for inputs, _ in recorder.watch(vectors(3, seed=2)):
+                            model(inputs)
+    run = open_run(tmp_path / "run")["curvature"]
+    assert run.step.values.tolist() == list(range(0, len(losses), every))
+    np.testing.assert_allclose(run.loss_before, losses[::every], rtol=1e-12)
 
 
 @pytest.mark.parametrize(("reads", "count", "every"), [(prefetched, 2, 1), (in_groups, 4, 2)])

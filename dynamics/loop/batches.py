@@ -17,16 +17,20 @@ from .backward_passes import BackwardPasses
 from .forward_passes import ForwardPasses, trains
 from .moments import Moments
 from .reading_ahead import ReadingAhead
-from .seen import Position, Seen, candidates, used
+from .seen import Position, Ran, Seen, candidates, used
 from .too_many import TooMany
 
 _NO_SHARE = 1e-4  # of the largest share
 
 
 class WaitingBatches(NamedTuple):
-    """A snapshot of :class:`Batches`: the batches that wait for their step, and the one that stays, if one does."""
+    """A snapshot of :class:`Batches`: the batches that wait for their step, and the one that stays, if one does.
+
+    ``ran`` says how the model has run on each.
+    """
 
     seen: list[Seen]
+    ran: list[Ran]
     staying: list[Any]
     of_epoch: int
     stays_surely: bool
@@ -232,7 +236,8 @@ class Batches:
     @property
     def waiting(self) -> WaitingBatches:
         """The batches that wait for their step now; :meth:`wait_again` restores them."""
-        return WaitingBatches(list(self._seen), self._staying, self._of_epoch, stays_surely=self._stays_surely)
+        ran = [one.how for one in self._seen]
+        return WaitingBatches(list(self._seen), ran, self._staying, self._of_epoch, stays_surely=self._stays_surely)
 
     def look_for_evaluation(self) -> Callable[[], bool]:
         """Watch forward passes from now on; the returned function says whether any was seen (none if compiled)."""
@@ -248,7 +253,9 @@ class Batches:
 
     def wait_again(self, waiting: WaitingBatches) -> None:
         """Restore the batches that waited for their step, and forget those that came since."""
-        self._seen, self._staying, self._of_epoch, self._stays_surely = waiting
+        self._seen, ran, self._staying, self._of_epoch, self._stays_surely = waiting
+        for one, how in zip(self._seen, ran, strict=True):
+            one.ran, one.evaluated, one.only_evaluated = how
 
     def begin_epoch(self) -> None:
         """A pass over the data begins."""

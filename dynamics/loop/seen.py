@@ -11,6 +11,16 @@ from typing import Any, NamedTuple
 
 from ..probing.moment import Moment
 
+_FURTHER = 8  # batches read ahead that are tried where another number is known
+
+
+class Ran(NamedTuple):
+    """How a model has run while a batch was the latest: with gradients, without, without and never with them."""
+
+    ran: bool
+    evaluated: bool
+    only_evaluated: bool
+
 
 @dataclass(slots=True, eq=False)
 class Seen:
@@ -39,6 +49,11 @@ class Seen:
     only_evaluated: bool = False  # while this was the latest batch, the model ran without gradients and never with them
     again: bool = False  # whether a step on it has been taken already
     certain: bool = True  # False where the loop may have gone on to other batches
+
+    @property
+    def how(self) -> Ran:
+        """How the model has run on it so far."""
+        return Ran(self.ran, self.evaluated, self.only_evaluated)
 
     @property
     def is_evaluated(self) -> bool:
@@ -86,7 +101,8 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
 
     With m = ``count`` backward passes whose gradients are there: the batches after which these passes came or, where a
     loop reads ``ahead`` so many batches, the batches that much earlier; the m before those that were read ahead; the
-    last m; the first m; the last one, if it had all m backward passes; the batches after which the passes came, but
+    last m; the first m; the last one, if it had all m backward passes; the m before the last one, the last two and so
+    on, because some may have been read ahead and others passed over; the batches after which the passes came, but
     shifted to begin with the first one read; all of this pass over the data, which begins after the first
     ``of_epoch``; all; the last one, whatever is known of m. Then, with evaluated batches counted too, because these
     need not have been read last: the batches after which the passes came, and the first m.
@@ -97,7 +113,8 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     behind = [came, known[slice(*window(total, count, ahead))]]
     if len(used) != count and (ahead or total == count):  # several, or all, were read before a backward pass
         behind = behind[::-1]
-    bounds = [(total - count, total), (0, count), (total - 1, total)]
+    last = [window(total, count, further) for further in range(min(total - count, _FURTHER) + 1)]
+    bounds = [(total - count, total), (0, count), (total - 1, total), *last]
     windows = [known[start:end] for start, end in bounds if 0 <= start < end <= total]
     first = _behind(seen, used, used[0] - 1) if used else []
     others = [known[of_epoch:], known, known[-1:]]

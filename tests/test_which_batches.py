@@ -133,6 +133,27 @@ def test_how_far_a_loop_reads_ahead_may_not_show_at_its_first_step(
     np.testing.assert_allclose(run.loss_before, losses[::every], rtol=1e-12)
 
 
+def test_a_loop_that_skips_batches_is_not_looked_at_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A skipped batch may also be one that was read ahead, which only a gradient can tell."""
+    model, looks, gradient = smooth_network(), [], ProbedStep.gradient
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def counted(self: ProbedStep, probe: Probe) -> tuple:
+        looks.append(recorder)
+        return gradient(self, probe)
+
+    monkeypatch.setattr(ProbedStep, "gradient", counted)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=50) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(150))):
+            if number % 2:
+                loss = plain_step(model, optimizer, batch)
+    run = open_run(tmp_path / "run")
+    assert run["curvature"].step.values.tolist() == [0, 50]
+    assert run["steps"].sizes["step"] == 75
+    assert len(looks) <= 20
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 @pytest.mark.parametrize("validates", [(1,), (4,), (1, 3), (0, 2, 5)])

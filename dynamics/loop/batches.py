@@ -262,12 +262,20 @@ class Batches:
         self._of_epoch = len(self._seen)
         self.leave()
 
-    def clear(self) -> None:
-        """Forget the batches whose step was taken: all except those that were read ahead."""
+    @property
+    def unclear(self) -> bool:
+        """Whether it is not clear which batches the last step has left, so that the next one has to be looked at."""
+        return self._reading.unclear
+
+    def clear(self, *, looks: bool = False) -> None:
+        """Forget the batches whose step was taken: all except those that were read ahead.
+
+        ``looks``: whether the next step can be looked at, if need be.
+        """
         self.moments.steps_here()
         if self.forgotten:
             self._seen, self._staying = [], []
-        self._seen = self._reading.left(self._seen, self._used, self._backward.count)
+        self._seen = self._reading.left(self._seen, self._used, self._backward.count, looks=looks)
         self._backward.stepped()
         self._stepped_at = self._backward.total
         self._of_epoch, self._passes, self._awaits, self._after_step = 0, 0, False, None

@@ -27,10 +27,10 @@ _DOUBTFUL = 0.5  # cosine of the objective's gradient with the applied one
 class StepCurvature:
     """Measures the curvature of steps whose number ``every`` divides (0: of none).
 
-    At the ``first`` step it at least finds the batches, because how far a loop reads ahead shows at its start. Where
-    batches were skipped or read ahead, there are several candidates for a step's batches: the one is chosen whose
-    gradient has the applied one's direction. If the objective fails, curvature ends with one warning; the training
-    continues.
+    At the ``first`` step it at least finds the batches, because how far a loop reads ahead shows at its start, and so
+    where that may have changed. Where batches were skipped or read ahead, there are several candidates for a step's
+    batches: the one is chosen whose gradient has the applied one's direction. If the objective fails, curvature ends
+    with one warning; the training continues.
     """
 
     def __init__(
@@ -63,11 +63,16 @@ class StepCurvature:
             )
 
     def due(self, step: int) -> bool:
-        """Whether a step's batches are to be found: curvature is recorded there, or it is the first."""
-        return bool(self._every) and (step == self._first or self._records(step))
+        """Whether a step's batches are to be found: it is recorded or the first, or how the loop reads is unclear."""
+        return bool(self._every) and (step == self._first or self._records(step) or self._batches.unclear)
 
     def _records(self, step: int) -> bool:
         return step % self._every == 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether a step's batches can be found although nothing is recorded of it; replicas may not agree on it."""
+        return bool(self._every) and not self._processes.replicated
 
     def stop(self) -> None:
         """Stop measuring."""
@@ -133,7 +138,8 @@ class StepCurvature:
         if not (records or len(probes) > 1) or not (found := self._search.found(probes, step)):
             return None
         if (best := self._candidates.choose(found)) is None:
-            self._say_unknown(step)
+            if records:
+                self._say_unknown(step)
             return None
         if self._are_others_lost(best.candidate.probe) or not records:
             return None

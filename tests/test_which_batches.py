@@ -133,6 +133,26 @@ def test_how_far_a_loop_reads_ahead_may_not_show_at_its_first_step(
     np.testing.assert_allclose(run.loss_before, losses[::every], rtol=1e-12)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_a_step_of_batches_that_are_not_known_has_no_curvature(tmp_path: Path, ahead: int, every: int) -> None:
+    """Each batch is used twice, and others are read before: at its second step it is not among those that wait."""
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)  # gradients of all batches are much alike
+    inputs, labels = vectors(1)[0]
+    alike = [(inputs + 0.1 * noise, labels) for noise, _ in vectors(6, seed=2)]
+    with (
+        pytest.warns(UserWarning, match="whose batch is not known"),
+        Recorder(tmp_path / "run", model, optimizer, curvature_every=every) as recorder,
+    ):
+        for _ in range(2):
+            for batch in prefetched(recorder.watch(alike), ahead):
+                losses += [plain_step(model, optimizer, batch).item() for _ in range(2)]
+    run = open_run(tmp_path / "run")["curvature"]
+    np.testing.assert_allclose(run.loss_before, np.array(losses)[run.step], rtol=1e-12)
+    assert 0 in run.step
+
+
 def test_a_loop_that_skips_batches_is_not_looked_at_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A skipped batch may also be one that was read ahead, which only a gradient can tell."""
     model, looks, gradient = smooth_network(), [], ProbedStep.gradient

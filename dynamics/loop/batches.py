@@ -263,6 +263,11 @@ class Batches:
         self.leave()
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether the loop reads batches before it uses them, or has left some for a later step."""
+        return self._reading.count > 0 or len(self._seen) > self._backward.count
+
+    @property
     def unclear(self) -> bool:
         """Whether it is not clear which batches the last step has left, so that the next one has to be looked at."""
         return self._reading.unclear

@@ -19,6 +19,7 @@ from .captured_curvature import CapturedCurvature
 from .probed_step import ProbedStep
 
 _SURE = 1 - 1e-6  # a cosine
+_UNLIKE = 1 - 1e-4  # a cosine that is unlike one that is sure
 
 # Which moment of a batch is the step's.
 _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
@@ -78,6 +79,7 @@ class Candidates:
     def __init__(self, model: nn.Module, objective: Objective, batches: Batches, processes: Processes) -> None:
         self._model, self._objective, self._batches, self._processes = model, objective, batches, processes
         self._way: _Way | None = None  # of the candidate chosen last
+        self._farthest: float | None = None  # of those chosen, how far one was from the applied gradient: 1 - cosine
 
     def known(self) -> list[tuple[int, list[Seen]]]:
         """The lists of batches that the next step may be of, numbered, the likeliest first.
@@ -151,13 +153,26 @@ class Candidates:
         return Candidate(number, way, probe, _is_certain(seen))
 
     def choose(self, found: Sequence[Found]) -> Found | None:
-        """The candidate that the step is of: the last if surely right, else the nearest; None if that is doubtful."""
+        """The candidate that the step is of: the last if surely right, else the nearest; None if that is doubtful.
+
+        It is if other batches might be the step's, and it is much farther than all that were chosen before.
+        """
         best = _nearest(found)
-        if not (best.candidate.certain or best.sure):
+        if not (best.candidate.certain or best.sure) or self._is_another(best):
             return None
+        self._farthest = max(self._farthest or 0.0, 1 - max(best.cosine, best.in_layers))
         self._way = best.candidate.way
         self._batches.chosen(best.candidate.number, best.candidate.probe.shares)
         return best
+
+    def _is_another(self, best: Found) -> bool:
+        """Whether a loop that reads ahead, whose gradients were all known, has taken batches that are not known.
+
+        Replicas would have to agree on that.
+        """
+        if self._farthest is None or self._farthest > 1 - _SURE or self._processes.replicated:
+            return False
+        return self._batches.reads_ahead and max(best.cosine, best.in_layers) < _UNLIKE
 
 
 def _nearest(found: Sequence[Found]) -> Found:

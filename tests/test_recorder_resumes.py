@@ -23,7 +23,7 @@ from dynamics import Recorder, RecordError, open_run
 from dynamics.network.masks import apply_masks
 from dynamics.record import provenance
 from dynamics.record.store import Store
-from dynamics.recording.flow_times import FlowTimes
+from dynamics.recording.resume_points import ResumePoint, ResumePoints
 
 HERE = Path(__file__).parent
 Pair = tuple[nn.Module, torch.optim.Optimizer]
@@ -304,11 +304,11 @@ def test_what_the_last_pruning_reached_is_known_over_a_resumption(tmp_path: Path
     assert open_run(tmp_path / "run")["pruning"].sizes["event"] == 3
 
 
-def test_what_is_kept_of_flow_times_does_not_grow_for_ever(tmp_path: Path) -> None:
-    times = FlowTimes(store := Store(tmp_path / "run", {"schema_version": 1}))
+def test_what_is_kept_to_resume_does_not_grow_for_ever(tmp_path: Path) -> None:
+    points = ResumePoints(store := Store(tmp_path / "run", {"schema_version": 1}))
     for step in range(1, 1003):
-        times.keep(step, step / 10)
-    assert [times.at(step) for step in (2, 3, 1002)] == [None, 0.3, 100.2]
+        points.keep(step, ResumePoint(step / 10, step % 2 == 0))
+    assert [points.at(step) for step in (2, 3, 1002)] == [None, (0.3, False), (100.2, True)]
     assert len(store.kept("flow-times")) == 1000
     store.close()
 

@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from networks import plain_step, prefetched, smooth_network, vectors
 
 from dynamics import Recorder, open_run
 from dynamics.record.store import Store
-from dynamics.recording.flow_times import FlowTimes
+from dynamics.recording.resume_points import ResumePoint, ResumePoints
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
@@ -88,13 +90,61 @@ def test_flow_time_goes_on_where_the_record_has_no_flow_steps(tmp_path: Path) ->
     np.testing.assert_allclose(open_run(tmp_path / "run.zarr").steps.flow_time, training.times[:10], rtol=1e-12)
 
 
-def test_flow_times_of_what_was_taken_back_are_forgotten(tmp_path: Path) -> None:
-    known = FlowTimes(Store(tmp_path / "run.zarr", {}))
-    known.keep(3, 0.3)
-    known.keep(5, 0.5)
-    known.keep(5, 0.6)
-    assert [known.at(step) for step in (3, 4, 5)] == [0.3, None, 0.6]
+def test_what_was_taken_back_is_forgotten(tmp_path: Path) -> None:
+    known = ResumePoints(Store(tmp_path / "run.zarr", {}))
+    known.keep(3, ResumePoint(0.3))
+    known.keep(5, ResumePoint(0.5))
+    known.keep(5, ResumePoint(0.6, within=True))
+    assert [known.at(step) for step in (3, 4, 5)] == [(0.3, False), None, (0.6, True)]
     known.forget_from(3)
-    assert [known.at(step) for step in (3, 5)] == [0.3, None]
+    assert [known.at(step) for step in (3, 5)] == [(0.3, False), None]
     known.forget_from(2)
     assert known.at(3) is None
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stops", ["by an exception", "after a flush", "after a flush and a save"])
+@pytest.mark.parametrize(
+    ("reads", "at"), [(list, 3), (iter, 3), (prefetched, 3), (prefetched, 6), (list, 7), (iter, 7)]
+)
+def test_a_loop_that_stopped_amid_an_epoch_goes_on_with_it(
+    tmp_path: Path, reads: Callable[[Iterable], Iterable], at: int, stops: str
+) -> None:
+    """Where the loop does not know itself that a pass is over (7 of 7 batches), its loader may."""
+    model, batches = smooth_network(), vectors(7)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train(recorder: Recorder, part: list, stop: int) -> None:
+        watched = recorder.watch(iter(part) if reads is iter else part)
+        for number, batch in enumerate(prefetched(watched) if reads is prefetched else watched, 1):
+            plain_step(model, optimizer, batch)
+            if number == stop and stops == "by an exception":
+                raise StopError
+            if number == stop:
+                recorder.flush()
+                if stops == "after a flush":
+                    break
+                raise StopError
+
+    with suppress(StopError), Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        train(recorder, batches, at)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1, resume=True) as recorder:
+        for part in (batches[at:], batches) if at < 7 else (batches, batches):
+            train(recorder, part, 0)
+    epochs = open_run(tmp_path / "run")["steps"].epoch.values.tolist()
+    known = at < 7 or reads is list  # an iterator has no length
+    assert epochs == [0] * 7 + [1] * 7 + [2] * 7 * (at == 7) if known else epochs == [0] * 14 + [1] * 7
+
+
+def test_a_pass_that_was_whole_when_the_record_was_closed_has_ended(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        with Recorder(tmp_path / "run", model, optimizer, curvature_every=0, resume=True) as recorder:
+            for batch in recorder.watch(iter(vectors(2))):
+                plain_step(model, optimizer, batch)
+                recorder.flush()
+    assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == [0, 0, 1, 1, 2, 2]

@@ -23,7 +23,8 @@ class Epochs:
     mode, whose passes are not seen, or of another model within a step. Between steps the batches may have been read
     ahead, but what was logged is no step's.
 
-    After a checkpoint from amid an epoch, as a record that is rewound to it tells, the first pass is the rest of that.
+    After a checkpoint from amid an epoch, as the record tells that goes on from it, or was flushed there, the first
+    pass is the rest of that epoch.
 
     Attributes:
         present: the epoch of the last step, from 0.
@@ -35,6 +36,19 @@ class Epochs:
         self._by_hand = self._watched = False
         self._stepped = place.rows > 0
         self._ended, self._within = self._stepped and place.ended, place.within
+        self._flushed_within = -1  # at which step the record was last flushed within a pass
+
+    def within(self, number: int, *, fails: bool) -> bool:
+        """Whether a training that resumes at a step, to which the record is being flushed, goes on with a pass.
+
+        A pass that the loop abandons after that, or because it ``fails``, still goes on.
+        """
+        of = self.last
+        if of is None or of.epoch is None or of.whole or self._by_hand:
+            return False
+        if (of.open or fails) and (of.unread or self.batches):
+            self._flushed_within = number
+        return self._flushed_within == number
 
     def begin(self, *, anew: bool) -> None:
         """The loop, which counts epochs itself, says that one begins or, if not ``anew``, goes on."""
@@ -64,14 +78,21 @@ class Epochs:
 
 
 class Pass:
-    """A pass over watched data that has begun; it calls ``sees`` with each of its batches."""
+    """A pass over watched data of this ``length``, if it is known, has begun; it calls ``sees`` with each batch.
 
-    def __init__(self, epochs: Epochs, sees: Callable[..., None]) -> None:
-        self._epochs, self._sees = epochs, sees
+    Attributes:
+        epoch: the number of the epoch, if steps were taken.
+        drawn: whether it only drew a single batch, as ``next(iter(loader))`` does: that is no epoch.
+        open: whether it goes on.
+        whole: whether it has ended, and was not abandoned.
+    """
+
+    def __init__(self, epochs: Epochs, sees: Callable[..., None], length: int | None) -> None:
+        self._epochs, self._sees, self._length = epochs, sees, length
         self.epoch: int | None = None
+        self.open, self.whole, self.drawn = True, False, False
         self._given = 0
         self._with_gradients = False  # whether they were enabled at any of its batches
-        self.drawn = False  # whether it only drew a single batch, as next(iter(loader)) does: that is no epoch
         self._before = epochs.last, epochs.number(), epochs.batches.position.backwards
         self._waiting = epochs.batches.waiting, epochs.logged.waiting
         self._within_step = bool(epochs.batches) or epochs.batches.position.pending
@@ -85,8 +106,14 @@ class Pass:
         self._with_gradients |= torch.is_grad_enabled()
         self._sees(batch, source=self)
 
+    @property
+    def unread(self) -> bool:
+        """Whether there may be batches that the pass has not yielded yet."""
+        return self._length is None or self._given < self._length
+
     def ends(self, *, whole: bool) -> None:
         """The pass is complete or, if not ``whole``, the loop has abandoned it."""
+        self.open, self.whole = False, whole
         batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
         self._before = self._waiting = None  # else each pass would keep the one before, and its batches, alive
         idle = self._epochs.number() == step and batches.position.backwards == backwards

@@ -48,8 +48,8 @@ from .attachment import Attachment
 from .epochs import Epochs, Pass
 from .event import Event
 from .events import Events
-from .flow_times import FlowTimes
 from .missed import missed
+from .resume_points import ResumePoints
 from .resuming import begin
 from .rows import Rows
 from .steps import Steps, anyone_measures
@@ -157,7 +157,7 @@ class Recorder:
         asleep = partial(hooks_removed, network, lambda owner: any(owner is one for one in (*held, *given)))
         self._steps = Steps(
             groups, measurement, self._curvature, self._batches, asleep, self._rows, self._epochs, place,
-            FlowTimes(store), names, every,
+            ResumePoints(store), names, every,
         )  # fmt: skip
         self._events = Events(network, objective, self._layers, processes, self._steps, self._epochs, self._rows, past)
         self._attachment = Attachment(held, given, self._steps)
@@ -173,9 +173,9 @@ class Recorder:
         """
         return watched(loader, self._begin_pass)
 
-    def _begin_pass(self) -> Pass:
+    def _begin_pass(self, length: int | None) -> Pass:
         self._attachment.end()
-        return Pass(self._epochs, partial(self._observe, stays=True))
+        return Pass(self._epochs, partial(self._observe, stays=True), length)
 
     def observe(self, batch: Any) -> None:
         """Say what the next step's batch is, before its forward pass, if there is no loader to watch.
@@ -304,7 +304,7 @@ class Recorder:
         self._attachment.end()
         said: list[str] = []
         try:
-            self._steps.finish(ends=True)
+            self._steps.finish(ends=True, fails=failed)
             said += missed(self._steps, self._batches, unseen=self._curvature.unseen)
         finally:  # its warnings may be errors
             self._attachment.close()

@@ -15,8 +15,8 @@ from ..measuring.present import Present
 from ..record.store import Store
 from ..schema import STUDIES
 from ..warning import warn
-from .flow_times import FlowTimes
 from .past_events import PastEvents
+from .resume_points import ResumePoint, ResumePoints
 
 _ORIGIN = ("thetadot", "commit", "torch", "cuda", "device")
 _SAME = 16  # rounding errors by which ‖θ‖² may differ where it is the sum of ‖θ‖², 2θᵀΔθ and ‖Δθ‖²
@@ -27,7 +27,7 @@ class Place:
     """The point between two steps at which recording resumes, and how much of the record lies before it.
 
     ``ended``: whether an epoch was logged at this point. ``within``: whether the record went on with a step of the same
-    epoch. ``rows``: number of recorded steps before it.
+    epoch or, if it ends here, was flushed amid a pass over the data. ``rows``: number of recorded steps before it.
     """
 
     step: int = 0
@@ -80,22 +80,24 @@ class Record:
         epoch = int(max([0, *of_rows, *rows[:count][-1:]]))
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
         later = rows[count : count + 1] if known is not None else []
-        within = bool(of_rows) and epoch in [*self.epochs[before : before + 1], *later]
-        return Place(step, epoch, events, self._flow_time(step, before), ended, within, before)
+        after, point = [*self.epochs[before : before + 1], *later], ResumePoints(self._store).at(step)
+        goes_on = epoch in after if after else point is not None and point.within and not ended
+        time = self._flow_time(step, before, point)
+        return Place(step, epoch, events, time, ended, bool(of_rows) and goes_on, before)
 
     def logged_by(self, step: int) -> int | None:
         """Number of rows of ``/epochs`` logged by a step; None if the rows do not have a step."""
         steps = self.column("epochs", "step")
         return int(np.searchsorted(steps, step, side="right")) if len(steps) else None
 
-    def _flow_time(self, step: int, before: int) -> float:
+    def _flow_time(self, step: int, before: int, point: ResumePoint | None) -> float:
         times, flow_steps = self.column("steps", "flow_time"), self.column("steps", "flow_step")
         if not before:
             return 0.0
         if before < len(times) and self.steps[before] == step:
             return float(times[before])
-        if (kept := FlowTimes(self._store).at(step)) is not None:
-            return kept
+        if point is not None:
+            return point.flow_time
         if not len(times) or not len(flow_steps):
             return float("nan")
         skipped = self.column("steps", "skipped")
@@ -210,7 +212,7 @@ def resume(store: Store, present: Present, step: int | None, rewind: bool, attri
     trace = {"step": place.step, "dropped": end[0] - place.step if met < end else 0, "time": _now()}
     before = {**store.attributes, **{name: value for one in traces for name, value in one.items()}}
     trace |= {name: attributes[name] for name in _ORIGIN if attributes.get(name, before.get(name)) != before.get(name)}
-    FlowTimes(store).forget_from(place.step)
+    ResumePoints(store).forget_from(place.step)
     store.note("resumed", [*traces, trace])
     ahead = record.column("curvature", "step") >= met[0]  # curvature of a step whose own row was never written
     if met < end or ahead.any():  # after the trace, so that a kill in between loses neither

@@ -18,7 +18,7 @@ from ..measuring.step_curvature import StepCurvature
 from ..record.columns import Row
 from ..warning import warn
 from .epochs import Epochs
-from .flow_times import FlowTimes
+from .resume_points import ResumePoint, ResumePoints
 from .resuming import Place
 from .rows import Rows
 
@@ -48,7 +48,7 @@ class Steps:
         rows: where the rows go.
         epochs: counts the epochs.
         place: where in the record the training begins.
-        flow_times: keeps the flow time at steps from which a training may resume.
+        resume_points: keeps what a training needs that resumes.
         names: quantities of ``/steps`` that a row has.
         every: record at every such step.
     """
@@ -63,13 +63,13 @@ class Steps:
         rows: Rows,
         epochs: Epochs,
         place: Place,
-        flow_times: FlowTimes,
+        resume_points: ResumePoints,
         names: Sequence[str],
         every: int,
     ) -> None:
         self._groups, self._measurement, self._curvature, self._batches = groups, measurement, curvature, batches
         self._asleep, self._rows, self._epochs, self._names, self._every = asleep, rows, epochs, names, every
-        self.number, self._first, self._flow_times = place.step, place.step, flow_times
+        self.number, self._first, self._resume_points = place.step, place.step, resume_points
         self._flow_time: float | Tensor = place.flow_time
         self.busy = self._kept = self._begun = self._waits = False
         self._skips: dict[int, Tensor] = {}
@@ -197,8 +197,8 @@ class Steps:
             return self._flow_time
         return self._flow_time + self._groups.first_flow_step() * (1 - self._skips.get(0, 0.0))
 
-    def finish(self, under_way: list[int] | None = None, *, ends: bool = False) -> None:
-        """Send the last step's row with what was logged for it so far; ``ends``: the training ends here.
+    def finish(self, under_way: list[int] | None = None, *, ends: bool = False, fails: bool = False) -> None:
+        """Send the last step's row with what was logged for it so far; ``ends``: the training ends here, or ``fails``.
 
         The row of a step that is ``under_way``, in which only these optimizers have stepped, is sent as it is now, and
         completed when the step has ended.
@@ -209,8 +209,9 @@ class Steps:
                 with self._busy():  # a signal handler that flushes must not send it before the last step's row
                     self._rows.so_far(row, self._batches.position_of_step)
             number, flow_time = number + 1, self._flow_time_after(under_way)
-        if number and "flow_time" in self._names:
-            self._flow_times.keep(number, float(flow_time))
+        if number:
+            time = float(flow_time) if "flow_time" in self._names else float("nan")
+            self._resume_points.keep(number, ResumePoint(time, self._epochs.within(number, fails=fails)))
         self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
 
     @contextmanager

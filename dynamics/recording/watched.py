@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from .epochs import Pass
@@ -10,8 +11,10 @@ from .epochs import Pass
 _OWN = ("_loader", "_begins", "_taken")
 
 
-def watched(loader: Iterable, begins: Callable[[], Pass]) -> Watched:
+def watched(loader: Iterable, begins: Callable[[int | None], Pass]) -> Watched:
     """Wrap the loader: each pass over it calls ``begins``, and reports batches and its end to what that returns.
+
+    ``begins`` gets the loader's length, if it has one.
 
     An iterator is wrapped as an iterator. The loader is asked for an iterator, and for batches, only when the loop asks
     for them, so that random numbers are drawn in the same order as without the wrapper.
@@ -23,7 +26,7 @@ def watched(loader: Iterable, begins: Callable[[], Pass]) -> Watched:
 class Watched:
     """Yields the loader's batches; its length, and all other attributes, are read from and set on the loader."""
 
-    def __init__(self, loader: Iterable, begins: Callable[[], Pass]) -> None:
+    def __init__(self, loader: Iterable, begins: Callable[[int | None], Pass]) -> None:
         self._loader: Any = loader
         self._begins = begins
 
@@ -53,7 +56,14 @@ class Watched:
         return self._loader[index]
 
     def __iter__(self) -> Iterator:
-        return _Pass(iter(self._loader), self._begins)
+        return _Pass(iter(self._loader), partial(self._begins, _length(self._loader)))
+
+
+def _length(loader: Iterable) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except Exception:  # it has none, or that of an iterable data set is wrong
+        return None
 
 
 class _Pass:

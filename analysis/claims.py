@@ -100,11 +100,11 @@ CLAIMS: dict[str, Claim] = {
             "contributed to it. In training mode, θᵀg is 0 on filters that BatchNorm normalises, so they play no part.",
         ),
         Claim(
-            "ii.c", "When pruning after one epoch, loss preservation gives better accuracy than magnitude",
+            "ii.c", "When pruning in one round, loss preservation gives better accuracy than magnitude",
             "accuracy", "loss_preservation", ("magnitude",), 1, "difference",
-            '"Minimally trained" means one round: everything is pruned after the first epoch. "Appropriate" means '
-            "better there than the measure that one would use without the paper. For more rounds, the claim says "
-            "nothing.", 1,
+            '"Minimally trained" means one round: in the paper\'s protocol everything is pruned after the first epoch. '
+            '"Appropriate" means better there than the measure that one would use without the paper. For more rounds, '
+            "the claim says nothing.", 1,
         ),
         Claim(
             "iii.a", "Gradient-norm increase changes second-order dynamics more than other measures",

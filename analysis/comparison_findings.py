@@ -38,13 +38,13 @@ def fastest(runs: Runs) -> str:
 
 
 def norm_growth(runs: Runs) -> str:
-    """By which factor ‖θ‖² changed over the training, by measure: geometric means, as of factors."""
+    """By which factor ‖θ‖² changed over the training, by measure: medians over seeds, as the figure has them."""
     norms = {label: found.param_sqnorm for label, found in each(runs, network_norm).items()}
     growth = {label: float(np.log(norm[-1] / norm[0])) for label, norm in norms.items()}
-    means = mean_by_measure(runs, growth)
+    means = mean_by_measure(runs, growth, of_seeds="median")
     if means.empty and any(map(np.isfinite, growth.values())):
         means = pd.Series(growth)  # runs of different conditions, each by its label
-    several = ", geometric means over conditions and seeds" * (len(growth) > len(means))
+    several = ", medians over seeds, geometric means over conditions" * (len(growth) > len(means))
     listed = _listed(np.exp(means)) or "not finite"
     return f"‖θ‖² at the last step divided by that at the first{several}: {listed}."
 

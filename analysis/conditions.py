@@ -28,11 +28,12 @@ _MODES = {
     "eval": "eval mode, where BatchNorm normalises by its running statistics",
 }
 
-# Names of the tables' and claims' own columns: a setting of such a name gets another column name.
+# Names of the tables' and claims' own columns, and how others end or begin: a setting of such a name gets another one.
+_PERCENT, _STEPS_TO = ", %", "steps to "
 _TAKEN = (
     "run", "record", "rank", "counts", "claim", "says", "value", "low", "high", "null", "p", "stands", "seeds",
     "verdict", "relation", "order", "median relative error", "slope", "r squared", "rank correlation", "count",
-    "area", "steps taken", "comparable",
+    "area", "final loss", "test loss", "steps taken", "comparable",
     *STATISTICS,
 )  # fmt: skip
 
@@ -75,7 +76,7 @@ def conditions(runs: Runs) -> pd.DataFrame:
     rows = pd.DataFrame([_row(label, run) for label, run in runs.items()], index=pd.Index(runs, name="run"))
     others = [name for name in rows if name not in COMPARED_BY]
     rows[others] = rows[others].apply(_of_one_kind)
-    if other := [name for name in others if name in _TAKEN]:
+    if other := [name for name in others if name in _TAKEN or name.endswith(_PERCENT) or name.startswith(_STEPS_TO)]:
         rows = rows.rename(columns={name: f"{name} (setting)" for name in other})
         others = [f"{name} (setting)" if name in other else name for name in others]
     _tell_apart(rows, runs, others)
@@ -143,16 +144,16 @@ def first_comparison(runs: Runs) -> pd.DataFrame:
     return next((group for group in groups if (group.measure != "none").any()), groups[0])
 
 
-def mean_by_measure(runs: Runs, values: Mapping[str, float]) -> pd.Series:
+def mean_by_measure(runs: Runs, values: Mapping[str, float], *, of_seeds: str = "mean") -> pd.Series:
     """Mean of each run's value by measure: over seeds, then over the conditions in which most measures have one.
 
-    A measure that lacks a condition is not compared by the others'.
+    Over seeds it may be the ``"median"`` instead. A measure that lacks a condition is not compared by the others'.
     """
     table = comparisons({label: runs[label] for label in values})
     found = table.run.map(dict(values)).groupby(
         [table[name] for name in (*compared_by(table), "measure")], dropna=False
     )
-    wide = found.agg(lambda of_seeds: of_seeds.mean(skipna=False)).unstack("measure")
+    wide = found.agg(lambda seeds: getattr(seeds, of_seeds)(skipna=False)).unstack("measure")
     counts = wide.notna().sum(axis=1)
     whole = wide[counts == counts.max()].dropna(axis=1).mean()
     return whole.reindex([name for name in table.measure.unique() if name in whole])

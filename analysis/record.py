@@ -16,7 +16,7 @@ from .given import in_a_line
 
 HOW_TO_RECORD = {
     "steps": "Record with quantities=None, or name them in Recorder(quantities=...).",
-    "curvature": "Record with curvature_every > 0, and watch the loader or observe the batches.",
+    "curvature": "Record with curvature_every > 0 and quantities=None, and watch the loader or observe the batches.",
     "pruning": 'Prune inside `with recorder.event("prune", probe=batches)`.',
     "units": "Call event.units(alive=..., scores=...) inside the event.",
     "curve": 'Call event.add("curve", removal_curve(...)) inside an event.',

@@ -82,8 +82,8 @@ def norms(runs: Runs) -> Figure:
     """A pruning removes its share of ‖θ‖²; from then on the norm of what is left follows the same law.
 
     One row per condition: ‖θ‖² of the whole network over training and, where the optimizer follows the gradient, its
-    measured velocity in flow time, averaged over windows of steps; median over seeds, with a band between the
-    quartiles, which may extend beyond the panel.
+    measured velocity in flow time, averaged over windows of steps that end at events; median over seeds, with a band
+    between the quartiles, which may extend beyond the panel.
     """
     found, events = comparison.compare(runs, network_norm), events_of(runs, in_steps)
     moving = any("param_sqnorm_rate" in values for measures in found.values() for values in measures.values())

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from analysis.comparison import mean_and_interval
 from analysis.given import check, check_axes, check_order, check_prediction, check_steps
-from dynamics.schema import label
+from dynamics.schema import QUANTITIES, label
 
 from .labels import layer_names
 from .lines import draw_line, evenly, mark_end
@@ -82,7 +82,7 @@ def draw_layers(quantity: xr.DataArray, *, ax: Axes | None = None) -> Axes:
         style = {"color": colour, "linewidth": 1, "label": named if few else None}
         values = quantity.sel(layer=layer).values
         draw_line(quantity.step.values, values, ax=ax, band=few, zeros=not logarithmic, **style)
-    ax.set(xlabel="step", ylabel=label(quantity.name))
+    ax.set(xlabel="step", ylabel=label(quantity.name) if quantity.name in QUANTITIES else _axis(quantity))
     count_axis(ax.xaxis)
     return ax
 

@@ -3,7 +3,9 @@
 import json
 
 import numpy as np
+import pytest
 import xarray as xr
+from synthetic_runs import record as synthetic
 
 import analysis
 from analysis.conditions import by_condition, first_comparison, names_of_conditions, probe_mode, several_seeds
@@ -123,6 +125,16 @@ def test_a_sparsity_that_was_rounded_in_another_way_is_the_same() -> None:
     shares = {"given": 0.9, "computed": 1 - (1 - 0.1) * (0.1 / 0.9), "in single precision": float(np.float32(0.9))}
     runs = {name: record(sparsity=share, seed=seed) for seed, (name, share) in enumerate(shares.items())}
     assert analysis.conditions(runs).sparsity.unique().tolist() == [0.9]
+
+
+@pytest.mark.parametrize("name", ["final loss", "test loss", "steps to 50%", "test accuracy, %", "filters pruned, %"])
+def test_a_setting_that_is_called_like_a_column_of_a_table_gets_another_name(name: str) -> None:
+    runs = {f"{value} {seed}": synthetic("magnitude", seed) for value in (1.0, 2.0) for seed in (0, 1)}
+    for label, run in runs.items():
+        run.attrs["experiment"] = json.dumps(json.loads(run.attrs["experiment"]) | {name: float(label.split()[0])})
+    for table in (analysis.accuracy_table(runs), analysis.convergence_table(runs)):
+        assert table.index.get_level_values(f"{name} (setting)").unique().tolist() == [1.0, 2.0]
+        assert len(table) == 2
 
 
 def test_the_mode_of_the_prunings_is_said() -> None:

@@ -89,6 +89,14 @@ def test_measured_dots_leave_the_predictions_seen() -> None:
     assert [style["linestyle"] for style in LINES.values()] == [(0, (4, 2)), "-"]
 
 
+@pytest.mark.parametrize("named", ["grad_sqnorm", "measured"])
+def test_what_is_drawn_of_layers_is_named_by_the_table_or_by_itself(named: str) -> None:
+    attrs = {"long_name": "d‖θ‖²/dt", "units": "L"}
+    layers = xr.DataArray(np.ones((3, 1)), {"step": np.arange(3), "layer": ["a"]}, ["step", "layer"], named, attrs)
+    expected = {"grad_sqnorm": "‖g‖²  [L² θ⁻²]", "measured": "d‖θ‖²/dt  [L]"}
+    assert draw_layers(layers, ax=plt.subplots()[1]).get_ylabel() == expected[named]
+
+
 def test_layers_are_points_that_no_line_joins() -> None:
     ax = draw_over_layers(xr.DataArray([1.0, 2.0], {"layer": ["a", "b"]}, ["layer"]), **LINES["first_order"])
     assert (ax.lines[0].get_linestyle(), ax.lines[0].get_marker()) == ("None", "o")

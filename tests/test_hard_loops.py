@@ -575,6 +575,35 @@ def test_what_an_objective_should_have_returned_is_said(tmp_path: Path, made_of:
             plain_step(model, optimizer, batch)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_may_be_empty(tmp_path: Path, parts: int) -> None:
+    """As Poisson sampling draws some, for differential privacy; a loss that is a sum is 0 on it, but for a penalty."""
+    model, losses = smooth_network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(model(inputs), labels, reduction="sum") + model[0].weight.square().sum()
+
+    full = vectors(6)
+    batches = [tuple(one[: 0 if number in (2, 3) else 8] for one in batch) for number, batch in enumerate(full)]
+    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+        for number, batch in enumerate(recorder.watch(batches), 1):
+            loss = objective(model, batch)
+            loss.backward()
+            if number % parts == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        with recorder.event("look", probe=[batches[2]]):
+            pass
+    run = open_run(tmp_path / "run")
+    if parts == 1:
+        np.testing.assert_allclose(run["curvature"].loss_before, losses, rtol=1e-12)
+    assert run["curvature"].sizes["step"] == 6 / parts
+    assert run["pruning"].sizes["event"] == 1
+
+
 def test_an_objective_that_makes_an_optimizer_is_told_what_to_do_instead(tmp_path: Path) -> None:
     model = smooth_network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -229,7 +229,7 @@ class StepCurvature:
     def _say_unknown(self, step: int) -> None:
         self._warn_once(
             f"curvature is not recorded at step {step}, whose batch is not known: watch everything that the "
-            "loop reads, such as itertools.cycle(loader) as a whole, or call recorder.observe(batch) before "
-            "each step",
+            "loop reads, such as itertools.cycle(loader) as a whole, or watch nothing and call "
+            "recorder.observe(batch) right before each forward pass",
             "unknown",
         )

@@ -51,6 +51,17 @@ def test_a_logarithmic_scale_has_a_tick_at_each_leading_digit(largest: float) ->
     assert all(np.isclose(found, place).any() for place in expected)
 
 
+@pytest.mark.parametrize("least", [0.051, 0.21, 0.28, 0.55, 0.9, 3.3])
+@pytest.mark.parametrize("ratio", [1.3, 3.0, 5.0, 7.9, 8.2, 30.0])
+def test_no_half_of_a_logarithmic_scale_is_without_a_tick(least: float, ratio: float) -> None:
+    values = np.geomspace(least, least * ratio, 5)
+    ax = panel(values)
+    scales.scale_axis(ax.yaxis, values)
+    low, high = ax.get_ylim()
+    shares = np.log([low, *sorted(ticks(ax.yaxis)), high]) / np.log(high / low)
+    assert np.diff(shares).max() < 0.55
+
+
 @pytest.mark.parametrize("least", [-5e-5, -0.3, -40.0])
 @pytest.mark.parametrize("largest", [0.5, 800.0])
 def test_a_symmetric_scale_has_ticks_on_each_side_that_has_values(least: float, largest: float) -> None:

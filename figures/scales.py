@@ -87,17 +87,18 @@ def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
 
 
 def _symmetric(axis: Axis, values: np.ndarray, sizes: np.ndarray) -> None:
-    """Ticks at zero, where the linear part ends, and beyond it, on each side that has values: one on an x axis."""
+    """Ticks at zero, where the linear part ends, and one or two decades beyond it, on each side that has values."""
     lowest = _power(max(np.quantile(sizes, 0.1), np.quantile(sizes, 0.9) * 1e-5))
     span = _power(sizes.max()) - lowest
     getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=10.0**lowest, linscale=max(0.7, 0.2 * span))
-    sides = [(sign, sign * values[sign * values > 0]) for sign in (-1, 1)]
-    decades = {sign: max(0, _power(side.max()) - lowest) for sign, side in sides if side.size}
-    common = max(1, -(-max(decades.values()) // 2))  # of both sides, or a decade would be wider on one of them
+    parts = 1 if axis.axis_name == "x" else 2
     ticks = [0.0]
-    for sign, highest in decades.items():
-        apart = max(1, highest) if axis.axis_name == "x" else common
-        ticks += [sign * 10.0 ** (lowest + power) for power in range(0, highest + 1, apart)]
+    for sign in (-1, 1):
+        side = sign * values[sign * values > 0]
+        if side.size:
+            highest = max(lowest, _power(side.max()))
+            apart = max(1, -(-(highest - lowest) // parts))
+            ticks += [sign * 10.0**power for power in range(lowest, highest + 1, apart)]
     axis.set_major_locator(FixedLocator(sorted(ticks)))
     axis.set_minor_locator(NullLocator())
     bounds = [bound for bound in _bounds(axis, values) if bound not in (values.min(), values.max())]

@@ -75,17 +75,6 @@ def test_a_symmetric_scale_has_ticks_on_each_side_that_has_values(least: float, 
     assert apart(ax.yaxis)
 
 
-def test_ticks_of_a_symmetric_scale_are_equally_far_apart_on_both_sides() -> None:
-    _, ax = plt.subplots()
-    values = np.array([-3e-2, -3e-2, -2e-4, 2e-4, 2e-4, 5e-3, 3e-1])  # two decades above the linear part, and three
-    ax.plot(values)
-    scales.scale_axis(ax.yaxis, values)
-    found = np.array(sorted(ticks(ax.yaxis)))
-    above, below = (np.diff(np.log10(side)).round(6).tolist() for side in (found[found > 0], -found[found < 0][::-1]))
-    assert len(above) == len(below) == 1
-    assert above == below
-
-
 def test_a_symmetric_scale_has_margins_of_its_own() -> None:
     """Not those of the linear scale, which may be decades of it, or less than a line is thick."""
     values = np.r_[-2e-3, np.geomspace(1e-4, 6, 40)]

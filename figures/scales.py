@@ -77,7 +77,7 @@ def _logarithmic(axis: Axis, sizes: np.ndarray) -> None:
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log", nonpositive="clip" if banded else "mask")
     if sizes.max() / 300 < sizes.min():
         narrow = sizes.max() / 8 < sizes.min()
-        bins = 4 if sizes.max() / 3 < sizes.min() else 7  # equal ones are wide at the lower end, and narrow at the upper
+        bins = 4 if sizes.max() / 3 < sizes.min() else 7  # equal ones are wide at the lower end, narrow at the upper
         axis.set_major_locator(MaxNLocator(bins, steps=_STEPS) if narrow else LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(LogLocator(subs=range(1, 10)))  # also at powers of ten, where a label may be missing
         plain = sizes.min() >= 1e-4 and sizes.max() < 1e5

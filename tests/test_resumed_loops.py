@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -148,3 +148,52 @@ def test_a_pass_that_was_whole_when_the_record_was_closed_has_ended(tmp_path: Pa
                 plain_step(model, optimizer, batch)
                 recorder.flush()
     assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+class Counting:
+    """A loader that draws random numbers to know its length."""
+
+    def __init__(self, batches: list) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        raise AssertionError("its length may cost a pass over the data")
+
+
+def test_no_loader_is_asked_for_a_length_that_may_cost_something(tmp_path: Path) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=0) as recorder:
+        for batch in recorder.watch(Counting(vectors(3))):
+            plain_step(model, optimizer, batch)
+            recorder.flush()
+    assert open_run(tmp_path / "run")["steps"].sizes["step"] == 3
+
+
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_epoch_that_ends_as_the_one_before_it_did_is_over(tmp_path: Path, limited: bool, after: int) -> None:
+    """By a break, or because an iterator has no more: a checkpoint within the loop, at its last batch, is its end."""
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train(epochs: int, saves: bool) -> None:
+        with (
+            suppress(StopError),
+            Recorder(tmp_path / "run", model, optimizer, curvature_every=0, resume=True) as recorder,
+        ):
+            for epoch in range(epochs):
+                for number, batch in enumerate(recorder.watch(vectors(6) if limited else iter(vectors(3))), 1):
+                    plain_step(model, optimizer, batch)
+                    if saves and epoch == epochs - 1 and number == 3:
+                        recorder.flush()
+                        raise StopError
+                    if number == 3 and limited:
+                        break
+
+    train(after + 1, saves=True)
+    train(2, saves=False)
+    assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == np.repeat(range(after + 3), 3).tolist()

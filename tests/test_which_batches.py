@@ -153,6 +153,27 @@ def test_a_step_of_batches_that_are_not_known_has_no_curvature(tmp_path: Path, a
     assert 0 in run.step
 
 
+def test_a_loop_that_begins_to_change_its_gradients_is_measured_again(tmp_path: Path) -> None:
+    """It cannot be told at once from one that uses other batches than those that are known."""
+    model, losses, noise = smooth_network(), [], torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with (
+        pytest.warns(UserWarning, match="whose batch is not known"),
+        Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder,
+    ):
+        for number, (inputs, labels) in enumerate(prefetched(recorder.watch(vectors(30)))):
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
+            for parameter in model.parameters() if number >= 5 else ():
+                parameter.grad += 0.02 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    run = open_run(tmp_path / "run")["curvature"]
+    assert run.step.values.tolist() == [*range(5), *range(13, 30)]
+    np.testing.assert_allclose(run.loss_before, np.array(losses)[run.step], rtol=1e-12)
+
+
 def test_a_loop_that_skips_batches_is_not_looked_at_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A skipped batch may also be one that was read ahead, which only a gradient can tell."""
     model, looks, gradient = smooth_network(), [], ProbedStep.gradient

@@ -69,6 +69,7 @@ class Batches:
         self._of_epoch = 0  # how many of the batches seen came from earlier passes over the data
         self._reading = ReadingAhead()
         self._stepped_at = 0  # the number of backward passes until the last step
+        self._read = 0  # how many batches were read since
         self._candidates: list[list[Seen]] = []
         self._backward = BackwardPasses(counted, averaged=averaged)
         self._forward = ForwardPasses(self._own, self._pass_begins, self._evaluation_begins)
@@ -141,6 +142,7 @@ class Batches:
         if self._backward.pending:  # the backward pass was that of the batch that stays
             self.repeat(due=False)
         self._staying, self._stays_surely, self._after_step = [batch] if stays else [], True, None
+        self._read += 1
         self._seen = self._too_many.remaining(self._seen, self._backward, self._reading.count)
         self._see(batch, due=due, source=source)
 
@@ -185,6 +187,11 @@ class Batches:
             self._seen, self._used, self._backward.count, ahead=self._reading.count, of_epoch=of_epoch
         )
         return self._candidates
+
+    def none_known(self) -> None:
+        """The gradient is of none of the candidates: if no batch was read since the last step, all are for later."""
+        if not self._read:
+            self._reading.none_chosen(self._seen)
 
     def chosen(self, candidate: int, shares: Sequence[float]) -> None:
         """The gradient has chosen this candidate, in such shares: the batches after it were read ahead.
@@ -282,7 +289,7 @@ class Batches:
             self._seen, self._staying = [], []
         self._seen = self._reading.left(self._seen, self._used, self._backward.count, looks=looks)
         self._backward.stepped()
-        self._stepped_at = self._backward.total
+        self._stepped_at, self._read = self._backward.total, 0
         self._of_epoch, self._passes, self._awaits, self._after_step = 0, 0, False, None
         self._too_many.clear()
         self._forward.leave()

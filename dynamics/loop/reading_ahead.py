@@ -47,6 +47,10 @@ class ReadingAhead:
         for one in seen[end:]:  # the forward passes belonged to the step's batches
             one.passed = False
 
+    def none_chosen(self, seen: list[Seen]) -> None:
+        """The step is of none of the batches ``seen``: all were read ahead."""
+        self._left = list(seen)
+
     def left(self, seen: list[Seen], used: Sequence[int], count: int, *, looks: bool) -> list[Seen]:
         """The batches that the present step leaves for later; the next one is the present step from then on.
 

@@ -20,6 +20,7 @@ from .probed_step import ProbedStep
 
 _SURE = 1 - 1e-6  # a cosine
 _UNLIKE = 1 - 1e-4  # a cosine that is unlike one that is sure
+_REFUSALS = 8  # steps in a row without curvature
 
 # Which moment of a batch is the step's.
 _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
@@ -74,12 +75,17 @@ class Found(NamedTuple):
 
 
 class Candidates:
-    """The candidates of each step; the one chosen last tells which are likely next time."""
+    """The candidates of each step; the one chosen last tells which are likely next time.
+
+    Attributes:
+        sure: whether the gradients of all that were chosen were the applied ones, up to rounding.
+    """
 
     def __init__(self, model: nn.Module, objective: Objective, batches: Batches, processes: Processes) -> None:
         self._model, self._objective, self._batches, self._processes = model, objective, batches, processes
         self._way: _Way | None = None  # of the candidate chosen last
-        self._farthest: float | None = None  # of those chosen, how far one was from the applied gradient: 1 - cosine
+        self._refused = 0  # steps in a row
+        self.sure = True
 
     def known(self) -> list[tuple[int, list[Seen]]]:
         """The lists of batches that the next step may be of, numbered, the likeliest first.
@@ -155,12 +161,17 @@ class Candidates:
     def choose(self, found: Sequence[Found]) -> Found | None:
         """The candidate that the step is of: the last if surely right, else the nearest; None if that is doubtful.
 
-        It is if other batches might be the step's, and it is much farther than all that were chosen before.
+        It is if other batches might be the step's, and all that were chosen before were surely right; but after
+        several such steps in a row, the loop is taken to change its gradients now.
         """
         best = _nearest(found)
-        if not (best.candidate.certain or best.sure) or self._is_another(best):
+        if not (best.candidate.certain or best.sure):
             return None
-        self._farthest = max(self._farthest or 0.0, 1 - max(best.cosine, best.in_layers))
+        if self._is_another(best):
+            self._refused += 1
+            self._batches.none_known()
+            return None
+        self._refused, self.sure = 0, self.sure and not _likeness(best) < _UNLIKE
         self._way = best.candidate.way
         self._batches.chosen(best.candidate.number, best.candidate.probe.shares)
         return best
@@ -170,9 +181,14 @@ class Candidates:
 
         Replicas would have to agree on that.
         """
-        if self._farthest is None or self._farthest > 1 - _SURE or self._processes.replicated:
+        if not (self._way and self.sure) or self._refused == _REFUSALS or self._processes.replicated:
             return False
-        return self._batches.reads_ahead and max(best.cosine, best.in_layers) < _UNLIKE
+        return self._batches.reads_ahead and _likeness(best) < _UNLIKE
+
+
+def _likeness(found: Found) -> float:
+    """How near its gradient is to the applied one, as a whole or layer by layer: a cosine; NaN if it is not finite."""
+    return max(found.cosine, found.in_layers)
 
 
 def _nearest(found: Sequence[Found]) -> Found:

@@ -72,7 +72,7 @@ class StepCurvature:
     @property
     def looks(self) -> bool:
         """Whether a step's batches can be found although nothing is recorded of it; replicas may not agree on it."""
-        return bool(self._every) and not self._processes.replicated
+        return bool(self._every) and self._candidates.sure and not self._processes.replicated
 
     def stop(self) -> None:
         """Stop measuring."""

@@ -28,6 +28,8 @@ class Epochs:
 
     Attributes:
         present: the epoch of the last step, from 0.
+        last: the pass that yielded a batch last, and was no evaluation.
+        counts: how many batches the passes before it yielded, by their end.
     """
 
     def __init__(self, place: Place, batches: Batches, logged: Logged, number: Callable[[], int]) -> None:
@@ -37,14 +39,16 @@ class Epochs:
         self._stepped = place.rows > 0
         self._ended, self._within = self._stepped and place.ended, place.within
         self._flushed_within = -1  # at which step the record was last flushed within a pass
+        self.counts: set[int] = set()
 
     def within(self, number: int, *, fails: bool) -> bool:
         """Whether a training that resumes at a step, to which the record is being flushed, goes on with a pass.
 
-        A pass that the loop abandons after that, or because it ``fails``, still goes on.
+        A pass that the loop abandons after that, or because it ``fails``, still goes on, unless it has yielded as many
+        batches as an earlier one did before it ended, or was abandoned.
         """
         of = self.last
-        if of is None or of.epoch is None or of.whole or self._by_hand:
+        if of is None or of.epoch is None or of.whole or of.given in self.counts or self._by_hand:
             return False
         if (of.open or fails) and (of.unread or self.batches):
             self._flushed_within = number
@@ -78,20 +82,21 @@ class Epochs:
 
 
 class Pass:
-    """A pass over watched data of this ``length``, if it is known, has begun; it calls ``sees`` with each batch.
+    """A pass over watched data that has begun; it calls ``sees`` with each batch, and ``length`` may know their number.
 
     Attributes:
         epoch: the number of the epoch, if steps were taken.
+        given: how many batches it has yielded.
         drawn: whether it only drew a single batch, as ``next(iter(loader))`` does: that is no epoch.
         open: whether it goes on.
         whole: whether it has ended, and was not abandoned.
     """
 
-    def __init__(self, epochs: Epochs, sees: Callable[..., None], length: int | None) -> None:
+    def __init__(self, epochs: Epochs, sees: Callable[..., None], length: Callable[[], int | None]) -> None:
         self._epochs, self._sees, self._length = epochs, sees, length
         self.epoch: int | None = None
         self.open, self.whole, self.drawn = True, False, False
-        self._given = 0
+        self.given = 0
         self._with_gradients = False  # whether they were enabled at any of its batches
         self._before = epochs.last, epochs.number(), epochs.batches.position.backwards
         self._waiting = epochs.batches.waiting, epochs.logged.waiting
@@ -101,15 +106,19 @@ class Pass:
 
     def gives(self, batch: Any) -> None:
         """The pass yields a batch to the loop."""
-        self._epochs.last = self
-        self._given += 1
+        if (last := self._epochs.last) is not self:
+            if last is not None and last.epoch is not None and not last.open:
+                self._epochs.counts.add(last.given)
+            self._epochs.last = self
+        self.given += 1
         self._with_gradients |= torch.is_grad_enabled()
         self._sees(batch, source=self)
 
     @property
     def unread(self) -> bool:
         """Whether there may be batches that the pass has not yielded yet."""
-        return self._length is None or self._given < self._length
+        length = self._length()
+        return length is None or self.given < length
 
     def ends(self, *, whole: bool) -> None:
         """The pass is complete or, if not ``whole``, the loop has abandoned it."""
@@ -117,8 +126,8 @@ class Pass:
         batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
         self._before = self._waiting = None  # else each pass would keep the one before, and its batches, alive
         idle = self._epochs.number() == step and batches.position.backwards == backwards
-        self.drawn = idle and not whole and self._given == 1
-        without = idle and self._given > 0 and not self._with_gradients
+        self.drawn = idle and not whole and self.given == 1
+        without = idle and self.given > 0 and not self._with_gradients
         evaluated = (idle and self._ran()) or (without and (self._within_step or batches.may_run_unseen))
         if evaluated:
             batches.wait_again(waiting[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -173,7 +173,7 @@ class Recorder:
         """
         return watched(loader, self._begin_pass)
 
-    def _begin_pass(self, length: int | None) -> Pass:
+    def _begin_pass(self, length: Callable[[], int | None]) -> Pass:
         self._attachment.end()
         return Pass(self._epochs, partial(self._observe, stays=True), length)
 

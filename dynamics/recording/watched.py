@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from torch.utils.data import DataLoader, IterableDataset, sampler
+
 from .epochs import Pass
 
+_Begins = Callable[[Callable[[], int | None]], Pass]
 _OWN = ("_loader", "_begins", "_taken")
 
 
-def watched(loader: Iterable, begins: Callable[[int | None], Pass]) -> Watched:
+def watched(loader: Iterable, begins: _Begins) -> Watched:
     """Wrap the loader: each pass over it calls ``begins``, and reports batches and its end to what that returns.
 
-    ``begins`` gets the loader's length, if it has one.
+    ``begins`` gets a function that returns the loader's length, if that is known without code of the user's.
 
     An iterator is wrapped as an iterator. The loader is asked for an iterator, and for batches, only when the loop asks
     for them, so that random numbers are drawn in the same order as without the wrapper.
@@ -26,7 +29,7 @@ def watched(loader: Iterable, begins: Callable[[int | None], Pass]) -> Watched:
 class Watched:
     """Yields the loader's batches; its length, and all other attributes, are read from and set on the loader."""
 
-    def __init__(self, loader: Iterable, begins: Callable[[int | None], Pass]) -> None:
+    def __init__(self, loader: Iterable, begins: _Begins) -> None:
         self._loader: Any = loader
         self._begins = begins
 
@@ -56,14 +59,17 @@ class Watched:
         return self._loader[index]
 
     def __iter__(self) -> Iterator:
-        return _Pass(iter(self._loader), partial(self._begins, _length(self._loader)))
+        return _Pass(iter(self._loader), partial(self._begins, partial(_length, self._loader)))
 
 
-def _length(loader: Iterable) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except Exception:  # it has none, or that of an iterable data set is wrong
-        return None
+def _length(loader: Any) -> int | None:
+    """The length of a list, or of torch's own DataLoader with samplers of torch's own: others may draw to know it."""
+    if isinstance(loader, DataLoader):
+        samplers = loader.sampler, loader.batch_sampler
+        torchs = all(type(one).__module__ == sampler.__name__ for one in samplers)
+        known = torchs and type(loader).__len__ is DataLoader.__len__
+        return len(loader) if known and not isinstance(loader.dataset, IterableDataset) else None
+    return len(loader) if type(loader) in (list, tuple) else None
 
 
 class _Pass:

@@ -94,7 +94,8 @@ class Recorder:
             do not average over runs that differ in anything else named here.
         resume: True continues the record at ``path``, after model and optimizer are loaded from a checkpoint, and
             begins a new one if there is none; "rewind" also drops what was recorded after the checkpoint. The record's
-            attribute ``resumed`` keeps a trace. Call :meth:`flush` before saving a checkpoint.
+            attribute ``resumed`` keeps a trace. Call :meth:`flush` before saving a checkpoint. If that was amid an
+            epoch, the first pass over a watched loader is the rest of it.
         step: the step at which a resumed training continues. By default it is found: the one at which every layer of
             the record had the model's ‖θ‖².
 

@@ -39,14 +39,15 @@ def fastest(runs: Runs) -> str:
 
 def norm_growth(runs: Runs) -> str:
     """By which factor ‖θ‖² changed over the training, by measure: medians over seeds, as the figure has them."""
-    norms = {label: found.param_sqnorm for label, found in each(runs, network_norm).items()}
-    growth = {label: float(np.log(norm[-1] / norm[0])) for label, norm in norms.items()}
+    growth = {
+        label: float(found.param_sqnorm[-1] / found.param_sqnorm[0])
+        for label, found in each(runs, network_norm).items()
+    }
     means = mean_by_measure(runs, growth, of_seeds="median")
     if means.empty and any(map(np.isfinite, growth.values())):
         means = pd.Series(growth)  # runs of different conditions, each by its label
-    several = ", medians over seeds, geometric means over conditions" * (len(growth) > len(means))
-    listed = _listed(np.exp(means)) or "not finite"
-    return f"‖θ‖² at the last step divided by that at the first{several}: {listed}."
+    several = ", medians over seeds, means over conditions" * (len(growth) > len(means))
+    return f"‖θ‖² at the last step divided by that at the first{several}: {_listed(means) or 'not finite'}."
 
 
 def moved_at_pruning(runs: Runs) -> str:

@@ -179,6 +179,8 @@ def cell(value: object) -> str:
 
 def percent(share: float) -> str:
     """A share in whole per cent or, below one, to its first digit; if it is not finite, the sign for a missing one."""
+    if 0 < share < 1e-5:
+        return "under 0.001%"
     return known(share, ".0%") if share == 0 or not abs(share) < 0.0095 else f"{100 * float(share):.1g}%"
 
 

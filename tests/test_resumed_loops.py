@@ -197,3 +197,26 @@ def test_an_epoch_that_ends_as_the_one_before_it_did_is_over(tmp_path: Path, lim
     train(after + 1, saves=True)
     train(2, saves=False)
     assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == np.repeat(range(after + 3), 3).tolist()
+
+
+@pytest.mark.parametrize("logs", ["amid an epoch", "after a break"])
+def test_an_epoch_is_over_where_it_is_logged_after_its_pass_was_abandoned(tmp_path: Path, logs: str) -> None:
+    model = smooth_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    how = {"curvature_every": 0, "resume": True}
+    with suppress(StopError), Recorder(tmp_path / "run", model, optimizer, **how) as recorder:
+        for number, batch in enumerate(recorder.watch(vectors(7)), 1):
+            plain_step(model, optimizer, batch)
+            if number == 3 and logs == "amid an epoch":
+                recorder.log_epoch(test_loss=1.0)
+                recorder.flush()
+            if number == 3:
+                break
+        if logs == "after a break":
+            recorder.log_epoch(test_loss=1.0)
+        raise StopError
+    with Recorder(tmp_path / "run", model, optimizer, **how) as recorder:
+        for batch in recorder.watch(vectors(4)):
+            plain_step(model, optimizer, batch)
+    expected = [0] * 7 if logs == "amid an epoch" else [0] * 3 + [1] * 4
+    assert open_run(tmp_path / "run")["steps"].epoch.values.tolist() == expected

@@ -271,8 +271,8 @@ class Batches:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether the loop reads batches before it uses them, or has left some for a later step."""
-        return self._reading.count > 0 or len(self._seen) > self._backward.count
+        """Whether the loop reads batches before it uses them."""
+        return self._reading.count > 0
 
     @property
     def unclear(self) -> bool:

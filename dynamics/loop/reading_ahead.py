@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .seen import Seen, trained_on, window
+from .seen import FURTHER, Seen, trained_on, window
 
-_LOOKS = 16  # steps that are looked at although nothing is recorded of them
+_LOOKS = 4  # steps that are looked at although nothing is recorded of them
 
 
 class ReadingAhead:
     """Learns from each step whose batches the gradient has :meth:`chosen`; the steps between go on alike.
 
     If more batches were read by one of these than that explains, some were skipped, or the loop reads further ahead
-    than it did: all are left for the next step, which has to be looked at.
+    than it did: the last ones are left for the next step, which has to be looked at.
 
     Attributes:
         count: how many batches the loop reads before it uses them.
@@ -61,7 +61,7 @@ class ReadingAhead:
         self.unclear = looks and known is None and bool(count) and many and self._looks > 0
         if self.unclear:
             self._looks -= 1
-            return trained
+            return trained[-FURTHER:]
         return read_ahead(seen, used, count, self.count, once=self._once) if known is None else known
 
 

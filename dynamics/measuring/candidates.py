@@ -20,7 +20,7 @@ from .probed_step import ProbedStep
 
 _SURE = 1 - 1e-6  # a cosine
 _UNLIKE = 1 - 1e-4  # a cosine that is unlike one that is sure
-_REFUSALS = 8  # steps in a row without curvature
+REFUSALS = 4  # steps in a row without curvature
 
 # Which moment of a batch is the step's.
 _MOMENTS: dict[str, Callable[[Seen], Moment | None]] = {
@@ -78,14 +78,14 @@ class Candidates:
     """The candidates of each step; the one chosen last tells which are likely next time.
 
     Attributes:
+        refused: of how many steps in a row, up to the last, the batches seem to be none of the candidates.
         sure: whether the gradients of all that were chosen were the applied ones, up to rounding.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, batches: Batches, processes: Processes) -> None:
         self._model, self._objective, self._batches, self._processes = model, objective, batches, processes
         self._way: _Way | None = None  # of the candidate chosen last
-        self._refused = 0  # steps in a row
-        self.sure = True
+        self.refused, self.sure = 0, True
 
     def known(self) -> list[tuple[int, list[Seen]]]:
         """The lists of batches that the next step may be of, numbered, the likeliest first.
@@ -168,10 +168,10 @@ class Candidates:
         if not (best.candidate.certain or best.sure):
             return None
         if self._is_another(best):
-            self._refused += 1
+            self.refused += 1
             self._batches.none_known()
             return None
-        self._refused, self.sure = 0, self.sure and not _likeness(best) < _UNLIKE
+        self.refused, self.sure = 0, self.sure and not _likeness(best) < _UNLIKE
         self._way = best.candidate.way
         self._batches.chosen(best.candidate.number, best.candidate.probe.shares)
         return best
@@ -181,7 +181,7 @@ class Candidates:
 
         Replicas would have to agree on that.
         """
-        if not (self._way and self.sure) or self._refused == _REFUSALS or self._processes.replicated:
+        if not (self._way and self.sure) or self.refused == REFUSALS or self._processes.replicated:
             return False
         return self._batches.reads_ahead and _likeness(best) < _UNLIKE
 

@@ -15,7 +15,7 @@ from ..probing.objective import Objective
 from ..probing.probe import Probe
 from ..warning import warn
 from .all_or_none import AllOrNone
-from .candidates import Candidate, Candidates
+from .candidates import REFUSALS, Candidate, Candidates
 from .captured_curvature import CapturedCurvature
 from .probed_step import ProbedStep
 from .search import Search
@@ -139,7 +139,7 @@ class StepCurvature:
             return None
         if (best := self._candidates.choose(found)) is None:
             if records:
-                self._say_unknown(step)
+                self._say_another(step) if self._candidates.refused else self._say_unknown(step)
             return None
         if self._are_others_lost(best.candidate.probe) or not records:
             return None
@@ -225,6 +225,16 @@ class StepCurvature:
                 "and loss are measured where it is at the step. Pass all optimizers that step in between, as a list",
                 "outside",
             )
+
+    def _say_another(self, step: int) -> None:
+        self._warn_once(
+            f"curvature is not recorded at step {step}, whose batch is not known: the gradient applied is that of none "
+            "of the batches which the loop has read, although it was at all steps before. If the loop uses batches "
+            "again while it reads others ahead, watch nothing and call recorder.observe(batch) right before each "
+            "forward pass. If it changes its gradients from now on, curvature is recorded again after "
+            f"{REFUSALS} such steps",
+            "another",
+        )
 
     def _say_unknown(self, step: int) -> None:
         self._warn_once(

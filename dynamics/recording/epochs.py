@@ -48,7 +48,7 @@ class Epochs:
         batches as an earlier one did before it ended, or was abandoned.
         """
         of = self.last
-        if of is None or of.epoch is None or of.whole or of.given in self.counts or self._by_hand:
+        if of is None or of.epoch is None or of.over or of.given in self.counts or self._by_hand:
             return False
         if (of.open or fails) and (of.unread or self.batches):
             self._flushed_within = number
@@ -63,9 +63,11 @@ class Epochs:
     def end(self) -> None:
         """A row of ``/epochs`` was logged: in a loop that neither watches data nor counts epochs, this ends an epoch.
 
-        Before the first step, no epoch ends.
+        Before the first step, no epoch ends. A pass that the loop has abandoned before that is over.
         """
         self._ended = self._stepped
+        if self.last is not None and not self.last.open:
+            self.last.over = True
 
     def step(self) -> None:
         """A step begins."""
@@ -89,13 +91,13 @@ class Pass:
         given: how many batches it has yielded.
         drawn: whether it only drew a single batch, as ``next(iter(loader))`` does: that is no epoch.
         open: whether it goes on.
-        whole: whether it has ended, and was not abandoned.
+        over: whether the loop would not go on with it: it was not abandoned, or an epoch was logged after that.
     """
 
     def __init__(self, epochs: Epochs, sees: Callable[..., None], length: Callable[[], int | None]) -> None:
         self._epochs, self._sees, self._length = epochs, sees, length
         self.epoch: int | None = None
-        self.open, self.whole, self.drawn = True, False, False
+        self.open, self.over, self.drawn = True, False, False
         self.given = 0
         self._with_gradients = False  # whether they were enabled at any of its batches
         self._before = epochs.last, epochs.number(), epochs.batches.position.backwards
@@ -122,7 +124,7 @@ class Pass:
 
     def ends(self, *, whole: bool) -> None:
         """The pass is complete or, if not ``whole``, the loop has abandoned it."""
-        self.open, self.whole = False, whole
+        self.open, self.over = False, whole
         batches, (last, step, backwards), waiting = self._epochs.batches, self._before, self._waiting
         self._before = self._waiting = None  # else each pass would keep the one before, and its batches, alive
         idle = self._epochs.number() == step and batches.position.backwards == backwards

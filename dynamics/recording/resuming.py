@@ -81,7 +81,7 @@ class Record:
         ended = bool(count) and int(self.column("epochs", "step")[count - 1]) == step
         later = rows[count : count + 1] if known is not None else []
         after, point = [*self.epochs[before : before + 1], *later], ResumePoints(self._store).at(step)
-        goes_on = epoch in after if after else point is not None and point.within and not ended
+        goes_on = epoch in after if after else point is not None and point.within
         time = self._flow_time(step, before, point)
         return Place(step, epoch, events, time, ended, bool(of_rows) and goes_on, before)
 

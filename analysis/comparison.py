@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .conditions import by_condition, comparisons, conditions, first_comparison, names_of_conditions
+from .condition_names import by_condition, names_of_conditions
+from .conditions import comparisons, conditions, first_comparison
 from .convergence import convergence, epoch_window, equally_long, last_pruning
 from .given import check_array
 from .intervals import half_width

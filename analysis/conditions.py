@@ -11,22 +11,14 @@ import xarray as xr
 
 from dynamics.record.reading import experiment
 from dynamics.schema import COMPARED_BY, ORIGIN, PAPER_MEASURES, PRUNING_SETTINGS
-from dynamics.words import counted
 
-from .names import names_of
 from .prunings import compounded, prunings
-from .record import columns, has
 from .remembered import remembered
 from .runs import Runs, check_runs
 from .statistics import STATISTICS
-from .typeset import MISSING, percentages, told_apart
+from .typeset import MISSING, told_apart
 
 MEASURES = ("none", *PAPER_MEASURES)  # the order in which they are listed; others follow
-
-_MODES = {
-    "train": "training mode, where BatchNorm normalises by the batch",
-    "eval": "eval mode, where BatchNorm normalises by its running statistics",
-}
 
 # Names of the tables' and claims' own columns, and how others end or begin: a setting of such a name gets another one.
 _PERCENT, _STEPS_TO = ", %", "steps to "
@@ -103,12 +95,6 @@ def comparisons(runs: Runs) -> pd.DataFrame:
     return found.assign(rank=rank).sort_values([*where, "rank", "seed"], ignore_index=True).drop(columns="rank")
 
 
-def by_condition(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Rows of :func:`comparisons` by their condition in print: ``VGG-13, digits, 70% pruned in 5 rounds``."""
-    names = names_of_conditions(table)
-    return dict(iter(table.groupby(names, sort=False)))
-
-
 def by_setting(runs: Runs) -> dict[str, xr.DataTree]:
     """Runs of one measure, with their most varied setting in place of the measure, such as ``learning rate 0.1``.
 
@@ -168,40 +154,6 @@ def several_seeds(runs: Runs) -> bool:
 def compared_by(table: pd.DataFrame) -> list[str]:
     """The columns of a table of conditions in which all runs of a comparison agree."""
     return [name for name in table if name not in ("run", "measure", "seed")]
-
-
-def names_of_conditions(table: pd.DataFrame) -> pd.Series:
-    """The printed name of each row's condition: what the runs of its comparison have in common.
-
-    Conditions that would share a name are numbered.
-    """
-    by = compared_by(table)
-    settings = table[by].drop(columns=["model", "data", "rounds", "sparsity"])
-    printed = {name: told_apart(settings[name]) for name in settings} | {"sparsity": percentages(table.sparsity)}
-    printed |= {name: table[name].map(names_of(table[name].unique())) for name in ("model", "data")}
-    names = table[by].assign(**printed).apply(_in_print, axis=1)
-    condition = table.groupby(by, dropna=False, sort=False).ngroup()
-    number = condition.groupby(names).transform(lambda alike: pd.factorize(alike)[0])
-    return names.where(number == 0, names + " (" + (number + 1).astype(str) + ")")
-
-
-def _in_print(condition: pd.Series) -> str:
-    model, data, rounds, sparsity = (condition[name] for name in ("model", "data", "rounds", "sparsity"))
-    extent = "" if pd.isna(sparsity) else f"{sparsity}% "
-    once = f"{extent}pruned" if extent and float(sparsity) else ""  # in an unknown number of rounds
-    pruned = f"{extent}pruned in {counted(rounds, 'round')}" if rounds else once
-    others = condition.drop(["model", "data", "rounds", "sparsity"]).dropna()
-    settings = (f"{name.replace('_', ' ')} {value}" for name, value in others.items())
-    parts = [model, data, pruned, *settings]
-    return ", ".join(part for part in parts if part)
-
-
-def probe_mode(runs: Runs) -> str:
-    """The mode in which the prunings were measured, as a sentence; "" if nothing was pruned."""
-    pruned = [run for run in runs.values() if has(run, "pruning", "mode")]
-    modes = {str(mode) for run in pruned for mode in columns(run, "pruning", ["mode"])["mode"].values[prunings(run)]}
-    said = [_MODES[mode] for mode in _MODES if mode in modes]
-    return f"Prunings were measured in {' or in '.join(said)}." if said else ""
 
 
 def _varies(rows: pd.DataFrame, name: str, own: pd.Series) -> bool:

@@ -12,15 +12,8 @@ import xarray as xr
 from dynamics.words import counted
 
 from .agreement import ORDERS, agree
-from .conditions import (
-    MEASURES,
-    comparisons,
-    conditions,
-    first_comparison,
-    mean_by_measure,
-    names_of_conditions,
-    several_seeds,
-)
+from .condition_names import names_of_conditions
+from .conditions import MEASURES, comparisons, conditions, first_comparison, mean_by_measure, several_seeds
 from .effect import effect_of_prunings, filters_left
 from .loss import loss_decrease, stability
 from .names import name_of

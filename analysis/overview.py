@@ -9,7 +9,8 @@ import pandas as pd
 
 from . import seed_tables
 from .claims import CLAIMS
-from .conditions import alike, conditions, probe_mode, several_seeds
+from .condition_names import probe_mode
+from .conditions import alike, conditions, several_seeds
 from .findings import diverged
 from .record import MissingQuantityError, check_begun
 from .remembered import remembering

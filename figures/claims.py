@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodF
 
 import analysis
 from analysis import CLAIMS, MissingQuantityError
-from analysis.conditions import names_of_conditions
+from analysis.condition_names import names_of_conditions
 from analysis.names import names_of
 from analysis.runs import Runs
 from analysis.typeset import percentages

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from analysis.agreement import ORDERS
-from analysis.conditions import by_condition, comparisons, conditions
+from analysis.condition_names import by_condition
+from analysis.conditions import comparisons, conditions
 from analysis.names import names_of
 from analysis.runs import Runs
 

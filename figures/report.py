@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from analysis import MissingQuantityError
 from analysis.condensed import SUFFIX
-from analysis.conditions import by_setting, conditions, probe_mode
+from analysis.condition_names import probe_mode
+from analysis.conditions import by_setting, conditions
 from analysis.names import name_of
 from analysis.overview import SUMMARY, overview
 from analysis.progress import with_progress

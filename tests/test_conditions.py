@@ -8,7 +8,8 @@ import xarray as xr
 from synthetic_runs import record as synthetic
 
 import analysis
-from analysis.conditions import by_condition, first_comparison, names_of_conditions, probe_mode, several_seeds
+from analysis.condition_names import by_condition, names_of_conditions, probe_mode
+from analysis.conditions import first_comparison, several_seeds
 from figures.layout import models
 
 SETTINGS = {

@@ -15,7 +15,8 @@ from synthetic_runs import record
 
 from analysis import MissingQuantityError, comparisons
 from analysis.comparison import side_by_side, title
-from analysis.conditions import by_condition, by_setting
+from analysis.condition_names import by_condition
+from analysis.conditions import by_setting
 from analysis.typeset import percentages, told_apart
 from figures import caption, draw
 from figures.labels import layer_names, wrapped

@@ -280,7 +280,7 @@ def test_interrupted_it_goes_on_later(tmp_path: Path) -> None:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate()[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "interrupted; what was recorded so far is kept, and the same command continues it" in said.splitlines()
     assert "Traceback" not in said
     assert 0 < open_run(path)["epochs"].sizes["epoch"] < 40

@@ -113,7 +113,7 @@ def candidates(seen: list[Seen], used: Sequence[int], count: int, *, ahead: int,
     behind = [came, known[slice(*window(total, count, ahead))]]
     if len(used) != count and (ahead or total == count):  # several, or all, were read before a backward pass
         behind = behind[::-1]
-    last = [window(total, count, further) for further in range(min(total - count, FURTHER) + 1)]
+    last = [window(total, count, further) for further in range(1, min(total - count, FURTHER) + 1)]
     bounds = [(total - count, total), (0, count), (total - 1, total), *last]
     windows = [known[start:end] for start, end in bounds if 0 <= start < end <= total]
     first = _behind(seen, used, used[0] - 1) if used else []

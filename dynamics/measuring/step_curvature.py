@@ -156,16 +156,7 @@ class StepCurvature:
         if not best.sure:
             self._say_outside()
         if best.cosine < _DOUBTFUL:
-            self._warn_once(
-                f"/curvature may be of another loss or of other batches than step {step} was: the gradient of the "
-                f"objective and the gradient applied have cosine {best.cosine:.2f} (grad_applied_grad shows it at "
-                "each step). Unless the loop itself changes gradients before they are applied, or rounds to half "
-                "precision, give the recorder the loop's own loss: Recorder(..., objective=lambda model, batch: "
-                "<scalar loss>). If it already has that loss, something that the loss uses changed between "
-                "forward pass and step: with several networks, call observe() right before the forward pass of "
-                "each, and pass all optimizers that step in between",
-                "doubtful",
-            )
+            self._say_doubtful(step, best.cosine)
         if values.get("approximate"):
             self._warn_once(
                 f"curvature is approximate from step {step} on: an operation of the model has no second "
@@ -225,6 +216,18 @@ class StepCurvature:
                 "and loss are measured where it is at the step. Pass all optimizers that step in between, as a list",
                 "outside",
             )
+
+    def _say_doubtful(self, step: int, cosine: float) -> None:
+        self._warn_once(
+            f"/curvature may be of another loss or of other batches than step {step} was: the gradient of the "
+            f"objective and the gradient applied have cosine {cosine:.2f} (grad_applied_grad shows it at "
+            "each step). Unless the loop itself changes gradients before they are applied, or rounds to half "
+            "precision, give the recorder the loop's own loss: Recorder(..., objective=lambda model, batch: "
+            "<scalar loss>). If it already has that loss, something that the loss uses changed between "
+            "forward pass and step: with several networks, call observe() right before the forward pass of "
+            "each, and pass all optimizers that step in between",
+            "doubtful",
+        )
 
     def _say_another(self, step: int) -> None:
         self._warn_once(

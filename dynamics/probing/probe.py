@@ -58,8 +58,8 @@ class Probe:
         self._device = next(self._model.parameters()).device
         moments = moments or [Moment(self._model, self._device, objective)] * len(batches)
         counts = [sample_count(batch) if by_samples else 1 for batch in batches]
-        whole = sum(counts) or len(counts)  # a batch may be empty
-        self._weights = [count / whole if sum(counts) else 1 / whole for count in counts]
+        counts = counts if any(counts) else [1] * len(counts)  # all batches are empty
+        self._weights = [count / sum(counts) for count in counts]
         self._masks = {name: mask.clone() for name, mask in parameter_masks(self._model).items()}
         self._moved = frozenset(_off_zero(self._model, self._masks))
         self._trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}

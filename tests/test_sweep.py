@@ -273,7 +273,9 @@ def test_interrupted_it_goes_on_later(tmp_path: Path) -> None:
     long = replace(TINY, epochs=(40,))
     write(tmp_path / "grid.yaml", long.identity)
     command = [sys.executable, "-m", "dynamics", "sweep", str(tmp_path / "grid.yaml"), "-o", str(tmp_path)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if a script's shell began these tests
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        signal.signal(signal.SIGINT, before)
         path = tmp_path / f"{long.name}.zarr"
         while checkpoint.saved_at(path) is None:
             assert process.poll() is None

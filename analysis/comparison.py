@@ -15,9 +15,10 @@ from .conditions import comparisons, conditions, first_comparison
 from .convergence import convergence, epoch_window, equally_long, last_pruning
 from .given import check_array
 from .intervals import half_width
+from .logged_losses import logged_losses
 from .names import name_of
 from .outcome import outcome
-from .record import MissingQuantityError, columns, ended
+from .record import MissingQuantityError, ended
 from .runs import Runs, each
 
 ByMeasure = dict[str, xr.Dataset]
@@ -148,8 +149,7 @@ def _training_after(run: xr.DataTree, since: int) -> xr.Dataset:
     if not ended(run):
         raise MissingQuantityError("no run has ended: convergence is known only after the last epoch of the experiment")
     found = convergence(run, since=since)
-    steps = columns(run, "steps", ["loss", "epoch"])
-    after = steps.loss.sel(step=slice(since, None))
-    window = epoch_window(steps, after)
+    after = logged_losses(run, since=since).loss
+    window = epoch_window(run, after)
     loss = after.rolling(step=window, center=True, min_periods=max(1, window // 2)).mean()
     return found.assign(loss=loss, steps=found.attrs["steps"])

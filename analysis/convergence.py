@@ -7,6 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from .given import check_count
+from .logged_losses import logged_losses
 from .prunings import in_steps
 from .record import MissingQuantityError, columns, described
 from .remembered import remembered
@@ -18,18 +19,19 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
     """Area under the curve of the training loss after the last pruning, and steps to reach a loss.
 
     =============  ===================================================================================================
-    area           mean of L(s) over the recorded steps s >= ``since``: the area under the curve, per step; unit L
+    area           mean of L(s) over the steps s >= ``since``: the area under the curve, per step; unit L
     final_loss     mean of L(s) over as many last steps as an epoch has
-    steps_to_loss  number of steps from ``since`` until the mean loss of an epoch's steps is ``share`` of the loss at
-                   the record's first step, over ``share``; inf where that is not reached within the record, NaN where
+    steps_to_loss  number of steps from ``since`` until the mean loss of an epoch's steps is ``share`` of the first
+                   loss of the record, over ``share``; inf where that is not reached within the record, NaN where
                    the first loss is not positive, of which there is no share
     =============  ===================================================================================================
 
-    L(s) is the logged loss of step s's own batch, before that step. The area needs no threshold and is known for every
-    run, so comparisons use it. Steps to a loss say the same in units of work. The loss is averaged over an epoch, so
-    that every sample counts once; it starts at ``since``, so the least possible value is one epoch. It is relative to
-    the first loss, which all measures of a seed have in common. inf is a censored time, which may be ranked but not
-    averaged. Attributes: ``since``, and ``steps`` from there on.
+    L(s) is the logged loss of step s's own batch, before that step; where a loop logs it at some steps only, means are
+    over these, and NaN if it is logged no more, as after a training has diverged. The area needs no threshold and is
+    known for every run, so comparisons use it. Steps to a loss say the same in units of work. The loss is averaged over
+    an epoch, so that every sample counts once; it starts at ``since``, so the least possible value is one epoch. It is
+    relative to the first loss, which all measures of a seed have in common. inf is a censored time, which may be ranked
+    but not averaged. Attributes: ``since``, and ``steps`` from there on.
 
     Args:
         run: the record.
@@ -47,12 +49,12 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
 @remembered
 def _since(run: xr.DataTree, *, start: int) -> xr.Dataset:
     steps = columns(run, "steps", ["loss", "epoch"])
-    after = steps.loss.sel(step=slice(start, None))
-    if not after.size:
+    if not (steps.step >= start).any():
         raise MissingQuantityError(f"/steps needs rows from step {start} on: train on after the last pruning")
-    epoch_mean = after.rolling(step=epoch_window(steps, after)).mean()
+    after = logged_losses(run, since=start).loss
+    epoch_mean = after.rolling(step=epoch_window(run, after)).mean()
     share = xr.DataArray(list(SHARES), dims="share", coords={"share": list(SHARES)})
-    first = float(steps.loss[0])
+    first = float(logged_losses(run).loss[0])
     taken = after.step.where(epoch_mean <= share * first).min("step") - start + 1
     found = xr.Dataset(
         {
@@ -63,14 +65,14 @@ def _since(run: xr.DataTree, *, start: int) -> xr.Dataset:
     )
     found["steps_to_loss"].attrs = {"long_name": "steps to the share of the first loss", "units": "1"}
     return described(
-        found.drop_vars("step", errors="ignore").assign_attrs(since=start, steps=int(after.step[-1]) - start + 1),
+        found.drop_vars("step", errors="ignore").assign_attrs(since=start, steps=int(steps.step[-1]) - start + 1),
         "loss", area="mean training loss after pruning", final_loss="final training loss",
     )  # fmt: skip
 
 
-def epoch_window(steps: xr.Dataset, after: xr.DataArray) -> int:
-    """Number of steps in an epoch, but at most as many as there are ``after`` the start."""
-    return min(int(np.unique_counts(steps.epoch.values).counts.max()), after.size)
+def epoch_window(run: xr.DataTree, after: xr.DataArray) -> int:
+    """Number of logged losses in an epoch, but at most as many as there are ``after`` the start."""
+    return min(int(np.unique_counts(logged_losses(run).epoch.values).counts.max()), after.size)
 
 
 def equally_long(steps: pd.Series, *, pruned: pd.Series | np.ndarray | None = None) -> pd.Series:

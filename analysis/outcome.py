@@ -9,6 +9,7 @@ import xarray as xr
 
 from .effect import filters_left
 from .epochs import logged
+from .logged_losses import logged_losses
 from .protocol import epoch_that_counts
 from .prunings import compounded, networks, of_prunings, prunings
 from .record import columns, has, node
@@ -74,7 +75,7 @@ def training_curve(run: xr.DataTree) -> xr.Dataset:
     """
     epochs = logged(run)
     if "train_loss" not in epochs and has(run, "steps", "loss", "epoch"):
-        steps = columns(run, "steps", ["loss", "epoch"])
+        steps = logged_losses(run)
         means = steps.loss.groupby(steps.epoch).mean(skipna=False)
         means = means.assign_coords(epoch=means.epoch + 1).reindex(epoch=epochs.epoch)
         epochs = epochs.assign(train_loss=means.assign_attrs(long_name="training loss", units="L"))

@@ -78,6 +78,44 @@ def test_a_training_that_diverged_has_no_area() -> None:
     assert np.isinf(found.steps_to_loss.sel(share=0.1))
 
 
+def test_where_the_loss_is_logged_now_and_then_it_is_averaged_over_what_was_logged() -> None:
+    """Every fifth step from the second one on, through epochs of eight: one or two an epoch."""
+    at = np.arange(1, STEPS, 5)
+    sparse = np.full(STEPS, np.nan)
+    sparse[at] = decay()[at]
+    found = analysis.convergence(record(sparse, pruned_at=40))
+    after = at[at >= 40]
+    assert float(found.area) == pytest.approx(decay()[after].mean(), rel=1e-12)
+    assert float(found.final_loss) == pytest.approx(decay()[after[-2:]].mean(), rel=1e-12)
+    assert found.attrs["steps"] == STEPS - 40
+    below = (decay()[at][1:] + decay()[at][:-1]) / 2 <= 0.25 * decay()[1]
+    assert float(found.steps_to_loss.sel(share=0.25)) == at[1:][below][0] - 40 + 1
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_training_that_diverged_between_two_logged_losses_has_no_area(every: int) -> None:
+    loss = decay()
+    loss[np.arange(STEPS) % every != 0] = np.nan
+    loss[200:] = np.nan
+    assert np.isnan(analysis.convergence(record(loss)).area)
+    missing = analysis.convergence(record(loss[:200]))  # the next one was not due yet
+    assert np.isfinite(missing.area)
+    assert missing.attrs["steps"] == 200
+
+
+def test_a_curve_over_epochs_is_of_the_losses_logged_in_each() -> None:
+    loss = decay()
+    loss[np.arange(STEPS) % 3 != 0] = np.nan
+    loss[200:] = np.nan
+    run = record(loss)
+    run["/epochs"] = xr.Dataset({"test_loss": ("epoch", np.ones(50))}, coords={"epoch": np.arange(50)})
+    found = analysis.training_curve(run).train_loss
+    np.testing.assert_allclose(found[0], decay()[[0, 3, 6]].mean(), rtol=1e-12)
+    np.testing.assert_allclose(found[1], decay()[[9, 12, 15]].mean(), rtol=1e-12)
+    assert found[24:].size == 26
+    assert found[25:].isnull().all()
+
+
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(analysis.MissingQuantityError, match=r"^no loss was logged\. Call recorder\.log\(loss="):
         analysis.convergence(xr.DataTree.from_dict({"/steps": record(decay())["steps"].to_dataset().drop_vars("loss")}))

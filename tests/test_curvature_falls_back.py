@@ -79,6 +79,37 @@ def test_a_logged_loss_that_is_not_the_objectives_is_said(tmp_path: Path, case: 
         train()
 
 
+@pytest.mark.parametrize(("steps", "logged"), [(4, []), (22, []), (22, [7]), (22, [10])])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_loss_that_may_be_another_and_is_never_logged_is_asked_for(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, smoothing: float, steps: int, logged: list[int]
+) -> None:
+    """One that is logged at some of the measured steps is compared there."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    x = torch.randn(16, 8)
+    y = x[:, :3].argmax(1)
+    said = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=5) as recorder:
+        for number, (x_, y_) in enumerate(recorder.watch([(x, y)] * steps)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x_), y_, label_smoothing=smoothing)
+            loss.backward()
+            for layer, factor in zip(model[::2], (0.5, 2), strict=True):
+                torch._foreach_mul_([layer.weight.grad, layer.bias.grad], factor)  # as when each is clipped alone
+            optimizer.step()
+            if number in logged:
+                recorder.log(loss=loss)
+            said += [number] * len(recwarn)
+    if not smoothing:
+        assert not len(recwarn)
+    elif 10 in logged:
+        assert [str(one.message)[:31] for one in recwarn] == ["the loss of step 10 was logged "]
+    else:
+        assert ["no loss was logged" in str(one.message) for one in recwarn] == [True]
+        assert said == ([] if steps == 4 else list(range(20, 22)))  # at the end, or once it was so at four steps
+
+
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("divided", [True, False])

@@ -375,7 +375,10 @@ def test_what_the_objective_does_not_run_is_looked_at_once(tmp_path: Path) -> No
     def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    with Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder:
+    with (
+        pytest.warns(UserWarning, match="no loss was logged that would tell"),
+        Recorder(tmp_path / "run", model, optimizer, objective=objective, curvature_every=1) as recorder,
+    ):
         for inputs, labels in recorder.watch(vectors(3)):
             hooks.append(len(torch.nn.modules.module._global_forward_pre_hooks))
             optimizer.zero_grad()

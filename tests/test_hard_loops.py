@@ -323,6 +323,7 @@ def test_pruned_weights_that_are_moved_all_the_same_are_measured_where_they_are(
                 return loss
 
             losses.append(optimizer.step(closure).item())
+            recorder.log(loss=losses[-1])
     assert (model[0].weight != 0).all()
     np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, losses, rtol=1e-12)
 

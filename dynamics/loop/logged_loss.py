@@ -13,13 +13,16 @@ from torch import Tensor
 _EXPLAINED = 0.99  # rounding to half precision explains a cosine between gradients that is nearer to 1
 _EQUAL = 1 - 1e-4  # that of single precision explains no more than this
 _AGREE, _AGREE_PRECISELY = 0.02, 0.001  # relative differences
+_UNLIKELY = 0.9  # rounding hardly explains a cosine below this, whatever the precision
+_UNLOGGED = 4  # steps in doubt without any logged loss
 _PARTS = 16  # a loss may be logged divided by the number of micro-batches, or as their sum, for up to so many
 
 
 @dataclass
 class _Doubt:
-    """A step, the cosine of its gradient with the objective's, and its loss: by the objective, and as it was logged.
+    """A step, how near its gradient is to the objective's, and its loss: by the objective, and as it was logged.
 
+    ``cosine``: of the two gradients or, if that is nearer to 1, its mean over layers, which may be clipped each alone.
     ``precise``: whether the loop computed both in single precision or better. Among replicas ``objectives`` holds the
     mean, this one's term in it, and this one's own: loops log any of them.
     """
@@ -35,6 +38,11 @@ class _Doubt:
     def explained(self) -> float:
         """The cosine above which rounding explains that the gradients differ."""
         return _EQUAL if self.precise else _EXPLAINED
+
+    @property
+    def is_unlikely(self) -> bool:
+        """Whether the gradients differ by more than rounding ever explains."""
+        return self.cosine < (_EQUAL if self.precise else _UNLIKELY)
 
     @property
     def tolerance(self) -> float:
@@ -58,9 +66,11 @@ class LoggedLoss:
     def __init__(self) -> None:
         self.trusted = False
         self._doubts: list[_Doubt] = []
+        self._unlogged: list[_Doubt] = []
+        self._compared = False
 
     def measured(self, step: int, cosine: float, objectives: Sequence[Tensor], batches: int, *, precise: bool) -> None:
-        """Note the objective of a step on so many batches, and the cosine of its gradient with the applied one."""
+        """Note the objective of a step on so many batches, and the :class:`_Doubt`'s cosine of its gradient."""
         doubt = _Doubt(step, cosine, torch.stack([one.detach() for one in objectives]), batches, precise)
         if self.trusted or cosine < doubt.explained or batches > 1:
             self._doubts.append(doubt)
@@ -71,13 +81,19 @@ class LoggedLoss:
             if doubt.step == step:
                 doubt.logged = loss
 
-    def differing(self, step: int) -> Iterator[tuple[str, str]]:
+    def differing(self, step: int, *, last: bool = False) -> Iterator[tuple[str, str]]:
         """Kind and warning text of each difference at the steps up to this one, which are then forgotten.
 
-        Only this last step is kept if its loss has not been logged yet.
+        Only this last step is kept if its loss has not been logged yet; ``last``: unless nothing is logged any more.
         """
+        ended = step if last else step - 1
         known = [one for one in self._doubts if one.step <= step and one.logged is not None]
-        self._doubts = [one for one in self._doubts if one.step > step or (one.step == step and one.logged is None)]
+        lost = [one for one in self._doubts if one.step <= ended and one.logged is None]
+        self._doubts = [one for one in self._doubts if one.step > (ended if one.logged is None else step)]
+        self._unlogged += [one for one in lost if one.is_unlikely]
+        self._compared |= bool(known)
+        if self._unlogged and not self._compared and (last or len(self._unlogged) >= _UNLOGGED):
+            yield "doubtful", self._ask()
         for doubt in known:
             logged, batches, near = float(doubt.logged), doubt.batches, doubt.tolerance
             objectives = doubt.objectives.tolist()
@@ -102,6 +118,18 @@ class LoggedLoss:
                     "minimises, /curvature is of another loss: give the recorder the same one, "
                     "Recorder(..., objective=lambda model, batch: <the loss>)",
                 )
+
+    def _ask(self) -> str:
+        """The warning that without a logged loss nothing tells whether it is the objective."""
+        worst = min(self._unlogged, key=lambda one: one.cosine)
+        return (
+            f"the gradient applied at step {worst.step} and that of the objective have cosine {worst.cosine:.4f}, and "
+            "no loss was logged that would tell whether /curvature is of the loop's own loss: recorder.log(loss=loss) "
+            "after each step has the two compared. If the loop mixes or augments what it reads, call "
+            "recorder.observe(batch) with what the model gets; if it smooths labels or adds a penalty, pass "
+            "Recorder(..., objective=lambda model, batch: <the loss>). If it changes gradients before they are "
+            "applied, all is as it should be"
+        )
 
     def _is_another(self, doubt: _Doubt, logged: float, objective: float) -> bool:
         if self.trusted:

@@ -73,6 +73,11 @@ class Found(NamedTuple):
         """Whether the gradient is the applied one, up to its length."""
         return self.cosine > _SURE
 
+    @property
+    def likeness(self) -> float:
+        """How near the gradient is to the applied one, as a whole or layer by layer: a cosine; NaN if not finite."""
+        return max(self.cosine, self.in_layers)
+
 
 class Candidates:
     """The candidates of each step; the one chosen last tells which are likely next time.
@@ -171,7 +176,7 @@ class Candidates:
             self.refused += 1
             self._batches.none_known()
             return None
-        self.refused, self.sure = 0, self.sure and not _likeness(best) < _UNLIKE
+        self.refused, self.sure = 0, self.sure and not best.likeness < _UNLIKE
         self._way = best.candidate.way
         self._batches.chosen(best.candidate.number, best.candidate.probe.shares)
         return best
@@ -183,12 +188,7 @@ class Candidates:
         """
         if not (self._way and self.sure) or self.refused == REFUSALS or self._processes.replicated:
             return False
-        return self._batches.reads_ahead and _likeness(best) < _UNLIKE
-
-
-def _likeness(found: Found) -> float:
-    """How near its gradient is to the applied one, as a whole or layer by layer: a cosine; NaN if it is not finite."""
-    return max(found.cosine, found.in_layers)
+        return self._batches.reads_ahead and best.likeness < _UNLIKE
 
 
 def _nearest(found: Sequence[Found]) -> Found:

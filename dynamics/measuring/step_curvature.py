@@ -151,7 +151,7 @@ class StepCurvature:
         self._batches.bystanders.of_objective(best.candidate.probe.others)
         objectives = [*self._processes.mean([best.loss.clone()]), best.loss, best.loss / best.candidate.probe.share]
         precise = self._batches.moments.precise
-        self._loss.measured(step, best.cosine, objectives, len(best.candidate.probe), precise=precise)
+        self._loss.measured(step, best.likeness, objectives, len(best.candidate.probe), precise=precise)
         self._say_beside(best.grad)
         if not best.sure:
             self._say_outside()
@@ -169,11 +169,14 @@ class StepCurvature:
         """From now on, what is logged as the loss is known to be the one that is trained on."""
         self._loss.trusted = True
 
-    def logged(self, step: int, loss: float | Tensor | None, *, last: bool = False) -> None:
-        """Note what the loop logged as a step's loss; it is checked before the next measured step, or at the end."""
+    def logged(self, step: int, loss: float | Tensor | None, *, checks: bool = False, last: bool = False) -> None:
+        """Note what the loop logged as a step's loss, and check it if told to, or before the next measured step.
+
+        ``last``: nothing is logged any more.
+        """
         self._loss.logged(step, loss)
-        if last or self.due(step + 1):
-            for what, text in self._loss.differing(step):
+        if checks or self.due(step + 1):
+            for what, text in self._loss.differing(step, last=last):
                 self._warn_once(text, what)
 
     def _are_others_lost(self, probe: Probe) -> bool:

@@ -212,7 +212,8 @@ class Steps:
         if number:
             time = float(flow_time) if "flow_time" in self._names else float("nan")
             self._resume_points.keep(number, ResumePoint(time, self._epochs.within(number, fails=fails)))
-        self._curvature.logged(self.number - 1, self._rows.finish(ends=ends).get("loss"), last=True)
+        loss = self._rows.finish(ends=ends).get("loss")
+        self._curvature.logged(self.number - 1, loss, checks=True, last=ends and not fails)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:

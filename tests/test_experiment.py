@@ -173,10 +173,11 @@ def test_importance_is_scored_where_the_protocol_does(
 
 
 @pytest.mark.long
-def test_studies_are_made_before_the_first_and_the_last_pruning(tmp_path: Path, data: Data) -> None:
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_studies_are_made_before_the_first_and_the_last_pruning(tmp_path: Path, data: Data, mode: str) -> None:
     plain = replace(
         TINY, measure="grasp", rounds=3, epochs=(3, 0), sparsity=0.3, curvature_every=0, batch_size=64,
-        importance_samples=20, probe_samples=8,
+        importance_samples=20, probe_samples=8, probe_mode=mode,
     )  # fmt: skip
     with_studies, without = (
         recorded(tmp_path / f"{studies}.zarr", replace(plain, studies=studies), data) for studies in (True, False)

@@ -106,6 +106,20 @@ def test_an_existing_path_is_refused_and_untouched(tmp_path: Path) -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize("interrupted", ["write_bytes", "rename"])
+def test_an_interruption_of_its_creation_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, interrupted, interrupt)
+    model = smooth_network()
+    with pytest.raises(KeyboardInterrupt):
+        Recorder(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_record_opens_by_plain_xarray_alone(tmp_path: Path) -> None:
     model = smooth_network()
     recorded(tmp_path / "run.zarr", model, torch.optim.SGD(model.parameters(), 0.1), vectors(3), curvature_every=2)

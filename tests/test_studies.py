@@ -123,7 +123,7 @@ def test_protected_layers_are_not_studied_and_a_curve_ends_where_layers_do() -> 
     model, optimizer = trained("resnet")
     for sparsity, studied in ((0.2, {"curve", "scores", "invariance"}), (0.7, {"scores", "invariance"})):
         planned = Pruner(model, optimizer, "magnitude").plan(sparsity)
-        add_studies(event := Event(model), model, planned, [batch(1)], cross_entropy_objective)
+        add_studies(event := Event(model), model, planned, [batch(1)], cross_entropy_objective, "eval")
         assert set(event.studies) == studied
         for study in ("scores", "invariance"):
             assert "stem" not in event.studies[study].layer

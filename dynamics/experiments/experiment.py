@@ -74,7 +74,8 @@ class Experiment:
         probe_mode: Mode of these measurements: "eval", in which importance is scored, or "train", in which BatchNorm
             normalises each batch by itself, as in training.
         studies: Study the network before the first and the last pruning, on the probe samples: what pruning 1/32 to 1/4
-            of the filters would do, how well the paper's measures agree, and which filters are scale-invariant.
+            of the filters would do, in probe_mode; how well the paper's measures agree; and which filters are
+            scale-invariant.
         train_samples: Number of training samples, with equally many of each class; 0 means the whole set.
         curvature_every: Measure curvature and the loss decrease every so many steps; 0 means never.
         seed: Seed for initialisation, data order and augmentation.

@@ -18,14 +18,20 @@ _FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 
 
 def add_studies(
-    event: Event, model: nn.Module, pruning: Pruning, probe: Sequence[tuple[Tensor, Tensor]], objective: Objective
+    event: Event,
+    model: nn.Module,
+    pruning: Pruning,
+    probe: Sequence[tuple[Tensor, Tensor]],
+    objective: Objective,
+    mode: str,
 ) -> None:
     """Add "curve", "scores" and "invariance" to the event of a planned pruning of filters, before it is applied.
 
     ============  ============================================================================
-    "curve"       prunings by the same scores, of 1/32 to 1/4 of the filters left, if as many can be pruned
-    "scores"      the paper's measures and their sampling noise, over :data:`PARTS` parts of the probe
-    "invariance"  which filters are scale-invariant
+    "curve"       prunings by the same scores, of 1/32 to 1/4 of the filters left, if as many can be pruned; measured
+                  in the mode of the event
+    "scores"      the paper's measures and their sampling noise, over :data:`PARTS` parts of the probe; in eval mode
+    "invariance"  which filters are scale-invariant; in both modes
     ============  ============================================================================
     """
     protected = tuple(getattr(model, "protected", ()))
@@ -34,7 +40,7 @@ def add_studies(
     if round(_FRACTIONS[-1] * sum(left)) <= sum(max(count - 1, 0) for count in left):
         if MEASURES[pruning.settings["measure"]].highest_first:
             ranking = {name: -scores for name, scores in ranking.items()}
-        curve = removal_curve(model, probe, ranking, _FRACTIONS, objective=objective, protected=protected)
+        curve = removal_curve(model, probe, ranking, _FRACTIONS, objective=objective, mode=mode, protected=protected)
         event.add("curve", curve)
     inputs, labels = (torch.cat(parts) for parts in zip(*probe, strict=True))
     parts = list(zip(inputs.tensor_split(PARTS), labels.tensor_split(PARTS), strict=True))

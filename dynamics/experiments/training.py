@@ -189,7 +189,7 @@ class Training:
         described = pruning.attributes | {"target": target}
         with self.recorder.event("prune", probe=self._probe, mode=chosen.probe_mode, **described) as event:
             if chosen.studies and round_number in (1, chosen.rounds):
-                add_studies(event, self.model, pruning, self._probe, self.objective)
+                add_studies(event, self.model, pruning, self._probe, self.objective, chosen.probe_mode)
             self._pruner.apply(pruning)
             if chosen.granularity == "filter":
                 event.units(alive=pruning.alive, scores=pruning.scores)

@@ -344,15 +344,16 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | empty_nodes()
     files = {key: as_json(entry) for key, entry in metadata.items()} | {METADATA: consolidated(metadata)}
     sibling = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    sibling.mkdir(parents=True)
     try:
+        sibling.mkdir(parents=True)
         for key, text in files.items():
             (sibling / key).parent.mkdir(exist_ok=True)
             (sibling / key).write_bytes(text)
         sibling.rename(path)
     except OSError as error:
-        shutil.rmtree(sibling, ignore_errors=True)
         raise (taken if path.exists() else error) from error
+    finally:
+        shutil.rmtree(sibling, ignore_errors=True)  # which is there no more, unless this failed or was interrupted
 
 
 def _dims(node: str, name: str) -> tuple[str, ...]:

@@ -686,6 +686,25 @@ def test_a_second_optimizer_that_takes_over_is_said(tmp_path: Path) -> None:
     assert open_run(tmp_path / "run")["steps"].sizes["step"] == 5
 
 
+@pytest.mark.parametrize(("stages", "length"), [("abaa", 17), ("babb", 17), ("abaa", 16), ("aaaa", 40)])
+def test_another_optimizer_that_takes_over_for_a_while_is_said(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, stages: str, length: int
+) -> None:
+    model = smooth_network()
+    optimizers = {"a": torch.optim.SGD(model.parameters(), 0.1), "b": torch.optim.Adam(model.parameters(), 0.01)}
+    recorded = optimizers[max(stages, key=stages.count)]
+    with Recorder(tmp_path / "run", model, recorded, curvature_every=0) as recorder:
+        for stage in stages:
+            for batch in recorder.watch(vectors(length)):
+                plain_step(model, optimizers[stage], batch)
+    said = [str(one.message) for one in recwarn]
+    if length == 17:
+        (text,) = said
+        assert text.startswith("17 batches and backward passes in a row led to no optimizer step, but the next one did")
+    else:
+        assert not said
+
+
 def test_a_network_that_is_made_anew_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="3 passes over watched data after step 5 led to no optimizer step.*made anew"):
         with Recorder(tmp_path / "run", *(present := trained()), curvature_every=0) as recorder:

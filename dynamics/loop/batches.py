@@ -279,11 +279,13 @@ class Batches:
         """Whether it is not clear which batches the last step has left, so that the next one has to be looked at."""
         return self._reading.unclear
 
-    def clear(self, *, looks: bool = False) -> None:
-        """Forget the batches whose step was taken: all except those that were read ahead.
+    def step(self, *, looks: bool) -> None:
+        """The step is taken; ``looks``: whether the next one can be looked at, if need be."""
+        self._too_many.step(self._seen, self.wasted)
+        self.clear(looks=looks)
 
-        ``looks``: whether the next step can be looked at, if need be.
-        """
+    def clear(self, *, looks: bool = False) -> None:
+        """Forget the batches whose step was taken: all except those that were read ahead."""
         self.moments.steps_here()
         if self.forgotten:
             self._seen, self._staying = [], []

@@ -13,6 +13,7 @@ from .seen import Seen
 
 _MOST = 4096  # batches of one step
 _IDLE = 128  # batches in a row that lead to no step, or are evaluated
+_SKIPPED = 16  # batches between two steps whose gradients were discarded: a loop may skip so many
 
 
 class TooMany:
@@ -21,7 +22,7 @@ class TooMany:
     def __init__(self, model: nn.Module, *, compiled: bool) -> None:
         self._model, self._compiled = model, compiled
         self._last: Seen | None = None  # the last of many batches that were evaluated; the others were let go
-        self._warned = False
+        self._warned = self._trained = False
 
     def remaining(self, seen: list[Seen], backward: BackwardPasses, ahead: int) -> list[Seen]:
         """Those batches that are kept when a further one comes; a loop reads ``ahead`` so many."""
@@ -54,6 +55,17 @@ class TooMany:
         first = seen[used[0] - 1 if used else -1]
         return _IDLE if first.evaluated or not first.with_gradients else 0
 
+    def step(self, seen: Sequence[Seen], wasted: int) -> None:
+        """A step is taken, of some of the batches seen; so many backward passes before it led to none."""
+        missed = min(len(seen), wasted)
+        if self._trained and missed > _SKIPPED and not self._warned:
+            self._warned = True
+            warn(
+                f"{missed} batches and backward passes in a row led to no optimizer step, but the next one did: if "
+                "another optimizer steps in between, pass all of them from the start, Recorder(..., [first, second])"
+            )
+        self._trained = True
+
     def clear(self) -> None:
-        """The step was taken."""
+        """The batches are forgotten."""
         self._last = None

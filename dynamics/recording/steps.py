@@ -173,7 +173,7 @@ class Steps:
         logged = self._rows.step(row, self._batches.position_of_step, late=late)
         self._curvature.logged(self.number - 1, logged.get("loss"))
         self.number += 1
-        self._batches.clear(looks=self._curvature.looks)
+        self._batches.step(looks=self._curvature.looks)
         self._await_forward()
 
     def _row(self, stepped: list[int]) -> Row | None:

@@ -13,8 +13,8 @@ from by_hand import curvature_by_hand
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
-from dynamics.probing.ownership import modules_of
 from dynamics.probing.probe import Probe
+from dynamics.probing.references import modules_of
 
 
 class Bank(nn.Module):
@@ -116,6 +116,7 @@ def is_measured_as_it_was(path: Path, model: nn.Module, objective: Callable[[nn.
     np.testing.assert_allclose(open_run(path).curvature.loss_before, [one.item() for one in losses], 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the gradient applied")  # of what nobody tells when it runs
 @pytest.mark.parametrize("way", WAYS)
 def test_a_training_beside_it_stays_as_it_was_and_is_measured_as_it_was(tmp_path: Path, way: str) -> None:
     losses: dict[bool, list[float]] = {}
@@ -217,6 +218,7 @@ class Trainer:
         return self.loss.measure(model(x))
 
 
+@pytest.mark.filterwarnings("ignore:the gradient applied")
 def test_nothing_that_the_loss_does_not_use_is_touched(tmp_path: Path) -> None:
     """No code of its own runs, and what another thread or a graph of the loop has of it stays as it is."""
     losses = {}

@@ -61,6 +61,7 @@ def waiting_is_an_error() -> Iterator[None]:
 # Invisible
 
 
+@pytest.mark.filterwarnings("ignore:the gradient applied")
 @pytest.mark.parametrize("case", CASES)
 def test_recording_is_invisible(tmp_path: Path, case: str) -> None:
     with torch.random.fork_rng():

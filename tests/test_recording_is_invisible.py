@@ -78,6 +78,7 @@ def state_after(case: str, path: Path | None, device: str = "cpu") -> tuple[list
     return [*tensors, *(value for value in states if isinstance(value, Tensor))], torch.get_rng_state()
 
 
+@pytest.mark.filterwarnings("ignore:the gradient applied")  # half a batch is normalised, and masked, by itself
 @pytest.mark.parametrize("case", CASES)
 def test_recording_is_invisible(tmp_path: Path, case: str) -> None:
     (without, random_without), (with_it, random_with) = state_after(case, None), state_after(case, tmp_path / "run")
@@ -221,6 +222,7 @@ class Private(torch.optim.Optimizer):
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.filterwarnings("ignore:the gradient applied")  # noise is added to it
 def test_hooks_that_collect_the_gradients_of_samples_do_not_see_probes(tmp_path: Path) -> None:
     def trained(record: bool) -> tuple[list, list, list]:
         torch.manual_seed(0)

@@ -125,7 +125,7 @@ class LoggedLoss:
         return (
             f"the gradient applied at step {worst.step} and that of the objective have cosine {worst.cosine:.4f}, and "
             "no loss was logged that would tell whether /curvature is of the loop's own loss: recorder.log(loss=loss) "
-            "after each step has the two compared. If the loop mixes or augments what it reads, call "
+            "after each step has the two compared. If the loop splits, mixes or augments what it reads, call "
             "recorder.observe(batch) with what the model gets; if it smooths labels or adds a penalty, pass "
             "Recorder(..., objective=lambda model, batch: <the loss>). If it changes gradients before they are "
             "applied, all is as it should be"

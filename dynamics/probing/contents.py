@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .ownership import content_of, is_users_module, slots
+from .ownership import is_users_module, slots
+from .references import content_of, variables_of
 
 PutBack = Callable[[], object]
 Taken = tuple[PutBack, list[Any]]  # a function that puts the contents back, and the numbers among them
@@ -34,11 +35,10 @@ def takes_of_variables(function: FunctionType) -> list[Take]:
     """
     if not is_users_module(function.__globals__.get("__name__")):
         return []
-    of_module = {
-        name: value for name in function.__code__.co_names if _is_number(value := function.__globals__.get(name))
-    }
+    named = [(space, [name for name in names if _is_number(space[name])]) for space, names in variables_of(function)]
     cells = [cell for cell in function.__closure__ or () if any(map(_is_number, content_of(cell)))]
-    return [partial(_take_names, function.__globals__, of_module), *(partial(_take_cell, cell) for cell in cells)]
+    takes = [partial(_take_names, space, names) for space, names in named if names]
+    return [*takes, *(partial(_take_cell, cell) for cell in cells)]
 
 
 def _is_number(value: Any) -> bool:

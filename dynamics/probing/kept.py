@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
-from types import BuiltinMethodType, FunctionType
+from itertools import islice
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,10 +33,14 @@ from .contents import (
     take_tensor,
     takes_of_variables,
 )
-from .ownership import OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on, referred
-from .walk import walk
+from .ownership import CONTAINERS, OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on
+from .references import methods_of, names_in, referred
+from .walk import MOST, walk
 
 _FEW = 2**20  # so many numbers are kept in any case
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+_OF_CODE = (type, ModuleType, FunctionType, MethodType, BuiltinMethodType)
+_NESTED = 3  # transforms in transforms
 
 
 class Kept:
@@ -74,20 +80,18 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None, *, boun
 
     Attributes are put back as the same objects. The contents of tensors, arrays, lists, dictionaries, sets, deques and
     random generators, nested ones too, are put back in place: whoever shares such an object goes on sharing it. So are
-    the contents of objects whose class comes from the same package as a module's. Those of other classes of the user's
-    own are, too, unless they hold networks, optimizers or data; these themselves are never kept. Of what the modules'
-    forward methods refer to, directly or through the user's own objects, only random generators are kept. Of the
-    function, these are kept and its closure and global variables, if they are numbers, tensors, collections or the
-    user's own objects; but not what is trained, nor many more numbers than the modules have parameters, as in a data
-    set. If ``bounded``, no more than some objects of the modules are kept, those that lie nearest to them.
+    the contents of objects whose class comes from the same package as a module's, and of sequences of quasi-random
+    numbers. Those of other classes of the user's own are, too, unless they hold networks, optimizers or data; these
+    themselves are never kept. Of other objects that can be called, such as a library's transforms, only random
+    generators are.
+
+    Of the function, of the modules' forward methods, and of the user's own functions, methods and classes that these
+    name, the closure and global variables are kept, if they are numbers, tensors, collections or the user's own
+    objects; but not what is trained, nor many more numbers than the modules have parameters, as in a data set. If
+    ``bounded``, no more than some objects of the modules are kept, those that lie nearest to them.
     """
-    modules = list(modules)
-    keeper = _Keeper(modules, bounded)
-    own = (module for module in modules if not isinstance(module, torch.jit.ScriptModule))
-    forwards = (getattr(type(module), "forward", None) for module in own)
-    keeper.look_for_generators(list(dict.fromkeys(forwards)))
-    if function is not None:
-        keeper.look_into(function)
+    keeper = _Keeper(list(modules), bounded)
+    keeper.look_into([] if function is None else [passed_on(function)])
     return Kept(keeper.takes, keeper.trained)
 
 
@@ -107,12 +111,19 @@ class _Keeper:
             values += attributes_of(module).values()
             for parameter in (one for one in module._parameters.values() if one is not None):
                 values += noted_on(parameter).values()
-        for kind in {type(module) for module in modules if is_users(type(module))}:
+        own = {type(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)}
+        self._kinds = {kind: None for kind in own if is_users(kind)}  # whose methods run
+        self._run = {"forward": None, "__call__": None}  # names of methods
+        self._beside: list[Any] = []  # functions and classes
+        for kind in self._kinds:
             self.takes.append(partial(take_class, kind))
             values += data_of(kind).values()
         walk(values, self._visit_once, bounded=bounded)
 
     def _visit_once(self, value: Any) -> Iterable[Any]:
+        if isinstance(value, FunctionType | MethodType):
+            self._beside.append(value)
+            return ()
         if id(value) in self._seen:
             return ()
         self._seen.add(id(value))
@@ -120,6 +131,8 @@ class _Keeper:
 
     def _visit(self, value: Any) -> Iterable[Any]:
         """Keep an object, and return what is inside it."""
+        if type(value) in _PLAIN:
+            return ()
         if isinstance(value, Tensor):  # what shares a parameter's memory, as in spectral_norm, is not state
             if storage_of(value) not in self._seen and may_be_kept(value):
                 self.trained.append(value) if may_be_trained(value) else self.takes.append(partial(take_tensor, value))
@@ -136,8 +149,14 @@ class _Keeper:
         elif isinstance(value, BuiltinMethodType | partial):
             return referred(value)
         elif self._is_own(value):
+            self._beside += [type(value)] * is_users(type(value))
             self.takes.append(partial(take_object, value))
             return held(value)
+        elif _is_sequence(value):
+            self.takes.append(partial(take_object, value))
+            return held(value)
+        elif _is_tool(value):
+            return _drawing(value)
         return ()
 
     def _is_own(self, value: Any) -> bool:
@@ -146,26 +165,56 @@ class _Keeper:
         kind = type(value)
         return package(kind) in self._packages or (is_users(kind) and not manages(value))
 
-    def look_for_generators(self, functions: list[Any]) -> None:
-        """Keep the random generators that the user's own functions refer to."""
-        walk(functions, self._visit_generator, bounded=True)
+    def look_into(self, functions: list[Any]) -> None:
+        """Keep what functions of the user's own refer to, besides those that were found so far, and what they run."""
+        functions, looked = functions + self._beside, set[int]()
+        while new := [one for one in (*functions, *self._methods()) if id(one) not in looked]:
+            looked.update(map(id, new))
+            walk(new, self._visit_referred, bounded=True)
 
-    def _visit_generator(self, value: Any) -> Iterable[Any]:
-        return referred(value) if take_of_generator(value) is None else self._visit_once(value)
-
-    def look_into(self, function: Any) -> None:
-        """Keep what a function of the user's own refers to: its closure and global variables, and objects in these."""
-        walk([passed_on(function)], self._visit_referred, bounded=True)
+    def _methods(self) -> Iterable[FunctionType]:
+        return (one for kind in self._kinds for one in methods_of(kind, self._run))
 
     def _visit_referred(self, value: Any) -> Iterable[Any]:
         if id(value) in self._seen or isinstance(value, nn.Module):
             return ()
+        self._seen.add(id(value))
         if isinstance(value, FunctionType):
             self.takes.extend(takes_of_variables(value))
-        elif isinstance(value, Tensor | np.ndarray) and not self._has_room_for(value):
+            self._run |= dict.fromkeys(names_in(value.__code__).attributes)
+            return referred(value)
+        if isinstance(value, type):
+            return self._visit_kind(value) if is_users(value) and value not in self._kinds else ()
+        if isinstance(value, Tensor | np.ndarray) and not self._has_room_for(value):
             return ()
-        return self._visit(value) or referred(value)
+        inside = self._visit(value) or referred(value)
+        return inside if isinstance(value, OF_OTHERS) else [*inside, type(value)]
+
+    def _visit_kind(self, kind: type) -> Iterable[Any]:
+        self._kinds[kind] = None
+        self.takes.append(partial(take_class, kind))
+        return data_of(kind).values()
 
     def _has_room_for(self, value: Tensor | np.ndarray) -> bool:
         self._room -= value.numel() if isinstance(value, Tensor) else value.size
         return self._room >= 0
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether an object counts how many quasi-random numbers it has drawn, as torch's and SciPy's do."""
+    return isinstance(inspect.getattr_static(value, "num_generated", None), int)
+
+
+def _is_tool(value: Any) -> bool:
+    """Whether an object of a library can be called, as a transform can."""
+    return callable(value) and not (isinstance(value, (*_OF_CODE, *OF_OTHERS)) or is_users(type(value)))
+
+
+def _drawing(tool: Any, nested: int = _NESTED) -> Iterator[Any]:
+    """The random generators of a library's object that can be called, and of such objects in it."""
+    for one in islice(held(tool), MOST):
+        for value in islice(entries(one), MOST) if isinstance(one, CONTAINERS) else [one]:
+            if take_of_generator(value) is not None:
+                yield value
+            elif nested and _is_tool(value):
+                yield from _drawing(value, nested - 1)

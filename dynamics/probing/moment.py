@@ -15,7 +15,7 @@ from .contents import storage_of
 from .kept import kept
 from .lending import Tensors, copies, own_of
 from .others import Other, OthersAgain, norms_of, same
-from .ownership import modules_of
+from .references import modules_of
 from .undrawn import undrawn
 
 

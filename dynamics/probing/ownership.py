@@ -1,4 +1,4 @@
-"""Who owns an object: the user, a library, or this package; and what it holds and refers to."""
+"""Who owns an object: the user, a library, or this package; and what it holds."""
 
 from __future__ import annotations
 
@@ -7,28 +7,21 @@ import sys
 import sysconfig
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
-from functools import partial
-from itertools import chain
-from numbers import Number
+from collections.abc import Mapping
 from pathlib import Path
-from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import MemberDescriptorType
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-
-from .walk import walk
 
 OF_OTHERS = (
     *(nn.Module, Dataset, DataLoader, Sampler, threading.Thread),
     *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
 )
 OURS = __name__.partition(".")[0]
-_CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, deque)
-_WITHOUT_MODULES = (Number, str, bytes, Tensor, np.ndarray, type, ModuleType)
+CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, deque)
 
 
 def package(kind: type) -> str:
@@ -85,64 +78,14 @@ def manages(value: Any) -> bool:
     return any(isinstance(one, OF_OTHERS) for one in held(value))
 
 
-def referred(value: Any) -> Iterable[Any]:
-    """The objects that a function, or an object of the user's own, refers to."""
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, BuiltinMethodType):
-        return [value.__self__]
-    if isinstance(value, FunctionType):
-        if not is_users_module(value.__globals__.get("__name__")):
-            return []
-        contents = chain.from_iterable(map(content_of, value.__closure__ or ()))
-        named = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
-        return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
-    if is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)):
-        return held(value)
-    return []
-
-
-def modules_of(function: Any) -> list[nn.Module]:
-    """The networks and losses, with all their parts, that a function of the user's own refers to.
-
-    They may be in objects of any library, such as the one that infers with a model and a guide in Pyro. None of the
-    objects' own code runs.
-    """
-    found: dict[nn.Module, None] = {}
-
-    def look(value: Any) -> Iterable[Any]:
-        if isinstance(value, nn.Module):
-            found.update({one: None for one in value.modules() if not isinstance(one, torch.jit.ScriptModule)})
-        elif isinstance(value, _CONTAINERS):
-            return entries(value)
-        elif isinstance(value, _WITHOUT_MODULES):  # of which there may be many
-            return ()
-        elif isinstance(value, FunctionType | BuiltinMethodType | MethodType | partial):
-            return referred(value)
-        return held(value)
-
-    walk([passed_on(function)], look, bounded=True)
-    return list(found)
-
-
 def entries(container: Any) -> list[Any]:
     """What a dictionary, list, tuple, set or deque holds, by built-in methods even if a subclass overrides them."""
     if isinstance(container, dict):
         return list(dict.values(container))
-    return list(next(kind for kind in _CONTAINERS if isinstance(container, kind)).__iter__(container))
+    return list(next(kind for kind in CONTAINERS if isinstance(container, kind)).__iter__(container))
 
 
 def passed_on(function: Any) -> Any:
     """The user's objective that a function is or, if it is a method of a framework's callback, that this passes on."""
     owner = getattr(function, "__self__", None)
     return getattr(owner, "_objective", function) if package(type(owner)) == OURS else function
-
-
-def content_of(cell: CellType) -> tuple[Any, ...]:
-    """The value of a closure variable, as a tuple; empty if it has none yet."""
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()

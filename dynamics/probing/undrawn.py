@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .contents import attributes_of
-from .ownership import OF_OTHERS, OURS, content_of, is_users, is_users_module, package, passed_on, referred
+from .ownership import OF_OTHERS, OURS, is_users, is_users_module, package, passed_on
+from .references import content_of, referred
 from .walk import MOST, walk
 
 

@@ -1,0 +1,128 @@
+"""What functions and objects of the user's own refer to, and what their code names: variables and methods."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
+from numbers import Number
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_module, passed_on
+from .walk import walk
+
+_WITHOUT_MODULES = (Number, str, bytes, Tensor, np.ndarray, type, ModuleType)
+_OF_VARIABLES = ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME")
+_OF_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR")
+
+
+class Names(NamedTuple):
+    """The names of global variables, and of attributes of any object."""
+
+    variables: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in(code: CodeType) -> Names:
+    """The names in a function's code, and in that of the functions and comprehensions inside it."""
+    variables: dict[str, None] = {}
+    attributes: dict[str, None] = {}
+    for one in dis.get_instructions(code):
+        if one.opname in _OF_VARIABLES:
+            variables[one.argval] = None
+        elif one.opname in _OF_ATTRIBUTES:
+            attributes[one.argval] = None
+    for inner in (names_in(one) for one in code.co_consts if isinstance(one, CodeType)):
+        variables |= dict.fromkeys(inner.variables)
+        attributes |= dict.fromkeys(inner.attributes)
+    return Names(tuple(variables), tuple(attributes))
+
+
+def variables_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The variables that a function names: of its own module, and of modules of the user's own that it goes through.
+
+    Each with the names that exist there.
+    """
+    names = names_in(function.__code__)
+    waiting, known = [(function.__globals__, names.variables)], set()
+    while waiting:
+        space, named = waiting.pop()
+        if id(space) not in known:
+            known.add(id(space))
+            found = [name for name in named if name in space]
+            yield space, found
+            modules = (space[name] for name in found)
+            waiting += [(vars(one), names.attributes) for one in modules if _is_users_own(one)]
+
+
+def methods_of(kind: type, names: Iterable[str]) -> Iterator[FunctionType]:
+    """The methods and properties of these names that the user has defined, in a class or in those it inherits from."""
+    own = [vars(one) for one in kind.__mro__ if is_users(one)]
+    for name in names if own else ():
+        for found in (attributes[name] for attributes in own if name in attributes):
+            function = getattr(found, "fget", None) or getattr(found, "__func__", found)
+            if isinstance(function, FunctionType):
+                yield inspect.unwrap(function)
+
+
+def referred(value: Any) -> Iterable[Any]:
+    """The objects that a function, or an object of the user's own, refers to."""
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, BuiltinMethodType):
+        return [value.__self__]
+    if isinstance(value, FunctionType):
+        if not is_users_module(value.__globals__.get("__name__")):
+            return []
+        contents = chain.from_iterable(map(content_of, value.__closure__ or ()))
+        named = [space[name] for space, names in variables_of(value) for name in names]
+        return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
+    if is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)):
+        return held(value)
+    return []
+
+
+def modules_of(function: Any) -> list[nn.Module]:
+    """The networks and losses, with all their parts, that a function of the user's own refers to.
+
+    They may be in objects of any library, such as the one that infers with a model and a guide in Pyro. None of the
+    objects' own code runs.
+    """
+    found: dict[nn.Module, None] = {}
+
+    def look(value: Any) -> Iterable[Any]:
+        if isinstance(value, nn.Module):
+            found.update({one: None for one in value.modules() if not isinstance(one, torch.jit.ScriptModule)})
+        elif isinstance(value, CONTAINERS):
+            return entries(value)
+        elif isinstance(value, _WITHOUT_MODULES):  # of which there may be many
+            return ()
+        elif isinstance(value, FunctionType | BuiltinMethodType | MethodType | partial):
+            return referred(value)
+        return held(value)
+
+    walk([passed_on(function)], look, bounded=True)
+    return list(found)
+
+
+def content_of(cell: CellType) -> tuple[Any, ...]:
+    """The value of a closure variable, as a tuple; empty if it has none yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
+
+
+def _is_users_own(value: Any) -> bool:
+    return isinstance(value, ModuleType) and is_users_module(value.__name__)

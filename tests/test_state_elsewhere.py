@@ -1,0 +1,214 @@
+"""State that a forward pass or a loss keeps elsewhere than in the model: in other modules, classes or libraries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import away_from_the_model as away
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import vectors
+from scipy.stats import qmc
+from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
+
+from dynamics import Recorder, open_run
+from dynamics.probing.references import names_in, variables_of
+
+Change = Callable[[Tensor], Tensor]
+STEP = 0
+
+
+class Net(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+
+class Keeping(Net):
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.change(x))
+
+
+class ByMethod(Net):
+    def augmented(self, x: Tensor) -> Tensor:
+        return away.noise(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.augmented(x))
+
+
+class ByInherited(ByMethod):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class ByProperty(Net):
+    @property
+    def factor(self) -> float:
+        return away.RNG.random()
+
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+class InAComprehension(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.stack([row * away.RNG.random() for row in x]))
+
+
+class InAGlobal(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        global STEP
+        STEP += 1
+        return super().forward(x) / STEP
+
+
+class WithALoss(Net):
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(self(away.noise(batch[0])), batch[1])
+
+
+def in_a_dictionary(x: Tensor) -> Tensor:
+    away.COUNTS["step"] += 1
+    return x / away.COUNTS["step"]
+
+
+def in_a_class(x: Tensor) -> Tensor:
+    away.Config.step += 1
+    return x / away.Config.step
+
+
+def in_an_object(x: Tensor) -> Tensor:
+    away.CONFIG.step_of_object += 1
+    return x / away.CONFIG.step_of_object
+
+
+def of_a_library() -> Change:
+    from transforms import Transform  # type: ignore[import-not-found]  # written by _reset
+
+    return Transform()
+
+
+def of_torch() -> Change:
+    engine = SobolEngine(4, scramble=True, seed=0)
+    return lambda x: x + engine.draw(len(x), dtype=x.dtype)
+
+
+def of_scipy() -> Change:
+    engine = qmc.Halton(4, rng=0)
+    return lambda x: x + torch.from_numpy(engine.random(len(x)))
+
+
+CHANGES: dict[str, Callable[[], Change]] = {
+    "a function's generator": lambda: away.noise,
+    "through another function": lambda: away.through_another,
+    "another module's generator": lambda: lambda x: x * away.RNG.random(),
+    "in a list in a dictionary": lambda: lambda x: x * away.SETTINGS["augment"][0].random(),
+    "a class's generator": lambda: lambda x: x * away.CONFIG.rng.random(),
+    "an object that is called": lambda: lambda x: away.AUGMENTATION(x),
+    "another module's number": lambda: away.counted,
+    "in a dictionary": lambda: in_a_dictionary,
+    "in a class": lambda: in_a_class,
+    "in an object": lambda: in_an_object,
+    "a library's generator": of_a_library,
+    "torch's sequence": of_torch,
+    "SciPy's sequence": of_scipy,
+}
+TRANSFORM = """
+from numpy.random import RandomState
+
+class Rotation:
+    def __init__(self):
+        self.rng = RandomState(0)
+    def __call__(self, x):
+        return x * self.rng.rand()
+
+class Transform:
+    def __init__(self):
+        self.transforms = [None, Rotation()]
+    def __call__(self, x):
+        return self.transforms[1](x)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "transforms.py").write_text(TRANSFORM)
+    monkeypatch.syspath_prepend(installed)
+    monkeypatch.delitem(sys.modules, "transforms", raising=False)
+
+
+def trained(path: Path | None, make: Callable[[], tuple[nn.Module, Callable]]) -> list:
+    global STEP
+    STEP = 0
+    away.reset()
+    torch.manual_seed(0)
+    model, loss_of = make()
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    recorder = Recorder(path, model, optimizer, objective=loss_of, curvature_every=2) if path else None
+    for batch in recorder.watch(vectors(5)) if recorder else vectors(5):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if recorder:
+        recorder.close()
+        run = open_run(path)
+        np.testing.assert_allclose(run["curvature"].loss_before, losses[::2], rtol=1e-12)
+        np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm[::2], rtol=1e-9)
+    return [*map(Tensor.tolist, model.parameters()), losses, away.STEP, away.COUNTS["step"], away.RNG.random()]
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def stays_the_same(path: Path, make: Callable[[], tuple[nn.Module, Callable]]) -> None:
+    assert trained(None, make) == trained(path / "run", make)
+
+
+@pytest.mark.parametrize("where", ["model", "objective"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_is_as_in_the_step_and_stays_the_loops(tmp_path: Path, change: str, where: str) -> None:
+    def make() -> tuple[nn.Module, Callable]:
+        changed = CHANGES[change]()
+        if where == "model":
+            return Keeping(changed), cross_entropy
+        return Net(), lambda model, batch: F.cross_entropy(model(changed(batch[0])), batch[1])
+
+    stays_the_same(tmp_path, make)
+
+
+@pytest.mark.parametrize("network", [ByMethod, ByInherited, ByProperty, InAComprehension, InAGlobal])
+def test_a_forward_pass_that_reaches_it_on_its_way(tmp_path: Path, network: type[nn.Module]) -> None:
+    stays_the_same(tmp_path, lambda: (network(), cross_entropy))
+
+
+def test_a_method_of_the_model_that_the_objective_calls(tmp_path: Path) -> None:
+    stays_the_same(tmp_path, lambda: (WithALoss(), lambda model, batch: model.loss(batch)))
+
+
+def test_the_names_in_a_functions_code() -> None:
+    def outer(x: Tensor) -> list:
+        return [F.relu(away.CONFIG.rng) for _ in x.values] + [(lambda: STEP)()]
+
+    names = names_in(outer.__code__)
+    assert set(names.variables) == {"F", "away", "STEP"}
+    assert set(names.attributes) == {"relu", "CONFIG", "rng", "values"}
+    (own, others) = variables_of(outer)
+    assert own[0] is globals()
+    assert set(own[1]) == {"F", "away", "STEP"}
+    assert others[0] is vars(away)
+    assert others[1] == ["CONFIG"]

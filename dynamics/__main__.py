@@ -152,6 +152,8 @@ def _execute(arguments: list[str] | None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     command = parsed.command
+    if parsed[command].get("output") == "":
+        raise ValueError("-o/--output is empty: give a folder, such as out/sweep, or . for this one")
     if command == "run":
         settings = parsed.run
         experiment = Experiment(**{name: settings[name] for name in Experiment.__dataclass_fields__})

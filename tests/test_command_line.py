@@ -194,6 +194,7 @@ MISTAKES = {
     "not a list": ("dynamics", ["run", "-o", "{new}", "--epochs", "3"], "epochs"),
     "no output": ("dynamics", ["run"], "required: -o/--output; see --help"),
     "no path after -o": ("dynamics", ["run", "-o"], "-o/--output: expected one argument"),
+    "an empty path": ("dynamics", ["sweep", "configs/demo.yaml", "-o", ""], "-o/--output is empty: give a folder"),
     "no command": ("dynamics", [], "{run,sweep,protocols,show}"),
     "unknown command": ("dynamics", ["fly"], "invalid choice: 'fly' (choose from 'run', 'sweep', 'protocols', 'show')"),
     "word too many": ("dynamics", ["show", "{record}", "more"], "unrecognized arguments: more"),

@@ -14,7 +14,7 @@ from ..probing.bystanders import Bystanders
 from ..probing.moment import Moment
 from ..probing.objective import Objective
 from .backward_passes import BackwardPasses
-from .forward_passes import ForwardPasses, trains
+from .forward_passes import ForwardPasses
 from .moments import Moments
 from .reading_ahead import ReadingAhead
 from .seen import Position, Ran, Seen, candidates, used
@@ -256,7 +256,7 @@ class Batches:
     @property
     def may_run_unseen(self) -> bool:
         """Whether the model is compiled, so that its passes are not seen, and in eval mode."""
-        return self._compiled and not trains(self._own)
+        return self._too_many.may_run_unseen
 
     def wait_again(self, waiting: WaitingBatches) -> None:
         """Restore the batches that waited for their step, and forget those that came since."""

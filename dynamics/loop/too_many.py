@@ -46,7 +46,12 @@ class TooMany:
 
     def _is_evaluated(self, last: Seen, *, idle: bool) -> bool:
         """Whether the loop evaluates the batches that it reads now, as far as is known."""
-        return last.is_evaluated or (idle and (last.ran or (self._compiled and not trains(self._model))))
+        return last.is_evaluated or (idle and (last.ran or self.may_run_unseen))
+
+    @property
+    def may_run_unseen(self) -> bool:
+        """Whether the model is compiled, so that its passes are not seen, and in eval mode."""
+        return self._compiled and not trains(self._model)
 
     def forgotten(self, seen: Sequence[Seen], used: Sequence[int]) -> int:
         """How many evaluated batches were too many to be kept, if the step may be of them; else 0."""

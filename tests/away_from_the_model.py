@@ -1,11 +1,13 @@
 """What a forward pass or a loss may draw from or count in, written in a module of the user's own."""
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 from torch import Tensor
 
 RNG = np.random.default_rng(0)
+UNLABELLED: Iterator = iter(())
 STEP = 0
 COUNTS = {"step": 0}
 SETTINGS = {"augment": [random.Random(0)]}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import away_from_the_model as away
 import numpy as np
 import pytest
 import torch
@@ -47,6 +48,11 @@ def from_a_global() -> Callable:
     global unlabelled
     unlabelled = (points for points, _ in itertools.cycle(vectors(5)))
     return lambda model, batch: semi_supervised(model, batch, next(unlabelled))
+
+
+def from_another_module() -> Callable:
+    away.UNLABELLED = iter(pool())
+    return lambda model, batch: semi_supervised(model, batch, [next(one)[0] for one in [away.UNLABELLED]][0])
 
 
 def from_a_dictionary() -> Callable:
@@ -123,6 +129,7 @@ def stays_the_same(tmp_path: Path, network: Callable, make: Callable, batches: C
         from_a_closure,
         from_a_cycle,
         from_a_global,
+        from_another_module,
         from_a_dictionary,
         from_a_dictionary_in_another,
         from_a_default,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .ownership import is_users_module, slots
+from .ownership import is_users_function, slots
 from .references import content_of, variables_of
 
 PutBack = Callable[[], object]
@@ -33,7 +33,7 @@ def takes_of_variables(function: FunctionType) -> list[Take]:
 
     They save which object each variable holds, not the object's contents.
     """
-    if not is_users_module(function.__globals__.get("__name__")):
+    if not is_users_function(function):
         return []
     named = [(space, [name for name in names if _is_number(space[name])]) for space, names in variables_of(function)]
     cells = [cell for cell in function.__closure__ or () if any(map(_is_number, content_of(cell)))]

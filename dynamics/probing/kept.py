@@ -33,7 +33,18 @@ from .contents import (
     take_tensor,
     takes_of_variables,
 )
-from .ownership import CONTAINERS, OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on
+from .ownership import (
+    CONTAINERS,
+    OF_OTHERS,
+    OURS,
+    entries,
+    held,
+    is_users,
+    is_users_function,
+    manages,
+    package,
+    passed_on,
+)
 from .references import methods_of, names_in, referred
 from .walk import MOST, walk
 
@@ -148,11 +159,8 @@ class _Keeper:
             return entries(value)
         elif isinstance(value, BuiltinMethodType | partial):
             return referred(value)
-        elif self._is_own(value):
+        elif self._is_own(value) or _is_sequence(value):
             self._beside += [type(value)] * is_users(type(value))
-            self.takes.append(partial(take_object, value))
-            return held(value)
-        elif _is_sequence(value):
             self.takes.append(partial(take_object, value))
             return held(value)
         elif _is_tool(value):
@@ -180,8 +188,9 @@ class _Keeper:
             return ()
         self._seen.add(id(value))
         if isinstance(value, FunctionType):
-            self.takes.extend(takes_of_variables(value))
-            self._run |= dict.fromkeys(names_in(value.__code__).attributes)
+            if is_users_function(value):
+                self.takes.extend(takes_of_variables(value))
+                self._run |= dict.fromkeys(names_in(value.__code__).attributes)
             return referred(value)
         if isinstance(value, type):
             return self._visit_kind(value) if is_users(value) and value not in self._kinds else ()

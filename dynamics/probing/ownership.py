@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from types import MemberDescriptorType
+from types import FunctionType, MemberDescriptorType
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ def package(kind: type) -> str:
 def is_users(kind: type) -> bool:
     """Whether a class is the user's own."""
     return is_users_module(kind.__module__)
+
+
+def is_users_function(function: FunctionType) -> bool:
+    """Whether a function is the user's own."""
+    return is_users_module(function.__globals__.get("__name__"))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_module, passed_on
+from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, is_users_module, passed_on
 from .walk import walk
 
 _WITHOUT_MODULES = (Number, str, bytes, Tensor, np.ndarray, type, ModuleType)
@@ -83,7 +83,7 @@ def referred(value: Any) -> Iterable[Any]:
     if isinstance(value, BuiltinMethodType):
         return [value.__self__]
     if isinstance(value, FunctionType):
-        if not is_users_module(value.__globals__.get("__name__")):
+        if not is_users_function(value):
             return []
         contents = chain.from_iterable(map(content_of, value.__closure__ or ()))
         named = [space[name] for space, names in variables_of(value) for name in names]

@@ -7,15 +7,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .contents import attributes_of
-from .ownership import OF_OTHERS, OURS, is_users, is_users_module, package, passed_on
-from .references import content_of, referred
+from .ownership import OF_OTHERS, OURS, is_users, is_users_function, package, passed_on
+from .references import content_of, referred, variables_of
 from .walk import MOST, walk
 
 
@@ -108,15 +108,15 @@ class _Place(NamedTuple):
 def _places(value: Any) -> list[_Place]:
     """The places of an object that hold an iterator."""
     if isinstance(value, FunctionType):
-        if not is_users_module(value.__globals__.get("__name__")):
+        if not is_users_function(value):
             return []
         cells = [
             _Place(partial(getattr, cell, "cell_contents"), partial(setattr, cell, "cell_contents"))
             for cell in value.__closure__ or ()
             if any(map(draws, content_of(cell)))
         ]
-        own = [(name, value.__globals__[name]) for name in value.__code__.co_names if name in value.__globals__]
-        found = cells + _entries(value.__globals__, own) + _defaults(value)
+        named = [_entries(space, [(name, space[name]) for name in names]) for space, names in variables_of(value)]
+        found = [*cells, *chain.from_iterable(named), *_defaults(value)]
         return found + _entries(value.__kwdefaults__, (value.__kwdefaults__ or {}).items())
     if isinstance(value, partial):
         return _entries(value.keywords, value.keywords.items())

@@ -52,7 +52,7 @@ def from_a_global() -> Callable:
 
 def from_another_module() -> Callable:
     away.UNLABELLED = iter(pool())
-    return lambda model, batch: semi_supervised(model, batch, [next(one)[0] for one in [away.UNLABELLED]][0])
+    return lambda model, batch: semi_supervised(model, batch, next(away.UNLABELLED)[0])
 
 
 def from_a_dictionary() -> Callable:

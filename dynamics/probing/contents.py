@@ -35,10 +35,10 @@ def takes_of_variables(function: FunctionType) -> list[Take]:
     """
     if not is_users_function(function):
         return []
-    named = [(space, [name for name in names if _is_number(space[name])]) for space, names in variables_of(function)]
+    space, names = next(variables_of(function))
+    numbers = [name for name in names if _is_number(space[name])]
     cells = [cell for cell in function.__closure__ or () if any(map(_is_number, content_of(cell)))]
-    takes = [partial(_take_names, space, names) for space, names in named if names]
-    return [*takes, *(partial(_take_cell, cell) for cell in cells)]
+    return [partial(_take_names, space, numbers), *(partial(take_cell, cell) for cell in cells)]
 
 
 def _is_number(value: Any) -> bool:
@@ -50,7 +50,32 @@ def _take_names(module: dict[str, Any], names: Iterable[str]) -> Taken:
     return partial(module.update, own), _numbers(own.values())
 
 
-def _take_cell(cell: CellType) -> Taken:
+def take_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: bool) -> Taken:
+    """Save which objects attributes of a class, or variables in a dictionary, hold: only numbers, or the ``whole``.
+
+    Those that come later are taken away again. A boolean is no number: it may say what was done once for all.
+    """
+
+    def present() -> dict[str, Any]:
+        now = data_of(owner) if isinstance(owner, type) else owner
+        named = {name: now[name] for name in names if name in now}
+        return {name: one for name, one in named.items() if whole or (_is_number(one) and not isinstance(one, bool))}
+
+    own = present()
+
+    def put_back() -> None:
+        now = present()
+        for name in now.keys() - own.keys():
+            delattr(owner, name) if isinstance(owner, type) else owner.pop(name)
+        for name, one in own.items():
+            if now.get(name, _MISSING) is not one:
+                setattr(owner, name, one) if isinstance(owner, type) else owner.update({name: one})
+
+    return put_back, _numbers(own.values())
+
+
+def take_cell(cell: CellType) -> Taken:
+    """Save which object a closure variable holds."""
     content = cell.cell_contents
     return partial(setattr, cell, "cell_contents", content), _numbers([content])
 

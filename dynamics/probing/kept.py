@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import islice
-from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -33,25 +31,13 @@ from .contents import (
     take_tensor,
     takes_of_variables,
 )
-from .ownership import (
-    CONTAINERS,
-    OF_OTHERS,
-    OURS,
-    entries,
-    held,
-    is_users,
-    is_users_function,
-    manages,
-    package,
-    passed_on,
-)
-from .references import methods_of, names_in, referred
-from .walk import MOST, walk
+from .ownership import OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on
+from .passing import InPassing, drawing, is_sequence, is_tool
+from .references import referred
+from .walk import walk
 
 _FEW = 2**20  # so many numbers are kept in any case
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
-_OF_CODE = (type, ModuleType, FunctionType, MethodType, BuiltinMethodType)
-_NESTED = 3  # transforms in transforms
 
 
 class Kept:
@@ -86,7 +72,9 @@ class Kept:
         return len(self._numbers) == len(other._numbers) and all(map(are_equal, self._numbers, other._numbers))
 
 
-def kept(modules: Iterable[nn.Module], function: Callable | None = None, *, bounded: bool = False) -> Kept:
+def kept(
+    modules: Iterable[nn.Module], function: Callable | None = None, *, bounded: bool = False, whole: bool = False
+) -> Kept:
     """Keep the plain attributes of modules, of their classes and parameters, and what a function refers to.
 
     Attributes are put back as the same objects. The contents of tensors, arrays, lists, dictionaries, sets, deques and
@@ -94,28 +82,38 @@ def kept(modules: Iterable[nn.Module], function: Callable | None = None, *, boun
     the contents of objects whose class comes from the same package as a module's, and of sequences of quasi-random
     numbers. Those of other classes of the user's own are, too, unless they hold networks, optimizers or data; these
     themselves are never kept. Of other objects that can be called, such as a library's transforms, only random
-    generators are.
-
-    Of the function, of the modules' forward methods, and of the user's own functions, methods and classes that these
-    name, the closure and global variables are kept, if they are numbers, tensors, collections or the user's own
-    objects; but not what is trained, nor many more numbers than the modules have parameters, as in a data set. If
-    ``bounded``, no more than some objects of the modules are kept, those that lie nearest to them.
+    generators are. Of the function, these are kept and its closure and global variables, if they are numbers, tensors,
+    collections or the user's own objects; but not what is trained, nor many more numbers than the modules have
+    parameters, as in a data set. What forward methods and the function change elsewhere in passing is kept as
+    :class:`~dynamics.probing.passing.InPassing` says, ``whole`` or not. If ``bounded``, no more than some objects of
+    the modules are kept, those that lie nearest to them.
     """
     keeper = _Keeper(list(modules), bounded)
-    keeper.look_into([] if function is None else [passed_on(function)])
-    return Kept(keeper.takes, keeper.trained)
+    functions = [] if function is None else [passed_on(function)]
+    keeper.look_into(functions)
+    passing = InPassing(keeper.kinds, keeper.seen, keeper.room, whole=whole)
+    return Kept(keeper.takes + passing.takes(functions + keeper.beside), keeper.trained)
 
 
 class _Keeper:
-    """Finds what is to be kept, each object once; objects that cannot be examined are left alone."""
+    """Finds what is to be kept, each object once; objects that cannot be examined are left alone.
+
+    Attributes:
+        takes: savers of what was found.
+        trained: tensors that an optimizer may train.
+        kinds: the modules' own classes, if they are the user's.
+        beside: functions and classes that were found.
+        seen: ids of the objects found.
+        room: how many numbers may still be kept.
+    """
 
     def __init__(self, modules: list[nn.Module], bounded: bool) -> None:
         self.takes: list[Take] = []
         self.trained: list[Tensor] = []
-        self._seen: set[Any] = {storage_of(one) for module in modules for one in module._parameters.values()}
+        self.seen: set[Any] = {storage_of(one) for module in modules for one in module._parameters.values()}
         self._packages = {package(type(module)) for module in modules} - {"torch", OURS}
         parameters = (one for module in modules for one in module._parameters.values() if one is not None)
-        self._room = max(sum(one.numel() for one in parameters), _FEW)
+        self.room = max(sum(one.numel() for one in parameters), _FEW)
         values: list[Any] = []
         for module in modules:
             self.takes.append(partial(take_attributes, module))
@@ -123,21 +121,20 @@ class _Keeper:
             for parameter in (one for one in module._parameters.values() if one is not None):
                 values += noted_on(parameter).values()
         own = {type(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)}
-        self._kinds = {kind: None for kind in own if is_users(kind)}  # whose methods run
-        self._run = {"forward": None, "__call__": None}  # names of methods
-        self._beside: list[Any] = []  # functions and classes
-        for kind in self._kinds:
+        self.kinds = [kind for kind in own if is_users(kind)]
+        self.beside: list[Any] = []
+        for kind in self.kinds:
             self.takes.append(partial(take_class, kind))
             values += data_of(kind).values()
         walk(values, self._visit_once, bounded=bounded)
 
     def _visit_once(self, value: Any) -> Iterable[Any]:
         if isinstance(value, FunctionType | MethodType):
-            self._beside.append(value)
+            self.beside.append(value)
             return ()
-        if id(value) in self._seen:
+        if id(value) in self.seen:
             return ()
-        self._seen.add(id(value))
+        self.seen.add(id(value))
         return self._visit(value)
 
     def _visit(self, value: Any) -> Iterable[Any]:
@@ -145,7 +142,7 @@ class _Keeper:
         if type(value) in _PLAIN:
             return ()
         if isinstance(value, Tensor):  # what shares a parameter's memory, as in spectral_norm, is not state
-            if storage_of(value) not in self._seen and may_be_kept(value):
+            if storage_of(value) not in self.seen and may_be_kept(value):
                 self.trained.append(value) if may_be_trained(value) else self.takes.append(partial(take_tensor, value))
         elif (generator := take_of_generator(value)) is not None:
             self.takes.append(generator)
@@ -159,12 +156,12 @@ class _Keeper:
             return entries(value)
         elif isinstance(value, BuiltinMethodType | partial):
             return referred(value)
-        elif self._is_own(value) or _is_sequence(value):
-            self._beside += [type(value)] * is_users(type(value))
+        elif self._is_own(value) or is_sequence(value):
+            self.beside.append(type(value))
             self.takes.append(partial(take_object, value))
             return held(value)
-        elif _is_tool(value):
-            return _drawing(value)
+        elif is_tool(value):
+            return drawing(value)
         return ()
 
     def _is_own(self, value: Any) -> bool:
@@ -174,56 +171,18 @@ class _Keeper:
         return package(kind) in self._packages or (is_users(kind) and not manages(value))
 
     def look_into(self, functions: list[Any]) -> None:
-        """Keep what functions of the user's own refer to, besides those that were found so far, and what they run."""
-        functions, looked = functions + self._beside, set[int]()
-        while new := [one for one in (*functions, *self._methods()) if id(one) not in looked]:
-            looked.update(map(id, new))
-            walk(new, self._visit_referred, bounded=True)
-
-    def _methods(self) -> Iterable[FunctionType]:
-        return (one for kind in self._kinds for one in methods_of(kind, self._run))
+        """Keep what functions of the user's own refer to: closure and global variables, and objects in these."""
+        walk(functions, self._visit_referred, bounded=True)
 
     def _visit_referred(self, value: Any) -> Iterable[Any]:
-        if id(value) in self._seen or isinstance(value, nn.Module):
+        if id(value) in self.seen or isinstance(value, nn.Module):
             return ()
-        self._seen.add(id(value))
         if isinstance(value, FunctionType):
-            if is_users_function(value):
-                self.takes.extend(takes_of_variables(value))
-                self._run |= dict.fromkeys(names_in(value.__code__).attributes)
-            return referred(value)
-        if isinstance(value, type):
-            return self._visit_kind(value) if is_users(value) and value not in self._kinds else ()
-        if isinstance(value, Tensor | np.ndarray) and not self._has_room_for(value):
+            self.takes.extend(takes_of_variables(value))
+        elif isinstance(value, Tensor | np.ndarray) and not self._has_room_for(value):
             return ()
-        inside = self._visit(value) or referred(value)
-        return inside if isinstance(value, OF_OTHERS) else [*inside, type(value)]
-
-    def _visit_kind(self, kind: type) -> Iterable[Any]:
-        self._kinds[kind] = None
-        self.takes.append(partial(take_class, kind))
-        return data_of(kind).values()
+        return self._visit(value) or referred(value, far=False)
 
     def _has_room_for(self, value: Tensor | np.ndarray) -> bool:
-        self._room -= value.numel() if isinstance(value, Tensor) else value.size
-        return self._room >= 0
-
-
-def _is_sequence(value: Any) -> bool:
-    """Whether an object counts how many quasi-random numbers it has drawn, as torch's and SciPy's do."""
-    return isinstance(inspect.getattr_static(value, "num_generated", None), int)
-
-
-def _is_tool(value: Any) -> bool:
-    """Whether an object of a library can be called, as a transform can."""
-    return callable(value) and not (isinstance(value, (*_OF_CODE, *OF_OTHERS)) or is_users(type(value)))
-
-
-def _drawing(tool: Any, nested: int = _NESTED) -> Iterator[Any]:
-    """The random generators of a library's object that can be called, and of such objects in it."""
-    for one in islice(held(tool), MOST):
-        for value in islice(entries(one), MOST) if isinstance(one, CONTAINERS) else [one]:
-            if take_of_generator(value) is not None:
-                yield value
-            elif nested and _is_tool(value):
-                yield from _drawing(value, nested - 1)
+        self.room -= value.numel() if isinstance(value, Tensor) else value.size
+        return self.room >= 0

@@ -55,14 +55,18 @@ def is_users_module(module: str | None) -> bool:
     return not installed and not file.startswith(sysconfig.get_path("stdlib"))
 
 
-def held(value: Any) -> list[Any]:
-    """The values of an object's attributes and slots; none of its own code runs."""
+def own_attributes(value: Any) -> Mapping[str, Any]:
+    """An object's attributes, without those of its class; none of its own code runs."""
     try:
         own = object.__getattribute__(value, "__dict__")
     except Exception:  # no __dict__, or a property of that name
-        own = {}
-    attributes = own.values() if isinstance(own, Mapping) else ()
-    return [*attributes, *(one for _, one in slots(value))]
+        return {}
+    return own if isinstance(own, Mapping) else {}
+
+
+def held(value: Any) -> list[Any]:
+    """The values of an object's attributes and slots; none of its own code runs."""
+    return [*own_attributes(value).values(), *(one for _, one in slots(value))]
 
 
 def slots(value: Any) -> list[tuple[MemberDescriptorType, Any]]:

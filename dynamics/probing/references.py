@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from numbers import Number
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -20,31 +20,52 @@ from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_
 from .walk import walk
 
 _WITHOUT_MODULES = (Number, str, bytes, Tensor, np.ndarray, type, ModuleType)
-_OF_VARIABLES = ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME")
-_OF_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR")
+_NAMED_BY: dict[str, tuple[str, ...]] = {
+    "LOAD_GLOBAL": ("variables",),
+    "LOAD_NAME": ("variables",),
+    "STORE_GLOBAL": ("variables", "sets_variables"),
+    "LOAD_ATTR": ("attributes",),
+    "LOAD_METHOD": ("attributes",),
+    "LOAD_SUPER_ATTR": ("attributes",),
+    "STORE_ATTR": ("attributes", "sets_attributes"),
+    "STORE_DEREF": ("sets_cells",),
+}
+_OF_ENTRIES = ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
+_OF_CONTAINERS = frozenset(
+    ("add", "append", "appendleft", "clear", "discard", "extend", "insert", "move_to_end", "pop", "popitem", "popleft")
+) | {"remove", "rotate", "setdefault", "sort", "update"}
 
 
 class Names(NamedTuple):
-    """The names of global variables, and of attributes of any object."""
+    """What a function's code names: global variables, and attributes of any object; and which of these it sets.
 
-    variables: tuple[str, ...]
-    attributes: tuple[str, ...]
+    ``sets_cells`` are variables of the functions around it. ``changes`` says whether it may change what it has in
+    place: entries of a container, or a tensor by a method whose name ends in an underscore.
+    """
+
+    variables: frozenset[str]
+    attributes: frozenset[str]
+    sets_variables: frozenset[str]
+    sets_attributes: frozenset[str]
+    sets_cells: frozenset[str]
+    changes: bool
 
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> Names:
     """The names in a function's code, and in that of the functions and comprehensions inside it."""
-    variables: dict[str, None] = {}
-    attributes: dict[str, None] = {}
+    names: dict[str, set[str]] = {name: set() for name in Names._fields[:-1]}
+    changes = False
     for one in dis.get_instructions(code):
-        if one.opname in _OF_VARIABLES:
-            variables[one.argval] = None
-        elif one.opname in _OF_ATTRIBUTES:
-            attributes[one.argval] = None
+        for name in _NAMED_BY.get(one.opname, ()):
+            names[name].add(one.argval)
+        changes |= one.opname in _OF_ENTRIES
+    changes |= any(name in _OF_CONTAINERS or (name[-1:] == "_" != name[-2:-1]) for name in names["attributes"])
     for inner in (names_in(one) for one in code.co_consts if isinstance(one, CodeType)):
-        variables |= dict.fromkeys(inner.variables)
-        attributes |= dict.fromkeys(inner.attributes)
-    return Names(tuple(variables), tuple(attributes))
+        for name in names:
+            names[name] |= getattr(inner, name)
+        changes |= inner.changes
+    return Names(**{name: frozenset(found) for name, found in names.items()}, changes=changes)
 
 
 def variables_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], list[str]]]:
@@ -58,7 +79,7 @@ def variables_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], list[
         space, named = waiting.pop()
         if id(space) not in known:
             known.add(id(space))
-            found = [name for name in named if name in space]
+            found = sorted(name for name in named if name in space)
             yield space, found
             modules = (space[name] for name in found)
             waiting += [(vars(one), names.attributes) for one in modules if _is_users_own(one)]
@@ -74,8 +95,11 @@ def methods_of(kind: type, names: Iterable[str]) -> Iterator[FunctionType]:
                 yield inspect.unwrap(function)
 
 
-def referred(value: Any) -> Iterable[Any]:
-    """The objects that a function, or an object of the user's own, refers to."""
+def referred(value: Any, *, far: bool = True) -> Iterable[Any]:
+    """The objects that a function, or an object of the user's own, refers to.
+
+    ``far``: also variables of other modules of the user's own that a function goes through.
+    """
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
@@ -86,7 +110,8 @@ def referred(value: Any) -> Iterable[Any]:
         if not is_users_function(value):
             return []
         contents = chain.from_iterable(map(content_of, value.__closure__ or ()))
-        named = [space[name] for space, names in variables_of(value) for name in names]
+        spaces = islice(variables_of(value), None if far else 1)
+        named = [space[name] for space, names in spaces for name in names]
         return [*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
     if is_users(type(value)) and not isinstance(value, (type, *OF_OTHERS)):
         return held(value)

@@ -1,0 +1,198 @@
+"""State that the user's own code changes in passing, wherever it keeps it: counters, generators, caches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import partial
+from numbers import Number
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .contents import (
+    Take,
+    data_of,
+    may_be_kept,
+    may_be_trained,
+    take_array,
+    take_cell,
+    take_container,
+    take_named,
+    take_object,
+    take_of_generator,
+    take_tensor,
+)
+from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, manages, own_attributes
+from .references import content_of, methods_of, names_in, referred, variables_of
+from .walk import MOST, walk
+
+_OF_CODE = (type, ModuleType, FunctionType, MethodType, BuiltinMethodType)
+
+
+class InPassing:
+    """Finds the state that functions and methods change, by what their code names and sets.
+
+    That is random generators, and sequences of quasi-random numbers, wherever they are; and what the code sets or
+    changes in place: global and closure variables, attributes of classes and objects of the user's own, and tensors and
+    containers, of up to ``MOST`` entries, in these. What it only reads is another's business, perhaps a thread's.
+
+    Args:
+        kinds: the user's own classes whose methods run.
+        seen: ids of objects that are kept already.
+        room: how many numbers may be kept.
+        whole: whether to keep every variable that is set. Otherwise only numbers and tensors are, because what is made
+            only once, and the flag that says so, cannot be made again.
+    """
+
+    def __init__(self, kinds: Iterable[type], seen: set[Any], room: int, *, whole: bool) -> None:
+        self._kinds, self._seen, self._room, self._whole = dict.fromkeys(kinds), seen, room, whole
+        self._kept = frozenset(self._kinds)
+        self._run = {"forward", "__call__"}  # names of methods
+        self._sets: set[str] = set()  # names of attributes
+        self._changes: set[str] = set()
+        self._owners: list[Any] = []
+        self._takes: list[Take] = []
+
+    def takes(self, functions: Iterable[Any]) -> list[Take]:
+        """Savers of the state that functions change, and the methods that run."""
+        functions, known = list(functions), set[int]()
+        while new := [one for one in (*functions, *self._methods()) if id(one) not in known]:
+            known.update(map(id, new))
+            walk(new, self._visit, bounded=True)
+        for owner in self._owners:
+            self._take_named(owner)
+        return self._takes
+
+    def _methods(self) -> Iterator[FunctionType]:
+        return (one for kind in self._kinds for one in methods_of(kind, self._run))
+
+    def _visit(self, value: Any) -> Iterable[Any]:
+        """Note what an object shows of the state, and return what is to be visited further."""
+        if isinstance(value, FunctionType):
+            return self._visit_function(value) if is_users_function(value) else ()
+        if isinstance(value, type):
+            return self._visit_owner(value) if is_users(value) else ()
+        if isinstance(value, Number | str | ModuleType | nn.Module | Tensor | np.ndarray):
+            return ()
+        if isinstance(value, CONTAINERS):
+            return entries(value) if len(value) <= MOST else ()
+        if isinstance(value, partial | MethodType | BuiltinMethodType):
+            return referred(value)
+        if draws(value):
+            self._takes += takes_of_drawing(value)
+        elif is_users(type(value)) and not isinstance(value, OF_OTHERS):
+            return self._visit_owner(value)
+        elif is_tool(value):
+            return drawing(value)
+        return ()
+
+    def _visit_function(self, function: FunctionType) -> Iterable[Any]:
+        names = names_in(function.__code__)
+        self._run |= names.attributes
+        self._sets |= names.sets_attributes
+        self._changes |= names.attributes if names.changes else frozenset()
+        found: list[Any] = []
+        for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=False):
+            found += content_of(cell)
+            if name in names.sets_cells and content_of(cell):
+                self._takes.append(partial(take_cell, cell))
+        for number, (space, named) in enumerate(variables_of(function)):
+            own = names.sets_variables if number == 0 else names.sets_attributes & set(named)
+            if own:
+                self._takes.append(partial(take_named, space, own, whole=self._whole))
+            found += [space[name] for name in named]
+        if names.changes:
+            self._take_contents(found)
+        return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+    def _visit_owner(self, value: Any) -> Iterable[Any]:
+        """Note a class or an object of the user's own."""
+        kind = value if isinstance(value, type) else type(value)
+        self._kinds[kind] = None
+        if not (value is kind and kind in self._kept) and id(value) not in self._seen:
+            self._owners.append(value)
+        return [kind] if manages(value) else [kind, *_attributes(value).values()]
+
+    def _take_named(self, owner: Any) -> None:
+        """Save the attributes of a class or an object that are set, or changed in place."""
+        own = _attributes(owner)
+        if self._sets:
+            place = owner if isinstance(owner, type) else own
+            self._takes.append(partial(take_named, place, self._sets, whole=self._whole))
+        self._take_contents(own[name] for name in own if name in self._changes)
+
+    def _take_contents(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if id(value) in self._seen:
+                continue
+            if isinstance(value, dict | list | deque | set) and len(value) <= MOST:
+                take: Any = take_container
+            elif isinstance(value, np.ndarray) and value.flags.writeable and self._has_room_for(value.size):
+                take = take_array
+            elif (
+                isinstance(value, Tensor)
+                and may_be_kept(value)
+                and not may_be_trained(value)
+                and self._has_room_for(value.numel())
+            ):
+                take = take_tensor
+            else:
+                continue
+            self._seen.add(id(value))
+            self._takes.append(partial(take, value))
+            if take is take_container:
+                self._take_contents(entries(value))
+
+    def _has_room_for(self, count: int) -> bool:
+        self._room -= count
+        return self._room >= 0
+
+
+def draws(value: Any) -> bool:
+    """Whether an object is a random generator, or counts how many quasi-random numbers it has drawn."""
+    return take_of_generator(value) is not None or is_sequence(value)
+
+
+def takes_of_drawing(value: Any) -> list[Take]:
+    """Savers of an object that :func:`draws`."""
+    if (generator := take_of_generator(value)) is not None:
+        return [generator]
+    own = [one for one in held(value) if not isinstance(one, nn.Module)]
+    tensors = [partial(take_tensor, one) for one in own if isinstance(one, Tensor) and may_be_kept(one)]
+    arrays = [partial(take_array, one) for one in own if isinstance(one, np.ndarray) and one.flags.writeable]
+    generators = [take for take in map(take_of_generator, own) if take is not None]
+    return [partial(take_object, value), *tensors, *arrays, *generators]
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether an object counts how many quasi-random numbers it has drawn, as torch's and SciPy's do."""
+    return isinstance(own_attributes(value).get("num_generated"), int)
+
+
+def is_tool(value: Any) -> bool:
+    """Whether an object of a library can be called, as a transform can."""
+    return callable(value) and not (isinstance(value, (*_OF_CODE, *OF_OTHERS)) or is_users(type(value)))
+
+
+def drawing(tool: Any) -> list[Any]:
+    """What :func:`draws` in a library's object that can be called, and in such objects that it holds."""
+    found: list[Any] = []
+
+    def look(value: Any) -> Iterable[Any]:
+        if draws(value):
+            found.append(value)
+        elif isinstance(value, CONTAINERS):
+            return entries(value) if len(value) <= MOST else ()
+        elif is_tool(value):
+            return held(value)
+        return ()
+
+    walk([tool], look, bounded=True)
+    return found
+
+
+def _attributes(owner: Any) -> Any:
+    return data_of(owner) if isinstance(owner, type) else own_attributes(owner)

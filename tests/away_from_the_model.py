@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -10,6 +11,8 @@ RNG = np.random.default_rng(0)
 UNLABELLED: Iterator = iter(())
 STEP = 0
 COUNTS = {"step": 0}
+FOLDER = Path()
+LISTS: dict[str, list[int]] = {"steps": []}
 SETTINGS = {"augment": [random.Random(0)]}
 
 
@@ -61,3 +64,4 @@ def reset() -> None:
     RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
     Config.rng.bit_generator.state = np.random.default_rng(1).bit_generator.state
     SETTINGS["augment"][0].seed(0)
+    LISTS["steps"].clear()

@@ -17,10 +17,16 @@ from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
 from dynamics import Recorder, open_run
+from dynamics.probing.kept import kept
+from dynamics.probing.passing import drawing
 from dynamics.probing.references import names_in, variables_of
 
 Change = Callable[[Tensor], Tensor]
-STEP = 0
+STEP, READY = 0, False
+LAYER = nn.Identity()
+OPTIMIZERS: list[torch.optim.Optimizer] = []
+QUEUE: list[int] = []
+RING, BANK, TABLE = np.zeros(3), torch.zeros(3), dict.fromkeys(range(2000), 0)
 
 
 class Net(nn.Linear):
@@ -72,6 +78,40 @@ class InAGlobal(Net):
         return super().forward(x) / STEP
 
 
+class MadeOnce(Net):
+    """Makes a layer in its first forward pass, and notes that in a flag, or by what it counts."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        global STEP, READY, LAYER
+        if not (READY if self.by == "flag" else STEP):
+            LAYER, READY = nn.Linear(4, 4), True
+            OPTIMIZERS[-1].add_param_group({"params": list(LAYER.parameters())})
+        STEP += 1
+        return super().forward(LAYER(x))
+
+
+class Registering(Net):
+    """Registers something that no second time can be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global READY
+        if not READY:
+            (away.FOLDER / "registered").mkdir()
+            READY = True
+        return super().forward(x)
+
+
+class Reading(Net):
+    """Reads what others change meanwhile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (STEP + len(QUEUE) + RING[0] + BANK[0] + len(TABLE)) * away.COUNTS["step"]
+
+
 class WithALoss(Net):
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(self(away.noise(batch[0])), batch[1])
@@ -80,6 +120,16 @@ class WithALoss(Net):
 def in_a_dictionary(x: Tensor) -> Tensor:
     away.COUNTS["step"] += 1
     return x / away.COUNTS["step"]
+
+
+def in_a_list_in_a_dictionary(x: Tensor) -> Tensor:
+    away.LISTS["steps"].append(1)
+    return x / len(away.LISTS["steps"])
+
+
+def in_a_table(x: Tensor) -> Tensor:
+    TABLE[0] += 1
+    return x
 
 
 def in_a_class(x: Tensor) -> Tensor:
@@ -117,6 +167,7 @@ CHANGES: dict[str, Callable[[], Change]] = {
     "an object that is called": lambda: lambda x: away.AUGMENTATION(x),
     "another module's number": lambda: away.counted,
     "in a dictionary": lambda: in_a_dictionary,
+    "in a list in a dictionary that is changed": lambda: in_a_list_in_a_dictionary,
     "in a class": lambda: in_a_class,
     "in an object": lambda: in_an_object,
     "a library's generator": of_a_library,
@@ -147,15 +198,17 @@ def _reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (installed / "transforms.py").write_text(TRANSFORM)
     monkeypatch.syspath_prepend(installed)
     monkeypatch.delitem(sys.modules, "transforms", raising=False)
+    monkeypatch.setattr(away, "FOLDER", tmp_path)
 
 
 def trained(path: Path | None, make: Callable[[], tuple[nn.Module, Callable]]) -> list:
-    global STEP
-    STEP = 0
+    global STEP, READY
+    STEP, READY = 0, False
     away.reset()
     torch.manual_seed(0)
     model, loss_of = make()
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    OPTIMIZERS.append(optimizer)
     recorder = Recorder(path, model, optimizer, objective=loss_of, curvature_every=2) if path else None
     for batch in recorder.watch(vectors(5)) if recorder else vectors(5):
         optimizer.zero_grad()
@@ -198,6 +251,46 @@ def test_a_forward_pass_that_reaches_it_on_its_way(tmp_path: Path, network: type
 
 def test_a_method_of_the_model_that_the_objective_calls(tmp_path: Path) -> None:
     stays_the_same(tmp_path, lambda: (WithALoss(), lambda model, batch: model.loss(batch)))
+
+
+@pytest.mark.parametrize("by", ["flag", "count"])
+def test_a_layer_that_is_made_in_the_first_forward_pass_stays_the_loops(tmp_path: Path, by: str) -> None:
+    layers = []
+    for path in (None, tmp_path / "run"):
+        torch.manual_seed(0)
+        trained(path, lambda: (MadeOnce(by), cross_entropy))
+        layers.append([one.tolist() for one in LAYER.parameters()])
+    assert layers[0] == layers[1]
+
+
+def test_what_is_done_once_for_all_is_not_done_again(tmp_path: Path) -> None:
+    trained(tmp_path / "run", lambda: (Registering(), cross_entropy))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_only_read_is_left_to_others(whole: bool) -> None:
+    """Another thread, say, or the loop itself, which may have it in a graph."""
+    global STEP
+    STEP = 0
+    QUEUE.clear()
+    before = kept([Reading(), Keeping(in_a_table)], whole=whole)
+    STEP, version = 5, BANK.add_(1)._version
+    QUEUE.append(1)
+    RING[:] = 3
+    TABLE[0] = 7  # of too many entries, though it is changed
+    before.put_back()
+    assert (STEP, QUEUE, RING.tolist(), TABLE[0]) == (5, [1], [3, 3, 3], 7)
+    assert version == BANK._version
+    STEP = 0
+
+
+def test_tools_that_know_one_another_are_searched_once() -> None:
+    from transforms import Transform  # type: ignore[import-not-found]
+
+    tools = [Transform() for _ in range(60)]
+    for tool in tools:
+        tool.transforms += tools
+    assert len(drawing(tools[0])) == 60
 
 
 def test_the_names_in_a_functions_code() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from numbers import Number
 from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -184,10 +185,9 @@ def drawing(tool: Any) -> list[Any]:
     def look(value: Any) -> Iterable[Any]:
         if draws(value):
             found.append(value)
-        elif isinstance(value, CONTAINERS):
-            return entries(value) if len(value) <= MOST else ()
         elif is_tool(value):
-            return held(value)
+            lists = (entries(one) for one in held(value) if isinstance(one, CONTAINERS) and len(one) <= MOST)
+            return [*held(value), *chain.from_iterable(lists)]
         return ()
 
     walk([tool], look, bounded=True)

@@ -144,7 +144,9 @@ def train(path: Path | None, kind: str) -> list[Tensor | None]:
     return [*seen, *model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.calls)]
 
 
-@pytest.mark.filterwarnings("ignore:curvature", "ignore:/curvature may be of another loss", "ignore:the loss of step")
+@pytest.mark.filterwarnings(
+    "ignore:curvature", "ignore:/curvature may be of another loss", "ignore:the gradient applied"
+)
 @pytest.mark.parametrize("kind", ["checkpointed", "adjoint", "norm"])
 def test_a_network_that_runs_again_in_its_backward_pass_trains_as_without(tmp_path: Path, kind: str) -> None:
     plain, recorded = train(None, kind), train(tmp_path / "run.zarr", kind)

@@ -169,6 +169,7 @@ def test_a_loop_that_begins_to_change_its_gradients_is_measured_again(tmp_path: 
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            recorder.log(loss=loss)
     run = open_run(tmp_path / "run")["curvature"]
     assert run.step.values.tolist() == [*range(5), *range(9, 30)]
     np.testing.assert_allclose(run.loss_before, np.array(losses)[run.step], rtol=1e-12)
@@ -657,11 +658,13 @@ def test_a_batch_that_was_read_ahead_is_not_tried_from_where_an_earlier_step_beg
     with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
         for inputs, labels in prefetched(recorder.watch(vectors(6))):
             optimizer.zero_grad()
-            F.cross_entropy(model(inputs), labels).backward()
+            loss = F.cross_entropy(model(inputs), labels)
+            loss.backward()
             for parameter in model.parameters():
                 parameter.grad += 0.01 * torch.randn_like(parameter.grad)
             tried.append([])
             optimizer.step()
+            recorder.log(loss=loss)
     assert len(tried[-2]) > 1
     assert all(len(set(batches)) == len(batches) for batches in tried)
 

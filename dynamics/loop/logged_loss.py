@@ -14,7 +14,7 @@ _EXPLAINED = 0.99  # rounding to half precision explains a cosine between gradie
 _EQUAL = 1 - 1e-4  # that of single precision explains no more than this
 _AGREE, _AGREE_PRECISELY = 0.02, 0.001  # relative differences
 _UNLIKELY = 0.9  # rounding hardly explains a cosine below this, whatever the precision
-_UNLOGGED = 4  # steps in doubt without any logged loss
+_UNLOGGED = 16  # steps in doubt, without any logged loss that could be compared
 _PARTS = 16  # a loss may be logged divided by the number of micro-batches, or as their sum, for up to so many
 
 
@@ -93,7 +93,7 @@ class LoggedLoss:
         self._unlogged += [one for one in lost if one.is_unlikely]
         self._compared |= bool(known)
         if self._unlogged and not self._compared and (last or len(self._unlogged) >= _UNLOGGED):
-            yield "doubtful", self._ask()
+            yield "unlogged", self._ask()
         for doubt in known:
             logged, batches, near = float(doubt.logged), doubt.batches, doubt.tolerance
             objectives = doubt.objectives.tolist()
@@ -124,10 +124,10 @@ class LoggedLoss:
         worst = min(self._unlogged, key=lambda one: one.cosine)
         return (
             f"the gradient applied at step {worst.step} and that of the objective have cosine {worst.cosine:.4f}, and "
-            "no loss was logged that would tell whether /curvature is of the loop's own loss: recorder.log(loss=loss) "
-            "after each step has the two compared. If the loop splits, mixes or augments what it reads, call "
-            "recorder.observe(batch) with what the model gets; if it smooths labels or adds a penalty, pass "
-            "Recorder(..., objective=lambda model, batch: <the loss>). If it changes gradients before they are "
+            "at no measured step was a loss logged that would tell whether /curvature is of the loop's own: "
+            "recorder.log(loss=loss) after each step has the two compared. If the loop splits, mixes or augments what "
+            "it reads, call recorder.observe(batch) with what the model gets; if it smooths labels or adds a penalty, "
+            "pass Recorder(..., objective=lambda model, batch: <the loss>). If it changes gradients before they are "
             "applied, all is as it should be"
         )
 

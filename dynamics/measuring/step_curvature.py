@@ -22,6 +22,7 @@ from .search import Search
 from .warn_once import WarnOnce
 
 _DOUBTFUL = 0.5  # cosine of the objective's gradient with the applied one
+_EXPLAINING = ("doubtful", "beside", "outside")  # kinds of warnings that say why the gradients differ
 
 
 class StepCurvature:
@@ -177,7 +178,8 @@ class StepCurvature:
         self._loss.logged(step, loss)
         if checks or self.due(step + 1):
             for what, text in self._loss.differing(step, last=last):
-                self._warn_once(text, what)
+                if what != "unlogged" or not self._warn_once.gave(*_EXPLAINING):
+                    self._warn_once(text, what)
 
     def _are_others_lost(self, probe: Probe) -> bool:
         """Whether a network that the objective runs beside the model has changed since, and no copy was kept."""

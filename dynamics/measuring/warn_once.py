@@ -16,3 +16,7 @@ class WarnOnce:
         if kind not in self._said:
             self._said.add(kind)
             warn(text)
+
+    def gave(self, *kinds: str) -> bool:
+        """Whether a warning of one of these kinds was given."""
+        return not self._said.isdisjoint(kinds)

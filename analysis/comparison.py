@@ -12,10 +12,10 @@ import xarray as xr
 
 from .condition_names import by_condition, names_of_conditions
 from .conditions import comparisons, conditions, first_comparison
-from .convergence import convergence, epoch_window, equally_long, last_pruning
+from .convergence import convergence, equally_long, last_pruning
 from .given import check_array
 from .intervals import half_width
-from .logged_losses import logged_losses
+from .logged_losses import epoch_means
 from .names import name_of
 from .outcome import outcome
 from .record import MissingQuantityError, ended
@@ -149,7 +149,5 @@ def _training_after(run: xr.DataTree, since: int) -> xr.Dataset:
     if not ended(run):
         raise MissingQuantityError("no run has ended: convergence is known only after the last epoch of the experiment")
     found = convergence(run, since=since)
-    after = logged_losses(run, since=since).loss
-    window = epoch_window(run, after)
-    loss = after.rolling(step=window, center=True, min_periods=max(1, window // 2)).mean()
+    loss = epoch_means(run, since=since, center=True)
     return found.assign(loss=loss, steps=found.attrs["steps"])

@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from .given import check_count
-from .logged_losses import logged_losses
+from .logged_losses import epoch_means, logged_losses
 from .prunings import in_steps
 from .record import MissingQuantityError, columns, described
 from .remembered import remembered
@@ -26,12 +26,12 @@ def convergence(run: xr.DataTree, *, since: int | None = None) -> xr.Dataset:
                    the first loss is not positive, of which there is no share
     =============  ===================================================================================================
 
-    L(s) is the logged loss of step s's own batch, before that step; where a loop logs it at some steps only, means are
-    over these, and NaN if it is logged no more, as after a training has diverged. The area needs no threshold and is
-    known for every run, so comparisons use it. Steps to a loss say the same in units of work. The loss is averaged over
-    an epoch, so that every sample counts once; it starts at ``since``, so the least possible value is one epoch. It is
-    relative to the first loss, which all measures of a seed have in common. inf is a censored time, which may be ranked
-    but not averaged. Attributes: ``since``, and ``steps`` from there on.
+    L(s) is the logged loss of step s's own batch, before that step. Where a loop logs it at some steps only, it stands
+    for all steps until the next; means are NaN where it is logged no more, as after a training has diverged. The area
+    needs no threshold and is known for every run, so comparisons use it. Steps to a loss say the same in units of work.
+    The loss is averaged over an epoch, so that every sample counts once; it starts at ``since``, so the least possible
+    value is one epoch. It is relative to the first loss, which all measures of a seed have in common. inf is a censored
+    time, which may be ranked but not averaged. Attributes: ``since``, and ``steps`` from there on.
 
     Args:
         run: the record.
@@ -52,13 +52,15 @@ def _since(run: xr.DataTree, *, start: int) -> xr.Dataset:
     if not (steps.step >= start).any():
         raise MissingQuantityError(f"/steps needs rows from step {start} on: train on after the last pruning")
     after = logged_losses(run, since=start).loss
-    epoch_mean = after.rolling(step=epoch_window(run, after)).mean()
+    rows = steps.step.sel(step=slice(start, None))
+    stands_for = xr.DataArray(np.diff(np.r_[np.searchsorted(rows, after.step), rows.size]), dims="step")
+    epoch_mean = epoch_means(run, since=start)
     share = xr.DataArray(list(SHARES), dims="share", coords={"share": list(SHARES)})
     first = float(logged_losses(run).loss[0])
-    taken = after.step.where(epoch_mean <= share * first).min("step") - start + 1
+    taken = epoch_mean.step.where(epoch_mean <= share * first).min("step") - start + 1
     found = xr.Dataset(
         {
-            "area": after.mean(skipna=False),
+            "area": (after * stands_for).sum(skipna=False) / stands_for.sum(),
             "final_loss": epoch_mean[-1],
             "steps_to_loss": taken.fillna(np.inf).where(first > 0),
         }
@@ -68,11 +70,6 @@ def _since(run: xr.DataTree, *, start: int) -> xr.Dataset:
         found.drop_vars("step", errors="ignore").assign_attrs(since=start, steps=int(steps.step[-1]) - start + 1),
         "loss", area="mean training loss after pruning", final_loss="final training loss",
     )  # fmt: skip
-
-
-def epoch_window(run: xr.DataTree, after: xr.DataArray) -> int:
-    """Number of logged losses in an epoch, but at most as many as there are ``after`` the start."""
-    return min(int(np.unique_counts(logged_losses(run).epoch.values).counts.max()), after.size)
 
 
 def equally_long(steps: pd.Series, *, pruned: pd.Series | np.ndarray | None = None) -> pd.Series:

@@ -78,18 +78,41 @@ def test_a_training_that_diverged_has_no_area() -> None:
     assert np.isinf(found.steps_to_loss.sel(share=0.1))
 
 
-def test_where_the_loss_is_logged_now_and_then_it_is_averaged_over_what_was_logged() -> None:
+def test_where_the_loss_is_logged_now_and_then_it_stands_for_the_steps_until_the_next() -> None:
     """Every fifth step from the second one on, through epochs of eight: one or two an epoch."""
     at = np.arange(1, STEPS, 5)
     sparse = np.full(STEPS, np.nan)
     sparse[at] = decay()[at]
     found = analysis.convergence(record(sparse, pruned_at=40))
     after = at[at >= 40]
-    assert float(found.area) == pytest.approx(decay()[after].mean(), rel=1e-12)
-    assert float(found.final_loss) == pytest.approx(decay()[after[-2:]].mean(), rel=1e-12)
+    stands_for = np.diff([*after, STEPS])
+    assert float(found.area) == pytest.approx((decay()[after] * stands_for).sum() / stands_for.sum(), rel=1e-12)
+    means = [np.nanmean(sparse[last - EPOCH + 1 : last + 1]) for last in range(40 + EPOCH - 1, STEPS)]
+    assert float(found.final_loss) == pytest.approx(means[-1], rel=1e-12)
     assert found.attrs["steps"] == STEPS - 40
-    below = (decay()[at][1:] + decay()[at][:-1]) / 2 <= 0.25 * decay()[1]
-    assert float(found.steps_to_loss.sel(share=0.25)) == at[1:][below][0] - 40 + 1
+    below = np.flatnonzero(np.array(means) <= 0.25 * decay()[1])
+    assert float(found.steps_to_loss.sel(share=0.25)) == below[0] + EPOCH
+
+
+def test_a_loop_may_log_its_loss_less_often_later() -> None:
+    sparse = decay()
+    sparse[(np.arange(STEPS) >= 20) & (np.arange(STEPS) % 20 != 0)] = np.nan
+    found = analysis.convergence(record(sparse))
+    weights = np.r_[np.ones(20), np.full(STEPS // 20 - 1, 20)]
+    logged = sparse[np.isfinite(sparse)]
+    assert float(found.area) == pytest.approx((logged * weights).sum() / STEPS, rel=1e-12)
+
+
+@pytest.mark.parametrize("gap", [(5, 35), (50, 95), (100, 101), (300, STEPS)])
+def test_a_stretch_without_a_loss_amid_others_had_one_that_is_no_number(gap: tuple[int, int]) -> None:
+    loss = decay()
+    loss[slice(*gap)] = np.nan
+    found = analysis.convergence(record(loss))
+    assert np.isnan(found.area)
+    assert np.isnan(found.final_loss) == (gap[1] == STEPS)
+    assert np.isfinite(analysis.convergence(record(loss), since=gap[1] if gap[1] < STEPS else 0).area) == (
+        gap[1] < STEPS
+    )
 
 
 @pytest.mark.parametrize("every", [1, 5])

@@ -23,9 +23,12 @@ class TooMany:
         self._model, self._compiled = model, compiled
         self._last: Seen | None = None  # the last of many batches that were evaluated; the others were let go
         self._warned = self._trained = False
+        self._version: int | None = None  # of a parameter, when the first batch since the last step came
+        self._moved = False  # whether it has changed since, though no step was taken
 
     def remaining(self, seen: list[Seen], backward: BackwardPasses, ahead: int) -> list[Seen]:
         """Those batches that are kept when a further one comes; a loop reads ``ahead`` so many."""
+        self._look_whether_it_moves()
         without = len(seen) - ahead - backward.count
         if self._are_evaluated(seen[: -_IDLE - 1 : -1]):
             self._last = seen[-1]
@@ -60,16 +63,21 @@ class TooMany:
         first = seen[used[0] - 1 if used else -1]
         return _IDLE if first.evaluated or not first.with_gradients else 0
 
+    def _look_whether_it_moves(self) -> None:
+        version = next((one._version for one in self._model.parameters() if one.requires_grad), None)
+        self._moved |= self._version is not None and version != self._version
+        self._version = version
+
     def step(self, seen: Sequence[Seen], wasted: int) -> None:
         """A step is taken, of some of the batches seen; so many backward passes before it led to none."""
         missed = min(len(seen), wasted)
-        if self._trained and missed > _SKIPPED and not self._warned:
+        if self._trained and self._moved and missed > _SKIPPED and not self._warned:
             self._warned = True
             warn(
-                f"{missed} batches and backward passes in a row led to no optimizer step, but the next one did: if "
+                f"{missed} batches and backward passes in a row led to no optimizer step, but parameters changed: if "
                 "another optimizer steps in between, pass all of them from the start, Recorder(..., [first, second])"
             )
-        self._trained = True
+        self._trained, self._version, self._moved = True, None, False
 
     def clear(self) -> None:
         """The batches are forgotten."""

@@ -91,7 +91,16 @@ def entries(container: Any) -> list[Any]:
     """What a dictionary, list, tuple, set or deque holds, by built-in methods even if a subclass overrides them."""
     if isinstance(container, dict):
         return list(dict.values(container))
-    return list(next(kind for kind in CONTAINERS if isinstance(container, kind)).__iter__(container))
+    return list(_kind(container).__iter__(container))
+
+
+def size(container: Any) -> int:
+    """How many entries it has, likewise."""
+    return _kind(container).__len__(container)
+
+
+def _kind(container: Any) -> Any:
+    return next(kind for kind in CONTAINERS if isinstance(container, kind))
 
 
 def passed_on(function: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from numbers import Number
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .contents import (
     Take,
+    Taken,
     data_of,
     may_be_kept,
     may_be_trained,
@@ -26,7 +27,7 @@ from .contents import (
     take_of_generator,
     take_tensor,
 )
-from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, manages, own_attributes
+from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, manages, own_attributes, size
 from .references import content_of, methods_of, names_in, referred, variables_of
 from .walk import MOST, walk
 
@@ -79,7 +80,7 @@ class InPassing:
         if isinstance(value, Number | str | ModuleType | nn.Module | Tensor | np.ndarray):
             return ()
         if isinstance(value, CONTAINERS):
-            return entries(value) if len(value) <= MOST else ()
+            return entries(value) if size(value) <= MOST else ()
         if isinstance(value, partial | MethodType | BuiltinMethodType):
             return referred(value)
         if draws(value):
@@ -126,30 +127,33 @@ class InPassing:
         self._take_contents(own[name] for name in own if name in self._changes)
 
     def _take_contents(self, values: Iterable[Any]) -> None:
-        for value in values:
-            if id(value) in self._seen:
-                continue
-            if isinstance(value, dict | list | deque | set) and len(value) <= MOST:
-                take: Any = take_container
-            elif isinstance(value, np.ndarray) and value.flags.writeable and self._has_room_for(value.size):
-                take = take_array
-            elif (
-                isinstance(value, Tensor)
-                and may_be_kept(value)
-                and not may_be_trained(value)
-                and self._has_room_for(value.numel())
-            ):
-                take = take_tensor
-            else:
-                continue
-            self._seen.add(id(value))
-            self._takes.append(partial(take, value))
-            if take is take_container:
-                self._take_contents(entries(value))
+        walk(values, self._take_content, bounded=True)
+
+    def _take_content(self, value: Any) -> Iterable[Any]:
+        """Save what a container, tensor or array holds, unless it is kept or too large; returns what is inside it."""
+        if id(value) in self._seen:
+            return ()
+        if isinstance(value, dict | list | deque | set):
+            if size(value) <= MOST:
+                self._add(take_container, value)
+                return entries(value)
+        elif isinstance(value, np.ndarray) and value.flags.writeable and self._has_room_for(value.size):
+            self._add(take_array, value)
+        elif isinstance(value, Tensor) and _may_be_kept(value) and self._has_room_for(value.numel()):
+            self._add(take_tensor, value)
+        return ()
+
+    def _add(self, take: Callable[[Any], Taken], value: Any) -> None:
+        self._seen.add(id(value))
+        self._takes.append(partial(take, value))
 
     def _has_room_for(self, count: int) -> bool:
         self._room -= count
         return self._room >= 0
+
+
+def _may_be_kept(tensor: Tensor) -> bool:
+    return may_be_kept(tensor) and not may_be_trained(tensor)
 
 
 def draws(value: Any) -> bool:
@@ -186,7 +190,7 @@ def drawing(tool: Any) -> list[Any]:
         if draws(value):
             found.append(value)
         elif is_tool(value):
-            lists = (entries(one) for one in held(value) if isinstance(one, CONTAINERS) and len(one) <= MOST)
+            lists = (entries(one) for one in held(value) if isinstance(one, CONTAINERS) and size(one) <= MOST)
             return [*held(value), *chain.from_iterable(lists)]
         return ()
 

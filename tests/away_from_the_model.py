@@ -12,7 +12,9 @@ UNLABELLED: Iterator = iter(())
 STEP = 0
 COUNTS = {"step": 0}
 FOLDER = Path()
-LISTS: dict[str, list[int]] = {"steps": []}
+DONE: dict[str, int] = {}
+LOSSES: list[Tensor] = []
+LISTS: dict[str, list[int]] = {"steps": [0]}
 SETTINGS = {"augment": [random.Random(0)]}
 
 
@@ -64,4 +66,5 @@ def reset() -> None:
     RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
     Config.rng.bit_generator.state = np.random.default_rng(1).bit_generator.state
     SETTINGS["augment"][0].seed(0)
-    LISTS["steps"].clear()
+    LISTS["steps"][:] = [0]
+    DONE.clear()

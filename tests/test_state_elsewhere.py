@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import away_from_the_model as away
 import numpy as np
@@ -25,7 +26,8 @@ Change = Callable[[Tensor], Tensor]
 STEP, READY = 0, False
 LAYER = nn.Identity()
 OPTIMIZERS: list[torch.optim.Optimizer] = []
-QUEUE: list[int] = []
+QUEUE: list[Any] = []
+CENTRE: Tensor | None = None
 RING, BANK, TABLE = np.zeros(3), torch.zeros(3), dict.fromkeys(range(2000), 0)
 
 
@@ -95,14 +97,43 @@ class MadeOnce(Net):
 
 
 class Registering(Net):
-    """Registers something that no second time can be."""
+    """Registers something that no second time can be, and notes that."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
 
     def forward(self, x: Tensor) -> Tensor:
         global READY
-        if not READY:
+        if not {"flag": READY, "list": QUEUE, "dictionary": away.DONE}[self.by]:
             (away.FOLDER / "registered").mkdir()
-            READY = True
+            READY, away.DONE["it"] = True, 1
+            QUEUE.append(self)
         return super().forward(x)
+
+
+class Centered(Net):
+    """Has a centre that is made of the first batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global CENTRE
+        CENTRE = x.mean(0) if CENTRE is None else 0.9 * CENTRE + 0.1 * x.mean(0)
+        return super().forward(x - CENTRE)
+
+
+class Collecting(Net):
+    """Collects an auxiliary loss, which the loss adds up and takes away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        away.LOSSES.append(outputs.square().mean())
+        return outputs
+
+
+def with_auxiliary(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss = F.cross_entropy(model(batch[0]), batch[1]) + sum(away.LOSSES)
+    away.LOSSES.clear()
+    return loss
 
 
 class Reading(Net):
@@ -202,8 +233,8 @@ def _reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(path: Path | None, make: Callable[[], tuple[nn.Module, Callable]]) -> list:
-    global STEP, READY
-    STEP, READY = 0, False
+    global STEP, READY, CENTRE
+    STEP, READY, CENTRE = 0, False, None
     away.reset()
     torch.manual_seed(0)
     model, loss_of = make()
@@ -263,8 +294,37 @@ def test_a_layer_that_is_made_in_the_first_forward_pass_stays_the_loops(tmp_path
     assert layers[0] == layers[1]
 
 
-def test_what_is_done_once_for_all_is_not_done_again(tmp_path: Path) -> None:
-    trained(tmp_path / "run", lambda: (Registering(), cross_entropy))
+@pytest.mark.parametrize("by", ["flag", "list", "dictionary"])
+def test_what_is_done_once_for_all_is_not_done_again(tmp_path: Path, by: str) -> None:
+    QUEUE.clear()
+    trained(tmp_path / "run", lambda: (Registering(by), cross_entropy))
+    QUEUE.clear()
+
+
+def test_a_tensor_that_is_made_of_the_first_batch(tmp_path: Path) -> None:
+    stays_the_same(tmp_path, lambda: (Centered(), cross_entropy))
+
+
+def test_losses_that_are_collected_on_the_way(tmp_path: Path) -> None:
+    stays_the_same(tmp_path, lambda: (Collecting(), with_auxiliary))
+    assert not away.LOSSES
+
+
+def test_attributes_that_two_classes_have_are_not_taken_for_one_another() -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step_of_object = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.step_of_object += 1
+            return super().forward(x) * away.CONFIG.step_of_object
+
+    before = kept([Counting()])
+    away.CONFIG.step_of_object = 5
+    before.put_back()
+    assert away.CONFIG.step_of_object == 5
+    away.reset()
 
 
 @pytest.mark.parametrize("whole", [False, True])

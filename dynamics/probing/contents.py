@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .ownership import is_users_function, slots
+from .ownership import CONTAINERS, entries, is_users_function, slots
 from .references import content_of, variables_of
 
 PutBack = Callable[[], object]
@@ -51,27 +51,63 @@ def _take_names(module: dict[str, Any], names: Iterable[str]) -> Taken:
 
 
 def take_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: bool) -> Taken:
-    """Save which objects attributes of a class, or variables in a dictionary, hold: only numbers, or the ``whole``.
+    """Save which objects attributes of a class, or variables in a dictionary, hold.
 
-    Those that come later are taken away again. A boolean is no number: it may say what was done once for all.
+    They are put back if all are plain or None, both times. What is ``whole`` is put back one by one; but where there was
+    nothing, or None or a boolean, what is not plain stays: it was made once.
     """
 
     def present() -> dict[str, Any]:
         now = data_of(owner) if isinstance(owner, type) else owner
-        named = {name: now[name] for name in names if name in now}
-        return {name: one for name, one in named.items() if whole or (_is_number(one) and not isinstance(one, bool))}
+        return {name: now[name] for name in names if name in now}
 
     own = present()
 
     def put_back() -> None:
         now = present()
-        for name in now.keys() - own.keys():
+        if not whole and not all(one is None or is_plain(one) for one in (*own.values(), *now.values())):
+            return
+        for name in () if whole else now.keys() - own.keys():
             delattr(owner, name) if isinstance(owner, type) else owner.pop(name)
         for name, one in own.items():
-            if now.get(name, _MISSING) is not one:
+            made_once = (one is None or isinstance(one, bool)) and not is_plain(now.get(name))
+            if now.get(name, _MISSING) is not one and not made_once:
                 setattr(owner, name, one) if isinstance(owner, type) else owner.update({name: one})
 
     return put_back, _numbers(own.values())
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an object is a number, tensor or array; a boolean is none: it may say what was done once for all."""
+    return _is_number(value) and not isinstance(value, bool)
+
+
+def take_plain_cell(cell: CellType) -> Taken:
+    """Save which object a closure variable holds; it is put back if it is plain, both times."""
+    put_back, numbers = take_cell(cell)
+    content = cell.cell_contents
+    return lambda: put_back() if is_plain(content) and all(map(is_plain, content_of(cell))) else None, numbers
+
+
+def take_plain_entries(value: Any) -> Taken:
+    """Save the entries of a container; they are put back if all are plain or containers, both times.
+
+    One that was empty and holds numbers now may say what was done once for all.
+    """
+    put_back, numbers = take_container(value)
+
+    def are_plain(entries: list[Any]) -> bool:
+        return all(is_plain(one) or isinstance(one, CONTAINERS) for one in entries)
+
+    def put_plain_back() -> None:
+        now = entries(value)
+        says = was_empty and any(isinstance(one, Number) for one in now)
+        if were_plain and are_plain(now) and not says:
+            put_back()
+
+    before = entries(value)
+    were_plain, was_empty = are_plain(before), not before
+    return put_plain_back, numbers
 
 
 def take_cell(cell: CellType) -> Taken:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from numbers import Number
@@ -21,16 +22,18 @@ from .contents import (
     may_be_trained,
     take_array,
     take_cell,
-    take_container,
     take_named,
     take_object,
     take_of_generator,
+    take_plain_cell,
+    take_plain_entries,
     take_tensor,
 )
 from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, manages, own_attributes, size
 from .references import content_of, methods_of, names_in, referred, variables_of
 from .walk import MOST, walk
 
+_A_CONTAINER = 1000  # numbers that cost as much as an entry of a container
 _OF_CODE = (type, ModuleType, FunctionType, MethodType, BuiltinMethodType)
 
 
@@ -38,22 +41,24 @@ class InPassing:
     """Finds the state that functions and methods change, by what their code names and sets.
 
     That is random generators, and sequences of quasi-random numbers, wherever they are; and what the code sets or
-    changes in place: global and closure variables, attributes of classes and objects of the user's own, and tensors and
-    containers, of up to ``MOST`` entries, in these. What it only reads is another's business, perhaps a thread's.
+    changes in place, if it is plain (numbers, tensors, arrays, and containers of up to ``MOST`` of these): global and
+    closure variables, and attributes of classes and objects of the user's own. What is made once, and what says that it
+    was, cannot be made again. What the code only reads is another's business, perhaps a thread's.
 
     Args:
         kinds: the user's own classes whose methods run.
         seen: ids of objects that are kept already.
         room: how many numbers may be kept.
-        whole: whether to keep every variable that is set. Otherwise only numbers and tensors are, because what is made
-            only once, and the flag that says so, cannot be made again.
+        whole: whether variables that are set are put back one by one, to end an evaluation, whatever they hold. To
+            begin one, all that one function sets are, or none: they may belong together.
     """
 
     def __init__(self, kinds: Iterable[type], seen: set[Any], room: int, *, whole: bool) -> None:
         self._kinds, self._seen, self._room, self._whole = dict.fromkeys(kinds), seen, room, whole
         self._kept = frozenset(self._kinds)
         self._run = {"forward", "__call__"}  # names of methods
-        self._sets: set[str] = set()  # names of attributes
+        self._sets: set[str] = set()  # names of attributes of any object
+        self._sets_own: defaultdict[type, set[str]] = defaultdict(set)
         self._changes: set[str] = set()
         self._owners: list[Any] = []
         self._takes: list[Take] = []
@@ -65,11 +70,17 @@ class InPassing:
             known.update(map(id, new))
             walk(new, self._visit, bounded=True)
         for owner in self._owners:
-            self._take_named(owner)
+            with suppress(Exception):  # an object may be anything, and change meanwhile
+                self._take_named(owner)
         return self._takes
 
-    def _methods(self) -> Iterator[FunctionType]:
-        return (one for kind in self._kinds for one in methods_of(kind, self._run))
+    def _methods(self) -> list[FunctionType]:
+        found = []
+        for kind in list(self._kinds):
+            for method in methods_of(kind, sorted(self._run)):
+                self._sets_own[kind] |= names_in(method.__code__).sets_own
+                found.append(method)
+        return found
 
     def _visit(self, value: Any) -> Iterable[Any]:
         """Note what an object shows of the state, and return what is to be visited further."""
@@ -95,19 +106,20 @@ class InPassing:
         names = names_in(function.__code__)
         self._run |= names.attributes
         self._sets |= names.sets_attributes
-        self._changes |= names.attributes if names.changes else frozenset()
+        self._changes |= names.changes
         found: list[Any] = []
         for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=False):
-            found += content_of(cell)
-            if name in names.sets_cells and content_of(cell):
-                self._takes.append(partial(take_cell, cell))
+            if content := content_of(cell):
+                found += content
+                if name in names.sets_cells:
+                    self._takes.append(partial(take_cell if self._whole else take_plain_cell, cell))
+                self._take_contents(content if name in names.changes else ())
         for number, (space, named) in enumerate(variables_of(function)):
             own = names.sets_variables if number == 0 else names.sets_attributes & set(named)
             if own:
                 self._takes.append(partial(take_named, space, own, whole=self._whole))
             found += [space[name] for name in named]
-        if names.changes:
-            self._take_contents(found)
+            self._take_contents(space[name] for name in named if name in names.changes)
         return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
     def _visit_owner(self, value: Any) -> Iterable[Any]:
@@ -120,11 +132,11 @@ class InPassing:
 
     def _take_named(self, owner: Any) -> None:
         """Save the attributes of a class or an object that are set, or changed in place."""
-        own = _attributes(owner)
-        if self._sets:
-            place = owner if isinstance(owner, type) else own
-            self._takes.append(partial(take_named, place, self._sets, whole=self._whole))
-        self._take_contents(own[name] for name in own if name in self._changes)
+        kind = owner if isinstance(owner, type) else type(owner)
+        own, sets = _attributes(owner), self._sets | self._sets_own[kind]
+        if sets:
+            self._takes.append(partial(take_named, owner if owner is kind else own, sets, whole=self._whole))
+        self._take_contents([one for name, one in list(own.items()) if name in self._changes])
 
     def _take_contents(self, values: Iterable[Any]) -> None:
         walk(values, self._take_content, bounded=True)
@@ -134,8 +146,8 @@ class InPassing:
         if id(value) in self._seen:
             return ()
         if isinstance(value, dict | list | deque | set):
-            if size(value) <= MOST:
-                self._add(take_container, value)
+            if self._has_room_for(_A_CONTAINER * size(value)):
+                self._add(take_plain_entries, value)
                 return entries(value)
         elif isinstance(value, np.ndarray) and value.flags.writeable and self._has_room_for(value.size):
             self._add(take_array, value)
@@ -145,11 +157,23 @@ class InPassing:
 
     def _add(self, take: Callable[[Any], Taken], value: Any) -> None:
         self._seen.add(id(value))
-        self._takes.append(partial(take, value))
+        self._takes.append(partial(_gently, partial(take, value)))
 
     def _has_room_for(self, count: int) -> bool:
-        self._room -= count
-        return self._room >= 0
+        fits = count <= self._room
+        self._room -= count if fits else 0
+        return fits
+
+
+def _gently(take: Take) -> Taken:
+    """What is put back as far as it can be: a tensor may have another shape by then."""
+    put_back, numbers = take()
+
+    def as_far_as_possible() -> None:
+        with suppress(Exception):
+            put_back()
+
+    return as_far_as_possible, numbers
 
 
 def _may_be_kept(tensor: Tensor) -> bool:

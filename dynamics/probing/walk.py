@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
+_WAITING = 10 * MOST  # of which many may be the same
 
 
 def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded: bool) -> None:
@@ -25,7 +26,7 @@ def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded
         known.add(id(value))
         with suppress(Exception):  # an object may be anything
             inner = look(value)
-            if not (bounded and depth == _DEEPEST):
+            if not (bounded and (depth == _DEEPEST or len(waiting) > _WAITING)):
                 waiting.extend((one, depth + 1) for one in (islice(_different(inner), MOST) if bounded else inner))
 
 

@@ -53,8 +53,8 @@ def _take_names(module: dict[str, Any], names: Iterable[str]) -> Taken:
 def take_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: bool) -> Taken:
     """Save which objects attributes of a class, or variables in a dictionary, hold.
 
-    They are put back if all are plain or None, both times. What is ``whole`` is put back one by one; but where there was
-    nothing, or None or a boolean, what is not plain stays: it was made once.
+    They are put back if all are plain or None, both times. What is ``whole`` is put back one by one; but where there
+    was nothing, or None or a boolean, what is not plain stays: it was made once.
     """
 
     def present() -> dict[str, Any]:

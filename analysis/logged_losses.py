@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from .record import columns
+from .remembered import remembered
 
 _NEAR = 8  # distances between logged losses
 
@@ -19,7 +20,7 @@ def logged_losses(run: xr.DataTree, *, since: int = 0) -> xr.Dataset:
     Raises:
         MissingQuantityError: no loss was logged at all.
     """
-    steps = _with_known(run, since)
+    steps = _with_known(run, since=since)
     return steps.isel(step=np.flatnonzero(steps.known.values)).drop_vars("known")
 
 
@@ -31,7 +32,7 @@ def epoch_means(run: xr.DataTree, *, since: int = 0, center: bool = False) -> xr
     Raises:
         MissingQuantityError: no loss was logged at all.
     """
-    steps = _with_known(run, since)
+    steps = _with_known(run, since=since)
     epochs = columns(run, "steps", ["epoch"]).epoch.values
     window = min(int(np.unique_counts(epochs).counts.max()), steps.sizes["step"])
     rolling = {"center": center, "min_periods": max(1, window // 2) if center else window}
@@ -43,7 +44,8 @@ def epoch_means(run: xr.DataTree, *, since: int = 0, center: bool = False) -> xr
     return (total / count.where(count > 0)).where(lost == 0)
 
 
-def _with_known(run: xr.DataTree, since: int) -> xr.Dataset:
+@remembered
+def _with_known(run: xr.DataTree, *, since: int) -> xr.Dataset:
     """The steps from ``since`` on; ``known`` are those with a logged loss, and those of a training that diverged."""
     steps = columns(run, "steps", ["loss", "epoch"]).sel(step=slice(since, None))
     known = steps.loss.notnull().values.copy()

@@ -10,10 +10,13 @@ def check_folder(folder: Path, what: str, example: str) -> None:
     """Check that ``what`` may be written into a folder, which exists or can be created.
 
     Raises:
-        NotADirectoryError: there is a file in its place, or above it. PermissionError: it may not be written.
+        NotADirectoryError: there is a file in its place, or above it, or a link to what is not there.
+        PermissionError: it may not be written.
     """
-    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     said = place if folder.is_absolute() else Path(os.path.relpath(place))
+    if not place.exists():
+        raise NotADirectoryError(f"{said} is a link to {os.readlink(place)}, which is not there: {what} need a folder")
     if not place.is_dir():
         raise NotADirectoryError(f"{said} is a file: {what} need a folder, such as {example}")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -410,6 +410,23 @@ def test_a_folder_that_may_not_be_written_is_said_before_anything_is_computed(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_folder_that_is_a_link_to_what_is_not_there_is_said_at_once(
+    command: str, tmp_path: Path, record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one on a disk that is not mounted."""
+    package, arguments, what = OUTPUTS[command]
+    places = {name: str(path) for name, path in prepared(tmp_path).items()}
+    (tmp_path / "scratch").symlink_to(tmp_path / "unmounted")
+    places |= {"new": f"{tmp_path}/scratch/new", "folder": f"{tmp_path}/scratch"}
+    before = contents(tmp_path)
+    assert MAINS[package]([argument.format(**places) for argument in arguments]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"{tmp_path}/scratch is a link to {tmp_path}/unmounted, which is not there: {what} need" in said[0]
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("column", ["steps/grad_sqnorm", "steps/skipped", "steps/step", "curvature/loss_after"])
 def test_a_chunk_that_cannot_be_decoded_is_named_by_every_command_that_reads_it(
     column: str, tmp_path: Path, record: Path, capsys: pytest.CaptureFixture[str]

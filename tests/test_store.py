@@ -106,6 +106,13 @@ def test_an_existing_path_is_refused_and_untouched(tmp_path: Path) -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
+def test_a_link_to_what_is_not_there_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "run.zarr").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match=r"run\.zarr exists already: choose another path"):
+        Store(tmp_path / "run.zarr", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
+
+
 @pytest.mark.parametrize("interrupted", ["write_bytes", "rename"])
 def test_an_interruption_of_its_creation_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str

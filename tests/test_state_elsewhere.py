@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
 from dynamics import Recorder, open_run
+from dynamics.probing.bytecode import names_in
 from dynamics.probing.kept import kept
 from dynamics.probing.passing import drawing
-from dynamics.probing.references import names_in, variables_of
+from dynamics.probing.references import variables_of
 
 Change = Callable[[Tensor], Tensor]
 STEP, READY = 0, False

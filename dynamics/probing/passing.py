@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .bytecode import names_in
 from .contents import (
     Take,
     Taken,
@@ -30,7 +31,7 @@ from .contents import (
     take_tensor,
 )
 from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, manages, own_attributes, size
-from .references import content_of, methods_of, names_in, referred, variables_of
+from .references import content_of, methods_of, referred, variables_of
 from .walk import MOST, walk
 
 _A_CONTAINER = 1000  # numbers that cost as much as an entry of a container

@@ -1,0 +1,166 @@
+"""What a function's code names, sets and changes, read from its bytecode, as its source may be absent."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice
+from types import CodeType
+from typing import Any, NamedTuple
+
+_NAMED_BY: dict[str, tuple[str, ...]] = {
+    "LOAD_GLOBAL": ("variables",),
+    "LOAD_NAME": ("variables",),
+    "STORE_GLOBAL": ("variables", "sets_variables"),
+    "LOAD_ATTR": ("attributes",),
+    "LOAD_METHOD": ("attributes",),
+    "LOAD_SUPER_ATTR": ("attributes",),
+    "STORE_ATTR": ("attributes",),
+    "STORE_DEREF": ("sets_cells",),
+}
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD")
+_REACHES = (*_LOADS, "BINARY_SUBSCR", "BINARY_SLICE")
+_ABOVE = {"STORE_SUBSCR": 1, "STORE_SLICE": 2, "DELETE_SUBSCR": 1}  # values that lie on the container, such as the key
+_OF_CONTAINERS = frozenset(
+    ("add", "append", "appendleft", "clear", "discard", "extend", "insert", "move_to_end", "pop", "popitem", "popleft")
+) | {"remove", "rotate", "setdefault", "sort", "update"}
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
+_GOES_NOT_ON = ("JUMP_FORWARD", "JUMP_BACKWARD", "RETURN", "RAISE", "RERAISE")
+
+
+class Names(NamedTuple):
+    """What a function's code names: global variables, and attributes of any object; and which of these it sets.
+
+    ``sets_own`` are attributes of its first argument, which is a method's object, ``sets_attributes`` those of others,
+    ``sets_cells`` variables of the functions around it. ``changes`` are the names of what it may change in place: by
+    setting entries, by ``+=`` and its kin, or by a method of containers or one of tensors whose name ends in an
+    underscore; also where a local variable stands for it, or for what it holds.
+    """
+
+    variables: frozenset[str]
+    attributes: frozenset[str]
+    sets_variables: frozenset[str]
+    sets_own: frozenset[str]
+    sets_attributes: frozenset[str]
+    sets_cells: frozenset[str]
+    changes: frozenset[str]
+
+
+class _Instruction(NamedTuple):
+    """An instruction, as it is called in all versions of Python.
+
+    ``depth`` is the number of values on the stack before it, up to a constant; ``target`` the offset that it may jump
+    to, or -1.
+    """
+
+    operation: str
+    name: Any
+    depth: int
+    offset: int
+    target: int
+
+
+def names_in(code: CodeType) -> Names:
+    """The names in a function's code, and in that of the functions and comprehensions inside it."""
+    return _names_in(code, code.co_varnames[0] if code.co_argcount else None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: CodeType, own: str | None) -> Names:
+    """``own`` is the name of the method's object."""
+    names: dict[str, set[str]] = {name: set() for name in Names._fields}
+    stands_for: defaultdict[str, set[str]] = defaultdict(set)  # of local variables
+    body = _Code(code)
+
+    def named(values: list[_Instruction]) -> set[str]:
+        local = [stands_for[one.name] for one in values if one.operation == "LOAD_FAST"]
+        return {one.name for one in values if one.operation in _LOADS}.union(*local)
+
+    for position, one in enumerate(body.instructions):
+        for name in _NAMED_BY.get(one.operation, ()):
+            names[name].add(one.name)
+        augmented = body.instructions[position - 1].operation == "SWAP"  # its value was computed last
+        if one.operation == "STORE_FAST":
+            stands_for[one.name] |= named(body.source(position))
+        elif one.operation == "STORE_ATTR":
+            owner = body.operand(position, int(augmented))
+            is_own = [(load.operation, load.name) for load in owner] in ([("LOAD_FAST", own)], [("LOAD_DEREF", own)])
+            names["sets_own" if is_own else "sets_attributes"].add(one.name)
+        elif one.operation in _ABOVE:
+            augmented &= one.operation != "DELETE_SUBSCR"
+            names["changes"] |= named(body.operand(position, _ABOVE[one.operation] + augmented))
+        elif one.operation in ("LOAD_ATTR", "LOAD_METHOD") and _changes(one.name):
+            names["changes"] |= named(body.operand(position, 0))
+        elif one.operation == "BINARY_OP" and str(one.name).endswith("="):
+            names["changes"] |= named(body.operand(position, 1))
+    for inner in (one for one in code.co_consts if isinstance(one, CodeType)):
+        found = _names_in(inner, own if own in inner.co_freevars else None)
+        for name in names:
+            names[name] |= getattr(found, name)
+        names["changes"].update(*(stands_for[name] for name in found.changes.intersection(code.co_cellvars)))
+    names["sets_cells"] &= set(code.co_freevars)  # the others are its own
+    names["changes"] |= names["sets_variables"] | names["sets_own"] | names["sets_attributes"] | names["sets_cells"]
+    return Names(**{name: frozenset(found) for name, found in names.items()})
+
+
+def _changes(method: str) -> bool:
+    return method in _OF_CONTAINERS or method[-1:] == "_" != method[-2:-1]
+
+
+def _instructions(code: CodeType) -> Iterator[_Instruction]:
+    """The instructions; those of several local variables one by one, and all loads of one by the same name."""
+    depth, reached = 0, dict[int, int]()
+    for one in dis.get_instructions(code):
+        depth = reached.get(one.offset, depth)
+        target = one.argval if one.opcode in _JUMPS else -1
+        local = "FAST|DEREF" if one.argval in code.co_cellvars else "FAST"
+        if fast := re.findall(f"(LOAD|STORE)_(?:{local})", one.opname):
+            for kind, name in zip(fast, one.argval if len(fast) > 1 else [one.argval], strict=True):
+                yield _Instruction(f"{kind}_FAST", name, depth, one.offset, -1)
+                depth += 1 if kind == "LOAD" else -1
+            continue
+        name = one.argrepr if one.opname == "BINARY_OP" else one.argval
+        yield _Instruction(one.opname, name, depth, one.offset, target)
+        if target > one.offset:
+            reached[target] = depth + dis.stack_effect(one.opcode, one.arg, jump=True)
+        if not one.opname.startswith(_GOES_NOT_ON):
+            depth += dis.stack_effect(one.opcode, one.arg, jump=False)
+
+
+class _Code:
+    """The instructions of a function, and those of them that computed an operand of another."""
+
+    def __init__(self, code: CodeType) -> None:
+        self.instructions = list(_instructions(code))
+        self._jumps = [number for number, one in enumerate(self.instructions) if one.target > one.offset]
+
+    def operand(self, position: int, above: int) -> list[_Instruction]:
+        """What computed an operand of the instruction at a position: the one with so many others ``above`` it."""
+        slot = self.instructions[position].depth - 1 - above
+        stop = self._start(position, slot + 1) if above else position
+        return self.instructions[self._start(stop, slot) : stop]
+
+    def source(self, position: int) -> list[_Instruction]:
+        """What reached the value that a local variable is set to there; nothing if the value was computed."""
+        last = self.instructions[position - 1]
+        if last.operation == "FOR_ITER":
+            before = (one for one in reversed(range(position)) if self.instructions[one].operation == "GET_ITER")
+            return [one for iterated in islice(before, 1) for one in self.operand(iterated, 0)]
+        if last.operation in _REACHES or last[:2] == ("BINARY_OP", "[]"):
+            return self.operand(position, 0)
+        return []
+
+    def _start(self, stop: int, slot: int) -> int:
+        """Where the computation of what lies in a slot of the stack begins, of all branches that lead to it."""
+        start, last = stop, self.instructions[stop].offset
+        while True:
+            start = next((one for one in reversed(range(start)) if self.instructions[one].depth <= slot), 0)
+            first, earlier = self.instructions[start].offset, self._jumps[: bisect_left(self._jumps, start)]
+            branches = (one for one in earlier if first < self.instructions[one].target <= last)
+            if (branch := next(branches, None)) is None:
+                return start
+            start = branch

@@ -50,8 +50,8 @@ def loop(holder: Holder) -> None:
 
 
 def inside(holder: Holder) -> None:
-    memory = holder.memory
-    _ = [memory.append(row) for row in range(2)]
+    rows = holder.memory
+    _ = [rows.append(row) for row in range(2)]
 
 
 def far_key(holder: Holder) -> None:

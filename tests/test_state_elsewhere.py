@@ -154,6 +154,18 @@ def in_a_dictionary(x: Tensor) -> Tensor:
     return x / away.COUNTS["step"]
 
 
+def by_another_name(x: Tensor) -> Tensor:
+    counts = away.COUNTS
+    counts["step"] += 1
+    return x / counts["step"]
+
+
+def in_a_loop(x: Tensor) -> Tensor:
+    for row in away.LISTS.values():
+        row[len(x) % 4 * 0] += 1
+    return x / (1 + away.LISTS["steps"][0])
+
+
 def in_a_list_in_a_dictionary(x: Tensor) -> Tensor:
     away.LISTS["steps"].append(1)
     return x / len(away.LISTS["steps"])
@@ -199,6 +211,8 @@ CHANGES: dict[str, Callable[[], Change]] = {
     "an object that is called": lambda: lambda x: away.AUGMENTATION(x),
     "another module's number": lambda: away.counted,
     "in a dictionary": lambda: in_a_dictionary,
+    "in a dictionary by another name": lambda: by_another_name,
+    "in a loop over a dictionary": lambda: in_a_loop,
     "in a list in a dictionary that is changed": lambda: in_a_list_in_a_dictionary,
     "in a class": lambda: in_a_class,
     "in an object": lambda: in_an_object,

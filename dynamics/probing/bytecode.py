@@ -103,6 +103,7 @@ def _names_in(code: CodeType, own: str | None) -> Names:
             names[name] |= getattr(found, name)
         names["changes"].update(*(stands_for[name] for name in found.changes.intersection(code.co_cellvars)))
     names["sets_cells"] &= set(code.co_freevars)  # the others are its own
+    names["changes"] -= set(code.co_cellvars) - names["attributes"]
     names["changes"] |= names["sets_variables"] | names["sets_own"] | names["sets_attributes"] | names["sets_cells"]
     return Names(**{name: frozenset(found) for name, found in names.items()})
 

@@ -68,11 +68,11 @@ def take_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: boo
         if not whole and not all(one is None or is_plain(one) for one in (*own.values(), *now.values())):
             return
         for name in () if whole else now.keys() - own.keys():
-            delattr(owner, name) if isinstance(owner, type) else owner.pop(name)
+            _delete(owner, name)
         for name, one in own.items():
             made_once = (one is None or isinstance(one, bool)) and not is_plain(now.get(name))
-            if now.get(name, _MISSING) is not one and not made_once:
-                setattr(owner, name, one) if isinstance(owner, type) else owner.update({name: one})
+            if not made_once:
+                _set(owner, name, one, now)
 
     return put_back, _numbers(own.values())
 
@@ -119,29 +119,30 @@ def take_cell(cell: CellType) -> Taken:
 def take_attributes(module: nn.Module) -> Taken:
     """Save a module's attributes except its registries of parameters, buffers, submodules and hooks."""
     own = attributes_of(module)
-
-    def put_back() -> None:
-        now = vars(module)
-        for name in now.keys() - own.keys() - _REGISTRIES:
-            del now[name]
-        now.update(own)
-
-    return put_back, _numbers(own.values())
+    return lambda: _restore(vars(module), own, attributes_of(module)), _numbers(own.values())
 
 
 def take_class(kind: type) -> Taken:
     """Save the data attributes of a class."""
     own = data_of(kind)
+    return lambda: _restore(kind, own, data_of(kind)), _numbers(own.values())
 
-    def put_back() -> None:
-        now = data_of(kind)
-        for name in now.keys() - own.keys():
-            delattr(kind, name)
-        for name, value in own.items():
-            if now.get(name, _MISSING) is not value:
-                setattr(kind, name, value)
 
-    return put_back, _numbers(own.values())
+def _restore(owner: dict[str, Any] | type, own: dict[str, Any], now: dict[str, Any]) -> None:
+    """Give a class, or the dictionary of an object, its own attributes back in place of those that it has now."""
+    for name in now.keys() - own.keys():
+        _delete(owner, name)
+    for name, one in own.items():
+        _set(owner, name, one, now)
+
+
+def _delete(owner: dict[str, Any] | type, name: str) -> None:
+    delattr(owner, name) if isinstance(owner, type) else owner.pop(name)
+
+
+def _set(owner: dict[str, Any] | type, name: str, one: Any, now: dict[str, Any]) -> None:
+    if now.get(name, _MISSING) is not one:
+        setattr(owner, name, one) if isinstance(owner, type) else owner.update({name: one})
 
 
 def take_tensor(tensor: Tensor) -> Taken:
@@ -192,9 +193,7 @@ def take_object(value: Any) -> Taken:
 
     def put_back() -> None:
         now = vars(value) if hasattr(value, "__dict__") else {}
-        for name in now.keys() - own.keys():
-            del now[name]
-        now.update({name: one for name, one in own.items() if now.get(name, _MISSING) is not one})
+        _restore(now, own, now)
         for member, one in members:
             if member.__get__(value) is not one:
                 member.__set__(value, one)

@@ -20,15 +20,15 @@ from .ownership import CONTAINERS, entries, is_users_function, slots
 from .references import content_of, variables_of
 
 PutBack = Callable[[], object]
-Taken = tuple[PutBack, list[Any]]  # a function that puts the contents back, and the numbers among them
-Take = Callable[[], Taken]
+Saved = tuple[PutBack, list[Any]]  # a function that puts the contents back, and the numbers among them
+Saver = Callable[[], Saved]  # saves the present contents of one object
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # "forward": frameworks replace it for a while
 _MISSING = object()
 _AT_ONCE = 2**20  # bytes compared at a time
 
 
-def takes_of_variables(function: FunctionType) -> list[Take]:
+def savers_of_variables(function: FunctionType) -> list[Saver]:
     """Savers of a function's global and closure variables that are numbers, tensors or arrays; none if not the user's.
 
     They save which object each variable holds, not the object's contents.
@@ -38,19 +38,19 @@ def takes_of_variables(function: FunctionType) -> list[Take]:
     space, names = next(variables_of(function))
     numbers = [name for name in names if _is_number(space[name])]
     cells = [cell for cell in function.__closure__ or () if any(map(_is_number, content_of(cell)))]
-    return [partial(_take_names, space, numbers), *(partial(take_cell, cell) for cell in cells)]
+    return [partial(_save_names, space, numbers), *(partial(save_cell, cell) for cell in cells)]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Number | Tensor | np.ndarray)
 
 
-def _take_names(module: dict[str, Any], names: Iterable[str]) -> Taken:
+def _save_names(module: dict[str, Any], names: Iterable[str]) -> Saved:
     own = {name: module[name] for name in names if name in module}
     return partial(module.update, own), _numbers(own.values())
 
 
-def take_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: bool) -> Taken:
+def save_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: bool) -> Saved:
     """Save which objects attributes of a class, or variables in a dictionary, hold.
 
     They are put back if all are plain or None, both times. What is ``whole`` is put back one by one; but where there
@@ -82,19 +82,19 @@ def is_plain(value: Any) -> bool:
     return _is_number(value) and not isinstance(value, bool)
 
 
-def take_plain_cell(cell: CellType) -> Taken:
+def save_plain_cell(cell: CellType) -> Saved:
     """Save which object a closure variable holds; it is put back if it is plain, both times."""
-    put_back, numbers = take_cell(cell)
+    put_back, numbers = save_cell(cell)
     content = cell.cell_contents
     return lambda: put_back() if is_plain(content) and all(map(is_plain, content_of(cell))) else None, numbers
 
 
-def take_plain_entries(value: Any) -> Taken:
+def save_plain_entries(value: Any) -> Saved:
     """Save the entries of a container; they are put back if all are plain or containers, both times.
 
     One that was empty and holds numbers now may say what was done once for all.
     """
-    put_back, numbers = take_container(value)
+    put_back, numbers = save_container(value)
 
     def are_plain(entries: list[Any]) -> bool:
         return all(is_plain(one) or isinstance(one, CONTAINERS) for one in entries)
@@ -110,19 +110,19 @@ def take_plain_entries(value: Any) -> Taken:
     return put_plain_back, numbers
 
 
-def take_cell(cell: CellType) -> Taken:
+def save_cell(cell: CellType) -> Saved:
     """Save which object a closure variable holds."""
     content = cell.cell_contents
     return partial(setattr, cell, "cell_contents", content), _numbers([content])
 
 
-def take_attributes(module: nn.Module) -> Taken:
+def save_attributes(module: nn.Module) -> Saved:
     """Save a module's attributes except its registries of parameters, buffers, submodules and hooks."""
     own = attributes_of(module)
     return lambda: _restore(vars(module), own, attributes_of(module)), _numbers(own.values())
 
 
-def take_class(kind: type) -> Taken:
+def save_class(kind: type) -> Saved:
     """Save the data attributes of a class."""
     own = data_of(kind)
     return lambda: _restore(kind, own, data_of(kind)), _numbers(own.values())
@@ -145,7 +145,7 @@ def _set(owner: dict[str, Any] | type, name: str, one: Any, now: dict[str, Any])
         setattr(owner, name, one) if isinstance(owner, type) else owner.update({name: one})
 
 
-def take_tensor(tensor: Tensor) -> Taken:
+def save_tensor(tensor: Tensor) -> Saved:
     """Save the values of a tensor."""
     with torch.no_grad():
         content = tensor.detach().clone()
@@ -159,13 +159,13 @@ def _put_tensor_back(tensor: Tensor, content: Tensor, version: int) -> None:
         tensor.detach().copy_(content)
 
 
-def take_array(array: np.ndarray) -> Taken:
+def save_array(array: np.ndarray) -> Saved:
     """Save the values of an array."""
     content = array.copy()
     return lambda: np.copyto(array, content), [content]
 
 
-def take_container(value: Any) -> Taken:
+def save_container(value: Any) -> Saved:
     """Save the entries of a dictionary, list, deque or set, by built-in methods even if a subclass overrides them."""
     kind: Any = next(one for one in (OrderedDict, dict, list, deque, set) if isinstance(value, one))
     has_keys = issubclass(kind, dict)
@@ -187,7 +187,7 @@ def take_container(value: Any) -> Taken:
     return put_back, _numbers(objects(content))
 
 
-def take_object(value: Any) -> Taken:
+def save_object(value: Any) -> Saved:
     """Save an object's attributes and slots."""
     own, members = dict(vars(value)) if hasattr(value, "__dict__") else {}, slots(value)
 
@@ -201,22 +201,22 @@ def take_object(value: Any) -> Taken:
     return put_back, _numbers([*own.values(), *(one for _, one in members)])
 
 
-def _take_generator(get: Callable[[], Any], put: Callable[[Any], object]) -> Taken:
+def _save_generator(get: Callable[[], Any], put: Callable[[Any], object]) -> Saved:
     state = get()
     return partial(put, state), [state]
 
 
-def take_of_generator(value: Any) -> Take | None:
+def saver_of_generator(value: Any) -> Saver | None:
     """A saver of a random generator's state; None for any other object."""
     if isinstance(value, torch.Generator):
-        return partial(_take_generator, value.get_state, value.set_state)
+        return partial(_save_generator, value.get_state, value.set_state)
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator
-        return partial(_take_generator, partial(getattr, bits, "state"), partial(setattr, bits, "state"))
+        return partial(_save_generator, partial(getattr, bits, "state"), partial(setattr, bits, "state"))
     if isinstance(value, np.random.RandomState):
-        return partial(_take_generator, value.get_state, value.set_state)
+        return partial(_save_generator, value.get_state, value.set_state)
     if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return partial(_take_generator, value.getstate, value.setstate)
+        return partial(_save_generator, value.getstate, value.setstate)
     return None
 
 

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from ..network.exchanged import noted_on
 from .contents import (
-    Take,
+    Saver,
     are_equal,
     attributes_of,
     data_of,
     may_be_kept,
     may_be_trained,
+    save_array,
+    save_attributes,
+    save_class,
+    save_container,
+    save_object,
+    save_tensor,
+    saver_of_generator,
+    savers_of_variables,
     storage_of,
-    take_array,
-    take_attributes,
-    take_class,
-    take_container,
-    take_object,
-    take_of_generator,
-    take_tensor,
-    takes_of_variables,
 )
 from .ownership import OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on
 from .passing import InPassing, drawing, is_sequence, is_tool
@@ -43,12 +43,12 @@ _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device
 class Kept:
     """The contents of objects as they are now; ``trained`` are tensors that an optimizer may train, and not kept."""
 
-    def __init__(self, takes: list[Take], trained: Iterable[Tensor] = ()) -> None:
+    def __init__(self, savers: list[Saver], trained: Iterable[Tensor] = ()) -> None:
         self._trained = [(one, one._version) for one in trained]
-        self._takes, self._put_backs, self._numbers = takes, [], []
-        for take in takes:
+        self._savers, self._put_backs, self._numbers = savers, [], []
+        for save in savers:
             with suppress(Exception):  # an object may be anything
-                put_back, numbers = take()
+                put_back, numbers = save()
                 self._put_backs.append(put_back)
                 self._numbers += numbers
 
@@ -65,7 +65,7 @@ class Kept:
 
     def now(self) -> Kept:
         """The present contents of the same objects."""
-        return Kept(self._takes)
+        return Kept(self._savers)
 
     def are_as(self, other: Kept) -> bool:
         """Whether both hold the same numbers."""
@@ -92,14 +92,14 @@ def kept(
     functions = [] if function is None else [passed_on(function)]
     keeper.look_into(functions)
     passing = InPassing(keeper.kinds, keeper.seen, keeper.room, whole=whole)
-    return Kept(keeper.takes + passing.takes(functions + keeper.beside), keeper.trained)
+    return Kept(keeper.savers + passing.savers(functions + keeper.beside), keeper.trained)
 
 
 class _Keeper:
     """Finds what is to be kept, each object once; objects that cannot be examined are left alone.
 
     Attributes:
-        takes: savers of what was found.
+        savers: savers of what was found.
         trained: tensors that an optimizer may train.
         kinds: the modules' own classes, if they are the user's.
         beside: functions and classes that were found.
@@ -108,7 +108,7 @@ class _Keeper:
     """
 
     def __init__(self, modules: list[nn.Module], bounded: bool) -> None:
-        self.takes: list[Take] = []
+        self.savers: list[Saver] = []
         self.trained: list[Tensor] = []
         self.seen: set[Any] = {storage_of(one) for module in modules for one in module._parameters.values()}
         self._packages = {package(type(module)) for module in modules} - {"torch", OURS}
@@ -116,7 +116,7 @@ class _Keeper:
         self.room = max(sum(one.numel() for one in parameters), _FEW)
         values: list[Any] = []
         for module in modules:
-            self.takes.append(partial(take_attributes, module))
+            self.savers.append(partial(save_attributes, module))
             values += attributes_of(module).values()
             for parameter in (one for one in module._parameters.values() if one is not None):
                 values += noted_on(parameter).values()
@@ -124,7 +124,7 @@ class _Keeper:
         self.kinds = [kind for kind in own if is_users(kind)]
         self.beside: list[Any] = []
         for kind in self.kinds:
-            self.takes.append(partial(take_class, kind))
+            self.savers.append(partial(save_class, kind))
             values += data_of(kind).values()
         walk(values, self._visit_once, bounded=bounded)
 
@@ -143,14 +143,14 @@ class _Keeper:
             return ()
         if isinstance(value, Tensor):  # what shares a parameter's memory, as in spectral_norm, is not state
             if storage_of(value) not in self.seen and may_be_kept(value):
-                self.trained.append(value) if may_be_trained(value) else self.takes.append(partial(take_tensor, value))
-        elif (generator := take_of_generator(value)) is not None:
-            self.takes.append(generator)
+                self.trained.append(value) if may_be_trained(value) else self.savers.append(partial(save_tensor, value))
+        elif (generator := saver_of_generator(value)) is not None:
+            self.savers.append(generator)
         elif isinstance(value, np.ndarray):
             if value.flags.writeable:
-                self.takes.append(partial(take_array, value))
+                self.savers.append(partial(save_array, value))
         elif isinstance(value, dict | list | deque | set):
-            self.takes.append(partial(take_container, value))
+            self.savers.append(partial(save_container, value))
             return entries(value)
         elif isinstance(value, tuple):
             return entries(value)
@@ -158,7 +158,7 @@ class _Keeper:
             return referred(value)
         elif self._is_own(value) or is_sequence(value):
             self.beside.append(type(value))
-            self.takes.append(partial(take_object, value))
+            self.savers.append(partial(save_object, value))
             return held(value)
         elif is_tool(value):
             return drawing(value)
@@ -178,7 +178,7 @@ class _Keeper:
         if id(value) in self.seen or isinstance(value, nn.Module):
             return ()
         if isinstance(value, FunctionType):
-            self.takes.extend(takes_of_variables(value))
+            self.savers.extend(savers_of_variables(value))
         elif isinstance(value, Tensor | np.ndarray) and not self._has_room_for(value):
             return ()
         return self._visit(value) or referred(value, far=False)

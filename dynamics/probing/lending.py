@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contents import PutBack, are_equal, take_tensor
+from .contents import PutBack, are_equal, save_tensor
 from .kept import Kept, kept
 
 Tensors = Mapping[str, Tensor | None]
@@ -81,7 +81,7 @@ def lent(table: dict[str, Any], tensors: Tensors) -> PutBack:
     """
     own = own_of(table)
     if not isinstance(table, dict):  # that of a scripted module, whose tensors cannot be exchanged
-        return Kept([partial(take_tensor, one) for one in own.values() if one is not None]).put_back
+        return Kept([partial(save_tensor, one) for one in own.values() if one is not None]).put_back
     return put(table, copies({name: one for name, one in tensors.items() if name in own}))
 
 

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from .bytecode import names_in
 from .contents import (
-    Take,
-    Taken,
+    Saved,
+    Saver,
     data_of,
     may_be_kept,
     may_be_trained,
-    take_array,
-    take_cell,
-    take_named,
-    take_object,
-    take_of_generator,
-    take_plain_cell,
-    take_plain_entries,
-    take_tensor,
+    save_array,
+    save_cell,
+    save_named,
+    save_object,
+    save_plain_cell,
+    save_plain_entries,
+    save_tensor,
+    saver_of_generator,
 )
 from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, manages, own_attributes, size
 from .references import content_of, methods_of, referred, variables_of
@@ -62,9 +62,9 @@ class InPassing:
         self._sets_own: defaultdict[type, set[str]] = defaultdict(set)
         self._changes: set[str] = set()
         self._owners: list[Any] = []
-        self._takes: list[Take] = []
+        self._savers: list[Saver] = []
 
-    def takes(self, functions: Iterable[Any]) -> list[Take]:
+    def savers(self, functions: Iterable[Any]) -> list[Saver]:
         """Savers of the state that functions change, and the methods that run."""
         functions, known = list(functions), set[int]()
         while new := [one for one in (*functions, *self._methods()) if id(one) not in known]:
@@ -72,8 +72,8 @@ class InPassing:
             walk(new, self._visit, bounded=True)
         for owner in self._owners:
             with suppress(Exception):  # an object may be anything, and change meanwhile
-                self._take_named(owner)
-        return self._takes
+                self._save_attributes(owner)
+        return self._savers
 
     def _methods(self) -> list[FunctionType]:
         found = []
@@ -96,7 +96,7 @@ class InPassing:
         if isinstance(value, partial | MethodType | BuiltinMethodType):
             return referred(value)
         if draws(value):
-            self._takes += takes_of_drawing(value)
+            self._savers += savers_of_drawing(value)
         elif is_users(type(value)) and not isinstance(value, OF_OTHERS):
             return self._visit_owner(value)
         elif is_tool(value):
@@ -113,14 +113,14 @@ class InPassing:
             if content := content_of(cell):
                 found += content
                 if name in names.sets_cells:
-                    self._takes.append(partial(take_cell if self._whole else take_plain_cell, cell))
-                self._take_contents(content if name in names.changes else ())
+                    self._savers.append(partial(save_cell if self._whole else save_plain_cell, cell))
+                self._save_contents(content if name in names.changes else ())
         for number, (space, named) in enumerate(variables_of(function)):
             own = names.sets_variables if number == 0 else names.sets_attributes & set(named)
             if own:
-                self._takes.append(partial(take_named, space, own, whole=self._whole))
+                self._savers.append(partial(save_named, space, own, whole=self._whole))
             found += [space[name] for name in named]
-            self._take_contents(space[name] for name in named if name in names.changes)
+            self._save_contents(space[name] for name in named if name in names.changes)
         return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
     def _visit_owner(self, value: Any) -> Iterable[Any]:
@@ -131,34 +131,34 @@ class InPassing:
             self._owners.append(value)
         return [kind] if manages(value) else [kind, *_attributes(value).values()]
 
-    def _take_named(self, owner: Any) -> None:
+    def _save_attributes(self, owner: Any) -> None:
         """Save the attributes of a class or an object that are set, or changed in place."""
         kind = owner if isinstance(owner, type) else type(owner)
         own, sets = _attributes(owner), self._sets | self._sets_own[kind]
         if sets:
-            self._takes.append(partial(take_named, owner if owner is kind else own, sets, whole=self._whole))
-        self._take_contents([one for name, one in list(own.items()) if name in self._changes])
+            self._savers.append(partial(save_named, owner if owner is kind else own, sets, whole=self._whole))
+        self._save_contents([one for name, one in list(own.items()) if name in self._changes])
 
-    def _take_contents(self, values: Iterable[Any]) -> None:
-        walk(values, self._take_content, bounded=True)
+    def _save_contents(self, values: Iterable[Any]) -> None:
+        walk(values, self._visit_content, bounded=True)
 
-    def _take_content(self, value: Any) -> Iterable[Any]:
+    def _visit_content(self, value: Any) -> Iterable[Any]:
         """Save what a container, tensor or array holds, unless it is kept or too large; returns what is inside it."""
         if id(value) in self._seen:
             return ()
         if isinstance(value, dict | list | deque | set):
             if self._has_room_for(_A_CONTAINER * size(value)):
-                self._add(take_plain_entries, value)
+                self._add(save_plain_entries, value)
                 return entries(value)
         elif isinstance(value, np.ndarray) and value.flags.writeable and self._has_room_for(value.size):
-            self._add(take_array, value)
+            self._add(save_array, value)
         elif isinstance(value, Tensor) and _may_be_kept(value) and self._has_room_for(value.numel()):
-            self._add(take_tensor, value)
+            self._add(save_tensor, value)
         return ()
 
-    def _add(self, take: Callable[[Any], Taken], value: Any) -> None:
+    def _add(self, save: Callable[[Any], Saved], value: Any) -> None:
         self._seen.add(id(value))
-        self._takes.append(partial(_gently, partial(take, value)))
+        self._savers.append(partial(_gently, partial(save, value)))
 
     def _has_room_for(self, count: int) -> bool:
         fits = count <= self._room
@@ -166,9 +166,9 @@ class InPassing:
         return fits
 
 
-def _gently(take: Take) -> Taken:
+def _gently(save: Saver) -> Saved:
     """What is put back as far as it can be: a tensor may have another shape by then."""
-    put_back, numbers = take()
+    put_back, numbers = save()
 
     def as_far_as_possible() -> None:
         with suppress(Exception):
@@ -183,18 +183,18 @@ def _may_be_kept(tensor: Tensor) -> bool:
 
 def draws(value: Any) -> bool:
     """Whether an object is a random generator, or counts how many quasi-random numbers it has drawn."""
-    return take_of_generator(value) is not None or is_sequence(value)
+    return saver_of_generator(value) is not None or is_sequence(value)
 
 
-def takes_of_drawing(value: Any) -> list[Take]:
+def savers_of_drawing(value: Any) -> list[Saver]:
     """Savers of an object that :func:`draws`."""
-    if (generator := take_of_generator(value)) is not None:
+    if (generator := saver_of_generator(value)) is not None:
         return [generator]
     own = [one for one in held(value) if not isinstance(one, nn.Module)]
-    tensors = [partial(take_tensor, one) for one in own if isinstance(one, Tensor) and may_be_kept(one)]
-    arrays = [partial(take_array, one) for one in own if isinstance(one, np.ndarray) and one.flags.writeable]
-    generators = [take for take in map(take_of_generator, own) if take is not None]
-    return [partial(take_object, value), *tensors, *arrays, *generators]
+    tensors = [partial(save_tensor, one) for one in own if isinstance(one, Tensor) and may_be_kept(one)]
+    arrays = [partial(save_array, one) for one in own if isinstance(one, np.ndarray) and one.flags.writeable]
+    generators = [save for save in map(saver_of_generator, own) if save is not None]
+    return [partial(save_object, value), *tensors, *arrays, *generators]
 
 
 def is_sequence(value: Any) -> bool:

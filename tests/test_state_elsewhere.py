@@ -19,8 +19,8 @@ from torch.quasirandom import SobolEngine
 
 from dynamics import Recorder, open_run
 from dynamics.probing.bytecode import names_in
+from dynamics.probing.generators import drawing
 from dynamics.probing.kept import kept
-from dynamics.probing.passing import drawing
 from dynamics.probing.references import variables_of
 
 Change = Callable[[Tensor], Tensor]

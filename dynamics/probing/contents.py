@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
@@ -199,25 +198,6 @@ def save_object(value: Any) -> Saved:
                 member.__set__(value, one)
 
     return put_back, _numbers([*own.values(), *(one for _, one in members)])
-
-
-def _save_generator(get: Callable[[], Any], put: Callable[[Any], object]) -> Saved:
-    state = get()
-    return partial(put, state), [state]
-
-
-def saver_of_generator(value: Any) -> Saver | None:
-    """A saver of a random generator's state; None for any other object."""
-    if isinstance(value, torch.Generator):
-        return partial(_save_generator, value.get_state, value.set_state)
-    if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        return partial(_save_generator, partial(getattr, bits, "state"), partial(setattr, bits, "state"))
-    if isinstance(value, np.random.RandomState):
-        return partial(_save_generator, value.get_state, value.set_state)
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return partial(_save_generator, value.getstate, value.setstate)
-    return None
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from .contents import (
     save_container,
     save_object,
     save_tensor,
-    saver_of_generator,
     savers_of_variables,
     storage_of,
 )
+from .generators import drawing, is_sequence, is_tool, saver_of_generator
 from .ownership import OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on
-from .passing import InPassing, drawing, is_sequence, is_tool
+from .passing import InPassing
 from .references import referred
 from .walk import walk
 

@@ -6,7 +6,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from numbers import Number
 from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .bytecode import names_in
 from .bytecode import names_in
 from .contents import (
     Saved,
@@ -24,18 +24,16 @@ from .contents import (
     save_array,
     save_cell,
     save_named,
-    save_object,
     save_plain_cell,
     save_plain_entries,
     save_tensor,
-    saver_of_generator,
 )
-from .ownership import CONTAINERS, OF_OTHERS, entries, held, is_users, is_users_function, manages, own_attributes, size
+from .generators import drawing, draws, is_tool, savers_of_drawing
+from .ownership import CONTAINERS, OF_OTHERS, entries, is_users, is_users_function, manages, own_attributes, size
 from .references import content_of, methods_of, referred, variables_of
 from .walk import MOST, walk
 
 _A_CONTAINER = 1000  # numbers that cost as much as an entry of a container
-_OF_CODE = (type, ModuleType, FunctionType, MethodType, BuiltinMethodType)
 
 
 class InPassing:
@@ -179,48 +177,6 @@ def _gently(save: Saver) -> Saved:
 
 def _may_be_kept(tensor: Tensor) -> bool:
     return may_be_kept(tensor) and not may_be_trained(tensor)
-
-
-def draws(value: Any) -> bool:
-    """Whether an object is a random generator, or counts how many quasi-random numbers it has drawn."""
-    return saver_of_generator(value) is not None or is_sequence(value)
-
-
-def savers_of_drawing(value: Any) -> list[Saver]:
-    """Savers of an object that :func:`draws`."""
-    if (generator := saver_of_generator(value)) is not None:
-        return [generator]
-    own = [one for one in held(value) if not isinstance(one, nn.Module)]
-    tensors = [partial(save_tensor, one) for one in own if isinstance(one, Tensor) and may_be_kept(one)]
-    arrays = [partial(save_array, one) for one in own if isinstance(one, np.ndarray) and one.flags.writeable]
-    generators = [save for save in map(saver_of_generator, own) if save is not None]
-    return [partial(save_object, value), *tensors, *arrays, *generators]
-
-
-def is_sequence(value: Any) -> bool:
-    """Whether an object counts how many quasi-random numbers it has drawn, as torch's and SciPy's do."""
-    return isinstance(own_attributes(value).get("num_generated"), int)
-
-
-def is_tool(value: Any) -> bool:
-    """Whether an object of a library can be called, as a transform can."""
-    return callable(value) and not (isinstance(value, (*_OF_CODE, *OF_OTHERS)) or is_users(type(value)))
-
-
-def drawing(tool: Any) -> list[Any]:
-    """What :func:`draws` in a library's object that can be called, and in such objects that it holds."""
-    found: list[Any] = []
-
-    def look(value: Any) -> Iterable[Any]:
-        if draws(value):
-            found.append(value)
-        elif is_tool(value):
-            lists = (entries(one) for one in held(value) if isinstance(one, CONTAINERS) and size(one) <= MOST)
-            return [*held(value), *chain.from_iterable(lists)]
-        return ()
-
-    walk([tool], look, bounded=True)
-    return found
 
 
 def _attributes(owner: Any) -> Any:

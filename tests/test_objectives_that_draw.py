@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynamics import Recorder, open_run
-from dynamics.probing.undrawn import draws, undrawn
+from dynamics.probing.undrawn import is_iterator, undrawn
 
 unlabelled: Iterator
 
@@ -257,7 +257,7 @@ def test_a_long_list_is_not_searched_for_iterators_to_its_end(monkeypatch: pytes
     def objective(model: nn.Module, batch: Batch) -> Tensor:
         return model(batch[0]).sum() * len(many)
 
-    monkeypatch.setattr("dynamics.probing.undrawn.draws", lambda value: next(seen) < 0 or draws(value))
+    monkeypatch.setattr("dynamics.probing.undrawn.is_iterator", lambda value: next(seen) < 0 or is_iterator(value))
     with undrawn((), objective):
         pass
     assert next(seen) < 10_000

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..hardware.memory_order import channels_first
 from .contents import are_equal
 from .ownership import OF_OTHERS, held
-from .undrawn import UndrawnIterator, draws
+from .undrawn import UndrawnIterator, is_iterator
 
 _MOST = 10_000  # values that are examined inside a batch's objects
 _COLLECTIONS = (dict, MappingProxyType, list, tuple)
@@ -126,7 +126,7 @@ def _copy(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
     except Exception:  # it may be anything
-        return UndrawnIterator(value) if draws(value) else value
+        return UndrawnIterator(value) if is_iterator(value) else value
 
 
 def layout(batch: Any) -> Hashable:

@@ -60,7 +60,7 @@ class UndrawnIterator:
             )
 
 
-def draws(value: Any) -> bool:
+def is_iterator(value: Any) -> bool:
     """Whether an object is an iterator whose position cannot be put back; one of the user's own class is no such."""
     kind = type(value)
     if kind is UndrawnIterator:
@@ -113,7 +113,7 @@ def _places(value: Any) -> list[_Place]:
         cells = [
             _Place(partial(getattr, cell, "cell_contents"), partial(setattr, cell, "cell_contents"))
             for cell in value.__closure__ or ()
-            if any(map(draws, content_of(cell)))
+            if any(map(is_iterator, content_of(cell)))
         ]
         named = [_entries(space, [(name, space[name]) for name in names]) for space, names in variables_of(value)]
         found = [*cells, *chain.from_iterable(named), *_defaults(value)]
@@ -129,7 +129,7 @@ def _places(value: Any) -> list[_Place]:
 
 
 def _entries(holder: Any, entries: Iterable[tuple[Any, Any]]) -> list[_Place]:
-    drawing = [key for key, one in entries if draws(one)]
+    drawing = [key for key, one in entries if is_iterator(one)]
     return [_Place(partial(holder.__getitem__, key), partial(holder.__setitem__, key)) for key in drawing]
 
 
@@ -141,7 +141,7 @@ def _defaults(function: FunctionType) -> list[_Place]:
         own = function.__defaults__
         function.__defaults__ = (*own[:place], one, *own[place + 1 :])
 
-    drawing = [place for place, one in enumerate(function.__defaults__ or ()) if draws(one)]
+    drawing = [place for place, one in enumerate(function.__defaults__ or ()) if is_iterator(one)]
     return [_Place(partial(read, place), partial(write, place)) for place in drawing]
 
 

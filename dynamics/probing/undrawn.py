@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
-from types import BuiltinMethodType, FunctionType, MethodType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -148,5 +148,4 @@ def _defaults(function: FunctionType) -> list[_Place]:
 def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, dict | list | tuple):
         return value.values() if isinstance(value, dict) else value
-    known = isinstance(value, partial | MethodType | BuiltinMethodType | FunctionType)
-    return referred(value) if known or not isinstance(value, nn.Module) else ()
+    return referred(value)

@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from .bytecode import names_in
-from .bytecode import names_in
 from .contents import (
     Saved,
     Saver,

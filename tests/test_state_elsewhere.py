@@ -186,6 +186,17 @@ def in_an_object(x: Tensor) -> Tensor:
     return x / away.CONFIG.step_of_object
 
 
+def in_a_closure() -> Change:
+    step = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal step
+        step += 1
+        return x / step
+
+    return counted
+
+
 def of_a_library() -> Change:
     from transforms import Transform  # type: ignore[import-not-found]  # written by _reset
 
@@ -216,6 +227,7 @@ CHANGES: dict[str, Callable[[], Change]] = {
     "in a list in a dictionary that is changed": lambda: in_a_list_in_a_dictionary,
     "in a class": lambda: in_a_class,
     "in an object": lambda: in_an_object,
+    "in a closure": in_a_closure,
     "a library's generator": of_a_library,
     "torch's sequence": of_torch,
     "SciPy's sequence": of_scipy,

@@ -354,13 +354,13 @@ def test_attributes_that_two_classes_have_are_not_taken_for_one_another() -> Non
     away.reset()
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_what_is_only_read_is_left_to_others(whole: bool) -> None:
+@pytest.mark.parametrize("afterwards", [False, True])
+def test_what_is_only_read_is_left_to_others(afterwards: bool) -> None:
     """Another thread, say, or the loop itself, which may have it in a graph."""
     global STEP
     STEP = 0
     QUEUE.clear()
-    before = kept([Reading(), Keeping(in_a_table)], whole=whole)
+    before = kept([Reading(), Keeping(in_a_table)], afterwards=afterwards)
     STEP, version = 5, BANK.add_(1)._version
     QUEUE.append(1)
     RING[:] = 3

@@ -49,11 +49,11 @@ def _save_names(module: dict[str, Any], names: Iterable[str]) -> Saved:
     return partial(module.update, own), _numbers(own.values())
 
 
-def save_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: bool) -> Saved:
+def save_named(owner: dict[str, Any] | type, names: Iterable[str], *, afterwards: bool) -> Saved:
     """Save which objects attributes of a class, or variables in a dictionary, hold.
 
-    They are put back if all are plain or None, both times. What is ``whole`` is put back one by one; but where there
-    was nothing, or None or a boolean, what is not plain stays: it was made once.
+    Before an evaluation they are put back if all are plain or None, both times; ``afterwards``, one by one. But where
+    there was nothing, or None or a boolean, what is not plain stays: it was made once.
     """
 
     def present() -> dict[str, Any]:
@@ -64,9 +64,9 @@ def save_named(owner: dict[str, Any] | type, names: Iterable[str], *, whole: boo
 
     def put_back() -> None:
         now = present()
-        if not whole and not all(one is None or is_plain(one) for one in (*own.values(), *now.values())):
+        if not afterwards and not all(one is None or is_plain(one) for one in (*own.values(), *now.values())):
             return
-        for name in () if whole else now.keys() - own.keys():
+        for name in () if afterwards else now.keys() - own.keys():
             _delete(owner, name)
         for name, one in own.items():
             made_once = (one is None or isinstance(one, bool)) and not is_plain(now.get(name))

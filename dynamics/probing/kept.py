@@ -73,7 +73,7 @@ class Kept:
 
 
 def kept(
-    modules: Iterable[nn.Module], function: Callable | None = None, *, bounded: bool = False, whole: bool = False
+    modules: Iterable[nn.Module], function: Callable | None = None, *, bounded: bool = False, afterwards: bool = False
 ) -> Kept:
     """Keep the plain attributes of modules, of their classes and parameters, and what a function refers to.
 
@@ -85,13 +85,13 @@ def kept(
     generators are. Of the function, these are kept and its closure and global variables, if they are numbers, tensors,
     collections or the user's own objects; but not what is trained, nor many more numbers than the modules have
     parameters, as in a data set. What forward methods and the function change elsewhere in passing is kept as
-    :class:`~dynamics.probing.passing.InPassing` says, ``whole`` or not. If ``bounded``, no more than some objects of
-    the modules are kept, those that lie nearest to them.
+    :class:`~dynamics.probing.passing.InPassing` says, to be put back before an evaluation or ``afterwards``. If
+    ``bounded``, no more than some objects of the modules are kept, those that lie nearest to them.
     """
     keeper = _Keeper(list(modules), bounded)
     functions = [] if function is None else [passed_on(function)]
     keeper.look_into(functions)
-    passing = InPassing(keeper.kinds, keeper.seen, keeper.room, whole=whole)
+    passing = InPassing(keeper.kinds, keeper.seen, keeper.room, afterwards=afterwards)
     return Kept(keeper.savers + passing.savers(functions + keeper.beside), keeper.trained)
 
 

@@ -23,7 +23,7 @@ class Guard:
         self.module, self._attributes = module, Kept([])
         self._own: dict[str, Tensor | None] = {}
         with suppress(Exception):  # a module may be anything
-            self._attributes = kept([module], bounded=True, whole=True)
+            self._attributes = kept([module], bounded=True, afterwards=True)
             self._own = dict(module._buffers)
 
     def lend(self, same: dict[int, Tensor]) -> None:

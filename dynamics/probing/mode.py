@@ -25,7 +25,7 @@ def mode_of(model: nn.Module, mode: str | None) -> Iterator[None]:
             afterwards.callback(setattr, module, "training", module.training)
         if mode is not None:
             if any(type(module).train is not nn.Module.train for module in modules):
-                afterwards.callback(kept(modules, whole=True).put_back)
+                afterwards.callback(kept(modules, afterwards=True).put_back)
                 copies = {name: one.clone() for name, one in model.named_parameters()}
                 afterwards.enter_context(exchanged(model, copies))
             model.train(mode == "train")

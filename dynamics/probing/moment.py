@@ -192,7 +192,7 @@ class Moment:
         ours = set(self._model.modules())
         with random_numbers_untouched(self._device), ExitStack() as afterwards:  # all of it, the last first
             others = OthersAgain(self, ours, present, afterwards, look=look)
-            afterwards.callback(kept(ours, self._objective, whole=True).put_back)
+            afterwards.callback(kept(ours, self._objective, afterwards=True).put_back)
             afterwards.callback(self._attributes.now().put_back)
             hook = register_module_forward_pre_hook(others.begins)
             try:

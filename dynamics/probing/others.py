@@ -86,7 +86,7 @@ class OthersAgain:
         """Put the present state of modules back afterwards."""
         if new := [module for module in modules if not (module in self._ours or module in self._saved)]:
             self._saved.update(new)
-            self._afterwards.callback(kept(new, whole=True).put_back)
+            self._afterwards.callback(kept(new, afterwards=True).put_back)
             for module in new:
                 self._afterwards.callback(lent(module._buffers, module._buffers))
 

@@ -47,12 +47,12 @@ class InPassing:
         kinds: the user's own classes whose methods run.
         seen: ids of objects that are kept already.
         room: how many numbers may be kept.
-        whole: whether variables that are set are put back one by one, to end an evaluation, whatever they hold. To
-            begin one, all that one function sets are, or none: they may belong together.
+        afterwards: whether state is put back after an evaluation: then each variable is, whatever it holds. Before one,
+            all that one function sets are put back, or none: they may belong together.
     """
 
-    def __init__(self, kinds: Iterable[type], seen: set[Any], room: int, *, whole: bool) -> None:
-        self._kinds, self._seen, self._room, self._whole = dict.fromkeys(kinds), seen, room, whole
+    def __init__(self, kinds: Iterable[type], seen: set[Any], room: int, *, afterwards: bool) -> None:
+        self._kinds, self._seen, self._room, self._afterwards = dict.fromkeys(kinds), seen, room, afterwards
         self._kept = frozenset(self._kinds)
         self._run = {"forward", "__call__"}  # names of methods
         self._sets: set[str] = set()  # names of attributes of any object
@@ -110,12 +110,12 @@ class InPassing:
             if content := content_of(cell):
                 found += content
                 if name in names.sets_cells:
-                    self._savers.append(partial(save_cell if self._whole else save_plain_cell, cell))
+                    self._savers.append(partial(save_cell if self._afterwards else save_plain_cell, cell))
                 self._save_contents(content if name in names.changes else ())
         for number, (space, named) in enumerate(variables_of(function)):
             own = names.sets_variables if number == 0 else names.sets_attributes & set(named)
             if own:
-                self._savers.append(partial(save_named, space, own, whole=self._whole))
+                self._savers.append(partial(save_named, space, own, afterwards=self._afterwards))
             found += [space[name] for name in named]
             self._save_contents(space[name] for name in named if name in names.changes)
         return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -133,7 +133,7 @@ class InPassing:
         kind = owner if isinstance(owner, type) else type(owner)
         own, sets = _attributes(owner), self._sets | self._sets_own[kind]
         if sets:
-            self._savers.append(partial(save_named, owner if owner is kind else own, sets, whole=self._whole))
+            self._savers.append(partial(save_named, owner if owner is kind else own, sets, afterwards=self._afterwards))
         self._save_contents([one for name, one in list(own.items()) if name in self._changes])
 
     def _save_contents(self, values: Iterable[Any]) -> None:

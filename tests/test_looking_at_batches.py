@@ -18,7 +18,8 @@ from dynamics import Recorder
 from dynamics.loop.backward_passes import BackwardPasses
 from dynamics.loop.moments import Moments
 from dynamics.loop.seen import Seen
-from dynamics.probing.batch import changes, copied
+from dynamics.probing.batch import copied
+from dynamics.probing.changes import changed_since
 from dynamics.probing.objective import cross_entropy_objective
 
 
@@ -153,7 +154,7 @@ def test_a_large_array_is_compared_with_the_copy_that_there_is() -> None:
     batch = {"x": np.ones(2**22), "y": torch.zeros(3)}  # 32 megabytes
     seen = copied(batch)
     tracemalloc.start()
-    changed = changes(batch, seen)
+    changed = changed_since(batch, seen)
     assert changed() is None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -15,7 +15,8 @@ from ..errors import named
 from ..hardware.precision import is_precise
 from ..hardware.random_numbers import random_numbers_untouched
 from ..network.structure import is_scripted
-from ..probing.batch import changes, copied
+from ..probing.batch import copied
+from ..probing.changes import changed_since
 from ..probing.moment import Moment
 from ..probing.objective import Objective
 from .backward_passes import BackwardPasses
@@ -89,7 +90,7 @@ class Moments:
             moment = moment or self.now()
             if seen.changed_since is None:  # else it is a copy already
                 own, seen.batch = seen.batch, copied(seen.batch)
-                seen.changed_since = changes(own, seen.batch)
+                seen.changed_since = changed_since(own, seen.batch)
             seen.moment = seen.first_moment = moment
             seen.next_moment = None  # forward passes until now belonged to earlier steps
 

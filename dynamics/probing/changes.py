@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .batch import copied
-from .contents import are_equal
+from .equality import are_equal
 from .ownership import OF_OTHERS, held
 
 _MOST = 10_000  # values that are examined inside a batch's objects

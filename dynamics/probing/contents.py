@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .equality import are_equal
 from .ownership import CONTAINERS, entries, is_users_function, slots
 from .references import content_of, variables_of
 
@@ -24,7 +25,6 @@ Saver = Callable[[], Saved]  # saves the present contents of one object
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"} | {"forward"}  # "forward": frameworks replace it for a while
 _MISSING = object()
-_AT_ONCE = 2**20  # bytes compared at a time
 
 
 def savers_of_variables(function: FunctionType) -> list[Saver]:
@@ -230,32 +230,6 @@ def _numbers(values: Collection[Any]) -> list[Any]:
 def _are_same(values: list[Any], others: list[Any]) -> bool:
     """Whether two lists hold the identical objects."""
     return len(values) == len(others) and all(map(operator.is_, values, others))
-
-
-def are_equal(one: Any, other: Any) -> bool:
-    """Whether two numbers, tensors, arrays or generator states are equal; NaN equals NaN."""
-    try:
-        if isinstance(one, Tensor) and isinstance(other, Tensor):
-            same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-            return same and (torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
-        if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-            return one.dtype == other.dtype and one.shape == other.shape and _are_same_bytes(one, other)
-        if isinstance(one, dict) and isinstance(other, dict):
-            return one.keys() == other.keys() and all(are_equal(value, other[key]) for key, value in one.items())
-        if isinstance(one, tuple) and isinstance(other, tuple):
-            return len(one) == len(other) and all(map(are_equal, one, other))
-        return type(one) is type(other) and bool(one == other or (one != one and other != other))
-    except Exception:  # a type whose comparison fails
-        return False
-
-
-def _are_same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
-    """Compare arrays of one shape and type, a megabyte at a time because they may be large."""
-    if not one.ndim or not one.size:
-        return one.tobytes() == other.tobytes()
-    rows = max(_AT_ONCE * len(one) // one.nbytes, 1)
-    starts = range(0, len(one), rows)
-    return all(one[start : start + rows].tobytes() == other[start : start + rows].tobytes() for start in starts)
 
 
 def storage_of(tensor: Tensor | None) -> tuple[str, int]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..network.exchanged import noted_on
 from .contents import (
     Saver,
-    are_equal,
     attributes_of,
     data_of,
     may_be_kept,
@@ -30,6 +29,7 @@ from .contents import (
     savers_of_variables,
     storage_of,
 )
+from .equality import are_equal
 from .generators import drawing, is_sequence, is_tool, saver_of_generator
 from .ownership import OF_OTHERS, OURS, entries, held, is_users, manages, package, passed_on
 from .passing import InPassing

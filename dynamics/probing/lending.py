@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contents import PutBack, are_equal, save_tensor
+from .contents import PutBack, save_tensor
+from .equality import are_equal
 from .kept import Kept, kept
 
 Tensors = Mapping[str, Tensor | None]

@@ -35,12 +35,12 @@ def savers_of_variables(function: FunctionType) -> list[Saver]:
     if not is_users_function(function):
         return []
     space, names = next(variables_of(function))
-    numbers = [name for name in names if _is_number(space[name])]
-    cells = [cell for cell in function.__closure__ or () if any(map(_is_number, content_of(cell)))]
+    numbers = [name for name in names if _is_numeric(space[name])]
+    cells = [cell for cell in function.__closure__ or () if any(map(_is_numeric, content_of(cell)))]
     return [partial(_save_names, space, numbers), *(partial(save_cell, cell) for cell in cells)]
 
 
-def _is_number(value: Any) -> bool:
+def _is_numeric(value: Any) -> bool:
     return isinstance(value, Number | Tensor | np.ndarray)
 
 
@@ -78,7 +78,7 @@ def save_named(owner: dict[str, Any] | type, names: Iterable[str], *, afterwards
 
 def is_plain(value: Any) -> bool:
     """Whether an object is a number, tensor or array; a boolean is none: it may say what was done once for all."""
-    return _is_number(value) and not isinstance(value, bool)
+    return _is_numeric(value) and not isinstance(value, bool)
 
 
 def save_plain_cell(cell: CellType) -> Saved:
@@ -94,18 +94,14 @@ def save_plain_entries(value: Any) -> Saved:
     One that was empty and holds numbers now may say what was done once for all.
     """
     put_back, numbers = save_container(value)
-
-    def are_plain(entries: list[Any]) -> bool:
-        return all(is_plain(one) or isinstance(one, CONTAINERS) for one in entries)
+    before = entries(value)
 
     def put_plain_back() -> None:
         now = entries(value)
-        says = was_empty and any(isinstance(one, Number) for one in now)
-        if were_plain and are_plain(now) and not says:
+        are_plain = all(is_plain(one) or isinstance(one, CONTAINERS) for one in (*before, *now))
+        if are_plain and (before or not any(isinstance(one, Number) for one in now)):
             put_back()
 
-    before = entries(value)
-    were_plain, was_empty = are_plain(before), not before
     return put_plain_back, numbers
 
 
@@ -170,16 +166,16 @@ def save_container(value: Any) -> Saved:
     has_keys = issubclass(kind, dict)
     fill: Any = {list: list.extend, deque: deque.extend}.get(kind) or kind.update
 
-    def entries() -> list[Any]:
+    def present() -> list[Any]:
         return list(kind.items(value) if has_keys else kind.__iter__(value))
 
-    def objects(entries: list[Any]) -> list[Any]:
-        return list(chain.from_iterable(entries)) if has_keys else entries
+    def objects(items: list[Any]) -> list[Any]:
+        return list(chain.from_iterable(items)) if has_keys else items
 
-    content = entries()
+    content = present()
 
     def put_back() -> None:
-        if not _are_same(objects(entries()), objects(content)):  # if unchanged, left alone: another thread may read it
+        if not _are_same(objects(present()), objects(content)):  # if unchanged, left alone: another thread may read it
             kind.clear(value)
             fill(value, content)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from by_hand import ByHand
-from networks import convolutional_network, dense, flat, images, plain_step, smooth_network, vectors
+from networks import convolutional_network, cross_entropy, dense, flat, images, plain_step, smooth_network, vectors
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -42,10 +42,6 @@ def trained(
             by_hand.after()
             losses.append(loss.item())
     return by_hand, losses
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {

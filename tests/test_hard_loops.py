@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from by_hand import ByHand, is_of_its_steps
 from networks import (
     convolutional_network,
+    cross_entropy,
     dense,
     flat,
     images,
@@ -34,10 +35,6 @@ from dynamics import Recorder, open_run
 from dynamics.network.structure import Structure
 from dynamics.probing.probe import Probe
 from dynamics.pruning import Pruner
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 class Stateful(nn.Module):

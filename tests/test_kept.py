@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import vectors
+from networks import cross_entropy, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
@@ -127,10 +127,6 @@ def trained(path: Path | None, model: nn.Module, loss_of: Callable, random_numbe
         recorder.close()
         np.testing.assert_allclose(open_run(path)["curvature"].loss_before, losses, rtol=1e-12)
     return [*map(Tensor.tolist, model.parameters()), losses, random_numbers()]
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 @pytest.mark.parametrize("name", DRAWS)

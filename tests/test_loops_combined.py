@@ -7,14 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Batch, prefetched, smooth_network, vectors
+from networks import Batch, cross_entropy, prefetched, smooth_network, vectors
 from torch import Tensor, nn
 
 from dynamics import Recorder, open_run
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def assert_losses(path: Path, losses: list[float]) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from by_hand import curvature_by_hand
+from networks import cross_entropy
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -18,10 +19,6 @@ from dynamics import Recorder, open_run
 from dynamics.pruning import Pruner
 
 Objective = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import vectors
+from networks import cross_entropy, vectors
 from scipy.stats import qmc
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
@@ -280,10 +280,6 @@ def trained(path: Path | None, make: Callable[[], tuple[nn.Module, Callable]]) -
         np.testing.assert_allclose(run["curvature"].loss_before, losses[::2], rtol=1e-12)
         np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm[::2], rtol=1e-9)
     return [*map(Tensor.tolist, model.parameters()), losses, away.STEP, away.COUNTS["step"], away.RNG.random()]
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def stays_the_same(path: Path, make: Callable[[], tuple[nn.Module, Callable]]) -> None:

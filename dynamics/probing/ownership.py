@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-OF_OTHERS = (
+OF_OTHERS = (  # what has a life of its own, and so is no part of the state of whoever refers to it
     *(nn.Module, Dataset, DataLoader, Sampler, threading.Thread),
     *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
 )

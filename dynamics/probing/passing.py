@@ -32,7 +32,7 @@ from .ownership import CONTAINERS, OF_OTHERS, entries, is_users, is_users_functi
 from .references import content_of, methods_of, referred, variables_of
 from .walk import MOST, walk
 
-_A_CONTAINER = 1000  # numbers that cost as much as an entry of a container
+_PER_ENTRY = 1000  # numbers that cost as much as an entry of a container
 
 
 class InPassing:
@@ -40,8 +40,9 @@ class InPassing:
 
     That is random generators, and sequences of quasi-random numbers, wherever they are; and what the code sets or
     changes in place, if it is plain (numbers, tensors, arrays, and containers of up to ``MOST`` of these): global and
-    closure variables, and attributes of classes and objects of the user's own. What is made once, and what says that it
-    was, cannot be made again. What the code only reads is another's business, perhaps a thread's.
+    closure variables, and attributes of classes and objects of the user's own. What is made once, such as a layer, and
+    what says that it was, such as a boolean or a container's first entries, stays: it cannot be made again. So does
+    what the code only reads, because another thread may change it meanwhile.
 
     Args:
         kinds: the user's own classes whose methods run.
@@ -53,12 +54,12 @@ class InPassing:
 
     def __init__(self, kinds: Iterable[type], seen: set[Any], room: int, *, afterwards: bool) -> None:
         self._kinds, self._seen, self._room, self._afterwards = dict.fromkeys(kinds), seen, room, afterwards
-        self._kept = frozenset(self._kinds)
-        self._run = {"forward", "__call__"}  # names of methods
-        self._sets: set[str] = set()  # names of attributes of any object
-        self._sets_own: defaultdict[type, set[str]] = defaultdict(set)
-        self._changes: set[str] = set()
-        self._owners: list[Any] = []
+        self._kept = frozenset(self._kinds)  # their attributes are kept already
+        self._run = {"forward", "__call__"}  # names of the methods that run, as far as is known
+        self._sets: set[str] = set()  # names of attributes that are set, of any object
+        self._sets_own: defaultdict[type, set[str]] = defaultdict(set)  # of a class's own object, by its methods
+        self._changes: set[str] = set()  # names of what is changed in place
+        self._owners: list[Any] = []  # the user's own classes and objects
         self._savers: list[Saver] = []
 
     def savers(self, functions: Iterable[Any]) -> list[Saver]:
@@ -144,7 +145,7 @@ class InPassing:
         if id(value) in self._seen:
             return ()
         if isinstance(value, dict | list | deque | set):
-            if self._has_room_for(_A_CONTAINER * size(value)):
+            if self._has_room_for(_PER_ENTRY * size(value)):
                 self._add(save_plain_entries, value)
                 return entries(value)
         elif isinstance(value, np.ndarray) and value.flags.writeable and self._has_room_for(value.size):
@@ -164,7 +165,7 @@ class InPassing:
 
 
 def _gently(save: Saver) -> Saved:
-    """What is put back as far as it can be: a tensor may have another shape by then."""
+    """Save what is put back only if it can be: a tensor may have another shape by then."""
     put_back, numbers = save()
 
     def as_far_as_possible() -> None:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 MOST, _DEEPEST = 1000, 4  # number and depth of objects that are searched where these may be anything
-_WAITING = 10 * MOST  # of which many may be the same
+_WAITING = 10 * MOST  # number of objects that may wait to be searched, of which many may be the same
 
 
 def walk(values: Iterable[Any], look: Callable[[Any], Iterable[Any]], *, bounded: bool) -> None:

@@ -97,30 +97,16 @@ class StepCurvature:
             return
         if self._processes.may_end_apart:
             self.stop()
-            self._warn_once(
-                f"curvature is not recorded from step {step} on: inside DDP's join() processes end at different "
-                "times, and all of them are needed to measure it; set curvature_every=0 to record first-order "
-                "quantities only",
-                "apart",
-            )
+            self._say_apart(step)
         elif (known := self._all_or_none.measured(self._known, step, evaluates=False)) is not None:
             if self._all_or_none.all_agree(bool(known)):
                 self._probes = self._all_or_none.measured(partial(self._candidates.of_step, known), step) or []
             elif self._batches.moments.lost:
                 self._say_lost()
             elif known:
-                self._warn_once(
-                    f"curvature is not recorded at step {step}, whose batches are not known in other processes: watch "
-                    "the loader, or observe each batch, in all processes",
-                    "known here",
-                )
+                self._say_known_here(step)
             elif self._batches.forgotten:
-                self._warn_once(
-                    f"curvature is not recorded at step {step}, which may be of all of the more than "
-                    f"{self._batches.forgotten} batches that were evaluated before it, in eval mode and without "
-                    "gradients: so many are not kept",
-                    "forgotten",
-                )
+                self._say_forgotten(step)
             elif self._batches.told and not self._batches:
                 self._say_unknown(step)
 
@@ -159,11 +145,7 @@ class StepCurvature:
         if best.cosine < _DOUBTFUL:
             self._say_doubtful(step, best.cosine)
         if values.get("approximate"):
-            self._warn_once(
-                f"curvature is approximate from step {step} on: an operation of the model has no second "
-                "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
-                "approximate",
-            )
+            self._say_approximate(step)
         return self._processes.mean_values(self._probed.unless_frozen_move(best.candidate.probe, values))
 
     def trust_loss(self) -> None:
@@ -194,6 +176,29 @@ class StepCurvature:
             "others lost",
         )
         return True
+
+    def _say_apart(self, step: int) -> None:
+        self._warn_once(
+            f"curvature is not recorded from step {step} on: inside DDP's join() processes end at different "
+            "times, and all of them are needed to measure it; set curvature_every=0 to record first-order "
+            "quantities only",
+            "apart",
+        )
+
+    def _say_known_here(self, step: int) -> None:
+        self._warn_once(
+            f"curvature is not recorded at step {step}, whose batches are not known in other processes: watch "
+            "the loader, or observe each batch, in all processes",
+            "known here",
+        )
+
+    def _say_forgotten(self, step: int) -> None:
+        self._warn_once(
+            f"curvature is not recorded at step {step}, which may be of all of the more than "
+            f"{self._batches.forgotten} batches that were evaluated before it, in eval mode and without "
+            "gradients: so many are not kept",
+            "forgotten",
+        )
 
     def _say_lost(self) -> None:
         self._warn_once(
@@ -232,6 +237,13 @@ class StepCurvature:
             "forward pass and step: with several networks, call observe() right before the forward pass of "
             "each, and pass all optimizers that step in between",
             "doubtful",
+        )
+
+    def _say_approximate(self, step: int) -> None:
+        self._warn_once(
+            f"curvature is approximate from step {step} on: an operation of the model has no second "
+            "derivative, so Hessian products are central differences of gradients (`approximate` is 1)",
+            "approximate",
         )
 
     def _say_another(self, step: int) -> None:

@@ -22,7 +22,7 @@ class TooMany:
     def __init__(self, model: nn.Module, *, compiled: bool) -> None:
         self._model, self._compiled = model, compiled
         self._last: Seen | None = None  # the last of many batches that were evaluated; the others were let go
-        self._warned = self._trained = False
+        self._warned = self._stepped = False  # whether a warning was given, and a step taken
         self._version: int | None = None  # of a parameter, when the first batch since the last step came
         self._moved = False  # whether it has changed since, though no step was taken
 
@@ -71,13 +71,13 @@ class TooMany:
     def step(self, seen: Sequence[Seen], wasted: int) -> None:
         """A step is taken, of some of the batches seen; so many backward passes before it led to none."""
         missed = min(len(seen), wasted)
-        if self._trained and self._moved and missed > _SKIPPED and not self._warned:
+        if self._stepped and self._moved and missed > _SKIPPED and not self._warned:
             self._warned = True
             warn(
                 f"{missed} batches and backward passes in a row led to no optimizer step, but parameters changed: if "
                 "another optimizer steps in between, pass all of them from the start, Recorder(..., [first, second])"
             )
-        self._trained, self._version, self._moved = True, None, False
+        self._stepped, self._version, self._moved = True, None, False
 
     def clear(self) -> None:
         """The batches are forgotten."""

@@ -131,7 +131,7 @@ class ProbedStep:
                 values |= self._second_order(probe, grad, vectors, second)
         others = {
             "loss_before": lambda: loss,
-            "loss_after": lambda: probe.loss(self._after(), present=self._groups.outside),
+            "loss_after": lambda: self._loss_after(probe),
             "approximate": lambda: torch.zeros((), device="cpu"),
         }
         return {name: others[name]() for name in self._others} | values
@@ -151,6 +151,24 @@ class ProbedStep:
         )
         unknown = [name for name in ("grad_update", "update_hess_update") if name in values]
         return values | {name: torch.full_like(values[name], torch.nan) for name in unknown}
+
+    def _loss_after(self, probe: Probe) -> Tensor:
+        """The loss at θ + Δθ; NaN if the objective fails there, which the loop may leave before it goes on."""
+        try:
+            return probe.loss(self._after(), present=self._groups.outside)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.on_one_gpu and torch.cuda.is_current_stream_capturing():
+                raise
+            self._warn_once(
+                f"loss_after is NaN where a step leads to parameters at which the objective fails, first with "
+                f"{named(error)}. If the loop moves them to where it is defined after each step, let the optimizer do "
+                "that in a hook, optimizer.register_step_post_hook, before the recorder is made: then it counts as a "
+                "part of the step",
+                "after",
+            )
+            return torch.full((), torch.nan, device="cpu")
 
     def _after(self) -> dict[str, Tensor] | None:
         """θ + Δθ by parameter name; None for a single optimizer, after whose step the model still has it.

@@ -180,6 +180,32 @@ def test_labels_whose_smoothing_was_forgotten_are_said(tmp_path: Path, smoothing
             recorder.log(loss=loss)
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_small_penalty_that_was_forgotten_is_said(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, forgotten: bool
+) -> None:
+    """It leaves a cosine above 0.9999, and few parts in a thousand of the loss."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+
+    def penalized(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        penalty = sum(one.square().sum() for one in model.parameters())
+        return F.cross_entropy(model(batch[0]), batch[1]) + 1e-4 * penalty
+
+    settings = {} if forgotten else {"objective": penalized}
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1, **settings) as recorder:
+        for batch in recorder.watch([(torch.randn(64, 8), torch.randint(3, (64,))) for _ in range(3)]):
+            optimizer.zero_grad()
+            loss = penalized(model, batch)
+            loss.backward()
+            optimizer.step()
+            recorder.log(loss=loss)
+    assert len(recwarn) == forgotten
+    assert all("their gradients have cosine 0.9999" in str(one.message) for one in recwarn)
+
+
 def test_a_scripted_part_has_no_curvature(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh())))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

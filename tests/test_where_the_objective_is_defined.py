@@ -56,9 +56,7 @@ def second_derivative(variance: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("in_a_hook", [False, True])
-def test_curvature_is_recorded_all_the_same(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder, in_a_hook: bool
-) -> None:
+def test_curvature_is_recorded_all_the_same(tmp_path: Path, recwarn: pytest.WarningsRecorder, in_a_hook: bool) -> None:
     """By hand the Hessian is diagonal; only the loss after such a step is unknown, unless going back is its part."""
     model, before = trained(tmp_path / "run", in_a_hook=in_a_hook)
     run = open_run(tmp_path / "run")

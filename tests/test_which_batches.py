@@ -560,6 +560,32 @@ def test_a_closure_that_reads_the_whole_loader_is_one_step(tmp_path: Path, watch
     assert run["steps"].epoch.values.tolist() == ([0, 3] if watch == "inside" else [0, 0])
 
 
+@pytest.mark.parametrize("evaluations", [30, 300])
+def test_a_closure_that_observes_at_each_evaluation_is_one_step(tmp_path: Path, evaluations: int) -> None:
+    """However many there are, between which the optimizer moves the parameters: no other one does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    settings = {"max_iter": evaluations, "tolerance_grad": 0, "tolerance_change": 0}
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-3, **settings)
+    first: list[list[float]] = []
+    with Recorder(tmp_path / "run", model, optimizer, curvature_every=1) as recorder:
+        for x, y in [(torch.randn(8, 4).double(), torch.arange(8) % 3) for _ in range(3)]:
+            losses: list[float] = []
+
+            def closure(x: torch.Tensor = x, y: torch.Tensor = y, losses: list[float] = losses) -> torch.Tensor:
+                recorder.observe((x, y))
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                losses.append(loss.item())
+                return loss
+
+            optimizer.step(closure)
+            assert len(losses) == evaluations
+            first.append(losses[0])
+    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, first, rtol=1e-12)
+
+
 @pytest.mark.parametrize("trains", ["here", "in another thread"])
 def test_a_thread_that_reads_ahead_changes_nothing(tmp_path: Path, trains: str) -> None:
     """Its batches cannot be told from those of the step, and random numbers are drawn while it tells of them."""

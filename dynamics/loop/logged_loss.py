@@ -12,7 +12,9 @@ from torch import Tensor
 
 _EXPLAINED = 0.99  # rounding to half precision explains a cosine between gradients that is nearer to 1
 _EQUAL = 1 - 1e-4  # that of single precision explains no more than this
-_AGREE, _AGREE_PRECISELY = 0.02, 0.001  # relative differences
+_THE_SAME = 1 - 1e-6  # and seldom this: a small penalty leaves more, whose curvature may be large
+_AGREE, _AGREE_PRECISELY = 0.02, 1e-4  # relative differences
+_NEAR_ZERO = 1e-6  # absolute difference, up to which losses in single precision agree
 _UNLIKELY = 0.9  # rounding hardly explains a cosine below this, whatever the precision
 _UNLOGGED = 16  # steps in doubt, without any logged loss that could be compared
 _PARTS = 16  # a loss may be logged divided by the number of micro-batches, or as their sum, for up to so many
@@ -36,8 +38,8 @@ class _Doubt:
 
     @property
     def explained(self) -> float:
-        """The cosine above which rounding explains that the gradients differ."""
-        return _EQUAL if self.precise else _EXPLAINED
+        """The cosine above which rounding explains that the gradients differ, so that losses need not agree."""
+        return _THE_SAME if self.precise else _EXPLAINED
 
     @property
     def is_unlikely(self) -> bool:
@@ -113,9 +115,9 @@ class LoggedLoss:
                 yield (
                     "doubtful",
                     f"the loss of step {doubt.step} was logged as {logged:{digits}}, but the objective is "
-                    f"{objective:{digits}} on its batch; their gradients have cosine "
-                    f"{doubt.cosine:.4f}. {'If' if doubt.precise else half} the logged value is the loss that the loop "
-                    "minimises, /curvature is of another loss: give the recorder the same one, "
+                    f"{objective:{digits}} on its batch; their gradients have {_alike(doubt.cosine)}. "
+                    f"{'If' if doubt.precise else half} the logged value is the loss that the loop minimises, "
+                    "/curvature is of another loss: give the recorder the same one, "
                     "Recorder(..., objective=lambda model, batch: <the loss>)",
                 )
 
@@ -137,6 +139,12 @@ class LoggedLoss:
         return doubt.cosine < doubt.explained and not _is_part_or_sum(logged, objective, doubt.tolerance)
 
 
+def _alike(cosine: float) -> str:
+    if cosine > _THE_SAME:
+        return "the same direction, as those of a multiple have"
+    return f"cosine {cosine:.{4 if cosine < _EQUAL else 6}f}"
+
+
 def _distance(objective: float, logged: float, batches: int) -> float:
     """Distance of the objective from what was logged or, if that is nearer, from ``batches`` times it."""
     return min(abs(objective - logged), abs(objective - batches * logged))
@@ -153,4 +161,4 @@ def _is_part_or_sum(logged: float, objective: float, near: float) -> bool:
 
 
 def _agree(one: float, other: float, near: float) -> bool:
-    return abs(one - other) <= near * max(abs(one), abs(other))
+    return abs(one - other) <= max(near * max(abs(one), abs(other)), _NEAR_ZERO)

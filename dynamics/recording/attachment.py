@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import FrameType, MethodType
 from typing import Any
@@ -77,7 +78,8 @@ class Attachment:
 
         def measured() -> Any:
             try:
-                loss = closure()
+                with nullcontext() if waiting else self._steps.evaluates_again():
+                    loss = closure()
             except BaseException:
                 self._finish()
                 raise

@@ -132,6 +132,10 @@ class Steps:
             self._waits = False
             self._begin_curvature()
 
+    def evaluates_again(self) -> AbstractContextManager[None]:
+        """A closure computes the gradient once more: the step is of the batches that were read when it first did."""
+        return self._batches.known()
+
     def take_update(self, number: int) -> None:
         """Take an optimizer's Δθ before anything else changes θ."""
         if (skips := self._groups.skips(number)) is not None:

@@ -9,9 +9,11 @@ import logging
 import subprocess
 import symtable
 import tarfile
+from collections import OrderedDict, deque
 from collections.abc import Iterator
-from types import CodeType, ModuleType
+from types import CodeType, MappingProxyType, ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,6 +158,15 @@ def test_variables_of_the_functions_around_are_told_from_its_own() -> None:
 
     assert names_in(inner.__code__).sets_cells == {"count"}
     inner()
+
+
+@pytest.mark.parametrize("kind", [list, deque, dict, OrderedDict, set, np.ndarray])
+def test_methods_that_change_a_container_are_known(kind: type) -> None:
+    frozen = {list: tuple, deque: tuple, dict: MappingProxyType, OrderedDict: MappingProxyType, set: frozenset}
+    own = {name for name in vars(kind).keys() - vars(frozen.get(kind, object)).keys() if not name.startswith("_")}
+    if kind is np.ndarray:
+        own &= {"fill", "itemset", "partition", "put", "sort"}  # most of its methods return another one
+    assert not {name for name in own - {"copy", "fromkeys", "maxlen"} if not _changes(name)}
 
 
 MODULES = [argparse, inspect, logging, subprocess, tarfile, torch.nn.modules.module, passing, store]

@@ -25,9 +25,12 @@ _NAMED_BY: dict[str, tuple[str, ...]] = {
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD")
 _REACHES = (*_LOADS, "BINARY_SUBSCR", "BINARY_SLICE")
 _ABOVE = {"STORE_SUBSCR": 1, "STORE_SLICE": 2, "DELETE_SUBSCR": 1}  # values that lie on the container, such as the key
-_OF_CONTAINERS = frozenset(
-    ("add", "append", "appendleft", "clear", "discard", "extend", "insert", "move_to_end", "pop", "popitem", "popleft")
-) | {"remove", "rotate", "setdefault", "sort", "update"}
+_OF_LISTS = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}  # methods that change one
+_OF_DEQUES = {"appendleft", "extendleft", "popleft", "rotate"}
+_OF_DICTIONARIES = {"move_to_end", "popitem", "setdefault", "update"}
+_OF_SETS = {"add", "discard", "difference_update", "intersection_update", "symmetric_difference_update"}
+_OF_ARRAYS = {"fill", "itemset", "partition", "put"}
+_OF_CONTAINERS = _OF_LISTS | _OF_DEQUES | _OF_DICTIONARIES | _OF_SETS | _OF_ARRAYS
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _GOES_NOT_ON = ("JUMP_FORWARD", "JUMP_BACKWARD", "RETURN", "RAISE", "RERAISE")
 

@@ -76,7 +76,7 @@ class InPassing:
     def _methods(self) -> list[FunctionType]:
         found = []
         for kind in list(self._kinds):
-            for method in methods_of(kind, sorted(self._run)):
+            for method in methods_of(kind, self._run):
                 self._sets_own[kind] |= names_in(method.__code__).sets_own
                 found.append(method)
         return found

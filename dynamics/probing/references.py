@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import partial
 from itertools import chain, islice
 from numbers import Number
@@ -38,11 +38,10 @@ def variables_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], list[
             waiting += [(vars(one), names.attributes) for one in modules if _is_users_own(one)]
 
 
-def methods_of(kind: type, names: Iterable[str]) -> Iterator[FunctionType]:
+def methods_of(kind: type, names: Set[str]) -> Iterator[FunctionType]:
     """The methods and properties of these names that the user has defined, in a class or in those it inherits from."""
-    own = [vars(one) for one in kind.__mro__ if is_users(one)]
-    for name in names if own else ():
-        for found in (attributes[name] for attributes in own if name in attributes):
+    for own in (vars(one) for one in kind.__mro__ if is_users(one)):
+        for found in (own[name] for name in sorted(own.keys() & names)):
             function = getattr(found, "fget", None) or getattr(found, "__func__", found)
             if isinstance(function, FunctionType):
                 yield inspect.unwrap(function)

@@ -71,15 +71,20 @@ def held(value: Any) -> list[Any]:
 
 def slots(value: Any) -> list[tuple[MemberDescriptorType, Any]]:
     """The slots of an object that have a value, each with that value."""
-    members = (one for kind in type(value).__mro__ for one in vars(kind).values())
+    kind: Any = type(value)
     found = []
-    for member in members:
-        if isinstance(member, MemberDescriptorType):
-            try:
-                found.append((member, member.__get__(value)))
-            except AttributeError:
-                continue
+    for member in _members(kind):
+        try:
+            found.append((member, member.__get__(value)))
+        except AttributeError:
+            continue
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _members(kind: type) -> list[MemberDescriptorType]:
+    members = (one for base in kind.__mro__ for one in vars(base).values())
+    return [one for one in members if isinstance(one, MemberDescriptorType)]
 
 
 def manages(value: Any) -> bool:

@@ -56,6 +56,7 @@ class InPassing:
         self._kinds, self._seen, self._room, self._afterwards = dict.fromkeys(kinds), seen, room, afterwards
         self._kept = frozenset(self._kinds)  # their attributes are kept already
         self._run = {"forward", "__call__"}  # names of the methods that run, as far as is known
+        self._waiting: dict[type, dict[str, list[FunctionType]]] = {}  # methods that are not known to run
         self._sets: set[str] = set()  # names of attributes that are set, of any object
         self._sets_own: defaultdict[type, set[str]] = defaultdict(set)  # of a class's own object, by its methods
         self._changes: set[str] = set()  # names of what is changed in place
@@ -64,21 +65,25 @@ class InPassing:
 
     def savers(self, functions: Iterable[Any]) -> list[Saver]:
         """Savers of the state that functions change, and the methods that run."""
-        functions, known = list(functions), set[int]()
-        while new := [one for one in (*functions, *self._methods()) if id(one) not in known]:
-            known.update(map(id, new))
+        new = [*functions, *self._further_methods()]
+        while new:
             walk(new, self._visit, bounded=True)
+            new = self._further_methods()
         for owner in self._owners:
             with suppress(Exception):  # an object may be anything, and change meanwhile
                 self._save_attributes(owner)
         return self._savers
 
-    def _methods(self) -> list[FunctionType]:
-        found = []
-        for kind in list(self._kinds):
-            for method in methods_of(kind, self._run):
-                self._sets_own[kind] |= names_in(method.__code__).sets_own
-                found.append(method)
+    def _further_methods(self) -> list[FunctionType]:
+        """The methods that run, as far as is known now, and were not returned before."""
+        found: list[FunctionType] = []
+        for kind in self._kinds:
+            if kind not in self._waiting:
+                self._waiting[kind] = methods_of(kind)
+            for name in sorted(self._waiting[kind].keys() & self._run):
+                methods = self._waiting[kind].pop(name)
+                self._sets_own[kind].update(*(names_in(method.__code__).sets_own for method in methods))
+                found += methods
         return found
 
     def _visit(self, value: Any) -> Iterable[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from numbers import Number
@@ -38,13 +38,15 @@ def variables_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], list[
             waiting += [(vars(one), names.attributes) for one in modules if _is_users_own(one)]
 
 
-def methods_of(kind: type, names: Set[str]) -> Iterator[FunctionType]:
-    """The methods and properties of these names that the user has defined, in a class or in those it inherits from."""
+def methods_of(kind: type) -> dict[str, list[FunctionType]]:
+    """By name, the methods and properties that the user has defined in a class or in those it inherits from."""
+    found: dict[str, list[FunctionType]] = {}
     for own in (vars(one) for one in kind.__mro__ if is_users(one)):
-        for found in (own[name] for name in sorted(own.keys() & names)):
-            function = getattr(found, "fget", None) or getattr(found, "__func__", found)
+        for name, one in own.items():
+            function = getattr(one, "fget", None) or getattr(one, "__func__", one)
             if isinstance(function, FunctionType):
-                yield inspect.unwrap(function)
+                found.setdefault(name, []).append(inspect.unwrap(function))
+    return found
 
 
 def referred(value: Any, *, far: bool = True) -> Iterable[Any]:

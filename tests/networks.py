@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
@@ -127,6 +128,22 @@ def recorded(
         for batch in recorder.watch(batches):
             step(model, optimizer, batch)
     return open_run(path)
+
+
+def losses_of_steps(
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable, batches: list[Batch]
+) -> list[float]:
+    """Train on the batches, recorded if there is a path: then curvature is measured at the loop's own loss."""
+    losses = []
+    recorder = Recorder(path, model, optimizer, objective=loss_of, curvature_every=2) if path else None
+    for batch in recorder.watch(batches) if recorder else batches:
+        losses.append(step_along(loss_of(model, batch), optimizer))
+    if recorder:
+        recorder.close()
+        run = open_run(path)
+        np.testing.assert_allclose(run["curvature"].loss_before, losses[::2], rtol=1e-12)
+        np.testing.assert_allclose(run["curvature"].grad_sqnorm, run["steps"].grad_sqnorm[::2], rtol=1e-9)
+    return losses
 
 
 def all_but_row(shape: torch.Size, row: int) -> Tensor:

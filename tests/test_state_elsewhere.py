@@ -305,29 +305,6 @@ def test_a_layer_that_is_made_in_the_first_forward_pass_stays_the_loops(tmp_path
     assert layers[0] == layers[1]
 
 
-@pytest.mark.parametrize("where", ["in a variable", "around it"])
-def test_what_an_objective_does_once_for_all_is_not_done_again(tmp_path: Path, where: str) -> None:
-    ready = False
-
-    def in_a_variable(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        global READY
-        loss = cross_entropy(model, batch)
-        if not READY:
-            (away.FOLDER / "registered").mkdir()
-        READY = True
-        return loss
-
-    def around_it(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        nonlocal ready
-        loss = cross_entropy(model, batch)
-        if not ready:
-            (away.FOLDER / "registered").mkdir()
-        ready = True
-        return loss
-
-    trained(tmp_path / "run", lambda: (Net(), {"in a variable": in_a_variable, "around it": around_it}[where]))
-
-
 @pytest.mark.parametrize("by", ["flag", "list", "dictionary"])
 def test_what_is_done_once_for_all_is_not_done_again(tmp_path: Path, by: str) -> None:
     QUEUE.clear()

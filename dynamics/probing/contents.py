@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .bytecode import names_in
 from .equality import are_equal
 from .ownership import CONTAINERS, entries, is_users_function, slots
 from .references import content_of, variables_of
@@ -31,16 +30,13 @@ _MISSING = object()
 def savers_of_variables(function: FunctionType) -> list[Saver]:
     """Savers of a function's global and closure variables that are numbers, tensors or arrays; none if not the user's.
 
-    They save which object each variable holds, not the object's contents. Those that the function itself sets are left
-    to :class:`~dynamics.probing.passing.InPassing`: it may have made something once, and noted that there.
+    They save which object each variable holds, not the object's contents.
     """
     if not is_users_function(function):
         return []
-    sets, (space, names) = names_in(function.__code__), next(variables_of(function))
-    numbers = [name for name in names if _is_numeric(space[name]) and name not in sets.sets_variables]
-    around = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-    read = [cell for name, cell in around if name not in sets.sets_cells]
-    cells = [cell for cell in read if any(map(_is_numeric, content_of(cell)))]
+    space, names = next(variables_of(function))
+    numbers = [name for name in names if _is_numeric(space[name])]
+    cells = [cell for cell in function.__closure__ or () if any(map(_is_numeric, content_of(cell)))]
     return [partial(_save_names, space, numbers), *(partial(save_cell, cell) for cell in cells)]
 
 

@@ -51,6 +51,27 @@ def loop(holder: Holder) -> None:
         row.mul_(2)
 
 
+def two_names(holder: Holder) -> None:
+    memory = rows = holder.memory
+    rows.append(1)
+    holder.step = len(memory)
+
+
+def in_an_expression(holder: Holder) -> None:
+    if memory := holder.memory:
+        memory.append(1)
+
+
+def unpacked(holder: Holder) -> None:
+    first, second = holder.memory
+    second.add_(first)
+
+
+def numbered(holder: Holder) -> None:
+    for number, row in enumerate(holder.memory):
+        row.mul_(number)
+
+
 def inside(holder: Holder) -> None:
     rows = holder.memory
     _ = [rows.append(row) for row in range(2)]
@@ -105,6 +126,10 @@ CHANGED = {
     entry_alias: {"memory"},
     alias_in_place: {"memory"},
     loop: {"memory"},
+    two_names: {"memory", "step"},
+    in_an_expression: {"memory"},
+    unpacked: {"memory"},
+    numbered: {"memory", "enumerate"},
     inside: {"memory"},
     far_key: {"memory"},
     branches: {"memory", "fallback"},

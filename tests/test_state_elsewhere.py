@@ -196,6 +196,11 @@ def in_a_closure() -> Change:
     return counted
 
 
+def counted_by(config: away.Config) -> Callable[[], int]:
+    config.step_of_object += 1
+    return lambda: config.step_of_object
+
+
 def of_a_library() -> Change:
     from transforms import Transform  # type: ignore[import-not-found]  # written by _reset
 
@@ -226,6 +231,7 @@ CHANGES: dict[str, Callable[[], Change]] = {
     "in a list in a dictionary that is changed": lambda: in_a_list_in_a_dictionary,
     "in a class": lambda: in_a_class,
     "in an object": lambda: in_an_object,
+    "in an object that is given": lambda: lambda x: x / counted_by(away.CONFIG)(),
     "in a closure": in_a_closure,
     "a library's generator": of_a_library,
     "torch's sequence": of_torch,
@@ -310,6 +316,45 @@ def test_what_is_done_once_for_all_is_not_done_again(tmp_path: Path, by: str) ->
     QUEUE.clear()
     trained(tmp_path / "run", lambda: (Registering(by), cross_entropy))
     QUEUE.clear()
+
+
+@pytest.mark.parametrize("where", ["in a variable", "around it"])
+def test_a_switch_that_an_objective_turns_is_turned_back(tmp_path: Path, where: str) -> None:
+    def make() -> tuple[nn.Module, Callable]:
+        on = True
+
+        def in_a_variable(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            global READY
+            READY = not READY
+            return cross_entropy(model, (batch[0] * (1 + READY), batch[1]))
+
+        def around_it(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            nonlocal on
+            loss = cross_entropy(model, batch) * (10 if on else 1)
+            on = False
+            return loss
+
+        return Net(), {"in a variable": in_a_variable, "around it": around_it}[where]
+
+    stays_the_same(tmp_path, make)
+
+
+class ByKey(dict):
+    """Whose entries are attributes, too."""
+
+    def __getattr__(self, name: str) -> object:
+        return self[name]
+
+
+class Configured(Net):
+    settings = ByKey(scale=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.settings.scale * away.RNG.random())
+
+
+def test_attributes_of_a_class_may_have_code_of_their_own(tmp_path: Path) -> None:
+    stays_the_same(tmp_path, lambda: (Configured(), cross_entropy))
 
 
 def test_a_tensor_that_is_made_of_the_first_batch(tmp_path: Path) -> None:

@@ -150,7 +150,11 @@ class _Code:
 
     def source(self, position: int) -> list[_Instruction]:
         """What reached the value that a local variable is set to there; nothing if the value was computed."""
+        while self.instructions[position - 1].operation in ("COPY", "STORE_FAST"):  # it is given several names
+            position -= 1
         last = self.instructions[position - 1]
+        if last.operation == "UNPACK_SEQUENCE":
+            return self.source(position - 1)
         if last.operation == "FOR_ITER":
             before = (one for one in reversed(range(position)) if self.instructions[one].operation == "GET_ITER")
             return [one for iterated in islice(before, 1) for one in self.operand(iterated, 0)]

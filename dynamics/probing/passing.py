@@ -57,6 +57,7 @@ class InPassing:
         self._kept = frozenset(self._kinds)  # their attributes are kept already
         self._run = {"forward", "__call__"}  # names of the methods that run, as far as is known
         self._waiting: dict[type, dict[str, list[FunctionType]]] = {}  # methods that are not known to run
+        self._methods: set[int] = set()  # ids of those that are known to run
         self._sets: set[str] = set()  # names of attributes that are set, of any object
         self._sets_own: defaultdict[type, set[str]] = defaultdict(set)  # of a class's own object, by its methods
         self._changes: set[str] = set()  # names of what is changed in place
@@ -83,6 +84,7 @@ class InPassing:
             for name in sorted(self._waiting[kind].keys() & self._run):
                 methods = self._waiting[kind].pop(name)
                 self._sets_own[kind].update(*(names_in(method.__code__).sets_own for method in methods))
+                self._methods.update(map(id, methods))
                 found += methods
         return found
 
@@ -110,6 +112,8 @@ class InPassing:
         names = names_in(function.__code__)
         self._run |= names.attributes
         self._sets |= names.sets_attributes
+        if id(function) not in self._methods:
+            self._sets |= names.sets_own
         self._changes |= names.changes
         found: list[Any] = []
         for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=False):

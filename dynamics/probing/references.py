@@ -43,7 +43,8 @@ def methods_of(kind: type) -> dict[str, list[FunctionType]]:
     found: dict[str, list[FunctionType]] = {}
     for own in (vars(one) for one in kind.__mro__ if is_users(one)):
         for name, one in own.items():
-            function = getattr(one, "fget", None) or getattr(one, "__func__", one)
+            function = one.fget if issubclass(type(one), property) else one
+            function = function.__func__ if issubclass(type(one), staticmethod | classmethod) else function
             if isinstance(function, FunctionType):
                 found.setdefault(name, []).append(inspect.unwrap(function))
     return found

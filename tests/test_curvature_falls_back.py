@@ -206,6 +206,28 @@ def test_a_small_penalty_that_was_forgotten_is_said(
     assert all("their gradients have cosine 0.9999" in str(one.message) for one in recwarn)
 
 
+@pytest.mark.parametrize(
+    ("size", "differ", "rounded", "said"),
+    [
+        (1.0, 3e-4, torch.float, True),
+        (1.0, 3e-4, torch.half, False),
+        (1.0, 3e-4, torch.bfloat16, False),
+        (1.0, 3e-2, torch.bfloat16, True),
+        (1e-3, 3e-4, torch.float, False),
+        (1e-6, 3e-2, torch.float, True),
+    ],
+)
+def test_a_loss_differs_by_more_than_its_digits(size: float, differ: float, rounded: torch.dtype, said: bool) -> None:
+    """In single precision by a part in 1e4 and, as small ones are less exact, by 1e-6 or a part in 1e3."""
+    objective, kinds = torch.tensor(size * 1.2345678), {}
+    for factor in (1.0, 1 + differ):
+        loss = LoggedLoss()
+        loss.measured(0, 0.999, [objective], 1, precise=True)
+        loss.logged(0, float((objective * factor).to(rounded)))
+        kinds[factor] = [kind for kind, _ in loss.differing(0, last=True)]
+    assert kinds == {1.0: [], 1 + differ: ["doubtful"] if said else []}
+
+
 def test_a_scripted_part_has_no_curvature(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh())))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +78,6 @@ class Batches:
         self._awaits, self._asleep = False, asleep
         self._reader = threading.get_ident()
         self._too_many = TooMany(self._own, compiled=self._compiled)
-        self._known = False  # whether the step under way has its batches, so that others are of none
         self._passes = 0  # over the data since the last step, in which nothing is known to have happened
         self.told = False
 
@@ -138,8 +136,6 @@ class Batches:
 
     def add(self, batch: Any, *, due: bool, stays: bool = False, source: Any = None) -> None:
         """Add a batch; if its step is ``due`` to be measured, keep a copy of it and its moment."""
-        if self._known:
-            return
         self.told, self._reader = True, threading.get_ident()
         if self._seen and self._seen[0].again and not self._backward.pending:  # without a backward pass
             self._seen = []
@@ -149,15 +145,6 @@ class Batches:
         self._read += 1
         self._seen = self._too_many.remaining(self._seen, self._backward, self._reading.count)
         self._see(batch, due=due, source=source)
-
-    @contextmanager
-    def known(self) -> Iterator[None]:
-        """The step under way has its batches: what is added meanwhile is evaluated once more within it."""
-        self._known = True
-        try:
-            yield
-        finally:
-            self._known = False
 
     def repeat(self, *, due: bool) -> None:
         """A further step on the batch that stays, if one does."""

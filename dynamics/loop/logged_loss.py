@@ -14,7 +14,8 @@ _EXPLAINED = 0.99  # rounding to half precision explains a cosine between gradie
 _EQUAL = 1 - 1e-4  # that of single precision explains no more than this
 _THE_SAME = 1 - 1e-6  # and seldom this: a small penalty leaves more, whose curvature may be large
 _AGREE, _AGREE_PRECISELY = 0.02, 1e-4  # relative differences
-_NEAR_ZERO = 1e-6  # absolute difference, up to which losses in single precision agree
+_NEAR_ZERO = 1e-6  # absolute difference up to which losses in single precision agree, unless it is much of them
+_MUCH = 0.001  # of a loss
 _UNLIKELY = 0.9  # rounding hardly explains a cosine below this, whatever the precision
 _UNLOGGED = 16  # steps in doubt, without any logged loss that could be compared
 _PARTS = 16  # a loss may be logged divided by the number of micro-batches, or as their sum, for up to so many
@@ -151,9 +152,13 @@ def _distance(objective: float, logged: float, batches: int) -> float:
 
 
 def _rounding(logged: float | Tensor) -> float:
-    """By how much a logged number was rounded at most, as by ``round(loss, 3)``: half of its last decimal place."""
-    exponent = Decimal(repr(float(logged))).as_tuple().exponent
-    return 0.51 * 10.0**exponent if isinstance(exponent, int) else 0.0  # not a number, or infinite
+    """By how much a logged number was rounded at most: to a decimal place, as by ``round(loss, 3)``, or in bits."""
+    number = float(logged)
+    exponent = Decimal(repr(number)).as_tuple().exponent
+    decimal = 0.51 * 10.0**exponent if isinstance(exponent, int) else 0.0  # not a number, or infinite
+    halves = [dtype for dtype in (torch.float16, torch.bfloat16) if float(torch.tensor(number).to(dtype)) == number]
+    kinds = map(torch.finfo, halves)
+    return max(decimal, *(max(abs(number), kind.tiny) * kind.eps for kind in kinds), 0.0)
 
 
 def _is_part_or_sum(logged: float, objective: float, near: float) -> bool:
@@ -161,4 +166,5 @@ def _is_part_or_sum(logged: float, objective: float, near: float) -> bool:
 
 
 def _agree(one: float, other: float, near: float) -> bool:
-    return abs(one - other) <= max(near * max(abs(one), abs(other)), _NEAR_ZERO)
+    size = max(abs(one), abs(other))
+    return abs(one - other) <= max(near * size, min(_NEAR_ZERO, _MUCH * size))

@@ -40,8 +40,9 @@ class Names(NamedTuple):
 
     ``sets_own`` are attributes of its first argument, which is a method's object, ``sets_attributes`` those of others,
     ``sets_cells`` variables of the functions around it. ``changes`` are the names of what it may change in place: by
-    setting entries, by ``+=`` and its kin, or by a method of containers or one of tensors whose name ends in an
-    underscore; also where a local variable stands for it, or for what it holds.
+    setting entries or attributes, by ``+=`` and its kin, or by a method of containers or one of tensors whose name ends
+    in an underscore; also where a local variable stands for it. ``changes_inside`` are the names of containers whose
+    entries it may so change. It may still change what it hands to another function, or computes from it.
     """
 
     variables: frozenset[str]
@@ -51,6 +52,22 @@ class Names(NamedTuple):
     sets_attributes: frozenset[str]
     sets_cells: frozenset[str]
     changes: frozenset[str]
+    changes_inside: frozenset[str]
+
+
+class _Named(NamedTuple):
+    """Names by which a value was reached: of itself, or of what it may be the same as; and of containers of it."""
+
+    itself: frozenset[str] = frozenset()
+    around: frozenset[str] = frozenset()
+
+    def __or__(self, other: Any) -> _Named:
+        return _Named(self.itself | other.itself, self.around | other.around)
+
+    @property
+    def entry(self) -> _Named:
+        """The names of an entry of the value."""
+        return _Named(frozenset(), self.itself | self.around)
 
 
 class _Instruction(NamedTuple):
@@ -76,37 +93,54 @@ def names_in(code: CodeType) -> Names:
 def _names_in(code: CodeType, own: str | None) -> Names:
     """``own`` is the name of the method's object."""
     names: dict[str, set[str]] = {name: set() for name in Names._fields}
-    stands_for: defaultdict[str, set[str]] = defaultdict(set)  # of local variables
+    stands_for: defaultdict[str, _Named] = defaultdict(_Named)  # of local variables
     body = _Code(code)
 
-    def named(values: list[_Instruction]) -> set[str]:
-        local = [stands_for[one.name] for one in values if one.operation == "LOAD_FAST"]
-        return {one.name for one in values if one.operation in _LOADS}.union(*local)
+    def named(values: list[_Instruction]) -> _Named:
+        found = _Named()
+        for one in values:
+            if one.operation == "LOAD_FAST":
+                found |= stands_for[one.name]
+            elif one.operation in _LOADS:
+                found |= _Named(frozenset([one.name]))
+            elif one.operation == "BINARY_SUBSCR" or one[:2] == ("BINARY_OP", "[]"):
+                found = found.entry
+        return found
+
+    def changes(found: _Named) -> None:
+        names["changes"] |= found.itself
+        names["changes_inside"] |= found.around
 
     for position, one in enumerate(body.instructions):
         for name in _NAMED_BY.get(one.operation, ()):
             names[name].add(one.name)
         augmented = body.instructions[position - 1].operation == "SWAP"  # its value was computed last
         if one.operation == "STORE_FAST":
-            stands_for[one.name] |= named(body.source(position))
+            source, iterates = body.source(position)
+            stands_for[one.name] |= named(source).entry if iterates else named(source)
         elif one.operation == "STORE_ATTR":
             owner = body.operand(position, int(augmented))
             is_own = [(load.operation, load.name) for load in owner] in ([("LOAD_FAST", own)], [("LOAD_DEREF", own)])
             names["sets_own" if is_own else "sets_attributes"].add(one.name)
+            changes(named(owner))
         elif one.operation in _ABOVE:
             augmented &= one.operation != "DELETE_SUBSCR"
-            names["changes"] |= named(body.operand(position, _ABOVE[one.operation] + augmented))
+            changes(named(body.operand(position, _ABOVE[one.operation] + augmented)))
         elif one.operation in ("LOAD_ATTR", "LOAD_METHOD") and _changes(one.name):
-            names["changes"] |= named(body.operand(position, 0))
+            changes(named(body.operand(position, 0)))
         elif one.operation == "BINARY_OP" and str(one.name).endswith("="):
-            names["changes"] |= named(body.operand(position, 1))
+            changes(named(body.operand(position, 1)))
     for inner in (one for one in code.co_consts if isinstance(one, CodeType)):
         found = _names_in(inner, own if own in inner.co_freevars else None)
         for name in names:
             names[name] |= getattr(found, name)
-        names["changes"].update(*(stands_for[name] for name in found.changes.intersection(code.co_cellvars)))
+        for name in found.changes.intersection(code.co_cellvars):
+            changes(stands_for[name])
+        for name in found.changes_inside.intersection(code.co_cellvars):
+            changes(stands_for[name].entry)
     names["sets_cells"] &= set(code.co_freevars)  # the others are its own
-    names["changes"] -= set(code.co_cellvars) - names["attributes"]
+    for changed in (names["changes"], names["changes_inside"]):
+        changed -= set(code.co_cellvars) - names["attributes"]
     names["changes"] |= names["sets_variables"] | names["sets_own"] | names["sets_attributes"] | names["sets_cells"]
     return Names(**{name: frozenset(found) for name, found in names.items()})
 
@@ -148,19 +182,22 @@ class _Code:
         stop = self._start(position, slot + 1) if above else position
         return self.instructions[self._start(stop, slot) : stop]
 
-    def source(self, position: int) -> list[_Instruction]:
-        """What reached the value that a local variable is set to there; nothing if the value was computed."""
+    def source(self, position: int) -> tuple[list[_Instruction], bool]:
+        """What reached the value that a local variable is set to there, and whether the value is an entry of that.
+
+        Nothing if the value was computed.
+        """
         while self.instructions[position - 1].operation in ("COPY", "STORE_FAST"):  # it is given several names
             position -= 1
         last = self.instructions[position - 1]
         if last.operation == "UNPACK_SEQUENCE":
-            return self.source(position - 1)
+            return self.source(position - 1)[0], True
         if last.operation == "FOR_ITER":
             before = (one for one in reversed(range(position)) if self.instructions[one].operation == "GET_ITER")
-            return [one for iterated in islice(before, 1) for one in self.operand(iterated, 0)]
+            return [one for iterated in islice(before, 1) for one in self.operand(iterated, 0)], True
         if last.operation in _REACHES or last[:2] == ("BINARY_OP", "[]"):
-            return self.operand(position, 0)
-        return []
+            return self.operand(position, 0), False
+        return [], False
 
     def _start(self, stop: int, slot: int) -> int:
         """Where the computation of what lies in a slot of the stack begins, of all branches that lead to it."""

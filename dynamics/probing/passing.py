@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from functools import partial
 from numbers import Number
@@ -61,6 +61,7 @@ class InPassing:
         self._sets: set[str] = set()  # names of attributes that are set, of any object
         self._sets_own: defaultdict[type, set[str]] = defaultdict(set)  # of a class's own object, by its methods
         self._changes: set[str] = set()  # names of what is changed in place
+        self._changes_inside: set[str] = set()  # names of containers of what is
         self._owners: list[Any] = []  # the user's own classes and objects
         self._savers: list[Saver] = []
 
@@ -115,19 +116,21 @@ class InPassing:
         if id(function) not in self._methods:
             self._sets |= names.sets_own
         self._changes |= names.changes
+        self._changes_inside |= names.changes_inside
         found: list[Any] = []
         for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=False):
             if content := content_of(cell):
                 found += content
                 if name in names.sets_cells:
                     self._savers.append(partial(save_cell if self._afterwards else save_plain_cell, cell))
-                self._save_contents(content if name in names.changes else ())
+                self._save_changed(name, content[0], names.changes, names.changes_inside)
         for number, (space, named) in enumerate(variables_of(function)):
             own = names.sets_variables if number == 0 else names.sets_attributes & set(named)
             if own:
                 self._savers.append(partial(save_named, space, own, afterwards=self._afterwards))
             found += [space[name] for name in named]
-            self._save_contents(space[name] for name in named if name in names.changes)
+            for name in named:
+                self._save_changed(name, space[name], names.changes, names.changes_inside)
         return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
     def _visit_owner(self, value: Any) -> Iterable[Any]:
@@ -144,10 +147,16 @@ class InPassing:
         own, sets = _attributes(owner), self._sets | self._sets_own[kind]
         if sets:
             self._savers.append(partial(save_named, owner if owner is kind else own, sets, afterwards=self._afterwards))
-        self._save_contents([one for name, one in list(own.items()) if name in self._changes])
+        for name, one in list(own.items()):
+            self._save_changed(name, one, self._changes, self._changes_inside)
 
-    def _save_contents(self, values: Iterable[Any]) -> None:
-        walk(values, self._visit_content, bounded=True)
+    def _save_changed(self, name: str, value: Any, changed: Set[str], inside: Set[str]) -> None:
+        """Save what a value of this name holds, if it is ``changed``; or what its entries hold, if these are."""
+        if name in changed:
+            walk([value], self._visit_content, bounded=True)
+        elif name in inside:
+            is_container = isinstance(value, CONTAINERS) and size(value) <= MOST
+            walk(entries(value) if is_container else [value], self._visit_content, bounded=True)
 
     def _visit_content(self, value: Any) -> Iterable[Any]:
         """Save what a container, tensor or array holds, unless it is kept or too large; returns what is inside it."""

@@ -338,7 +338,9 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     taken = FileExistsError(
         f"{path} exists already: choose another path, remove it first, or continue it (resume=True)"
     )
-    if os.path.lexists(path):  # a link to what is not there, too
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"{path} is a link to {os.readlink(path)}, which is not there: choose another path")
+    if path.exists():
         raise taken
     check_folder(path.parent, "records", "out/run.zarr")
     metadata = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(attributes)} | empty_nodes()
@@ -351,7 +353,7 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
             (sibling / key).write_bytes(text)
         sibling.rename(path)
     except OSError as error:
-        raise (taken if os.path.lexists(path) else error) from error
+        raise (taken if path.exists() else error) from error
     finally:
         shutil.rmtree(sibling, ignore_errors=True)  # which is there no more, unless this failed or was interrupted
 

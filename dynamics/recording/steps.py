@@ -71,7 +71,7 @@ class Steps:
         self._asleep, self._rows, self._epochs, self._names, self._every = asleep, rows, epochs, names, every
         self.number, self._first, self._resume_points = place.step, place.step, resume_points
         self._flow_time: float | Tensor = place.flow_time
-        self.busy = self._kept = self._begun = self._waits = False
+        self.busy = self._kept = self._begun = self._waits = self._evaluates_again = False
         self._skips: dict[int, Tensor] = {}
         self._so_far: tuple[list[int], Row | None] = [], None  # optimizers that have stepped, and their row
         self._await_forward()
@@ -83,12 +83,15 @@ class Steps:
 
     def see(self, batch: Any, *, stays: bool, source: Any) -> None:
         """A batch of the next step was seen; one that ``stays`` serves further steps, too. ``source``: its pass."""
+        if self._evaluates_again:
+            return
         self._batches.add(batch, due=self._curvature.due(self.number), stays=stays, source=source)
         self._rows.logged.batch(first=len(self._batches) == 1, watched=source is not None)
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Log a scalar for a row."""
-        self._rows.logged.add(name, value, self._batches.position)
+        if not self._evaluates_again:
+            self._rows.logged.add(name, value, self._batches.position)
 
     def keep(self) -> None:
         """Keep θ as it is before something moves it that is a part of the step about to begin."""
@@ -132,9 +135,17 @@ class Steps:
             self._waits = False
             self._begin_curvature()
 
-    def evaluates_again(self) -> AbstractContextManager[None]:
-        """A closure computes the gradient once more: the step is of the batches that were read when it first did."""
-        return self._batches.known()
+    @contextmanager
+    def evaluates_again(self) -> Iterator[None]:
+        """A closure computes the gradient once more, at other parameters than those that the step began from.
+
+        The batches of the step are those that were read when it first did, and its loss is what was logged then.
+        """
+        self._evaluates_again = True
+        try:
+            yield
+        finally:
+            self._evaluates_again = False
 
     def take_update(self, number: int) -> None:
         """Take an optimizer's Δθ before anything else changes θ."""

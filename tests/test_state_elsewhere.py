@@ -400,6 +400,25 @@ def test_what_is_only_read_is_left_to_others(afterwards: bool) -> None:
     STEP = 0
 
 
+def first_of_them(x: Tensor) -> Tensor:
+    item = QUEUE[0]
+    item[0] += 1
+    return x / item[0]
+
+
+@pytest.mark.parametrize("size", [2, 1020])
+def test_a_container_whose_entries_alone_change_is_left_to_others(size: int) -> None:
+    """To an actor, say, that appends to a replay buffer."""
+    QUEUE[:] = [[0.0] for _ in range(size)]
+    before = kept([Keeping(first_of_them)], cross_entropy)
+    first_of_them(torch.ones(1))
+    QUEUE.append([0.0])
+    before.put_back()
+    assert len(QUEUE) == size + 1
+    assert QUEUE[0] == ([0.0] if size == 2 else [1.0])
+    QUEUE.clear()
+
+
 def test_tools_that_know_one_another_are_searched_once() -> None:
     from transforms import Transform  # type: ignore[import-not-found]
 

@@ -154,9 +154,10 @@ class InPassing:
         """Save what a value of this name holds, if it is ``changed``; or what its entries hold, if these are."""
         if name in changed:
             walk([value], self._visit_content, bounded=True)
-        elif name in inside:
-            is_container = isinstance(value, CONTAINERS) and size(value) <= MOST
-            walk(entries(value) if is_container else [value], self._visit_content, bounded=True)
+        elif name in inside and not isinstance(value, CONTAINERS):  # a tensor or array, of which views are changed
+            walk([value], self._visit_content, bounded=True)
+        elif name in inside and size(value) <= MOST:
+            walk(entries(value), self._visit_content, bounded=True)
 
     def _visit_content(self, value: Any) -> Iterable[Any]:
         """Save what a container, tensor or array holds, unless it is kept or too large; returns what is inside it."""

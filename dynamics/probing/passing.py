@@ -152,12 +152,10 @@ class InPassing:
 
     def _save_changed(self, name: str, value: Any, changed: Set[str], inside: Set[str]) -> None:
         """Save what a value of this name holds, if it is ``changed``; or what its entries hold, if these are."""
-        if name in changed:
+        if name in inside - changed and isinstance(value, CONTAINERS):
+            walk(entries(value) if size(value) <= MOST else (), self._visit_content, bounded=True)
+        elif name in changed | inside:  # of tensors and arrays, views may be changed
             walk([value], self._visit_content, bounded=True)
-        elif name in inside and not isinstance(value, CONTAINERS):  # a tensor or array, of which views are changed
-            walk([value], self._visit_content, bounded=True)
-        elif name in inside and size(value) <= MOST:
-            walk(entries(value), self._visit_content, bounded=True)
 
     def _visit_content(self, value: Any) -> Iterable[Any]:
         """Save what a container, tensor or array holds, unless it is kept or too large; returns what is inside it."""

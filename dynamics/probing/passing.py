@@ -152,9 +152,9 @@ class InPassing:
 
     def _save_changed(self, name: str, value: Any, changed: Set[str], inside: Set[str]) -> None:
         """Save what a value of this name holds, if it is ``changed``; or what its entries hold, if these are."""
-        if name in inside - changed and isinstance(value, CONTAINERS):
+        if name in inside and name not in changed and isinstance(value, CONTAINERS):
             walk(entries(value) if size(value) <= MOST else (), self._visit_content, bounded=True)
-        elif name in changed | inside:  # of tensors and arrays, views may be changed
+        elif name in changed or name in inside:  # of tensors and arrays, views may be changed
             walk([value], self._visit_content, bounded=True)
 
     def _visit_content(self, value: Any) -> Iterable[Any]:

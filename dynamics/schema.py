@@ -157,7 +157,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("loss_before", "L(θ)", (0, 1), 0, ("curvature",), _WHOLE,
                  "loss on the step's batch before the step"),
         Quantity("loss_after", "L(θ+Δθ)", (0, 1), 0, ("curvature",), _WHOLE,
-                 "loss on the same batch after the step"),
+                 "loss on the same batch after the step; NaN if the objective fails there"),
         Quantity("grad_removal", "gᵀδ", (0, 1), 1, ("pruning", "curve"), _REMOVAL,
                  "first-order effect of the removal δ on the loss"),
         Quantity("removal_hess_removal", "δᵀHδ", (0, 1), 2, ("pruning", "curve"), _REMOVAL,

@@ -578,12 +578,15 @@ def test_a_closure_that_observes_at_each_evaluation_is_one_step(tmp_path: Path, 
                 loss = F.cross_entropy(model(x), y)
                 loss.backward()
                 losses.append(loss.item())
+                recorder.log(loss=loss)
                 return loss
 
             optimizer.step(closure)
             assert len(losses) == evaluations
             first.append(losses[0])
-    np.testing.assert_allclose(open_run(tmp_path / "run")["curvature"].loss_before, first, rtol=1e-12)
+    run = open_run(tmp_path / "run")
+    np.testing.assert_allclose(run["curvature"].loss_before, first, rtol=1e-12)
+    np.testing.assert_allclose(run["steps"].loss, first, rtol=1e-12)
 
 
 @pytest.mark.parametrize("trains", ["here", "in another thread"])

@@ -193,7 +193,8 @@ class Recorder:
     def log(self, **scalars: float | Tensor | np.ndarray) -> None:
         """Add scalars to the row of the step, before or after ``optimizer.step()``; a tensor stays on its device.
 
-        What is logged for each of several micro-batches of a step is averaged. A loop that does not tell its batches
+        What is logged for each of several micro-batches of a step is averaged; in a closure that an optimizer calls
+        several times within a step, what is logged the first time counts. A loop that does not tell its batches
         (:meth:`watch`, :meth:`observe`) and logs before the backward pass must do so from the first step on: otherwise
         the value is taken to belong to the step before.
         """

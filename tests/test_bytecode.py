@@ -73,6 +73,12 @@ def numbered(holder: Holder) -> None:
         row.mul_(number)
 
 
+def by_key(holder: Holder) -> None:
+    rows = STATE.get("rows", [])
+    rows.append(1)
+    STATE.setdefault(holder.step, []).append(2)
+
+
 def inside(holder: Holder) -> None:
     rows = holder.memory
     _ = [rows.append(row) for row in range(2)]
@@ -135,6 +141,7 @@ CHANGED = {
     unpacked: "(memory)",
     loop: "(memory)",
     numbered: "(memory) (enumerate)",
+    by_key: "STATE setdefault step (STATE) (get)",
     inside: "memory",
     far_key: "memory",
     branches: "memory fallback",

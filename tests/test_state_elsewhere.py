@@ -159,6 +159,12 @@ def by_another_name(x: Tensor) -> Tensor:
     return x / counts["step"]
 
 
+def by_key(x: Tensor) -> Tensor:
+    row = away.LISTS.get("steps", [])
+    row[0] += 1
+    return x / (1 + row[0])
+
+
 def in_a_loop(x: Tensor) -> Tensor:
     for row in away.LISTS.values():
         row[len(x) % 4 * 0] += 1
@@ -228,6 +234,7 @@ CHANGES: dict[str, Callable[[], Change]] = {
     "in a dictionary": lambda: in_a_dictionary,
     "in a dictionary by another name": lambda: by_another_name,
     "in a loop over a dictionary": lambda: in_a_loop,
+    "in what a dictionary returns": lambda: by_key,
     "in a list in a dictionary that is changed": lambda: in_a_list_in_a_dictionary,
     "in a class": lambda: in_a_class,
     "in an object": lambda: in_an_object,

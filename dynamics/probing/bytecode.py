@@ -31,6 +31,7 @@ _OF_DICTIONARIES = {"move_to_end", "popitem", "setdefault", "update"}
 _OF_SETS = {"add", "discard", "difference_update", "intersection_update", "symmetric_difference_update"}
 _OF_ARRAYS = {"fill", "itemset", "partition", "put"}
 _OF_CONTAINERS = _OF_LISTS | _OF_DEQUES | _OF_DICTIONARIES | _OF_SETS | _OF_ARRAYS
+_OF_ENTRIES = ("get", "setdefault")  # methods that return one
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _GOES_NOT_ON = ("JUMP_FORWARD", "JUMP_BACKWARD", "RETURN", "RAISE", "RERAISE")
 
@@ -195,8 +196,11 @@ class _Code:
         if last.operation == "FOR_ITER":
             before = (one for one in reversed(range(position)) if self.instructions[one].operation == "GET_ITER")
             return [one for iterated in islice(before, 1) for one in self.operand(iterated, 0)], True
+        value = self.operand(position, 0)
         if last.operation in _REACHES or last[:2] == ("BINARY_OP", "[]"):
-            return self.operand(position, 0), False
+            return value, False
+        if [one.operation for one in value].count("CALL") == 1 and any(one.name in _OF_ENTRIES for one in value):
+            return value, True
         return [], False
 
     def _start(self, stop: int, slot: int) -> int:

@@ -387,6 +387,13 @@ def test_a_mistake_is_one_clear_line(
     assert xr.open_datatree(record)["steps"].sizes["step"] == 3
 
 
+def refusal(package: str, arguments: list[str], places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line that a command says which cannot do what it is asked to."""
+    assert MAINS[package]([argument.format(**places) for argument in arguments]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    return said
+
+
 OUTPUTS = {
     "sweep": ("dynamics", ["sweep", "{seed}", "-o", "{new}"], "the records of a sweep"),
     "run": ("dynamics", ["run", "-o", "{new}", *TINY], "records"),
@@ -403,10 +410,8 @@ def test_a_folder_that_may_not_be_written_is_said_before_anything_is_computed(
     package, arguments, what = OUTPUTS[command]
     places, before = {name: str(path) for name, path in prepared(tmp_path).items()}, contents(tmp_path)
     monkeypatch.setattr("dynamics.places.os.access", lambda place, how: False)
-    assert MAINS[package]([argument.format(**places) for argument in arguments]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert f"error: you may not write into {tmp_path}: {what} need a folder of your own, such as out/" in said[0]
+    said = refusal(package, arguments, places, capsys)
+    assert f"error: you may not write into {tmp_path}: {what} need a folder of your own, such as out/" in said
     assert contents(tmp_path) == before
 
 
@@ -420,10 +425,8 @@ def test_a_folder_that_is_a_link_to_what_is_not_there_is_said_at_once(
     (tmp_path / "scratch").symlink_to(tmp_path / "unmounted")
     places |= {"new": f"{tmp_path}/scratch/new", "folder": f"{tmp_path}/scratch"}
     before = contents(tmp_path)
-    assert MAINS[package]([argument.format(**places) for argument in arguments]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert f"{tmp_path}/scratch is a link to {tmp_path}/unmounted, which is not there: {what} need" in said[0]
+    said = refusal(package, arguments, places, capsys)
+    assert f"{tmp_path}/scratch is a link to {tmp_path}/unmounted, which is not there: {what} need" in said
     assert contents(tmp_path) == before
 
 

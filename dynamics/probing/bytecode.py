@@ -24,7 +24,7 @@ _NAMED_BY: dict[str, tuple[str, ...]] = {
 }
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD")
 _REACHES = (*_LOADS, "BINARY_SUBSCR", "BINARY_SLICE")
-_ABOVE = {"STORE_SUBSCR": 1, "STORE_SLICE": 2, "DELETE_SUBSCR": 1}  # values that lie on the container, such as the key
+_ABOVE = {"STORE_ATTR": 0, "STORE_SUBSCR": 1, "STORE_SLICE": 2}  # values that lie on the changed one, such as the key
 _OF_LISTS = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}  # methods that change one
 _OF_DEQUES = {"appendleft", "extendleft", "popleft", "rotate"}
 _OF_DICTIONARIES = {"move_to_end", "popitem", "setdefault", "update"}
@@ -94,19 +94,7 @@ def names_in(code: CodeType) -> Names:
 def _names_in(code: CodeType, own: str | None) -> Names:
     """``own`` is the name of the method's object."""
     names: dict[str, set[str]] = {name: set() for name in Names._fields}
-    stands_for: defaultdict[str, _Named] = defaultdict(_Named)  # of local variables
     body = _Code(code)
-
-    def named(values: list[_Instruction]) -> _Named:
-        found = _Named()
-        for one in values:
-            if one.operation == "LOAD_FAST":
-                found |= stands_for[one.name]
-            elif one.operation in _LOADS:
-                found |= _Named(frozenset([one.name]))
-            elif one.operation == "BINARY_SUBSCR" or one[:2] == ("BINARY_OP", "[]"):
-                found = found.entry
-        return found
 
     def changes(found: _Named) -> None:
         names["changes"] |= found.itself
@@ -115,33 +103,24 @@ def _names_in(code: CodeType, own: str | None) -> Names:
     for position, one in enumerate(body.instructions):
         for name in _NAMED_BY.get(one.operation, ()):
             names[name].add(one.name)
-        augmented = body.instructions[position - 1].operation == "SWAP"  # its value was computed last
         if one.operation == "STORE_FAST":
-            source, iterates = body.source(position)
-            stands_for[one.name] |= named(source).entry if iterates else named(source)
-        elif one.operation == "STORE_ATTR":
-            owner = body.operand(position, int(augmented))
-            is_own = [(load.operation, load.name) for load in owner] in ([("LOAD_FAST", own)], [("LOAD_DEREF", own)])
+            body.set_local(position)
+        changed = body.changed(position)
+        changes(body.named(changed))
+        if one.operation == "STORE_ATTR":
+            is_own = [(load.operation, load.name) for load in changed] in ([("LOAD_FAST", own)], [("LOAD_DEREF", own)])
             names["sets_own" if is_own else "sets_attributes"].add(one.name)
-            changes(named(owner))
-        elif one.operation in _ABOVE:
-            augmented &= one.operation != "DELETE_SUBSCR"
-            changes(named(body.operand(position, _ABOVE[one.operation] + augmented)))
-        elif one.operation in ("LOAD_ATTR", "LOAD_METHOD") and _changes(one.name):
-            changes(named(body.operand(position, 0)))
-        elif one.operation == "BINARY_OP" and str(one.name).endswith("="):
-            changes(named(body.operand(position, 1)))
     for inner in (one for one in code.co_consts if isinstance(one, CodeType)):
         found = _names_in(inner, own if own in inner.co_freevars else None)
         for name in names:
             names[name] |= getattr(found, name)
         for name in found.changes.intersection(code.co_cellvars):
-            changes(stands_for[name])
+            changes(body.stands_for[name])
         for name in found.changes_inside.intersection(code.co_cellvars):
-            changes(stands_for[name].entry)
+            changes(body.stands_for[name].entry)
     names["sets_cells"] &= set(code.co_freevars)  # the others are its own
-    for changed in (names["changes"], names["changes_inside"]):
-        changed -= set(code.co_cellvars) - names["attributes"]
+    for kind in ("changes", "changes_inside"):
+        names[kind] -= set(code.co_cellvars) - names["attributes"]
     names["changes"] |= names["sets_variables"] | names["sets_own"] | names["sets_attributes"] | names["sets_cells"]
     return Names(**{name: frozenset(found) for name, found in names.items()})
 
@@ -171,11 +150,47 @@ def _instructions(code: CodeType) -> Iterator[_Instruction]:
 
 
 class _Code:
-    """The instructions of a function, and those of them that computed an operand of another."""
+    """The instructions of a function, and those of them that computed an operand of another.
+
+    Attributes:
+        instructions: the instructions.
+        stands_for: what local variables may stand for, as far as :meth:`set_local` was told.
+    """
 
     def __init__(self, code: CodeType) -> None:
         self.instructions = list(_instructions(code))
+        self.stands_for: defaultdict[str, _Named] = defaultdict(_Named)
         self._jumps = [number for number, one in enumerate(self.instructions) if one.target > one.offset]
+
+    def named(self, values: list[_Instruction]) -> _Named:
+        """The names by which these instructions reach a value."""
+        found = _Named()
+        for one in values:
+            if one.operation == "LOAD_FAST":
+                found |= self.stands_for[one.name]
+            elif one.operation in _LOADS:
+                found |= _Named(frozenset([one.name]))
+            elif one.operation == "BINARY_SUBSCR" or one[:2] == ("BINARY_OP", "[]"):
+                found = found.entry
+        return found
+
+    def set_local(self, position: int) -> None:
+        """Note what the local variable may stand for that is set at a position."""
+        values, are_around = self.source(position)
+        found = self.named(values)
+        self.stands_for[self.instructions[position].name] |= found.entry if are_around else found
+
+    def changed(self, position: int) -> list[_Instruction]:
+        """What reached the value that the instruction at a position changes in place; nothing if it changes none."""
+        one, before = self.instructions[position], self.instructions[position - 1]
+        augmented = int(before.operation == "SWAP")  # its value was computed last
+        if one.operation in ("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE"):
+            return self.operand(position, _ABOVE[one.operation] + augmented)
+        if one.operation == "DELETE_SUBSCR" or (one.operation == "BINARY_OP" and str(one.name).endswith("=")):
+            return self.operand(position, 1)
+        if one.operation in ("LOAD_ATTR", "LOAD_METHOD") and _changes(one.name):
+            return self.operand(position, 0)
+        return []
 
     def operand(self, position: int, above: int) -> list[_Instruction]:
         """What computed an operand of the instruction at a position: the one with so many others ``above`` it."""

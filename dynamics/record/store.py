@@ -25,7 +25,7 @@ import numpy as np
 import zarr
 
 from ..errors import one_line
-from ..places import check_folder
+from ..places import check_folder, dead_link
 from ..schema import NODES, QUANTITIES, STUDIES
 from .errors import RecordError, damaged
 from .files import PARTIAL, locked, replace
@@ -338,8 +338,8 @@ def _create(path: Path, attributes: Mapping[str, Any]) -> None:
     taken = FileExistsError(
         f"{path} exists already: choose another path, remove it first, or continue it (resume=True)"
     )
-    if path.is_symlink() and not path.exists():
-        raise FileExistsError(f"{path} is a link to {os.readlink(path)}, which is not there: choose another path")
+    if link := dead_link(path):
+        raise FileExistsError(f"{path} {link}: choose another path")
     if path.exists():
         raise taken
     check_folder(path.parent, "records", "out/run.zarr")
